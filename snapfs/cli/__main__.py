@@ -1,0 +1,5 @@
+import sys
+
+from snapfs.cli import main
+
+sys.exit(main())

@@ -1,0 +1,87 @@
+"""``snapfs serve ROOT MOUNTPOINT``: mount a root's tree and serve it in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from typing import Any
+
+import trio
+
+from snapfs.errors import InvalidArgument, Unavailable
+from snapfs.snapshotter import Options
+
+_FLAGS = {
+    "allow_other": "let other users enter (the kernel then checks modes)",
+    "ro": "mount the tree read-only",
+    "async_remove": "leave the files of removed snapshots to Cleanup",
+    "upperdir_label": "show each layer's path as a label in info.json",
+    "remap_ids": "put uidmap= and gidmap= from the mapping labels into the mount specs",
+    "slow_chown": "change owners where layers can't be mounted idmapped",
+}
+
+_IGNORED = frozenset(("rw", "defaults", "auto", "noauto", "nofail", "_netdev", "nosuid", "nodev", "noatime"))
+"""What /etc/fstab and mount(8) say of every file system, and what is so anyway."""
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb to the command's parsers."""
+    parser = verbs.add_parser(
+        "serve",
+        help="mount a root's tree and serve it in the foreground",
+        description="Mount the tree of ROOT on MOUNTPOINT and serve it until SIGINT, SIGTERM or umount MOUNTPOINT.",
+        epilog="Each flag is a mount option too: -o allow_other,mount_option=volatile (write a comma in a value as \\,).",
+    )
+    parser.add_argument("root", metavar="ROOT", help="where the layers and records are; made if missing")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
+    parser.add_argument(
+        "-o", dest="mount_options", action="append", default=[], metavar="opt,…", help="options as for mount(8)"
+    )
+    for name, text in _FLAGS.items():
+        parser.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
+    parser.add_argument(
+        "--mount-option", action="append", default=[], metavar="OPT", help="an option for every overlay mount; may be repeated"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Serve; returns 0 when it was ended cleanly."""
+    flags = {name for name in _FLAGS if getattr(given, name)}
+    overlay = list(given.mount_option)
+    for option in _split(given.mount_options):
+        name, equals, value = option.partition("=")
+        if name == "mount_option" and value:
+            overlay.append(value)
+        elif name in _FLAGS and not equals:
+            flags.add(name)
+        elif option not in _IGNORED:
+            known = ", ".join([*_FLAGS, "mount_option=…"])
+            raise InvalidArgument(f'unknown mount option "{option}"; there are {known}')
+    logging.basicConfig(level=logging.WARNING, format="snapfs: %(message)s")
+    options = Options(
+        async_remove="async_remove" in flags,
+        upperdir_label="upperdir_label" in flags,
+        mount_options=tuple(overlay),
+        remap_ids="remap_ids" in flags,
+        slow_chown="slow_chown" in flags,
+    )
+    try:
+        from snapfs.fuse.serve import MountOptions, serve
+    except ImportError as error:
+        raise Unavailable(f"pyfuse3 can't be loaded ({error}); install libfuse3 (Debian: apt-get install fuse3)") from None
+
+    def say_ready() -> None:
+        print(f"snapfs: serving {given.root} on {given.mountpoint}", file=sys.stderr, flush=True)
+
+    mount = MountOptions(allow_other="allow_other" in flags, ro="ro" in flags)
+    trio.run(serve, given.root, os.path.abspath(given.mountpoint), options, mount, say_ready)
+    return 0
+
+
+def _split(lists: list[str]) -> list[str]:
+    """The options of all ``-o``, split at commas that have no backslash before them."""
+    return [option.replace("\\,", ",") for text in lists for option in re.split(r"(?<!\\),", text) if option]

@@ -1,0 +1,102 @@
+"""Everything that can go wrong, each with the sentence that the user reads.
+
+The seven direct kinds are containerd's (``errdefs``) as far as a snapshotter needs them.  Their subclasses exist
+where another door has a finer answer: the tree gives each its own errno (``snapfs/fuse/errno.py``), the command its
+exit code.  ``str(error)`` is always one sentence that says what was wrong and, where something can be done, what.
+"""
+
+from __future__ import annotations
+
+import os
+
+from snapfs.model import Kind
+
+
+class SnapshotError(Exception):
+    """The base of all errors that a caller can cause or must handle; anything else that escapes is a bug."""
+
+
+class NotFound(SnapshotError):
+    """There is no such snapshot, label or file."""
+
+    @classmethod
+    def snapshot(cls, name: str) -> NotFound:
+        return cls(f'snapshot "{name}" does not exist')
+
+    @classmethod
+    def parent(cls, name: str) -> NotFound:
+        return cls(f'parent snapshot "{name}" does not exist')
+
+
+class AlreadyExists(SnapshotError):
+    """The key or name is taken; all kinds share one key space."""
+
+    @classmethod
+    def snapshot(cls, name: str, kind: Kind) -> AlreadyExists:
+        return cls(f'snapshot "{name}" already exists ({kind})')
+
+
+class FailedPrecondition(SnapshotError):
+    """The snapshot is not in the state that the call needs."""
+
+
+class NotEmpty(FailedPrecondition):
+    """What was to be removed still holds something."""
+
+
+class HasChildren(NotEmpty):
+    """A snapshot with children was to be removed."""
+
+    @classmethod
+    def of(cls, name: str, child: str, kind: Kind) -> HasChildren:
+        return cls(f'cannot remove snapshot "{name}" with children: remove its child "{child}" ({kind}) first')
+
+
+class Busy(FailedPrecondition):
+    """Somebody still uses the snapshot's files in a way that the call would break."""
+
+
+class NotPermitted(FailedPrecondition):
+    """The tree has no meaning for this operation at this place."""
+
+
+class InvalidArgument(SnapshotError):
+    """The request makes no sense, whatever the state of the store."""
+
+
+class NameTooLong(InvalidArgument):
+    """A key that would not fit into a file name of 255 bytes."""
+
+
+class NotUtf8(InvalidArgument):
+    """Text that is not UTF-8."""
+
+
+class LabelTooBig(InvalidArgument):
+    """A label of more than 4,096 bytes, key and value together."""
+
+
+class WrongParent(InvalidArgument):
+    """A Commit that names another parent than the snapshot has."""
+
+
+class Unavailable(SnapshotError):
+    """The store can't do it now: closed, held by another process, or the disk refused.
+
+    ``errno`` is the operating system's reason where there is one (ENOSPC, EIO, EROFS …), else None.
+    """
+
+    def __init__(self, sentence: str, errno: int | None = None) -> None:
+        super().__init__(sentence)
+        self.errno = errno
+
+    @classmethod
+    def from_os(cls, doing: str, error: OSError) -> Unavailable:
+        """The refusal of the operating system while ``doing`` ("prepare snapshot …") as a sentence."""
+        where = f" ({error.filename})" if error.filename else ""
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        return cls(f"cannot {doing}: {reason}{where}", error.errno)
+
+
+class Damaged(SnapshotError):
+    """What is on disk contradicts itself; nothing is guessed."""

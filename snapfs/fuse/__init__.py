@@ -1,0 +1,1 @@
+"""The tree through the kernel's FUSE, by pyfuse3: translation, caching and the serving loop."""

@@ -1,0 +1,71 @@
+"""What the kernel may remember, and telling it of every change that it did not itself ask for.
+
+Attributes and names are handed out for minutes, so that most stat(2) calls never come here.  Two ways to take that back:
+the attributes of an inode can be invalidated at once, from anywhere; a name only from another thread, since the kernel takes
+the directory's lock for it, which the very request being answered may hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pyfuse3
+
+from snapfs import names
+from snapfs.model import Change, Info, Kind
+from snapfs.tree.attributes import ATTRIBUTES
+from snapfs.tree.node import KIND_SLOTS, Slot, pack
+
+TIMEOUT = 600.0  # seconds
+
+_SLOTS = (Slot.SNAPSHOT, Slot.LABELS, *(attribute.slot for attribute in ATTRIBUTES))
+_OF_KINDS = [attribute for attribute in ATTRIBUTES if len(attribute.kinds) < len(Kind)]
+
+
+class KernelCache:
+    """The kernel's cache of one mount.
+
+    ``asked_for`` holds the names that a request under way removes or moves: of those the kernel knows.
+    """
+
+    def __init__(self) -> None:
+        self._asked_for: list[tuple[int, str]] = []
+
+    @contextlib.contextmanager
+    def asked_for(self, directory: int, name: str) -> Iterator[None]:
+        """For the time of a request by which the kernel itself takes ``name`` out of ``directory``."""
+        self._asked_for.append((directory, name))
+        try:
+            yield
+        finally:
+            self._asked_for.remove((directory, name))
+
+    def note(self, change: Change) -> None:
+        """Forget what ``change`` has made stale; called before the call that made it returns."""
+        before, after = change.before, change.after
+        info = after or before
+        assert info is not None
+        for slot in (Slot.SNAPSHOT,) if change.counted else _SLOTS:
+            self.forget_attributes(pack(info.id, slot))
+        if change.counted or (before and after and (before.name, before.kind) == (after.name, after.kind)):
+            return
+        for kind in {shown.kind for shown in (before, after) if shown}:
+            self.forget_attributes(pack(0, KIND_SLOTS[kind]))
+        if before is not None:
+            self._forget_path(before)
+            if after is not None and after.kind is not before.kind:  # entries that the new kind lacks
+                for attribute in _OF_KINDS:
+                    self.forget_name(pack(info.id, Slot.SNAPSHOT), attribute.name)
+
+    def _forget_path(self, info: Info) -> None:
+        directory, name = pack(0, KIND_SLOTS[info.kind]), names.encode(info.name)
+        if (directory, name) not in self._asked_for:
+            self.forget_name(directory, name)
+
+    def forget_attributes(self, inode: int) -> None:
+        with contextlib.suppress(OSError):  # the kernel doesn't know the inode, or is gone
+            pyfuse3.invalidate_inode(inode, attr_only=True)
+
+    def forget_name(self, directory: int, name: str) -> None:
+        pyfuse3.invalidate_entry_async(directory, name.encode(), ignore_enoent=True)

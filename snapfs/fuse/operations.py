@@ -1,0 +1,307 @@
+"""FUSE requests -> the tree: inode to node, bytes to names, errors to errno.  Nothing else is decided here."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from contextlib import closing
+from itertools import count
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
+
+from snapfs import names
+from snapfs.errors import InvalidArgument, NotFound, NotPermitted, NotUtf8, SnapshotError
+from snapfs.fuse.cache import TIMEOUT, KernelCache
+from snapfs.fuse.errno import errno_of
+from snapfs.tree import Handle, Node, Tree
+from snapfs.tree.labels import Label, OpenLabel
+from snapfs.tree.tree import ROOT_INODE
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_DOTS = 2  # the first two entries of every directory, before the tree's own
+
+_READING = frozenset(("lookup", "getattr", "readlink", "open", "opendir", "readdir"))
+"""Requests that merely ask: that something isn't there is an answer, not an error to log."""
+
+
+def answering(
+    handler: Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]:
+    """Turn every error of ``handler`` into an errno and a line in error_log; any other exception would end the mount."""
+
+    async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(self, *args, **kwargs)
+        except SnapshotError as error:
+            number = errno_of(error)
+            if number != errno.ENOENT or handler.__name__ not in _READING:
+                self.log_refusal(number, handler.__name__, args, error)
+            raise FUSEError(number) from None
+        except FUSEError:
+            raise
+        except OSError as error:
+            self.log_refusal(error.errno or errno.EIO, handler.__name__, args, error)
+            raise FUSEError(error.errno or errno.EIO) from None
+        except Exception as error:
+            log.exception("a bug: %s failed", handler.__name__)
+            self.log_refusal(errno.EIO, handler.__name__, args, repr(error))
+            raise FUSEError(errno.EIO) from None
+
+    functools.update_wrapper(answer, handler)
+    return answer
+
+
+class Operations(pyfuse3.Operations):
+    """One mount of one tree.  A file's handle is a number for an open file; a directory's handle is its inode."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(self, tree: Tree, on_ready: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self.tree = tree
+        self.cache = KernelCache()
+        self._on_ready = on_ready
+        self._open: dict[int, tuple[int, str, Handle]] = {}  # handle -> inode, path, open file
+        self._handles = count(1)
+        self._owner = (os.geteuid(), os.getegid())
+        tree.snapshotter.subscribe(self.cache.note)
+
+    def init(self) -> None:
+        self._on_ready()
+
+    # -- translation
+
+    def entry(self, node: Node) -> EntryAttributes:
+        """What the kernel wants to know of ``node``, and for how long it may believe it."""
+        found = node.attributes()
+        entry = EntryAttributes()
+        entry.st_ino = node.inode
+        entry.st_mode = found.mode
+        entry.st_nlink = 1
+        entry.st_uid, entry.st_gid = self._owner
+        entry.st_size = found.size
+        entry.st_blocks = found.blocks
+        entry.st_blksize = 4096
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = found.time
+        entry.entry_timeout = TIMEOUT if node.keep_entry else 0
+        entry.attr_timeout = TIMEOUT if found.keep else 0
+        return entry
+
+    def log_refusal(self, number: int, operation: str, args: tuple[object, ...], reason: object) -> None:
+        """One line in error_log for a request with these arguments."""
+        self.tree.error_log.add(errno.errorcode.get(number, str(number)), operation, self._where(operation, args), reason)
+
+    def _where(self, operation: str, args: tuple[object, ...]) -> str:
+        """The paths that a request is about; told by the types of its arguments: inode, name, inode, name …"""
+        if operation in ("read", "write", "release", "fsync"):
+            return self._open[args[0]][1] if args[0] in self._open else str(args[0])
+        paths: list[str] = []
+        for arg in args:
+            if isinstance(arg, int) and len(paths) < 2:
+                try:
+                    paths.append(self.tree.node(arg).path)
+                except SnapshotError:
+                    paths.append(f"inode {arg}")
+            elif isinstance(arg, bytes) and paths:
+                paths[-1] = f"{paths[-1]}/{arg.decode(errors='surrogateescape')}".lstrip("/")
+            if operation not in ("rename", "link") and isinstance(arg, bytes | RequestContext):
+                break
+        return " ".join(paths) or "/"
+
+    # -- names and attributes
+
+    @answering
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        directory = self.tree.node(parent_inode)
+        if len(name) > names.NAME_MAX:
+            raise FUSEError(errno.ENAMETOOLONG)
+        try:
+            return self.entry(directory.lookup(name.decode()))
+        except (NotFound, UnicodeDecodeError):
+            raise FUSEError(errno.ENOENT) from None  # never cached: names may appear by what happens elsewhere
+
+    @answering
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        node = self.tree.node(inode)
+        if node.must_settle():
+            await node.settle()
+        return self.entry(node)
+
+    @answering
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        node = self.tree.node(inode)
+        now = self.entry(node)
+        if fields.update_size:
+            if fh is not None and fh in self._open:
+                await self._open[fh][2].resize(attr.st_size)
+            else:
+                await node.resize(attr.st_size)
+            return self.entry(self.tree.node(inode))
+        same = (
+            (not fields.update_mode or attr.st_mode & 0o7777 == now.st_mode & 0o7777)
+            and (not fields.update_uid or attr.st_uid == now.st_uid)
+            and (not fields.update_gid or attr.st_gid == now.st_gid)
+        )
+        # editors set the mode and owner of what they have just made: where that changes nothing it is fine
+        if not isinstance(node, Label) or not same or fields.update_atime or fields.update_mtime:
+            raise NotPermitted(f"the mode, owner and times of {node.path or '/'} can't be set")
+        return now
+
+    @answering
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return self.tree.node(inode).target().encode()
+
+    # -- changing
+
+    @answering
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        node = await self.tree.node(parent_inode).mkdir(_text(name))
+        entry = self.entry(node)
+        if self.tree.node(parent_inode).inode not in _ROOT_DIRECTORIES:
+            entry.entry_timeout = 0  # the next look-up is to find the link to it
+        return entry
+
+    @answering
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        with self.cache.asked_for(parent_inode, _text(name)):
+            await self.tree.node(parent_inode).rmdir(_text(name), ctx.pid)
+
+    @answering
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self.tree.node(parent_inode).unlink(_text(name), ctx.pid)
+
+    @answering
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        if flags & ~pyfuse3.RENAME_NOREPLACE:
+            raise InvalidArgument("names can't be exchanged, and no other special kind of rename is known")
+        with self.cache.asked_for(parent_inode_old, _text(name_old)):
+            await self.tree.rename(
+                self.tree.node(parent_inode_old),
+                _text(name_old),
+                self.tree.node(parent_inode_new),
+                _text(name_new),
+                replace=not flags & pyfuse3.RENAME_NOREPLACE,
+            )
+        if parent_inode_new not in _ROOT_DIRECTORIES:
+            # the kernel now has the snapshot's directory under this name, where there is a link to it
+            self.cache.forget_name(parent_inode_new, _text(name_new))
+
+    @answering
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        node, handle = await self.tree.node(parent_inode).create(_text(name))
+        return self._opened(node, handle), self.entry(node)
+
+    @answering
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        raise NotPermitted("no special files can be made here, only in a snapshot's file system")
+
+    @answering
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        raise NotPermitted("no links can be made here, only in a snapshot's file system")
+
+    @answering
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        raise NotPermitted("no links can be made here, only in a snapshot's file system")
+
+    # -- files
+
+    @answering
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        node = self.tree.node(inode)
+        handle = await node.open(writing=flags & os.O_ACCMODE != os.O_RDONLY, truncate=bool(flags & os.O_TRUNC))
+        return self._opened(node, handle)
+
+    def _opened(self, node: Node, handle: Handle) -> FileInfo:
+        # The page cache belongs to the inode.  Who opens it while somebody else has it open with another content must not
+        # share it, or both would read a mixture.
+        contents = [other.content for inode, _, other in self._open.values() if inode == node.inode]
+        apart = isinstance(handle, OpenLabel) or any(content != handle.content for content in contents)
+        fh = next(self._handles)
+        self._open[fh] = node.inode, node.path, handle
+        return FileInfo(fh=fh, direct_io=apart, keep_cache=apart)
+
+    @answering
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return self._open[fh][2].read(off, size)
+
+    @answering
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return await self._open[fh][2].write(off, buf)
+
+    @answering
+    async def release(self, fh: int) -> None:
+        handle = self._open[fh][2]
+        try:
+            await handle.close()
+        finally:
+            del self._open[fh]
+
+    # -- directories
+
+    @answering
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return self.tree.node(inode).inode
+
+    @answering
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        node = self.tree.node(fh)
+        for offset, name in enumerate((b".", b".."), start=1):
+            if start_id < offset:
+                dot = EntryAttributes()
+                dot.st_ino = fh if name == b"." else ROOT_INODE
+                dot.st_mode = 0o040755
+                if not pyfuse3.readdir_reply(token, name, dot, offset):
+                    return
+        with closing(node.entries(max(0, start_id - _DOTS))) as entries:  # type: ignore[type-var]
+            for offset, text, child in entries:
+                if not pyfuse3.readdir_reply(token, text.encode(), self.entry(child), offset + _DOTS):
+                    return
+
+    @answering
+    async def releasedir(self, fh: int) -> None:
+        pass
+
+    @answering
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self.tree.snapshotter.flush()
+
+    @answering
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        space = self.tree.snapshotter.space()
+        answer = StatvfsData()
+        for field in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail"):
+            setattr(answer, f"f_{field}", getattr(space, f"f_{field}"))
+        answer.f_namemax = names.NAME_MAX
+        return answer
+
+
+_ROOT_DIRECTORIES = frozenset(range(ROOT_INODE, 16))
+
+
+def _text(name: bytes) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise NotUtf8(f"the name {name!r} is not UTF-8") from None

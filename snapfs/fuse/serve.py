@@ -1,0 +1,138 @@
+"""Serving a root on a mountpoint: checks, mounting, the loop, signals and a clean end."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import stat
+import subprocess
+from collections.abc import Callable
+
+import msgspec
+import pyfuse3
+import trio
+
+from snapfs.errors import Unavailable
+from snapfs.fuse.operations import Operations
+from snapfs.kernel import mounting
+from snapfs.kernel.mounttable import mount_table
+from snapfs.snapshotter import Options, open_snapshotter
+from snapfs.tree import Tree
+
+log = logging.getLogger(__name__)
+
+FILE_SYSTEM = "snapfs"  # the mount table says fuse.snapfs
+
+GRACE = 5.0  # seconds that requests under way have to end once the daemon is to stop
+
+
+class MountOptions(msgspec.Struct, frozen=True):
+    """Options of the FUSE mount: ``allow_other``: users other than the owner may enter, with the modes that stat(2) shows;
+    ``ro``: read-only."""
+
+    allow_other: bool = False
+    ro: bool = False
+
+
+async def serve(
+    root: str, mountpoint: str, options: Options, mount: MountOptions, on_ready: Callable[[], None] = lambda: None
+) -> None:
+    """Mount the tree of ``root`` on ``mountpoint`` (an absolute path) and serve it until SIGINT, SIGTERM or umount; then
+    nothing is left mounted.
+
+    ``on_ready`` is called when requests are being answered.  Raises SnapshotError with a sentence where the root, the
+    mountpoint or FUSE can't be used.
+    """
+    await trio.to_thread.run_sync(_recover_mountpoint, mountpoint)
+    await trio.to_thread.run_sync(_check, root, mountpoint)
+    async with open_snapshotter(root, options) as snapshotter:
+        operations = Operations(Tree(snapshotter), on_ready)
+        try:
+            pyfuse3.init(operations, mountpoint, _fuse_options(snapshotter.layers.root, mount))
+        except RuntimeError as error:  # libfuse has said why on standard error
+            raise Unavailable(f"cannot mount on {mountpoint}: {error}") from None
+        asked_to_stop = False
+        try:
+            async with trio.open_nursery() as nursery:
+                loop = trio.CancelScope()
+                nursery.start_soon(_stop_on_signal, loop)
+                with loop:
+                    await pyfuse3.main()
+                asked_to_stop = loop.deadline < float("inf")
+                nursery.cancel_scope.cancel()
+        finally:
+            if asked_to_stop:
+                _abort(mountpoint)
+            pyfuse3.close(unmount=True)
+
+
+async def _stop_on_signal(loop: trio.CancelScope) -> None:
+    """End the loop at the first signal, when what is under way is done; at the second one at once."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            loop.deadline = trio.current_time() + (GRACE if loop.deadline == float("inf") else 0)
+            pyfuse3.terminate()
+
+
+def _abort(mountpoint: str) -> None:
+    """Refuse all requests that wait in the kernel and detach the mount.  Closing the device would do so too, but not while our
+    own thread waits in it for a lock that such a request holds (``cache.forget_name``)."""
+    try:
+        mounting.unmount(mountpoint, mounting.MNT_FORCE | mounting.MNT_DETACH)
+    except OSError as error:  # not root: fusermount3 detaches it when pyfuse3 closes
+        log.debug("cannot unmount %s directly: %s", mountpoint, error)
+
+
+def _fuse_options(root: str, mount: MountOptions) -> set[str]:
+    source = root if root.isascii() and not set(root) & set(",\\ ") else FILE_SYSTEM  # libfuse takes plain options only
+    options = {f"fsname={source}", f"subtype={FILE_SYSTEM}", "nosuid", "nodev", "noatime"}
+    if mount.ro:
+        options.add("ro")
+    if mount.allow_other:
+        # Only then does the kernel have to check modes, since without it nobody but the owner gets in.  It costs an attribute
+        # request for each change.
+        options |= {"allow_other", "default_permissions"}
+    return options
+
+
+def _recover_mountpoint(mountpoint: str) -> None:
+    """Unmount what a crashed daemon left; any other dead mount is not ours to touch."""
+    for _ in range(16):  # daemons may have crashed on top of each other
+        try:
+            os.stat(mountpoint)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                return
+        types = [mount.type for mount in mount_table() if mount.target == mountpoint]
+        if types and types[-1] != f"fuse.{FILE_SYSTEM}":
+            raise Unavailable(f"{mountpoint} is a dead mount of {types[-1]}; unmount it first: fusermount3 -uz {mountpoint}")
+        log.warning("%s was left mounted by a daemon that is gone; unmounting it", mountpoint)
+        try:
+            mounting.unmount(mountpoint, mounting.MNT_DETACH)
+        except PermissionError:
+            subprocess.run(["fusermount3", "-u", "-z", "--", mountpoint], check=False)
+
+
+def _check(root: str, mountpoint: str) -> None:
+    """Raise Unavailable, with a sentence, for what can be known to fail."""
+    try:
+        mode = os.stat(mountpoint).st_mode
+    except OSError as error:
+        raise Unavailable.from_os(f"mount on {mountpoint}", OSError(error.errno, error.strerror)) from None
+    if not stat.S_ISDIR(mode):
+        raise Unavailable(f"cannot mount on {mountpoint}: it is not a directory")
+    if any(mount.target == os.path.realpath(mountpoint) and mount.type == f"fuse.{FILE_SYSTEM}" for mount in mount_table()):
+        raise Unavailable(f"{mountpoint} is the mountpoint of another snapfs already; unmount that first")
+    inside, outside = os.path.realpath(mountpoint), os.path.realpath(root)
+    if os.path.commonpath([inside, outside]) in (inside, outside):
+        raise Unavailable(f"the root {root} and the mountpoint {mountpoint} must not lie within each other")
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise Unavailable(
+            f"cannot open /dev/fuse ({os.strerror(error.errno or 0)}): load the module with modprobe fuse, "
+            "or give the container the device"
+        ) from None

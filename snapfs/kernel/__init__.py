@@ -1,0 +1,1 @@
+"""The system calls and kernel tables that Python's standard library lacks, each behind a small typed function."""

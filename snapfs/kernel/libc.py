@@ -1,0 +1,57 @@
+"""The C library's functions as ctypes sees them; every call goes through ``call``, which raises OSError."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.syncfs.argtypes = [ctypes.c_int]
+_libc.opendir.argtypes = [ctypes.c_char_p]
+_libc.opendir.restype = ctypes.c_void_p
+_libc.readdir.argtypes = [ctypes.c_void_p]
+_libc.closedir.argtypes = [ctypes.c_void_p]
+_libc.syscall.restype = ctypes.c_long
+
+
+class Dirent(ctypes.Structure):
+    """``struct dirent`` of glibc and musl on 64-bit Linux (readdir(3))."""
+
+    _fields_ = (
+        ("d_ino", ctypes.c_uint64),
+        ("d_off", ctypes.c_int64),
+        ("d_reclen", ctypes.c_ushort),
+        ("d_type", ctypes.c_ubyte),
+        ("d_name", ctypes.c_char * 256),
+    )
+
+
+_libc.readdir.restype = ctypes.POINTER(Dirent)
+
+
+def call(function: str, *arguments: Any) -> int:
+    """Call ``function`` of the C library (the interpreter's lock is released meanwhile); raises OSError where it fails."""
+    result: int = getattr(_libc, function)(*arguments)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def directory_types(path: str) -> set[int]:
+    """The ``d_type`` of all entries of the directory ``path`` but ``.`` and ``..``; 0 is DT_UNKNOWN."""
+    stream = _libc.opendir(os.fsencode(path))
+    if not stream:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    try:
+        found = set()
+        while entry := _libc.readdir(stream):
+            if entry.contents.d_name not in (b".", b".."):
+                found.add(entry.contents.d_type)
+        return found
+    finally:
+        _libc.closedir(stream)

@@ -1,0 +1,60 @@
+"""What this kernel and this file system offer to overlayfs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from snapfs.kernel import libc, mounting
+
+_WHOLE_RANGE = ["0", "0", "4294967295"]
+
+
+def tells_types(directory: str) -> bool:
+    """Whether the file system that holds ``directory`` tells d_type, which overlayfs needs to see whiteouts."""
+    with tempfile.TemporaryDirectory(prefix="new-", dir=directory) as trial:
+        os.mkdir(f"{trial}/entry")
+        return libc.directory_types(trial) != {0}
+
+
+def in_user_namespace() -> bool:
+    """Whether this process runs in another user namespace than the initial one (user_namespaces(7))."""
+    try:
+        return Path("/proc/self/uid_map").read_text().split() != _WHOLE_RANGE
+    except FileNotFoundError:  # a kernel without user namespaces
+        return False
+
+
+def needs_userxattr(directory: str) -> bool:
+    """Whether overlay mounts over ``directory`` need ``userxattr``: only inside a user namespace, never on tmpfs; kernels
+    from 5.11 on know the option, older ones may (patched) or may not, which a trial mount tells."""
+    if not in_user_namespace() or mountpoint_type(directory) == "tmpfs":
+        return False
+    if mounting.kernel_version() >= (5, 11):
+        return True
+    trial = tempfile.mkdtemp(prefix="new-", dir=directory)
+    try:
+        for name in ("lower", "upper", "work", "merged"):
+            os.mkdir(f"{trial}/{name}")
+        layers = "userxattr,lowerdir=lower,upperdir=upper,workdir=work".replace("=", f"={trial}/")
+        mounting.mount("overlay", f"{trial}/merged", "overlay", mounting.MS_RDONLY, layers)
+        mounting.unmount(f"{trial}/merged", mounting.MNT_DETACH)
+        return True
+    except OSError:
+        return False
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+def knows_index() -> bool:
+    """Whether this kernel's overlayfs has the parameter ``index`` (4.13 and later)."""
+    return os.path.exists("/sys/module/overlay/parameters/index")
+
+
+def mountpoint_type(directory: str) -> str:
+    """The type of the file system that holds ``directory``, as in the mount table: ext4, xfs, tmpfs …"""
+    from snapfs.kernel.mounttable import mount_of
+
+    return mount_of(directory).type

@@ -1,0 +1,302 @@
+"""The directories on disk: ROOT/snapshots/<id>/{fs,work}, from a pool of ready-made ones into the trash.
+
+    ROOT/            0700
+      lock           held by the process that has the root open; says its pid
+      metadata.mdb   the records (``snapfs/metastore.py``)
+      snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots
+      pool/          new-… directories, made beforehand, so that Prepare costs one rename
+      trash/         what was removed and is being deleted
+      lost+found/    what stood in snapshots/ and nobody knows
+
+All functions block on the disk: they are for worker threads.  Nothing here knows about records or keys.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+
+from snapfs.errors import Unavailable
+from snapfs.kernel import probe
+from snapfs.model import Kind, Usage
+from snapfs.mountspec import Mapped, to_host
+
+log = logging.getLogger(__name__)
+
+POOL = 32  # a burst of Prepares finds so many directories ready; refilled when half are gone
+DEPTH = 50  # directories deeper than this are deleted from the trash's top: bounds stack and descriptors
+
+_OURS = frozenset(("lock", "metadata.mdb", "metadata.mdb-lock", "snapshots", "pool", "trash", "lost+found", "rootfs"))
+
+
+class Layers:
+    """One root's directories.  Made by ``open``; ``close`` gives up the lock and the pool, and may be called twice."""
+
+    def __init__(self, root: str, lock: int) -> None:
+        self.root = root
+        self.empty = Usage()
+        """What a layer with nothing in it takes: its directory."""
+        self.snapshots = f"{root}/snapshots"
+        self._pool_directory = f"{root}/pool"
+        self._trash = f"{root}/trash"
+        self._lost = f"{root}/lost+found"
+        self._lock = lock
+        self._pool: deque[str] = deque()
+        self._serial = 0
+        self._owner = (os.geteuid(), os.getegid())
+
+    @classmethod
+    def open(cls, root: str) -> Layers:
+        """Take ``root``, made with mode 0700 where missing.
+
+        Raises Unavailable with a sentence: held by another process (which one), not a directory of ours, a file system
+        without d_type, or what the operating system refused.
+        """
+        root = os.path.realpath(root)
+        try:
+            root.encode()
+        except UnicodeEncodeError:
+            raise Unavailable(f"the root {root!r} is not UTF-8; mount specs could not name it") from None
+        try:
+            os.makedirs(root, mode=0o700, exist_ok=True)
+            present = os.listdir(root)
+            if present and "snapshots" not in present and not _OURS.issuperset(present):
+                raise Unavailable(f"{root} is neither empty nor a root of snapfs; give a directory of its own")
+            if stat.S_IMODE(os.stat(root).st_mode) & 0o077:
+                os.chmod(root, 0o700)
+            lock = _lock(root)
+        except OSError as error:
+            raise Unavailable.from_os(f"use {root} as root", error) from error
+        layers = cls(root, lock)
+        try:
+            for directory in (layers.snapshots, layers._pool_directory, layers._trash):
+                os.makedirs(directory, mode=0o700, exist_ok=True)
+            if not probe.tells_types(layers._pool_directory):
+                raise Unavailable(
+                    f"the file system of {root} does not tell the types of directory entries (d_type), which overlayfs "
+                    "needs; if it is xfs, make it anew with: mkfs.xfs -n ftype=1"
+                )
+            for leftover in os.listdir(layers._pool_directory):
+                layers._discard(f"{layers._pool_directory}/{leftover}")
+            layers._pool.append(layers._make(Kind.ACTIVE))
+            layers.empty = Usage(1, os.stat(f"{layers._pool[0]}/fs").st_blocks * 512)
+        except OSError as error:
+            layers.close()
+            raise Unavailable.from_os(f"use {root} as root", error) from error
+        except BaseException:
+            layers.close()
+            raise
+        return layers
+
+    def close(self) -> None:
+        """Empty the pool and let go of the root."""
+        while self._pool:
+            _remove_empty(self._pool.popleft())
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def directory(self, number: int) -> str:
+        """ROOT/snapshots/<id>."""
+        return f"{self.snapshots}/{number}"
+
+    def fs(self, number: int) -> str:
+        """ROOT/snapshots/<id>/fs: the snapshot's own layer."""
+        return f"{self.snapshots}/{number}/fs"
+
+    # -- making
+
+    @property
+    def pool_is_low(self) -> bool:
+        return len(self._pool) <= POOL // 2
+
+    def fill_pool(self, checkpoint: Callable[[], None]) -> None:
+        """Make directories until the pool is full; ``checkpoint`` may raise between two of them."""
+        while len(self._pool) < POOL:
+            checkpoint()
+            self._pool.append(self._make(Kind.ACTIVE))
+
+    def place(self, number: int, kind: Kind, owner: tuple[int, int] | None) -> None:
+        """Put a fresh directory at snapshots/<number>, its ``fs`` owned by ``owner`` (uid, gid).
+
+        It appears whole by one rename; raises OSError, having left nothing.
+        """
+        try:
+            path = self._pool.popleft()
+            if kind is Kind.VIEW:
+                os.rmdir(f"{path}/work")
+        except IndexError:
+            path = self._make(kind)
+        try:
+            if owner is not None and owner != self._owner:
+                os.lchown(f"{path}/fs", *owner)
+            if os.path.lexists(self.directory(number)):  # what a crash left before its record was written
+                self.retire(number)
+            os.rename(path, self.directory(number))
+        except OSError:
+            _remove_empty(path)
+            raise
+
+    def _make(self, kind: Kind) -> str:
+        self._serial += 1
+        path = f"{self._pool_directory}/new-{os.getpid()}-{self._serial}"
+        os.mkdir(path, 0o700)
+        try:
+            for name, mode in (("fs", 0o755), ("work", 0o711))[: 2 if kind is not Kind.VIEW else 1]:
+                os.mkdir(f"{path}/{name}")
+                os.chmod(f"{path}/{name}", mode)  # whatever the umask
+        except OSError:
+            _remove_empty(path)
+            raise
+        return path
+
+    def chown(self, number: int, before: Sequence[Sequence[Mapped]], after: Sequence[Sequence[Mapped]]) -> None:
+        """Change the owners of all that snapshot ``number`` has in its layer from the mapping ``before`` to ``after``, each
+        (uids, gids); an empty mapping is the identity.  Owners without a counterpart stay."""
+        base = os.open(self.directory(number), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _chown(base, "fs", before, after)
+        finally:
+            os.close(base)
+        for _, directories, files, fd in os.fwalk(self.fs(number), follow_symlinks=False):
+            for name in (*directories, *files):
+                _chown(fd, name, before, after)
+
+    # -- unmaking
+
+    def retire(self, number: int) -> None:
+        """Move snapshots/<number> into the trash; raises OSError."""
+        self._discard(self.directory(number))
+
+    def _discard(self, path: str) -> None:
+        while True:
+            self._serial += 1
+            target = f"{self._trash}/{os.path.basename(path)}-{os.getpid()}-{self._serial}"
+            if not os.path.lexists(target):
+                os.rename(path, target)
+                return
+
+    def sweep(self, known: Collection[int]) -> None:
+        """Move what stands in snapshots/ without a record into the trash: ids that are not in ``known`` and abandoned
+        ``new-…`` directories.  What snapfs can't have made goes to lost+found, unseen and whole."""
+        for name in os.listdir(self.snapshots):
+            path = f"{self.snapshots}/{name}"
+            number = parse_id(name)
+            if number is None and not name.startswith("new-"):
+                os.makedirs(self._lost, mode=0o700, exist_ok=True)
+                target = f"{self._lost}/{name}"
+                while os.path.lexists(target):
+                    target += "~"
+                os.rename(path, target)
+                log.warning("%s is none of snapfs's directories; moved to %s", path, target)
+            elif number not in known:
+                self._discard(path)
+
+    def present(self) -> set[int]:
+        """The ids that have a directory."""
+        return {number for name in os.listdir(self.snapshots) if (number := parse_id(name)) is not None}
+
+    def empty_trash(self, checkpoint: Callable[[], None] = lambda: None) -> None:
+        """Delete what is in the trash; ``checkpoint`` is called once an entry and may raise to stop.
+
+        What can't be deleted is logged and stays for the next time.
+        """
+        trash = os.open(self._trash, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            failed: set[str] = set()
+            while names := [name for name in os.listdir(trash) if name not in failed]:
+                for name in names:
+                    checkpoint()
+                    try:
+                        self._delete(trash, name, trash, 0, checkpoint)
+                    except OSError as error:
+                        failed.add(name)
+                        log.warning("cannot delete %s/%s: %s", self._trash, name, error)
+        finally:
+            os.close(trash)
+
+    def _delete(self, parent: int, name: str, trash: int, depth: int, checkpoint: Callable[[], None]) -> None:
+        """Delete ``name`` in the directory ``parent`` and all below it; what lies too deep is moved to the top of ``trash``."""
+        try:
+            os.unlink(name, dir_fd=parent)
+            return
+        except FileNotFoundError:
+            return
+        except (IsADirectoryError, PermissionError):  # Linux says the former of directories, POSIX the latter
+            pass
+        try:
+            os.rmdir(name, dir_fd=parent)
+            return
+        except OSError as error:
+            if error.errno not in _NOT_EMPTY:
+                raise
+        if depth == DEPTH:
+            self._serial += 1
+            os.rename(name, f"deep-{os.getpid()}-{self._serial}", src_dir_fd=parent, dst_dir_fd=trash)
+            return
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            for child in os.listdir(fd):
+                checkpoint()
+                self._delete(fd, child, trash, depth + 1, checkpoint)
+        finally:
+            os.close(fd)
+        os.rmdir(name, dir_fd=parent)
+
+
+_NOT_EMPTY = frozenset((errno.ENOTEMPTY, errno.EEXIST))
+
+
+def parse_id(name: str) -> int | None:
+    """The id whose directory is called ``name``: decimal, from 1, no leading zero; None for any other name."""
+    return int(name) if name.isascii() and name.isdigit() and name[0] != "0" and len(name) < 12 else None
+
+
+def _chown(parent: int, name: str, before: Sequence[Sequence[Mapped]], after: Sequence[Sequence[Mapped]]) -> None:
+    entry = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    uid = _remapped(entry.st_uid, before[0], after[0])
+    gid = _remapped(entry.st_gid, before[1], after[1])
+    if (uid, gid) != (entry.st_uid, entry.st_gid):
+        os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+        if not stat.S_ISLNK(entry.st_mode):  # chown drops the set-user-ID and set-group-ID bits
+            os.chmod(name, stat.S_IMODE(entry.st_mode), dir_fd=parent)
+
+
+def _remapped(owner: int, before: Sequence[Mapped], after: Sequence[Mapped]) -> int:
+    inside = to_host(owner, [(host, container, size) for container, host, size in before]) if before else owner
+    if inside is None:
+        return owner
+    outside = to_host(inside, after) if after else inside
+    return owner if outside is None else outside
+
+
+def _remove_empty(path: str) -> None:
+    """Remove a fresh directory; what doesn't go is left for the next start."""
+    for part in (f"{path}/fs", f"{path}/work", path):
+        try:
+            os.rmdir(part)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                log.warning("cannot remove %s: %s", part, error)
+
+
+def _lock(root: str) -> int:
+    """Take ROOT/lock for this process; the descriptor holds it until it is closed, by whatever end."""
+    fd = os.open(f"{root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise Unavailable(f"{root} is in use by the process with pid {holder}; stop that one first") from None
+    except BaseException:
+        os.close(fd)
+        raise
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd

@@ -1,0 +1,419 @@
+"""The records in LMDB: what a snapshot is, durable when a call returns.
+
+Tables (keys are compared as bytes; ids are 8 bytes, big-endian, so byte order is numeric order):
+
+    meta         "schema" -> version;  "last_id" -> the highest id ever given out
+    snapshots    id -> Record
+    names        key or name, UTF-8 -> id         in this order Walk lists
+    active, view, committed      id -> name       for listing one kind in id order: the last id is a place to go on from
+    children     parent id, kind's first letter, id -> name
+    uncounted    id -> nothing                    committed, and its usage not yet known
+
+**Reading** takes an LMDB read transaction of its own for each call: about a microsecond, no lock, no thread, one
+consistent state.  **Writing** goes through one writer (``serve``): it takes all that waits, runs each operation in a
+nested transaction of its own, and makes the batch durable with one sync (group commit).  An operation that fails undoes
+itself and fails alone; if the sync fails, all of the batch do.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import lmdb
+import msgspec
+import trio
+
+from snapfs.errors import Damaged, SnapshotError, Unavailable
+from snapfs.model import Change, Info, Kind, Usage
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SCHEMA = 1
+MAP_SIZE = 64 << 30  # address space, not memory or disk: a thousand bytes a snapshot leaves room for 60 million
+BATCH = 128  # operations that one sync serves at most, so that nobody waits for an endless batch
+
+Undo = Callable[[], None]
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True):
+    """What the table ``snapshots`` holds, as MessagePack: an array in this order; new fields go to the end, with defaults.
+
+    ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted.
+    """
+
+    name: str
+    kind: Kind
+    parent: int
+    created: int
+    updated: int
+    labels: dict[str, str]
+    usage: Usage | None = None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Record).decode
+
+
+def _key(number: int) -> bytes:
+    return number.to_bytes(8, "big")
+
+
+def _number(key: bytes) -> int:
+    return int.from_bytes(key, "big")
+
+
+class Reader:
+    """One consistent state of the store; valid inside ``MetaStore.reading`` or a write operation only."""
+
+    def __init__(self, store: MetaStore, txn: lmdb.Transaction[bytes]) -> None:
+        self._store = store
+        self._txn = txn
+
+    def id_of(self, name: str) -> int | None:
+        """The id of the snapshot called ``name``."""
+        try:
+            found = self._txn.get(name.encode(), db=self._store.names)
+        except (lmdb.BadValsizeError, UnicodeEncodeError):  # empty or too long or no UTF-8: no key can be that
+            return None
+        return _number(found) if found else None
+
+    def record(self, number: int) -> Record | None:
+        """The record of snapshot ``number``; raises Damaged where it can't be decoded."""
+        found = self._txn.get(_key(number), db=self._store.snapshots)
+        if found is None:
+            return None
+        try:
+            return _decode(found)
+        except msgspec.MsgspecError as error:
+            raise Damaged(f"the record of snapshot {number} can't be read: {error}") from error
+
+    def parent_of(self, record: Record) -> Record:
+        """The record of the parent of ``record``, which must have one; raises Damaged where there is none."""
+        parent = self.record(record.parent)
+        if parent is None:
+            raise Damaged(f'the parent of snapshot "{record.name}", number {record.parent}, has no record')
+        return parent
+
+    def info(self, number: int, record: Record) -> Info:
+        """What Stat shows of ``record``."""
+        return Info(
+            name=record.name,
+            kind=record.kind,
+            id=number,
+            parent=self.parent_of(record).name if record.parent else None,
+            labels=record.labels,
+            created=record.created,
+            updated=record.updated,
+        )
+
+    def chain(self, record: Record) -> list[int]:
+        """The ids of the parents of ``record``, the nearest first."""
+        chain = []
+        while record.parent:
+            chain.append(record.parent)
+            record = self.parent_of(record)
+        return chain
+
+    def listing(self, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
+        """Id and name of all snapshots of ``kind`` with an id above ``after``, in id order."""
+        with self._txn.cursor(db=self._store.kinds[kind]) as cursor:
+            if cursor.set_range(_key(after + 1)):
+                for key, name in cursor:
+                    yield _number(key), name.decode()
+
+    def children(self, parent: int, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
+        """The same for the children of snapshot ``parent``."""
+        prefix = _key(parent) + kind[0].encode()
+        with self._txn.cursor(db=self._store.child_table) as cursor:
+            if cursor.set_range(prefix + _key(after + 1)):
+                for key, name in cursor:
+                    if not key.startswith(prefix):
+                        return
+                    yield _number(key[9:]), name.decode()
+
+    def a_child(self, parent: int) -> tuple[Kind, str] | None:
+        """Kind and name of one of the children of snapshot ``parent``, None where it has none."""
+        return next(((kind, name) for kind in Kind for _, name in self.children(parent, kind)), None)
+
+    def records(self, after: int = 0) -> Iterator[tuple[int, Record]]:
+        """Id and record of all snapshots with an id above ``after``, in id order."""
+        with self._txn.cursor(db=self._store.snapshots) as cursor:
+            if cursor.set_range(_key(after + 1)):
+                for key, value in cursor:
+                    yield _number(key), _decode(value)
+
+    def ids(self) -> set[int]:
+        """The ids of all snapshots."""
+        with self._txn.cursor(db=self._store.snapshots) as cursor:
+            return {_number(key) for key in cursor.iternext(values=False)}
+
+    def walk(self) -> Iterator[Info]:
+        """All snapshots in the order of their keys' bytes."""
+        with self._txn.cursor(db=self._store.names) as cursor:
+            for _, key in cursor:
+                record = self.record(_number(key))
+                if record is None:
+                    raise Damaged(f"snapshot {_number(key)} has a name but no record")
+                yield self.info(_number(key), record)
+
+    def uncounted(self) -> list[int]:
+        """The ids of committed snapshots whose usage is not yet known."""
+        with self._txn.cursor(db=self._store.uncounted_table) as cursor:
+            return [_number(key) for key in cursor.iternext(values=False)]
+
+    def last_id(self) -> int:
+        """The highest id ever given out."""
+        return _number(self._txn.get(b"last_id", b"", db=self._store.meta))
+
+
+class Writer(Reader):
+    """What a write operation may do besides reading.  It runs in the writer's thread, one operation at a time."""
+
+    def __init__(self, store: MetaStore, txn: lmdb.Transaction[bytes], batch: _Batch) -> None:
+        super().__init__(store, txn)
+        self._batch = batch
+        self.undos: list[Undo] = []
+        self.afters: list[Undo] = []
+        self.changes: list[Change] = []
+
+    def on_failure(self, undo: Undo) -> None:
+        """Run ``undo`` if this operation, or the sync of its batch, fails after all."""
+        self.undos.append(undo)
+
+    def when_durable(self, act: Undo) -> None:
+        """Run ``act`` in the writer's thread once the batch is on disk; what it raises is logged."""
+        self.afters.append(act)
+
+    def sync_directory(self, fd: int) -> None:
+        """Flush the directory open as ``fd`` before the batch's records, once a batch: no record without its directory."""
+        self._batch.directories.add(fd)
+
+    def changed(self, before: Info | None, after: Info | None, *, counted: bool = False) -> None:
+        """Tell the listeners, once it is durable."""
+        self.changes.append(Change(before, after, counted))
+
+    def next_id(self) -> int:
+        """An id that was never given out; given back if the operation fails, since then nobody has seen it."""
+        number = self.last_id() + 1
+        self._txn.put(b"last_id", _key(number), db=self._store.meta)
+        return number
+
+    def put(self, number: int, record: Record) -> None:
+        """Write ``record`` as snapshot ``number``, in place of what that was, with all indexes."""
+        before = self.record(number)
+        if before is not None:
+            self._unindex(number, before, keep_name=before.name == record.name)
+        store, txn, key, name = self._store, self._txn, _key(number), record.name.encode()
+        txn.put(key, _encode(record), db=store.snapshots)
+        txn.put(name, key, db=store.names)
+        txn.put(key, name, db=store.kinds[record.kind])
+        if record.parent:
+            txn.put(_key(record.parent) + record.kind[0].encode() + key, name, db=store.child_table)
+        if record.kind is Kind.COMMITTED and record.usage is None:
+            txn.put(key, b"", db=store.uncounted_table)
+
+    def delete(self, number: int, record: Record) -> None:
+        """Take snapshot ``number`` out, with all indexes."""
+        self._unindex(number, record, keep_name=False)
+        self._txn.delete(_key(number), db=self._store.snapshots)
+
+    def _unindex(self, number: int, record: Record, keep_name: bool) -> None:
+        store, txn, key = self._store, self._txn, _key(number)
+        if not keep_name:
+            txn.delete(record.name.encode(), db=store.names)
+        txn.delete(key, db=store.kinds[record.kind])
+        txn.delete(key, db=store.uncounted_table)
+        if record.parent:
+            txn.delete(_key(record.parent) + record.kind[0].encode() + key, db=store.child_table)
+
+
+class MetaStore:
+    """One LMDB environment with one writer.
+
+    Open it (``MetaStore(path)``: the file, with ``path-lock`` beside it), run ``serve`` in a nursery, ``close`` it.
+    Raises Unavailable where the file can't be opened, Damaged where it is none of ours or of a newer schema.
+    """
+
+    def __init__(self, path: str, map_size: int = MAP_SIZE) -> None:
+        self.path = path
+        self.listeners: list[Callable[[Change], None]] = []
+        try:
+            self._env = lmdb.open(
+                path, subdir=False, map_size=map_size, mode=0o600, max_dbs=8, max_spare_txns=1, max_readers=64
+            )
+            self._env.reader_check()
+            with self._env.begin(write=True) as txn:
+                self.meta = self._env.open_db(b"meta", txn)
+                self.snapshots = self._env.open_db(b"snapshots", txn)
+                self.names = self._env.open_db(b"names", txn)
+                self.kinds = {kind: self._env.open_db(kind.value.encode(), txn) for kind in Kind}
+                self.child_table = self._env.open_db(b"children", txn)
+                self.uncounted_table = self._env.open_db(b"uncounted", txn)
+                found = txn.get(b"schema", db=self.meta)
+                if found is None:
+                    txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)
+        except lmdb.Error as error:
+            raise _refused(f"open the records in {path}", error) from error
+        if found is not None and found != str(SCHEMA).encode():
+            self._env.close()
+            version = found.decode(errors="replace")
+            raise Damaged(f"the records in {path} have schema {version}; this snapfs reads schema {SCHEMA}")
+        self._send: trio.MemorySendChannel[_Request[Any]] | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """Close the environment; twice is fine.  The writer must have ended (``serve``)."""
+        self._closed = True
+        self._env.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[Reader]:
+        """One consistent state, for a block that must be short and must not await anything."""
+        if self._closed:
+            raise Unavailable("the snapshotter is closed")
+        with self._env.begin() as txn:
+            yield Reader(self, txn)
+
+    async def write(self, operation: Callable[[Writer], T]) -> T:
+        """Run ``operation`` in the writer's thread; returns its result when that is durable, or raises what it raised,
+        having changed nothing.
+
+        Cancellation takes back what the writer has not begun; what it has begun is finished, so it is done or not done.
+        Raises Unavailable where the disk refuses (ENOSPC …) and after ``close``.
+        """
+        if self._send is None:
+            raise Unavailable("the snapshotter is closed")
+        request = _Request(operation)
+        self._send.send_nowait(request)
+        try:
+            await request.done.wait()
+        except trio.Cancelled:
+            if not request.begun:
+                request.withdrawn = True
+                raise
+            with trio.CancelScope(shield=True):
+                await request.done.wait()
+        return request.result()
+
+    def stop(self) -> None:
+        """Let ``serve`` finish what waits and return; later writes are refused."""
+        if self._send is not None:
+            self._send.close()
+            self._send = None
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The writer: one batch after the other until ``stop``.  May be run again after that."""
+        self._send, receive = trio.open_memory_channel[_Request[Any]](math.inf)
+        task_status.started()
+        async for first in receive:
+            batch = _Batch([first])
+            while len(batch.requests) < BATCH:
+                try:
+                    batch.requests.append(receive.receive_nowait())
+                except (trio.WouldBlock, trio.EndOfChannel):
+                    break
+            batch.requests = [request for request in batch.requests if not request.withdrawn]
+            for request in batch.requests:
+                request.begun = True
+            if not batch.requests:
+                continue
+            with trio.CancelScope(shield=True):  # a thread can't be stopped, and its outcome must be told
+                await trio.to_thread.run_sync(self._run, batch)
+            for request in batch.requests:
+                for change in request.changes:
+                    for listener in self.listeners:
+                        listener(change)
+                request.done.set()
+
+    def _run(self, batch: _Batch) -> None:
+        """Run a batch in the writer's thread; leaves each request with a result or an error."""
+        writers: list[Writer] = []
+        try:
+            with self._env.begin(write=True) as txn:
+                for request in batch.requests:
+                    writer = self._run_one(txn, batch, request)
+                    if writer is not None:
+                        writers.append(writer)
+                for fd in batch.directories:
+                    os.fsync(fd)
+        except (lmdb.Error, OSError) as error:
+            refusal = _refused("write the records", error)
+            log.error("%s", refusal)
+            for writer in reversed(writers):
+                _undo(writer)
+            for request in batch.requests:
+                if request.error is None:
+                    request.error = refusal
+            return
+        for request, writer in zip((r for r in batch.requests if r.error is None), writers, strict=True):
+            request.changes = writer.changes
+            for act in writer.afters:
+                try:
+                    act()
+                except OSError as error:
+                    log.warning("after a change was made: %s", error)
+
+    def _run_one(self, txn: lmdb.Transaction[bytes], batch: _Batch, request: _Request[Any]) -> Writer | None:
+        writer = None
+        try:
+            with self._env.begin(write=True, parent=txn) as nested:
+                writer = Writer(self, nested, batch)
+                request.value = request.operation(writer)
+            return writer
+        except SnapshotError as error:
+            request.error = error
+        except (lmdb.Error, OSError) as error:
+            request.error = _refused("change the store", error)
+        except Exception as error:  # a bug: it must reach the caller, not end the writer
+            request.error = error
+        if writer is not None:
+            _undo(writer)
+        return None
+
+
+class _Request(Generic[T]):
+    """One operation on its way through the writer."""
+
+    def __init__(self, operation: Callable[[Writer], T]) -> None:
+        self.operation = operation
+        self.done = trio.Event()
+        self.begun = False
+        self.withdrawn = False
+        self.value: T
+        self.error: BaseException | None = None
+        self.changes: list[Change] = []
+
+    def result(self) -> T:
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class _Batch:
+    """What one sync makes durable."""
+
+    def __init__(self, requests: list[_Request[Any]]) -> None:
+        self.requests = requests
+        self.directories: set[int] = set()
+
+
+def _undo(writer: Writer) -> None:
+    for undo in reversed(writer.undos):
+        try:
+            undo()
+        except OSError as error:
+            log.warning("while undoing a failed operation: %s", error)
+
+
+def _refused(doing: str, error: lmdb.Error | OSError) -> Unavailable:
+    if isinstance(error, OSError):
+        return Unavailable.from_os(doing, error)
+    code = error.code if error.code > 0 else None  # LMDB's own codes are negative, the system's positive
+    return Unavailable(f"cannot {doing}: {error}", code)

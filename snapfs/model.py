@@ -1,0 +1,70 @@
+"""What a snapshot is, as plain frozen values: no I/O, no behaviour.
+
+The words are containerd's (``core/snapshots``): a snapshot is *active* (writable), a *view* (read-only) or
+*committed* (may be a parent).  A *key* names an active snapshot or a view, a *name* a committed one; all share one
+key space.  Times are nanoseconds since the Unix epoch, UTC; sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import msgspec
+
+
+class Kind(enum.StrEnum):
+    """The three kinds of snapshot; the value is the word that users read and write."""
+
+    ACTIVE = "active"
+    VIEW = "view"
+    COMMITTED = "committed"
+
+
+class Info(msgspec.Struct, frozen=True, kw_only=True):
+    """One snapshot as Stat and Walk show it.
+
+    ``id`` is the number of its directory ``ROOT/snapshots/<id>``: from 1, kept by Commit and rename, never used
+    twice.  ``parent`` is the parent's name, or None.  ``created`` equals ``updated`` until the first Update.
+    """
+
+    name: str
+    kind: Kind
+    id: int
+    parent: str | None
+    labels: Mapping[str, str]
+    created: int
+    updated: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What a snapshot alone takes on disk: distinct inodes, and allocated bytes (blocks of 512)."""
+
+    inodes: int = 0
+    size: int = 0
+
+
+class Mount(msgspec.Struct, frozen=True):
+    """One mount of a mount spec; the fields are those of mount(8) and of the OCI runtime spec."""
+
+    type: str
+    source: str
+    options: tuple[str, ...]
+
+
+class Change(msgspec.Struct, frozen=True):
+    """One durable change of one snapshot: created (no ``before``), removed (no ``after``), or both differ.
+
+    ``counted`` marks the one change that is no client's doing: the usage of a committed snapshot has become known.
+    """
+
+    before: Info | None
+    after: Info | None
+    counted: bool = False
+
+
+def rfc3339(ns: int) -> str:
+    """``ns`` since the epoch as RFC 3339 in UTC with nine digits: ``2026-11-23T23:08:38.000000123Z``."""
+    seconds, fraction = divmod(ns, 1_000_000_000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"

@@ -1,0 +1,68 @@
+"""Key <-> file name: how any key becomes one path component, and back.
+
+``%``, ``/`` and control characters are percent-encoded as UTF-8 bytes with upper-case hex digits, and so is the
+first dot of ``.`` and ``..``; everything else stands for itself:
+
+>>> encode("default/12/sha256:ab")
+'default%2F12%2Fsha256:ab'
+
+Each key has exactly one encoding and decoding is its exact inverse, so a file name that is not the canonical encoding of
+a key names nothing.  Keys are UTF-8, not empty, and at most 255 bytes *as a file name* (NAME_MAX of Linux), at every
+door, so each snapshot always has a path.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from snapfs.errors import InvalidArgument, NameTooLong, NotUtf8
+
+NAME_MAX = 255
+"""Bytes that a file name may have: ``statvfs().f_namemax`` of Linux's file systems."""
+
+_ENCODED = re.compile("[%/\x00-\x1f\x7f-\x9f]")
+_DECODED = re.compile("(?:%[0-9A-F]{2})+")
+
+assert all(unicodedata.category(chr(c)) == "Cc" for c in [*range(0x20), *range(0x7F, 0xA0)])
+
+
+def encode(key: str) -> str:
+    """The file name of ``key``.
+
+    Raises InvalidArgument for an empty key, NotUtf8 for one with lone surrogates (how Python spells bytes that are
+    not UTF-8), NameTooLong where the file name would exceed 255 bytes.
+    """
+    if not key:
+        raise InvalidArgument("a snapshot's key must not be empty")
+    try:
+        if key in (".", ".."):
+            name = "%2E" + key[1:]
+        else:
+            name = _ENCODED.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), key)
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        raise NotUtf8(f"the key {key!r} is not UTF-8") from None
+    if length > NAME_MAX:
+        raise NameTooLong(f'the key "{key[:40]}…" takes {length} bytes as a file name; at most {NAME_MAX} fit')
+    return name
+
+
+def decode(file_name: str) -> str:
+    """The key whose canonical file name ``file_name`` is; raises InvalidArgument (or NameTooLong) for all others."""
+    try:
+        key = _DECODED.sub(lambda m: bytes.fromhex(m[0].replace("%", "")).decode(), file_name)
+    except UnicodeDecodeError:
+        raise InvalidArgument(f'"{printable(file_name)}" is no key\'s file name: the bytes are not UTF-8') from None
+    if len(file_name.encode(errors="surrogateescape")) > NAME_MAX:
+        raise NameTooLong(f'the name "{printable(file_name[:40])}…" is longer than {NAME_MAX} bytes')
+    canonical = encode(key)
+    if canonical != file_name:
+        raise InvalidArgument(f'"{printable(file_name)}" is no key\'s file name; write "{printable(canonical)}"')
+    return key
+
+
+def printable(text: str) -> str:
+    """``text`` on one line for a log: control characters percent-encoded, bytes that are not UTF-8 as ``\\xNN``."""
+    text = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return re.sub("[\x00-\x1f\x7f-\x9f]", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)

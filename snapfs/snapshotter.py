@@ -1,0 +1,695 @@
+"""Snapshotter: containerd's snapshotter interface over records (``metastore``) and directories (``layers``).
+
+Source of the semantics: containerd ``core/snapshots`` and its overlay snapshotter.  Where snapfs does better the
+docstrings say "better".  Everything here knows keys and names only; file names, errno, gRPC and commands are the doors'.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from snapfs import mountspec, names
+from snapfs.errors import (
+    AlreadyExists,
+    Busy,
+    Damaged,
+    FailedPrecondition,
+    HasChildren,
+    InvalidArgument,
+    LabelTooBig,
+    NotFound,
+    NotUtf8,
+    Unavailable,
+    WrongParent,
+)
+from snapfs.filters import compile_filters
+from snapfs.kernel import mounting, probe
+from snapfs.kernel.mounttable import writers
+from snapfs.layers import Layers
+from snapfs.metastore import MetaStore, Reader, Record, Writer
+from snapfs.model import Change, Info, Kind, Mount, Usage
+from snapfs.usage import disk_usage
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+UPPERDIR_LABEL = "containerd.io/snapshot/overlay.upperdir"
+LABEL_MAX = 4096  # bytes of a label's key and value together, as in containerd
+
+Labels = Mapping[str, str]
+
+Ref = str | int
+"""A snapshot by its key or name, or by its id, which stays right while others rename and replace."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How a root is used; each means what it means to containerd's overlay snapshotter.
+
+    ``async_remove``: Remove leaves the files to Cleanup.  ``upperdir_label``: Stat, Update and Walk return each snapshot's
+    layer as a label.  ``mount_options``: put on every overlay mount (never on binds).  ``remap_ids``: the mapping labels
+    become ``uidmap=`` and ``gidmap=`` of the mounts.  ``slow_chown``: where layers can't be idmapped, change the owners in
+    the upper layer instead; without it such a Prepare is refused.
+    """
+
+    async_remove: bool = False
+    upperdir_label: bool = False
+    mount_options: tuple[str, ...] = ()
+    remap_ids: bool = False
+    slow_chown: bool = False
+
+
+@asynccontextmanager
+async def open_snapshotter(
+    root: str | os.PathLike[str], options: Options | None = None, *, metastore: MetaStore | None = None
+) -> AsyncIterator[Snapshotter]:
+    """Open ``root`` (made where missing) for this process; on leaving the block everything is closed.
+
+    ``metastore`` puts the records elsewhere than ROOT/metadata.mdb: a store that the caller opened and closes.
+
+    Raises Unavailable where the root can't be used (a sentence that says why and what to do), Damaged where what is on disk
+    contradicts itself.
+    """
+    failure: BaseException | None = None
+    snapshotter = await trio.to_thread.run_sync(Snapshotter._open, os.fspath(root), options or Options(), metastore)
+    async with trio.open_nursery() as nursery:
+        try:
+            await snapshotter._start(nursery)
+            yield snapshotter
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # kept out of the nursery, which would wrap it in a group
+            failure = error
+        finally:
+            await snapshotter.close()
+    if failure is not None:
+        raise failure
+
+
+class Snapshotter:
+    """The snapshots of one root.  Made by ``open_snapshotter``; all methods are for trio tasks and may be called at once by
+    many.  Each change is durable when its call returns, and a cancelled call has happened or has not.
+
+    After ``close`` every call raises Unavailable.  Errors of the disk are Unavailable with the errno.
+    """
+
+    def __init__(self, options: Options, layers: Layers, store: MetaStore, owns_store: bool) -> None:
+        self.options = options
+        self.layers = layers
+        self.records = store
+        self._owns_store = owns_store
+        self._nursery: trio.Nursery
+        self._writer_ended = trio.Event()
+        self._writer_ended.set()
+        self._closed = False
+        self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._overlay_options = _overlay_options(options.mount_options, layers.snapshots)
+        self._maps_ids = options.remap_ids and mounting.maps_ids(layers.snapshots)
+        self._damaged: frozenset[int] = frozenset()
+        self._scans: dict[int, _Scan] = {}
+        self._counting: dict[int, trio.Event] = {}
+        self._last_known: dict[int, Usage] = {}
+        self._pool_wakeup = trio.Event()
+        self._trash_wakeup = trio.Event()
+        self._trash_lock = trio.Lock()
+        self._listeners: list[Callable[[Change], None]] = []
+        self.subscribe(self._forget_removed)
+
+    # -- opening and closing
+
+    @classmethod
+    def _open(cls, root: str, options: Options, metastore: MetaStore | None) -> Snapshotter:
+        layers = Layers.open(root)
+        store = metastore
+        try:
+            if store is None:
+                _refuse_lost_records(layers)
+                store = MetaStore(f"{layers.root}/metadata.mdb")
+            snapshotter = cls(options, layers, store, owns_store=metastore is None)
+            snapshotter._recover()
+            return snapshotter
+        except BaseException:
+            if store is not None and metastore is None:
+                store.close()
+            layers.close()
+            raise
+
+    def _recover(self) -> None:
+        """Bring records and directories together after whatever happened: what no record names goes to the trash, a record
+        whose directory is missing is reported as damaged, never guessed."""
+        with self.records.reading() as reader:
+            known = reader.ids()
+            self._damaged = frozenset(known - self.layers.present())
+            for number in sorted(self._damaged):
+                record = reader.record(number)
+                name = record.name if record else "?"
+                log.error('snapshot "%s" is damaged: its directory %s is missing', name, self.layers.directory(number))
+        if not self.options.async_remove:
+            for number in self.layers.present() - known:
+                self.layers.retire(number)
+
+    async def _start(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        await nursery.start(self._write, name="snapfs writer")
+        nursery.start_soon(self._fill_pool, name="snapfs pool")
+        nursery.start_soon(self._empty_trash, name="snapfs trash")
+        self._pool_wakeup.set()
+        if not self.options.async_remove:
+            self._trash_wakeup.set()
+        with self.records.reading() as reader:
+            for number in reader.uncounted():
+                self._count_soon(number)
+
+    async def close(self) -> None:
+        """Finish the writes under way, stop all else and let go of the root; twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        with trio.CancelScope(shield=True):
+            self.records.stop()
+            await self._writer_ended.wait()
+            self._nursery.cancel_scope.cancel()
+            for scan in list(self._scans.values()):
+                await scan.ended.wait()
+            async with self._trash_lock:
+                await trio.to_thread.run_sync(self._close_files)
+
+    def _close_files(self) -> None:
+        os.close(self._snapshots_fd)
+        for listener in self._listeners:
+            self.records.listeners.remove(listener)
+        if self._owns_store:
+            self.records.close()
+        self.layers.close()
+
+    async def _write(self, task_status: trio.TaskStatus[None]) -> None:
+        self._writer_ended = trio.Event()
+        with trio.CancelScope(shield=True):  # until ``close`` has stopped the records
+            try:
+                await self.records.serve(task_status)
+            finally:
+                self._writer_ended.set()
+
+    # -- making
+
+    async def prepare(self, key: str, parent: Ref | None = None, labels: Labels | None = None) -> list[Mount]:
+        """Make the active snapshot ``key`` on the committed snapshot ``parent`` (None or "": on nothing); its mounts.
+
+        Raises NotFound: no such parent; InvalidArgument: the parent is not committed, or key or labels are no good;
+        AlreadyExists: the key is in use, by any kind.
+        """
+        return await self._create(Kind.ACTIVE, key, parent, labels)
+
+    async def view(self, key: str, parent: Ref | None = None, labels: Labels | None = None) -> list[Mount]:
+        """Make the read-only view ``key`` of ``parent``; as ``prepare`` otherwise."""
+        return await self._create(Kind.VIEW, key, parent, labels)
+
+    async def _create(self, kind: Kind, key: str, parent: Ref | None, labels: Labels | None) -> list[Mount]:
+        names.encode(key)
+        stored = self._checked_labels(labels)
+        owner = mountspec.root_owner(stored)
+        if owner is not None and self.options.remap_ids and not self._maps_ids and not self.options.slow_chown:
+            raise FailedPrecondition(
+                f"cannot remap ids: layers in {self.layers.root} can't be mounted idmapped here "
+                "(kernel, file system or privileges); set slow_chown to change owners instead"
+            )
+
+        def operation(writer: Writer) -> list[Mount]:
+            above = self._committed(writer, parent, InvalidArgument) if parent else None
+            self._refuse_taken(writer, key)
+            number = writer.next_id()
+            now = time.time_ns()
+            record = Record(key, kind, above or 0, now, now, stored)
+            whose = owner
+            try:
+                if whose is None and above:
+                    layer = os.stat(self.layers.fs(above))
+                    whose = layer.st_uid, layer.st_gid
+                self.layers.place(number, kind, whose)
+            except OSError as error:
+                raise Unavailable.from_os(f'make the directories of snapshot "{key}"', error) from error
+            writer.on_failure(lambda: self.layers.retire(number))
+            writer.sync_directory(self._snapshots_fd)
+            writer.put(number, record)
+            writer.changed(None, writer.info(number, record))
+            return self.mounts_of(writer, number, record)
+
+        mounts = await self.records.write(operation)
+        if self.layers.pool_is_low:
+            self._pool_wakeup.set()
+        return mounts
+
+    async def commit(
+        self,
+        name: str,
+        key: Ref,
+        labels: Labels | None = None,
+        parent: Ref | None = None,
+        *,
+        keep_labels: bool = False,
+        refuse_mounted: bool = False,
+    ) -> None:
+        """Make the active snapshot ``key`` the committed snapshot ``name``: the id stays, the key is gone.
+
+        The labels are those given here and no others, unless ``keep_labels``; created and updated are now.  ``parent`` is
+        the parent that it has, or one to rebase it onto if it has none.  ``refuse_mounted`` asks for Busy while it is mounted
+        read-write in this mount namespace: containerd commits even then, and trusts its client not to write any more.
+
+        The usage is counted right after, in the background: ``usage`` waits for it.
+
+        Raises NotFound: no such key, or no such parent to rebase onto; FailedPrecondition: the snapshot is not active, or that
+        parent is not committed; AlreadyExists: the name is in use (the key itself is fine); InvalidArgument: another parent
+        than its own, or itself.
+        """
+        names.encode(name)
+        given = self._checked_labels(labels)
+
+        def operation(writer: Writer) -> int:
+            number, record = self._find(writer, key)
+            if record.kind is not Kind.ACTIVE:
+                raise FailedPrecondition(f'snapshot "{record.name}" is {record.kind}: only active ones can be committed')
+            if parent == name:
+                raise InvalidArgument(f'snapshot "{name}" cannot be its own parent')
+            self._refuse_taken(writer, name, number)
+            above = self._new_parent(writer, record, parent) if parent else record.parent
+            if refuse_mounted and (places := writers(self.layers.fs(number))):
+                raise Busy(f'snapshot "{record.name}" is mounted read-write at {places[0]}: unmount it first')
+            now = time.time_ns()
+            kept = record.labels if keep_labels else {}
+            after = Record(name, Kind.COMMITTED, above, now, now, {**kept, **given})
+            self._put(writer, number, record, after)
+            return number
+
+        number = await self.records.write(operation)
+        self._count_soon(number)
+
+    def _new_parent(self, writer: Writer, record: Record, parent: Ref) -> int:
+        """The id of the parent that a Commit asks for."""
+        if not record.parent:
+            return self._committed(writer, parent, FailedPrecondition)
+        own = writer.parent_of(record).name
+        if parent not in (own, record.parent):
+            asked = writer.record(parent) if isinstance(parent, int) else None
+            raise WrongParent(f'the parent of snapshot "{record.name}" is "{own}", not "{asked.name if asked else parent}"')
+        return record.parent
+
+    # -- changing
+
+    async def remove(self, key: Ref, *, wait: bool = True) -> None:
+        """Remove a snapshot of any kind: key, record and, right after, its files; with ``async_remove`` at Cleanup.
+
+        The key is free before the files are gone.  ``wait`` returns when they are; a failure to delete them is logged
+        and never brings the snapshot back.
+
+        Raises NotFound, or HasChildren (a FailedPrecondition).
+        """
+
+        def operation(writer: Writer) -> None:
+            number, record = self._find(writer, key)
+            if child := writer.a_child(number):
+                raise HasChildren.of(record.name, child[1], child[0])
+            before = writer.info(number, record)
+            writer.delete(number, record)
+            writer.changed(before, None)
+            if not self.options.async_remove and number not in self._damaged:
+                writer.when_durable(lambda: self.layers.retire(number))
+
+        await self.records.write(operation)
+        if self.options.async_remove:
+            return
+        if wait:
+            await self._delete_trash()
+        else:
+            self._trash_wakeup.set()
+
+    def _forget_removed(self, change: Change) -> None:
+        if change.before is not None and change.after is None:
+            self._last_known.pop(change.before.id, None)
+            self._damaged -= {change.before.id}
+
+    async def rename(self, old: Ref, new: str) -> None:
+        """Give a snapshot another key or name; its kind, id, children and times stay.  containerd lacks this.
+
+        Raises NotFound, or AlreadyExists: ``new`` is in use.
+        """
+        names.encode(new)
+
+        def operation(writer: Writer) -> None:
+            number, record = self._find(writer, old)
+            self._refuse_taken(writer, new, number)
+            self._put(writer, number, record, msgspec.structs.replace(record, name=new))
+
+        await self.records.write(operation)
+
+    async def update(self, key: Ref, labels: Labels, fieldpaths: Sequence[str] = ()) -> Info:
+        """Change labels; what Stat now shows.
+
+        ``fieldpaths`` are ``labels`` (all of them) and ``labels.<key>`` (that one; all that follows the first dot is the key);
+        none at all means ``labels``.  A label that ``labels`` lacks or has empty is deleted.  ``updated`` moves even where
+        nothing changed.
+
+        Raises NotFound, or InvalidArgument for any other path and for labels that are no good: then nothing changes.
+        """
+        given = self._checked_labels(labels)
+        wholly = not fieldpaths or "labels" in fieldpaths
+        single = []
+        for path in fieldpaths:
+            field, dot, label = path.partition(".")
+            if field != "labels" or (dot and not label):
+                raise InvalidArgument(f'cannot update "{path}": only "labels" and "labels.<key>" can be')
+            if dot:
+                single.append(label)
+
+        def operation(writer: Writer) -> Info:
+            number, record = self._find(writer, key)
+            after = dict(given) if wholly else dict(record.labels)
+            for label in () if wholly else single:
+                after.pop(label, None)
+                if label in given:
+                    after[label] = given[label]
+            return self._relabel(writer, number, record, after)
+
+        return await self.records.write(operation)
+
+    async def move_label(self, key: Ref, old: str, new: str, *, replace: bool = True) -> Info:
+        """Rename one label of a snapshot, in one step; a label ``new`` is replaced if ``replace`` allows it.
+
+        Raises NotFound (snapshot or label), AlreadyExists, LabelTooBig.
+        """
+
+        def operation(writer: Writer) -> Info:
+            number, record = self._find(writer, key)
+            if old not in record.labels:
+                raise NotFound(f'snapshot "{record.name}" has no label "{old}"')
+            if not replace and new in record.labels:
+                raise AlreadyExists(f'snapshot "{record.name}" has a label "{new}" already')
+            after = {label: value for label, value in record.labels.items() if label != old}
+            after.update(self._checked_labels({new: record.labels[old]}))
+            return self._relabel(writer, number, record, after)
+
+        return await self.records.write(operation)
+
+    def _relabel(self, writer: Writer, number: int, record: Record, labels: dict[str, str]) -> Info:
+        mapped = (mountspec.UID_MAPPING, mountspec.GID_MAPPING)
+        if any(record.labels.get(label) != labels.get(label) for label in mapped):
+            mountspec.root_owner(labels)
+            if record.kind is Kind.ACTIVE and self.options.remap_ids and self.options.slow_chown and not self._maps_ids:
+                before, after = _mappings(record.labels), _mappings(labels)
+                self.layers.chown(number, before, after)
+                writer.on_failure(lambda: self.layers.chown(number, after, before))
+        updated = max(time.time_ns(), record.updated + 1)
+        info = self._put(writer, number, record, msgspec.structs.replace(record, labels=labels, updated=updated))
+        return self.shown(info)
+
+    def _put(self, writer: Writer, number: int, before: Record, after: Record) -> Info:
+        was = writer.info(number, before)
+        writer.put(number, after)
+        info = writer.info(number, after)
+        writer.changed(was, info)
+        return info
+
+    async def cleanup(self) -> None:
+        """Delete the files of all that was removed, and ``new-…`` directories that a crash left; returns when they are gone.
+
+        Better than containerd: what snapfs can't have made is moved to ROOT/lost+found, never deleted unseen.
+        """
+
+        def operation(writer: Writer) -> None:  # in the writer, so that no directory is just being made
+            self.layers.sweep(writer.ids())
+
+        await self.records.write(operation)
+        await self._delete_trash()
+
+    # -- reading
+
+    async def stat(self, key: Ref) -> Info:
+        """One snapshot; raises NotFound."""
+        await trio.lowlevel.checkpoint()
+        with self.records.reading() as reader:
+            return self.shown(reader.info(*self._find(reader, key)))
+
+    async def mounts(self, key: Ref) -> list[Mount]:
+        """The mounts that make the file system of an active snapshot or a view.
+
+        Raises NotFound; FailedPrecondition for a committed snapshot; Damaged where a layer is missing.
+        """
+        await trio.lowlevel.checkpoint()
+        with self.records.reading() as reader:
+            return self.mounts_of(reader, *self._find(reader, key))
+
+    async def walk(self, *filters: str) -> list[Info]:
+        """All snapshots that ``filters`` select (``snapfs/filters.py``), ordered by the key's bytes, of one consistent state.
+
+        Raises InvalidArgument for a bad filter.
+        """
+        holds = compile_filters(filters)
+
+        def collect() -> list[Info]:
+            with self.records.reading() as reader:
+                return [info for info in map(self.shown, reader.walk()) if holds(info)]
+
+        return await trio.to_thread.run_sync(collect)
+
+    async def usage(self, key: Ref) -> Usage:
+        """What the snapshot alone takes: an active one is scanned now, a committed one was at its Commit, a view takes nothing.
+
+        Raises NotFound, or Damaged where the layer is missing.
+        """
+        await trio.lowlevel.checkpoint()
+        with self.records.reading() as reader:
+            number, record = self._find(reader, key)
+        return await self.usage_of(number, record)
+
+    async def usage_of(self, number: int, record: Record) -> Usage:
+        """``usage`` of a snapshot whose record is at hand."""
+        if record.kind is Kind.VIEW:
+            return Usage()
+        if record.kind is Kind.ACTIVE:
+            return await self._scan(number)
+        while record.usage is None:
+            counting = self._counting.get(number)
+            if counting is None:
+                raise Damaged(f'the layer of snapshot "{record.name}" could not be counted')
+            await counting.wait()
+            with self.records.reading() as reader:
+                record = _existing(reader, number)
+        return record.usage
+
+    def last_known_usage(self, number: int, record: Record) -> Usage:
+        """The usage as far as it is known without looking: stored, or from the last scan, or else that of an empty layer."""
+        if record.kind is Kind.VIEW:
+            return Usage()
+        return record.usage or self._last_known.get(number, self.layers.empty)
+
+    def is_counting(self, number: int) -> bool:
+        """Whether the usage of the committed snapshot ``number`` is being counted right now."""
+        return number in self._counting
+
+    async def flush(self) -> None:
+        """Return when all data written to ROOT's file system so far is on disk."""
+        try:
+            await trio.to_thread.run_sync(mounting.sync_file_system, self.layers.snapshots)
+        except OSError as error:
+            raise Unavailable.from_os("flush the layers", error) from error
+
+    def space(self) -> os.statvfs_result:
+        """The file system that holds ROOT, as statvfs(3) tells it."""
+        return os.fstatvfs(self._snapshots_fd)
+
+    def subscribe(self, listener: Callable[[Change], None]) -> None:
+        """Have ``listener(change)`` called on the trio loop for each change, once it is durable, before its call returns."""
+        self._listeners.append(listener)
+        self.records.listeners.append(listener)
+
+    # -- how
+
+    def _find(self, reader: Reader, key: Ref) -> tuple[int, Record]:
+        number = reader.id_of(key) if isinstance(key, str) else key
+        record = reader.record(number) if number is not None else None
+        if number is None or record is None:
+            raise NotFound.snapshot(str(key))
+        return number, record
+
+    def _committed(self, reader: Reader, parent: Ref, wrong_kind: type[InvalidArgument | FailedPrecondition]) -> int:
+        """The id of ``parent``, which is to get a child."""
+        try:
+            number, record = self._find(reader, parent)
+        except NotFound:
+            raise NotFound.parent(str(parent)) from None
+        if record.kind is not Kind.COMMITTED:
+            raise wrong_kind(f'parent snapshot "{record.name}" is not committed but {record.kind}')
+        self._refuse_damaged(number)
+        return number
+
+    def _refuse_taken(self, reader: Reader, name: str, by: int | None = None) -> None:
+        """Raise AlreadyExists if ``name`` is in use, unless by snapshot ``by``."""
+        taken = reader.id_of(name)
+        if taken is not None and taken != by:
+            raise AlreadyExists.snapshot(name, _existing(reader, taken).kind)
+
+    def _refuse_damaged(self, *numbers: int) -> None:
+        for number in numbers:
+            if number in self._damaged:
+                raise Damaged(f"the layer {self.layers.directory(number)} is missing; restore it from a backup")
+
+    def mounts_of(self, reader: Reader, number: int, record: Record) -> list[Mount]:
+        """``mounts`` of a snapshot whose record is at hand."""
+        if record.kind is Kind.COMMITTED:
+            raise FailedPrecondition(f'snapshot "{record.name}" is committed: mount an active snapshot or a view on it')
+        chain = reader.chain(record)
+        if self._damaged:
+            self._refuse_damaged(number, *chain)
+        return mountspec.mounts(
+            record.kind,
+            self.layers.directory(number),
+            [self.layers.directory(parent) for parent in chain],
+            options=self._overlay_options,
+            remap=record.labels if self._maps_ids else None,
+        )
+
+    def shown(self, info: Info) -> Info:
+        """``info`` as Stat shows it: with the label that is never stored, where that is wanted."""
+        if not self.options.upperdir_label:
+            return info
+        return msgspec.structs.replace(info, labels={**info.labels, UPPERDIR_LABEL: self.layers.fs(info.id)})
+
+    def _checked_labels(self, labels: Labels | None) -> dict[str, str]:
+        """``labels`` as they are stored: without empty ones, and without the one that is never stored."""
+        kept = {}
+        for label, value in (labels or {}).items():
+            check_label(label, value)
+            if value and not (self.options.upperdir_label and label == UPPERDIR_LABEL):
+                kept[label] = value
+        return kept
+
+    # -- in the background
+
+    async def _fill_pool(self) -> None:
+        while True:
+            await self._pool_wakeup.wait()
+            self._pool_wakeup = trio.Event()
+            try:
+                await trio.to_thread.run_sync(self.layers.fill_pool, trio.from_thread.check_cancelled)
+            except OSError as error:  # Prepare makes its own then, and tells its user
+                log.warning("cannot make directories ahead: %s", error)
+
+    async def _empty_trash(self) -> None:
+        while True:
+            await self._trash_wakeup.wait()
+            self._trash_wakeup = trio.Event()
+            await self._delete_trash()
+
+    async def _delete_trash(self) -> None:
+        async with self._trash_lock:
+            await trio.to_thread.run_sync(self.layers.empty_trash, trio.from_thread.check_cancelled)
+
+    def _count_soon(self, number: int) -> None:
+        if number not in self._counting and not self._closed:
+            self._counting[number] = trio.Event()
+            self._nursery.start_soon(self._count, number, name=f"snapfs count {number}")
+
+    async def _count(self, number: int) -> None:
+        """Store the usage of a committed snapshot, which nothing changes any more."""
+        try:
+            usage = await self._scan(number)
+
+            def operation(writer: Writer) -> None:
+                record = writer.record(number)
+                if record is not None and record.kind is Kind.COMMITTED:
+                    info = writer.info(number, record)
+                    writer.put(number, msgspec.structs.replace(record, usage=usage))
+                    writer.changed(info, info, counted=True)
+
+            await self.records.write(operation)
+        except (Damaged, Unavailable, NotFound) as error:
+            log.warning("the usage of snapshot %d stays unknown until the next start: %s", number, error)
+        finally:
+            self._counting.pop(number).set()
+
+    async def _scan(self, number: int) -> Usage:
+        """Count a layer in a worker thread; all who ask for the same one while it runs share the scan."""
+        scan = self._scans.get(number)
+        if scan is None:
+            scan = self._scans[number] = _Scan()
+            self._nursery.start_soon(self._run_scan, number, scan, name=f"snapfs scan {number}")
+        await scan.ended.wait()
+        if scan.usage is None:
+            raise scan.error or Unavailable("the snapshotter is closed")
+        return scan.usage
+
+    async def _run_scan(self, number: int, scan: _Scan) -> None:
+        try:
+            checkpoint = trio.from_thread.check_cancelled
+            scan.usage = await trio.to_thread.run_sync(disk_usage, self.layers.fs(number), checkpoint, limiter=_scanners)
+            self._last_known[number] = scan.usage
+        except FileNotFoundError:
+            scan.error = NotFound(f"snapshot {number} was removed meanwhile, or its layer is missing")
+        except OSError as error:
+            scan.error = Unavailable.from_os(f"count snapshot {number}", error)
+        finally:
+            del self._scans[number]
+            scan.ended.set()
+
+
+_scanners = trio.CapacityLimiter(4)  # threads that walk layers, of all roots: disks gain little from more
+
+
+class _Scan:
+    """One count of one layer under way."""
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.usage: Usage | None = None
+        self.error: Exception | None = None
+
+
+def check_label(label: str, value: str) -> None:
+    """Raise InvalidArgument unless ``label`` with ``value`` may be stored: not without a key, UTF-8, 4,096 bytes together."""
+    if not label:
+        raise InvalidArgument("a label's key must not be empty")
+    try:
+        size = len(label.encode()) + len(value.encode())
+    except UnicodeEncodeError:
+        raise NotUtf8(f"the label {label!r} is not UTF-8") from None
+    if size > LABEL_MAX:
+        raise LabelTooBig(f'label "{label[:40]}": key and value take {size} bytes together; at most {LABEL_MAX} fit')
+
+
+def _existing(reader: Reader, number: int) -> Record:
+    record = reader.record(number)
+    if record is None:
+        raise NotFound(f"snapshot {number} does not exist any more")
+    return record
+
+
+def _mappings(labels: Labels) -> list[list[mountspec.Mapped]]:
+    wanted = (mountspec.UID_MAPPING, mountspec.GID_MAPPING)
+    return [mountspec.parse_mapping(labels[label], label) if labels.get(label) else [] for label in wanted]
+
+
+def _overlay_options(given: Sequence[str], directory: str) -> tuple[str, ...]:
+    """The options of every overlay mount: those given, and what this kernel needs besides."""
+    found = list(given)
+    keys = {option.partition("=")[0] for option in given}
+    if "userxattr" not in keys and probe.needs_userxattr(directory):
+        found.append("userxattr")
+    if "index" not in keys and probe.knows_index():
+        found.append("index=off")
+    return tuple(found)
+
+
+def _refuse_lost_records(layers: Layers) -> None:
+    """Without records every layer would look abandoned and be deleted; better to stop."""
+    if layers.present() and not os.path.exists(f"{layers.root}/metadata.mdb"):
+        raise Damaged(
+            f"{layers.snapshots} holds layers but {layers.root}/metadata.mdb is missing: "
+            "put the records back from a backup, or move the layers away"
+        )

@@ -1,0 +1,125 @@
+"""active/, view/ and committed/: at the root they hold every snapshot of that kind, inside a committed snapshot links to
+its children of that kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from snapfs import names
+from snapfs.errors import HasChildren, InvalidArgument, NotFound, NotPermitted
+from snapfs.metastore import Record
+from snapfs.model import Kind
+from snapfs.tree.links import child_link
+from snapfs.tree.node import KIND_SLOTS, Attributes, Directory, Node, pack
+from snapfs.tree.snapshot import SnapshotDirectory
+
+if TYPE_CHECKING:
+    from snapfs.tree.tree import Tree
+
+
+class KindDirectory(Directory):
+    """All snapshots of one kind."""
+
+    parent = 0  # the id of the committed snapshot that it stands in
+
+    def __init__(self, tree: Tree, kind: Kind, number: int = 0) -> None:
+        super().__init__(tree, pack(number, KIND_SLOTS[kind]))
+        self.kind = kind
+
+    @property
+    def path(self) -> str:
+        return self.kind
+
+    def attributes(self) -> Attributes:
+        return Attributes(self.mode, time=self.tree.changed[self.kind])
+
+    def find(self, name: str) -> tuple[int, Record]:
+        """The snapshot whose file name here is ``name``; raises NotFound."""
+        try:
+            key = names.decode(name)
+        except InvalidArgument as error:
+            raise NotFound(str(error)) from None
+        with self.tree.reading() as reader:
+            number = reader.id_of(key)
+            record = reader.record(number) if number is not None else None
+        if number is None or record is None or record.kind is not self.kind:
+            raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
+        return number, record
+
+    def lookup(self, name: str) -> Node:
+        return SnapshotDirectory(self.tree, *self.find(name))
+
+    def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
+        with self.tree.reading() as reader:
+            for number, key in reader.listing(self.kind, after):
+                record = reader.record(number)
+                if record is not None:
+                    yield number, names.encode(key), SnapshotDirectory(self.tree, number, record)
+
+    async def mkdir(self, name: str) -> Node:
+        """Prepare or View."""
+        if self.kind is Kind.COMMITTED:
+            raise NotPermitted("committed snapshots can't be made by mkdir: rename an active one into committed/")
+        key = names.decode(name)
+        make = self.tree.snapshotter.prepare if self.kind is Kind.ACTIVE else self.tree.snapshotter.view
+        await make(key, self.parent or None)
+        with self.tree.reading() as reader:
+            number = reader.id_of(key)
+            record = reader.record(number) if number is not None else None
+        if number is None or record is None:
+            raise NotFound.snapshot(key)  # made, and removed by someone else in the same instant
+        return SnapshotDirectory(self.tree, number, record)
+
+    async def rmdir(self, name: str, pid: int) -> None:
+        """Remove; the files are deleted in the background."""
+        number, record = self.find(name)
+        try:
+            await self.tree.snapshotter.remove(number, wait=False)
+        except HasChildren:
+            self.tree.tearing_down(pid, number)
+            raise
+        except NotFound:
+            raise NotFound.snapshot(record.name) from None
+
+    async def unlink(self, name: str, pid: int) -> None:
+        self.find(name)
+        raise NotPermitted(f"{self.path}/{names.printable(name)} is a directory: use rmdir")
+
+
+class ChildrenDirectory(KindDirectory):
+    """The children of one kind of a committed snapshot, as links."""
+
+    def __init__(self, tree: Tree, kind: Kind, number: int, record: Record) -> None:
+        super().__init__(tree, kind, number)
+        self.parent = number
+        self.record = record
+
+    @property
+    def path(self) -> str:
+        return f"committed/{names.encode(self.record.name)}/{self.kind}"
+
+    def attributes(self) -> Attributes:
+        return Attributes(self.mode, time=max(self.record.updated, self.tree.changed[self.kind]), keep=False)
+
+    def lookup(self, name: str) -> Node:
+        number, record = self.find(name)
+        if record.parent != self.parent:
+            raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
+        return child_link(self.tree, number, record)
+
+    def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
+        with self.tree.reading() as reader:
+            for number, key in reader.children(self.parent, self.kind, after):
+                record = reader.record(number)
+                if record is not None:
+                    yield number, names.encode(key), child_link(self.tree, number, record)
+
+    async def rmdir(self, name: str, pid: int) -> None:
+        self.lookup(name)
+        raise NotPermitted(f"{self.path}/{names.printable(name)} is a link: rmdir the snapshot itself")
+
+    async def unlink(self, name: str, pid: int) -> None:
+        """Only what deletes the whole parent does this, so it is told what stands in its way."""
+        self.lookup(name)
+        self.tree.refuse_with_children(self.parent, pid)

@@ -1,0 +1,183 @@
+"""What every node of the tree answers, and how inode numbers are made.
+
+An inode number is computed, never stored: the snapshot's id and a slot within that snapshot (id 0: the daemon's own nodes)
+in 64 bits.  Ids are never used twice, so an inode means the same for ever, through rename and Commit.
+"""
+
+from __future__ import annotations
+
+import enum
+import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from snapfs.errors import NotFound, NotPermitted
+from snapfs.model import Kind
+
+if TYPE_CHECKING:
+    from snapfs.tree.tree import Tree
+
+SLOT_BITS = 28
+
+
+class Slot(enum.IntEnum):
+    """The slots that are not attributes' (``attributes.ATTRIBUTES``, 16 to 255) or labels' (from 256 on)."""
+
+    ROOT = 1  # of id 0, so that the root has inode 1, as FUSE wants it
+    SNAPSHOT = 1  # of any other id
+    ACTIVE = 2
+    VIEW = 3
+    COMMITTED = 4
+    LABELS = 5
+    CHILD_LINK = 6
+    ID_LINK = 7
+    README = 8
+    BY_ID = 9
+    DAEMON = 10
+    VERSION = 11
+    ERROR_LOG = 12
+    FIRST_ATTRIBUTE = 16
+    FIRST_LABEL = 256
+
+
+KIND_SLOTS = {Kind.ACTIVE: Slot.ACTIVE, Kind.VIEW: Slot.VIEW, Kind.COMMITTED: Slot.COMMITTED}
+
+
+def pack(number: int, slot: int) -> int:
+    """The inode of ``slot`` of snapshot ``number``."""
+    return number << SLOT_BITS | slot
+
+
+def unpack(inode: int) -> tuple[int, int]:
+    """Snapshot id and slot of ``inode``."""
+    return inode >> SLOT_BITS, inode & (1 << SLOT_BITS) - 1
+
+
+class Attributes(msgspec.Struct, frozen=True):
+    """What stat(2) shows of a node: full mode, bytes, blocks of 512 bytes, one time for all (ns since the epoch).
+
+    ``keep``: they stay right until the tree says otherwise, so a cache may hold them.
+    """
+
+    mode: int
+    size: int = 0
+    blocks: int = 0
+    time: int = 0
+    keep: bool = True
+
+
+class Handle:
+    """An open file: one consistent content, settled when it was opened."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.content[offset : offset + size]
+
+    async def write(self, offset: int, data: bytes) -> int:
+        raise NotPermitted("the file was opened for reading only")
+
+    async def resize(self, size: int) -> None:
+        raise NotPermitted("the file was opened for reading only")
+
+    async def close(self) -> None:
+        """The last descriptor of this open is gone."""
+
+
+class Node:
+    """One file, link or directory.  Made for one request and thrown away; knows the state in which it was found.
+
+    Each method that a kind of node lacks refuses with the words for it.  ``keep_entry``: whoever has looked it up by name may
+    go on using that name without asking, until the tree says otherwise.
+    """
+
+    keep_entry = True
+
+    def __init__(self, tree: Tree, inode: int) -> None:
+        self.tree = tree
+        self.inode = inode
+
+    @property
+    def path(self) -> str:
+        """Where it stands below the root, for messages; the root itself is the empty string."""
+        raise NotImplementedError
+
+    def attributes(self) -> Attributes:
+        raise NotImplementedError
+
+    def must_settle(self) -> bool:
+        """Whether its attributes are just being found out, and waiting a moment (``settle``) gives the right ones."""
+        return False
+
+    async def settle(self) -> None:
+        """Wait until they are known."""
+
+    # -- directories
+
+    def lookup(self, name: str) -> Node:
+        """The entry ``name``; raises NotFound."""
+        raise NotFound(f"{self.path} is no directory")
+
+    def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
+        """Offset, name and node of each entry whose offset is above ``after``, in the order of offsets.
+
+        Offsets are from 1 on, and an entry keeps its own whatever comes and goes.
+        """
+        raise NotFound(f"{self.path} is no directory")
+
+    async def mkdir(self, name: str) -> Node:
+        raise NotPermitted(f"no directory can be made in {self.path or '/'}: snapshots are made in active/ and view/")
+
+    async def rmdir(self, name: str, pid: int) -> None:
+        raise NotPermitted(f"{self.path or '/'} is fixed: only snapshots can be removed")
+
+    async def unlink(self, name: str, pid: int) -> None:
+        raise NotPermitted(f"{self.path or '/'} is fixed: only snapshots and labels can be removed")
+
+    async def create(self, name: str) -> tuple[Node, Handle]:
+        raise NotPermitted(f"no file can be made in {self.path or '/'}: only labels, in a snapshot's labels/")
+
+    # -- files and links
+
+    async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
+        raise NotPermitted(f"{self.path} can't be opened")
+
+    async def resize(self, size: int) -> None:
+        """truncate(2)."""
+        raise NotPermitted(f"{self.path} can't be changed")
+
+    def target(self) -> str:
+        """Where a link leads."""
+        raise NotFound(f"{self.path} is no link")
+
+
+class Directory(Node):
+    """What all directories share."""
+
+    mode = stat.S_IFDIR | 0o755
+
+
+class File(Node):
+    """A file with text that snapfs makes up; read-only."""
+
+    mode = stat.S_IFREG | 0o444
+
+    def content(self) -> bytes:
+        raise NotImplementedError
+
+    async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
+        if writing or truncate:
+            raise NotPermitted(f"{self.path} can't be written: it says what is; of a snapshot only labels/ can be changed")
+        return Handle(self.content())
+
+
+class Link(Node):
+    """A symbolic link."""
+
+    mode = stat.S_IFLNK | 0o777
+
+    def attributes(self) -> Attributes:
+        return Attributes(self.mode, size=len(self.target().encode()), keep=False)

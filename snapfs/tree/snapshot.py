@@ -1,0 +1,90 @@
+"""A snapshot's directory: its attributes, its labels, and inside a committed one the listings of its children."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import trio
+
+from snapfs import names
+from snapfs.errors import NotEmpty, NotFound, NotPermitted
+from snapfs.metastore import Record
+from snapfs.model import Kind
+from snapfs.tree.attributes import ATTRIBUTES, BY_NAME, attribute_node
+from snapfs.tree.labels import LabelsDirectory
+from snapfs.tree.node import KIND_SLOTS, Attributes, Directory, Node, Slot, pack
+
+if TYPE_CHECKING:
+    from snapfs.tree.tree import Tree
+
+LABELS = "labels"
+
+SETTLE = 1.0  # seconds that stat waits for a count under way: the caller can't be interrupted, so no longer
+
+
+class SnapshotDirectory(Directory):
+    """One snapshot: /KIND/NAME."""
+
+    def __init__(self, tree: Tree, number: int, record: Record) -> None:
+        super().__init__(tree, pack(number, Slot.SNAPSHOT))
+        self.number = number
+        self.record = record
+
+    @property
+    def path(self) -> str:
+        return f"{self.record.kind}/{names.encode(self.record.name)}"
+
+    def attributes(self) -> Attributes:
+        usage = self.tree.snapshotter.last_known_usage(self.number, self.record)
+        counting = self.tree.snapshotter.is_counting(self.number)
+        return Attributes(self.mode, usage.size, usage.size // 512, self.record.updated, keep=not counting)
+
+    def must_settle(self) -> bool:
+        return self.tree.snapshotter.is_counting(self.number)
+
+    async def settle(self) -> None:
+        """A Commit returns before its layer is counted; whoever asks for the size right after gets the true one."""
+        with trio.move_on_after(SETTLE):
+            await self.tree.snapshotter.usage_of(self.number, self.record)
+        self.record = self.tree.record(self.number)
+
+    def lookup(self, name: str) -> Node:
+        node = self._entry(name)
+        if node is None:
+            raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
+        return node
+
+    def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
+        # the children first: what deletes a whole directory then meets them before it has touched anything
+        for name in (*Kind, LABELS, *(attribute.name for attribute in ATTRIBUTES)):
+            node = self._entry(name)
+            if node is not None and (offset := node.inode & 0xFF) > after:
+                yield offset, name, node
+
+    def _entry(self, name: str) -> Node | None:
+        if name in self.tree.hidden.get(self.number, ()):
+            return None
+        if attribute := BY_NAME.get(name):
+            return attribute_node(self.tree, self.number, self.record, attribute)
+        if name == LABELS:
+            return LabelsDirectory(self.tree, self.number, self.record)
+        if self.record.kind is Kind.COMMITTED and name in KIND_SLOTS:
+            return self.tree.node(pack(self.number, KIND_SLOTS[Kind(name)]))
+        return None
+
+    async def mkdir(self, name: str) -> Node:
+        raise NotPermitted(f"directories can't be made in a snapshot's own directory; its files are in {self.path}/diff")
+
+    async def rmdir(self, name: str, pid: int) -> None:
+        node = self.lookup(name)
+        self.tree.refuse_with_children(self.number, pid)
+        if next(node.entries(0), None):
+            raise NotEmpty(f"{node.path} is not empty")
+        self.tree.hide(self.number, name)
+
+    async def unlink(self, name: str, pid: int) -> None:
+        """Take a fixed entry out of the listing, so that what deletes a directory bottom-up gets to its rmdir."""
+        self.lookup(name)
+        self.tree.refuse_with_children(self.number, pid)
+        self.tree.hide(self.number, name)

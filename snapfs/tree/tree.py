@@ -1,0 +1,165 @@
+"""Tree: from an inode to its node, and what the nodes share.
+
+Who uses it: ``snapfs/fuse`` serves it through the kernel, tests walk it without a mount.  All of it runs on the trio loop;
+finding nodes and their attributes never awaits anything, so a request sees one consistent state.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+
+import snapfs
+from snapfs import names
+from snapfs.errors import AlreadyExists, HasChildren, InvalidArgument, NotFound, NotPermitted, WrongParent
+from snapfs.metastore import Reader, Record
+from snapfs.model import Change, Kind
+from snapfs.snapshotter import Snapshotter
+from snapfs.tree.attributes import BY_SLOT, attribute_node
+from snapfs.tree.daemon import daemon_node
+from snapfs.tree.error_log import ErrorLog
+from snapfs.tree.kinds import ChildrenDirectory, KindDirectory
+from snapfs.tree.labels import LabelsDirectory, OpenLabel
+from snapfs.tree.links import child_link, id_link
+from snapfs.tree.node import KIND_SLOTS, Node, Slot, pack, unpack
+from snapfs.tree.snapshot import SnapshotDirectory
+
+ROOT_INODE = pack(0, Slot.ROOT)
+
+TEARDOWN = 60.0  # seconds for which a process that met children is held to be deleting the whole snapshot
+
+
+class Tree:
+    """The tree over ``snapshotter``, and the little that is not in its records (all of it gone with the daemon):
+
+    ``hidden``: fixed entries that were unlinked, by snapshot id.  ``open_labels``: labels open for writing, by snapshot id.
+    ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
+    """
+
+    def __init__(self, snapshotter: Snapshotter) -> None:
+        self.snapshotter = snapshotter
+        self.version: str = snapfs.__version__
+        self.started: int = time.time_ns()
+        self.error_log: ErrorLog = ErrorLog()
+        self.hidden: dict[int, set[str]] = {}
+        self.open_labels: dict[int, list[OpenLabel]] = {}
+        self.changed = dict.fromkeys(Kind, self.started)
+        self._tearing_down: dict[tuple[int, int], float] = {}
+        snapshotter.subscribe(self._note)
+
+    # -- finding
+
+    def reading(self) -> AbstractContextManager[Reader]:
+        """One consistent state of the records."""
+        return self.snapshotter.records.reading()
+
+    def record(self, number: int) -> Record:
+        """The record of snapshot ``number``; raises NotFound."""
+        with self.reading() as reader:
+            record = reader.record(number)
+        if record is None:
+            raise NotFound(f"snapshot {number} does not exist any more")
+        return record
+
+    def node(self, inode: int) -> Node:
+        """The node of ``inode``; raises NotFound where there is none (any more)."""
+        number, slot = unpack(inode)
+        if number == 0:
+            return daemon_node(self, slot)
+        record = self.record(number)
+        if slot >= Slot.FIRST_LABEL:
+            return LabelsDirectory(self, number, record).node(inode)
+        node: Node | None = None
+        if slot == Slot.SNAPSHOT:
+            node = SnapshotDirectory(self, number, record)
+        elif slot == Slot.LABELS:
+            node = LabelsDirectory(self, number, record)
+        elif slot == Slot.CHILD_LINK:
+            node = child_link(self, number, record)
+        elif slot == Slot.ID_LINK:
+            node = id_link(self, number, record)
+        elif slot in BY_SLOT:
+            node = attribute_node(self, number, record, BY_SLOT[slot])
+        elif record.kind is Kind.COMMITTED:
+            kind = next((kind for kind, its in KIND_SLOTS.items() if its == slot), None)
+            node = ChildrenDirectory(self, kind, number, record) if kind else None
+        if node is None:
+            raise NotFound(f"{record.kind}/{names.encode(record.name)} has no such entry")
+        return node
+
+    def walk(self, path: str) -> Node:
+        """The node at ``path`` below the root, links not followed; raises NotFound.  For tests and tools."""
+        node = self.node(ROOT_INODE)
+        for name in path.split("/") if path else []:
+            node = node.lookup(name)
+        return node
+
+    # -- renaming, the one operation on two directories
+
+    async def rename(self, source: Node, name: str, target: Node, new_name: str, *, replace: bool = True) -> None:
+        """Commit, or rename a snapshot within its kind or a label within its labels/; all else is refused."""
+        if isinstance(source, LabelsDirectory) and isinstance(target, LabelsDirectory) and source.inode == target.inode:
+            return await source.rename(name, new_name, replace)
+        source.lookup(name)
+        if type(source) is not KindDirectory:
+            raise NotPermitted(f"{source.path}/{names.printable(name)} can't be renamed: only snapshots and labels can be")
+        number, record = source.find(name)
+        if isinstance(target, SnapshotDirectory):
+            raise AlreadyExists.snapshot(target.record.name, target.record.kind)
+        if not isinstance(target, KindDirectory) or target.kind not in (source.kind, Kind.COMMITTED):
+            raise NotPermitted(f"{record.kind} snapshots can't be moved to {target.path or '/'}")
+        try:
+            new_key = names.decode(new_name)
+        except InvalidArgument as error:
+            raise NotPermitted(str(error)) from None  # mv misreports EINVAL
+        try:
+            if source.kind is Kind.ACTIVE and target.kind is Kind.COMMITTED:
+                await self.snapshotter.commit(
+                    new_key, number, parent=target.parent or None, keep_labels=True, refuse_mounted=True
+                )
+            elif source.kind is Kind.VIEW and target.kind is Kind.COMMITTED:
+                raise NotPermitted(f'snapshot "{record.name}" is a view: only active snapshots can be committed')
+            elif target.parent:
+                raise NotPermitted(f"{target.path} lists children: rename the snapshot in {source.path} itself")
+            else:
+                await self.snapshotter.rename(number, new_key)
+        except NotFound:
+            raise NotFound.snapshot(record.name) from None
+        except WrongParent as error:
+            raise NotPermitted(str(error)) from None
+
+    # -- deleting whole directories
+
+    def hide(self, number: int, name: str) -> None:
+        """Take the fixed entry ``name`` out of snapshot ``number``'s listing until the snapshot goes or the daemon ends."""
+        self.hidden.setdefault(number, set()).add(name)
+
+    def refuse_with_children(self, number: int, pid: int) -> None:
+        """Raise HasChildren if snapshot ``number`` has any: nothing of it is to be deleted then."""
+        with self.reading() as reader:
+            child = reader.a_child(number)
+            record = reader.record(number)
+        if child is not None and record is not None:
+            self.tearing_down(pid, number)
+            raise HasChildren.of(record.name, child[1], child[0])
+
+    def tearing_down(self, pid: int, number: int) -> None:
+        """Process ``pid`` has just been refused to delete snapshot ``number``, or an entry of it, because of its children."""
+        now = time.monotonic()
+        for key in [key for key, when in self._tearing_down.items() if when < now - TEARDOWN]:
+            del self._tearing_down[key]
+        self._tearing_down[pid, number] = now
+
+    def refuse_torn_down(self, number: int, pid: int) -> None:
+        """Raise HasChildren if ``pid`` has met the children of snapshot ``number`` and goes on deleting: ``rm -r`` does.  A
+        label on its own can be deleted whether there are children or not."""
+        if self._tearing_down.get((pid, number), 0.0) > time.monotonic() - TEARDOWN:
+            self.refuse_with_children(number, pid)
+
+    def _note(self, change: Change) -> None:
+        before, after = change.before, change.after
+        for info in (before, after):
+            if info is not None and not (before and after and (before.name, before.kind) == (after.name, after.kind)):
+                self.changed[info.kind] = max(time.time_ns(), self.changed[info.kind] + 1)
+        if before is not None and after is None:
+            self.hidden.pop(before.id, None)

@@ -1,0 +1,129 @@
+"""Fixtures: a library on a fresh root, and a daemon on a real mount.
+
+The whole run has a mount namespace of its own, made here before anything is mounted, and every process that it starts dies
+with it: whatever interrupts it, nothing stays mounted or running.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from snapfs import Snapshotter, open_snapshotter
+
+_CLONE_NEWNS = 0x20000
+_MS_REC_PRIVATE = 0x4000 | 0x40000
+_PR_SET_PDEATHSIG = 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
+        raise pytest.UsageError("the tests mount for real: run them as root, with /dev/fuse")
+    if _libc.unshare(_CLONE_NEWNS) or _libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None):
+        raise pytest.UsageError(f"no mount namespace to be had: {os.strerror(ctypes.get_errno())}")
+
+
+def die_with_parent() -> None:
+    """For ``preexec_fn``: the child is killed when the test run is."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Daemon:
+    """A ``snapfs serve`` of its own process.  ``mnt`` is the mounted tree, ``root`` where its layers are."""
+
+    def __init__(self, root: Path, mnt: Path, *arguments: str) -> None:
+        self.root = root
+        self.mnt = mnt
+        self.arguments = arguments
+        self.process: subprocess.Popen[str] | None = None
+        self.said: list[str] = []
+        mnt.mkdir(exist_ok=True)
+
+    def start(self) -> Daemon:
+        """Start it and wait until it says that it is ready."""
+        command = [sys.executable, "-m", "snapfs.cli", "serve", str(self.root), str(self.mnt), *self.arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
+        assert self.process.stderr is not None
+        while line := self.process.stderr.readline():
+            self.said.append(line)
+            if line.startswith("snapfs: serving "):
+                return self
+        raise AssertionError(f"the daemon ended with {self.process.wait()}: {self.said}")
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """End it; its exit status."""
+        assert self.process is not None
+        self.process.send_signal(how)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Wait for its end; its exit status, with all that it said on standard error in ``said``."""
+        assert self.process is not None
+        assert self.process.stderr is not None
+        with self.process:
+            self.said += self.process.stderr.readlines()
+            return self.process.wait(timeout=30)
+
+    def error_log(self) -> list[str]:
+        """The lines of .snapfs/error_log."""
+        return (self.mnt / ".snapfs/error_log").read_text().splitlines()
+
+    def cleanup(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        subprocess.run(["umount", "-l", str(self.mnt)], stderr=subprocess.DEVNULL, check=False)
+
+
+@pytest.fixture
+def make_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Make daemons (not yet started) on ROOT ``tmp_path/root`` and ``tmp_path/mnt`` unless told otherwise."""
+    made: list[Daemon] = []
+
+    def make(*arguments: str, root: Path | None = None, mnt: Path | None = None) -> Daemon:
+        daemon = Daemon(root or tmp_path / "root", mnt or tmp_path / "mnt", *arguments)
+        made.append(daemon)
+        return daemon
+
+    yield make
+    for daemon in made:
+        daemon.cleanup()
+
+
+@pytest.fixture
+def daemon(make_daemon: Callable[..., Daemon]) -> Daemon:
+    """A running daemon."""
+    return make_daemon().start()
+
+
+@pytest.fixture
+def mnt(daemon: Daemon) -> Path:
+    """The mounted tree of a running daemon."""
+    return daemon.mnt
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root for the library, not yet made."""
+    return tmp_path / "root"
+
+
+@pytest.fixture
+async def snapshotter(root: Path) -> AsyncIterator[Snapshotter]:
+    """The library on a fresh root."""
+    async with open_snapshotter(root) as opened:
+        yield opened
