@@ -83,9 +83,9 @@ class Daemon:
         return (self.mnt / ".snapfs/error_log").read_text().splitlines()
 
     def cleanup(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        if self.process is not None:
+            with self.process:
+                self.process.kill()
         subprocess.run(["umount", "-l", str(self.mnt)], stderr=subprocess.DEVNULL, check=False)
 
 
