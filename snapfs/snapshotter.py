@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import TypeVar
 
 import msgspec
@@ -82,7 +82,7 @@ async def open_snapshotter(
     snapshotter = await trio.to_thread.run_sync(Snapshotter._open, os.fspath(root), options or Options(), metastore)
     async with trio.open_nursery() as nursery:
         try:
-            await snapshotter._start(nursery)
+            await nursery.start(snapshotter._run_background, name="snapfs background")
             yield snapshotter
         except trio.Cancelled:
             raise
@@ -107,8 +107,9 @@ class Snapshotter:
         self.records = store
         self._owns_store = owns_store
         self._nursery: trio.Nursery
-        self._writer_ended = trio.Event()
-        self._writer_ended.set()
+        self._background = trio.CancelScope()
+        self._writer_ended = _set_event()
+        self._background_ended = _set_event()
         self._closed = False
         self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._overlay_options = _overlay_options(options.mount_options, layers.snapshots)
@@ -156,15 +157,25 @@ class Snapshotter:
             for number in self.layers.present() - known:
                 self.layers.retire(number)
 
+    async def _run_background(self, task_status: trio.TaskStatus[None]) -> None:
+        """All that goes on besides calls, until ``close``; in a nursery of its own, so that closing cancels nothing else."""
+        self._background_ended = trio.Event()
+        try:
+            with self._background:
+                async with trio.open_nursery() as self._nursery:
+                    await self._start(self._nursery)
+                    task_status.started()
+        finally:
+            self._background_ended.set()
+
     async def _start(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
         await nursery.start(self._write, name="snapfs writer")
         nursery.start_soon(self._fill_pool, name="snapfs pool")
         nursery.start_soon(self._empty_trash, name="snapfs trash")
         self._pool_wakeup.set()
         if not self.options.async_remove:
             self._trash_wakeup.set()
-        with self.records.reading() as reader:
+        with self._reading() as reader:
             for number in reader.uncounted():
                 self._count_soon(number)
 
@@ -176,9 +187,8 @@ class Snapshotter:
         with trio.CancelScope(shield=True):
             self.records.stop()
             await self._writer_ended.wait()
-            self._nursery.cancel_scope.cancel()
-            for scan in list(self._scans.values()):
-                await scan.ended.wait()
+            self._background.cancel()
+            await self._background_ended.wait()
             async with self._trash_lock:
                 await trio.to_thread.run_sync(self._close_files)
 
@@ -242,7 +252,11 @@ class Snapshotter:
             writer.changed(None, writer.info(number, record))
             return self.mounts_of(writer, number, record)
 
-        mounts = await self.records.write(operation)
+        try:
+            mounts = await self._write_record(operation)
+        except Unavailable:
+            self._trash_wakeup.set()  # where its directory went, if the sync failed
+            raise
         if self.layers.pool_is_low:
             self._pool_wakeup.set()
         return mounts
@@ -276,6 +290,7 @@ class Snapshotter:
             number, record = self._find(writer, key)
             if record.kind is not Kind.ACTIVE:
                 raise FailedPrecondition(f'snapshot "{record.name}" is {record.kind}: only active ones can be committed')
+            self._refuse_damaged(number)
             if parent == name:
                 raise InvalidArgument(f'snapshot "{name}" cannot be its own parent')
             self._refuse_taken(writer, name, number)
@@ -288,7 +303,7 @@ class Snapshotter:
             self._put(writer, number, record, after)
             return number
 
-        number = await self.records.write(operation)
+        number = await self._write_record(operation)
         self._count_soon(number)
 
     def _new_parent(self, writer: Writer, record: Record, parent: Ref) -> int:
@@ -322,7 +337,7 @@ class Snapshotter:
             if not self.options.async_remove and number not in self._damaged:
                 writer.when_durable(lambda: self.layers.retire(number))
 
-        await self.records.write(operation)
+        await self._write_record(operation)
         if self.options.async_remove:
             return
         if wait:
@@ -347,7 +362,7 @@ class Snapshotter:
             self._refuse_taken(writer, new, number)
             self._put(writer, number, record, msgspec.structs.replace(record, name=new))
 
-        await self.records.write(operation)
+        await self._write_record(operation)
 
     async def update(self, key: Ref, labels: Labels, fieldpaths: Sequence[str] = ()) -> Info:
         """Change labels; what Stat now shows.
@@ -377,7 +392,7 @@ class Snapshotter:
                     after[label] = given[label]
             return self._relabel(writer, number, record, after)
 
-        return await self.records.write(operation)
+        return await self._write_record(operation)
 
     async def move_label(self, key: Ref, old: str, new: str, *, replace: bool = True) -> Info:
         """Rename one label of a snapshot, in one step; a label ``new`` is replaced if ``replace`` allows it.
@@ -395,7 +410,7 @@ class Snapshotter:
             after.update(self._checked_labels({new: record.labels[old]}))
             return self._relabel(writer, number, record, after)
 
-        return await self.records.write(operation)
+        return await self._write_record(operation)
 
     def _relabel(self, writer: Writer, number: int, record: Record, labels: dict[str, str]) -> Info:
         mapped = (mountspec.UID_MAPPING, mountspec.GID_MAPPING)
@@ -403,8 +418,8 @@ class Snapshotter:
             mountspec.root_owner(labels)
             if record.kind is Kind.ACTIVE and self.options.remap_ids and self.options.slow_chown and not self._maps_ids:
                 before, after = _mappings(record.labels), _mappings(labels)
-                self.layers.chown(number, before, after)
                 writer.on_failure(lambda: self.layers.chown(number, after, before))
+                self.layers.chown(number, before, after)
         updated = max(time.time_ns(), record.updated + 1)
         info = self._put(writer, number, record, msgspec.structs.replace(record, labels=labels, updated=updated))
         return self.shown(info)
@@ -425,7 +440,7 @@ class Snapshotter:
         def operation(writer: Writer) -> None:  # in the writer, so that no directory is just being made
             self.layers.sweep(writer.ids())
 
-        await self.records.write(operation)
+        await self._write_record(operation)
         await self._delete_trash()
 
     # -- reading
@@ -433,7 +448,7 @@ class Snapshotter:
     async def stat(self, key: Ref) -> Info:
         """One snapshot; raises NotFound."""
         await trio.lowlevel.checkpoint()
-        with self.records.reading() as reader:
+        with self._reading() as reader:
             return self.shown(reader.info(*self._find(reader, key)))
 
     async def mounts(self, key: Ref) -> list[Mount]:
@@ -442,7 +457,7 @@ class Snapshotter:
         Raises NotFound; FailedPrecondition for a committed snapshot; Damaged where a layer is missing.
         """
         await trio.lowlevel.checkpoint()
-        with self.records.reading() as reader:
+        with self._reading() as reader:
             return self.mounts_of(reader, *self._find(reader, key))
 
     async def walk(self, *filters: str) -> list[Info]:
@@ -453,7 +468,7 @@ class Snapshotter:
         holds = compile_filters(filters)
 
         def collect() -> list[Info]:
-            with self.records.reading() as reader:
+            with self._reading() as reader:
                 return [info for info in map(self.shown, reader.walk()) if holds(info)]
 
         return await trio.to_thread.run_sync(collect)
@@ -464,7 +479,7 @@ class Snapshotter:
         Raises NotFound, or Damaged where the layer is missing.
         """
         await trio.lowlevel.checkpoint()
-        with self.records.reading() as reader:
+        with self._reading() as reader:
             number, record = self._find(reader, key)
         return await self.usage_of(number, record)
 
@@ -473,13 +488,14 @@ class Snapshotter:
         if record.kind is Kind.VIEW:
             return Usage()
         if record.kind is Kind.ACTIVE:
+            self._refuse_damaged(number)
             return await self._scan(number)
         while record.usage is None:
             counting = self._counting.get(number)
             if counting is None:
                 raise Damaged(f'the layer of snapshot "{record.name}" could not be counted')
             await counting.wait()
-            with self.records.reading() as reader:
+            with self._reading() as reader:
                 record = _existing(reader, number)
         return record.usage
 
@@ -495,6 +511,7 @@ class Snapshotter:
 
     async def flush(self) -> None:
         """Return when all data written to ROOT's file system so far is on disk."""
+        self._refuse_closed()
         try:
             await trio.to_thread.run_sync(mounting.sync_file_system, self.layers.snapshots)
         except OSError as error:
@@ -502,6 +519,7 @@ class Snapshotter:
 
     def space(self) -> os.statvfs_result:
         """The file system that holds ROOT, as statvfs(3) tells it."""
+        self._refuse_closed()
         return os.fstatvfs(self._snapshots_fd)
 
     def subscribe(self, listener: Callable[[Change], None]) -> None:
@@ -510,6 +528,18 @@ class Snapshotter:
         self.records.listeners.append(listener)
 
     # -- how
+
+    def _refuse_closed(self) -> None:
+        if self._closed:  # the records may be the caller's, and open
+            raise Unavailable("the snapshotter is closed")
+
+    def _reading(self) -> AbstractContextManager[Reader]:
+        self._refuse_closed()
+        return self.records.reading()
+
+    async def _write_record(self, operation: Callable[[Writer], T]) -> T:
+        self._refuse_closed()
+        return await self.records.write(operation)
 
     def _find(self, reader: Reader, key: Ref) -> tuple[int, Record]:
         number = reader.id_of(key) if isinstance(key, str) else key
@@ -608,7 +638,7 @@ class Snapshotter:
                     writer.put(number, msgspec.structs.replace(record, usage=usage))
                     writer.changed(info, info, counted=True)
 
-            await self.records.write(operation)
+            await self._write_record(operation)
         except (Damaged, Unavailable, NotFound) as error:
             log.warning("the usage of snapshot %d stays unknown until the next start: %s", number, error)
         finally:
@@ -640,6 +670,12 @@ class Snapshotter:
 
 
 _scanners = trio.CapacityLimiter(4)  # threads that walk layers, of all roots: disks gain little from more
+
+
+def _set_event() -> trio.Event:
+    event = trio.Event()
+    event.set()
+    return event
 
 
 class _Scan:

@@ -1,3 +1,5 @@
+"""``python -m snapfs.cli``: the command without an installed script."""
+
 import sys
 
 from snapfs.cli import main

@@ -47,33 +47,44 @@ async def serve(
     """
     await trio.to_thread.run_sync(_recover_mountpoint, mountpoint)
     await trio.to_thread.run_sync(_check, root, mountpoint)
-    async with open_snapshotter(root, options) as snapshotter:
-        operations = Operations(Tree(snapshotter), on_ready)
-        try:
-            pyfuse3.init(operations, mountpoint, _fuse_options(snapshotter.layers.root, mount))
-        except RuntimeError as error:  # libfuse has said why on standard error
-            raise Unavailable(f"cannot mount on {mountpoint}: {error}") from None
-        asked_to_stop = False
-        try:
-            async with trio.open_nursery() as nursery:
-                loop = trio.CancelScope()
-                nursery.start_soon(_stop_on_signal, loop)
-                with loop:
-                    await pyfuse3.main()
-                asked_to_stop = loop.deadline < float("inf")
-                nursery.cancel_scope.cancel()
-        finally:
-            if asked_to_stop:
-                _abort(mountpoint)
-            pyfuse3.close(unmount=True)
+    async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
+        stop = trio.Event()
+        nursery.start_soon(_set_on_signal, stop)
+        await serve_tree(Tree(snapshotter), mountpoint, mount, on_ready, stop)
+        nursery.cancel_scope.cancel()
 
 
-async def _stop_on_signal(loop: trio.CancelScope) -> None:
-    """End the loop at the first signal, when what is under way is done; at the second one at once."""
+async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready: Callable[[], None], stop: trio.Event) -> None:
+    """Mount ``tree`` and answer requests until ``stop`` is set or somebody unmounts it.  One a process at a time."""
+    operations = Operations(tree, on_ready)
+    try:
+        pyfuse3.init(operations, mountpoint, _fuse_options(tree.snapshotter.layers.root, mount))
+    except RuntimeError as error:  # libfuse has said why on standard error
+        raise Unavailable(f"cannot mount on {mountpoint}: {error}") from None
+    try:
+        async with trio.open_nursery() as nursery:
+            loop = trio.CancelScope()
+            nursery.start_soon(_end_loop, loop, stop)
+            with loop:
+                await pyfuse3.main()
+            nursery.cancel_scope.cancel()
+    finally:
+        if stop.is_set():
+            _abort(mountpoint)
+        pyfuse3.close(unmount=True)
+
+
+async def _set_on_signal(stop: trio.Event) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for _ in signals:
-            loop.deadline = trio.current_time() + (GRACE if loop.deadline == float("inf") else 0)
-            pyfuse3.terminate()
+            stop.set()
+
+
+async def _end_loop(loop: trio.CancelScope, stop: trio.Event) -> None:
+    """End the loop once ``stop`` is set and what is under way is done, or has had its time."""
+    await stop.wait()
+    loop.deadline = trio.current_time() + GRACE
+    pyfuse3.terminate()
 
 
 def _abort(mountpoint: str) -> None:

@@ -1,0 +1,71 @@
+# make run    mount a tree on run/snap and show what to type
+# make test   run every test (as root; mounts for real, in a mount namespace of its own)
+# make lint   check style and types
+#
+# Each installs what it needs first: Debian packages where missing (with sudo if not root), and Python packages into .venv.
+
+PYTHON ?= python3
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+
+RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
+TEST_PACKAGES := busybox-static ed tar xfsprogs
+
+.PHONY: run test lint clean
+
+run: .venv/ready
+	@mkdir -p run/root run/snap
+	@echo
+	@echo "The tree will be at $(CURDIR)/run/snap until you press Ctrl-C here. In another shell:"
+	@echo
+	@echo "  cd $(CURDIR)/run/snap && cat README"
+	@echo "  mkdir active/b                       # prepare a snapshot"
+	@echo "  cp /etc/hostname active/b/diff/      # its files"
+	@echo "  mv active/b committed/base           # commit it"
+	@echo "  mkdir committed/base/active/web      # another one on top"
+	@echo "  cat active/web/mounts.json           # how to mount the two together"
+	@echo
+	@exec .venv/bin/snapfs serve run/root run/snap
+
+test: .venv/ready-for-tests
+	$(SUDO) .venv/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/ready-for-tests
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+.venv/ready: pyproject.toml
+	@$(call install_packages,$(RUN_PACKAGES))
+	@$(call check_python)
+	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/ready-for-tests: .venv/ready
+	@$(call install_packages,$(TEST_PACKAGES))
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# $(call install_packages,PACKAGES): install those that dpkg doesn't have; elsewhere than on Debian, trust that they are there
+define install_packages
+command -v dpkg-query >/dev/null || exit 0; \
+missing=; for package in $(1); do \
+  dpkg-query -W -f='$${db:Status-Status}' $$package 2>/dev/null | grep -qx installed || missing="$$missing $$package"; \
+done; \
+test -z "$$missing" || { echo "Installing$$missing"; \
+  $(SUDO) apt-get -qq update && \
+  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $$missing >/dev/null; }
+endef
+
+# Python 3.11 or later, with venv and the headers to compile pyfuse3
+define check_python
+command -v $(PYTHON) >/dev/null || { $(call install_packages,python3); }; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "snapfs needs Python 3.11 or later; name one: make PYTHON=python3.12"; exit 1; }; \
+$(PYTHON) -c 'import ensurepip, os, sys, sysconfig; \
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' 2>/dev/null || \
+  { $(call install_packages,python3-venv python3-dev); }
+endef

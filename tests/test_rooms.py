@@ -1,0 +1,67 @@
+"""The rooms of the house and which way the arrows point: imports never lead back."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "snapfs"
+
+PURE = {"model", "errors", "names", "filters", "mountspec"}
+DISK = {"metastore", "layers", "usage", "kernel"}
+LIBRARY = PURE | DISK | {"snapshotter"}
+
+MAY_IMPORT = {
+    **dict.fromkeys(PURE, PURE),
+    **dict.fromkeys(DISK, PURE | DISK),
+    "snapshotter": LIBRARY,
+    "__init__": LIBRARY,
+    "tree": LIBRARY | {"tree"},
+    "fuse": LIBRARY | {"tree", "fuse"},
+    "cli": LIBRARY | {"fuse", "cli"},
+}
+
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def room_of(module: Path) -> str:
+    return module.parts[0].removesuffix(".py")
+
+
+def imported_rooms(module: Path) -> set[str]:
+    """The rooms of snapfs that ``module`` imports from, wherever in its text."""
+    rooms = set()
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            targets = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "snapfs" else [node.module]
+        elif isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            parts = (target or "").split(".")
+            if parts[0] == "snapfs" and len(parts) > 1 and (PACKAGE / parts[1]).with_suffix(".py").exists():
+                rooms.add(parts[1])
+            elif parts[0] == "snapfs" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir():
+                rooms.add(parts[1])
+    return rooms
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_arrows(module: Path) -> None:
+    assert imported_rooms(module) <= MAY_IMPORT[room_of(module)]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_only_fuse_knows_pyfuse3(module: Path) -> None:
+    text = (PACKAGE / module).read_text()
+    assert ("import pyfuse3" in text) <= (room_of(module) == "fuse")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_one_subject_a_file(module: Path) -> None:
+    assert module.stem not in ("utils", "util", "common", "helpers", "misc")
+    assert ast.get_docstring(ast.parse((PACKAGE / module).read_text())), "a module says what it is for"

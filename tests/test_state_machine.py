@@ -1,0 +1,281 @@
+"""Library and mounted tree over one store, driven in any order against a small model of the rules.
+
+The tree is mounted by this very process: the trio loop serves it in the main thread while Hypothesis plays client in another,
+now through the library, now with system calls.  After each step both doors must show what the model says, at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from snapfs import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    Kind,
+    NotFound,
+    SnapshotError,
+    Snapshotter,
+    names,
+    open_snapshotter,
+)
+from snapfs.fuse.serve import MountOptions, serve_tree
+from snapfs.tree import Tree
+
+ALL_KEYS = ["a", "b", "c/d", "e%", "f g", "."]
+KEYS = st.sampled_from(ALL_KEYS)
+LABELS = st.sampled_from(["x", "y.z/w"])
+VALUES = st.sampled_from(["1", "two\nlines", ""])
+DOORS = st.sampled_from(["library", "tree"])
+
+NOT_FOUND = (NotFound, {errno.ENOENT})
+EXISTS = (AlreadyExists, {errno.EEXIST, errno.ENOTDIR})  # the latter: rename(2) of a directory onto a child's link
+HAS_CHILDREN = (FailedPrecondition, {errno.ENOTEMPTY})
+NOT_ACTIVE = (FailedPrecondition, {errno.ENOENT})  # in the tree there is nothing at active/KEY
+BAD_PARENT = (InvalidArgument, {errno.ENOENT})  # in the tree there is nothing at committed/PARENT
+BAD_REBASE = (FailedPrecondition, {errno.ENOENT})
+OTHER_PARENT = (InvalidArgument, {errno.EPERM})
+
+Refusal = tuple[type[SnapshotError], set[int]]
+
+
+@dataclass
+class Snapshot:
+    kind: Kind
+    parent: str | None
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+class Model(dict[str, Snapshot]):
+    """The rules: each method says why the call is refused, or changes the model and gives None."""
+
+    def prepare(self, kind: Kind, key: str, parent: str | None) -> Refusal | None:
+        if parent is not None and parent not in self:
+            return NOT_FOUND
+        if parent is not None and self[parent].kind is not Kind.COMMITTED:
+            return BAD_PARENT
+        if key in self:
+            return EXISTS
+        self[key] = Snapshot(kind, parent)
+        return None
+
+    def commit(self, name: str, key: str, parent: str | None, keep: bool) -> Refusal | None:
+        if key not in self:
+            return NOT_FOUND
+        snapshot = self[key]
+        if snapshot.kind is not Kind.ACTIVE:
+            return NOT_ACTIVE
+        if parent == name and parent is not None:
+            taken = name in self and self[name].kind is Kind.COMMITTED
+            return InvalidArgument, {errno.EEXIST, errno.ENOTDIR} if taken else {errno.ENOENT}
+        if name in self and name != key:
+            committed = parent is None or (parent in self and self[parent].kind is Kind.COMMITTED)
+            return EXISTS if committed else (AlreadyExists, {errno.ENOENT})
+        if parent is not None and parent not in self:
+            return (InvalidArgument if snapshot.parent else NotFound), {errno.ENOENT}
+        if parent is not None and self[parent].kind is not Kind.COMMITTED:
+            return (InvalidArgument if snapshot.parent else FailedPrecondition), {errno.ENOENT}
+        if parent is not None and snapshot.parent not in (None, parent):
+            return OTHER_PARENT
+        del self[key]
+        self[name] = Snapshot(Kind.COMMITTED, parent or snapshot.parent, snapshot.labels if keep else {})
+        return None
+
+    def rename(self, old: str, new: str) -> Refusal | None:
+        if old not in self:
+            return NOT_FOUND
+        if new in self and new != old:
+            return EXISTS
+        self[new] = self.pop(old)
+        for snapshot in self.values():
+            if snapshot.parent == old:
+                snapshot.parent = new
+        return None
+
+    def remove(self, key: str) -> Refusal | None:
+        if key not in self:
+            return NOT_FOUND
+        if self.children(key):
+            return HAS_CHILDREN
+        del self[key]
+        return None
+
+    def label(self, key: str, label: str, value: str) -> Refusal | None:
+        if key not in self:
+            return NOT_FOUND
+        self[key].labels.pop(label, None)
+        if value:
+            self[key].labels[label] = value
+        return None
+
+    def children(self, parent: str, kind: Kind | None = None) -> set[str]:
+        return {key for key, its in self.items() if its.parent == parent and kind in (None, its.kind)}
+
+
+async def test_library_and_tree_against_the_model(tmp_path: Path) -> None:
+    (mnt := tmp_path / "mnt").mkdir()
+    ready, stop = trio.Event(), trio.Event()
+    async with open_snapshotter(tmp_path / "root") as snapshotter, trio.open_nursery() as nursery:
+        nursery.start_soon(serve_tree, Tree(snapshotter), str(mnt), MountOptions(), ready.set, stop)
+        await ready.wait()
+        try:
+            await trio.to_thread.run_sync(partial(drive, snapshotter, mnt))
+        finally:
+            stop.set()
+
+
+def drive(snapshotter: Snapshotter, mnt: Path) -> None:
+    """Run the machine, in a thread that is not the loop's."""
+
+    def path(kind: Kind, key: str, parent: str | None = None) -> Path:
+        above = mnt / "committed" / names.encode(parent) if parent is not None else mnt
+        return above / kind / names.encode(key)
+
+    class Machine(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def do(
+            self,
+            door: str,
+            expected: Refusal | None,
+            library: Callable[[], Awaitable[Any]],
+            tree: Callable[[], object],
+        ) -> None:
+            """The same operation through ``door``, with the outcome that the model expects."""
+            try:
+                if door == "library":
+                    trio.from_thread.run(library)
+                else:
+                    tree()
+            except SnapshotError as error:
+                assert expected is not None, error
+                assert isinstance(error, expected[0]), error
+            except OSError as error:
+                assert expected is not None, error
+                assert error.errno in expected[1], error
+            else:
+                assert expected is None, f"should have been refused: {expected}"
+
+        def pick(self, data: st.DataObject, *kinds: Kind) -> str:
+            """A key, where possible mostly of one of ``kinds``."""
+            fitting = sorted(key for key, its in self.model.items() if its.kind in kinds)
+            return data.draw(st.sampled_from(fitting) if fitting and data.draw(st.integers(0, 5)) else KEYS)
+
+        def pick_parent(self, data: st.DataObject) -> str | None:
+            return self.pick(data, Kind.COMMITTED) if data.draw(st.booleans()) else None
+
+        @initialize(door=DOORS)
+        def begin_with_a_family(self, door: str) -> None:
+            """A base with two children: most rules need something to work on."""
+            for kind, key, parent in ((Kind.ACTIVE, "a", None), (Kind.ACTIVE, "b", "a"), (Kind.VIEW, "c/d", "a")):
+                make = snapshotter.prepare if kind is Kind.ACTIVE else snapshotter.view
+                expected = self.model.prepare(kind, key, parent)
+                self.do(door, expected, partial(make, key, parent), path(kind, key, parent).mkdir)
+                if key == "a":
+                    expected = self.model.commit(key, key, None, keep=True)
+                    move = partial(os.rename, path(kind, key), path(Kind.COMMITTED, key))
+                    self.do(door, expected, partial(snapshotter.commit, key, key), move)
+
+        @rule(kind=st.sampled_from([Kind.ACTIVE, Kind.VIEW]), key=KEYS, door=DOORS, data=st.data())
+        def prepare(self, kind: Kind, key: str, door: str, data: st.DataObject) -> None:
+            parent = self.pick_parent(data)
+            make = snapshotter.prepare if kind is Kind.ACTIVE else snapshotter.view
+            expected = self.model.prepare(kind, key, parent)
+            self.do(door, expected, partial(make, key, parent), path(kind, key, parent).mkdir)
+
+        @precondition(lambda self: bool(self.model))
+        @rule(name=KEYS, door=DOORS, data=st.data())
+        def commit(self, name: str, door: str, data: st.DataObject) -> None:
+            key, parent = self.pick(data, Kind.ACTIVE), self.pick_parent(data)
+            source, target = path(Kind.ACTIVE, key), path(Kind.COMMITTED, name, parent)
+            expected = self.model.commit(name, key, parent, keep=door == "tree")
+            self.do(door, expected, partial(snapshotter.commit, name, key, parent=parent), partial(os.rename, source, target))
+
+        @precondition(lambda self: bool(self.model))
+        @rule(new=KEYS, door=DOORS, data=st.data())
+        def rename(self, new: str, door: str, data: st.DataObject) -> None:
+            old = self.pick(data, *Kind)
+            kind = self.model[old].kind if old in self.model else Kind.VIEW
+            expected = self.model.rename(old, new)
+            move = partial(os.rename, path(kind, old), path(kind, new))
+            self.do(door, expected, partial(snapshotter.rename, old, new), move)
+
+        @precondition(lambda self: bool(self.model))
+        @rule(door=DOORS, data=st.data())
+        def remove(self, door: str, data: st.DataObject) -> None:
+            key = self.pick(data, *Kind)
+            kind = self.model[key].kind if key in self.model else Kind.COMMITTED
+            self.do(door, self.model.remove(key), partial(snapshotter.remove, key), path(kind, key).rmdir)
+
+        @precondition(lambda self: bool(self.model))
+        @rule(label=LABELS, value=VALUES, door=DOORS, data=st.data())
+        def label(self, label: str, value: str, door: str, data: st.DataObject) -> None:
+            key = self.pick(data, *Kind)
+            kind = self.model[key].kind if key in self.model else Kind.COMMITTED
+            file = path(kind, key) / "labels" / names.encode(label)
+            had = key in self.model and label in self.model[key].labels
+            expected = self.model.label(key, label, value)
+            library = partial(snapshotter.update, key, {label: value}, [f"labels.{label}"])
+            delete = file.unlink if had else partial(file.write_text, "\n")
+            self.do(door, expected, library, partial(file.write_text, value) if value else delete)
+
+        @invariant()
+        def both_doors_show_the_model(self) -> None:
+            infos = trio.from_thread.run(snapshotter.walk)
+            assert [info.name for info in infos] == sorted(self.model, key=str.encode)
+            for info in infos:
+                its = self.model[info.name]
+                assert (info.kind, info.parent, info.labels) == (its.kind, its.parent, its.labels)
+            for kind in Kind:
+                shown = {names.decode(name) for name in os.listdir(mnt / kind)}
+                assert shown == {key for key, its in self.model.items() if its.kind is kind}
+            assert sorted(os.listdir(mnt / "by-id"), key=int) == sorted((str(info.id) for info in infos), key=int)
+            for info in infos:
+                self.check_directory(path(info.kind, info.name), info.name, info.id)
+
+        def check_directory(self, directory: Path, key: str, number: int) -> None:
+            its = self.model[key]
+            shown = json.loads((directory / "info.json").read_text())
+            assert (shown["name"], shown["kind"], shown["id"]) == (key, its.kind, number)
+            assert (shown["parent"], shown["labels"]) == (its.parent, its.labels)
+            labels = {
+                names.decode(name): (directory / "labels" / name).read_text() for name in os.listdir(directory / "labels")
+            }
+            assert labels == {label: value + "\n" for label, value in its.labels.items()}
+            assert (mnt / "by-id" / str(number)).resolve() == directory
+            assert (directory / "mounts.json").exists() == (its.kind is not Kind.COMMITTED)
+            if its.parent is None:
+                assert not (directory / "parent").is_symlink()
+            else:
+                assert (directory / "parent").resolve() == path(Kind.COMMITTED, its.parent)
+                assert path(its.kind, key, its.parent).resolve() == directory
+            for kind in Kind if its.kind is Kind.COMMITTED else ():
+                children = {names.decode(name) for name in os.listdir(directory / kind)}
+                assert children == self.model.children(key, kind)
+
+        def teardown(self) -> None:
+            while self.model:
+                key = next(key for key in self.model if not self.model.children(key))
+                self.do("tree", self.model.remove(key), partial(snapshotter.remove, key), self.path_now(key).rmdir)
+
+        def path_now(self, key: str) -> Path:
+            return next(path(kind, key) for kind in Kind if path(kind, key).exists())
+
+    checked = settings(
+        max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    )
+    run_state_machine_as_test(Machine, settings=checked)
