@@ -1,0 +1,168 @@
+"""The tree without a mount: inodes, offsets, and that every node is found again by its inode."""
+
+from __future__ import annotations
+
+import errno
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from snapfs import NotFound, Snapshotter, errors
+from snapfs.fuse.errno import errno_of
+from snapfs.tree import Node, Tree
+from snapfs.tree.attributes import ATTRIBUTES
+from snapfs.tree.labels import label_slots
+from snapfs.tree.node import Directory, Link, Slot, pack, unpack
+from snapfs.tree.tree import ROOT_INODE
+
+
+@pytest.fixture
+async def tree(snapshotter: Snapshotter) -> Tree:
+    """A base with two children, labels on both sides."""
+    await snapshotter.prepare("b")
+    await snapshotter.commit("base", "b", labels={"x": "1", "y/z": "2"})
+    await snapshotter.prepare("web", "base", labels={"x": "3"})
+    await snapshotter.view("peek", "base")
+    return Tree(snapshotter)
+
+
+def crawl(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
+    """All nodes below ``node`` with the paths by which they were met."""
+    yield path, node
+    if isinstance(node, Directory):
+        with closing(node.entries(0)) as entries:  # type: ignore[type-var]
+            children = [(name, child) for _, name, child in entries]
+        for name, child in children:
+            yield from crawl(child, f"{path}/{name}".lstrip("/"))
+
+
+async def test_every_node_has_an_inode_of_its_own_that_leads_back_to_it(tree: Tree) -> None:
+    nodes = list(crawl(tree.node(ROOT_INODE)))
+    assert len({node.inode for _, node in nodes}) == len(nodes) > 30
+    for path, node in nodes:
+        found = tree.node(node.inode)
+        assert type(found) is type(node)
+        assert found.attributes() == node.attributes() == tree.walk(path).attributes()
+        assert found.path == node.path == path
+        if isinstance(node, Link):
+            assert found.target() == node.target() == tree.walk(path).target()
+
+
+async def test_links_lead_to_nodes(tree: Tree) -> None:
+    for path, node in crawl(tree.node(ROOT_INODE)):
+        if isinstance(node, Link) and not node.target().startswith("/"):
+            parts = path.split("/")[:-1]
+            for part in node.target().split("/"):
+                parts = parts[:-1] if part == ".." else [*parts, part]
+            assert isinstance(tree.walk("/".join(parts)), Directory)
+
+
+async def test_an_inode_means_the_same_through_rename_and_commit(tree: Tree) -> None:
+    inode = tree.walk("active/web").inode
+    info = tree.walk("active/web/info.json").inode
+    await tree.snapshotter.rename("web", "w2")
+    assert tree.walk("active/w2").inode == inode
+    await tree.snapshotter.commit("v1", "w2")
+    assert tree.walk("committed/v1").inode == inode
+    assert tree.node(inode).path == "committed/v1"
+    assert tree.walk("committed/v1/info.json").inode == info
+    await tree.snapshotter.remove("v1")
+    with pytest.raises(NotFound):
+        tree.node(inode)
+    await tree.snapshotter.prepare("web", "base")
+    assert tree.walk("active/web").inode != inode, "another snapshot, another inode"
+
+
+async def test_a_listing_goes_on_where_it_was_whatever_comes_and_goes(tree: Tree) -> None:
+    for n in range(10):
+        await tree.snapshotter.prepare(f"k{n}")
+    directory = tree.walk("active")
+    seen = [(offset, name) for offset, name, _ in directory.entries(0)][:5]
+    for gone in (seen[-1][1], "k7", "web"):
+        await tree.snapshotter.remove(gone)
+    await tree.snapshotter.prepare("late")
+    rest = [name for _, name, _ in tree.walk("active").entries(seen[-1][0])]
+    assert rest == ["k4", "k5", "k6", "k8", "k9", "late"]
+
+
+async def test_children_come_first(tree: Tree) -> None:
+    """So that what deletes a whole directory meets them before it has touched anything."""
+    assert [name for _, name, _ in tree.walk("committed/base").entries(0)][:4] == ["active", "view", "committed", "labels"]
+
+
+def test_colliding_labels_get_slots_of_their_own() -> None:
+    span = (1 << 28) - Slot.FIRST_LABEL
+    by_slot: dict[int, str] = {}
+    pair = None
+    for n in range(200_000):
+        key = f"label{n}"
+        other = by_slot.setdefault(zlib.crc32(key.encode()) % span, key)
+        if other != key:
+            pair = other, key
+            break
+    assert pair is not None, "two of 200,000 keys collide in 28 bits"
+    slots = label_slots(pair)
+    assert len(set(slots.values())) == 2
+    assert slots[pair[0]] == label_slots(pair[:1])[pair[0]], "the earlier one keeps its slot"
+
+
+def test_slots_of_attributes_are_unique_and_fixed() -> None:
+    """They are part of inode numbers: a new attribute takes a new slot."""
+    assert {attribute.name: attribute.slot for attribute in ATTRIBUTES} == {
+        "mounts.json": 16,
+        "mount.sh": 17,
+        "info.json": 18,
+        "usage.json": 19,
+        "parent": 20,
+        "diff": 21,
+    }
+
+
+@pytest.mark.parametrize("number", [0, 1, 7, 2**35])
+@pytest.mark.parametrize("slot", [1, 16, 256, 2**28 - 1])
+def test_inodes_pack_and_unpack(number: int, slot: int) -> None:
+    assert unpack(pack(number, slot)) == (number, slot)
+    assert 0 < pack(number, slot) < 2**64
+
+
+@pytest.mark.parametrize("inode", [0, 15, pack(0, 255), pack(99, 1), pack(1, 255), pack(1, 2**27), pack(2, Slot.ACTIVE)])
+async def test_no_node(tree: Tree, inode: int) -> None:
+    with pytest.raises(NotFound):
+        tree.node(inode)
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (errors.NotFound(""), errno.ENOENT),
+        (errors.AlreadyExists(""), errno.EEXIST),
+        (errors.HasChildren(""), errno.ENOTEMPTY),
+        (errors.NotEmpty(""), errno.ENOTEMPTY),
+        (errors.Busy(""), errno.EBUSY),
+        (errors.NotPermitted(""), errno.EPERM),
+        (errors.FailedPrecondition(""), errno.EPERM),
+        (errors.NameTooLong(""), errno.ENAMETOOLONG),
+        (errors.NotUtf8(""), errno.EILSEQ),
+        (errors.LabelTooBig(""), errno.E2BIG),
+        (errors.WrongParent(""), errno.EPERM),
+        (errors.InvalidArgument(""), errno.EINVAL),
+        (errors.Damaged(""), errno.EIO),
+        (errors.Unavailable(""), errno.EIO),
+        (errors.Unavailable("", errno.ENOSPC), errno.ENOSPC),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else errno.errorcode[value],
+)
+def test_errno(error: errors.SnapshotError, number: int) -> None:
+    assert errno_of(error) == number
+
+
+def test_every_error_has_an_errno() -> None:
+    def kinds(kind: type[errors.SnapshotError]) -> Iterator[type[errors.SnapshotError]]:
+        for sub in kind.__subclasses__():
+            yield sub
+            yield from kinds(sub)
+
+    for kind in kinds(errors.SnapshotError):
+        assert errno_of(kind("")) > 0
