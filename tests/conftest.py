@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 
 from snapfs import Snapshotter, open_snapshotter
+from snapfs.kernel.mounttable import mount_table
 
 _CLONE_NEWNS = 0x20000
-_MS_REC_PRIVATE = 0x4000 | 0x40000
+_MS_PRIVATE = 0x40000
+_MS_REC_PRIVATE = 0x4000 | _MS_PRIVATE
 _PR_SET_PDEATHSIG = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -28,8 +30,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         raise pytest.UsageError("the tests mount for real: run them as root, with /dev/fuse")
-    if _libc.unshare(_CLONE_NEWNS) or _libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None):
+    if _libc.unshare(_CLONE_NEWNS):
         raise pytest.UsageError(f"no mount namespace to be had: {os.strerror(ctypes.get_errno())}")
+    if _libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None):  # in a chroot / is no mountpoint
+        for mount in mount_table():
+            _libc.mount(b"none", os.fsencode(mount.target), None, _MS_PRIVATE, None)
 
 
 def die_with_parent() -> None:
