@@ -51,6 +51,13 @@ def sync_file_system(directory: str) -> None:
         os.close(fd)
 
 
+def file_system_magic(path: str) -> int:
+    """``f_type`` of statfs(2), which tells the type of the file system that holds ``path``; raises OSError."""
+    buffer = (ctypes.c_long * 32)()  # struct statfs begins with it; 120 bytes on 64-bit Linux
+    libc.call("statfs", os.fsencode(path), ctypes.byref(buffer))
+    return int(buffer[0])
+
+
 def kernel_version() -> tuple[int, int]:
     """Major and minor number of the running kernel."""
     major, minor = platform.release().split(".")[:2]

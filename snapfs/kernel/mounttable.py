@@ -45,34 +45,31 @@ def mount_table() -> Iterator[MountPoint]:
         )
 
 
-def mount_of(path: str) -> MountPoint:
-    """The mount that holds ``path``, which must exist."""
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        text = Path(f"/proc/self/fdinfo/{fd}").read_text()
-    finally:
-        os.close(fd)
-    number = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("mnt_id:"))
-    return next(mount for mount in mount_table() if mount.id == number)
-
-
 def writers(directory: str) -> list[str]:
     """Where the layer ``directory`` (ROOT/snapshots/<id>/fs) is mounted so that it can be written: as the upperdir of an
     overlay, or bound with ``rw``; paths of targets in this mount namespace."""
-    own = mount_of(directory)
-    inside = os.path.normpath(f"{own.root}/{os.path.relpath(directory, own.target)}")
     uppers = (f"upperdir={directory}", f"upperdir={escape(directory)}")  # as either mount API shows it
+    layer = os.stat(directory)
+    tail = "/".join(["", *directory.split("/")[-3:]])
     found = []
     for mount in mount_table():
         if "rw" not in mount.options:
             continue
         if mount.type == "overlay":
-            busy = any(option in uppers for option in mount.super_options)
-        else:
-            busy = mount.root == inside and mount.device == own.device
-        if busy:
+            if any(option in uppers for option in mount.super_options):
+                found.append(mount.target)
+        elif mount.root.endswith(tail) and _is_at(mount.target, layer):
             found.append(mount.target)
     return found
+
+
+def _is_at(target: str, wanted: os.stat_result) -> bool:
+    """Whether ``wanted`` is what stands at ``target``; only asked of binds that look like it, for stat(2) of any other mount
+    may wait for its server, or be our own."""
+    try:
+        return os.path.samestat(os.stat(target), wanted)
+    except OSError:
+        return False
 
 
 def _unescape(text: str) -> str:

@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 
 from snapfs.kernel import libc, mounting
+from snapfs.mountspec import escape
 
+_TMPFS_MAGIC = 0x01021994
 _WHOLE_RANGE = ["0", "0", "4294967295"]
 
 
@@ -30,7 +32,7 @@ def in_user_namespace() -> bool:
 def needs_userxattr(directory: str) -> bool:
     """Whether overlay mounts over ``directory`` need ``userxattr``: only inside a user namespace, never on tmpfs; kernels
     from 5.11 on know the option, older ones may (patched) or may not, which a trial mount tells."""
-    if not in_user_namespace() or mountpoint_type(directory) == "tmpfs":
+    if not in_user_namespace() or on_tmpfs(directory):
         return False
     if mounting.kernel_version() >= (5, 11):
         return True
@@ -38,7 +40,7 @@ def needs_userxattr(directory: str) -> bool:
     try:
         for name in ("lower", "upper", "work", "merged"):
             os.mkdir(f"{trial}/{name}")
-        layers = "userxattr,lowerdir=lower,upperdir=upper,workdir=work".replace("=", f"={trial}/")
+        layers = "userxattr,lowerdir=lower,upperdir=upper,workdir=work".replace("=", f"={escape(trial)}/")
         mounting.mount("overlay", f"{trial}/merged", "overlay", mounting.MS_RDONLY, layers)
         mounting.unmount(f"{trial}/merged", mounting.MNT_DETACH)
         return True
@@ -53,8 +55,6 @@ def knows_index() -> bool:
     return os.path.exists("/sys/module/overlay/parameters/index")
 
 
-def mountpoint_type(directory: str) -> str:
-    """The type of the file system that holds ``directory``, as in the mount table: ext4, xfs, tmpfs …"""
-    from snapfs.kernel.mounttable import mount_of
-
-    return mount_of(directory).type
+def on_tmpfs(directory: str) -> bool:
+    """Whether ``directory`` is on a tmpfs (statfs(2))."""
+    return mounting.file_system_magic(directory) == _TMPFS_MAGIC
