@@ -42,11 +42,9 @@ def imported_rooms(module: Path) -> set[str]:
         else:
             continue
         for target in targets:
-            parts = (target or "").split(".")
-            if parts[0] == "snapfs" and len(parts) > 1 and (PACKAGE / parts[1]).with_suffix(".py").exists():
-                rooms.add(parts[1])
-            elif parts[0] == "snapfs" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir():
-                rooms.add(parts[1])
+            package, room = [*(target or "").split("."), ""][:2]
+            if package == "snapfs" and ((PACKAGE / f"{room}.py").exists() or (room and (PACKAGE / room).is_dir())):
+                rooms.add(room)
     return rooms
 
 
