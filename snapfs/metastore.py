@@ -259,6 +259,8 @@ class MetaStore:
                 found = txn.get(b"schema", db=self.meta)
                 if found is None:
                     txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)
+        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
+            raise Damaged(f"the records in {path} can't be read: {error}") from error
         except lmdb.Error as error:
             raise _refused(f"open the records in {path}", error) from error
         if found is not None and found != str(SCHEMA).encode():
@@ -324,8 +326,14 @@ class MetaStore:
                 request.begun = True
             if not batch.requests:
                 continue
-            with trio.CancelScope(shield=True):  # a thread can't be stopped, and its outcome must be told
-                await trio.to_thread.run_sync(self._run, batch)
+            try:
+                with trio.CancelScope(shield=True):  # a thread can't be stopped, and its outcome must be told
+                    await trio.to_thread.run_sync(self._run, batch)
+            except BaseException as error:  # a bug: the writer ends, but nobody may wait for ever
+                for request in batch.requests:
+                    request.error = request.error or error
+                    request.done.set()
+                raise
             for request in batch.requests:
                 for change in request.changes:
                     for listener in self.listeners:
@@ -415,5 +423,5 @@ def _undo(writer: Writer) -> None:
 def _refused(doing: str, error: lmdb.Error | OSError) -> Unavailable:
     if isinstance(error, OSError):
         return Unavailable.from_os(doing, error)
-    code = error.code if error.code > 0 else None  # LMDB's own codes are negative, the system's positive
-    return Unavailable(f"cannot {doing}: {error}", code)
+    code = getattr(error, "code", 0)  # LMDB's own codes are negative, the system's positive; py-lmdb's own errors have none
+    return Unavailable(f"cannot {doing}: {error}", code if code > 0 else None)

@@ -629,6 +629,8 @@ class Snapshotter:
     async def _count(self, number: int) -> None:
         """Store the usage of a committed snapshot, which nothing changes any more."""
         try:
+            if earlier := self._scans.get(number):  # begun before the Commit, so it may have missed something
+                await earlier.ended.wait()
             usage = await self._scan(number)
 
             def operation(writer: Writer) -> None:
@@ -640,7 +642,8 @@ class Snapshotter:
 
             await self._write_record(operation)
         except (Damaged, Unavailable, NotFound) as error:
-            log.warning("the usage of snapshot %d stays unknown until the next start: %s", number, error)
+            if not self._closed:
+                log.warning("the usage of snapshot %d stays unknown until the next start: %s", number, error)
         finally:
             self._counting.pop(number).set()
 

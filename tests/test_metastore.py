@@ -1,0 +1,580 @@
+"""The records: indexes that always agree with them, one writer, batches that are whole, reads that wait for nobody."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import lmdb
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+from snapfs import AlreadyExists, Change, Damaged, Kind, MetaStore, SnapshotError, Snapshotter, Unavailable, Usage
+from snapfs.layers import DEPTH
+from snapfs.metastore import BATCH, SCHEMA, Reader, Record, Writer
+
+
+def check_indexes(store: MetaStore) -> None:
+    """Recompute all indexes from the records and compare."""
+    with store.reading() as reader:
+        records = dict(reader.records())
+        assert reader.ids() == set(records)
+        assert max(records, default=0) <= reader.last_id()
+        assert {record.name: reader.id_of(record.name) for record in records.values()} == {
+            record.name: number for number, record in records.items()
+        }
+        assert [info.name for info in reader.walk()] == sorted((r.name for r in records.values()), key=str.encode)
+        assert reader.uncounted() == [
+            number for number, record in sorted(records.items()) if record.kind is Kind.COMMITTED and record.usage is None
+        ]
+        for kind in Kind:
+            assert list(reader.listing(kind)) == [(n, r.name) for n, r in sorted(records.items()) if r.kind is kind]
+        for parent in {0, *records, *(record.parent for record in records.values())} - {0}:
+            assert parent in records
+            for kind in Kind:
+                assert list(reader.children(parent, kind)) == [
+                    (n, r.name) for n, r in sorted(records.items()) if r.parent == parent and r.kind is kind
+                ]
+        total = sum(1 for record in records.values() if record.parent)
+    assert entries(store, "children") == total  # none left over under a parent that is gone
+    assert entries(store, "names") == len(records)
+
+
+def entries(store: MetaStore, table: str) -> int:
+    database = {"children": store.child_table, "names": store.names}[table]
+    with store._env.begin() as txn:
+        return int(txn.stat(database)["entries"])
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[MetaStore]:
+    made = MetaStore(str(tmp_path / "records.mdb"), map_size=1 << 24)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(made.serve)
+        yield made
+        made.stop()
+    made.close()
+
+
+def record(name: str, kind: Kind = Kind.ACTIVE, parent: int = 0, usage: Usage | None = None) -> Record:
+    return Record(name, kind, parent, 1, 1, {"a": "b"}, usage)
+
+
+def adding(name: str, kind: Kind = Kind.ACTIVE, parent: int = 0) -> Callable[[Writer], int]:
+    def operation(writer: Writer) -> int:
+        number = writer.next_id()
+        writer.put(number, record(name, kind, parent))
+        return number
+
+    return operation
+
+
+# -- indexes
+
+
+async def test_the_indexes_agree_with_the_records_after_each_operation(snapshotter: Snapshotter) -> None:
+    """A long random life (the same in each run), refusals among it."""
+    dice = random.Random(2)
+    names = [f"{letter}{tail}" for letter in "abé" for tail in ("", "/1", "\xff", "🐙")]
+    done = refused = 0
+    for _ in range(400):
+        key, other, parent = dice.choice(names), dice.choice(names), dice.choice([None, *names])
+        calls: list[Callable[[], Awaitable[object]]] = [
+            partial(snapshotter.prepare, key, parent),
+            partial(snapshotter.prepare, key, parent),
+            partial(snapshotter.view, key, parent),
+            partial(snapshotter.commit, other, key, parent=parent),
+            partial(snapshotter.commit, other, key),
+            partial(snapshotter.rename, key, other),
+            partial(snapshotter.remove, key),
+            partial(snapshotter.update, key, {"x": "y"}),
+            partial(snapshotter.usage, key),
+        ]
+        try:
+            await dice.choice(calls)()
+            done += 1
+        except SnapshotError:
+            refused += 1
+        check_indexes(snapshotter.records)
+    assert done > 50
+    assert refused > 50
+
+
+async def test_put_in_place_moves_every_index(store: MetaStore) -> None:
+    base = await store.write(adding("base", Kind.COMMITTED))
+    other = await store.write(adding("other", Kind.COMMITTED))
+    number = await store.write(adding("web", Kind.ACTIVE, base))
+    for after in (
+        record("web", Kind.ACTIVE, other),
+        record("web2", Kind.VIEW, other),
+        record("web2", Kind.COMMITTED),
+        record("web3", Kind.COMMITTED, base),
+        record("web3", Kind.COMMITTED, base, Usage(1, 2)),
+        record("web3", Kind.ACTIVE, base),
+    ):
+        await store.write(lambda writer, after=after: writer.put(number, after))  # type: ignore[misc]
+        check_indexes(store)
+        with store.reading() as reader:
+            assert reader.record(number) == after
+    await store.write(lambda writer: writer.delete(number, record("web3", Kind.ACTIVE, base)))
+    check_indexes(store)
+
+
+async def test_listings_go_on_after_an_id(store: MetaStore) -> None:
+    base = await store.write(adding("base", Kind.COMMITTED))
+    numbers = [await store.write(adding(f"k{index}", Kind.ACTIVE, base)) for index in range(300)]
+    numbers += [await store.write(adding(f"v{index}", Kind.VIEW, base)) for index in range(3)]
+    with store.reading() as reader:
+        for after in (0, 1, 2, 256, 300, 301):
+            expected = [(number, f"k{index}") for index, number in enumerate(numbers[:300]) if number > after]
+            assert list(reader.listing(Kind.ACTIVE, after)) == expected
+            assert list(reader.children(base, Kind.ACTIVE, after)) == expected
+        assert list(reader.listing(Kind.ACTIVE, 304)) == list(reader.children(base, Kind.ACTIVE, 304)) == []
+        assert [number for number, _ in reader.records(after=302)] == [303, 304]
+        assert reader.a_child(base) is not None
+        assert reader.a_child(numbers[0]) is None
+
+
+async def test_a_chain_is_nearest_first(store: MetaStore) -> None:
+    number = 0
+    for index in range(128):
+        number = await store.write(adding(f"c{index}", Kind.COMMITTED, number))
+    with store.reading() as reader:
+        top = reader.record(number)
+        assert top is not None
+        assert reader.chain(top) == list(range(127, 0, -1))
+
+
+# -- ids
+
+
+async def test_an_id_is_given_back_only_by_an_operation_that_failed(store: MetaStore) -> None:
+    def failing(writer: Writer) -> None:
+        writer.next_id()
+        raise AlreadyExists("no")
+
+    assert await store.write(adding("a")) == 1
+    with pytest.raises(AlreadyExists):
+        await store.write(failing)
+    assert await store.write(adding("b")) == 2
+    await store.write(lambda writer: writer.delete(2, record("b")))
+    assert await store.write(adding("c")) == 3
+
+
+# -- batches
+
+
+class Held:
+    """Operations that wait in one batch behind one that holds the writer."""
+
+    def __init__(self, store: MetaStore) -> None:
+        self.store = store
+        self.outcomes: dict[str, object] = {}
+        self._waiting: list[tuple[str, Callable[[Writer], object]]] = []
+
+    def add(self, name: str, operation: Callable[[Writer], object]) -> None:
+        self._waiting.append((name, operation))
+
+    async def run(self) -> None:
+        busy, go_on = trio.Event(), threading.Event()
+
+        def hold(writer: Writer) -> None:
+            trio.from_thread.run_sync(busy.set)
+            assert go_on.wait(20)
+
+        async def write(name: str, operation: Callable[[Writer], object]) -> None:
+            try:
+                self.outcomes[name] = await self.store.write(operation)
+            except Exception as error:
+                self.outcomes[name] = error
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.store.write, hold)
+            await busy.wait()
+            for name, operation in self._waiting:
+                nursery.start_soon(write, name, operation)
+                await trio.testing.wait_all_tasks_blocked()  # in this order
+            go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (AlreadyExists("taken"), AlreadyExists),
+        (OSError(errno.ENOSPC, "No space left on device"), Unavailable),
+        (lmdb.MapFullError("full"), Unavailable),
+        (ZeroDivisionError("a bug"), ZeroDivisionError),
+    ],
+)
+async def test_a_failing_operation_fails_alone(store: MetaStore, error: Exception, told: type[Exception]) -> None:
+    undone: list[str] = []
+
+    def failing(writer: Writer) -> None:
+        writer.on_failure(lambda: undone.append("first"))
+        writer.on_failure(lambda: undone.append("second"))
+        writer.when_durable(lambda: undone.append("never"))
+        writer.put(writer.next_id(), record("bad"))
+        writer.changed(None, None)
+        raise error
+
+    changes: list[Change] = []
+    store.listeners.append(changes.append)
+    held = Held(store)
+    held.add("before", adding("a"))
+    held.add("bad", failing)
+    held.add("after", adding("b"))
+    await held.run()
+    assert isinstance(held.outcomes.pop("bad"), told)
+    assert held.outcomes == {"before": 1, "after": 2}
+    assert undone == ["second", "first"]  # the last first
+    assert changes == []
+    check_indexes(store)
+    with store.reading() as reader:
+        assert [info.name for info in reader.walk()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+async def test_if_the_sync_fails_all_of_its_batch_do_and_are_undone(
+    snapshotter: Snapshotter, root: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    await snapshotter.prepare("b")
+    await snapshotter.commit("base", "b")
+    await snapshotter.usage("base")
+    before = await snapshotter.walk()
+    changes: list[Change] = []
+    snapshotter.subscribe(changes.append)
+    errors: list[Unavailable] = []
+
+    def refuse(fd: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    async def prepare(key: str, parent: str | None) -> None:
+        with pytest.raises(Unavailable) as caught:
+            await snapshotter.prepare(key, parent)
+        errors.append(caught.value)
+
+    async def remove() -> None:
+        with pytest.raises(Unavailable):
+            await snapshotter.remove("base")
+
+    busy, go_on = trio.Event(), threading.Event()
+
+    def hold(writer: Writer) -> None:
+        trio.from_thread.run_sync(busy.set)
+        assert go_on.wait(20)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(snapshotter.records.write, hold)
+            await busy.wait()
+            nursery.start_soon(remove)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(prepare, "one", None)
+            nursery.start_soon(prepare, "two", None)
+            await trio.testing.wait_all_tasks_blocked()
+            go_on.set()
+    assert [error.errno for error in errors] == [code, code]
+    assert os.strerror(code) in str(errors[0])
+    assert await snapshotter.walk() == before
+    assert os.listdir(root / "snapshots") == ["1"]
+    assert changes == []
+    check_indexes(snapshotter.records)
+    await snapshotter.prepare("one", "base")
+    assert (await snapshotter.stat("one")).id == 2
+    await snapshotter.cleanup()
+    assert os.listdir(root / "trash") == []
+
+
+async def test_the_trash_of_an_undone_prepare_is_emptied_without_being_asked(
+    snapshotter: Snapshotter, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    emptied = trio.Event()
+    empty_trash = snapshotter.layers.empty_trash
+
+    def watched(checkpoint: Callable[[], None]) -> None:
+        assert len(os.listdir(root / "trash")) == 1
+        empty_trash(checkpoint)
+        trio.from_thread.run_sync(emptied.set)
+
+    await snapshotter.cleanup()
+    await trio.testing.wait_all_tasks_blocked()
+    monkeypatch.setattr(snapshotter.layers, "empty_trash", watched)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(Unavailable):
+            await snapshotter.prepare("web")
+    with trio.fail_after(20):
+        await emptied.wait()
+    assert os.listdir(root / "trash") == []
+
+
+async def test_a_directory_is_synced_once_a_batch_and_before_the_records(
+    store: MetaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    fd = os.open(tmp_path, os.O_RDONLY)
+
+    def sync(synced: int) -> None:
+        assert synced == fd
+        with store.reading() as reader:
+            seen.append(reader.id_of("k5") is None)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    held = Held(store)
+
+    def operation(writer: Writer, name: str) -> None:
+        adding(name)(writer)
+        writer.sync_directory(fd)
+
+    for number in range(10):
+        held.add(f"k{number}", partial(operation, name=f"k{number}"))
+    try:
+        await held.run()
+    finally:
+        os.close(fd)
+    assert seen == [True]
+    with store.reading() as reader:
+        assert reader.id_of("k5") == 6
+
+
+async def test_more_than_a_batch_is_done_in_several(store: MetaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs: list[int] = []
+    monkeypatch.setattr(os, "fsync", syncs.append)
+    held = Held(store)
+
+    def operation(writer: Writer, name: str) -> None:
+        adding(name)(writer)
+        writer.sync_directory(7)
+
+    for number in range(BATCH + 1):
+        held.add(f"k{number}", partial(operation, name=f"k{number}"))
+    await held.run()
+    assert syncs == [7, 7]
+    assert entries(store, "names") == BATCH + 1
+
+
+async def test_what_comes_after_is_done_when_the_batch_is_durable(store: MetaStore) -> None:
+    seen: list[int | None] = []
+
+    def operation(writer: Writer) -> None:
+        adding("a")(writer)
+
+        def later() -> None:
+            with store.reading() as reader:
+                seen.append(reader.id_of("a"))
+            raise OSError(errno.EIO, "logged only")
+
+        writer.when_durable(later)
+
+    await store.write(operation)
+    assert seen == [1]
+    assert await store.write(adding("b")) == 2
+
+
+# -- reads
+
+
+async def test_reads_do_not_wait_for_writes_and_see_the_last_whole_batch(store: MetaStore) -> None:
+    await store.write(adding("a"))
+    busy, go_on = trio.Event(), threading.Event()
+
+    def slow(writer: Writer) -> None:
+        adding("b")(writer)
+        assert writer.id_of("b") == 2  # it sees what it did
+        trio.from_thread.run_sync(busy.set)
+        assert go_on.wait(20)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.write, slow)
+        await busy.wait()
+        with store.reading() as reader:
+            assert reader.id_of("a") == 1
+            assert reader.id_of("b") is None
+            assert [info.name for info in reader.walk()] == ["a"]
+        go_on.set()
+    with store.reading() as reader:
+        assert reader.id_of("b") == 2
+
+
+async def test_a_reader_keeps_its_state_while_others_write(store: MetaStore) -> None:
+    await store.write(adding("a"))
+    seen: list[str] = []
+    reading, go_on = trio.Event(), threading.Event()
+
+    def read() -> None:
+        with store.reading() as reader:
+            trio.from_thread.run_sync(reading.set)
+            assert go_on.wait(20)
+            seen.extend(info.name for info in reader.walk())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, read)
+        await reading.wait()
+        await store.write(adding("b"))
+        go_on.set()
+    assert seen == ["a"]
+
+
+@pytest.mark.parametrize("name", ["", "x" * 1000, "\udcff", "none"])
+async def test_a_name_that_nobody_can_have_is_not_found(store: MetaStore, name: str) -> None:
+    with store.reading() as reader:
+        assert reader.id_of(name) is None
+
+
+# -- opening, closing, damage
+
+
+async def test_reading_and_writing_after_the_end(tmp_path: Path) -> None:
+    store = MetaStore(str(tmp_path / "m"), map_size=1 << 20)
+    with pytest.raises(Unavailable, match="closed"):
+        await store.write(adding("a"))  # nobody serves
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.serve)
+        await store.write(adding("a"))
+        store.stop()
+        store.stop()
+    with pytest.raises(Unavailable, match="closed"):
+        await store.write(adding("b"))
+    async with trio.open_nursery() as nursery:  # it may be served again
+        await nursery.start(store.serve)
+        assert await store.write(adding("b")) == 2
+        store.stop()
+    store.close()
+    store.close()
+
+    def read() -> None:
+        with store.reading():
+            raise AssertionError("it is closed")
+
+    with pytest.raises(Unavailable, match="closed"):
+        read()
+
+
+async def test_a_full_map_is_unavailable_and_harms_nothing(tmp_path: Path) -> None:
+    store = MetaStore(str(tmp_path / "m"), map_size=1 << 17)
+    made = 0
+
+    async def add_on_and_on() -> None:
+        nonlocal made
+        while made < 10_000:
+            await store.write(adding(f"{made:0200d}"))
+            made += 1
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.serve)
+        with pytest.raises(Unavailable):
+            await add_on_and_on()
+        check_indexes(store)
+        assert entries(store, "names") == made > 10
+        store.stop()
+    store.close()
+
+
+@pytest.mark.parametrize("schema", [SCHEMA + 1, 99, "x"])
+def test_another_schema_is_refused(tmp_path: Path, schema: object) -> None:
+    path = str(tmp_path / "m")
+    store = MetaStore(path, map_size=1 << 20)
+    with store._env.begin(write=True) as txn:
+        txn.put(b"schema", str(schema).encode(), db=store.meta)
+    store.close()
+    with pytest.raises(Damaged, match=f"schema {schema}; this snapfs reads schema {SCHEMA}"):
+        MetaStore(path, map_size=1 << 20)
+
+
+def test_a_file_that_is_no_store_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "m").write_bytes(b"not LMDB at all" * 1000)
+    with pytest.raises(Damaged):
+        MetaStore(str(tmp_path / "m"), map_size=1 << 20)
+
+
+def test_a_store_that_can_not_be_opened_is_unavailable(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="No such file") as caught:
+        MetaStore(str(tmp_path / "none/m"))
+    assert caught.value.errno == errno.ENOENT
+
+
+async def test_a_record_that_can_not_be_read_is_damaged(store: MetaStore) -> None:
+    await store.write(adding("a"))
+    with store._env.begin(write=True) as txn:
+        txn.put((1).to_bytes(8, "big"), b"\xc1nonsense", db=store.snapshots)
+    with store.reading() as reader, pytest.raises(Damaged, match="snapshot 1"):
+        reader.record(1)
+    with store.reading() as reader, pytest.raises(Damaged):
+        list(reader.walk())
+
+
+async def test_a_parent_without_a_record_is_damaged(store: MetaStore) -> None:
+    await store.write(lambda writer: writer.put(writer.next_id(), record("a", Kind.ACTIVE, 77)))
+
+    def chain(reader: Reader) -> object:
+        found = reader.record(1)
+        assert found is not None
+        return reader.chain(found)
+
+    with store.reading() as reader, pytest.raises(Damaged, match="77"):
+        chain(reader)
+
+
+def test_records_of_an_older_snapfs_may_lack_the_last_fields() -> None:
+    old = msgspec.msgpack.encode(["web", "active", 0, 1, 2, {"a": "b"}])
+    assert msgspec.msgpack.decode(old, type=Record) == Record("web", Kind.ACTIVE, 0, 1, 2, {"a": "b"})
+
+
+# -- the trash
+
+
+async def test_deletion_of_what_is_deep_broad_and_odd(snapshotter: Snapshotter, root: Path) -> None:
+    outside = root.parent / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("x")
+    await snapshotter.prepare("web")
+    layer = root / "snapshots/1/fs"
+    for depth in (DEPTH - 2, DEPTH - 1, DEPTH, DEPTH + 1, 3 * DEPTH + 1):
+        path = layer / "/".join(f"{depth}-{level}" for level in range(depth))
+        path.mkdir(parents=True)
+        (path / "file").write_text("x")
+    for number in range(500):
+        (layer / f"n{number}").write_text("")
+    os.symlink(outside, layer / "link")
+    os.symlink("/nowhere", layer / "dangling")
+    os.mkfifo(layer / "fifo")
+    os.mknod(layer / "gone", 0o020000, os.makedev(0, 0))
+    (layer / "locked").mkdir(mode=0o000)
+    await snapshotter.remove("web")
+    assert os.listdir(root / "snapshots") == []
+    assert os.listdir(root / "trash") == []
+    assert (outside / "precious").read_text() == "x"
+
+
+async def test_deletion_can_be_stopped_and_goes_on_later(snapshotter: Snapshotter, root: Path) -> None:
+    class StopError(Exception):
+        pass
+
+    await snapshotter.prepare("web")
+    for number in range(50):
+        (root / f"snapshots/1/fs/{number}").write_text("")
+    snapshotter.layers.retire(1)
+    calls = 0
+
+    def checkpoint() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise StopError
+
+    with pytest.raises(StopError):
+        snapshotter.layers.empty_trash(checkpoint)
+    assert len(os.listdir(root / "trash")) == 1
+    snapshotter.layers.empty_trash()
+    assert os.listdir(root / "trash") == []

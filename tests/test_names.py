@@ -1,0 +1,159 @@
+"""Key <-> file name: one encoding for each key, and decoding its exact inverse."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from snapfs.errors import InvalidArgument, NameTooLong, NotUtf8
+from snapfs.names import NAME_MAX, decode, encode, printable
+
+keys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+"""Any text that is UTF-8, not empty, and short enough however it is encoded (four bytes a character, tripled)."""
+tricky = st.text(st.sampled_from("%./2EFef0ab\n\x7f\x85é"), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize(
+    ("key", "file_name"),
+    [
+        ("web", "web"),
+        ("default/12/sha256:ab", "default%2F12%2Fsha256:ab"),
+        ("100%", "100%25"),
+        ("%2F", "%252F"),
+        (".", "%2E"),
+        ("..", "%2E."),
+        ("...", "..."),
+        (".hidden", ".hidden"),
+        ("a..b", "a..b"),
+        ("./x", ".%2Fx"),
+        ("two words", "two words"),
+        (" ", " "),
+        ("line\nbreak", "line%0Abreak"),
+        ("tab\t", "tab%09"),
+        ("nul\0", "nul%00"),
+        ("\x1f\x7f", "%1F%7F"),
+        ("\x80\x9f", "%C2%80%C2%9F"),
+        ("\xa0", "\xa0"),
+        ("naïve 🐙", "naïve 🐙"),
+        ("back\\slash:colon,comma", "back\\slash:colon,comma"),
+        ("default/11/extract-969002056-w-eF sha256:" + "0" * 64, "default%2F11%2Fextract-969002056-w-eF sha256:" + "0" * 64),
+    ],
+)
+def test_a_key_and_its_file_name(key: str, file_name: str) -> None:
+    assert encode(key) == file_name
+    assert decode(file_name) == key
+
+
+@pytest.mark.parametrize(
+    "file_name",
+    [
+        "%2f",  # lower case
+        "%41",  # encoded without need
+        "%2E%2E",
+        ".%2E",
+        "%2E.x",
+        "%2Ehidden",
+        "100%",
+        "%2",
+        "%",
+        "%G0",
+        "a%zz",
+        "a/b",
+        "a\nb",
+        "a\x85b",
+        ".",
+        "..",
+        "%C3%A9",  # é needs none
+        "%C2%85%41",
+    ],
+)
+def test_a_name_that_is_not_canonical_names_nothing(file_name: str) -> None:
+    with pytest.raises(InvalidArgument):
+        decode(file_name)
+
+
+@pytest.mark.parametrize("file_name", ["%FF", "%C3", "%C0%AF", "%ED%A0%80", "%C2x%85"])
+def test_encoded_bytes_that_are_not_utf8_name_nothing(file_name: str) -> None:
+    with pytest.raises(InvalidArgument, match="not UTF-8"):
+        decode(file_name)
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\udc80b"])
+def test_bytes_that_are_not_utf8_are_told_apart_from_other_bad_names(text: str) -> None:
+    """The tree says EILSEQ for them, not EINVAL."""
+    with pytest.raises(NotUtf8):
+        encode(text)
+    with pytest.raises(NotUtf8):
+        decode(text)
+
+
+@pytest.mark.parametrize("function", [encode, decode])
+def test_the_empty_key_is_refused(function: object) -> None:
+    assert callable(function)
+    with pytest.raises(InvalidArgument, match="empty"):
+        function("")
+
+
+@pytest.mark.parametrize(("unit", "takes"), [("x", 1), ("é", 2), ("€", 3), ("🐙", 4), ("/", 3), ("%", 3), ("\x85", 6)])
+def test_255_bytes_fit_as_a_file_name_and_no_more(unit: str, takes: int) -> None:
+    fits = unit * (NAME_MAX // takes) + "x" * (NAME_MAX % takes)
+    assert len(encode(fits).encode()) == 255
+    assert decode(encode(fits)) == fits
+    with pytest.raises(NameTooLong):
+        encode(fits + "x")
+    with pytest.raises(NameTooLong):
+        decode(encode(fits) + "x")
+
+
+@given(keys | tricky)
+def test_decoding_undoes_encoding(key: str) -> None:
+    try:
+        name = encode(key)
+    except NameTooLong:
+        assume(False)
+        return
+    assert decode(name) == key
+
+
+@given(keys | tricky)
+def test_every_encoding_is_one_path_component_of_printing_characters(key: str) -> None:
+    try:
+        name = encode(key)
+    except NameTooLong as error:
+        assert "255" in str(error)
+        return
+    assert name not in ("", ".", "..")
+    assert not re.search("[/\x00-\x1f\x7f-\x9f]", name)
+    assert len(name.encode()) <= NAME_MAX
+
+
+@given(keys | tricky)
+def test_a_file_name_decodes_only_if_it_is_what_encoding_gives(file_name: str) -> None:
+    """No two file names for one key."""
+    try:
+        key = decode(file_name)
+    except InvalidArgument:
+        return
+    assert encode(key) == file_name
+
+
+@given(st.text(min_size=0, max_size=300))
+def test_nothing_but_invalid_argument_comes_back(text: str) -> None:
+    for function in (encode, decode):
+        try:
+            result = function(text)
+        except InvalidArgument as error:
+            assert str(error)
+        else:
+            assert result
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("plain é", "plain é"), ("a\nb", "a%0Ab"), ("\x85", "%C2%85"), ("\udcff", "\\xff"), ("100%", "100%")],
+)
+def test_printable_keeps_a_log_on_one_line(text: str, shown: str) -> None:
+    assert printable(text) == shown
