@@ -19,12 +19,13 @@ import logging
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
+from contextlib import closing
 
 from snapfs.errors import Unavailable
 from snapfs.kernel import probe
 from snapfs.model import Kind, Usage
-from snapfs.mountspec import Mapped, to_host
+from snapfs.walk import directories
 
 log = logging.getLogger(__name__)
 
@@ -155,17 +156,17 @@ class Layers:
             raise
         return path
 
-    def chown(self, number: int, before: Sequence[Sequence[Mapped]], after: Sequence[Sequence[Mapped]]) -> None:
-        """Change the owners of all that snapshot ``number`` has in its layer from the mapping ``before`` to ``after``, each
-        (uids, gids); an empty mapping is the identity.  Owners without a counterpart stay."""
+    def chown(self, number: int, owner: Callable[[os.stat_result], tuple[int, int]]) -> None:
+        """Give all that snapshot ``number`` has in its layer the owner (uid, gid) that ``owner`` says for it."""
         base = os.open(self.directory(number), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _chown(base, "fs", before, after)
+            _chown(base, "fs", os.stat("fs", dir_fd=base), owner)
         finally:
             os.close(base)
-        for _, directories, files, fd in os.fwalk(self.fs(number), follow_symlinks=False):
-            for name in (*directories, *files):
-                _chown(fd, name, before, after)
+        with closing(directories(self.fs(number))) as visited:
+            for fd, entries in visited:
+                for name, entry in entries:
+                    _chown(fd, name, entry, owner)
 
     # -- unmaking
 
@@ -181,21 +182,29 @@ class Layers:
                 os.rename(path, target)
                 return
 
-    def sweep(self, known: Collection[int]) -> None:
-        """Move what stands in snapshots/ without a record into the trash: ids that are not in ``known`` and abandoned
-        ``new-…`` directories.  What snapfs can't have made goes to lost+found, unseen and whole."""
+    def sweep(self, known: Collection[int], last_id: int) -> None:
+        """Move what stands in snapshots/ without a record into the trash: ids up to ``last_id`` that are not in ``known``, and
+        abandoned ``new-…`` directories.  What snapfs can't have made goes to lost+found, unseen and whole."""
         for name in os.listdir(self.snapshots):
             path = f"{self.snapshots}/{name}"
             number = parse_id(name)
-            if number is None and not name.startswith("new-"):
+            if name.startswith("new-") or (number is not None and number <= last_id):
+                if number not in known:
+                    self._discard(path)
+            else:
                 os.makedirs(self._lost, mode=0o700, exist_ok=True)
                 target = f"{self._lost}/{name}"
                 while os.path.lexists(target):
                     target += "~"
                 os.rename(path, target)
                 log.warning("%s is none of snapfs's directories; moved to %s", path, target)
-            elif number not in known:
-                self._discard(path)
+
+    def is_empty(self, number: int) -> bool:
+        """Whether nothing was ever written to the layer of snapshot ``number``, as far as can be seen."""
+        try:
+            return not os.listdir(self.fs(number))
+        except FileNotFoundError:
+            return True
 
     def present(self) -> set[int]:
         """The ids that have a directory."""
@@ -257,22 +266,12 @@ def parse_id(name: str) -> int | None:
     return int(name) if name.isascii() and name.isdigit() and name[0] != "0" and len(name) < 12 else None
 
 
-def _chown(parent: int, name: str, before: Sequence[Sequence[Mapped]], after: Sequence[Sequence[Mapped]]) -> None:
-    entry = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    uid = _remapped(entry.st_uid, before[0], after[0])
-    gid = _remapped(entry.st_gid, before[1], after[1])
-    if (uid, gid) != (entry.st_uid, entry.st_gid):
-        os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+def _chown(parent: int, name: str, entry: os.stat_result, owner: Callable[[os.stat_result], tuple[int, int]]) -> None:
+    wanted = owner(entry)
+    if wanted != (entry.st_uid, entry.st_gid):
+        os.chown(name, *wanted, dir_fd=parent, follow_symlinks=False)
         if not stat.S_ISLNK(entry.st_mode):  # chown drops the set-user-ID and set-group-ID bits
             os.chmod(name, stat.S_IMODE(entry.st_mode), dir_fd=parent)
-
-
-def _remapped(owner: int, before: Sequence[Mapped], after: Sequence[Mapped]) -> int:
-    inside = to_host(owner, [(host, container, size) for container, host, size in before]) if before else owner
-    if inside is None:
-        return owner
-    outside = to_host(inside, after) if after else inside
-    return owner if outside is None else outside
 
 
 def _remove_empty(path: str) -> None:

@@ -17,6 +17,7 @@ itself and fails alone; if the sync fails, all of the batch do.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -38,6 +39,8 @@ T = TypeVar("T")
 SCHEMA = 1
 MAP_SIZE = 64 << 30  # address space, not memory or disk: a thousand bytes a snapshot leaves room for 60 million
 BATCH = 128  # operations that one sync serves at most, so that nobody waits for an endless batch
+
+FULL = 1 << 20  # bytes left on a disk on which a failed write is taken for want of space
 
 Undo = Callable[[], None]
 
@@ -262,7 +265,7 @@ class MetaStore:
         except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
             raise Damaged(f"the records in {path} can't be read: {error}") from error
         except lmdb.Error as error:
-            raise _refused(f"open the records in {path}", error) from error
+            raise _refused("open the records", path, error) from error
         if found is not None and found != str(SCHEMA).encode():
             self._env.close()
             version = found.decode(errors="replace")
@@ -352,7 +355,7 @@ class MetaStore:
                 for fd in batch.directories:
                     os.fsync(fd)
         except (lmdb.Error, OSError) as error:
-            refusal = _refused("write the records", error)
+            refusal = _refused("write the records", self.path, error)
             log.error("%s", refusal)
             for writer in reversed(writers):
                 _undo(writer)
@@ -378,7 +381,7 @@ class MetaStore:
         except SnapshotError as error:
             request.error = error
         except (lmdb.Error, OSError) as error:
-            request.error = _refused("change the store", error)
+            request.error = _refused("change the store", self.path, error)
         except Exception as error:  # a bug: it must reach the caller, not end the writer
             request.error = error
         if writer is not None:
@@ -420,8 +423,13 @@ def _undo(writer: Writer) -> None:
             log.warning("while undoing a failed operation: %s", error)
 
 
-def _refused(doing: str, error: lmdb.Error | OSError) -> Unavailable:
+def _refused(doing: str, path: str, error: lmdb.Error | OSError) -> Unavailable:
+    """The refusal of LMDB or of the operating system, while ``doing`` something with the records in ``path``, as a sentence."""
     if isinstance(error, OSError):
         return Unavailable.from_os(doing, error)
     code = getattr(error, "code", 0)  # LMDB's own codes are negative, the system's positive; py-lmdb's own errors have none
+    if code == errno.EIO:  # also LMDB's word for a short write, which is how a full disk begins
+        space = os.statvfs(os.path.dirname(path))
+        if space.f_bavail * space.f_frsize < FULL:
+            return Unavailable.from_os(doing, OSError(errno.ENOSPC, "", path))
     return Unavailable(f"cannot {doing}: {error}", code if code > 0 else None)

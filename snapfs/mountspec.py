@@ -109,6 +109,14 @@ def to_host(container_id: int, mapping: Sequence[Mapped]) -> int | None:
     return None
 
 
+def remapped(host_id: int, before: Sequence[Mapped], after: Sequence[Mapped]) -> int:
+    """The host's id that ``after`` has for what is ``host_id`` in ``before``; an empty mapping is the identity, and an id
+    without a counterpart stays."""
+    inside = to_host(host_id, [(host, container, size) for container, host, size in before]) if before else host_id
+    outside = None if inside is None else to_host(inside, after) if after else inside
+    return host_id if outside is None else outside
+
+
 def root_owner(labels: Mapping[str, str]) -> tuple[int, int] | None:
     """The host's uid and gid of the container's ids 0 after the mapping labels; None where there are none.
 

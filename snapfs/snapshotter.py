@@ -17,6 +17,7 @@ import msgspec
 import trio
 
 from snapfs import mountspec, names
+from snapfs.counting import Counting
 from snapfs.errors import (
     AlreadyExists,
     Busy,
@@ -36,7 +37,6 @@ from snapfs.kernel.mounttable import writers
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore, Reader, Record, Writer
 from snapfs.model import Change, Info, Kind, Mount, Usage
-from snapfs.usage import disk_usage
 
 log = logging.getLogger(__name__)
 
@@ -101,23 +101,21 @@ class Snapshotter:
     After ``close`` every call raises Unavailable.  Errors of the disk are Unavailable with the errno.
     """
 
-    def __init__(self, options: Options, layers: Layers, store: MetaStore, owns_store: bool) -> None:
+    def __init__(
+        self, options: Options, layers: Layers, store: MetaStore, *, owns_store: bool, damaged: frozenset[int]
+    ) -> None:
         self.options = options
         self.layers = layers
         self.records = store
         self._owns_store = owns_store
-        self._nursery: trio.Nursery
-        self._background = trio.CancelScope()
-        self._writer_ended = _set_event()
-        self._background_ended = _set_event()
+        self.counting = Counting(layers, store)
+        self._background: trio.CancelScope | None = None
+        self._background_ended = trio.Event()
         self._closed = False
         self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._overlay_options = _overlay_options(options.mount_options, layers.snapshots)
         self._maps_ids = options.remap_ids and mounting.maps_ids(layers.snapshots)
-        self._damaged: frozenset[int] = frozenset()
-        self._scans: dict[int, _Scan] = {}
-        self._counting: dict[int, trio.Event] = {}
-        self._last_known: dict[int, Usage] = {}
+        self._damaged = damaged
         self._pool_wakeup = trio.Event()
         self._trash_wakeup = trio.Event()
         self._trash_lock = trio.Lock()
@@ -134,50 +132,29 @@ class Snapshotter:
             if store is None:
                 _refuse_lost_records(layers)
                 store = MetaStore(f"{layers.root}/metadata.mdb")
-            snapshotter = cls(options, layers, store, owns_store=metastore is None)
-            snapshotter._recover()
-            return snapshotter
+            damaged = _recover(layers, store, retire=not options.async_remove)
+            return cls(options, layers, store, owns_store=metastore is None, damaged=damaged)
         except BaseException:
             if store is not None and metastore is None:
                 store.close()
             layers.close()
             raise
 
-    def _recover(self) -> None:
-        """Bring records and directories together after whatever happened: what no record names goes to the trash, a record
-        whose directory is missing is reported as damaged, never guessed."""
-        with self.records.reading() as reader:
-            known = reader.ids()
-            self._damaged = frozenset(known - self.layers.present())
-            for number in sorted(self._damaged):
-                record = reader.record(number)
-                name = record.name if record else "?"
-                log.error('snapshot "%s" is damaged: its directory %s is missing', name, self.layers.directory(number))
-        if not self.options.async_remove:
-            for number in self.layers.present() - known:
-                self.layers.retire(number)
-
     async def _run_background(self, task_status: trio.TaskStatus[None]) -> None:
         """All that goes on besides calls, until ``close``; in a nursery of its own, so that closing cancels nothing else."""
-        self._background_ended = trio.Event()
         try:
-            with self._background:
-                async with trio.open_nursery() as self._nursery:
-                    await self._start(self._nursery)
-                    task_status.started()
+            async with trio.open_nursery() as nursery:
+                self._background = nursery.cancel_scope
+                await nursery.start(self._write, name="snapfs writer")
+                await nursery.start(self.counting.run, name="snapfs counting")
+                nursery.start_soon(self._fill_pool, name="snapfs pool")
+                nursery.start_soon(self._empty_trash, name="snapfs trash")
+                self._pool_wakeup.set()
+                if not self.options.async_remove:
+                    self._trash_wakeup.set()
+                task_status.started()
         finally:
             self._background_ended.set()
-
-    async def _start(self, nursery: trio.Nursery) -> None:
-        await nursery.start(self._write, name="snapfs writer")
-        nursery.start_soon(self._fill_pool, name="snapfs pool")
-        nursery.start_soon(self._empty_trash, name="snapfs trash")
-        self._pool_wakeup.set()
-        if not self.options.async_remove:
-            self._trash_wakeup.set()
-        with self._reading() as reader:
-            for number in reader.uncounted():
-                self._count_soon(number)
 
     async def close(self) -> None:
         """Finish the writes under way, stop all else and let go of the root; twice is fine."""
@@ -186,10 +163,10 @@ class Snapshotter:
         self._closed = True
         with trio.CancelScope(shield=True):
             self.records.stop()
-            await self._writer_ended.wait()
-            self._background.cancel()
-            await self._background_ended.wait()
-            async with self._trash_lock:
+            if self._background is not None:
+                self._background.cancel()
+                await self._background_ended.wait()
+            async with self._trash_lock:  # a Remove may be waiting for its files to go
                 await trio.to_thread.run_sync(self._close_files)
 
     def _close_files(self) -> None:
@@ -201,12 +178,8 @@ class Snapshotter:
         self.layers.close()
 
     async def _write(self, task_status: trio.TaskStatus[None]) -> None:
-        self._writer_ended = trio.Event()
-        with trio.CancelScope(shield=True):  # until ``close`` has stopped the records
-            try:
-                await self.records.serve(task_status)
-            finally:
-                self._writer_ended.set()
+        with trio.CancelScope(shield=True):  # until ``close`` has stopped the records and what waits is done
+            await self.records.serve(task_status)
 
     # -- making
 
@@ -304,7 +277,7 @@ class Snapshotter:
             return number
 
         number = await self._write_record(operation)
-        self._count_soon(number)
+        self.counting.count_soon(number)
 
     def _new_parent(self, writer: Writer, record: Record, parent: Ref) -> int:
         """The id of the parent that a Commit asks for."""
@@ -347,7 +320,7 @@ class Snapshotter:
 
     def _forget_removed(self, change: Change) -> None:
         if change.before is not None and change.after is None:
-            self._last_known.pop(change.before.id, None)
+            self.counting.forget(change.before.id)
             self._damaged -= {change.before.id}
 
     async def rename(self, old: Ref, new: str) -> None:
@@ -417,12 +390,24 @@ class Snapshotter:
         if any(record.labels.get(label) != labels.get(label) for label in mapped):
             mountspec.root_owner(labels)
             if record.kind is Kind.ACTIVE and self.options.remap_ids and self.options.slow_chown and not self._maps_ids:
-                before, after = _mappings(record.labels), _mappings(labels)
-                writer.on_failure(lambda: self.layers.chown(number, after, before))
-                self.layers.chown(number, before, after)
+                self._shift_owners(writer, number, record.labels, labels)
         updated = max(time.time_ns(), record.updated + 1)
         info = self._put(writer, number, record, msgspec.structs.replace(record, labels=labels, updated=updated))
         return self.shown(info)
+
+    def _shift_owners(self, writer: Writer, number: int, before: Labels, after: Labels) -> None:
+        """Change the owners in the layer of snapshot ``number`` from one mapping to another; undone if the Update fails."""
+        old, new = _mappings(before), _mappings(after)
+        was: dict[int, tuple[int, int]] = {}  # by inode: what has several names is met several times
+
+        def shifted(entry: os.stat_result) -> tuple[int, int]:
+            if entry.st_ino in was:
+                return entry.st_uid, entry.st_gid
+            was[entry.st_ino] = entry.st_uid, entry.st_gid
+            return mountspec.remapped(entry.st_uid, old[0], new[0]), mountspec.remapped(entry.st_gid, old[1], new[1])
+
+        writer.on_failure(lambda: self.layers.chown(number, lambda entry: was.get(entry.st_ino, (entry.st_uid, entry.st_gid))))
+        self.layers.chown(number, shifted)
 
     def _put(self, writer: Writer, number: int, before: Record, after: Record) -> Info:
         was = writer.info(number, before)
@@ -438,7 +423,7 @@ class Snapshotter:
         """
 
         def operation(writer: Writer) -> None:  # in the writer, so that no directory is just being made
-            self.layers.sweep(writer.ids())
+            self.layers.sweep(writer.ids(), writer.last_id())
 
         await self._write_record(operation)
         await self._delete_trash()
@@ -481,33 +466,9 @@ class Snapshotter:
         await trio.lowlevel.checkpoint()
         with self._reading() as reader:
             number, record = self._find(reader, key)
-        return await self.usage_of(number, record)
-
-    async def usage_of(self, number: int, record: Record) -> Usage:
-        """``usage`` of a snapshot whose record is at hand."""
-        if record.kind is Kind.VIEW:
-            return Usage()
-        if record.kind is Kind.ACTIVE:
+        if record.kind is not Kind.VIEW and record.usage is None:
             self._refuse_damaged(number)
-            return await self._scan(number)
-        while record.usage is None:
-            counting = self._counting.get(number)
-            if counting is None:
-                raise Damaged(f'the layer of snapshot "{record.name}" could not be counted')
-            await counting.wait()
-            with self._reading() as reader:
-                record = _existing(reader, number)
-        return record.usage
-
-    def last_known_usage(self, number: int, record: Record) -> Usage:
-        """The usage as far as it is known without looking: stored, or from the last scan, or else that of an empty layer."""
-        if record.kind is Kind.VIEW:
-            return Usage()
-        return record.usage or self._last_known.get(number, self.layers.empty)
-
-    def is_counting(self, number: int) -> bool:
-        """Whether the usage of the committed snapshot ``number`` is being counted right now."""
-        return number in self._counting
+        return await self.counting.usage(number, record)
 
     async def flush(self) -> None:
         """Return when all data written to ROOT's file system so far is on disk."""
@@ -621,74 +582,6 @@ class Snapshotter:
         async with self._trash_lock:
             await trio.to_thread.run_sync(self.layers.empty_trash, trio.from_thread.check_cancelled)
 
-    def _count_soon(self, number: int) -> None:
-        if number not in self._counting and not self._closed:
-            self._counting[number] = trio.Event()
-            self._nursery.start_soon(self._count, number, name=f"snapfs count {number}")
-
-    async def _count(self, number: int) -> None:
-        """Store the usage of a committed snapshot, which nothing changes any more."""
-        try:
-            if earlier := self._scans.get(number):  # begun before the Commit, so it may have missed something
-                await earlier.ended.wait()
-            usage = await self._scan(number)
-
-            def operation(writer: Writer) -> None:
-                record = writer.record(number)
-                if record is not None and record.kind is Kind.COMMITTED:
-                    info = writer.info(number, record)
-                    writer.put(number, msgspec.structs.replace(record, usage=usage))
-                    writer.changed(info, info, counted=True)
-
-            await self._write_record(operation)
-        except (Damaged, Unavailable, NotFound) as error:
-            if not self._closed:
-                log.warning("the usage of snapshot %d stays unknown until the next start: %s", number, error)
-        finally:
-            self._counting.pop(number).set()
-
-    async def _scan(self, number: int) -> Usage:
-        """Count a layer in a worker thread; all who ask for the same one while it runs share the scan."""
-        scan = self._scans.get(number)
-        if scan is None:
-            scan = self._scans[number] = _Scan()
-            self._nursery.start_soon(self._run_scan, number, scan, name=f"snapfs scan {number}")
-        await scan.ended.wait()
-        if scan.usage is None:
-            raise scan.error or Unavailable("the snapshotter is closed")
-        return scan.usage
-
-    async def _run_scan(self, number: int, scan: _Scan) -> None:
-        try:
-            checkpoint = trio.from_thread.check_cancelled
-            scan.usage = await trio.to_thread.run_sync(disk_usage, self.layers.fs(number), checkpoint, limiter=_scanners)
-            self._last_known[number] = scan.usage
-        except FileNotFoundError:
-            scan.error = NotFound(f"snapshot {number} was removed meanwhile, or its layer is missing")
-        except OSError as error:
-            scan.error = Unavailable.from_os(f"count snapshot {number}", error)
-        finally:
-            del self._scans[number]
-            scan.ended.set()
-
-
-_scanners = trio.CapacityLimiter(4)  # threads that walk layers, of all roots: disks gain little from more
-
-
-def _set_event() -> trio.Event:
-    event = trio.Event()
-    event.set()
-    return event
-
-
-class _Scan:
-    """One count of one layer under way."""
-
-    def __init__(self) -> None:
-        self.ended = trio.Event()
-        self.usage: Usage | None = None
-        self.error: Exception | None = None
-
 
 def check_label(label: str, value: str) -> None:
     """Raise InvalidArgument unless ``label`` with ``value`` may be stored: not without a key, UTF-8, 4,096 bytes together."""
@@ -723,6 +616,33 @@ def _overlay_options(given: Sequence[str], directory: str) -> tuple[str, ...]:
     if "index" not in keys and probe.knows_index():
         found.append("index=off")
     return tuple(found)
+
+
+def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[int]:
+    """Bring records and directories together after whatever happened; the ids of damaged snapshots.
+
+    What no record names goes to the trash if ``retire``.  A record whose directory is missing is reported as damaged, never
+    guessed.  Raises Damaged where the records can't be this root's: without the right ones every layer would look abandoned.
+    """
+    with records.reading() as reader:
+        known, last_id = reader.ids(), reader.last_id()
+        present = layers.present()
+        damaged = frozenset(known - present)
+        for number in sorted(damaged):
+            record = reader.record(number)
+            name = record.name if record else "?"
+            log.error('snapshot "%s" is damaged: its directory %s is missing', name, layers.directory(number))
+    unknown = present - known
+    for number in unknown:
+        if number > last_id and not layers.is_empty(number):  # no Prepare that was cut short leaves that
+            raise Damaged(
+                f"{layers.directory(number)} holds files, but no such snapshot was ever recorded in {records.path}: "
+                "put back the records that belong to this root, or move that directory away"
+            )
+    if retire:
+        for number in unknown:
+            layers.retire(number)
+    return damaged
 
 
 def _refuse_lost_records(layers: Layers) -> None:

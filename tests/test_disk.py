@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from snapfs import Kind, open_snapshotter
+from snapfs import Info, Kind, open_snapshotter
 from snapfs.kernel import mounting
 from tests.conftest import Daemon
 from tests.test_overlay import mounted
@@ -43,7 +43,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 async def test_a_power_cut_after_any_call_loses_nothing_of_it(small_disk: Path, tmp_path: Path) -> None:
     """The image of the disk is copied the moment a call returns, which is what a power cut at that moment would leave:
     whatever is not flushed is still in the page cache above it.  Each copy must hold what had been acknowledged."""
-    copies = []
+    copies: list[tuple[Path, list[Info]]] = []
     async with open_snapshotter(small_disk) as snapshotter:
 
         async def cut() -> None:
@@ -101,6 +101,25 @@ def test_a_full_disk(make_daemon: Callable[..., Daemon], small_disk: Path) -> No
     assert len(os.listdir(daemon.mnt / "active")) == made + 1
     (daemon.mnt / "active/a/diff/big").unlink()
     (daemon.mnt / f"active/k{made}").mkdir()
+    assert daemon.stop() == 0
+
+
+def test_records_on_a_full_disk(make_daemon: Callable[..., Daemon], small_disk: Path) -> None:
+    """No room for the records alone: the write that is refused says so, and the label is what it was."""
+    daemon = make_daemon(root=small_disk).start()
+    for n in range(30):
+        (daemon.mnt / f"active/k{n}").mkdir()
+    fill(daemon.mnt / "active/k0/diff/big")
+    with pytest.raises(OSError, match="No space left") as refused:
+        for n in range(3000):
+            file = daemon.mnt / f"active/k{n % 30}/labels/l{n}"
+            file.write_text("x" * 4000)
+    assert refused.value.errno == errno.ENOSPC
+    assert f" ENOSPC write {file.relative_to(daemon.mnt)}: " in daemon.error_log()[-1]
+    assert not file.exists()
+    (daemon.mnt / "active/k0/diff/big").unlink()
+    file.write_text("now")
+    assert file.read_text() == "now\n"
     assert daemon.stop() == 0
 
 

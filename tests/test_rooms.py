@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
 PURE = {"model", "errors", "names", "filters", "mountspec"}
-DISK = {"metastore", "layers", "usage", "kernel"}
+DISK = {"metastore", "layers", "walk", "usage", "counting", "kernel"}
 LIBRARY = PURE | DISK | {"snapshotter"}
 
 MAY_IMPORT = {

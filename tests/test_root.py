@@ -312,15 +312,40 @@ async def test_directories_without_a_record_go_at_the_next_start(root: Path) -> 
     """A crash between the directory and its record, one in the middle of making it, and one in the middle of a deletion."""
     async with open_snapshotter(root) as snapshotter:
         await snapshotter.prepare("web")
-    for name in ("snapshots/2/fs", "snapshots/17/fs/deep", "pool/new-1-1/fs", "pool/new-1-2", "trash/9-1-1/fs/x"):
+        await snapshotter.prepare("gone")
+        await snapshotter.remove("gone")
+    for name in (
+        "snapshots/2/fs/deep",
+        "snapshots/3/fs",
+        "snapshots/17/fs",
+        "pool/new-1-1/fs",
+        "pool/new-1-2",
+        "trash/9-1-1/fs/x",
+    ):
         (root / name).mkdir(parents=True)
     async with open_snapshotter(root) as snapshotter:
         assert os.listdir(root / "snapshots") == ["1"]
         assert not [name for name in os.listdir(root / "pool") if name.startswith("new-1-")]
         await snapshotter.prepare("next")
-        assert (await snapshotter.stat("next")).id == 2
+        assert (await snapshotter.stat("next")).id == 3
         await snapshotter.remove("next")  # empties the trash
         assert os.listdir(root / "trash") == []
+
+
+@pytest.mark.parametrize("async_remove", [False, True])
+async def test_records_of_another_root_do_not_cost_the_layers(root: Path, async_remove: bool) -> None:
+    """A layer with files and an id that the records never gave out is not abandoned: the records are not its own."""
+    async with open_snapshotter(root) as snapshotter:
+        await snapshotter.prepare("web")
+        older = (root / "metadata.mdb").read_bytes()
+        await snapshotter.prepare("newer")
+        (root / "snapshots/2/fs/file").write_text("precious")
+    (root / "metadata.mdb").write_bytes(older)
+    for _ in range(2):
+        with pytest.raises(Damaged, match="2 holds files, but no such snapshot was ever recorded"):
+            async with open_snapshotter(root, Options(async_remove=async_remove)):
+                pass
+    assert (root / "snapshots/2/fs/file").read_text() == "precious"
 
 
 async def test_foreign_entries_are_moved_aside_by_cleanup_and_never_deleted(root: Path) -> None:
@@ -328,7 +353,7 @@ async def test_foreign_entries_are_moved_aside_by_cleanup_and_never_deleted(root
         await snapshotter.prepare("web")
         snapshots = root / "snapshots"
         for round_ in ("first", "second"):
-            for name in ("precious", "007", "1x", "0"):
+            for name in ("precious", "007", "1x", "0", "99"):
                 (snapshots / name).mkdir()
                 (snapshots / name / "file").write_text(round_)
             (snapshots / "a file").write_text(round_)
@@ -338,7 +363,7 @@ async def test_foreign_entries_are_moved_aside_by_cleanup_and_never_deleted(root
             assert os.listdir(snapshots) == ["1"]
     lost = root / "lost+found"
     assert sorted(os.listdir(lost)) == sorted(
-        name + tail for name in ("precious", "007", "1x", "0", "a file") for tail in ("", "~")
+        name + tail for name in ("precious", "007", "1x", "0", "99", "a file") for tail in ("", "~")
     )
     assert (lost / "precious/file").read_text() == (lost / "a file").read_text() == "first"
     assert (lost / "precious~/file").read_text() == (lost / "a file~").read_text() == "second"

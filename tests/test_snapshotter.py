@@ -752,7 +752,9 @@ async def test_walk_shows_one_consistent_state_and_stat_works_meanwhile(snapshot
 
 
 async def test_cleanup_deletes_what_no_record_names(filled: Snapshotter, root: Path) -> None:
-    for name in ("99/fs/a", "new-123/fs", "new-"):
+    await filled.prepare("seventh")
+    await filled.remove("seventh")
+    for name in ("7/fs/a", "new-123/fs", "new-"):
         (root / "snapshots" / name).mkdir(parents=True)
     await filled.cleanup()
     assert ids(root) == ["1", "2", "3", "4", "5", "6"]
@@ -1007,7 +1009,7 @@ async def test_closing_while_a_scan_is_under_way(root: Path, monkeypatch: pytest
     async with open_snapshotter(root) as snapshotter:
         await snapshotter.prepare("a")
         await snapshotter.prepare("b")
-        monkeypatch.setattr("snapfs.snapshotter.disk_usage", endless)
+        monkeypatch.setattr("snapfs.counting.disk_usage", endless)
         await snapshotter.commit("c", "b")
 
         async def ask(key: str) -> None:

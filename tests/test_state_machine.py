@@ -173,7 +173,8 @@ def drive(snapshotter: Snapshotter, mnt: Path) -> None:
         def pick(self, data: st.DataObject, *kinds: Kind) -> str:
             """A key, where possible mostly of one of ``kinds``."""
             fitting = sorted(key for key, its in self.model.items() if its.kind in kinds)
-            return data.draw(st.sampled_from(fitting) if fitting and data.draw(st.integers(0, 5)) else KEYS)
+            mostly_fitting = bool(fitting) and data.draw(st.integers(0, 5)) > 0
+            return data.draw(st.sampled_from(fitting) if mostly_fitting else KEYS)
 
         def pick_parent(self, data: st.DataObject) -> str | None:
             return self.pick(data, Kind.COMMITTED) if data.draw(st.booleans()) else None

@@ -249,7 +249,7 @@ async def test_what_was_not_yet_counted_is_counted_at_the_next_start(root: Path,
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("snapfs.snapshotter.disk_usage", refuse)
+        patch.setattr("snapfs.counting.disk_usage", refuse)
         async with open_snapshotter(root) as snapshotter:
             await snapshotter.prepare("b")
             await snapshotter.commit("base", "b")
@@ -278,7 +278,7 @@ class Scanner:
 @pytest.fixture
 def scanner(monkeypatch: pytest.MonkeyPatch) -> Scanner:
     made = Scanner()
-    monkeypatch.setattr("snapfs.snapshotter.disk_usage", made)
+    monkeypatch.setattr("snapfs.counting.disk_usage", made)
     return made
 
 
@@ -326,7 +326,7 @@ async def test_commit_does_not_wait_for_the_count_and_usage_does(snapshotter: Sn
     await snapshotter.prepare("b")
     await snapshotter.commit("base", "b")
     await scanner.begun.wait()
-    assert snapshotter.is_counting(1)
+    assert snapshotter.counting.is_pending(1)
     results: list[Usage] = []
 
     async def ask() -> None:
@@ -338,7 +338,7 @@ async def test_commit_does_not_wait_for_the_count_and_usage_does(snapshotter: Sn
         assert results == []
         scanner.go_on.set()
     assert results[0].inodes == 1
-    assert not snapshotter.is_counting(1)
+    assert not snapshotter.counting.is_pending(1)
 
 
 async def test_a_scan_begun_before_the_commit_is_not_what_is_stored(
@@ -352,7 +352,7 @@ async def test_a_scan_begun_before_the_commit_is_not_what_is_stored(
         assert go_on.wait(20)
         return found
 
-    monkeypatch.setattr("snapfs.snapshotter.disk_usage", looks_at_once)
+    monkeypatch.setattr("snapfs.counting.disk_usage", looks_at_once)
     await snapshotter.prepare("b")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(snapshotter.usage, "b")

@@ -12,14 +12,17 @@ from itertools import count
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from snapfs import names
-from snapfs.errors import InvalidArgument, NotFound, NotPermitted, NotUtf8, SnapshotError
+from snapfs.errors import InvalidArgument, NameTooLong, NotFound, NotPermitted, NotUtf8, SnapshotError
 from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
 from snapfs.tree import Handle, Node, Tree
+from snapfs.tree.attributes import AttributeFile
 from snapfs.tree.labels import Label, OpenLabel
+from snapfs.tree.node import Slot, pack, unpack
 from snapfs.tree.tree import ROOT_INODE
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ def answering(
 
     async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            for event in list(self._emptying):
+                await event.wait()
             return await handler(self, *args, **kwargs)
         except SnapshotError as error:
             number = errno_of(error)
@@ -60,6 +65,17 @@ def answering(
     return answer
 
 
+class OpenFile:
+    """One open file, with what stat(2) said of it then."""
+
+    def __init__(self, inode: int, path: str, handle: Handle, entry: EntryAttributes, cached: bool) -> None:
+        self.inode = inode
+        self.path = path
+        self.handle = handle
+        self.entry = entry
+        self.cached = cached  # it is read through the kernel's page cache, which is the inode's
+
+
 class Operations(pyfuse3.Operations):
     """One mount of one tree.  A file's handle is a number for an open file; a directory's handle is its inode."""
 
@@ -71,7 +87,9 @@ class Operations(pyfuse3.Operations):
         self.tree = tree
         self.cache = KernelCache()
         self._on_ready = on_ready
-        self._open: dict[int, tuple[int, str, Handle]] = {}  # handle -> inode, path, open file
+        self._open: dict[int, OpenFile] = {}  # by handle
+        self._open_inodes: dict[int, list[OpenFile]] = {}
+        self._emptying: set[trio.Event] = set()
         self._handles = count(1)
         self._owner = (os.geteuid(), os.getegid())
         tree.snapshotter.subscribe(self.cache.note)
@@ -95,6 +113,10 @@ class Operations(pyfuse3.Operations):
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = found.time
         entry.entry_timeout = TIMEOUT if node.keep_entry else 0
         entry.attr_timeout = TIMEOUT if found.keep else 0
+        for file in self._open_inodes.get(node.inode, ()):
+            if file.cached:  # the kernel reads up to this size, and the reader has the content that it opened
+                entry.st_size, entry.attr_timeout = len(file.handle.content), 0
+                break
         return entry
 
     def log_refusal(self, number: int, operation: str, args: tuple[object, ...], reason: object) -> None:
@@ -104,18 +126,18 @@ class Operations(pyfuse3.Operations):
     def _where(self, operation: str, args: tuple[object, ...]) -> str:
         """The paths that a request is about; told by the types of its arguments: inode, name, inode, name …"""
         if operation in ("read", "write", "release", "fsync"):
-            return self._open[args[0]][1] if args[0] in self._open else str(args[0])
+            return self._open[args[0]].path if args[0] in self._open else str(args[0])
         paths: list[str] = []
         for arg in args:
-            if isinstance(arg, int) and len(paths) < 2:
+            if isinstance(arg, int) and len(paths) < (2 if operation in ("rename", "link") else 1):
                 try:
                     paths.append(self.tree.node(arg).path)
                 except SnapshotError:
                     paths.append(f"inode {arg}")
             elif isinstance(arg, bytes) and paths:
                 paths[-1] = f"{paths[-1]}/{arg.decode(errors='surrogateescape')}".lstrip("/")
-            if operation not in ("rename", "link") and isinstance(arg, bytes | RequestContext):
-                break
+                if operation not in ("rename", "link"):
+                    break
         return " ".join(paths) or "/"
 
     # -- names and attributes
@@ -123,8 +145,8 @@ class Operations(pyfuse3.Operations):
     @answering
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         directory = self.tree.node(parent_inode)
-        if len(name) > names.NAME_MAX:
-            raise FUSEError(errno.ENAMETOOLONG)
+        if len(name) > names.NAME_MAX:  # the kernel asks this first, whatever is to be done with the name
+            raise NameTooLong(f"the name is longer than {names.NAME_MAX} bytes")
         try:
             return self.entry(directory.lookup(name.decode()))
         except (NotFound, UnicodeDecodeError):
@@ -132,7 +154,12 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        node = self.tree.node(inode)
+        try:
+            node = self.tree.node(inode)
+        except NotFound:
+            if inode not in self._open_inodes:
+                raise
+            return self._open_inodes[inode][0].entry  # removed while somebody reads it
         if node.must_settle():
             await node.settle()
         return self.entry(node)
@@ -145,7 +172,7 @@ class Operations(pyfuse3.Operations):
         now = self.entry(node)
         if fields.update_size:
             if fh is not None and fh in self._open:
-                await self._open[fh][2].resize(attr.st_size)
+                await self._open[fh].handle.resize(attr.st_size)
             else:
                 await node.resize(attr.st_size)
             return self.entry(self.tree.node(inode))
@@ -170,7 +197,10 @@ class Operations(pyfuse3.Operations):
         node = await self.tree.node(parent_inode).mkdir(_text(name))
         entry = self.entry(node)
         if self.tree.node(parent_inode).inode not in _ROOT_DIRECTORIES:
-            entry.entry_timeout = 0  # the next look-up is to find the link to it
+            # The next look-up is to find the link to it.  Until then the kernel has an inode of its own there: of one inode that
+            # stands in two directories it moves the name, which it can't (ESTALE) while a rename looks it up.
+            entry.entry_timeout = 0
+            entry.st_ino = pack(unpack(node.inode)[0], Slot.JUST_MADE)
         return entry
 
     @answering
@@ -230,33 +260,54 @@ class Operations(pyfuse3.Operations):
     @answering
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self.tree.node(inode)
+        told = node.attributes().size
         handle = await node.open(writing=flags & os.O_ACCMODE != os.O_RDONLY, truncate=bool(flags & os.O_TRUNC))
-        return self._opened(node, handle)
+        if isinstance(node, AttributeFile) and node.attribute.refresh is not None:  # the directory shows what was found out
+            self.cache.forget_attributes(pack(node.number, Slot.SNAPSHOT))
+        if isinstance(handle, OpenLabel):
+            handle.appends = bool(flags & os.O_APPEND)
+        # who reads through the page cache without asking for the size again (sendfile) would read up to the old one
+        fresh = isinstance(node, AttributeFile) and len(handle.content) != told
+        return self._opened(node, handle, apart=fresh)
 
-    def _opened(self, node: Node, handle: Handle) -> FileInfo:
+    def _opened(self, node: Node, handle: Handle, apart: bool = False) -> FileInfo:
         # The page cache belongs to the inode.  Who opens it while somebody else has it open with another content must not
         # share it, or both would read a mixture.
-        contents = [other.content for inode, _, other in self._open.values() if inode == node.inode]
-        apart = isinstance(handle, OpenLabel) or any(content != handle.content for content in contents)
+        others = self._open_inodes.setdefault(node.inode, [])
+        # A label may be emptied by a shell's ``>`` at any moment, and the kernel then cuts the inode for all who have it open.
+        apart = apart or isinstance(node, Label) or any(other.handle.content != handle.content for other in others)
+        entry = self.entry(node)
+        entry.st_size, entry.attr_timeout = len(handle.content), 0
         fh = next(self._handles)
-        self._open[fh] = node.inode, node.path, handle
+        self._open[fh] = OpenFile(node.inode, node.path, handle, entry, cached=not apart)
+        others.append(self._open[fh])
         return FileInfo(fh=fh, direct_io=apart, keep_cache=apart)
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        return self._open[fh][2].read(off, size)
+        return self._open[fh].handle.read(off, size)
 
     @answering
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self._open[fh][2].write(off, buf)
+        return await self._open[fh].handle.write(off, buf)
 
     @answering
     async def release(self, fh: int) -> None:
-        handle = self._open[fh][2]
+        file = self._open[fh]
+        closed = trio.Event()
+        if isinstance(file.handle, OpenLabel) and file.handle.emptied:
+            # close(2) does not wait for this request, but the kernel has sent it before any that comes after that: whoever
+            # asks next is to find the label deleted
+            self._emptying.add(closed)
         try:
-            await handle.close()
+            await file.handle.close()
         finally:
+            self._emptying.discard(closed)
+            closed.set()
             del self._open[fh]
+            self._open_inodes[file.inode].remove(file)
+            if not self._open_inodes[file.inode]:
+                del self._open_inodes[file.inode]
 
     # -- directories
 

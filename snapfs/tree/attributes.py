@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from snapfs import mountspec, names
-from snapfs.errors import NotFound
+from snapfs.errors import Damaged, NotFound
 from snapfs.metastore import Record
 from snapfs.model import Kind, Usage, rfc3339
 from snapfs.tree.node import Attributes, File, Handle, Link, Slot, pack
@@ -64,12 +64,12 @@ def info_json(tree: Tree, number: int, record: Record) -> str:
 
 
 def usage_json(tree: Tree, number: int, record: Record) -> str:
-    usage: Usage = tree.snapshotter.last_known_usage(number, record)
+    usage: Usage = tree.snapshotter.counting.last_known(number, record)
     return json_text(usage)
 
 
 async def count(tree: Tree, number: int, record: Record) -> None:
-    await tree.snapshotter.usage_of(number, record)
+    await tree.snapshotter.counting.usage(number, record)
 
 
 def parent(tree: Tree, number: int, record: Record) -> str | None:
@@ -82,6 +82,8 @@ def parent(tree: Tree, number: int, record: Record) -> str | None:
 def diff(tree: Tree, number: int, record: Record) -> str:
     return tree.snapshotter.layers.fs(number)
 
+
+UNKNOWN_SIZE = 4096  # of a file that has content, as in sysfs
 
 ALL = (Kind.ACTIVE, Kind.VIEW, Kind.COMMITTED)
 _LINK = stat.S_IFLNK | 0o777
@@ -105,6 +107,7 @@ class _Attribute:
     """What the two kinds of node that stand for a row share."""
 
     tree: Tree
+    keep_entry: bool
 
     def __init__(self, tree: Tree, number: int, record: Record, attribute: Attribute) -> None:
         self.tree = tree
@@ -112,6 +115,7 @@ class _Attribute:
         self.number = number
         self.record = record
         self.attribute = attribute
+        self.keep_entry = attribute.keep  # who opens it is to know its size: a look-up tells
 
     @property
     def path(self) -> str:
@@ -124,8 +128,11 @@ class _Attribute:
         return text
 
     def attributes(self) -> Attributes:
-        size = len(self.text().encode())
-        return Attributes(self.attribute.type, size=size, time=self.record.updated, keep=self.attribute.keep)
+        try:
+            size, keep = len(self.text().encode()), self.attribute.keep
+        except Damaged:  # it is listed all the same; who reads it is told
+            size, keep = UNKNOWN_SIZE, False
+        return Attributes(self.attribute.type, size=size, time=self.record.updated, keep=keep)
 
 
 class AttributeFile(_Attribute, File):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from snapfs import names
-from snapfs.errors import AlreadyExists, InvalidArgument, LabelTooBig, NotFound, NotUtf8
+from snapfs.errors import AlreadyExists, InvalidArgument, LabelTooBig, NotFound, NotUtf8, SnapshotError
 from snapfs.metastore import Record
 from snapfs.snapshotter import LABEL_MAX, check_label
 from snapfs.tree.node import SLOT_BITS, Attributes, Directory, Handle, Node, Slot, pack
@@ -49,11 +49,18 @@ class OpenLabel(Handle):
         self.key = key
         self.inode = inode
         self.emptied = emptied  # and nothing written since: not yet applied
+        self.appends = False  # opened with O_APPEND
         tree.open_labels.setdefault(number, []).append(self)
 
     async def write(self, offset: int, data: bytes) -> int:
+        if self.appends:  # wherever the caller believes the end to be
+            offset = len(self.content)
         before = self.content[:offset].ljust(offset, b"\0")
-        await self._apply(before + data + self.content[offset + len(data) :])
+        try:
+            await self._apply(before + data + self.content[offset + len(data) :])
+        except SnapshotError:
+            self.emptied = False  # what was to replace the label is refused, so the label stays
+            raise
         return len(data)
 
     async def resize(self, size: int) -> None:

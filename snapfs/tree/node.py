@@ -38,6 +38,7 @@ class Slot(enum.IntEnum):
     DAEMON = 10
     VERSION = 11
     ERROR_LOG = 12
+    JUST_MADE = 13  # a child's directory where it was made: in its parent's listing, until that is looked at
     FIRST_ATTRIBUTE = 16
     FIRST_LABEL = 256
 

@@ -36,17 +36,17 @@ class SnapshotDirectory(Directory):
         return f"{self.record.kind}/{names.encode(self.record.name)}"
 
     def attributes(self) -> Attributes:
-        usage = self.tree.snapshotter.last_known_usage(self.number, self.record)
-        counting = self.tree.snapshotter.is_counting(self.number)
+        usage = self.tree.snapshotter.counting.last_known(self.number, self.record)
+        counting = self.tree.snapshotter.counting.is_pending(self.number)
         return Attributes(self.mode, usage.size, usage.size // 512, self.record.updated, keep=not counting)
 
     def must_settle(self) -> bool:
-        return self.tree.snapshotter.is_counting(self.number)
+        return self.tree.snapshotter.counting.is_pending(self.number)
 
     async def settle(self) -> None:
         """A Commit returns before its layer is counted; whoever asks for the size right after gets the true one."""
         with trio.move_on_after(SETTLE):
-            await self.tree.snapshotter.usage_of(self.number, self.record)
+            await self.tree.snapshotter.counting.usage(self.number, self.record)
         self.record = self.tree.record(self.number)
 
     def lookup(self, name: str) -> Node:

@@ -70,7 +70,7 @@ class Tree:
         if slot >= Slot.FIRST_LABEL:
             return LabelsDirectory(self, number, record).node(inode)
         node: Node | None = None
-        if slot == Slot.SNAPSHOT:
+        if slot in (Slot.SNAPSHOT, Slot.JUST_MADE):
             node = SnapshotDirectory(self, number, record)
         elif slot == Slot.LABELS:
             node = LabelsDirectory(self, number, record)

@@ -1,0 +1,159 @@
+"""Who takes what: counts of layers that are shared while they run, remembered, and stored for committed snapshots.
+
+An active snapshot is counted when somebody asks.  A committed one is counted once, in the background right after its Commit,
+which does not wait for it; ``MetaStore``'s table ``uncounted`` carries that over a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+import trio
+
+from snapfs.errors import Damaged, NotFound, SnapshotError, Unavailable
+from snapfs.layers import Layers
+from snapfs.metastore import MetaStore, Record, Writer
+from snapfs.model import Kind, Usage
+from snapfs.usage import disk_usage
+
+log = logging.getLogger(__name__)
+
+_threads = trio.CapacityLimiter(4)  # that walk layers, for all roots: disks gain little from more
+
+
+class Counting:
+    """The counts of one root.  ``run`` must be running; all methods are for trio tasks."""
+
+    def __init__(self, layers: Layers, records: MetaStore) -> None:
+        self._layers = layers
+        self._records = records
+        self._nursery: trio.Nursery | None = None
+        self._scans: dict[int, _Scan] = {}
+        self._pending: dict[int, trio.Event] = {}
+        self._last_known: dict[int, Usage] = {}
+
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        """Run scans until cancelled; begins with what an earlier process left uncounted."""
+        with self._records.reading() as reader:
+            uncounted = reader.uncounted()
+        try:
+            async with trio.open_nursery() as self._nursery:
+                for number in uncounted:
+                    self.count_soon(number)
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+
+    async def usage(self, number: int, record: Record) -> Usage:
+        """What snapshot ``number`` alone takes: an active one is counted now, a committed one was or just is.
+
+        Raises NotFound where it was removed meanwhile, Damaged where its layer is missing or could not be counted.
+        """
+        if record.kind is Kind.VIEW:
+            return Usage()
+        if record.kind is Kind.ACTIVE:
+            return await self._scan(number)
+        while record.usage is None:
+            pending = self._pending.get(number)
+            if self._nursery is None:
+                raise Unavailable("the snapshotter is closed")
+            if pending is None:
+                raise Damaged(f'the layer of snapshot "{record.name}" could not be counted')
+            await pending.wait()
+            with self._records.reading() as reader:
+                now = reader.record(number)
+            if now is None:
+                raise NotFound.snapshot(record.name)
+            record = now
+        return record.usage
+
+    def last_known(self, number: int, record: Record) -> Usage:
+        """The usage as far as it is known without looking: stored, or from the last scan, or else that of an empty layer."""
+        if record.kind is Kind.VIEW:
+            return Usage()
+        return record.usage or self._last_known.get(number, self._layers.empty)
+
+    def is_pending(self, number: int) -> bool:
+        """Whether the committed snapshot ``number`` is just being counted."""
+        return number in self._pending
+
+    def forget(self, number: int) -> None:
+        """Snapshot ``number`` is gone."""
+        self._last_known.pop(number, None)
+
+    def count_soon(self, number: int) -> None:
+        """Count the committed snapshot ``number``, which nothing changes any more, and store what it takes."""
+        if number not in self._pending and self._nursery is not None:
+            self._pending[number] = trio.Event()
+            self._nursery.start_soon(self._count, number, name=f"snapfs count {number}")
+
+    async def _count(self, number: int) -> None:
+        def operation(writer: Writer) -> None:
+            record = writer.record(number)
+            if record is not None and record.kind is Kind.COMMITTED:
+                info = writer.info(number, record)
+                writer.put(number, msgspec.structs.replace(record, usage=usage))
+                writer.changed(info, info, counted=True)
+
+        try:
+            usage = await self._scan(number)
+            await self._records.write(operation)
+        except NotFound:
+            pass  # removed meanwhile
+        except trio.Cancelled:
+            self._nursery = None  # ``run`` ends, and with it what waits for this count
+            raise
+        except SnapshotError as error:
+            log.warning("the usage of snapshot %d stays unknown until the next start: %s", number, error)
+        finally:
+            self._pending.pop(number).set()
+
+    async def _scan(self, number: int) -> Usage:
+        """Count a layer in a worker thread.  All who ask before a scan has begun share it; one that is under way may have passed
+        by what the caller has just written, so that is waited for, and the next one shared."""
+        running = self._scans.get(number)
+        if running is not None and running.begun:
+            await running.ended.wait()
+        scan = self._scans.get(number)
+        if scan is None:
+            if self._nursery is None:
+                raise Unavailable("the snapshotter is closed")
+            scan = self._scans[number] = _Scan()
+            self._nursery.start_soon(self._run_scan, number, scan, name=f"snapfs scan {number}")
+        await scan.ended.wait()
+        if scan.usage is None:
+            raise scan.error or Unavailable("the snapshotter is closed")
+        return scan.usage
+
+    async def _run_scan(self, number: int, scan: _Scan) -> None:
+        def count() -> Usage:
+            scan.begun = True
+            return disk_usage(self._layers.fs(number), trio.from_thread.check_cancelled)
+
+        try:
+            scan.usage = await trio.to_thread.run_sync(count, limiter=_threads)
+            self._last_known[number] = scan.usage
+        except FileNotFoundError:
+            with self._records.reading() as reader:
+                record = reader.record(number)
+            if record is None:
+                scan.error = NotFound(f"snapshot {number} was removed meanwhile")
+            else:
+                scan.error = Damaged(f'the layer of snapshot "{record.name}", {self._layers.fs(number)}, is missing')
+        except OSError as error:
+            scan.error = Unavailable.from_os(f"count snapshot {number}", error)
+        finally:
+            del self._scans[number]
+            scan.ended.set()
+
+
+class _Scan:
+    """One count of one layer under way."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.ended = trio.Event()
+        self.usage: Usage | None = None
+        self.error: Exception | None = None
