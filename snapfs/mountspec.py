@@ -67,25 +67,26 @@ def script(spec: Sequence[Mount], snapshots: str, what: str) -> str:
         "#!/bin/sh",
         f"# Mounts the snapshot {what}: sh mount.sh TARGET",
         '[ $# -eq 1 ] || { echo "usage: sh mount.sh TARGET" >&2; exit 2; }',
+        'target=$(cd -- "$1" && pwd -P && echo .) && target=${target%??} || exit',  # absolute, newlines and all
     ]
     for mount in spec:
         options = ",".join(mount.options)
         if any(option.startswith(("uidmap=", "gidmap=")) for option in mount.options):
-            lines.append('echo "mount.sh: mount(8) can\'t remap ids; let a container runtime mount mounts.json" >&2; exit 1')
+            lines.append('echo "mount.sh: mount(8) does not remap ids; let a container runtime mount mounts.json" >&2; exit 1')
         elif mount.type == "bind":
-            lines.append(f'mount -o rbind {shlex.quote(mount.source)} "$1" || exit')
+            directory, _, name = mount.source.rpartition("/")
+            lines.append(f"cd {shlex.quote(directory)} || exit")  # busybox's mount cuts a source at a #
+            lines.append(f'mount -o rbind {name} "$target" || exit')
             if "ro" in mount.options:  # a bind takes its ro in a second step: the kernel ignores it in the first
-                lines.append('mount -o remount,bind,ro "$1" || { umount "$1"; exit 1; }')
-        elif len(options.encode()) < PAGE:
-            lines.append(f'mount -t {mount.type} -o {shlex.quote(options)} {shlex.quote(mount.source)} "$1"')
+                lines.append('mount -o remount,bind,ro "$target" || { umount "$target"; exit 1; }')
         else:
-            short = ",".join(
-                option.replace(escape(snapshots) + "/", "") if option.startswith("lowerdir=") else option
-                for option in mount.options
-            )
-            lines.append('target=$(cd -- "$1" && pwd -P && echo .) || exit; target=${target%??}')
-            lines.append(f"cd {shlex.quote(snapshots)} || exit")
-            lines.append(f'mount -t {mount.type} -o {shlex.quote(short)} {shlex.quote(mount.source)} "$target"')
+            if len(options.encode()) >= PAGE:
+                lines.append(f"cd {shlex.quote(snapshots)} || exit")
+                options = ",".join(
+                    option.replace(escape(snapshots) + "/", "") if option.startswith("lowerdir=") else option
+                    for option in mount.options
+                )
+            lines.append(f'mount -t {mount.type} -o {shlex.quote(options)} {shlex.quote(mount.source)} "$target"')
     return "\n".join(lines) + "\n"
 
 

@@ -220,17 +220,26 @@ def sourced(text: str, tmp_path: Path, *arguments: str, quiet: bool = False) -> 
 NASTY = "/r 'q' $(x)\\\n\"*"
 
 
-@pytest.mark.parametrize("target", ["/mnt", "/m n t/'$x\""])
+@pytest.mark.parametrize("target", ["/mnt", "m n t'$x\"", "-target", "#"])
 def test_the_script_of_a_bind(tmp_path: Path, target: str) -> None:
-    text = script(mounts(A, f"{NASTY}/9", []), NASTY, "web")
-    assert sourced(text, tmp_path, target) == (0, [["mount", str(tmp_path), "-o", "rbind", f"{NASTY}/9/fs", target]])
+    """The source is named from its own directory, the target by its whole path: no mount(8) finds anything odd in them."""
+    snapshots = f"{tmp_path}/{NASTY.replace('/', '_')}"
+    Path(snapshots, "9").mkdir(parents=True)
+    (tmp_path / target).mkdir(exist_ok=True)
+    text = script(mounts(A, f"{snapshots}/9", []), snapshots, "web")
+    calls = [["mount", f"{snapshots}/9", "-o", "rbind", "fs", str(tmp_path / target)]]
+    assert sourced(text, tmp_path, target) == (0, calls)
 
 
 def test_the_script_of_a_read_only_bind_makes_it_read_only_in_a_second_step(tmp_path: Path) -> None:
-    text = script(mounts(V, "/r/9", ["/r/1"]), "/r", "peek")
+    (tmp_path / "1").mkdir()
+    text = script(mounts(V, f"{tmp_path}/9", [f"{tmp_path}/1"]), str(tmp_path), "peek")
     status, calls = sourced(text, tmp_path, "/mnt")
     assert status == 0
-    assert [call[2:] for call in calls] == [["-o", "rbind", "/r/1/fs", "/mnt"], ["-o", "remount,bind,ro", "/mnt"]]
+    assert [call[1:] for call in calls] == [
+        [f"{tmp_path}/1", "-o", "rbind", "fs", "/mnt"],
+        [f"{tmp_path}/1", "-o", "remount,bind,ro", "/mnt"],
+    ]
 
 
 def test_the_script_of_an_overlay(tmp_path: Path) -> None:
