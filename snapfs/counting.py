@@ -111,8 +111,8 @@ class Counting:
             self._pending.pop(number).set()
 
     async def _scan(self, number: int) -> Usage:
-        """Count a layer in a worker thread.  All who ask before a scan has begun share it; one that is under way may have passed
-        by what the caller has just written, so that is waited for, and the next one shared."""
+        """Count a layer in a worker thread.  All who ask before a scan has begun share it; one under way may have passed by
+        what the caller has just written, so it is waited for, and the next one shared."""
         running = self._scans.get(number)
         if running is not None and running.begun:
             await running.ended.wait()

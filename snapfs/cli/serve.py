@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 from typing import Any
 
@@ -78,6 +79,8 @@ def run(given: argparse.Namespace) -> int:
         print(f"snapfs: serving {given.root} on {given.mountpoint}", file=sys.stderr, flush=True)
 
     mount = MountOptions(allow_other="allow_other" in flags, ro="ro" in flags)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # serve takes them; one that comes after its end is late
+        signal.signal(number, signal.SIG_IGN)
     trio.run(serve, given.root, os.path.abspath(given.mountpoint), options, mount, say_ready)
     return 0
 

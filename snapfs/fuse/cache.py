@@ -52,6 +52,7 @@ class KernelCache:
             return
         for kind in {shown.kind for shown in (before, after) if shown}:
             self.forget_attributes(pack(0, KIND_SLOTS[kind]))
+        self.forget_attributes(pack(0, Slot.BY_ID))
         if before is not None:
             self._forget_path(before)
             if after is not None and after.kind is not before.kind:  # entries that the new kind lacks

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
+OFTEN = 1.0  # seconds within which two truncations of a label are many
+
 _DOTS = 2  # the first two entries of every directory, before the tree's own
 
 _READING = frozenset(("lookup", "getattr", "readlink", "open", "opendir", "readdir"))
@@ -43,8 +45,9 @@ def answering(
 
     async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            for event in list(self._emptying):
-                await event.wait()
+            for number, emptied in list(self._emptying):
+                if isinstance(args[0], int) and unpack(args[0])[0] == number:
+                    await emptied.wait()
             return await handler(self, *args, **kwargs)
         except SnapshotError as error:
             number = errno_of(error)
@@ -89,7 +92,8 @@ class Operations(pyfuse3.Operations):
         self._on_ready = on_ready
         self._open: dict[int, OpenFile] = {}  # by handle
         self._open_inodes: dict[int, list[OpenFile]] = {}
-        self._emptying: set[trio.Event] = set()
+        self._emptying: list[tuple[int, trio.Event]] = []  # snapshots with a label that was closed empty, until it is deleted
+        self._truncated: dict[int, tuple[float, float]] = {}  # labels: when they were last opened to be emptied, twice
         self._handles = count(1)
         self._owner = (os.geteuid(), os.getegid())
         tree.snapshotter.subscribe(self.cache.note)
@@ -197,8 +201,8 @@ class Operations(pyfuse3.Operations):
         node = await self.tree.node(parent_inode).mkdir(_text(name))
         entry = self.entry(node)
         if self.tree.node(parent_inode).inode not in _ROOT_DIRECTORIES:
-            # The next look-up is to find the link to it.  Until then the kernel has an inode of its own there: of one inode that
-            # stands in two directories it moves the name, which it can't (ESTALE) while a rename looks it up.
+            # The next look-up is to find the link to it.  Until then the kernel has an inode of its own there: one that stands
+            # in two directories it moves from name to name, which it can't (ESTALE) while a rename looks it up.
             entry.entry_timeout = 0
             entry.st_ino = pack(unpack(node.inode)[0], Slot.JUST_MADE)
         return entry
@@ -261,27 +265,45 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self.tree.node(inode)
         told = node.attributes().size
-        handle = await node.open(writing=flags & os.O_ACCMODE != os.O_RDONLY, truncate=bool(flags & os.O_TRUNC))
+        truncate = bool(flags & os.O_TRUNC)
+        handle = await node.open(writing=flags & os.O_ACCMODE != os.O_RDONLY, truncate=truncate)
         if isinstance(node, AttributeFile) and node.attribute.refresh is not None:  # the directory shows what was found out
             self.cache.forget_attributes(pack(node.number, Slot.SNAPSHOT))
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
-        # who reads through the page cache without asking for the size again (sendfile) would read up to the old one
-        fresh = isinstance(node, AttributeFile) and len(handle.content) != told
-        return self._opened(node, handle, apart=fresh)
+            if truncate:
+                self._note_truncation(inode)
+        if isinstance(node, AttributeFile) and len(handle.content) > told and inode not in self._open_inodes:
+            # sendfile(2) reads up to the size that the kernel knows and asks nobody; this makes it known.  The kernel locks the
+            # page meanwhile, which is safe while nobody else reads the file: its reader would wait for us.
+            pyfuse3.notify_store(inode, 0, handle.content)
+        return self._opened(node, handle)
 
-    def _opened(self, node: Node, handle: Handle, apart: bool = False) -> FileInfo:
+    def _opened(self, node: Node, handle: Handle) -> FileInfo:
         # The page cache belongs to the inode.  Who opens it while somebody else has it open with another content must not
-        # share it, or both would read a mixture.
+        # share it, or both would read a mixture; nor must a writer, who is to read what it wrote.
         others = self._open_inodes.setdefault(node.inode, [])
-        # A label may be emptied by a shell's ``>`` at any moment, and the kernel then cuts the inode for all who have it open.
-        apart = apart or isinstance(node, Label) or any(other.handle.content != handle.content for other in others)
+        differs = any(other.handle.content != handle.content for other in others)
+        apart = isinstance(handle, OpenLabel) or differs or self._is_often_truncated(node.inode)
         entry = self.entry(node)
         entry.st_size, entry.attr_timeout = len(handle.content), 0
         fh = next(self._handles)
         self._open[fh] = OpenFile(node.inode, node.path, handle, entry, cached=not apart)
         others.append(self._open[fh])
         return FileInfo(fh=fh, direct_io=apart, keep_cache=apart)
+
+    def _note_truncation(self, inode: int) -> None:
+        now = trio.current_time()
+        for other in [other for other, (_, last) in self._truncated.items() if last < now - OFTEN]:
+            del self._truncated[other]
+        _, last = self._truncated.get(inode, (0.0, 0.0))
+        self._truncated[inode] = last, now
+
+    def _is_often_truncated(self, inode: int) -> bool:
+        """Whether a shell's ``>`` empties this label again and again.  The kernel then cuts the inode for all who read through
+        the page cache, between two of their system calls if it so happens; who reads directly doesn't notice."""
+        last_but_one, _ = self._truncated.get(inode, (0.0, 0.0))
+        return last_but_one > trio.current_time() - OFTEN
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -294,16 +316,17 @@ class Operations(pyfuse3.Operations):
     @answering
     async def release(self, fh: int) -> None:
         file = self._open[fh]
-        closed = trio.Event()
+        emptied = unpack(file.inode)[0], trio.Event()
         if isinstance(file.handle, OpenLabel) and file.handle.emptied:
             # close(2) does not wait for this request, but the kernel has sent it before any that comes after that: whoever
-            # asks next is to find the label deleted
-            self._emptying.add(closed)
+            # asks for something of this snapshot next is to find the label deleted
+            self._emptying.append(emptied)
         try:
             await file.handle.close()
         finally:
-            self._emptying.discard(closed)
-            closed.set()
+            if emptied in self._emptying:
+                self._emptying.remove(emptied)
+            emptied[1].set()
             del self._open[fh]
             self._open_inodes[file.inode].remove(file)
             if not self._open_inodes[file.inode]:

@@ -8,7 +8,7 @@ import os
 import signal
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pyfuse3
@@ -39,19 +39,20 @@ class MountOptions(msgspec.Struct, frozen=True):
 async def serve(
     root: str, mountpoint: str, options: Options, mount: MountOptions, on_ready: Callable[[], None] = lambda: None
 ) -> None:
-    """Mount the tree of ``root`` on ``mountpoint`` (an absolute path) and serve it until SIGINT, SIGTERM or umount; then
-    nothing is left mounted.
+    """Mount the tree of ``root`` on ``mountpoint`` (an absolute path) and serve it until SIGINT, SIGTERM, SIGHUP or
+    umount; then nothing is left mounted.
 
     ``on_ready`` is called when requests are being answered.  Raises SnapshotError with a sentence where the root, the
     mountpoint or FUSE can't be used.
     """
-    await trio.to_thread.run_sync(_recover_mountpoint, mountpoint)
-    await trio.to_thread.run_sync(_check, root, mountpoint)
-    async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
-        stop = trio.Event()
-        nursery.start_soon(_set_on_signal, stop)
-        await serve_tree(Tree(snapshotter), mountpoint, mount, on_ready, stop)
-        nursery.cancel_scope.cancel()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        await trio.to_thread.run_sync(_recover_mountpoint, mountpoint)
+        await trio.to_thread.run_sync(_check, root, mountpoint)
+        async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
+            stop = trio.Event()
+            nursery.start_soon(_set_on_signal, stop, signals)
+            await serve_tree(Tree(snapshotter), mountpoint, mount, on_ready, stop)
+            nursery.cancel_scope.cancel()
 
 
 async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready: Callable[[], None], stop: trio.Event) -> None:
@@ -74,10 +75,9 @@ async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready:
         pyfuse3.close(unmount=True)
 
 
-async def _set_on_signal(stop: trio.Event) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            stop.set()
+async def _set_on_signal(stop: trio.Event, signals: AsyncIterator[int]) -> None:
+    async for _ in signals:
+        stop.set()
 
 
 async def _end_loop(loop: trio.CancelScope, stop: trio.Event) -> None:

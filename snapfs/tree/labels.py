@@ -8,19 +8,24 @@ which deletes the label (a label has no empty value).
 
 from __future__ import annotations
 
+import re
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from snapfs import names
-from snapfs.errors import AlreadyExists, InvalidArgument, LabelTooBig, NotFound, NotUtf8, SnapshotError
+from snapfs.errors import AlreadyExists, InvalidArgument, LabelTooBig, NotFound, NotPermitted, NotUtf8, SnapshotError
 from snapfs.metastore import Record
 from snapfs.snapshotter import LABEL_MAX, check_label
 from snapfs.tree.node import SLOT_BITS, Attributes, Directory, Handle, Node, Slot, pack
 
 if TYPE_CHECKING:
     from snapfs.tree.tree import Tree
+
+
+_SWAP_FILE = re.compile(r"\..*\.sw[a-p]")
+"""vim's: refused at once it goes elsewhere (its option 'directory'), refused when it is written vim complains."""
 
 
 def label_slots(keys: Iterable[str]) -> dict[str, int]:
@@ -183,6 +188,8 @@ class LabelsDirectory(Directory):
     async def create(self, name: str) -> tuple[Node, Handle]:
         key = names.decode(name)
         check_label(key, "")
+        if _SWAP_FILE.fullmatch(key):
+            raise NotPermitted(f'"{key}" is an editor\'s swap file, which is no label')
         if self._exists(key):
             raise AlreadyExists(f'snapshot "{self.record.name}" has a label "{key}" already')
         slot = label_slots([*self._slots(), key])[key]

@@ -1,0 +1,583 @@
+"""``snapfs serve``: how it starts, what its options do, how it ends, and what it refuses to begin with."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Daemon, die_with_parent
+from tests.test_tree_calls import committed, failing, info, shell, until
+
+Make = Callable[..., Daemon]
+
+SERVE = [sys.executable, "-m", "snapfs.cli", "serve"]
+
+
+def is_mounted(path: Path) -> bool:
+    table = Path("/proc/self/mountinfo").read_text().splitlines()
+    return any(line.split(" ")[4] == str(path) for line in table)
+
+
+def refusal(*arguments: str | Path, prefix: tuple[str, ...] = ()) -> str:
+    """What ``snapfs serve`` says with these arguments, which it refuses."""
+    done = subprocess.run([*prefix, *SERVE, *map(str, arguments)], capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout == ""
+    assert done.returncode == 1
+    assert re.fullmatch(r"snapfs: [^\n]+\n", done.stderr), "one sentence"
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+# -- starting
+
+
+def test_it_says_in_one_line_when_it_is_ready(make_daemon: Make) -> None:
+    daemon = make_daemon()
+    process = subprocess.Popen(
+        [*SERVE, str(daemon.root), str(daemon.mnt)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+    with process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr.readline() == f"snapfs: serving {daemon.root} on {daemon.mnt}\n"
+        assert is_mounted(daemon.mnt)
+        os.mkdir(daemon.mnt / "active/a")
+        process.terminate()
+        assert process.stderr.read() == ""
+        assert process.stdout.read() == ""
+        assert process.wait(timeout=30) == 0
+
+
+def test_the_root_is_made_where_it_is_missing(make_daemon: Make, tmp_path: Path) -> None:
+    daemon = make_daemon(root=tmp_path / "not/yet/there").start()
+    assert [oct(os.stat(path).st_mode & 0o777) for path in (daemon.root, daemon.root / "snapshots")] == ["0o700", "0o700"]
+    assert daemon.stop() == 0
+
+
+def test_relative_paths_and_a_mountpoint_that_is_a_link(tmp_path: Path) -> None:
+    for name in ("mnt", "root"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("mnt")
+    for mountpoint in ("mnt", "link", "./mnt/"):
+        process = subprocess.Popen(
+            [*SERVE, "root", mountpoint], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+        )
+        with process:
+            assert process.stderr is not None
+            assert process.stderr.readline() == f"snapfs: serving root on {mountpoint}\n"
+            assert sorted(os.listdir(tmp_path / "mnt"))[-1] == "view"
+            process.terminate()
+            assert process.wait(timeout=30) == 0
+        assert not is_mounted(tmp_path / "mnt")
+
+
+def test_the_mount_table_says_what_it_is(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    command = ["findmnt", "-n", "-o", "FSTYPE,SOURCE", "--mountpoint", str(daemon.mnt)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == [
+        "fuse.snapfs",
+        str(daemon.root),
+    ]
+    assert daemon.stop() == 0
+
+
+# -- ending
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it(make_daemon: Make, how: signal.Signals) -> None:
+    daemon = make_daemon().start()
+    os.mkdir(daemon.mnt / "active/a")
+    assert daemon.stop(how) == 0
+    assert len(daemon.said) == 1
+    assert not is_mounted(daemon.mnt)
+    assert os.listdir(daemon.mnt) == []
+    assert os.listdir(daemon.root / "pool") == []
+    assert os.listdir(daemon.root / "trash") == []
+    assert os.listdir(daemon.root / "snapshots") == ["1"]
+
+
+@pytest.mark.parametrize("command", ["umount", "umount -l", "fusermount3 -u", "fusermount3 -uz"])
+def test_umount_ends_it(make_daemon: Make, command: str) -> None:
+    daemon = make_daemon().start()
+    os.mkdir(daemon.mnt / "active/a")
+    subprocess.run([*command.split(), str(daemon.mnt)], check=True)
+    assert daemon.ended() == 0
+    assert len(daemon.said) == 1
+    assert not is_mounted(daemon.mnt)
+    assert os.listdir(daemon.root / "pool") == []
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT] * 2, [signal.SIGTERM] * 2, [signal.SIGTERM, signal.SIGINT] * 5])
+def test_signalled_more_than_once(make_daemon: Make, signals: list[signal.Signals]) -> None:
+    daemon = make_daemon().start()
+    for one in signals:
+        os.kill(daemon.pid, one)
+    assert daemon.ended() == 0
+    assert len(daemon.said) == 1
+    assert not is_mounted(daemon.mnt)
+
+
+def test_stopped_while_somebody_sits_inside(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    os.mkdir(daemon.mnt / "active/a")
+    command = ["sh", "-c", "echo in; read line; ls . ; exit 0"]
+    sitter = subprocess.Popen(
+        command, cwd=daemon.mnt / "active/a", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    held = os.open(daemon.mnt / "active/a/info.json", os.O_RDONLY)
+    try:
+        assert sitter.stdout is not None
+        assert sitter.stdout.readline() == "in\n"
+        assert daemon.stop() == 0
+        with failing(errno.ENOTCONN):
+            os.fstat(held)
+        assert not is_mounted(daemon.mnt)
+    finally:
+        with contextlib.suppress(OSError):  # as its daemon is gone
+            os.close(held)
+        _, said = sitter.communicate("\n", timeout=30)
+    assert "Transport endpoint is not connected" in said
+    daemon.start()
+    assert os.listdir(daemon.mnt / "active") == ["a"]
+    assert daemon.stop() == 0
+
+
+BUSY = """
+import os, sys
+made = 0
+try:
+    while True:
+        os.mkdir(f"{sys.argv[1]}/active/{sys.argv[2]}-{made}")
+        made += 1
+        if made == 5:
+            print("busy", flush=True)
+except OSError:
+    print(made, flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, "umount -l"])
+def test_ended_while_requests_are_under_way(make_daemon: Make, how: signal.Signals | str) -> None:
+    """However it ends, everything that was acknowledged is there afterwards, and at most what was under way besides."""
+    daemon = make_daemon().start()
+    clients = [
+        subprocess.Popen([sys.executable, "-c", BUSY, str(daemon.mnt), str(number)], stdout=subprocess.PIPE, text=True)
+        for number in range(3)
+    ]
+    try:
+        for client in clients:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "busy\n"
+        if isinstance(how, signal.Signals):
+            status = daemon.stop(how)
+        else:
+            subprocess.run([*how.split(), str(daemon.mnt)], check=True)
+            status = None  # those who are inside by then go on; it ends with the last of them
+    finally:
+        if how == "umount -l":
+            daemon.ended()
+        made = [int(client.communicate(timeout=30)[0]) for client in clients]
+    assert status in (0, None) or status == -signal.SIGKILL
+    assert len(daemon.said) == 1
+    daemon.start()
+    names = os.listdir(daemon.mnt / "active")
+    for number, count in enumerate(made):
+        own = sorted((name for name in names if name.startswith(f"{number}-")), key=lambda name: int(name.split("-")[1]))
+        assert own[:count] == [f"{number}-{serial}" for serial in range(count)]
+        assert len(own) <= count + 1
+    for name in names:
+        assert info(daemon.mnt / "active" / name)["name"] == name
+        assert (daemon.mnt / "active" / name / "diff").is_dir()
+    assert len(os.listdir(daemon.root / "snapshots")) == len(names)
+    assert daemon.stop() == 0
+    assert os.listdir(daemon.root / "pool") == []
+
+
+def test_after_kill_9_everything_acknowledged_is_there(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    base = committed(daemon.mnt, "base", content="x" * 10_000)
+    os.mkdir(base / "active/web")
+    (daemon.mnt / "active/web/labels/team").write_text("blue")
+    os.rename(daemon.mnt / "active/web", daemon.mnt / "active/site")
+    os.mkdir(base / "view/peek")
+    os.mkdir(daemon.mnt / "active/gone")
+    os.rmdir(daemon.mnt / "active/gone")
+    paths = ("committed/base", "active/site", "view/peek")
+    before = [info(daemon.mnt / path) for path in paths]
+    assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+    daemon.start()
+    assert [info(daemon.mnt / path) for path in paths] == before
+    assert [os.listdir(daemon.mnt / kind) for kind in ("active", "view", "committed")] == [["site"], ["peek"], ["base"]]
+    assert json.loads((daemon.mnt / "committed/base/usage.json").read_text())["inodes"] == 2
+    assert (daemon.mnt / "committed/base/diff/file").read_text() == "x" * 10_000
+    until(lambda: len(os.listdir(daemon.root / "snapshots")) == 3 and not os.listdir(daemon.root / "trash"))
+    os.mkdir(daemon.mnt / "active/next")
+    assert info(daemon.mnt / "active/next")["id"] == 5, "no id is used twice"
+    assert daemon.stop() == 0
+
+
+def test_a_crashed_daemons_mountpoint_is_recovered(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    for _ in range(2):
+        daemon.stop(signal.SIGKILL)
+        with failing(errno.ENOTCONN):
+            os.stat(daemon.mnt)
+        daemon.start()
+        assert "README" in os.listdir(daemon.mnt)
+    assert daemon.stop() == 0
+    assert not is_mounted(daemon.mnt), "nothing is left beneath"
+    said = [line for line in daemon.said if "serving" not in line]
+    assert said == [f"snapfs: {daemon.mnt} was left mounted by a daemon that is gone; unmounting it\n"] * 2
+
+
+# -- options
+
+
+@pytest.mark.parametrize("arguments", [["-o", "ro"], ["--ro"], ["-o", "nosuid,ro,nodev"]])
+def test_ro(make_daemon: Make, arguments: list[str]) -> None:
+    daemon = make_daemon().start()
+    committed(daemon.mnt, "base")
+    os.mkdir(daemon.mnt / "active/a")
+    (daemon.mnt / "active/a/labels/l").write_text("1")
+    assert daemon.stop() == 0
+    daemon.arguments = tuple(arguments)
+    daemon.start()
+    assert info(daemon.mnt / "active/a")["labels"] == {"l": "1"}
+    calls: list[Callable[[], object]] = [
+        lambda: os.mkdir(daemon.mnt / "active/b"),
+        lambda: os.rmdir(daemon.mnt / "active/a"),
+        lambda: os.rename(daemon.mnt / "active/a", daemon.mnt / "committed/c"),
+        lambda: (daemon.mnt / "active/a/labels/l").write_text("2"),
+        lambda: os.unlink(daemon.mnt / "active/a/labels/l"),
+    ]
+    for call in calls:
+        with failing(errno.EROFS):
+            call()
+    assert info(daemon.mnt / "active/a")["labels"] == {"l": "1"}
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("arguments", [["-o", "async_remove"], ["--async-remove"]])
+def test_async_remove_leaves_the_files_to_cleanup(make_daemon: Make, arguments: list[str]) -> None:
+    daemon = make_daemon(*arguments).start()
+    base = committed(daemon.mnt, "base", content="x")
+    number = info(base)["id"]
+    os.rmdir(base)
+    assert os.listdir(daemon.mnt / "committed") == []
+    assert daemon.stop() == 0
+    daemon.start()
+    assert (daemon.root / f"snapshots/{number}/fs/file").read_text() == "x"
+    assert os.listdir(daemon.mnt / "by-id") == []
+    assert daemon.stop() == 0
+    daemon.arguments = ()
+    daemon.start()
+    until(lambda: not os.listdir(daemon.root / "snapshots") and not os.listdir(daemon.root / "trash"))
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("arguments", [["-o", "upperdir_label"], ["--upperdir-label"]])
+def test_upperdir_label(make_daemon: Make, arguments: list[str]) -> None:
+    daemon = make_daemon(*arguments).start()
+    os.mkdir(daemon.mnt / "active/a")
+    (daemon.mnt / "active/a/labels/l").write_text("1")
+    found = info(daemon.mnt / "active/a")
+    upper = os.readlink(daemon.mnt / "active/a/diff")
+    assert found["labels"] == {"l": "1", "containerd.io/snapshot/overlay.upperdir": upper}
+    assert os.path.isdir(upper)
+    assert daemon.stop() == 0
+    daemon.arguments = ()
+    daemon.start()
+    assert info(daemon.mnt / "active/a")["labels"] == {"l": "1"}, "it is never stored"
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["-o", "mount_option=volatile"], ["volatile", "index=off"]),
+        (["--mount-option", "volatile", "--mount-option", "metacopy=on"], ["volatile", "metacopy=on", "index=off"]),
+        (["-o", "mount_option=index=on,mount_option=xino=off"], ["index=on", "xino=off"]),
+        (["-o", "rw,noatime", "-o", r"mount_option=a\,b"], ["a,b", "index=off"]),
+        ([], ["index=off"]),
+    ],
+)
+def test_mount_option(make_daemon: Make, arguments: list[str], options: list[str]) -> None:
+    daemon = make_daemon(*arguments).start()
+    base = committed(daemon.mnt, "base")
+    os.mkdir(base / "active/web")
+    os.mkdir(daemon.mnt / "active/alone")
+    (spec,) = json.loads((daemon.mnt / "active/web/mounts.json").read_text())
+    assert spec["options"][3:] == options
+    (bind,) = json.loads((daemon.mnt / "active/alone/mounts.json").read_text())
+    assert bind["options"] == ["rw", "rbind"]
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("arguments", [["-o", "remap_ids"], ["--remap-ids"], []])
+def test_remap_ids(make_daemon: Make, arguments: list[str]) -> None:
+    daemon = make_daemon(*arguments).start()
+    base = committed(daemon.mnt, "base")
+    os.mkdir(base / "active/web")
+    for label in ("uid", "gid"):
+        (daemon.mnt / f"active/web/labels/containerd.io%2Fsnapshot%2F{label}mapping").write_text("0:1000:65536")
+    (spec,) = json.loads((daemon.mnt / "active/web/mounts.json").read_text())
+    remapped = [option for option in spec["options"] if option.startswith(("uidmap", "gidmap"))]
+    assert remapped == (["uidmap=0:1000:65536", "gidmap=0:1000:65536"] if arguments else [])
+    assert spec["options"][: len(remapped)] == remapped, "they come first"
+    assert daemon.stop() == 0
+
+
+def as_nobody(command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "sh", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.fixture
+def open_path(tmp_path: Path) -> Path:
+    """``tmp_path``, which every user may enter."""
+    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        directory.chmod(0o755)
+    return tmp_path
+
+
+def test_other_users_are_kept_out(make_daemon: Make, open_path: Path) -> None:
+    daemon = make_daemon().start()
+    os.mkdir(daemon.mnt / "active/a")
+    for command in (f"ls {daemon.mnt}", f"cat {daemon.mnt}/active/a/info.json", f"mkdir {daemon.mnt}/active/b"):
+        done = as_nobody(command)
+        assert done.returncode != 0
+        assert "Permission denied" in done.stderr
+    assert os.listdir(daemon.mnt / "active") == ["a"]
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("arguments", [["-o", "allow_other"], ["--allow-other"]])
+def test_allow_other_lets_them_in_and_the_kernel_checks_modes(make_daemon: Make, open_path: Path, arguments: list[str]) -> None:
+    daemon = make_daemon(*arguments).start()
+    os.mkdir(daemon.mnt / "active/a")
+    (daemon.mnt / "active/a/labels/l").write_text("1")
+    assert as_nobody(f"cat {daemon.mnt}/active/a/labels/l").stdout == "1\n"
+    assert '"name": "a"' in as_nobody(f"cat {daemon.mnt}/active/a/info.json").stdout
+    for command in (
+        "mkdir active/b",
+        "rmdir active/a",
+        "mv active/a committed/c",
+        "echo 2 > active/a/labels/l",
+        "rm active/a/labels/l",
+    ):
+        done = as_nobody(f"cd {daemon.mnt} && {command}")
+        assert done.returncode != 0
+        assert "Permission denied" in done.stderr, command
+    assert as_nobody(f"ls {daemon.mnt}/active/a/diff/").returncode != 0, "ROOT is 0700"
+    assert info(daemon.mnt / "active/a")["labels"] == {"l": "1"}
+    os.mkdir(daemon.mnt / "active/b")  # the owner may all the same
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("option", ["nonsense", "allow_others", "ro=1", "mount_option", "mount_option=", "async_remove,x=y"])
+def test_an_unknown_option(tmp_path: Path, option: str) -> None:
+    (tmp_path / "mnt").mkdir()
+    said = refusal(tmp_path / "root", tmp_path / "mnt", "-o", option)
+    assert f'unknown mount option "{option.split(",")[-1]}"' in said
+    assert "allow_other" in said
+    assert not (tmp_path / "root").exists()
+
+
+# -- refusals
+
+
+def test_a_second_daemon_on_the_same_root(make_daemon: Make, tmp_path: Path) -> None:
+    daemon = make_daemon().start()
+    (tmp_path / "other").mkdir()
+    said = refusal(daemon.root, tmp_path / "other")
+    assert f"in use by the process with pid {daemon.pid};" in said
+    assert not is_mounted(tmp_path / "other")
+    os.mkdir(daemon.mnt / "active/a")  # the first one is none the worse for it
+    assert daemon.stop() == 0
+
+
+def test_a_second_daemon_on_the_same_mountpoint(make_daemon: Make, tmp_path: Path) -> None:
+    daemon = make_daemon().start()
+    assert "mountpoint of another snapfs" in refusal(tmp_path / "root2", daemon.mnt)
+    assert "README" in os.listdir(daemon.mnt)
+    assert daemon.stop() == 0
+    assert not is_mounted(daemon.mnt)
+
+
+def test_a_missing_mountpoint(tmp_path: Path) -> None:
+    said = refusal(tmp_path / "root", tmp_path / "missing")
+    assert said == f"snapfs: cannot mount on {tmp_path}/missing: No such file or directory\n"
+    assert not (tmp_path / "root").exists(), "nothing was begun"
+
+
+def test_a_mountpoint_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "is not a directory" in refusal(tmp_path / "root", tmp_path / "file")
+    assert "Not a directory" in refusal(tmp_path / "root", tmp_path / "file/below")
+
+
+def test_a_root_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "file").write_text("precious")
+    assert f"{tmp_path}/file" in refusal(tmp_path / "file", tmp_path / "mnt")
+    assert (tmp_path / "file").read_text() == "precious"
+    refusal(tmp_path / "file/below", tmp_path / "mnt")
+
+
+def test_a_root_that_holds_something_else(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "home").mkdir(mode=0o755)
+    (tmp_path / "home/photo").write_text("precious")
+    assert "neither empty nor a root of snapfs" in refusal(tmp_path / "home", tmp_path / "mnt")
+    assert os.listdir(tmp_path / "home") == ["photo"]
+    assert os.stat(tmp_path / "home").st_mode & 0o777 == 0o755
+
+
+def test_a_root_on_a_read_only_disk(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk)], check=True)
+    try:
+        assert "Read-only file system" in refusal(disk / "root", tmp_path / "mnt")
+        assert "Read-only file system" in refusal(disk, tmp_path / "mnt")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert not is_mounted(tmp_path / "mnt")
+
+
+def test_records_that_are_damaged(make_daemon: Make, tmp_path: Path) -> None:
+    daemon = make_daemon().start()
+    os.mkdir(daemon.mnt / "active/a")
+    assert daemon.stop() == 0
+    records = daemon.root / "metadata.mdb"
+    whole = records.read_bytes()
+    records.write_bytes(b"no records at all" * 1000)
+    assert "metadata.mdb" in refusal(daemon.root, daemon.mnt)
+    records.unlink()
+    assert "metadata.mdb is missing" in refusal(daemon.root, daemon.mnt)
+    assert os.listdir(daemon.root / "snapshots") == ["1"]
+    records.write_bytes(whole)
+    daemon.start()
+    assert os.listdir(daemon.mnt / "active") == ["a"]
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize(("root", "mountpoint"), [("a/b", "a"), ("a", "a/b"), ("a", "a"), ("a/../a/b", "./a")])
+def test_root_and_mountpoint_within_each_other(tmp_path: Path, root: str, mountpoint: str) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    assert "must not lie within each other" in refusal(tmp_path / root, tmp_path / mountpoint)
+    assert not is_mounted(tmp_path / "a")
+
+
+def test_without_dev_fuse(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "empty").mkdir()
+    hide = ("unshare", "-m", "sh", "-c", 'mount --bind "$0" /dev && exec "$@"', str(tmp_path / "empty"))
+    said = refusal(tmp_path / "root", tmp_path / "mnt", prefix=hide)
+    assert said.startswith("snapfs: cannot open /dev/fuse (No such file or directory)")
+    assert "modprobe fuse" in said
+
+
+AS_NOBODY = """
+import os, sys
+import snapfs.cli.serve, snapfs.fuse.serve
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+sys.exit(snapfs.cli.main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_user_who_may_not_use_dev_fuse(open_path: Path) -> None:
+    for name in ("mnt", "root"):
+        (open_path / name).mkdir()
+        os.chown(open_path / name, 65534, 65534)
+    hide = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev && mknod -m 600 /dev/fuse c 10 229 && exec "$@"', "sh")
+    command = [*hide, sys.executable, "-c", AS_NOBODY, str(open_path / "root"), str(open_path / "mnt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"snapfs: cannot open /dev/fuse \(Permission denied\)[^\n]*\n", done.stderr)
+
+
+@pytest.mark.parametrize("arguments", [[], ["root"], ["root", "mnt", "more"], ["root", "mnt", "--nonsense"]])
+def test_wrong_usage(tmp_path: Path, arguments: list[str]) -> None:
+    done = subprocess.run([*SERVE, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: snapfs")
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_help_names_every_option() -> None:
+    said = subprocess.run([*SERVE, "--help"], capture_output=True, text=True, timeout=30, check=True).stdout
+    for flag in (
+        "--allow-other",
+        "--ro",
+        "--async-remove",
+        "--upperdir-label",
+        "--remap-ids",
+        "--slow-chown",
+        "--mount-option",
+        "-o",
+    ):
+        assert flag in said
+
+
+def test_two_daemons_of_one_process_group_do_not_disturb_each_other(make_daemon: Make, tmp_path: Path) -> None:
+    one = make_daemon(root=tmp_path / "r1", mnt=tmp_path / "m1").start()
+    two = make_daemon(root=tmp_path / "r2", mnt=tmp_path / "m2").start()
+    os.mkdir(one.mnt / "active/a")
+    assert os.listdir(two.mnt / "active") == []
+    assert one.stop() == 0
+    os.mkdir(two.mnt / "active/b")
+    assert shell(two.mnt, "cat active/b/info.json").returncode == 0
+    assert two.stop() == 0
+
+
+def test_stopped_while_threads_read(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    os.mkdir(daemon.mnt / "active/a")
+    under_way, errors = threading.Barrier(5), []
+
+    def read() -> None:
+        path = daemon.mnt / "active/a/info.json"
+        first = path.read_text()
+        under_way.wait()
+        try:
+            while path.read_text() == first:
+                pass
+        except OSError as error:
+            errors.append(error.errno)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    under_way.wait()
+    assert daemon.stop() == 0
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert len(errors) == 4
+    assert set(errors) <= {errno.ENOTCONN, errno.ENOENT, errno.ECONNABORTED, errno.EIO, errno.ENODEV}
