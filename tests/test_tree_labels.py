@@ -324,6 +324,13 @@ def test_a_shell_that_writes_too_much_is_told_and_the_label_stays(labels: Path) 
     assert os.listdir(labels) == ["l"]
 
 
+@pytest.mark.parametrize(("size", "value"), [(0, None), (1, "o"), (3, "one"), (4, "one")])
+def test_truncate_by_path(labels: Path, size: int, value: str | None) -> None:
+    (labels / "l").write_text("one")
+    os.truncate(labels / "l", size)
+    assert stored(labels) == ({} if value is None else {"l": value})
+
+
 def test_a_label_cannot_be_made_too_long_by_truncate(daemon: Daemon, labels: Path) -> None:
     (labels / "l").write_text("one")
     with refused(daemon, errno.E2BIG, "setattr", "active/k/labels/l", "4096"):

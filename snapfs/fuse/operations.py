@@ -179,7 +179,8 @@ class Operations(pyfuse3.Operations):
                 await self._open[fh].handle.resize(attr.st_size)
             else:
                 await node.resize(attr.st_size)
-            return self.entry(self.tree.node(inode))
+            now.st_size = attr.st_size  # whatever became of it: a label that was cut to nothing is gone
+            return now
         same = (
             (not fields.update_mode or attr.st_mode & 0o7777 == now.st_mode & 0o7777)
             and (not fields.update_uid or attr.st_uid == now.st_uid)
