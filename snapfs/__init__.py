@@ -15,7 +15,8 @@ from snapfs.errors import (
 )
 from snapfs.metastore import MetaStore
 from snapfs.model import Change, Info, Kind, Mount, Usage
-from snapfs.snapshotter import Options, Snapshotter, open_snapshotter
+from snapfs.opening import open_snapshotter
+from snapfs.snapshotter import Options, Snapshotter
 
 __version__ = "0.1.0"
 

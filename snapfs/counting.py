@@ -11,7 +11,7 @@ import logging
 import msgspec
 import trio
 
-from snapfs.errors import Damaged, NotFound, SnapshotError, Unavailable
+from snapfs.errors import Closed, Damaged, NotFound, SnapshotError, Unavailable
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore, Record, Writer
 from snapfs.model import Kind, Usage
@@ -58,7 +58,7 @@ class Counting:
         while record.usage is None:
             pending = self._pending.get(number)
             if self._nursery is None:
-                raise Unavailable("the snapshotter is closed")
+                raise Closed()
             if pending is None:
                 raise Damaged(f'the layer of snapshot "{record.name}" could not be counted')
             await pending.wait()
@@ -100,8 +100,8 @@ class Counting:
         try:
             usage = await self._scan(number)
             await self._records.write(operation)
-        except NotFound:
-            pass  # removed meanwhile
+        except (NotFound, Closed):
+            pass  # removed meanwhile, or left to the next start
         except trio.Cancelled:
             self._nursery = None  # ``run`` ends, and with it what waits for this count
             raise
@@ -119,12 +119,12 @@ class Counting:
         scan = self._scans.get(number)
         if scan is None:
             if self._nursery is None:
-                raise Unavailable("the snapshotter is closed")
+                raise Closed()
             scan = self._scans[number] = _Scan()
             self._nursery.start_soon(self._run_scan, number, scan, name=f"snapfs scan {number}")
         await scan.ended.wait()
         if scan.usage is None:
-            raise scan.error or Unavailable("the snapshotter is closed")
+            raise scan.error or Closed()
         return scan.usage
 
     async def _run_scan(self, number: int, scan: _Scan) -> None:

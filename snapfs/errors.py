@@ -98,5 +98,12 @@ class Unavailable(SnapshotError):
         return cls(f"cannot {doing}: {reason}{where}", error.errno)
 
 
+class Closed(Unavailable):
+    """The snapshotter, or its store, was closed."""
+
+    def __init__(self) -> None:
+        super().__init__("the snapshotter is closed")
+
+
 class Damaged(SnapshotError):
     """What is on disk contradicts itself; nothing is guessed."""

@@ -29,7 +29,7 @@ import lmdb
 import msgspec
 import trio
 
-from snapfs.errors import Damaged, SnapshotError, Unavailable
+from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
 from snapfs.model import Change, Info, Kind, Usage
 
 log = logging.getLogger(__name__)
@@ -282,7 +282,7 @@ class MetaStore:
     def reading(self) -> Iterator[Reader]:
         """One consistent state, for a block that must be short and must not await anything."""
         if self._closed:
-            raise Unavailable("the snapshotter is closed")
+            raise Closed()
         with self._env.begin() as txn:
             yield Reader(self, txn)
 
@@ -294,7 +294,7 @@ class MetaStore:
         Raises Unavailable where the disk refuses (ENOSPC …) and after ``close``.
         """
         if self._send is None:
-            raise Unavailable("the snapshotter is closed")
+            raise Closed()
         request = _Request(operation)
         self._send.send_nowait(request)
         try:

@@ -9,31 +9,31 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import msgspec
 import trio
 
-from snapfs import mountspec, names
+from snapfs import idmap, mountspec, names
 from snapfs.counting import Counting
 from snapfs.errors import (
     AlreadyExists,
     Busy,
+    Closed,
     Damaged,
     FailedPrecondition,
     HasChildren,
     InvalidArgument,
-    LabelTooBig,
     NotFound,
-    NotUtf8,
     Unavailable,
     WrongParent,
 )
 from snapfs.filters import compile_filters
-from snapfs.kernel import mounting, probe
+from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import writers
+from snapfs.labels import UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore, Reader, Record, Writer
 from snapfs.model import Change, Info, Kind, Mount, Usage
@@ -41,11 +41,6 @@ from snapfs.model import Change, Info, Kind, Mount, Usage
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-UPPERDIR_LABEL = "containerd.io/snapshot/overlay.upperdir"
-LABEL_MAX = 4096  # bytes of a label's key and value together, as in containerd
-
-Labels = Mapping[str, str]
 
 Ref = str | int
 """A snapshot by its key or name, or by its id, which stays right while others rename and replace."""
@@ -67,55 +62,38 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     slow_chown: bool = False
 
 
-@asynccontextmanager
-async def open_snapshotter(
-    root: str | os.PathLike[str], options: Options | None = None, *, metastore: MetaStore | None = None
-) -> AsyncIterator[Snapshotter]:
-    """Open ``root`` (made where missing) for this process; on leaving the block everything is closed.
-
-    ``metastore`` puts the records elsewhere than ROOT/metadata.mdb: a store that the caller opened and closes.
-
-    Raises Unavailable where the root can't be used (a sentence that says why and what to do), Damaged where what is on disk
-    contradicts itself.
-    """
-    failure: BaseException | None = None
-    snapshotter = await trio.to_thread.run_sync(Snapshotter._open, os.fspath(root), options or Options(), metastore)
-    async with trio.open_nursery() as nursery:
-        try:
-            await nursery.start(snapshotter._run_background, name="snapfs background")
-            yield snapshotter
-        except trio.Cancelled:
-            raise
-        except BaseException as error:  # kept out of the nursery, which would wrap it in a group
-            failure = error
-        finally:
-            await snapshotter.close()
-    if failure is not None:
-        raise failure
-
-
 class Snapshotter:
-    """The snapshots of one root.  Made by ``open_snapshotter``; all methods are for trio tasks and may be called at once by
-    many.  Each change is durable when its call returns, and a cancelled call has happened or has not.
+    """The snapshots of one root.  Made by ``open_snapshotter`` (``snapfs/opening.py``).
+
+    All methods are for trio tasks and may be called at once by many.  Each change is durable when its call returns, and a
+    cancelled call has happened or has not.
 
     After ``close`` every call raises Unavailable.  Errors of the disk are Unavailable with the errno.
     """
 
     def __init__(
-        self, options: Options, layers: Layers, store: MetaStore, *, owns_store: bool, damaged: frozenset[int]
+        self,
+        options: Options,
+        layers: Layers,
+        records: MetaStore,
+        *,
+        owns_records: bool,
+        overlay_options: Sequence[str],
+        maps_ids: bool,
+        damaged: frozenset[int],
     ) -> None:
         self.options = options
         self.layers = layers
-        self.records = store
-        self._owns_store = owns_store
-        self.counting = Counting(layers, store)
+        self.records = records
+        self.counting = Counting(layers, records)
+        self._owns_records = owns_records
+        self._overlay_options = overlay_options
+        self._maps_ids = maps_ids
+        self._damaged = damaged
         self._background: trio.CancelScope | None = None
         self._background_ended = trio.Event()
         self._closed = False
         self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._overlay_options = _overlay_options(options.mount_options, layers.snapshots)
-        self._maps_ids = options.remap_ids and mounting.maps_ids(layers.snapshots)
-        self._damaged = damaged
         self._pool_wakeup = trio.Event()
         self._trash_wakeup = trio.Event()
         self._trash_lock = trio.Lock()
@@ -124,23 +102,7 @@ class Snapshotter:
 
     # -- opening and closing
 
-    @classmethod
-    def _open(cls, root: str, options: Options, metastore: MetaStore | None) -> Snapshotter:
-        layers = Layers.open(root)
-        store = metastore
-        try:
-            if store is None:
-                _refuse_lost_records(layers)
-                store = MetaStore(f"{layers.root}/metadata.mdb")
-            damaged = _recover(layers, store, retire=not options.async_remove)
-            return cls(options, layers, store, owns_store=metastore is None, damaged=damaged)
-        except BaseException:
-            if store is not None and metastore is None:
-                store.close()
-            layers.close()
-            raise
-
-    async def _run_background(self, task_status: trio.TaskStatus[None]) -> None:
+    async def run_background(self, task_status: trio.TaskStatus[None]) -> None:
         """All that goes on besides calls, until ``close``; in a nursery of its own, so that closing cancels nothing else."""
         try:
             async with trio.open_nursery() as nursery:
@@ -173,7 +135,7 @@ class Snapshotter:
         os.close(self._snapshots_fd)
         for listener in self._listeners:
             self.records.listeners.remove(listener)
-        if self._owns_store:
+        if self._owns_records:
             self.records.close()
         self.layers.close()
 
@@ -198,7 +160,7 @@ class Snapshotter:
     async def _create(self, kind: Kind, key: str, parent: Ref | None, labels: Labels | None) -> list[Mount]:
         names.encode(key)
         stored = self._checked_labels(labels)
-        owner = mountspec.root_owner(stored)
+        owner = idmap.root_owner(stored)
         if owner is not None and self.options.remap_ids and not self._maps_ids and not self.options.slow_chown:
             raise FailedPrecondition(
                 f"cannot remap ids: layers in {self.layers.root} can't be mounted idmapped here "
@@ -386,9 +348,9 @@ class Snapshotter:
         return await self._write_record(operation)
 
     def _relabel(self, writer: Writer, number: int, record: Record, labels: dict[str, str]) -> Info:
-        mapped = (mountspec.UID_MAPPING, mountspec.GID_MAPPING)
+        mapped = (idmap.UID_MAPPING, idmap.GID_MAPPING)
         if any(record.labels.get(label) != labels.get(label) for label in mapped):
-            mountspec.root_owner(labels)
+            idmap.root_owner(labels)
             if record.kind is Kind.ACTIVE and self.options.remap_ids and self.options.slow_chown and not self._maps_ids:
                 self._shift_owners(writer, number, record.labels, labels)
         updated = max(time.time_ns(), record.updated + 1)
@@ -397,14 +359,14 @@ class Snapshotter:
 
     def _shift_owners(self, writer: Writer, number: int, before: Labels, after: Labels) -> None:
         """Change the owners in the layer of snapshot ``number`` from one mapping to another; undone if the Update fails."""
-        old, new = _mappings(before), _mappings(after)
+        old, new = idmap.mappings(before), idmap.mappings(after)
         was: dict[int, tuple[int, int]] = {}  # by inode: what has several names is met several times
 
         def shifted(entry: os.stat_result) -> tuple[int, int]:
             if entry.st_ino in was:
                 return entry.st_uid, entry.st_gid
             was[entry.st_ino] = entry.st_uid, entry.st_gid
-            return mountspec.remapped(entry.st_uid, old[0], new[0]), mountspec.remapped(entry.st_gid, old[1], new[1])
+            return idmap.remapped(entry.st_uid, old[0], new[0]), idmap.remapped(entry.st_gid, old[1], new[1])
 
         writer.on_failure(lambda: self.layers.chown(number, lambda entry: was.get(entry.st_ino, (entry.st_uid, entry.st_gid))))
         self.layers.chown(number, shifted)
@@ -492,7 +454,7 @@ class Snapshotter:
 
     def _refuse_closed(self) -> None:
         if self._closed:  # the records may be the caller's, and open
-            raise Unavailable("the snapshotter is closed")
+            raise Closed()
 
     def _reading(self) -> AbstractContextManager[Reader]:
         self._refuse_closed()
@@ -550,14 +512,14 @@ class Snapshotter:
         """``info`` as Stat shows it: with the label that is never stored, where that is wanted."""
         if not self.options.upperdir_label:
             return info
-        return msgspec.structs.replace(info, labels={**info.labels, UPPERDIR_LABEL: self.layers.fs(info.id)})
+        return msgspec.structs.replace(info, labels={**info.labels, UPPERDIR: self.layers.fs(info.id)})
 
     def _checked_labels(self, labels: Labels | None) -> dict[str, str]:
         """``labels`` as they are stored: without empty ones, and without the one that is never stored."""
         kept = {}
         for label, value in (labels or {}).items():
             check_label(label, value)
-            if value and not (self.options.upperdir_label and label == UPPERDIR_LABEL):
+            if value and not (self.options.upperdir_label and label == UPPERDIR):
                 kept[label] = value
         return kept
 
@@ -583,72 +545,8 @@ class Snapshotter:
             await trio.to_thread.run_sync(self.layers.empty_trash, trio.from_thread.check_cancelled)
 
 
-def check_label(label: str, value: str) -> None:
-    """Raise InvalidArgument unless ``label`` with ``value`` may be stored: not without a key, UTF-8, 4,096 bytes together."""
-    if not label:
-        raise InvalidArgument("a label's key must not be empty")
-    try:
-        size = len(label.encode()) + len(value.encode())
-    except UnicodeEncodeError:
-        raise NotUtf8(f"the label {label!r} is not UTF-8") from None
-    if size > LABEL_MAX:
-        raise LabelTooBig(f'label "{label[:40]}": key and value take {size} bytes together; at most {LABEL_MAX} fit')
-
-
 def _existing(reader: Reader, number: int) -> Record:
     record = reader.record(number)
     if record is None:
         raise NotFound(f"snapshot {number} does not exist any more")
     return record
-
-
-def _mappings(labels: Labels) -> list[list[mountspec.Mapped]]:
-    wanted = (mountspec.UID_MAPPING, mountspec.GID_MAPPING)
-    return [mountspec.parse_mapping(labels[label], label) if labels.get(label) else [] for label in wanted]
-
-
-def _overlay_options(given: Sequence[str], directory: str) -> tuple[str, ...]:
-    """The options of every overlay mount: those given, and what this kernel needs besides."""
-    found = list(given)
-    keys = {option.partition("=")[0] for option in given}
-    if "userxattr" not in keys and probe.needs_userxattr(directory):
-        found.append("userxattr")
-    if "index" not in keys and probe.knows_index():
-        found.append("index=off")
-    return tuple(found)
-
-
-def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[int]:
-    """Bring records and directories together after whatever happened; the ids of damaged snapshots.
-
-    What no record names goes to the trash if ``retire``.  A record whose directory is missing is reported as damaged, never
-    guessed.  Raises Damaged where the records can't be this root's: without the right ones every layer would look abandoned.
-    """
-    with records.reading() as reader:
-        known, last_id = reader.ids(), reader.last_id()
-        present = layers.present()
-        damaged = frozenset(known - present)
-        for number in sorted(damaged):
-            record = reader.record(number)
-            name = record.name if record else "?"
-            log.error('snapshot "%s" is damaged: its directory %s is missing', name, layers.directory(number))
-    unknown = present - known
-    for number in unknown:
-        if number > last_id and not layers.is_empty(number):  # no Prepare that was cut short leaves that
-            raise Damaged(
-                f"{layers.directory(number)} holds files, but no such snapshot was ever recorded in {records.path}: "
-                "put back the records that belong to this root, or move that directory away"
-            )
-    if retire:
-        for number in unknown:
-            layers.retire(number)
-    return damaged
-
-
-def _refuse_lost_records(layers: Layers) -> None:
-    """Without records every layer would look abandoned and be deleted; better to stop."""
-    if layers.present() and not os.path.exists(f"{layers.root}/metadata.mdb"):
-        raise Damaged(
-            f"{layers.snapshots} holds layers but {layers.root}/metadata.mdb is missing: "
-            "put the records back from a backup, or move the layers away"
-        )

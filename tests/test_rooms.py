@@ -9,14 +9,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
-PURE = {"model", "errors", "names", "filters", "mountspec"}
+PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec"}
 DISK = {"metastore", "layers", "walk", "usage", "counting", "kernel"}
-LIBRARY = PURE | DISK | {"snapshotter"}
+LIBRARY = PURE | DISK | {"snapshotter", "opening"}
 
 MAY_IMPORT = {
     **dict.fromkeys(PURE, PURE),
     **dict.fromkeys(DISK, PURE | DISK),
-    "snapshotter": LIBRARY,
+    "snapshotter": PURE | DISK,
+    "opening": PURE | DISK | {"snapshotter"},
     "__init__": LIBRARY,
     "tree": LIBRARY | {"tree"},
     "fuse": LIBRARY | {"tree", "fuse"},

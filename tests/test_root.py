@@ -25,9 +25,9 @@ from snapfs import (
     Unavailable,
     open_snapshotter,
 )
+from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting, probe
-from snapfs.mountspec import GID_MAPPING, UID_MAPPING
-from snapfs.snapshotter import UPPERDIR_LABEL
+from snapfs.labels import UPPERDIR as UPPERDIR_LABEL
 from tests.conftest import die_with_parent
 
 

@@ -30,10 +30,10 @@ from snapfs import (
     open_snapshotter,
 )
 from snapfs.errors import Busy, HasChildren, LabelTooBig, NameTooLong, NotUtf8, WrongParent
+from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
 from snapfs.layers import POOL
 from snapfs.metastore import BATCH, Writer
-from snapfs.mountspec import GID_MAPPING, UID_MAPPING
 
 Call = Callable[[Snapshotter], Awaitable[object]]
 

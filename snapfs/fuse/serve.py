@@ -18,7 +18,8 @@ from snapfs.errors import Unavailable
 from snapfs.fuse.operations import Operations
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import mount_table
-from snapfs.snapshotter import Options, open_snapshotter
+from snapfs.opening import open_snapshotter
+from snapfs.snapshotter import Options
 from snapfs.tree import Tree
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from snapfs import names
 from snapfs.errors import AlreadyExists, InvalidArgument, LabelTooBig, NotFound, NotPermitted, NotUtf8, SnapshotError
+from snapfs.labels import MAX, check_label
 from snapfs.metastore import Record
-from snapfs.snapshotter import LABEL_MAX, check_label
 from snapfs.tree.node import SLOT_BITS, Attributes, Directory, Handle, Node, Slot, pack
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class OpenLabel(Handle):
         if size == 0:
             self.content, self.emptied = b"", True
         elif size != len(self.content):
-            if size > LABEL_MAX + 1:
-                raise LabelTooBig(f'label "{self.key[:40]}": key and value take at most {LABEL_MAX} bytes together')
+            if size > MAX + 1:
+                raise LabelTooBig(f'label "{self.key[:40]}": key and value take at most {MAX} bytes together')
             await self._apply(self.content[:size].ljust(size, b"\0"))
 
     async def _apply(self, content: bytes) -> None:
