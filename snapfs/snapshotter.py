@@ -151,13 +151,19 @@ class Snapshotter:
         Raises NotFound: no such parent; InvalidArgument: the parent is not committed, or key or labels are no good;
         AlreadyExists: the key is in use, by any kind.
         """
-        return await self._create(Kind.ACTIVE, key, parent, labels)
+        return await self._create(Kind.ACTIVE, key, parent, labels, self.mounts_of)
 
     async def view(self, key: str, parent: Ref | None = None, labels: Labels | None = None) -> list[Mount]:
         """Make the read-only view ``key`` of ``parent``; as ``prepare`` otherwise."""
-        return await self._create(Kind.VIEW, key, parent, labels)
+        return await self._create(Kind.VIEW, key, parent, labels, self.mounts_of)
 
-    async def _create(self, kind: Kind, key: str, parent: Ref | None, labels: Labels | None) -> list[Mount]:
+    async def create(self, kind: Kind, key: str, parent: Ref | None = None, labels: Labels | None = None) -> int:
+        """``prepare`` or ``view``, as ``kind`` says; the id of what was made."""
+        return await self._create(kind, key, parent, labels, lambda reader, number, record: number)
+
+    async def _create(
+        self, kind: Kind, key: str, parent: Ref | None, labels: Labels | None, answer: Callable[[Reader, int, Record], T]
+    ) -> T:
         names.encode(key)
         stored = self._checked_labels(labels)
         owner = idmap.root_owner(stored)
@@ -167,7 +173,7 @@ class Snapshotter:
                 "(kernel, file system or privileges); set slow_chown to change owners instead"
             )
 
-        def operation(writer: Writer) -> list[Mount]:
+        def operation(writer: Writer) -> T:
             above = self._committed(writer, parent, InvalidArgument) if parent else None
             self._refuse_taken(writer, key)
             number = writer.next_id()
@@ -185,16 +191,16 @@ class Snapshotter:
             writer.sync_directory(self._snapshots_fd)
             writer.put(number, record)
             writer.changed(None, writer.info(number, record))
-            return self.mounts_of(writer, number, record)
+            return answer(writer, number, record)
 
         try:
-            mounts = await self._write_record(operation)
+            answered = await self._write_record(operation)
         except Unavailable:
             self._trash_wakeup.set()  # where its directory went, if the sync failed
             raise
         if self.layers.pool_is_low:
             self._pool_wakeup.set()
-        return mounts
+        return answered
 
     async def commit(
         self,

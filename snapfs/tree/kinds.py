@@ -62,14 +62,8 @@ class KindDirectory(Directory):
         if self.kind is Kind.COMMITTED:
             raise NotPermitted("committed snapshots can't be made by mkdir: rename an active one into committed/")
         key = names.decode(name)
-        make = self.tree.snapshotter.prepare if self.kind is Kind.ACTIVE else self.tree.snapshotter.view
-        await make(key, self.parent or None)
-        with self.tree.reading() as reader:
-            number = reader.id_of(key)
-            record = reader.record(number) if number is not None else None
-        if number is None or record is None:
-            raise NotFound.snapshot(key)  # made, and removed by someone else in the same instant
-        return SnapshotDirectory(self.tree, number, record)
+        number = await self.tree.snapshotter.create(self.kind, key, self.parent or None)
+        return SnapshotDirectory(self.tree, number, self.tree.record(number))
 
     async def rmdir(self, name: str, pid: int) -> None:
         """Remove; the files are deleted in the background."""
@@ -114,6 +108,12 @@ class ChildrenDirectory(KindDirectory):
                 record = reader.record(number)
                 if record is not None:
                     yield number, names.encode(key), child_link(self.tree, number, record)
+
+    async def mkdir(self, name: str) -> Node:
+        try:
+            return await super().mkdir(name)
+        except NotFound:
+            raise NotFound.parent(self.record.name) from None
 
     async def rmdir(self, name: str, pid: int) -> None:
         self.lookup(name)
