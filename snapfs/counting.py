@@ -30,7 +30,7 @@ class Counting:
         self._records = records
         self._nursery: trio.Nursery | None = None
         self._scans: dict[int, _Scan] = {}
-        self._pending: dict[int, trio.Event] = {}
+        self._pending: dict[int, _Count] = {}
         self._last_known: dict[int, Usage] = {}
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
@@ -56,12 +56,13 @@ class Counting:
         if record.kind is Kind.ACTIVE:
             return await self._scan(number)
         while record.usage is None:
+            self.count_soon(number)
             pending = self._pending.get(number)
-            if self._nursery is None:
-                raise Closed()
             if pending is None:
-                raise Damaged(f'the layer of snapshot "{record.name}" could not be counted')
-            await pending.wait()
+                raise Closed()
+            await pending.ended.wait()
+            if pending.error is not None:
+                raise pending.error
             with self._records.reading() as reader:
                 now = reader.record(number)
             if now is None:
@@ -75,10 +76,6 @@ class Counting:
             return Usage()
         return record.usage or self._last_known.get(number, self._layers.empty)
 
-    def is_pending(self, number: int) -> bool:
-        """Whether the committed snapshot ``number`` is just being counted."""
-        return number in self._pending
-
     def forget(self, number: int) -> None:
         """Snapshot ``number`` is gone."""
         self._last_known.pop(number, None)
@@ -86,13 +83,13 @@ class Counting:
     def count_soon(self, number: int) -> None:
         """Count the committed snapshot ``number``, which nothing changes any more, and store what it takes."""
         if number not in self._pending and self._nursery is not None:
-            self._pending[number] = trio.Event()
+            self._pending[number] = _Count()
             self._nursery.start_soon(self._count, number, name=f"snapfs count {number}")
 
     async def _count(self, number: int) -> None:
         def operation(writer: Writer) -> None:
             record = writer.record(number)
-            if record is not None and record.kind is Kind.COMMITTED:
+            if record is not None and record.kind is Kind.COMMITTED and record.usage is None:
                 info = writer.info(number, record)
                 writer.put(number, msgspec.structs.replace(record, usage=usage))
                 writer.changed(info, info, counted=True)
@@ -100,15 +97,16 @@ class Counting:
         try:
             usage = await self._scan(number)
             await self._records.write(operation)
-        except (NotFound, Closed):
-            pass  # removed meanwhile, or left to the next start
+        except (NotFound, Closed) as error:
+            self._pending[number].error = error  # removed meanwhile, or left to the next start
         except trio.Cancelled:
-            self._nursery = None  # ``run`` ends, and with it what waits for this count
+            self._pending[number].error = Closed()
             raise
         except SnapshotError as error:
-            log.warning("the usage of snapshot %d stays unknown until the next start: %s", number, error)
+            self._pending[number].error = error
+            log.warning("the usage of snapshot %d is not known: %s", number, error)
         finally:
-            self._pending.pop(number).set()
+            self._pending.pop(number).ended.set()
 
     async def _scan(self, number: int) -> Usage:
         """Count a layer in a worker thread.  All who ask before a scan has begun share it; one under way may have passed by
@@ -147,6 +145,14 @@ class Counting:
         finally:
             del self._scans[number]
             scan.ended.set()
+
+
+class _Count:
+    """The count of one committed snapshot, until it is stored or failed."""
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.error: SnapshotError | None = None
 
 
 class _Scan:

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from snapfs import Damaged, NotFound, Snapshotter, Usage, open_snapshotter
+from snapfs import NotFound, Snapshotter, Unavailable, Usage, open_snapshotter
 from snapfs.usage import disk_usage
 
 
@@ -253,7 +253,7 @@ async def test_what_was_not_yet_counted_is_counted_at_the_next_start(root: Path,
         async with open_snapshotter(root) as snapshotter:
             await snapshotter.prepare("b")
             await snapshotter.commit("base", "b")
-            with pytest.raises(Damaged, match="could not be counted"):
+            with pytest.raises(Unavailable, match="Input/output error"):
                 await snapshotter.usage("base")
     async with open_snapshotter(root) as again:
         assert (await again.usage("base")).inodes == 1
@@ -326,7 +326,8 @@ async def test_commit_does_not_wait_for_the_count_and_usage_does(snapshotter: Sn
     await snapshotter.prepare("b")
     await snapshotter.commit("base", "b")
     await scanner.begun.wait()
-    assert snapshotter.counting.is_pending(1)
+    with snapshotter.records.reading() as reader:
+        assert reader.uncounted() == [1]
     results: list[Usage] = []
 
     async def ask() -> None:
@@ -338,7 +339,9 @@ async def test_commit_does_not_wait_for_the_count_and_usage_does(snapshotter: Sn
         assert results == []
         scanner.go_on.set()
     assert results[0].inodes == 1
-    assert not snapshotter.counting.is_pending(1)
+    with snapshotter.records.reading() as reader:
+        assert reader.uncounted() == []
+    assert len(scanner.asked) == 1
 
 
 async def test_a_scan_begun_before_the_commit_is_not_what_is_stored(

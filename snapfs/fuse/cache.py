@@ -19,7 +19,8 @@ from snapfs.tree.node import KIND_SLOTS, Slot, pack
 
 TIMEOUT = 600.0  # seconds
 
-_SLOTS = (Slot.SNAPSHOT, Slot.LABELS, *(attribute.slot for attribute in ATTRIBUTES))
+_DIRECTORIES = (Slot.SNAPSHOT, Slot.SNAPSHOT | Slot.INSIDE)
+_SLOTS = (*_DIRECTORIES, Slot.LABELS, Slot.LABELS | Slot.INSIDE, *(attribute.slot for attribute in ATTRIBUTES))
 _OF_KINDS = [attribute for attribute in ATTRIBUTES if len(attribute.kinds) < len(Kind)]
 
 
@@ -46,7 +47,7 @@ class KernelCache:
         before, after = change.before, change.after
         info = after or before
         assert info is not None
-        for slot in (Slot.SNAPSHOT,) if change.counted else _SLOTS:
+        for slot in _DIRECTORIES if change.counted else _SLOTS:
             self.forget_attributes(pack(info.id, slot))
         if change.counted or (before and after and (before.name, before.kind) == (after.name, after.kind)):
             return
@@ -63,6 +64,11 @@ class KernelCache:
         directory, name = pack(0, KIND_SLOTS[info.kind]), names.encode(info.name)
         if (directory, name) not in self._asked_for:
             self.forget_name(directory, name)
+
+    def forget_directory(self, number: int) -> None:
+        """Forget what stat(2) says of the directory of snapshot ``number``."""
+        for slot in _DIRECTORIES:
+            self.forget_attributes(pack(number, slot))
 
     def forget_attributes(self, inode: int) -> None:
         with contextlib.suppress(OSError):  # the kernel doesn't know the inode, or is gone

@@ -269,7 +269,7 @@ class Operations(pyfuse3.Operations):
         truncate = bool(flags & os.O_TRUNC)
         handle = await node.open(writing=flags & os.O_ACCMODE != os.O_RDONLY, truncate=truncate)
         if isinstance(node, AttributeFile) and node.attribute.refresh is not None:  # the directory shows what was found out
-            self.cache.forget_attributes(pack(node.number, Slot.SNAPSHOT))
+            self.cache.forget_directory(node.number)
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
             if truncate:

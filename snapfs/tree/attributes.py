@@ -100,7 +100,7 @@ ATTRIBUTES = (
 BY_SLOT = {attribute.slot: attribute for attribute in ATTRIBUTES}
 BY_NAME = {attribute.name: attribute for attribute in ATTRIBUTES}
 
-assert all(Slot.FIRST_ATTRIBUTE <= attribute.slot < Slot.FIRST_LABEL for attribute in ATTRIBUTES)
+assert all(Slot.FIRST_ATTRIBUTE <= attribute.slot < Slot.INSIDE for attribute in ATTRIBUTES)
 
 
 class _Attribute:

@@ -23,8 +23,8 @@ class KindDirectory(Directory):
 
     parent = 0  # the id of the committed snapshot that it stands in
 
-    def __init__(self, tree: Tree, kind: Kind, number: int = 0) -> None:
-        super().__init__(tree, pack(number, KIND_SLOTS[kind]))
+    def __init__(self, tree: Tree, kind: Kind, inode: int | None = None) -> None:
+        super().__init__(tree, pack(0, KIND_SLOTS[kind]) if inode is None else inode)
         self.kind = kind
 
     @property
@@ -85,7 +85,7 @@ class ChildrenDirectory(KindDirectory):
     """The children of one kind of a committed snapshot, as links."""
 
     def __init__(self, tree: Tree, kind: Kind, number: int, record: Record) -> None:
-        super().__init__(tree, kind, number)
+        super().__init__(tree, kind, tree.directory_inode(number, record, KIND_SLOTS[kind]))
         self.parent = number
         self.record = record
 

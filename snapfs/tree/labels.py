@@ -133,7 +133,7 @@ class LabelsDirectory(Directory):
     """labels/ of one snapshot."""
 
     def __init__(self, tree: Tree, number: int, record: Record) -> None:
-        super().__init__(tree, pack(number, Slot.LABELS))
+        super().__init__(tree, tree.directory_inode(number, record, Slot.LABELS))
         self.number = number
         self.record = record
 

@@ -23,7 +23,7 @@ SLOT_BITS = 28
 
 
 class Slot(enum.IntEnum):
-    """The slots that are not attributes' (``attributes.ATTRIBUTES``, 16 to 255) or labels' (from 256 on)."""
+    """The slots that are not attributes' (``attributes.ATTRIBUTES``, 16 to 127) or labels' (from 256 on)."""
 
     ROOT = 1  # of id 0, so that the root has inode 1, as FUSE wants it
     SNAPSHOT = 1  # of any other id
@@ -40,6 +40,7 @@ class Slot(enum.IntEnum):
     ERROR_LOG = 12
     JUST_MADE = 13  # a child's directory where it was made: in its parent's listing, until that is looked at
     FIRST_ATTRIBUTE = 16
+    INSIDE = 128  # a bit: the same directory under another inode; see Tree.directory_inode
     FIRST_LABEL = 256
 
 

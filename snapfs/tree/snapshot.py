@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import trio
 
 from snapfs import names
-from snapfs.errors import NotEmpty, NotFound, NotPermitted
+from snapfs.errors import Damaged, NotEmpty, NotFound, NotPermitted, Unavailable
 from snapfs.metastore import Record
 from snapfs.model import Kind
 from snapfs.tree.attributes import ATTRIBUTES, BY_NAME, attribute_node
@@ -27,7 +28,7 @@ class SnapshotDirectory(Directory):
     """One snapshot: /KIND/NAME."""
 
     def __init__(self, tree: Tree, number: int, record: Record) -> None:
-        super().__init__(tree, pack(number, Slot.SNAPSHOT))
+        super().__init__(tree, tree.directory_inode(number, record, Slot.SNAPSHOT))
         self.number = number
         self.record = record
 
@@ -37,15 +38,14 @@ class SnapshotDirectory(Directory):
 
     def attributes(self) -> Attributes:
         usage = self.tree.snapshotter.counting.last_known(self.number, self.record)
-        counting = self.tree.snapshotter.counting.is_pending(self.number)
-        return Attributes(self.mode, usage.size, usage.size // 512, self.record.updated, keep=not counting)
+        return Attributes(self.mode, usage.size, usage.size // 512, self.record.updated, keep=not self.must_settle())
 
     def must_settle(self) -> bool:
-        return self.tree.snapshotter.counting.is_pending(self.number)
+        return self.record.kind is Kind.COMMITTED and self.record.usage is None
 
     async def settle(self) -> None:
         """A Commit returns before its layer is counted; whoever asks for the size right after gets the true one."""
-        with trio.move_on_after(SETTLE):
+        with trio.move_on_after(SETTLE), contextlib.suppress(Damaged, Unavailable):
             await self.tree.snapshotter.counting.usage(self.number, self.record)
         self.record = self.tree.record(self.number)
 
@@ -59,7 +59,7 @@ class SnapshotDirectory(Directory):
         # the children first: what deletes a whole directory then meets them before it has touched anything
         for name in (*Kind, LABELS, *(attribute.name for attribute in ATTRIBUTES)):
             node = self._entry(name)
-            if node is not None and (offset := node.inode & 0xFF) > after:
+            if node is not None and (offset := node.inode & 0x7F) > after:
                 yield offset, name, node
 
     def _entry(self, name: str) -> Node | None:

@@ -33,6 +33,7 @@ class Tree:
     """The tree over ``snapshotter``, and the little that is not in its records (all of it gone with the daemon):
 
     ``hidden``: fixed entries that were unlinked, by snapshot id.  ``open_labels``: labels open for writing, by snapshot id.
+    ``committed_inside``: snapshots that were committed by a rename into their parent's listing.
     ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
     """
 
@@ -43,6 +44,7 @@ class Tree:
         self.error_log: ErrorLog = ErrorLog()
         self.hidden: dict[int, set[str]] = {}
         self.open_labels: dict[int, list[OpenLabel]] = {}
+        self.committed_inside: set[int] = set()
         self.changed = dict.fromkeys(Kind, self.started)
         self._tearing_down: dict[tuple[int, int], float] = {}
         snapshotter.subscribe(self._note)
@@ -70,6 +72,7 @@ class Tree:
         if slot >= Slot.FIRST_LABEL:
             return LabelsDirectory(self, number, record).node(inode)
         node: Node | None = None
+        slot &= ~Slot.INSIDE
         if slot in (Slot.SNAPSHOT, Slot.JUST_MADE):
             node = SnapshotDirectory(self, number, record)
         elif slot == Slot.LABELS:
@@ -86,6 +89,16 @@ class Tree:
         if node is None:
             raise NotFound(f"{record.kind}/{names.encode(record.name)} has no such entry")
         return node
+
+    def directory_inode(self, number: int, record: Record, slot: Slot) -> int:
+        """The inode of a directory of snapshot ``number``.
+
+        The kernel allows a directory one name.  It has seen that of a snapshot committed inside its parent move to where there
+        is a link now, and would have to move it out again at the next look-up, which fails with ESTALE when it can't have the
+        locks for that.  So the directories of such a snapshot go on under other inodes.
+        """
+        inside = record.kind is Kind.COMMITTED and number in self.committed_inside
+        return pack(number, slot | Slot.INSIDE if inside else slot)
 
     def walk(self, path: str) -> Node:
         """The node at ``path`` below the root, links not followed; raises NotFound.  For tests and tools."""
@@ -114,9 +127,7 @@ class Tree:
             raise NotPermitted(str(error)) from None  # mv misreports EINVAL
         try:
             if source.kind is Kind.ACTIVE and target.kind is Kind.COMMITTED:
-                await self.snapshotter.commit(
-                    new_key, number, parent=target.parent or None, keep_labels=True, refuse_mounted=True
-                )
+                await self._commit(number, new_key, target.parent or None)
             elif source.kind is Kind.VIEW and target.kind is Kind.COMMITTED:
                 raise NotPermitted(f'snapshot "{record.name}" is a view: only active snapshots can be committed')
             elif target.parent:
@@ -127,6 +138,15 @@ class Tree:
             raise NotFound.snapshot(record.name) from None
         except WrongParent as error:
             raise NotPermitted(str(error)) from None
+
+    async def _commit(self, number: int, name: str, parent: int | None) -> None:
+        if parent is not None:
+            self.committed_inside.add(number)
+        try:
+            await self.snapshotter.commit(name, number, parent=parent, keep_labels=True, refuse_mounted=True)
+        except BaseException:
+            self.committed_inside.discard(number)
+            raise
 
     # -- deleting whole directories
 
@@ -163,3 +183,4 @@ class Tree:
                 self.changed[info.kind] = max(time.time_ns(), self.changed[info.kind] + 1)
         if before is not None and after is None:
             self.hidden.pop(before.id, None)
+            self.committed_inside.discard(before.id)
