@@ -277,6 +277,6 @@ def drive(snapshotter: Snapshotter, mnt: Path) -> None:
             return next(path(kind, key) for kind in Kind if path(kind, key).exists())
 
     checked = settings(
-        max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), database=None
+        max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), database=None
     )
     run_state_machine_as_test(Machine, settings=checked)

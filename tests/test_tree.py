@@ -25,6 +25,7 @@ async def tree(snapshotter: Snapshotter) -> Tree:
     await snapshotter.commit("base", "b", labels={"x": "1", "y/z": "2"})
     await snapshotter.prepare("web", "base", labels={"x": "3"})
     await snapshotter.view("peek", "base")
+    await snapshotter.usage("base")  # from then on nothing changes any more
     return Tree(snapshotter)
 
 

@@ -48,14 +48,16 @@ class KindDirectory(Directory):
         return number, record
 
     def lookup(self, name: str) -> Node:
-        return SnapshotDirectory(self.tree, *self.find(name))
+        number, record = self.find(name)
+        return SnapshotDirectory(self.tree, number, record, self.tree.bank(number, record))
 
     def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
         with self.tree.reading() as reader:
             for number, key in reader.listing(self.kind, after):
                 record = reader.record(number)
                 if record is not None:
-                    yield number, names.encode(key), SnapshotDirectory(self.tree, number, record)
+                    bank = self.tree.bank(number, record)
+                    yield number, names.encode(key), SnapshotDirectory(self.tree, number, record, bank)
 
     async def mkdir(self, name: str) -> Node:
         """Prepare or View."""
@@ -84,8 +86,8 @@ class KindDirectory(Directory):
 class ChildrenDirectory(KindDirectory):
     """The children of one kind of a committed snapshot, as links."""
 
-    def __init__(self, tree: Tree, kind: Kind, number: int, record: Record) -> None:
-        super().__init__(tree, kind, tree.directory_inode(number, record, KIND_SLOTS[kind]))
+    def __init__(self, tree: Tree, kind: Kind, number: int, record: Record, bank: int = 0) -> None:
+        super().__init__(tree, kind, pack(number, KIND_SLOTS[kind] | bank))
         self.parent = number
         self.record = record
 

@@ -132,8 +132,8 @@ class Label(Node):
 class LabelsDirectory(Directory):
     """labels/ of one snapshot."""
 
-    def __init__(self, tree: Tree, number: int, record: Record) -> None:
-        super().__init__(tree, tree.directory_inode(number, record, Slot.LABELS))
+    def __init__(self, tree: Tree, number: int, record: Record, bank: int = 0) -> None:
+        super().__init__(tree, pack(number, Slot.LABELS | bank))
         self.number = number
         self.record = record
 

@@ -40,7 +40,7 @@ class Slot(enum.IntEnum):
     ERROR_LOG = 12
     JUST_MADE = 13  # a child's directory where it was made: in its parent's listing, until that is looked at
     FIRST_ATTRIBUTE = 16
-    INSIDE = 128  # a bit: the same directory under another inode; see Tree.directory_inode
+    INSIDE = 128  # a bit: the same directory under another inode; see Tree.bank
     FIRST_LABEL = 256
 
 

@@ -27,8 +27,9 @@ SETTLE = 1.0  # seconds that stat waits for a count under way: the caller can't 
 class SnapshotDirectory(Directory):
     """One snapshot: /KIND/NAME."""
 
-    def __init__(self, tree: Tree, number: int, record: Record) -> None:
-        super().__init__(tree, tree.directory_inode(number, record, Slot.SNAPSHOT))
+    def __init__(self, tree: Tree, number: int, record: Record, bank: int = 0) -> None:
+        super().__init__(tree, pack(number, Slot.SNAPSHOT | bank))
+        self.bank = bank
         self.number = number
         self.record = record
 
@@ -68,9 +69,9 @@ class SnapshotDirectory(Directory):
         if attribute := BY_NAME.get(name):
             return attribute_node(self.tree, self.number, self.record, attribute)
         if name == LABELS:
-            return LabelsDirectory(self.tree, self.number, self.record)
+            return LabelsDirectory(self.tree, self.number, self.record, self.bank)
         if self.record.kind is Kind.COMMITTED and name in KIND_SLOTS:
-            return self.tree.node(pack(self.number, KIND_SLOTS[Kind(name)]))
+            return self.tree.node(pack(self.number, KIND_SLOTS[Kind(name)] | self.bank))
         return None
 
     async def mkdir(self, name: str) -> Node:

@@ -72,11 +72,11 @@ class Tree:
         if slot >= Slot.FIRST_LABEL:
             return LabelsDirectory(self, number, record).node(inode)
         node: Node | None = None
-        slot &= ~Slot.INSIDE
+        bank, slot = slot & Slot.INSIDE, slot & ~Slot.INSIDE
         if slot in (Slot.SNAPSHOT, Slot.JUST_MADE):
-            node = SnapshotDirectory(self, number, record)
+            node = SnapshotDirectory(self, number, record, bank)
         elif slot == Slot.LABELS:
-            node = LabelsDirectory(self, number, record)
+            node = LabelsDirectory(self, number, record, bank)
         elif slot == Slot.CHILD_LINK:
             node = child_link(self, number, record)
         elif slot == Slot.ID_LINK:
@@ -85,20 +85,19 @@ class Tree:
             node = attribute_node(self, number, record, BY_SLOT[slot])
         elif record.kind is Kind.COMMITTED:
             kind = next((kind for kind, its in KIND_SLOTS.items() if its == slot), None)
-            node = ChildrenDirectory(self, kind, number, record) if kind else None
+            node = ChildrenDirectory(self, kind, number, record, bank) if kind else None
         if node is None:
             raise NotFound(f"{record.kind}/{names.encode(record.name)} has no such entry")
         return node
 
-    def directory_inode(self, number: int, record: Record, slot: Slot) -> int:
-        """The inode of a directory of snapshot ``number``.
+    def bank(self, number: int, record: Record) -> int:
+        """The bit that the inodes of the directories of snapshot ``number`` have, when they are looked up from the root.
 
         The kernel allows a directory one name.  It has seen that of a snapshot committed inside its parent move to where there
         is a link now, and would have to move it out again at the next look-up, which fails with ESTALE when it can't have the
         locks for that.  So the directories of such a snapshot go on under other inodes.
         """
-        inside = record.kind is Kind.COMMITTED and number in self.committed_inside
-        return pack(number, slot | Slot.INSIDE if inside else slot)
+        return Slot.INSIDE if record.kind is Kind.COMMITTED and number in self.committed_inside else 0
 
     def walk(self, path: str) -> Node:
         """The node at ``path`` below the root, links not followed; raises NotFound.  For tests and tools."""
