@@ -109,6 +109,19 @@ def make_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
         daemon.cleanup()
 
 
+@pytest.fixture(scope="module")
+def module_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A running daemon for all tests of a module, which must not make it complain."""
+    base = tmp_path_factory.mktemp("module")
+    served = Daemon(base / "root", base / "mnt").start()
+    try:
+        yield served
+        assert served.stop() == 0
+        assert len(served.said) == 1, "it complained on standard error"
+    finally:
+        served.cleanup()
+
+
 @pytest.fixture
 def daemon(make_daemon: Callable[..., Daemon]) -> Daemon:
     """A running daemon."""

@@ -23,14 +23,9 @@ from tests.test_tree_calls import committed, info, nanoseconds, remove_all, shel
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def daemon(module_daemon: Daemon) -> Daemon:
     """One daemon for all tests here; each leaves it empty."""
-    base = tmp_path_factory.mktemp("files")
-    served = Daemon(base / "root", base / "mnt").start()
-    yield served
-    assert served.stop() == 0
-    assert len(served.said) == 1, "it complained on standard error"
-    served.cleanup()
+    return module_daemon
 
 
 @pytest.fixture
