@@ -14,6 +14,10 @@ Mapped = tuple[int, int, int]
 """One line of a mapping: first id in the container, first id on the host, how many."""
 
 
+NO_ID = 2**32 - 1
+"""What chown(2) takes as "leave it": the one number that is no id."""
+
+
 def mappings(labels: Mapping[str, str]) -> tuple[list[Mapped], list[Mapped]]:
     """The mappings of users and groups that ``labels`` say, empty where there is none; raises InvalidArgument."""
     uids, gids = (parse_mapping(labels[label], label) if labels.get(label) else [] for label in (UID_MAPPING, GID_MAPPING))
@@ -28,6 +32,8 @@ def parse_mapping(text: str, label: str) -> list[Mapped]:
         if len(numbers) != 3 or not all(n.isascii() and n.isdigit() and int(n) < 2**32 for n in numbers):
             raise InvalidArgument(f'label {label}: "{part}" is not container:host:size with three numbers')
         container, host, size = map(int, numbers)
+        if not size or max(container, host) + size > NO_ID:
+            raise InvalidArgument(f'label {label}: "{part}" maps nothing, or beyond the last id, {NO_ID - 1}')
         lines.append((container, host, size))
     return lines
 

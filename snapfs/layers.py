@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import closing
@@ -48,7 +50,7 @@ class Layers:
         self._lost = f"{root}/lost+found"
         self._lock = lock
         self._pool: deque[str] = deque()
-        self._serial = 0
+        self._serials = itertools.count(1)  # for names; several threads take from it
         self._owner = (os.geteuid(), os.getegid())
 
     @classmethod
@@ -64,9 +66,11 @@ class Layers:
         except UnicodeEncodeError:
             raise Unavailable(f"the root {root!r} is not UTF-8; mount specs could not name it") from None
         try:
+            if os.path.lexists(root) and not os.path.isdir(root):
+                raise Unavailable(f"cannot use {root} as root: it is not a directory")
             os.makedirs(root, mode=0o700, exist_ok=True)
             present = os.listdir(root)
-            if present and "snapshots" not in present and not _OURS.issuperset(present):
+            if "lock" not in present and not _OURS.issuperset(present):
                 raise Unavailable(f"{root} is neither empty nor a root of snapfs; give a directory of its own")
             if stat.S_IMODE(os.stat(root).st_mode) & 0o077:
                 os.chmod(root, 0o700)
@@ -77,6 +81,7 @@ class Layers:
         try:
             for directory in (layers.snapshots, layers._pool_directory, layers._trash):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
+                os.chmod(directory, 0o700)
             if not probe.tells_types(layers._pool_directory):
                 raise Unavailable(
                     f"the file system of {root} does not tell the types of directory entries (d_type), which overlayfs "
@@ -84,7 +89,7 @@ class Layers:
                 )
             for leftover in os.listdir(layers._pool_directory):
                 layers._discard(f"{layers._pool_directory}/{leftover}")
-            layers._pool.append(layers._make(Kind.ACTIVE))
+            layers._pool.append(layers._make())
             layers.empty = Usage(1, os.stat(f"{layers._pool[0]}/fs").st_blocks * 512)
         except OSError as error:
             layers.close()
@@ -120,7 +125,7 @@ class Layers:
         """Make directories until the pool is full; ``checkpoint`` may raise between two of them."""
         while len(self._pool) < POOL:
             checkpoint()
-            self._pool.append(self._make(Kind.ACTIVE))
+            self._pool.append(self._make())
 
     def place(self, number: int, kind: Kind, owner: tuple[int, int] | None) -> None:
         """Put a fresh directory at snapshots/<number>, its ``fs`` owned by ``owner`` (uid, gid).
@@ -129,11 +134,11 @@ class Layers:
         """
         try:
             path = self._pool.popleft()
+        except IndexError:
+            path = self._make()
+        try:
             if kind is Kind.VIEW:
                 os.rmdir(f"{path}/work")
-        except IndexError:
-            path = self._make(kind)
-        try:
             if owner is not None and owner != self._owner:
                 os.lchown(f"{path}/fs", *owner)
             if os.path.lexists(self.directory(number)):  # what a crash left before its record was written
@@ -143,12 +148,11 @@ class Layers:
             _remove_empty(path)
             raise
 
-    def _make(self, kind: Kind) -> str:
-        self._serial += 1
-        path = f"{self._pool_directory}/new-{os.getpid()}-{self._serial}"
+    def _make(self) -> str:
+        path = f"{self._pool_directory}/new-{os.getpid()}-{next(self._serials)}"
         os.mkdir(path, 0o700)
         try:
-            for name, mode in (("fs", 0o755), ("work", 0o711))[: 2 if kind is not Kind.VIEW else 1]:
+            for name, mode in (("fs", 0o755), ("work", 0o711)):
                 os.mkdir(f"{path}/{name}")
                 os.chmod(f"{path}/{name}", mode)  # whatever the umask
         except OSError:
@@ -176,8 +180,7 @@ class Layers:
 
     def _discard(self, path: str) -> None:
         while True:
-            self._serial += 1
-            target = f"{self._trash}/{os.path.basename(path)}-{os.getpid()}-{self._serial}"
+            target = f"{self._trash}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
                 os.rename(path, target)
                 return
@@ -245,8 +248,7 @@ class Layers:
             if error.errno not in _NOT_EMPTY:
                 raise
         if depth == DEPTH:
-            self._serial += 1
-            os.rename(name, f"deep-{os.getpid()}-{self._serial}", src_dir_fd=parent, dst_dir_fd=trash)
+            os.rename(name, f"deep-{time.time_ns()}-{next(self._serials)}", src_dir_fd=parent, dst_dir_fd=trash)
             return
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:

@@ -276,3 +276,13 @@ def test_the_script_wants_one_target(tmp_path: Path, arguments: tuple[str, ...])
 def test_the_script_refuses_what_mount_can_not_do(tmp_path: Path) -> None:
     text = script(mounts(A, "/r/9", [], remap=BOTH), "/r", "web")
     assert sourced(text, tmp_path, "/mnt", quiet=True) == (1, [])
+
+
+@pytest.mark.parametrize("text", ["0:4294967295:1", "0:1:4294967295", "4294967295:0:1", "0:0:0", "0:5:0"])
+def test_a_mapping_beyond_the_last_id_or_of_nothing_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="beyond the last id"):
+        parse_mapping(text, UID_MAPPING)
+
+
+def test_the_mapping_of_all_ids_onto_themselves() -> None:
+    assert parse_mapping("0:0:4294967295", UID_MAPPING) == [(0, 0, 4294967295)]

@@ -143,3 +143,20 @@ def test_128_layers_through_the_tree(daemon: Daemon, tmp_path: Path) -> None:
                 (target / "new").unlink()
         finally:
             mounting.unmount(str(target))
+
+
+@pytest.mark.parametrize("inside", ["", "sub", "sub/deep"])
+def test_a_bind_of_a_layer_or_of_a_part_of_it_keeps_it_from_being_committed(
+    daemon: Daemon, tmp_path: Path, inside: str
+) -> None:
+    (daemon.mnt / "active/a").mkdir()
+    (daemon.mnt / "active/a/diff/sub/deep").mkdir(parents=True)
+    (target := tmp_path / "m").mkdir()
+    subprocess.run(["mount", "--bind", str(daemon.mnt / "active/a/diff" / inside), str(target)], check=True)
+    try:
+        with pytest.raises(OSError, match="busy"):
+            os.rename(daemon.mnt / "active/a", daemon.mnt / "committed/a")
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(target)], check=True)
+        os.rename(daemon.mnt / "active/a", daemon.mnt / "committed/a")
+    finally:
+        mounting.unmount(str(target))

@@ -611,3 +611,14 @@ async def test_opening_is_cancelled_cleanly(root: Path) -> None:
         await use(root)
     assert scope.cancelled_caught
     await use(root)  # not held any more
+
+
+async def test_somebody_elses_directory_with_snapshots_in_it_is_refused_and_left_alone(root: Path) -> None:
+    for name in ("snapshots", "etc"):
+        (root / name).mkdir(parents=True)
+    root.chmod(0o755)
+    with pytest.raises(Unavailable, match="neither empty nor a root of snapfs"):
+        async with open_snapshotter(root):
+            pass
+    assert root.stat().st_mode & 0o777 == 0o755
+    assert sorted(os.listdir(root)) == ["etc", "snapshots"]

@@ -427,7 +427,8 @@ def test_a_second_daemon_on_the_same_mountpoint(make_daemon: Make, tmp_path: Pat
 
 def test_a_missing_mountpoint(tmp_path: Path) -> None:
     said = refusal(tmp_path / "root", tmp_path / "missing")
-    assert said == f"snapfs: cannot mount on {tmp_path}/missing: No such file or directory\n"
+    hint = f"; make it first: mkdir {tmp_path}/missing"
+    assert said == f"snapfs: cannot mount on {tmp_path}/missing: No such file or directory{hint}\n"
     assert not (tmp_path / "root").exists(), "nothing was begun"
 
 
@@ -581,3 +582,25 @@ def test_stopped_while_threads_read(make_daemon: Make) -> None:
         assert not thread.is_alive()
     assert len(errors) == 4
     assert set(errors) <= {errno.ENOTCONN, errno.ENOENT, errno.ECONNABORTED, errno.EIO, errno.ENODEV}
+
+
+def test_a_dead_mount_that_the_kernel_remembers_is_recovered(make_daemon: Make) -> None:
+    """stat(2) of what a killed daemon left is answered from the kernel's cache, as if it lived."""
+    daemon = make_daemon().start()
+    os.stat(daemon.mnt)
+    daemon.stop(signal.SIGKILL)
+    os.stat(daemon.mnt)
+    daemon.start()
+    assert os.listdir(daemon.mnt / "active") == []
+    assert daemon.stop() == 0
+
+
+def test_a_mount_that_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    command = [sys.executable, "-m", "snapfs.cli", "serve", str(tmp_path / "root"), str(tmp_path / "mnt")]
+    weakened = ["setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin", *command]
+    done = subprocess.run(weakened, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"snapfs: cannot mount on {tmp_path / 'mnt'}: ")
+    assert "CAP_SYS_ADMIN" in done.stderr

@@ -33,7 +33,7 @@ def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "serve",
         help="mount a root's tree and serve it in the foreground",
-        description="Mount the tree of ROOT on MOUNTPOINT and serve it until SIGINT, SIGTERM or umount MOUNTPOINT.",
+        description="Mount the tree of ROOT on MOUNTPOINT and serve it until SIGINT, SIGTERM, SIGHUP or umount MOUNTPOINT.",
         epilog="Each flag is a mount option too: -o allow_other,mount_option=volatile (write a comma in a value as \\,).",
     )
     parser.add_argument("root", metavar="ROOT", help="where the layers and records are; made if missing")

@@ -14,7 +14,7 @@ import msgspec
 import pyfuse3
 import trio
 
-from snapfs.errors import Unavailable
+from snapfs.errors import SnapshotError, Unavailable
 from snapfs.fuse.operations import Operations
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import mount_table
@@ -49,11 +49,17 @@ async def serve(
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         await trio.to_thread.run_sync(_recover_mountpoint, mountpoint)
         await trio.to_thread.run_sync(_check, root, mountpoint)
+        refusal: SnapshotError | None = None
         async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
             stop = trio.Event()
             nursery.start_soon(_set_on_signal, stop, signals)
-            await serve_tree(Tree(snapshotter), mountpoint, mount, on_ready, stop)
+            try:
+                await serve_tree(Tree(snapshotter), mountpoint, mount, on_ready, stop)
+            except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group
+                refusal = error
             nursery.cancel_scope.cancel()
+        if refusal is not None:
+            raise refusal
 
 
 async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready: Callable[[], None], stop: trio.Event) -> None:
@@ -62,7 +68,10 @@ async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready:
     try:
         pyfuse3.init(operations, mountpoint, _fuse_options(tree.snapshotter.layers.root, mount))
     except RuntimeError as error:  # libfuse has said why on standard error
-        raise Unavailable(f"cannot mount on {mountpoint}: {error}") from None
+        raise Unavailable(
+            f"cannot mount on {mountpoint}: {error}; it takes the right to mount (CAP_SYS_ADMIN or fusermount3), "
+            "and for others' sake user_allow_other in /etc/fuse.conf"
+        ) from None
     try:
         async with trio.open_nursery() as nursery:
             loop = trio.CancelScope()
@@ -113,7 +122,7 @@ def _recover_mountpoint(mountpoint: str) -> None:
     """Unmount what a crashed daemon left; any other dead mount is not ours to touch."""
     for _ in range(16):  # daemons may have crashed on top of each other
         try:
-            os.stat(mountpoint)
+            os.statvfs(mountpoint)  # stat(2) may be answered from what the kernel remembers of the dead mount
             return
         except OSError as error:
             if error.errno != errno.ENOTCONN:
@@ -133,7 +142,8 @@ def _check(root: str, mountpoint: str) -> None:
     try:
         mode = os.stat(mountpoint).st_mode
     except OSError as error:
-        raise Unavailable.from_os(f"mount on {mountpoint}", OSError(error.errno, error.strerror)) from None
+        hint = f"; make it first: mkdir {mountpoint}" if error.errno == errno.ENOENT else ""
+        raise Unavailable(f"cannot mount on {mountpoint}: {error.strerror}{hint}", error.errno) from None
     if not stat.S_ISDIR(mode):
         raise Unavailable(f"cannot mount on {mountpoint}: it is not a directory")
     if any(mount.target == os.path.realpath(mountpoint) and mount.type == f"fuse.{FILE_SYSTEM}" for mount in mount_table()):

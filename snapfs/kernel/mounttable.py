@@ -49,7 +49,6 @@ def writers(directory: str) -> list[str]:
     """Where the layer ``directory`` (ROOT/snapshots/<id>/fs) is mounted so that it can be written: as the upperdir of an
     overlay, or bound with ``rw``; paths of targets in this mount namespace."""
     uppers = (f"upperdir={directory}", f"upperdir={escape(directory)}")  # as either mount API shows it
-    layer = os.stat(directory)
     tail = "/".join(["", *directory.split("/")[-3:]])
     found = []
     for mount in mount_table():
@@ -58,16 +57,18 @@ def writers(directory: str) -> list[str]:
         if mount.type == "overlay":
             if any(option in uppers for option in mount.super_options):
                 found.append(mount.target)
-        elif mount.root.endswith(tail) and _is_at(mount.target, layer):
-            found.append(mount.target)
+        elif f"{tail}/" in f"{mount.root}/":  # the layer, or a directory in it
+            inside = mount.root.partition(tail)[2]
+            if _is_at(mount.target, directory + inside):
+                found.append(mount.target)
     return found
 
 
-def _is_at(target: str, wanted: os.stat_result) -> bool:
-    """Whether ``wanted`` is what stands at ``target``; only asked of binds that look like it, for stat(2) of any other mount
+def _is_at(target: str, path: str) -> bool:
+    """Whether what is at ``path`` stands at ``target``; only asked of binds that look like it, for stat(2) of any other mount
     may wait for its server, or be our own."""
     try:
-        return os.path.samestat(os.stat(target), wanted)
+        return os.path.samestat(os.stat(target), os.stat(path))
     except OSError:
         return False
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 
 import snapfs
 from snapfs import names
-from snapfs.errors import AlreadyExists, HasChildren, InvalidArgument, NotFound, NotPermitted, WrongParent
+from snapfs.errors import AlreadyExists, HasChildren, InvalidArgument, NameTooLong, NotFound, NotPermitted, WrongParent
 from snapfs.metastore import Reader, Record
 from snapfs.model import Change, Kind
 from snapfs.snapshotter import Snapshotter
@@ -113,6 +113,8 @@ class Tree:
         if isinstance(source, LabelsDirectory) and isinstance(target, LabelsDirectory) and source.inode == target.inode:
             return await source.rename(name, new_name, replace)
         source.lookup(name)
+        if isinstance(source, LabelsDirectory):
+            raise NotPermitted(f"{source.path}/{names.printable(name)} can only be renamed within its own labels/")
         if type(source) is not KindDirectory:
             raise NotPermitted(f"{source.path}/{names.printable(name)} can't be renamed: only snapshots and labels can be")
         number, record = source.find(name)
@@ -122,6 +124,8 @@ class Tree:
             raise NotPermitted(f"{record.kind} snapshots can't be moved to {target.path or '/'}")
         try:
             new_key = names.decode(new_name)
+        except NameTooLong:
+            raise
         except InvalidArgument as error:
             raise NotPermitted(str(error)) from None  # mv misreports EINVAL
         try:
