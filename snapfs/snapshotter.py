@@ -548,7 +548,10 @@ class Snapshotter:
 
     async def _delete_trash(self) -> None:
         async with self._trash_lock:
-            await trio.to_thread.run_sync(self.layers.empty_trash, trio.from_thread.check_cancelled)
+            try:
+                await trio.to_thread.run_sync(self.layers.empty_trash, trio.from_thread.check_cancelled)
+            except OSError as error:  # it is tried again after the next Remove, and at the next start
+                log.warning("cannot empty the trash: %s", error)
 
 
 def _existing(reader: Reader, number: int) -> Record:

@@ -604,3 +604,17 @@ def test_a_mount_that_is_refused(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"snapfs: cannot mount on {tmp_path / 'mnt'}: ")
     assert "CAP_SYS_ADMIN" in done.stderr
+
+
+def test_a_trash_that_cannot_be_emptied_does_not_end_the_daemon(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    os.mkdir(daemon.mnt / "active/a")
+    (daemon.root / "trash").rename(daemon.root / "elsewhere")
+    os.rmdir(daemon.mnt / "active/a")
+    os.mkdir(daemon.mnt / "active/b")
+    (daemon.root / "elsewhere").rename(daemon.root / "trash")
+    os.rmdir(daemon.mnt / "active/b")
+    assert os.listdir(daemon.mnt / "active") == []
+    assert daemon.stop() == 0
+    assert any("cannot empty the trash" in line for line in daemon.said)
+    assert not any("Traceback" in line for line in daemon.said)

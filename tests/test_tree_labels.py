@@ -592,3 +592,18 @@ def test_appending_threads(labels: Path) -> None:
     for thread in threads:
         thread.join()
     assert {key: value.replace("\n", "") for key, value in stored(labels).items()} == {key: key * 20 for key in "xyz"}
+
+
+def test_a_label_goes_though_its_snapshot_could_not(daemon: Daemon, labels: Path) -> None:
+    """One process is refused to remove a snapshot for its children, and then deletes a label of it: that is no rm -r."""
+    base = daemon.mnt / "committed/parent"
+    os.mkdir(daemon.mnt / "active/parent")
+    os.rename(daemon.mnt / "active/parent", base)
+    os.mkdir(base / "active/child")
+    (base / "labels/l").write_text("one")
+    with pytest.raises(OSError, match="not empty"):
+        os.rmdir(base)
+    os.unlink(base / "labels/l")
+    assert os.listdir(base / "labels") == []
+    os.rmdir(daemon.mnt / "active/child")
+    os.rmdir(base)

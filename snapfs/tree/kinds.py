@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from snapfs import names
-from snapfs.errors import HasChildren, InvalidArgument, NotFound, NotPermitted
+from snapfs.errors import InvalidArgument, NotFound, NotPermitted
 from snapfs.metastore import Record
 from snapfs.model import Kind
 from snapfs.tree.links import child_link
@@ -72,9 +72,6 @@ class KindDirectory(Directory):
         number, record = self.find(name)
         try:
             await self.tree.snapshotter.remove(number, wait=False)
-        except HasChildren:
-            self.tree.tearing_down(pid, number)
-            raise
         except NotFound:
             raise NotFound.snapshot(record.name) from None
 

@@ -26,7 +26,7 @@ from snapfs.tree.snapshot import SnapshotDirectory
 
 ROOT_INODE = pack(0, Slot.ROOT)
 
-TEARDOWN = 60.0  # seconds for which a process that met children is held to be deleting the whole snapshot
+TEARDOWN = 3.0  # seconds after each refusal for which its process is held to be deleting the whole snapshot
 
 
 class Tree:
