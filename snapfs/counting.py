@@ -15,6 +15,7 @@ from snapfs.errors import Closed, Damaged, NotFound, SnapshotError, Unavailable
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore, Record, Writer
 from snapfs.model import Kind, Usage
+from snapfs.sharing import Sharing
 from snapfs.usage import disk_usage
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class Counting:
         self._layers = layers
         self._records = records
         self._nursery: trio.Nursery | None = None
-        self._scans: dict[int, _Scan] = {}
+        self._scans: Sharing[Usage] = Sharing(_threads)
         self._pending: dict[int, _Count] = {}
         self._last_known: dict[int, Usage] = {}
 
@@ -39,10 +40,10 @@ class Counting:
             uncounted = reader.uncounted()
         try:
             async with trio.open_nursery() as self._nursery:
+                await self._nursery.start(self._scans.serve, name="snapfs scans")
                 for number in uncounted:
                     self.count_soon(number)
                 task_status.started()
-                await trio.sleep_forever()
         finally:
             self._nursery = None
 
@@ -109,42 +110,22 @@ class Counting:
             self._pending.pop(number).ended.set()
 
     async def _scan(self, number: int) -> Usage:
-        """Count a layer in a worker thread.  All who ask before a scan has begun share it; one under way may have passed by
-        what the caller has just written, so it is waited for, and the next one shared."""
-        running = self._scans.get(number)
-        if running is not None and running.begun:
-            await running.ended.wait()
-        scan = self._scans.get(number)
-        if scan is None:
-            if self._nursery is None:
-                raise Closed()
-            scan = self._scans[number] = _Scan()
-            self._nursery.start_soon(self._run_scan, number, scan, name=f"snapfs scan {number}")
-        await scan.ended.wait()
-        if scan.usage is None:
-            raise scan.error or Closed()
-        return scan.usage
+        """Count a layer in a worker thread, together with all who ask for it now."""
 
-    async def _run_scan(self, number: int, scan: _Scan) -> None:
         def count() -> Usage:
-            scan.begun = True
             return disk_usage(self._layers.fs(number), trio.from_thread.check_cancelled)
 
         try:
-            scan.usage = await trio.to_thread.run_sync(count, limiter=_threads)
-            self._last_known[number] = scan.usage
+            usage = self._last_known[number] = await self._scans.run(f"count of snapshot {number}", count)
         except FileNotFoundError:
             with self._records.reading() as reader:
                 record = reader.record(number)
             if record is None:
-                scan.error = NotFound(f"snapshot {number} was removed meanwhile")
-            else:
-                scan.error = Damaged(f'the layer of snapshot "{record.name}", {self._layers.fs(number)}, is missing')
+                raise NotFound(f"snapshot {number} was removed meanwhile") from None
+            raise Damaged(f'the layer of snapshot "{record.name}", {self._layers.fs(number)}, is missing') from None
         except OSError as error:
-            scan.error = Unavailable.from_os(f"count snapshot {number}", error)
-        finally:
-            del self._scans[number]
-            scan.ended.set()
+            raise Unavailable.from_os(f"count snapshot {number}", error) from error
+        return usage
 
 
 class _Count:
@@ -153,13 +134,3 @@ class _Count:
     def __init__(self) -> None:
         self.ended = trio.Event()
         self.error: SnapshotError | None = None
-
-
-class _Scan:
-    """One count of one layer under way."""
-
-    def __init__(self) -> None:
-        self.begun = False
-        self.ended = trio.Event()
-        self.usage: Usage | None = None
-        self.error: Exception | None = None

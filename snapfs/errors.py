@@ -8,6 +8,7 @@ exit code.  ``str(error)`` is always one sentence that says what was wrong and, 
 from __future__ import annotations
 
 import os
+from errno import ESTALE
 
 from snapfs.model import Kind
 
@@ -103,6 +104,13 @@ class Closed(Unavailable):
 
     def __init__(self) -> None:
         super().__init__("the snapshotter is closed")
+
+
+class Stale(Unavailable):
+    """A file's text has changed since its name was looked up; looking it up again finds the new one."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path} has changed since it was looked up", ESTALE)
 
 
 class Damaged(SnapshotError):

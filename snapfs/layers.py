@@ -286,18 +286,59 @@ def _remove_empty(path: str) -> None:
                 log.warning("cannot remove %s: %s", part, error)
 
 
+def is_abandoned(root: str) -> bool:
+    """Whether no living process has ``root`` open.
+
+    One that was killed may still hold the lock, if a thread of it is stuck in the kernel: it counts as gone.
+    """
+    try:
+        fd = os.open(f"{root}/lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return not os.path.isdir(root)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return _is_dying(_holder(fd))
+    finally:
+        os.close(fd)
+
+
+def _holder(fd: int) -> str:
+    return os.pread(fd, 20, 0).decode(errors="replace").strip()
+
+
+def _is_dying(pid: str) -> bool:
+    """Whether process ``pid`` was killed and is not gone yet."""
+    try:
+        with open(f"/proc/{int(pid)}/stat") as file:
+            return file.read().rpartition(") ")[2][:1] in ("Z", "X")
+    except (OSError, ValueError):
+        return False
+
+
+DYING = 2.0  # seconds that a killed process has to let go of its root
+
+
 def _lock(root: str) -> int:
     """Take ROOT/lock for this process; the descriptor holds it until it is closed, by whatever end."""
     fd = os.open(f"{root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise Unavailable(f"{root} is in use by the process with pid {holder}; stop that one first") from None
-    except BaseException:
-        os.close(fd)
-        raise
+    deadline = time.monotonic() + DYING
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = _holder(fd)
+            if _is_dying(holder) and time.monotonic() < deadline:
+                time.sleep(0.01)
+                continue
+            os.close(fd)
+            pid = holder or "unknown"
+            raise Unavailable(f"{root} is in use by the process with pid {pid}; stop that one first") from None
+        except BaseException:
+            os.close(fd)
+            raise
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd

@@ -51,15 +51,15 @@ def escape(path: str) -> str:
     return path.replace("\\", "\\\\").replace(",", "\\,").replace(":", "\\:")
 
 
-def script(spec: Sequence[Mount], snapshots: str, what: str) -> str:
+def script(spec: Sequence[Mount], snapshots: str, number: int) -> str:
     """The ``mount`` commands of ``spec`` as a POSIX shell script with the target as ``$1``.
 
     ``snapshots`` is ROOT/snapshots: where the layers' paths together exceed a page they are written relative to it, which
-    the kernel resolves from the working directory.  ``what`` names the snapshot in a comment.
+    the kernel resolves from the working directory.
     """
     lines = [
         "#!/bin/sh",
-        f"# Mounts the snapshot {what}: sh mount.sh TARGET",
+        f"# Mounts snapshot {number}: sh mount.sh TARGET",
         '[ $# -eq 1 ] || { echo "usage: sh mount.sh TARGET" >&2; exit 2; }',
         'target=$(cd -- "$1" && pwd -P && echo .) && target=${target%??} || exit',  # absolute, newlines and all
     ]

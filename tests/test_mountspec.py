@@ -227,14 +227,14 @@ def test_the_script_of_a_bind(tmp_path: Path, target: str) -> None:
     snapshots = f"{tmp_path}/{NASTY.replace('/', '_')}"
     Path(snapshots, "9").mkdir(parents=True)
     (tmp_path / target).mkdir(exist_ok=True)
-    text = script(mounts(A, f"{snapshots}/9", []), snapshots, "web")
+    text = script(mounts(A, f"{snapshots}/9", []), snapshots, 9)
     calls = [["mount", f"{snapshots}/9", "-o", "rbind", "fs", str(tmp_path / target)]]
     assert sourced(text, tmp_path, target) == (0, calls)
 
 
 def test_the_script_of_a_read_only_bind_makes_it_read_only_in_a_second_step(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
-    text = script(mounts(V, f"{tmp_path}/9", [f"{tmp_path}/1"]), str(tmp_path), "peek")
+    text = script(mounts(V, f"{tmp_path}/9", [f"{tmp_path}/1"]), str(tmp_path), 9)
     status, calls = sourced(text, tmp_path, "/mnt")
     assert status == 0
     assert [call[1:] for call in calls] == [
@@ -245,7 +245,7 @@ def test_the_script_of_a_read_only_bind_makes_it_read_only_in_a_second_step(tmp_
 
 def test_the_script_of_an_overlay(tmp_path: Path) -> None:
     spec = mounts(A, f"{NASTY}/9", [f"{NASTY}/1"], options=["index=off"])
-    status, calls = sourced(script(spec, NASTY, "web"), tmp_path, "/mnt")
+    status, calls = sourced(script(spec, NASTY, 9), tmp_path, "/mnt")
     assert status == 0
     assert [call[2:] for call in calls] == [["-t", "overlay", "-o", ",".join(spec[0].options), "overlay", "/mnt"]]
 
@@ -258,7 +258,7 @@ def test_the_script_of_more_layers_than_a_page_holds_names_them_relative_to_the_
     chain = [f"{snapshots}/{number}" for number in range(128, 0, -1)]
     spec = mounts(A, f"{snapshots}/129", chain)
     assert len(",".join(spec[0].options)) >= PAGE
-    status, calls = sourced(script(spec, str(snapshots), "web"), tmp_path, "m n t\n")
+    status, calls = sourced(script(spec, str(snapshots), 9), tmp_path, "m n t\n")
     assert status == 0
     ((_, directory, *rest),) = calls
     assert directory == str(snapshots)
@@ -270,11 +270,11 @@ def test_the_script_of_more_layers_than_a_page_holds_names_them_relative_to_the_
 
 @pytest.mark.parametrize("arguments", [(), ("/a", "/b")])
 def test_the_script_wants_one_target(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    assert sourced(script(mounts(A, "/r/9", []), "/r", "web"), tmp_path, *arguments, quiet=True) == (2, [])
+    assert sourced(script(mounts(A, "/r/9", []), "/r", 9), tmp_path, *arguments, quiet=True) == (2, [])
 
 
 def test_the_script_refuses_what_mount_can_not_do(tmp_path: Path) -> None:
-    text = script(mounts(A, "/r/9", [], remap=BOTH), "/r", "web")
+    text = script(mounts(A, "/r/9", [], remap=BOTH), "/r", 9)
     assert sourced(text, tmp_path, "/mnt", quiet=True) == (1, [])
 
 

@@ -146,7 +146,7 @@ def test_stopped_while_somebody_sits_inside(make_daemon: Make) -> None:
         assert sitter.stdout.readline() == "in\n"
         assert daemon.stop() == 0
         with failing(errno.ENOTCONN):
-            os.fstat(held)
+            os.pread(held, 1, 0)
         assert not is_mounted(daemon.mnt)
     finally:
         with contextlib.suppress(OSError):  # as its daemon is gone
@@ -618,3 +618,60 @@ def test_a_trash_that_cannot_be_emptied_does_not_end_the_daemon(make_daemon: Mak
     assert daemon.stop() == 0
     assert any("cannot empty the trash" in line for line in daemon.said)
     assert not any("Traceback" in line for line in daemon.said)
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+import pyfuse3
+from snapfs.cli import main
+from snapfs.fuse.cache import KernelCache
+
+def waits_in_the_kernel():
+    states = [path.read_text().rpartition(") ")[2][0] for path in Path("/proc/self/task").glob("*/stat")]
+    return "D" in states
+
+def note(self, change, original=KernelCache.note):
+    original(self, change)
+    if change.after is not None and change.after.name == "n" and change.after.kind == "committed":
+        if sys.argv[1] == "stuck":
+            pyfuse3.invalidate_entry_async(1 << 28 | 4, b"n", ignore_enoent=True)
+            while not waits_in_the_kernel():
+                time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+KernelCache.note = note
+sys.exit(main(["serve", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize("how", ["between", "stuck"])
+def test_killed_between_a_commit_and_its_answer(make_daemon: Make, how: str) -> None:
+    """The client has the directory's lock in the kernel then.  "stuck": one of the daemon's own threads waits for that lock and
+    can't die.  The next start frees all of them."""
+    daemon = make_daemon()
+    command = [sys.executable, "-c", KILLED, how, str(daemon.root), str(daemon.mnt)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as killed:
+        assert killed.stderr is not None
+        assert killed.stderr.readline().startswith("snapfs: serving ")
+        base = committed(daemon.mnt, "base")
+        os.mkdir(base / "active/k")
+        ended: list[int | None] = []
+
+        def commit() -> None:
+            try:
+                os.rename(daemon.mnt / "active/k", base / "committed/n")
+            except OSError as error:
+                ended.append(error.errno)
+            else:
+                ended.append(None)
+
+        client = threading.Thread(target=commit)
+        client.start()
+        until(lambda: "State:\tZ" in Path(f"/proc/{killed.pid}/status").read_text())
+        daemon.start()
+        client.join(timeout=30)
+        assert ended in ([errno.ENOTCONN], [errno.ECONNABORTED], [errno.EIO])
+        assert info(daemon.mnt / "committed/n")["parent"] == "base", "it was durable"
+        assert daemon.stop() == 0
+    assert killed.returncode == -signal.SIGKILL

@@ -10,11 +10,13 @@ from contextlib import closing
 import pytest
 
 from snapfs import NotFound, Snapshotter, errors
+from snapfs.errors import Stale
 from snapfs.fuse.errno import errno_of
 from snapfs.tree import Node, Tree
 from snapfs.tree.attributes import ATTRIBUTES
 from snapfs.tree.labels import label_slots
 from snapfs.tree.node import Directory, Link, Slot, pack, unpack
+from snapfs.tree.texts import MOST, Text
 from snapfs.tree.tree import ROOT_INODE
 
 
@@ -62,18 +64,33 @@ async def test_links_lead_to_nodes(tree: Tree) -> None:
 
 async def test_an_inode_means_the_same_through_rename_and_commit(tree: Tree) -> None:
     inode = tree.walk("active/web").inode
-    info = tree.walk("active/web/info.json").inode
+    diff = tree.walk("active/web/diff").inode
     await tree.snapshotter.rename("web", "w2")
     assert tree.walk("active/w2").inode == inode
     await tree.snapshotter.commit("v1", "w2")
     assert tree.walk("committed/v1").inode == inode
     assert tree.node(inode).path == "committed/v1"
-    assert tree.walk("committed/v1/info.json").inode == info
+    assert tree.walk("committed/v1/diff").inode == diff
     await tree.snapshotter.remove("v1")
     with pytest.raises(NotFound):
         tree.node(inode)
     await tree.snapshotter.prepare("web", "base")
     assert tree.walk("active/web").inode != inode, "another snapshot, another inode"
+
+
+async def test_each_text_of_a_file_has_an_inode_of_its_own(tree: Tree) -> None:
+    before = tree.walk("active/web/info.json")
+    assert tree.walk("active/web/info.json").inode == before.inode
+    await tree.snapshotter.update("web", {"team": "blue"})
+    after = tree.walk("active/web/info.json")
+    assert after.inode != before.inode
+    handles = [await tree.node(node.inode).open() for node in (before, after)]
+    assert [b"blue" in handle.read(0, 4096) for handle in handles] == [False, True], "who was told of a text can open it"
+    for n in range(MOST // 4000 + 10):
+        tree.versions.keep(-n, Text(b"x" * 4000))
+    with pytest.raises(Stale):
+        tree.node(before.inode)
+    assert tree.node(after.inode).path == "active/web/info.json", "the present text can be made again"
 
 
 async def test_a_listing_goes_on_where_it_was_whatever_comes_and_goes(tree: Tree) -> None:

@@ -55,20 +55,21 @@ def remove_all(mnt: Path) -> None:
 
 
 def listing(mnt: Path) -> dict[str, tuple[object, ...]]:
-    """All that can be seen of the tree: of each path the stat fields, where it leads or what it holds."""
+    """All that can be seen of the snapshots: of each path the stat fields, where it leads or what it holds."""
     found: dict[str, tuple[object, ...]] = {}
     for directory, directories, files in os.walk(mnt):
+        if directory == str(mnt):
+            directories.remove(".snapfs")
         for name in (*directories, *files):
             path = f"{directory}/{name}"
             seen = os.lstat(path)
             if stat.S_ISLNK(seen.st_mode):
                 holds = os.readlink(path)
-            elif stat.S_ISREG(seen.st_mode) and name != "error_log":
+            elif stat.S_ISREG(seen.st_mode):
                 holds = Path(path).read_text()
             else:
                 holds = ""
-            size = 0 if name == "error_log" else seen.st_size
-            fields = (seen.st_ino, seen.st_mode, seen.st_nlink, seen.st_uid, size, seen.st_blocks, seen.st_mtime_ns)
+            fields = (seen.st_ino, seen.st_mode, seen.st_nlink, seen.st_uid, seen.st_size, seen.st_blocks, seen.st_mtime_ns)
             found[os.path.relpath(path, mnt)] = (*fields, holds)
     return found
 

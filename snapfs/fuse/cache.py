@@ -13,15 +13,15 @@ from collections.abc import Iterator
 import pyfuse3
 
 from snapfs import names
-from snapfs.model import Change, Info, Kind
+from snapfs.model import Change, Info
 from snapfs.tree.attributes import ATTRIBUTES
 from snapfs.tree.node import KIND_SLOTS, Slot, pack
 
 TIMEOUT = 600.0  # seconds
 
 _DIRECTORIES = (Slot.SNAPSHOT, Slot.SNAPSHOT | Slot.INSIDE)
-_SLOTS = (*_DIRECTORIES, Slot.LABELS, Slot.LABELS | Slot.INSIDE, *(attribute.slot for attribute in ATTRIBUTES))
-_OF_KINDS = [attribute for attribute in ATTRIBUTES if len(attribute.kinds) < len(Kind)]
+_FIXED = [attribute.slot for attribute in ATTRIBUTES if attribute.fixed]  # all others are looked up each time
+_SLOTS = (*_DIRECTORIES, Slot.LABELS, Slot.LABELS | Slot.INSIDE, *_FIXED)
 
 
 class KernelCache:
@@ -56,9 +56,6 @@ class KernelCache:
         self.forget_attributes(pack(0, Slot.BY_ID))
         if before is not None:
             self._forget_path(before)
-            if after is not None and after.kind is not before.kind:  # entries that the new kind lacks
-                for attribute in _OF_KINDS:
-                    self.forget_name(pack(info.id, Slot.SNAPSHOT), attribute.name)
 
     def _forget_path(self, info: Info) -> None:
         directory, name = pack(0, KIND_SLOTS[info.kind]), names.encode(info.name)
@@ -75,4 +72,9 @@ class KernelCache:
             pyfuse3.invalidate_inode(inode, attr_only=True)
 
     def forget_name(self, directory: int, name: str) -> None:
+        """Forget ``name`` in ``directory``, in another thread.
+
+        Never before the answer to a request that holds the directory's lock: killed in between, the daemon could not die, for
+        its thread waits for that lock and can't be interrupted, and the client that has it waits for the daemon.
+        """
         pyfuse3.invalidate_entry_async(directory, name.encode(), ignore_enoent=True)

@@ -16,13 +16,15 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from snapfs import names
-from snapfs.errors import InvalidArgument, NameTooLong, NotFound, NotPermitted, NotUtf8, SnapshotError
+from snapfs.errors import InvalidArgument, NameTooLong, NotFound, NotPermitted, NotUtf8, SnapshotError, Stale
 from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
+from snapfs.labels import MAX
 from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.attributes import AttributeFile
 from snapfs.tree.labels import Label, OpenLabel
-from snapfs.tree.node import Slot, pack, unpack
+from snapfs.tree.log import OpenLog
+from snapfs.tree.node import File, Slot, pack, unpack
 from snapfs.tree.tree import ROOT_INODE
 
 log = logging.getLogger(__name__)
@@ -32,10 +34,14 @@ R = TypeVar("R")
 
 OFTEN = 1.0  # seconds within which two truncations of a label are many
 
+RETRY = 10.0  # seconds within which who was told to look a file up again has done so
+
 _DOTS = 2  # the first two entries of every directory, before the tree's own
 
 _READING = frozenset(("lookup", "getattr", "readlink", "open", "opendir", "readdir"))
 """Requests that merely ask: that something isn't there is an answer, not an error to log."""
+
+_ANSWERS = (errno.ENOENT, errno.ESTALE)  # the kernel takes the latter as a request to look the name up again
 
 
 def answering(
@@ -51,7 +57,7 @@ def answering(
             return await handler(self, *args, **kwargs)
         except SnapshotError as error:
             number = errno_of(error)
-            if number != errno.ENOENT or handler.__name__ not in _READING:
+            if number not in _ANSWERS or handler.__name__ not in _READING:
                 self.log_refusal(number, handler.__name__, args, error)
             raise FUSEError(number) from None
         except FUSEError:
@@ -94,6 +100,7 @@ class Operations(pyfuse3.Operations):
         self._open_inodes: dict[int, list[OpenFile]] = {}
         self._emptying: list[tuple[int, trio.Event]] = []  # snapshots with a label that was closed empty, until it is deleted
         self._truncated: dict[int, tuple[float, float]] = {}  # labels: when they were last opened to be emptied, twice
+        self._refreshed: dict[tuple[int, int, int], float] = {}  # who was told to look a file up again, and when
         self._handles = count(1)
         self._owner = (os.geteuid(), os.getegid())
         tree.snapshotter.subscribe(self.cache.note)
@@ -117,15 +124,16 @@ class Operations(pyfuse3.Operations):
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = found.time
         entry.entry_timeout = TIMEOUT if node.keep_entry else 0
         entry.attr_timeout = TIMEOUT if found.keep else 0
-        for file in self._open_inodes.get(node.inode, ()):
-            if file.cached:  # the kernel reads up to this size, and the reader has the content that it opened
-                entry.st_size, entry.attr_timeout = len(file.handle.content), 0
-                break
+        if isinstance(node, Label):
+            for file in self._open_inodes.get(node.inode, ()):
+                if file.cached:  # the kernel reads up to this size, and the reader has the content that it opened
+                    entry.st_size, entry.attr_timeout = file.handle.size, 0
+                    break
         return entry
 
     def log_refusal(self, number: int, operation: str, args: tuple[object, ...], reason: object) -> None:
         """One line in error_log for a request with these arguments."""
-        self.tree.error_log.add(errno.errorcode.get(number, str(number)), operation, self._where(operation, args), reason)
+        self.tree.error_log.note(errno.errorcode.get(number, str(number)), operation, self._where(operation, args), reason)
 
     def _where(self, operation: str, args: tuple[object, ...]) -> str:
         """The paths that a request is about; told by the types of its arguments: inode, name, inode, name …"""
@@ -160,10 +168,10 @@ class Operations(pyfuse3.Operations):
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         try:
             node = self.tree.node(inode)
-        except NotFound:
+        except (NotFound, Stale):
             if inode not in self._open_inodes:
                 raise
-            return self._open_inodes[inode][0].entry  # removed while somebody reads it
+            return self._open_inodes[inode][0].entry  # removed, or of another text, while somebody reads it
         if node.must_settle():
             await node.settle()
         return self.entry(node)
@@ -193,7 +201,7 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
-        return self.tree.node(inode).target().encode()
+        return (await self.tree.node(inode).follow()).encode()
 
     # -- changing
 
@@ -238,8 +246,10 @@ class Operations(pyfuse3.Operations):
                 replace=not flags & pyfuse3.RENAME_NOREPLACE,
             )
         if parent_inode_new not in _ROOT_DIRECTORIES:
-            # the kernel now has the snapshot's directory under this name, where there is a link to it
-            self.cache.forget_name(parent_inode_new, _text(name_new))
+            # The kernel now has the snapshot's directory under this name, where there is a link to it.  It is made to forget
+            # that in the loop's next round; the answer to this request is sent in this one.
+            forget = functools.partial(self.cache.forget_name, parent_inode_new, _text(name_new))
+            trio.lowlevel.current_trio_token().run_sync_soon(forget)
 
     @answering
     async def create(
@@ -265,33 +275,50 @@ class Operations(pyfuse3.Operations):
     @answering
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self.tree.node(inode)
-        told = node.attributes().size
-        truncate = bool(flags & os.O_TRUNC)
-        handle = await node.open(writing=flags & os.O_ACCMODE != os.O_RDONLY, truncate=truncate)
-        if isinstance(node, AttributeFile) and node.attribute.refresh is not None:  # the directory shows what was found out
-            self.cache.forget_directory(node.number)
+        writing, truncate = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
+        if isinstance(node, File) and not writing:
+            await self._refresh(node, ctx.pid)
+        handle = await node.open(writing, truncate)
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
             if truncate:
                 self._note_truncation(inode)
-        if isinstance(node, AttributeFile) and len(handle.content) > told and inode not in self._open_inodes:
-            # sendfile(2) reads up to the size that the kernel knows and asks nobody; this makes it known.  The kernel locks the
-            # page meanwhile, which is safe while nobody else reads the file: its reader would wait for us.
-            pyfuse3.notify_store(inode, 0, handle.content)
         return self._opened(node, handle)
 
+    async def _refresh(self, node: File, pid: int) -> None:
+        """Have found out what ``node`` holds now; raises Stale if that is another text than was looked up.
+
+        Who has the size and pages of one inode can't be given another text.  So the kernel is made to look the name up again:
+        then the new text's inode is opened, for which nothing more is to be found out.
+        """
+        number, slot = unpack(node.inode)
+        asker = number, slot & 0x7F, pid
+        if self._refreshed.pop(asker, None) is not None:
+            return
+        now = await node.refresh()
+        if isinstance(node, AttributeFile) and now is not node:  # the directory shows what was found out
+            self.cache.forget_directory(node.number)
+        if now.inode != node.inode:
+            for other in [other for other, when in self._refreshed.items() if when < trio.current_time() - RETRY]:
+                del self._refreshed[other]  # it never came back
+            self._refreshed[asker] = trio.current_time()
+            raise Stale(node.path)
+
     def _opened(self, node: Node, handle: Handle) -> FileInfo:
-        # The page cache belongs to the inode.  Who opens it while somebody else has it open with another content must not
-        # share it, or both would read a mixture; nor must a writer, who is to read what it wrote.
-        others = self._open_inodes.setdefault(node.inode, [])
-        differs = any(other.handle.content != handle.content for other in others)
-        apart = isinstance(handle, OpenLabel) or differs or self._is_often_truncated(node.inode)
+        apart = isinstance(handle, OpenLog) or (isinstance(node, Label) and self._is_apart(node, handle))
         entry = self.entry(node)
-        entry.st_size, entry.attr_timeout = len(handle.content), 0
+        entry.st_size, entry.attr_timeout = handle.size, 0
         fh = next(self._handles)
         self._open[fh] = OpenFile(node.inode, node.path, handle, entry, cached=not apart)
-        others.append(self._open[fh])
+        self._open_inodes.setdefault(node.inode, []).append(self._open[fh])
         return FileInfo(fh=fh, direct_io=apart, keep_cache=apart)
+
+    def _is_apart(self, node: Label, handle: Handle) -> bool:
+        """Whether ``handle`` must read past the kernel's pages, which are the inode's: a label that somebody else has open with
+        another content would be a mixture of both, and a writer is to read what it wrote."""
+        others = self._open_inodes.get(node.inode, ())
+        differs = any(other.handle.read(0, MAX + 2) != handle.read(0, MAX + 2) for other in others)
+        return isinstance(handle, OpenLabel) or differs or self._is_often_truncated(node.inode)
 
     def _note_truncation(self, inode: int) -> None:
         now = trio.current_time()

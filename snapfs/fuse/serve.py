@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -9,6 +10,7 @@ import signal
 import stat
 import subprocess
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import msgspec
 import pyfuse3
@@ -17,7 +19,8 @@ import trio
 from snapfs.errors import SnapshotError, Unavailable
 from snapfs.fuse.operations import Operations
 from snapfs.kernel import mounting
-from snapfs.kernel.mounttable import mount_table
+from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.layers import is_abandoned
 from snapfs.opening import open_snapshotter
 from snapfs.snapshotter import Options
 from snapfs.tree import Tree
@@ -47,7 +50,7 @@ async def serve(
     mountpoint or FUSE can't be used.
     """
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        await trio.to_thread.run_sync(_recover_mountpoint, mountpoint)
+        await trio.to_thread.run_sync(_recover_mountpoint, root, mountpoint)
         await trio.to_thread.run_sync(_check, root, mountpoint)
         refusal: SnapshotError | None = None
         async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
@@ -118,23 +121,42 @@ def _fuse_options(root: str, mount: MountOptions) -> set[str]:
     return options
 
 
-def _recover_mountpoint(mountpoint: str) -> None:
-    """Unmount what a crashed daemon left; any other dead mount is not ours to touch."""
+def _recover_mountpoint(root: str, mountpoint: str) -> None:
+    """Unmount what a daemon that is gone left; any other dead mount is not ours to touch.
+
+    The mount table and the root's lock tell, before anybody asks the mount itself: a daemon that was killed may have left a
+    thread which waits in the kernel for a client that waits for the daemon, and whoever asks would wait with them.
+    """
+    target = os.path.realpath(os.path.dirname(mountpoint)) + "/" + os.path.basename(mountpoint)
     for _ in range(16):  # daemons may have crashed on top of each other
+        mounts = [mount for mount in mount_table() if mount.target == target]
+        if not mounts:
+            return
+        source = mounts[-1].source
+        if mounts[-1].type == f"fuse.{FILE_SYSTEM}":
+            if not is_abandoned(source if source.startswith("/") else os.path.realpath(root)):
+                return
+            log.warning("%s was left mounted by a daemon that is gone; unmounting it", mountpoint)
+            _detach(mounts[-1])
+            continue
         try:
-            os.statvfs(mountpoint)  # stat(2) may be answered from what the kernel remembers of the dead mount
+            os.statvfs(mountpoint)
             return
         except OSError as error:
             if error.errno != errno.ENOTCONN:
                 return
-        types = [mount.type for mount in mount_table() if mount.target == mountpoint]
-        if types and types[-1] != f"fuse.{FILE_SYSTEM}":
-            raise Unavailable(f"{mountpoint} is a dead mount of {types[-1]}; unmount it first: fusermount3 -uz {mountpoint}")
-        log.warning("%s was left mounted by a daemon that is gone; unmounting it", mountpoint)
-        try:
-            mounting.unmount(mountpoint, mounting.MNT_DETACH)
-        except PermissionError:
-            subprocess.run(["fusermount3", "-u", "-z", "--", mountpoint], check=False)
+        dead = mounts[-1].type
+        raise Unavailable(f"{mountpoint} is a dead mount of {dead}; unmount it first: fusermount3 -uz {mountpoint}")
+
+
+def _detach(mount: MountPoint) -> None:
+    """Refuse all requests that wait for the daemon of ``mount``, which frees what waits, and unmount it."""
+    try:
+        mounting.unmount(mount.target, mounting.MNT_FORCE | mounting.MNT_DETACH)
+    except PermissionError:
+        with contextlib.suppress(OSError):  # fusectl is not mounted everywhere
+            Path(f"/sys/fs/fuse/connections/{mount.device.partition(':')[2]}/abort").write_text("1")
+        subprocess.run(["fusermount3", "-u", "-z", "--", mount.target], check=False)
 
 
 def _check(root: str, mountpoint: str) -> None:

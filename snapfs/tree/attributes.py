@@ -6,9 +6,10 @@ and gives the file's text or the link's target, or None where this snapshot hasn
 
 from __future__ import annotations
 
+import contextlib
 import stat
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,19 +17,20 @@ from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
 from snapfs.metastore import Record
 from snapfs.model import Kind, Usage, rfc3339
-from snapfs.tree.node import Attributes, File, Handle, Link, Slot, pack
+from snapfs.tree.node import Attributes, File, Link, Node, Slot, pack, pack_version
+from snapfs.tree.texts import Text
 
 if TYPE_CHECKING:
     from snapfs.tree.tree import Tree
 
-Render = Callable[["Tree", int, Record], str | None]
+Render = Callable[["Tree", int, Record], str | Text | None]
 
 
 class Attribute(msgspec.Struct, frozen=True):
     """One row: name, slot (never changed: it is in the inode), which kinds have it, and how it is rendered.
 
-    ``refresh`` is awaited when the file is opened, for what must be looked up on disk; ``keep`` says that the file's size
-    changes only with its own snapshot.
+    ``fixed``: its text never changes as long as the snapshot has it; each text of any other file has an inode of its own.
+    ``refresh`` is awaited when the file is opened or the link followed, for what must be looked up or done on disk.
     """
 
     name: str
@@ -36,8 +38,8 @@ class Attribute(msgspec.Struct, frozen=True):
     kinds: tuple[Kind, ...]
     render: Render
     type: int = stat.S_IFREG | 0o444
-    keep: bool = True
-    refresh: Callable[[Tree, int, Record], Awaitable[Any]] | None = None
+    fixed: bool = False
+    refresh: Callable[[Tree, int, Record], Awaitable[object]] | None = None
 
 
 def json_text(value: object) -> str:
@@ -53,7 +55,7 @@ def mounts_json(tree: Tree, number: int, record: Record) -> str:
 def mount_sh(tree: Tree, number: int, record: Record) -> str:
     with tree.reading() as reader:
         spec = tree.snapshotter.mounts_of(reader, number, record)
-    return mountspec.script(spec, tree.snapshotter.layers.snapshots, names.printable(record.name))
+    return mountspec.script(spec, tree.snapshotter.layers.snapshots, number)
 
 
 def info_json(tree: Tree, number: int, record: Record) -> str:
@@ -87,14 +89,15 @@ UNKNOWN_SIZE = 4096  # of a file that has content, as in sysfs
 
 ALL = (Kind.ACTIVE, Kind.VIEW, Kind.COMMITTED)
 _LINK = stat.S_IFLNK | 0o777
+_SCRIPT = stat.S_IFREG | 0o555
 
 ATTRIBUTES = (
-    Attribute("mounts.json", 16, (Kind.ACTIVE, Kind.VIEW), mounts_json),
-    Attribute("mount.sh", 17, (Kind.ACTIVE, Kind.VIEW), mount_sh, type=stat.S_IFREG | 0o555),
-    Attribute("info.json", 18, ALL, info_json, keep=False),  # names the parent, which may be renamed
-    Attribute("usage.json", 19, ALL, usage_json, keep=False, refresh=count),
-    Attribute("parent", 20, ALL, parent, type=_LINK, keep=False),
-    Attribute("diff", 21, (Kind.ACTIVE, Kind.COMMITTED), diff, type=_LINK),
+    Attribute("mounts.json", 16, (Kind.ACTIVE, Kind.VIEW), mounts_json, fixed=True),
+    Attribute("mount.sh", 17, (Kind.ACTIVE, Kind.VIEW), mount_sh, type=_SCRIPT, fixed=True),
+    Attribute("info.json", 18, ALL, info_json),
+    Attribute("usage.json", 19, ALL, usage_json, refresh=count),
+    Attribute("parent", 20, ALL, parent, type=_LINK),
+    Attribute("diff", 21, (Kind.ACTIVE, Kind.COMMITTED), diff, type=_LINK, fixed=True),
 )
 
 BY_SLOT = {attribute.slot: attribute for attribute in ATTRIBUTES}
@@ -103,63 +106,85 @@ BY_NAME = {attribute.name: attribute for attribute in ATTRIBUTES}
 assert all(Slot.FIRST_ATTRIBUTE <= attribute.slot < Slot.INSIDE for attribute in ATTRIBUTES)
 
 
-class _Attribute:
+class _Attribute(Node):
     """What the two kinds of node that stand for a row share."""
 
-    tree: Tree
-    keep_entry: bool
-
     def __init__(self, tree: Tree, number: int, record: Record, attribute: Attribute) -> None:
-        self.tree = tree
-        self.inode = pack(number, attribute.slot)
+        super().__init__(tree, pack(number, attribute.slot))
         self.number = number
         self.record = record
         self.attribute = attribute
-        self.keep_entry = attribute.keep  # who opens it is to know its size: a look-up tells
+        # a Commit takes the names away that not every kind has
+        self.keep_entry = attribute.fixed and len(attribute.kinds) == len(Kind)
 
     @property
     def path(self) -> str:
         return f"{self.record.kind}/{names.encode(self.record.name)}/{self.attribute.name}"
 
-    def text(self) -> str:
+    def render(self) -> Text | None:
         text = self.attribute.render(self.tree, self.number, self.record)
+        return Text(text.encode()) if isinstance(text, str) else text
+
+    async def refresh(self) -> Node:
+        if self.attribute.refresh is None:
+            return self
+        await self.attribute.refresh(self.tree, self.number, self.record)
+        return self.tree.walk(self.path)
+
+
+class AttributeFile(_Attribute, File):
+    """A file of the table: of one text, if that is known.  Its inode is that text's, unless the file is fixed."""
+
+    def __init__(self, tree: Tree, number: int, record: Record, attribute: Attribute, text: Text | None = None) -> None:
+        super().__init__(tree, number, record, attribute)
+        self._text = text
+        if text is None:
+            with contextlib.suppress(Damaged):  # it is listed all the same; who opens it is told
+                self._text = self.render()
+        if self._text is not None and not attribute.fixed:
+            self.inode = pack_version(number, attribute.slot, self._text)
+            tree.versions.keep(self.inode, self._text)
+
+    def text(self) -> Text:
+        text = self._text or self.render()
         if text is None:
             raise NotFound(f"{self.path} does not exist")
         return text
 
     def attributes(self) -> Attributes:
-        try:
-            size, keep = len(self.text().encode()), self.attribute.keep
-        except Damaged:  # it is listed all the same; who reads it is told
-            size, keep = UNKNOWN_SIZE, False
-        return Attributes(self.attribute.type, size=size, time=self.record.updated, keep=keep)
-
-
-class AttributeFile(_Attribute, File):
-    """A file of the table."""
-
-    def content(self) -> bytes:
-        return self.text().encode()
-
-    async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
-        if self.attribute.refresh is not None and not writing:
-            await self.attribute.refresh(self.tree, self.number, self.record)
-            self.record = self.tree.record(self.number)
-        return await super().open(writing, truncate)
+        if self._text is None:
+            return Attributes(self.attribute.type, size=UNKNOWN_SIZE, time=self.record.updated, keep=False)
+        return Attributes(self.attribute.type, size=self._text.size, time=self.record.updated)
 
 
 class AttributeLink(_Attribute, Link):
     """A link of the table."""
 
     def target(self) -> str:
-        return self.text()
+        text = self.render()
+        if text is None:
+            raise NotFound(f"{self.path} does not exist")
+        return text.read(0, text.size).decode()
+
+    async def follow(self) -> str:
+        return (await self.refresh()).target()
+
+    def attributes(self) -> Attributes:
+        try:
+            size, keep = len(self.target().encode()), self.attribute.fixed
+        except Damaged:  # as with files
+            size, keep = UNKNOWN_SIZE, False
+        return Attributes(self.attribute.type, size=size, time=self.record.updated, keep=keep)
 
 
-def attribute_node(tree: Tree, number: int, record: Record, attribute: Attribute) -> AttributeFile | AttributeLink | None:
-    """The node of a row, None where this snapshot hasn't got it."""
+def attribute_node(
+    tree: Tree, number: int, record: Record, attribute: Attribute, text: Text | None = None
+) -> AttributeFile | AttributeLink | None:
+    """The node of a row, None where this snapshot hasn't got it; ``text`` is what the file held when it was looked up."""
     if record.kind not in attribute.kinds or attribute.name in tree.hidden.get(number, ()):
         return None
     if attribute.name == "parent" and not record.parent:
         return None
-    make = AttributeLink if stat.S_ISLNK(attribute.type) else AttributeFile
-    return make(tree, number, record, attribute)
+    if stat.S_ISLNK(attribute.type):
+        return AttributeLink(tree, number, record, attribute)
+    return AttributeFile(tree, number, record, attribute, text)

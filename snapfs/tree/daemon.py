@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ from snapfs.errors import NotFound
 from snapfs.model import Kind
 from snapfs.tree.kinds import KindDirectory
 from snapfs.tree.links import ByIdDirectory
-from snapfs.tree.node import Attributes, Directory, File, Node, Slot, pack
+from snapfs.tree.log import Log, OpenLog
+from snapfs.tree.node import Attributes, Directory, File, Handle, Node, Slot, pack, pack_version
+from snapfs.tree.texts import Text
 
 if TYPE_CHECKING:
     from snapfs.tree.tree import Tree
@@ -45,31 +48,61 @@ class FixedDirectory(Directory):
 
 
 class DaemonFile(File):
-    """A file of the daemon's."""
+    """A file of the daemon's: of one text, which is its inode's unless the file is ``fixed``."""
 
-    def __init__(self, tree: Tree, slot: Slot, path: str, text: Callable[[Tree], str], keep: bool) -> None:
+    def __init__(
+        self, tree: Tree, slot: Slot, path: str, render: Callable[[Tree], str], fixed: bool, text: Text | None
+    ) -> None:
         super().__init__(tree, pack(0, slot))
         self._path = path
-        self._text = text
-        self._keep = keep
+        self._text = text or Text(render(tree).encode())
+        self._fixed = fixed
+        self.keep_entry = fixed
+        if not fixed:
+            self.inode = pack_version(0, slot, self._text)
+            tree.versions.keep(self.inode, self._text)
 
     @property
     def path(self) -> str:
         return self._path
 
-    def content(self) -> bytes:
-        return self._text(self.tree).encode()
+    def text(self) -> Text:
+        return self._text
 
     def attributes(self) -> Attributes:
-        return Attributes(self.mode, size=len(self.content()), time=self.tree.started, keep=self._keep)
+        return Attributes(self.mode, size=self._text.size, time=self.tree.started if self._fixed else time.time_ns())
+
+
+class LogFile(File):
+    """A file that grows."""
+
+    def __init__(self, tree: Tree, slot: Slot, path: str, log: Log) -> None:
+        super().__init__(tree, pack(0, slot))
+        self._path = path
+        self._log = log
+
+    @property
+    def path(self) -> str:
+        return self._path
+
+    def attributes(self) -> Attributes:
+        return Attributes(self.mode, size=self._log.size, time=self._log.changed, keep=False)
+
+    async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
+        if writing or truncate:
+            return await super().open(writing, truncate)
+        return OpenLog(self._log)
 
 
 README = (importlib.resources.files(__package__) / "README.txt").read_text()
 
-_FILES: dict[Slot, tuple[str, Callable[[Tree], str], bool]] = {
-    Slot.README: ("README", lambda tree: README, True),
-    Slot.VERSION: (".snapfs/version", lambda tree: f"{tree.version}\n", True),
-    Slot.ERROR_LOG: (".snapfs/error_log", lambda tree: tree.error_log.text(), False),
+_FIXED: dict[Slot, tuple[str, Callable[[Tree], str]]] = {
+    Slot.README: ("README", lambda tree: README),
+    Slot.VERSION: (".snapfs/version", lambda tree: f"{tree.version}\n"),
+}
+
+_LOGS: dict[Slot, tuple[str, Callable[[Tree], Log]]] = {
+    Slot.ERROR_LOG: (".snapfs/error_log", lambda tree: tree.error_log),
 }
 
 # in the order of their slots, which is the order of the listings
@@ -82,8 +115,9 @@ _DIRECTORIES: dict[Slot, tuple[str, dict[str, Slot]]] = {
 }
 
 
-def daemon_node(tree: Tree, slot: int) -> Node:
-    """The node of ``slot`` that belongs to no snapshot; raises NotFound."""
+def daemon_node(tree: Tree, slot: int, text: Text | None = None) -> Node:
+    """The node of ``slot`` that belongs to no snapshot; ``text`` is what the file held when it was looked up.  Raises
+    NotFound."""
     for kind in Kind:
         if slot == Slot[kind.name]:
             return KindDirectory(tree, kind)
@@ -95,6 +129,9 @@ def daemon_node(tree: Tree, slot: int) -> Node:
         return ByIdDirectory(tree, pack(0, known))
     if known in _DIRECTORIES:
         return FixedDirectory(tree, known, *_DIRECTORIES[known])
-    if known in _FILES:
-        return DaemonFile(tree, known, *_FILES[known])
+    if known in _FIXED:
+        return DaemonFile(tree, known, *_FIXED[known], True, text)
+    if known in _LOGS:
+        path, log = _LOGS[known]
+        return LogFile(tree, known, path, log(tree))
     raise NotFound(f"there is no node {slot}")

@@ -18,7 +18,8 @@ from snapfs import names
 from snapfs.errors import AlreadyExists, InvalidArgument, LabelTooBig, NotFound, NotPermitted, NotUtf8, SnapshotError
 from snapfs.labels import MAX, check_label
 from snapfs.metastore import Record
-from snapfs.tree.node import SLOT_BITS, Attributes, Directory, Handle, Node, Slot, pack
+from snapfs.tree.node import Attributes, Directory, Handle, Node, OpenText, Slot, pack
+from snapfs.tree.texts import Text
 
 if TYPE_CHECKING:
     from snapfs.tree.tree import Tree
@@ -30,7 +31,7 @@ _SWAP_FILE = re.compile(r"\..*\.sw[a-p]")
 
 def label_slots(keys: Iterable[str]) -> dict[str, int]:
     """The slot of each label of one snapshot: a hash of its key, or the next free one where two collide."""
-    span = (1 << SLOT_BITS) - Slot.FIRST_LABEL
+    span = Slot.VERSION_OF - Slot.FIRST_LABEL
     taken: dict[int, str] = {}
     for key in keys:
         place = zlib.crc32(key.encode()) % span
@@ -48,7 +49,7 @@ class OpenLabel(Handle):
     """A label's file open for writing, with a content of its own until it is closed."""
 
     def __init__(self, tree: Tree, number: int, key: str, inode: int, content: bytes, emptied: bool) -> None:
-        super().__init__(content)
+        self.content = content
         self.tree = tree
         self.number = number
         self.key = key
@@ -56,6 +57,13 @@ class OpenLabel(Handle):
         self.emptied = emptied  # and nothing written since: not yet applied
         self.appends = False  # opened with O_APPEND
         tree.open_labels.setdefault(number, []).append(self)
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.content[offset : offset + size]
 
     async def write(self, offset: int, data: bytes) -> int:
         if self.appends:  # wherever the caller believes the end to be
@@ -112,13 +120,13 @@ class Label(Node):
     def attributes(self) -> Attributes:
         handles = [handle for handle in self.tree.open_labels.get(self.number, ()) if handle.inode == self.inode]
         # a writer at work sees the size that it has made: the kernel appends there
-        content = handles[-1].content if handles else label_bytes(self.record.labels.get(self.key, ""))
-        return Attributes(self.mode, size=len(content), time=self.record.updated, keep=False)
+        size = handles[-1].size if handles else len(label_bytes(self.record.labels.get(self.key, "")))
+        return Attributes(self.mode, size=size, time=self.record.updated, keep=False)
 
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
         content = label_bytes(self.record.labels[self.key]) if self.key in self.record.labels else b""
         if not writing and not truncate:
-            return Handle(content)
+            return OpenText(Text(content))
         return OpenLabel(self.tree, self.number, self.key, self.inode, b"" if truncate else content, emptied=truncate)
 
     async def resize(self, size: int) -> None:

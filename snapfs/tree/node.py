@@ -2,6 +2,10 @@
 
 An inode number is computed, never stored: the snapshot's id and a slot within that snapshot (id 0: the daemon's own nodes)
 in 64 bits.  Ids are never used twice, so an inode means the same for ever, through rename and Commit.
+
+A file whose text changes by itself (info.json, usage.json …) has another inode for each text, as if it were replaced by a
+rename: what the kernel holds of an inode, its size and pages, is right for ever, and whoever has it open reads on in what
+was opened, whatever happens meanwhile.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import msgspec
 
 from snapfs.errors import NotFound, NotPermitted
 from snapfs.model import Kind
+from snapfs.tree.texts import Text
 
 if TYPE_CHECKING:
     from snapfs.tree.tree import Tree
@@ -42,6 +47,7 @@ class Slot(enum.IntEnum):
     FIRST_ATTRIBUTE = 16
     INSIDE = 128  # a bit: the same directory under another inode; see Tree.bank
     FIRST_LABEL = 256
+    VERSION_OF = 1 << SLOT_BITS - 1  # a bit: one text of the file whose slot is in the lowest seven bits
 
 
 KIND_SLOTS = {Kind.ACTIVE: Slot.ACTIVE, Kind.VIEW: Slot.VIEW, Kind.COMMITTED: Slot.COMMITTED}
@@ -50,6 +56,15 @@ KIND_SLOTS = {Kind.ACTIVE: Slot.ACTIVE, Kind.VIEW: Slot.VIEW, Kind.COMMITTED: Sl
 def pack(number: int, slot: int) -> int:
     """The inode of ``slot`` of snapshot ``number``."""
     return number << SLOT_BITS | slot
+
+
+def pack_version(number: int, slot: int, text: Text) -> int:
+    """The inode of the file in ``slot`` of snapshot ``number`` as long as it holds ``text``.
+
+    Twenty bits tell the versions apart; two that have the same are mixed up only by who has one open when the other comes.
+    """
+    version = text.checksum & (1 << SLOT_BITS - 8) - 1
+    return pack(number, Slot.VERSION_OF | version << 7 | slot)
 
 
 def unpack(inode: int) -> tuple[int, int]:
@@ -71,13 +86,15 @@ class Attributes(msgspec.Struct, frozen=True):
 
 
 class Handle:
-    """An open file: one consistent content, settled when it was opened."""
+    """An open file."""
 
-    def __init__(self, content: bytes) -> None:
-        self.content = content
+    @property
+    def size(self) -> int:
+        """Bytes that reading it to the end gives."""
+        raise NotImplementedError
 
     def read(self, offset: int, size: int) -> bytes:
-        return self.content[offset : offset + size]
+        raise NotImplementedError
 
     async def write(self, offset: int, data: bytes) -> int:
         raise NotPermitted("the file was opened for reading only")
@@ -87,6 +104,20 @@ class Handle:
 
     async def close(self) -> None:
         """The last descriptor of this open is gone."""
+
+
+class OpenText(Handle):
+    """A file open for reading: one consistent text, settled when it was opened."""
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+
+    @property
+    def size(self) -> int:
+        return self.text.size
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.text.read(offset, size)
 
 
 class Node:
@@ -144,6 +175,10 @@ class Node:
 
     # -- files and links
 
+    async def refresh(self) -> Node:
+        """The node as it is once what must be looked up on disk for it has been: another one where that changed."""
+        return self
+
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
         raise NotPermitted(f"{self.path} can't be opened")
 
@@ -154,6 +189,10 @@ class Node:
     def target(self) -> str:
         """Where a link leads."""
         raise NotFound(f"{self.path} is no link")
+
+    async def follow(self) -> str:
+        """Where a link leads, for who is about to go there."""
+        return self.target()
 
 
 class Directory(Node):
@@ -167,13 +206,14 @@ class File(Node):
 
     mode = stat.S_IFREG | 0o444
 
-    def content(self) -> bytes:
+    def text(self) -> Text:
+        """What it holds."""
         raise NotImplementedError
 
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
         if writing or truncate:
             raise NotPermitted(f"{self.path} can't be written: it says what is; of a snapshot only labels/ can be changed")
-        return Handle(self.content())
+        return OpenText(self.text())
 
 
 class Link(Node):

@@ -11,18 +11,19 @@ from contextlib import AbstractContextManager
 
 import snapfs
 from snapfs import names
-from snapfs.errors import AlreadyExists, HasChildren, InvalidArgument, NameTooLong, NotFound, NotPermitted, WrongParent
+from snapfs.errors import AlreadyExists, HasChildren, InvalidArgument, NameTooLong, NotFound, NotPermitted, Stale, WrongParent
 from snapfs.metastore import Reader, Record
 from snapfs.model import Change, Kind
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree.attributes import BY_SLOT, attribute_node
 from snapfs.tree.daemon import daemon_node
-from snapfs.tree.error_log import ErrorLog
 from snapfs.tree.kinds import ChildrenDirectory, KindDirectory
 from snapfs.tree.labels import LabelsDirectory, OpenLabel
 from snapfs.tree.links import child_link, id_link
+from snapfs.tree.log import ErrorLog
 from snapfs.tree.node import KIND_SLOTS, Node, Slot, pack, unpack
 from snapfs.tree.snapshot import SnapshotDirectory
+from snapfs.tree.texts import Versions
 
 ROOT_INODE = pack(0, Slot.ROOT)
 
@@ -33,8 +34,8 @@ class Tree:
     """The tree over ``snapshotter``, and the little that is not in its records (all of it gone with the daemon):
 
     ``hidden``: fixed entries that were unlinked, by snapshot id.  ``open_labels``: labels open for writing, by snapshot id.
-    ``committed_inside``: snapshots that were committed by a rename into their parent's listing.
-    ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
+    ``committed_inside``: snapshots that were committed by a rename into their parent's listing.  ``versions``: texts that were
+    looked up lately.  ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
     """
 
     def __init__(self, snapshotter: Snapshotter) -> None:
@@ -42,6 +43,7 @@ class Tree:
         self.version: str = snapfs.__version__
         self.started: int = time.time_ns()
         self.error_log: ErrorLog = ErrorLog()
+        self.versions: Versions = Versions()
         self.hidden: dict[int, set[str]] = {}
         self.open_labels: dict[int, list[OpenLabel]] = {}
         self.committed_inside: set[int] = set()
@@ -64,8 +66,11 @@ class Tree:
         return record
 
     def node(self, inode: int) -> Node:
-        """The node of ``inode``; raises NotFound where there is none (any more)."""
+        """The node of ``inode``; raises NotFound where there is none (any more), Stale where the file has another text by now
+        and the one looked up is forgotten."""
         number, slot = unpack(inode)
+        if slot & Slot.VERSION_OF:
+            return self._version(inode, number, slot & 0x7F)
         if number == 0:
             return daemon_node(self, slot)
         record = self.record(number)
@@ -88,6 +93,20 @@ class Tree:
             node = ChildrenDirectory(self, kind, number, record, bank) if kind else None
         if node is None:
             raise NotFound(f"{record.kind}/{names.encode(record.name)} has no such entry")
+        return node
+
+    def _version(self, inode: int, number: int, slot: int) -> Node:
+        text = self.versions.get(inode)
+        node: Node | None
+        if number == 0:
+            node = daemon_node(self, slot, text)
+        else:
+            record = self.record(number)
+            node = attribute_node(self, number, record, BY_SLOT[slot], text) if slot in BY_SLOT else None
+        if node is None:
+            raise NotFound(f"snapshot {number} has no such file")
+        if node.inode != inode:
+            raise Stale(node.path)
         return node
 
     def bank(self, number: int, record: Record) -> int:

@@ -1,0 +1,77 @@
+"""Work in threads that several who ask at once can share, each getting what was begun after they asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+import trio
+
+from snapfs.errors import Closed
+
+T = TypeVar("T")
+
+
+class _Run(Generic[T]):
+    """One piece of work, until it has ended."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.ended = trio.Event()
+        self.error: Exception | None = None
+        self.value: T
+
+
+class Sharing(Generic[T]):
+    """Runs work by key, in worker threads that ``limiter`` bounds; ``serve`` must be running."""
+
+    def __init__(self, limiter: trio.CapacityLimiter) -> None:
+        self._limiter = limiter
+        self._runs: dict[Hashable, _Run[T]] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Do the work until cancelled."""
+        try:
+            async with trio.open_nursery() as self._nursery:
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+
+    async def run(self, key: Hashable, work: Callable[[], T]) -> T:
+        """What ``work`` gives or raises.
+
+        All who ask with the same key before it has begun share it.  One that is under way may have passed by what the caller
+        has just done, so it is waited for, and the next one shared.  Who gives up stops nobody else's.  ``work`` may call
+        ``trio.from_thread.check_cancelled``.  Raises Closed once ``serve`` has ended.
+        """
+        running = self._runs.get(key)
+        if running is not None and running.begun:
+            await running.ended.wait()
+        run = self._runs.get(key)
+        if run is None:
+            if self._nursery is None:
+                raise Closed()
+            run = self._runs[key] = _Run()
+            self._nursery.start_soon(self._perform, key, run, work, name=f"snapfs {key}")
+        await run.ended.wait()
+        if run.error is not None:
+            raise run.error
+        return run.value
+
+    async def _perform(self, key: Hashable, run: _Run[T], work: Callable[[], T]) -> None:
+        def begin() -> T:
+            run.begun = True
+            return work()
+
+        try:
+            run.value = await trio.to_thread.run_sync(begin, limiter=self._limiter)
+        except trio.Cancelled:
+            run.error = Closed()
+            raise
+        except Exception as error:
+            run.error = error
+        finally:
+            del self._runs[key]
+            run.ended.set()

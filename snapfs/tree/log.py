@@ -1,0 +1,135 @@
+"""Logs: files that grow line by line, the newest last, and can be followed (``tail -f``, ``poll``).
+
+The size only ever grows, so that what follows it goes on where it was, but only the last few thousand lines are kept.  Who
+reads where nothing is kept any more, because it begins late or fell behind, is told how many lines it missed, and goes on
+with the first that there is.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+
+from snapfs import names
+from snapfs.model import rfc3339
+from snapfs.tree.node import Handle
+
+LINES = 4000  # kept at least
+_SLACK = 1000  # lines that are dropped at once
+
+
+class Log:
+    """A bounded log in memory.  ``size`` is the bytes of all lines ever; ``start`` those of the ``dropped`` first ones.
+
+    ``tell_missed`` makes the line for whoever missed so many.
+    """
+
+    def __init__(self, tell_missed: Callable[[int], str]) -> None:
+        self.size = 0
+        self.start = 0
+        self.dropped = 0
+        self.changed = time.time_ns()
+        self.tell_missed = tell_missed
+        self.followers: list[OpenLog] = []
+        self._lines: list[bytes] = []
+        self._ends: list[int] = []
+
+    def add(self, line: str) -> None:
+        """Add one line, which ends in a newline, and wake who waits for it."""
+        encoded = line.encode()
+        self._lines.append(encoded)
+        self.size += len(encoded)
+        self._ends.append(self.size)
+        self.changed = max(time.time_ns(), self.changed + 1)
+        if len(self._lines) >= LINES + _SLACK:
+            self.start = self._ends[_SLACK - 1]
+            self.dropped += _SLACK
+            del self._lines[:_SLACK], self._ends[:_SLACK]
+        for follower in self.followers:
+            follower.wake()
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to ``size`` bytes from ``offset``, which is not before ``start``."""
+        at = bisect_left(self._ends, offset + 1)
+        found, length = [], 0
+        skip = offset - (self._ends[at] - len(self._lines[at])) if at < len(self._lines) else 0
+        while length < skip + size and at < len(self._lines):
+            found.append(self._lines[at])
+            length += len(found[-1])
+            at += 1
+        return b"".join(found)[skip : skip + size]
+
+    def lines_before(self, offset: int) -> int:
+        """How many lines begin before ``offset``, which is not before ``start``."""
+        return self.dropped + bisect_left(self._ends, offset) + (offset > self.start)
+
+
+class OpenLog(Handle):
+    """One reader of a log.
+
+    It reads a stream of its own: at ``_base`` bytes of it stands ``_notice``, what it was told to have missed, and after that
+    the log from ``_origin`` on.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._base = self._origin = 0
+        self._notice = b""
+        self._position = 0  # where the next read is expected
+        self._seen = 0  # lines of the log before that
+        self._in_line = False  # what was read last ended within a line
+        self._waiting: Callable[[], None] | None = None
+        log.followers.append(self)
+
+    @property
+    def size(self) -> int:
+        return self._log.size
+
+    def read(self, offset: int, size: int) -> bytes:
+        if offset < self._base:
+            self._base, self._origin, self._notice = 0, 0, b""
+        if offset - self._base >= len(self._notice) and self._in_log(offset) < self._log.start:
+            goes_on = offset == self._position
+            missed = self._log.dropped - (self._seen if goes_on else 0)
+            self._base, self._origin = offset, self._log.start
+            self._notice = b"\n" * (goes_on and self._in_line) + self._log.tell_missed(missed).encode()
+        data = self._notice[offset - self._base :][:size]
+        at = self._in_log(offset + len(data))
+        if at >= self._log.start:
+            data += self._log.read(at, size - len(data))
+        self._position = offset + len(data)
+        self._seen = self._log.lines_before(max(self._in_log(self._position), self._log.start))
+        self._in_line = not data.endswith(b"\n") if data else self._in_line
+        return data
+
+    def _in_log(self, offset: int) -> int:
+        return max(self._origin, self._origin + offset - self._base - len(self._notice))
+
+    def is_ready(self) -> bool:
+        """Whether there is something to read after what was read last."""
+        return self._in_log(self._position) < self._log.size
+
+    def wake_with(self, notify: Callable[[], None]) -> None:
+        """Call ``notify`` once when there is more to read."""
+        self._waiting = notify
+
+    def wake(self) -> None:
+        notify, self._waiting = self._waiting, None
+        if notify is not None:
+            notify()
+
+    async def close(self) -> None:
+        self._log.followers.remove(self)
+
+
+class ErrorLog(Log):
+    """The last errors in words: what errno can't say."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda missed: f"{missed} earlier lines are not kept\n")
+
+    def note(self, errno_name: str, operation: str, path: str, reason: object) -> None:
+        """``2026-11-23T23:08:38.000000123Z EEXIST rename active/web committed/base: snapshot "base" already exists …``"""
+        line = f"{errno_name} {operation} {path}: {reason}"
+        self.add(f"{rfc3339(time.time_ns())} {names.printable(line)}\n")
