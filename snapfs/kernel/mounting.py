@@ -1,45 +1,122 @@
-"""Mounting, unmounting and flushing: mount(2), umount2(2), syncfs(2), mount_setattr(2)."""
+"""Mounting, binding, unmounting and flushing."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import subprocess
+from contextlib import suppress
 
-from snapfs.kernel import libc
+from snapfs.kernel import libc, mountapi
+from snapfs.mountspec import PAGE
 
 MS_RDONLY = 1
 MNT_FORCE = 1
 MNT_DETACH = 2
+MNT_EXPIRE = 4
+UMOUNT_NOFOLLOW = 8
 
-_AT_EMPTY_PATH = 0x1000
-_AT_FDCWD = -100
-_OPEN_TREE_CLONE = 1
-_SYS_OPEN_TREE = 428  # the numbers of these two are the same on all architectures
-_SYS_MOUNT_SETATTR = 442
-_MOUNT_ATTR_IDMAP = 0x100000
+_MS_REMOUNT = 0x20
+_MS_BIND = 0x1000
+_MS_REC = 0x4000
+_KEPT_FLAGS = 2 | 4 | 8 | 1024 | 2048  # nosuid, nodev, noexec, noatime, nodiratime: the same in f_flag of statvfs and in MS_*
 
-
-class _MountAttr(ctypes.Structure):
-    """``struct mount_attr`` of mount_setattr(2)."""
-
-    _fields_ = (
-        ("attr_set", ctypes.c_uint64),
-        ("attr_clr", ctypes.c_uint64),
-        ("propagation", ctypes.c_uint64),
-        ("userns_fd", ctypes.c_uint64),
-    )
+LACKING = (errno.ENOSYS, errno.EPERM)
+"""How a kernel without the mount API answers, or a container runtime's filter that doesn't know it.  EPERM may mean what it
+says too; then mount(2) is not permitted either and says so."""
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
-    """mount(2); raises OSError."""
-    libc.call("mount", source.encode(), os.fsencode(target), kind.encode(), flags, os.fsencode(options))
+    """mount(2); raises OSError: E2BIG where ``options`` exceed the page that the kernel reads of them."""
+    data = os.fsencode(options)
+    if len(data) >= PAGE:
+        raise OSError(errno.E2BIG, f"Mount options of {len(data)} bytes, and mount(2) takes {PAGE - 1}", target)
+    try:
+        libc.call("mount", os.fsencode(source), os.fsencode(target), os.fsencode(kind), flags, data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, target) from None
+
+
+def mount_bind(source: str, target: str, *, read_only: bool) -> None:
+    """Make ``source`` and all that is mounted below it appear at ``target`` too (``rbind``); absolute paths.
+
+    With ``read_only`` none of it can be written through ``target``, not for an instant; the file systems themselves and
+    other ways to them are left as they are.  Raises OSError, and nothing has been mounted.  Kernels before 5.12 keep to
+    ``mount_bind_classic``.
+    """
+    try:
+        tree = mountapi.open_tree(source, recursive=True)
+        try:
+            if read_only:
+                mountapi.mount_setattr(tree, mountapi.MOUNT_ATTR_RDONLY, recursive=True)
+            mountapi.move_mount(tree, target)
+        finally:
+            os.close(tree)
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise OSError(error.errno, error.strerror, source, None, target) from None
+        mount_bind_classic(source, target, read_only=read_only)
+
+
+def mount_bind_classic(source: str, target: str, *, read_only: bool) -> None:
+    """``mount_bind`` by mount(2), which makes a bind read-only in a second step, and not what is below it: so with
+    ``read_only`` what is mounted below ``source`` stays away, and ``target`` is writable for an instant."""
+    mount(source, target, "", _MS_BIND | (0 if read_only else _MS_REC))
+    if read_only:
+        try:
+            kept = os.statvfs(target).f_flag & _KEPT_FLAGS  # a remount drops what it isn't told, or may not (EPERM)
+            mount("", target, "", _MS_REMOUNT | _MS_BIND | MS_RDONLY | kept)
+        except OSError:
+            unmount(target, MNT_DETACH | UMOUNT_NOFOLLOW)
+            raise
 
 
 def unmount(target: str, flags: int = 0) -> None:
     """umount2(2); raises OSError."""
-    libc.call("umount2", os.fsencode(target), flags)
+    try:
+        libc.call("umount2", os.fsencode(target), flags)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, target) from None
+
+
+def unmount_unused(target: str) -> int | None:
+    """Unmount ``target``, at once and whole, unless anybody uses it or anything is mounted below it: OSError, EBUSY.
+
+    The last unmount of an overlay flushes the whole file system that holds its upper directory, which may take minutes.  So
+    this keeps the overlay alive by a detached copy of the mount and returns the copy's descriptor: whoever closes it waits
+    for that flush (close(2) returns only then, and does not tell its errors), as does the end of the process.  None where no
+    copy could be had (a kernel before 5.2, no descriptors left); the flush is then done already.
+
+    Until the copy is closed the overlay holds its upper and work directory: another overlay on them is EBUSY with
+    ``index=on``, and with ``index=off`` a warning in the kernel's log (harmless here: nobody is left to use the first).
+    """
+    copy = None
+    with suppress(OSError):  # whatever is wrong with target, umount2 finds out too
+        copy = mountapi.open_tree(target)
+    try:
+        unmount(target, UMOUNT_NOFOLLOW)
+    except OSError:
+        if copy is not None:
+            os.close(copy)
+        raise
+    return copy
+
+
+def expire(target: str) -> bool:
+    """Unmount ``target`` if nobody has used it, or so much as looked at it, since the last call: True.  Otherwise False, and
+    it is marked for the next call; EBUSY, an OSError, while it is in use or anything is mounted below it.
+
+    The unmount takes its time (``unmount_unused`` says why).  The copy made there would count as use here.
+    """
+    try:
+        unmount(target, MNT_EXPIRE | UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            return False
+        raise
+    return True
 
 
 def sync_file_system(directory: str) -> None:
@@ -87,14 +164,9 @@ def maps_ids(directory: str) -> bool:
                     os.close(fd)
             namespace = os.open(f"/proc/{holder.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
-                tree = libc.call("syscall", _SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(directory), flags)
+                tree = mountapi.open_tree(directory)
                 try:
-                    wanted = _MountAttr(attr_set=_MOUNT_ATTR_IDMAP, userns_fd=namespace)
-                    size = ctypes.sizeof(wanted)
-                    libc.call(
-                        "syscall", _SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, ctypes.byref(wanted), ctypes.c_size_t(size)
-                    )
+                    mountapi.mount_setattr(tree, mountapi.MOUNT_ATTR_IDMAP, namespace=namespace)
                 finally:
                     os.close(tree)
             finally:

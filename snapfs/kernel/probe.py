@@ -42,7 +42,7 @@ def needs_userxattr(directory: str) -> bool:
             os.mkdir(f"{trial}/{name}")
         layers = "userxattr,lowerdir=lower,upperdir=upper,workdir=work".replace("=", f"={escape(trial)}/")
         mounting.mount("overlay", f"{trial}/merged", "overlay", mounting.MS_RDONLY, layers)
-        mounting.unmount(f"{trial}/merged", mounting.MNT_DETACH)
+        mounting.unmount(f"{trial}/merged", mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
         return True
     except OSError:
         return False

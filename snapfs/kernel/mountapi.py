@@ -1,0 +1,142 @@
+"""The kernel's mount API, a function a system call: fsopen(2), fsconfig(2), fsmount(2), move_mount(2), open_tree(2),
+mount_setattr(2).  Their numbers are the same on all architectures.
+
+All raise OSError, ENOSYS where the kernel lacks the call: it has the first five since 5.2, mount_setattr since 5.12.  Where
+the file system has put its reason into the context's message log, that is the error's ``strerror``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+from snapfs.kernel import libc
+
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_IDMAP = 0x100000
+
+STRING_MAX = 255
+"""Bytes of a string that fsconfig(2) takes; a longer one is EINVAL."""
+
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_SYS_FSOPEN = 430
+_SYS_FSCONFIG = 431
+_SYS_FSMOUNT = 432
+_SYS_MOUNT_SETATTR = 442
+
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_AT_RECURSIVE = 0x8000
+_FSOPEN_CLOEXEC = 1
+_FSMOUNT_CLOEXEC = 1
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_FSCONFIG_SET_FLAG = 0
+_FSCONFIG_SET_STRING = 1
+_FSCONFIG_SET_FD = 5
+_FSCONFIG_CMD_CREATE = 6
+
+_MESSAGE_MAX = 4096  # read(2) of a longer message is EMSGSIZE and leaves it in the log
+
+
+class _MountAttr(ctypes.Structure):
+    """``struct mount_attr`` of mount_setattr(2)."""
+
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
+
+
+def fsopen(kind: str) -> int:
+    """A descriptor of a new context for a file system of type ``kind``; without privileges EPERM."""
+    return libc.call("syscall", _SYS_FSOPEN, os.fsencode(kind), _FSOPEN_CLOEXEC)
+
+
+def set_flag(context: int, key: str) -> None:
+    """Set the parameter ``key`` that takes no value."""
+    _fsconfig(context, _FSCONFIG_SET_FLAG, key)
+
+
+def set_string(context: int, key: str, value: str) -> None:
+    """Set ``key`` to a string of at most STRING_MAX bytes."""
+    _fsconfig(context, _FSCONFIG_SET_STRING, key, value)
+
+
+def set_descriptor(context: int, key: str, fd: int) -> None:
+    """Set ``key`` to the open file ``fd``, not one of O_PATH; overlayfs takes them since 6.13."""
+    _fsconfig(context, _FSCONFIG_SET_FD, key, number=fd)
+
+
+def create(context: int) -> None:
+    """Make the file system with the parameters set so far."""
+    _fsconfig(context, _FSCONFIG_CMD_CREATE)
+
+
+def fsmount(context: int, attributes: int = 0) -> int:
+    """A descriptor of a mount, not yet attached anywhere, of what ``create`` made; ``attributes`` are MOUNT_ATTR_*."""
+    try:
+        return libc.call("syscall", _SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
+    except OSError as error:
+        raise _explained(error, context) from None
+
+
+def takes_value(context: int, key: str) -> bool:
+    """Whether the fresh ``context`` knows a parameter ``key`` that takes a value.  Nothing is set by asking.
+
+    Asked by giving it none.  A file system that has the parameter calls that a bad value, one that lacks it an unknown
+    parameter.  One that keeps to mount(2)'s option string inside the kernel (overlayfs before 6.5) takes whatever comes and
+    would refuse it only in ``create``, with a bare EINVAL: such a context is of no more use after this.
+    """
+    try:
+        set_flag(context, key)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return "Unknown parameter" not in (error.strerror or "")
+    return False
+
+
+def open_tree(path: str, *, recursive: bool = False) -> int:
+    """A descriptor of a detached copy of the mount at ``path``, as a bind mount would be, with those below it if
+    ``recursive``.  Closing it drops the copy."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
+    return libc.call("syscall", _SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
+
+
+def mount_setattr(tree: int, attributes: int, *, recursive: bool = False, namespace: int = 0) -> None:
+    """Set MOUNT_ATTR_* on the mount ``tree``, with those below it if ``recursive``; ``namespace`` is the descriptor of the
+    user namespace that MOUNT_ATTR_IDMAP needs."""
+    wanted = _MountAttr(attr_set=attributes, userns_fd=namespace)
+    flags = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
+    size = ctypes.c_size_t(ctypes.sizeof(wanted))
+    libc.call("syscall", _SYS_MOUNT_SETATTR, tree, b"", flags, ctypes.byref(wanted), size)
+
+
+def move_mount(tree: int, target: str) -> None:
+    """Attach the mount ``tree`` at ``target``, which is not followed if it is a symbolic link."""
+    libc.call("syscall", _SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+
+
+def _fsconfig(context: int, command: int, key: str | None = None, value: str | None = None, number: int = 0) -> None:
+    name, text = (None if word is None else os.fsencode(word) for word in (key, value))
+    try:
+        libc.call("syscall", _SYS_FSCONFIG, context, command, name, text, number)
+    except OSError as error:
+        raise _explained(error, context) from None
+
+
+def _explained(error: OSError, context: int) -> OSError:
+    """``error`` with the errors in the context's message log as its text, if there are any; empties the log."""
+    said = []
+    try:
+        while message := os.read(context, _MESSAGE_MAX):  # "e overlay: too many lower directories, limit is 500\n"
+            if message.startswith(b"e "):
+                said.append(os.fsdecode(message[2:]).rstrip("\n"))
+    except OSError:  # ENODATA: no more
+        pass
+    return OSError(error.errno, "; ".join(said) or error.strerror)
