@@ -6,6 +6,7 @@
       snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots
       pool/          new-… directories, made beforehand, so that Prepare costs one rename
       trash/         what was removed and is being deleted
+      rootfs/        <id>: the merged file systems, while they are mounted (``snapfs/rootfs.py``)
       lost+found/    what stood in snapshots/ and nobody knows
 
 All functions block on the disk: they are for worker threads.  Nothing here knows about records or keys.
@@ -45,6 +46,7 @@ class Layers:
         self.empty = Usage()
         """What a layer with nothing in it takes: its directory."""
         self.snapshots = f"{root}/snapshots"
+        self.rootfs_directory = f"{root}/rootfs"
         self._pool_directory = f"{root}/pool"
         self._trash = f"{root}/trash"
         self._lost = f"{root}/lost+found"
@@ -79,7 +81,7 @@ class Layers:
             raise Unavailable.from_os(f"use {root} as root", error) from error
         layers = cls(root, lock)
         try:
-            for directory in (layers.snapshots, layers._pool_directory, layers._trash):
+            for directory in (layers.snapshots, layers._pool_directory, layers._trash, layers.rootfs_directory):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.chmod(directory, 0o700)
             if not probe.tells_types(layers._pool_directory):
@@ -88,7 +90,7 @@ class Layers:
                     "needs; if it is xfs, make it anew with: mkfs.xfs -n ftype=1"
                 )
             for leftover in os.listdir(layers._pool_directory):
-                layers._discard(f"{layers._pool_directory}/{leftover}")
+                layers.discard(f"{layers._pool_directory}/{leftover}")
             layers._pool.append(layers._make())
             layers.empty = Usage(1, os.stat(f"{layers._pool[0]}/fs").st_blocks * 512)
         except OSError as error:
@@ -114,6 +116,18 @@ class Layers:
     def fs(self, number: int) -> str:
         """ROOT/snapshots/<id>/fs: the snapshot's own layer."""
         return f"{self.snapshots}/{number}/fs"
+
+    def work(self, number: int) -> str:
+        """ROOT/snapshots/<id>/work: overlayfs's, of an active snapshot."""
+        return f"{self.snapshots}/{number}/work"
+
+    def rootfs(self, number: int) -> str:
+        """ROOT/rootfs/<id>: where its merged file system is mounted."""
+        return f"{self.rootfs_directory}/{number}"
+
+    def is_rootfs(self, path: str) -> bool:
+        """Whether ``path`` is such a place."""
+        return os.path.dirname(path) == self.rootfs_directory
 
     # -- making
 
@@ -176,9 +190,10 @@ class Layers:
 
     def retire(self, number: int) -> None:
         """Move snapshots/<number> into the trash; raises OSError."""
-        self._discard(self.directory(number))
+        self.discard(self.directory(number))
 
-    def _discard(self, path: str) -> None:
+    def discard(self, path: str) -> None:
+        """Move ``path`` into the trash; raises OSError."""
         while True:
             target = f"{self._trash}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
@@ -193,14 +208,35 @@ class Layers:
             number = parse_id(name)
             if name.startswith("new-") or (number is not None and number <= last_id):
                 if number not in known:
-                    self._discard(path)
+                    self.discard(path)
             else:
-                os.makedirs(self._lost, mode=0o700, exist_ok=True)
-                target = f"{self._lost}/{name}"
-                while os.path.lexists(target):
-                    target += "~"
-                os.rename(path, target)
-                log.warning("%s is none of snapfs's directories; moved to %s", path, target)
+                self._lose(path)
+
+    def _lose(self, path: str) -> None:
+        os.makedirs(self._lost, mode=0o700, exist_ok=True)
+        target = f"{self._lost}/{os.path.basename(path)}"
+        while os.path.lexists(target):
+            target += "~"
+        os.rename(path, target)
+        log.warning("%s is none of snapfs's directories; moved to %s", path, target)
+
+    def put_away(self, path: str) -> None:
+        """Remove the empty directory ``path``; if it holds anything it goes to lost+found.  What doesn't go is logged."""
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in _NOT_EMPTY:
+                self._lose(path)
+            else:
+                log.warning("cannot remove %s: %s", path, error)
+
+    def make_trial(self) -> str:
+        """A directory with ``fs``, ``work`` and ``lower``, for trying what can be mounted; remove it."""
+        path = self._make()
+        os.mkdir(f"{path}/lower")
+        return path
 
     def is_empty(self, number: int) -> bool:
         """Whether nothing was ever written to the layer of snapshot ``number``, as far as can be seen."""

@@ -13,7 +13,10 @@ from snapfs.errors import Damaged
 from snapfs.kernel import mounting, probe
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore
-from snapfs.snapshotter import Options, Snapshotter
+from snapfs.model import Kind
+from snapfs.mounted import Mounted
+from snapfs.rootfs import Rootfs
+from snapfs.snapshotter import Feature, Options, Snapshotter
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +55,17 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
         if records is None:
             _refuse_lost_records(layers)
             records = MetaStore(f"{layers.root}/metadata.mdb")
+        features: dict[str, Feature] = {}
+        overlay_options = _overlay_options(options.mount_options, layers.snapshots, features)
         return Snapshotter(
             options,
             layers,
             records,
             owns_records=metastore is None,
-            overlay_options=_overlay_options(options.mount_options, layers.snapshots),
-            maps_ids=options.remap_ids and mounting.maps_ids(layers.snapshots),
+            overlay_options=overlay_options,
+            maps_ids=_maps_ids(options, layers.snapshots, features),
+            rootfs=_rootfs(options, layers, records, overlay_options, features),
+            features=features,
             damaged=_recover(layers, records, retire=not options.async_remove),
         )
     except BaseException:
@@ -68,15 +75,68 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
         raise
 
 
-def _overlay_options(given: Sequence[str], directory: str) -> tuple[str, ...]:
+def _overlay_options(given: Sequence[str], directory: str, features: dict[str, Feature]) -> tuple[str, ...]:
     """The options of every overlay mount: those given, and what this kernel needs besides."""
     found = list(given)
-    keys = {option.partition("=")[0] for option in given}
-    if "userxattr" not in keys and probe.needs_userxattr(directory):
+    keys = _keys(given)
+    if "userxattr" in keys:
+        features["userxattr"] = Feature(True, "a mount option asks for it")
+    elif probe.needs_userxattr(directory):
         found.append("userxattr")
-    if "index" not in keys and probe.knows_index():
+        features["userxattr"] = Feature(True, "this user namespace can't write overlayfs's own extended attributes")
+    else:
+        features["userxattr"] = Feature(False, "not needed outside of user namespaces, nor on tmpfs")
+    if "index" in keys:
+        features["index=off"] = Feature(False, "a mount option says otherwise")
+    elif probe.overlay_knows("index"):
         found.append("index=off")
+        features["index=off"] = Feature(True, "so that layers can be copied and shared")
+    else:
+        features["index=off"] = Feature(False, "this kernel's overlayfs has no index")
     return tuple(found)
+
+
+def _keys(options: Sequence[str]) -> set[str]:
+    return {option.partition("=")[0] for option in options}
+
+
+def _maps_ids(options: Options, directory: str, features: dict[str, Feature]) -> bool:
+    """Whether mapping labels become options of the mounts."""
+    if not options.remap_ids:
+        features["remap_ids"] = Feature(False, "not asked for")
+    elif mounting.maps_ids(directory):
+        features["remap_ids"] = Feature(True, "layers can be mounted idmapped here")
+    else:
+        features["remap_ids"] = Feature(False, "layers can't be mounted idmapped here (kernel, file system or privileges)")
+    return features["remap_ids"].on
+
+
+def _rootfs(
+    options: Options, layers: Layers, records: MetaStore, overlay_options: Sequence[str], features: dict[str, Feature]
+) -> Rootfs | None:
+    """What mounts the merged file systems, None where that is not wanted or not permitted; what a crashed daemon left mounted
+    is taken over or cleared."""
+    own = list(overlay_options)
+    keys = _keys(own)
+    if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
+        own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
+    rootfs = Rootfs(layers, own, idle=options.rootfs_idle, most=options.rootfs_max)
+    refusal = rootfs.trial() if options.rootfs else "the option no_rootfs says so"
+    mounted = Mounted(layers.snapshots)
+
+    def right(number: int) -> bool:
+        with records.reading() as reader:
+            record = reader.record(number)
+        if record is None or refusal:
+            return False
+        return (record.kind is Kind.ACTIVE) == (layers.rootfs(number) in mounted.active(number))
+
+    try:
+        rootfs.recover(right)
+    finally:
+        mounted.close()
+    features["rootfs"] = Feature(not refusal, refusal or "mounting overlays is permitted here")
+    return None if refusal else rootfs
 
 
 def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[int]:

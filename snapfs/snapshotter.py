@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import TypeVar
 
 import msgspec
@@ -32,11 +32,12 @@ from snapfs.errors import (
 )
 from snapfs.filters import compile_filters
 from snapfs.kernel import mounting
-from snapfs.kernel.mounttable import writers
 from snapfs.labels import UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore, Reader, Record, Writer
 from snapfs.model import Change, Info, Kind, Mount, Usage
+from snapfs.mounted import Mounted
+from snapfs.rootfs import Rootfs, Stack
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     layer as a label.  ``mount_options``: put on every overlay mount (never on binds).  ``remap_ids``: the mapping labels
     become ``uidmap=`` and ``gidmap=`` of the mounts.  ``slow_chown``: where layers can't be idmapped, change the owners in
     the upper layer instead; without it such a Prepare is refused.
+
+    Not containerd's: ``rootfs``: mount the merged file systems that are asked for; ``rootfs_idle``: seconds until one that
+    nobody uses is unmounted; ``rootfs_max``: how many may be mounted at once.
     """
 
     async_remove: bool = False
@@ -60,6 +64,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     mount_options: tuple[str, ...] = ()
     remap_ids: bool = False
     slow_chown: bool = False
+    rootfs: bool = True
+    rootfs_idle: float = 60.0
+    rootfs_max: int = 128
+
+
+class Feature(msgspec.Struct, frozen=True):
+    """Whether something is in use that depends on kernel, file system, privileges or options, and why (not)."""
+
+    on: bool
+    why: str
 
 
 class Snapshotter:
@@ -80,14 +94,19 @@ class Snapshotter:
         owns_records: bool,
         overlay_options: Sequence[str],
         maps_ids: bool,
+        rootfs: Rootfs | None,
+        features: Mapping[str, Feature],
         damaged: frozenset[int],
     ) -> None:
         self.options = options
         self.layers = layers
         self.records = records
+        self.features = features
         self.counting = Counting(layers, records)
+        self.mounted = Mounted(layers.snapshots)
+        self.rootfs = rootfs
         self._owns_records = owns_records
-        self._overlay_options = overlay_options
+        self.overlay_options = overlay_options
         self._maps_ids = maps_ids
         self._damaged = damaged
         self._background: trio.CancelScope | None = None
@@ -109,6 +128,8 @@ class Snapshotter:
                 self._background = nursery.cancel_scope
                 await nursery.start(self._write, name="snapfs writer")
                 await nursery.start(self.counting.run, name="snapfs counting")
+                if self.rootfs is not None:
+                    await nursery.start(self.rootfs.run, name="snapfs rootfs")
                 nursery.start_soon(self._fill_pool, name="snapfs pool")
                 nursery.start_soon(self._empty_trash, name="snapfs trash")
                 self._pool_wakeup.set()
@@ -132,6 +153,7 @@ class Snapshotter:
                 await trio.to_thread.run_sync(self._close_files)
 
     def _close_files(self) -> None:
+        self.mounted.close()
         os.close(self._snapshots_fd)
         for listener in self._listeners:
             self.records.listeners.remove(listener)
@@ -220,15 +242,15 @@ class Snapshotter:
 
         The usage is counted right after, in the background: ``usage`` waits for it.
 
-        Raises NotFound: no such key, or no such parent to rebase onto; FailedPrecondition: the snapshot is not active, or that
-        parent is not committed; AlreadyExists: the name is in use (the key itself is fine); InvalidArgument: another parent
-        than its own, or itself.
+        Raises NotFound: no such key, or no such parent to rebase onto; FailedPrecondition: the snapshot is not active, or
+        that parent is not committed; Busy: somebody uses its rootfs; AlreadyExists: the name is in use (the key itself is
+        fine); InvalidArgument: another parent than its own, or itself.
         """
         names.encode(name)
         given = self._checked_labels(labels)
 
-        def operation(writer: Writer) -> int:
-            number, record = self._find(writer, key)
+        def operation(writer: Writer) -> None:
+            record = self._find_again(writer, number, key)
             if record.kind is not Kind.ACTIVE:
                 raise FailedPrecondition(f'snapshot "{record.name}" is {record.kind}: only active ones can be committed')
             self._refuse_damaged(number)
@@ -236,15 +258,15 @@ class Snapshotter:
                 raise InvalidArgument(f'snapshot "{name}" cannot be its own parent')
             self._refuse_taken(writer, name, number)
             above = self._new_parent(writer, record, parent) if parent else record.parent
-            if refuse_mounted and (places := writers(self.layers.fs(number))):
+            if refuse_mounted and (places := self.mounted.writers(number)):
                 raise Busy(f'snapshot "{record.name}" is mounted read-write at {places[0]}: unmount it first')
             now = time.time_ns()
             kept = record.labels if keep_labels else {}
             after = Record(name, Kind.COMMITTED, above, now, now, {**kept, **given})
             self._put(writer, number, record, after)
-            return number
 
-        number = await self._write_record(operation)
+        async with self._unmounted(key) as number:
+            await self._write_record(operation)
         self.counting.count_soon(number)
 
     def _new_parent(self, writer: Writer, record: Record, parent: Ref) -> int:
@@ -265,11 +287,11 @@ class Snapshotter:
         The key is free before the files are gone.  ``wait`` returns when they are; a failure to delete them is logged
         and never brings the snapshot back.
 
-        Raises NotFound, or HasChildren (a FailedPrecondition).
+        Raises NotFound, HasChildren, or Busy: somebody uses its rootfs (both FailedPreconditions).
         """
 
         def operation(writer: Writer) -> None:
-            number, record = self._find(writer, key)
+            record = self._find_again(writer, number, key)
             if child := writer.a_child(number):
                 raise HasChildren.of(record.name, child[1], child[0])
             before = writer.info(number, record)
@@ -278,7 +300,8 @@ class Snapshotter:
             if not self.options.async_remove and number not in self._damaged:
                 writer.when_durable(lambda: self.layers.retire(number))
 
-        await self._write_record(operation)
+        async with self._unmounted(key) as number:
+            await self._write_record(operation)
         if self.options.async_remove:
             return
         if wait:
@@ -438,6 +461,59 @@ class Snapshotter:
             self._refuse_damaged(number)
         return await self.counting.usage(number, record)
 
+    async def mount(self, key: Ref) -> str:
+        """Have the merged file system of a snapshot mounted by the kernel, read-only unless the snapshot is active: where.
+
+        It is unmounted when nobody has used it, nor called this, for ``rootfs_idle`` seconds.  An active snapshot that somebody
+        else has mounted is not mounted a second time: the answer is that place.
+
+        Raises NotFound; Unavailable: mounting is not permitted, or the kernel's words; Busy: too many are in use; Damaged;
+        FailedPrecondition: the snapshot's ids are remapped, which is left to container runtimes.
+        """
+        await trio.lowlevel.checkpoint()
+        with self._reading() as reader:
+            number, record = self._find(reader, key)
+        if self.rootfs is None:
+            raise Unavailable("the merged file systems can't be mounted here")
+        if not self.rootfs.holds(number) and (places := self._elsewhere(number, record)):
+            return places[0]
+        return await self.rootfs.mount(number, lambda: self._stack(number))
+
+    def _stack(self, number: int) -> Stack:
+        with self._reading() as reader:
+            _, record = self._find(reader, number)
+            chain = reader.chain(record)
+        self._refuse_damaged(number, *chain)
+        if self._maps_ids and any(idmap.mappings(record.labels)):
+            raise FailedPrecondition(
+                f'snapshot "{record.name}" has its ids remapped: let a container runtime mount what mounts.json says'
+            )
+        if record.kind is Kind.ACTIVE:
+            return Stack(tuple(chain), number)
+        return Stack(tuple(chain) if record.kind is Kind.VIEW and chain else (number, *chain))
+
+    def _elsewhere(self, number: int, record: Record) -> list[str]:
+        return self.mounted.active(number) if record.kind is Kind.ACTIVE else []
+
+    def rootfs_of(self, number: int, record: Record) -> str | None:
+        """Where ``mount`` would have it; None where nothing can be mounted."""
+        if self.rootfs is None:
+            return None
+        places = [] if self.rootfs.holds(number) else self._elsewhere(number, record)
+        return places[0] if places else self.layers.rootfs(number)
+
+    def places(self, reader: Reader, number: int, record: Record) -> list[str]:
+        """Where the file system of a snapshot is mounted in this mount namespace, by whomever: paths.
+
+        A view and its parent look the same, so both are shown at all places but each other's rootfs.
+        """
+        if record.kind is Kind.ACTIVE:
+            return self.mounted.active(number)
+        chain = reader.chain(record)
+        layers = chain if record.kind is Kind.VIEW and chain else [number, *chain]
+        own = self.layers.rootfs(number)
+        return [place for place in self.mounted.stacked(layers) if place == own or not self.layers.is_rootfs(place)]
+
     async def flush(self) -> None:
         """Return when all data written to ROOT's file system so far is on disk."""
         self._refuse_closed()
@@ -477,6 +553,24 @@ class Snapshotter:
             raise NotFound.snapshot(str(key))
         return number, record
 
+    def _find_again(self, reader: Reader, number: int, key: Ref) -> Record:
+        """The record of ``number``, which was called ``key`` a moment ago."""
+        record = reader.record(number)
+        if record is None or (isinstance(key, str) and record.name != key):
+            raise NotFound.snapshot(str(key))
+        return record
+
+    @asynccontextmanager
+    async def _unmounted(self, key: Ref) -> AsyncIterator[int]:
+        """For a block in which ``key``, whose id this gives, must not be mounted as rootfs."""
+        with self._reading() as reader:
+            number, _ = self._find(reader, key)
+        if self.rootfs is None:
+            yield number
+        else:
+            async with self.rootfs.unmounted(number):
+                yield number
+
     def _committed(self, reader: Reader, parent: Ref, wrong_kind: type[InvalidArgument | FailedPrecondition]) -> int:
         """The id of ``parent``, which is to get a child."""
         try:
@@ -510,7 +604,7 @@ class Snapshotter:
             record.kind,
             self.layers.directory(number),
             [self.layers.directory(parent) for parent in chain],
-            options=self._overlay_options,
+            options=self.overlay_options,
             remap=record.labels if self._maps_ids else None,
         )
 

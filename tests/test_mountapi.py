@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from snapfs.kernel import mountapi, mounting, overlay
-from snapfs.kernel.mounttable import MountPoint, mount_table, writers
+from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.mountspec import escape
 from tests.conftest import die_with_parent
 
 MountOverlay = Callable[..., None]
@@ -37,6 +38,24 @@ HOSTILE = [
     "#$;&|*?",
     "a=b,upperdir=c",
 ]
+
+
+def unmount_unused(target: str) -> int | None:
+    """Unmount ``target`` while a copy of it keeps the overlay; the copy."""
+    copy = mounting.copy_of(target)
+    try:
+        mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
+    except OSError:
+        if copy is not None:
+            os.close(copy)
+        raise
+    return copy
+
+
+def writers(upper: str) -> list[str]:
+    """Where an overlay with the upper directory ``upper`` is mounted so that it can be written."""
+    options = (f"upperdir={upper}", f"upperdir={escape(upper)}")
+    return [mount.target for mount in mount_table() if "rw" in mount.options and set(options) & set(mount.super_options)]
 
 
 def descriptors() -> list[str]:
@@ -421,7 +440,7 @@ def test_unmount_unused_keeps_the_overlay_until_the_copy_is_closed(layers: Layer
     arguments = (str(target), layers.lowers, layers.upper, layers.work, ["index=on"])
     overlay.mount_overlay(*arguments, read_only=False)
     (target / "new").write_text("x")
-    copy = mounting.unmount_unused(str(target))
+    copy = unmount_unused(str(target))
     assert copy is not None
     try:
         assert mounts_at(target) == []
@@ -455,7 +474,7 @@ def test_unmount_unused_does_not_wait_for_the_disk(tmp_path: Path, target: Path)
             for _ in range(32):
                 file.write(os.urandom(1 << 20))
         before = written()
-        copy = mounting.unmount_unused(str(target))
+        copy = unmount_unused(str(target))
         between = written()
         assert copy is not None
         os.close(copy)
@@ -477,21 +496,21 @@ def test_unmount_unused_leaves_what_is_used(kind: str, layers: Layers, target: P
     before = descriptors()
     with subprocess.Popen(["sleep", "60"], cwd=target, preexec_fn=die_with_parent) as inside:
         try:
-            error = refused(errno.EBUSY, lambda: mounting.unmount_unused(str(target)))
+            error = refused(errno.EBUSY, lambda: unmount_unused(str(target)))
             assert error.filename == str(target)
         finally:
             inside.kill()
     with open(target / "same"):
-        refused(errno.EBUSY, lambda: mounting.unmount_unused(str(target)))
+        refused(errno.EBUSY, lambda: unmount_unused(str(target)))
     (target / "below").mkdir()
     mounting.mount("tmpfs", str(target / "below"), "tmpfs", 0, "size=1m")
     try:
-        refused(errno.EBUSY, lambda: mounting.unmount_unused(str(target)))
+        refused(errno.EBUSY, lambda: unmount_unused(str(target)))
     finally:
         mounting.unmount(str(target / "below"))
     assert len(mounts_at(target)) == 1
     assert descriptors() == before
-    copy = mounting.unmount_unused(str(target))
+    copy = unmount_unused(str(target))
     assert copy is not None
     os.close(copy)
     assert mounts_at(target) == []
@@ -504,14 +523,14 @@ def test_unmount_unused_below_a_shared_mount(layers: Layers, target: Path) -> No
     (inner := target / "inner").mkdir()
     overlay.mount_overlay(str(inner), layers.lowers, layers.upper, layers.work, ["index=off"], read_only=False)
     with open(inner / "same"):
-        refused(errno.EBUSY, lambda: mounting.unmount_unused(str(inner)))
-    copy = mounting.unmount_unused(str(inner))
+        refused(errno.EBUSY, lambda: unmount_unused(str(inner)))
+    copy = unmount_unused(str(inner))
     assert copy is not None
     os.close(copy)
     assert mounts_at(inner) == []
 
 
-@pytest.mark.parametrize("unmount", [mounting.unmount_unused, mounting.expire])
+@pytest.mark.parametrize("unmount", [unmount_unused, mounting.expire])
 def test_only_what_is_mounted_at_the_path_itself_is_unmounted(
     unmount: Callable[[str], object], layers: Layers, target: Path, tmp_path: Path
 ) -> None:
@@ -533,8 +552,8 @@ def test_unmount_unused_on_a_kernel_without_copies(layers: Layers, target: Path,
     overlay.mount_overlay(str(target), layers.lowers, layers.upper, layers.work, ["index=off"], read_only=False)
     monkeypatch.setattr(mountapi, "open_tree", lack)
     with open(target / "same"):
-        refused(errno.EBUSY, lambda: mounting.unmount_unused(str(target)))
-    assert mounting.unmount_unused(str(target)) is None
+        refused(errno.EBUSY, lambda: unmount_unused(str(target)))
+    assert unmount_unused(str(target)) is None
     assert mounts_at(target) == []
 
 
@@ -579,8 +598,9 @@ for mount in (overlay.mount_overlay, overlay.mount_overlay_classic):
     assert len(os.listdir(target)) == 4
     Path(target, "same").write_text("changed")
     os.unlink(target + "/same")
-    copy = mounting.unmount_unused(target)
+    copy = mounting.copy_of(target)
     assert copy is not None
+    mounting.unmount(target)
     os.close(copy)
     os.unlink(upper + "/same")
     mount(target, lowers, upper, work, ["userxattr", "index=off"], read_only=True)

@@ -275,7 +275,7 @@ async def test_index_off_unless_given_in_either_form(root: Path, given: tuple[st
 
 
 async def test_no_index_where_the_kernel_does_not_know_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "knows_index", lambda: False)
+    monkeypatch.setattr(probe, "overlay_knows", lambda parameter: False)
     assert (await overlay_of(root)).options[3:] == ()
 
 

@@ -135,6 +135,7 @@ def test_slots_of_attributes_are_unique_and_fixed() -> None:
         "usage.json": 19,
         "parent": 20,
         "diff": 21,
+        "rootfs": 22,
     }
 
 

@@ -263,7 +263,7 @@ def test_mkdir_on_a_full_disk_fails_whole_and_works_again_later(
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", limit, "none", str(disk)], check=True)
     try:
-        daemon = make_daemon(root=disk / "root").start()
+        daemon = make_daemon("--no-rootfs", root=disk / "root").start()  # a mount takes inodes too
         os.mkdir(daemon.mnt / "active/first")
         if limit.startswith("size"):
             with open("/dev/zero", "rb") as zeros, open(disk / "filler", "wb", buffering=0) as filler, failing(errno.ENOSPC):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import re
 import signal
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import trio
 
 from snapfs.errors import InvalidArgument, Unavailable
 from snapfs.snapshotter import Options
+
+N = TypeVar("N", int, float)
 
 _FLAGS = {
     "allow_other": "let other users enter (the kernel then checks modes)",
@@ -22,6 +26,12 @@ _FLAGS = {
     "upperdir_label": "show each layer's path as a label in info.json",
     "remap_ids": "put uidmap= and gidmap= from the mapping labels into the mount specs",
     "slow_chown": "change owners where layers can't be mounted idmapped",
+    "no_rootfs": "never mount a snapshot's file system; leaves out rootfs",
+}
+
+_NUMBERS = {
+    "rootfs_idle": ("SECONDS", "unmount a file system that was not used for so long (default 60)"),
+    "rootfs_max": ("N", "hold at most so many file systems mounted (default 128)"),
 }
 
 _IGNORED = frozenset(("rw", "defaults", "auto", "noauto", "nofail", "_netdev", "nosuid", "nodev", "noatime"))
@@ -43,6 +53,8 @@ def add_parser(verbs: Any) -> None:
     )
     for name, text in _FLAGS.items():
         parser.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
+    for name, (metavar, text) in _NUMBERS.items():
+        parser.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
     parser.add_argument(
         "--mount-option", action="append", default=[], metavar="OPT", help="an option for every overlay mount; may be repeated"
     )
@@ -52,6 +64,7 @@ def add_parser(verbs: Any) -> None:
 def run(given: argparse.Namespace) -> int:
     """Serve; returns 0 when it was ended cleanly."""
     flags = {name for name in _FLAGS if getattr(given, name)}
+    numbers = {name: getattr(given, name) for name in _NUMBERS if getattr(given, name) is not None}
     overlay = list(given.mount_option)
     for option in _split(given.mount_options):
         name, equals, value = option.partition("=")
@@ -59,8 +72,10 @@ def run(given: argparse.Namespace) -> int:
             overlay.append(value)
         elif name in _FLAGS and not equals:
             flags.add(name)
+        elif name in _NUMBERS and value:
+            numbers[name] = value
         elif option not in _IGNORED:
-            known = ", ".join([*_FLAGS, "mount_option=…"])
+            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*_NUMBERS, "mount_option"))])
             raise InvalidArgument(f'unknown mount option "{option}"; there are {known}')
     logging.basicConfig(level=logging.WARNING, format="snapfs: %(message)s")
     options = Options(
@@ -69,6 +84,9 @@ def run(given: argparse.Namespace) -> int:
         mount_options=tuple(overlay),
         remap_ids="remap_ids" in flags,
         slow_chown="slow_chown" in flags,
+        rootfs="no_rootfs" not in flags,
+        rootfs_idle=_number("rootfs_idle", numbers.get("rootfs_idle", "60"), float, 0.0),
+        rootfs_max=_number("rootfs_max", numbers.get("rootfs_max", "128"), int, 1),
     )
     try:
         from snapfs.fuse.serve import MountOptions, serve
@@ -83,6 +101,15 @@ def run(given: argparse.Namespace) -> int:
         signal.signal(number, signal.SIG_IGN)
     trio.run(serve, given.root, os.path.abspath(given.mountpoint), options, mount, say_ready)
     return 0
+
+
+def _number(name: str, text: str, convert: Callable[[str], N], least: N) -> N:
+    """The value of the option ``name``: a number from ``least`` to a million."""
+    with contextlib.suppress(ValueError):
+        value = convert(text)
+        if least <= value <= 1_000_000:
+            return value
+    raise InvalidArgument(f"{name}={text}: a number from {least} to a million is wanted")
 
 
 def _split(lists: list[str]) -> list[str]:

@@ -7,7 +7,6 @@ import errno
 import os
 import platform
 import subprocess
-from contextlib import suppress
 
 from snapfs.kernel import libc, mountapi
 from snapfs.mountspec import PAGE
@@ -81,34 +80,29 @@ def unmount(target: str, flags: int = 0) -> None:
         raise OSError(error.errno, error.strerror, target) from None
 
 
-def unmount_unused(target: str) -> int | None:
-    """Unmount ``target``, at once and whole, unless anybody uses it or anything is mounted below it: OSError, EBUSY.
+def copy_of(target: str) -> int | None:
+    """A descriptor of a detached copy of the mount at ``target``, None where none can be had (a kernel before 5.2, no
+    descriptors left).
 
-    The last unmount of an overlay flushes the whole file system that holds its upper directory, which may take minutes.  So
-    this keeps the overlay alive by a detached copy of the mount and returns the copy's descriptor: whoever closes it waits
-    for that flush (close(2) returns only then, and does not tell its errors), as does the end of the process.  None where no
-    copy could be had (a kernel before 5.2, no descriptors left); the flush is then done already.
+    The last unmount of an overlay flushes the whole file system that holds its upper directory, which may take minutes.  With
+    a copy that is not the umount2(2) of ``target``, which is then done at once, but the close(2) of the copy: it returns when
+    all is flushed and does not tell its errors.  Neither does it count as use of ``target`` (but making it does), nor does
+    the mount table show it.
 
     Until the copy is closed the overlay holds its upper and work directory: another overlay on them is EBUSY with
     ``index=on``, and with ``index=off`` a warning in the kernel's log (harmless here: nobody is left to use the first).
     """
-    copy = None
-    with suppress(OSError):  # whatever is wrong with target, umount2 finds out too
-        copy = mountapi.open_tree(target)
     try:
-        unmount(target, UMOUNT_NOFOLLOW)
+        return mountapi.open_tree(target)
     except OSError:
-        if copy is not None:
-            os.close(copy)
-        raise
-    return copy
+        return None
 
 
 def expire(target: str) -> bool:
     """Unmount ``target`` if nobody has used it, or so much as looked at it, since the last call: True.  Otherwise False, and
     it is marked for the next call; EBUSY, an OSError, while it is in use or anything is mounted below it.
 
-    The unmount takes its time (``unmount_unused`` says why).  The copy made there would count as use here.
+    The unmount takes its time unless there is a copy (``copy_of``).
     """
     try:
         unmount(target, MNT_EXPIRE | UMOUNT_NOFOLLOW)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import select
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapfs.mountspec import escape
+_MOUNTINFO = Path("/proc/self/mountinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,49 +29,48 @@ class MountPoint:
 
 def mount_table() -> Iterator[MountPoint]:
     """All mounts that this process sees, in the order in which they were made."""
-    text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    for line in text.split("\n")[:-1]:
-        fields, _, rest = line.partition(" - ")
-        number, _parent, device, root, target, options = fields.split(" ")[:6]
-        kind, source, super_options = rest.split(" ", 2)
-        yield MountPoint(
-            id=int(number),
-            device=device,
-            root=_unescape(root),
-            target=_unescape(target),
-            options=tuple(options.split(",")),
-            type=kind,
-            source=_unescape(source),
-            super_options=tuple(_unescape(option) for option in super_options.split(",")),
-        )
+    return map(parse, _MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1])
 
 
-def writers(directory: str) -> list[str]:
-    """Where the layer ``directory`` (ROOT/snapshots/<id>/fs) is mounted so that it can be written: as the upperdir of an
-    overlay, or bound with ``rw``; paths of targets in this mount namespace."""
-    uppers = (f"upperdir={directory}", f"upperdir={escape(directory)}")  # as either mount API shows it
-    tail = "/".join(["", *directory.split("/")[-3:]])
-    found = []
-    for mount in mount_table():
-        if "rw" not in mount.options:
-            continue
-        if mount.type == "overlay":
-            if any(option in uppers for option in mount.super_options):
-                found.append(mount.target)
-        elif f"{tail}/" in f"{mount.root}/":  # the layer, or a directory in it
-            inside = mount.root.partition(tail)[2]
-            if _is_at(mount.target, directory + inside):
-                found.append(mount.target)
-    return found
+def parse(line: str) -> MountPoint:
+    """One line of the table."""
+    fields, _, rest = line.partition(" - ")
+    number, _parent, device, root, target, options = fields.split(" ")[:6]
+    kind, source, super_options = rest.split(" ", 2)
+    return MountPoint(
+        id=int(number),
+        device=device,
+        root=_unescape(root),
+        target=_unescape(target),
+        options=tuple(options.split(",")),
+        type=kind,
+        source=_unescape(source),
+        super_options=tuple(_unescape(option) for option in super_options.split(",")),
+    )
 
 
-def _is_at(target: str, path: str) -> bool:
-    """Whether what is at ``path`` stands at ``target``; only asked of binds that look like it, for stat(2) of any other mount
-    may wait for its server, or be our own."""
-    try:
-        return os.path.samestat(os.stat(target), os.stat(path))
-    except OSError:
-        return False
+class MountTable:
+    """The table, for who asks again and again: it is read only where it has changed.  ``close`` it; not for several threads."""
+
+    def __init__(self) -> None:
+        self._fd = os.open(_MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLPRI)  # poll(2) tells once of each change since the last call
+        self._read = False
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def has_changed(self) -> bool:
+        """Whether it may have changed since the last call; the first time it has."""
+        changed, self._read = bool(self._poll.poll(0)) or not self._read, True
+        return changed
+
+    def lines(self) -> list[str]:
+        """The lines as they are now, for ``parse``."""
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        with open(self._fd, encoding="utf-8", errors="surrogateescape", closefd=False) as file:
+            return file.read().split("\n")[:-1]
 
 
 def _unescape(text: str) -> str:

@@ -50,9 +50,9 @@ def needs_userxattr(directory: str) -> bool:
         shutil.rmtree(trial, ignore_errors=True)
 
 
-def knows_index() -> bool:
-    """Whether this kernel's overlayfs has the parameter ``index`` (4.13 and later)."""
-    return os.path.exists("/sys/module/overlay/parameters/index")
+def overlay_knows(parameter: str) -> bool:
+    """Whether this kernel's overlayfs has ``parameter``: ``redirect_dir`` from 4.10 on, ``index`` 4.13, ``metacopy`` 4.19."""
+    return os.path.exists(f"/sys/module/overlay/parameters/{parameter}")
 
 
 def on_tmpfs(directory: str) -> bool:

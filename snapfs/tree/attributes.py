@@ -61,8 +61,9 @@ def mount_sh(tree: Tree, number: int, record: Record) -> str:
 def info_json(tree: Tree, number: int, record: Record) -> str:
     with tree.reading() as reader:
         info = tree.snapshotter.shown(reader.info(number, record))
+        places = tree.snapshotter.places(reader, number, record)
     times = {"created": rfc3339(info.created), "updated": rfc3339(info.updated)}
-    return json_text({**msgspec.structs.asdict(info), **times})
+    return json_text({**msgspec.structs.asdict(info), **times, "mounted": places})
 
 
 def usage_json(tree: Tree, number: int, record: Record) -> str:
@@ -85,6 +86,14 @@ def diff(tree: Tree, number: int, record: Record) -> str:
     return tree.snapshotter.layers.fs(number)
 
 
+def rootfs(tree: Tree, number: int, record: Record) -> str | None:
+    return tree.snapshotter.rootfs_of(number, record)
+
+
+async def mount(tree: Tree, number: int, record: Record) -> None:
+    await tree.snapshotter.mount(number)
+
+
 UNKNOWN_SIZE = 4096  # of a file that has content, as in sysfs
 
 ALL = (Kind.ACTIVE, Kind.VIEW, Kind.COMMITTED)
@@ -98,6 +107,7 @@ ATTRIBUTES = (
     Attribute("usage.json", 19, ALL, usage_json, refresh=count),
     Attribute("parent", 20, ALL, parent, type=_LINK),
     Attribute("diff", 21, (Kind.ACTIVE, Kind.COMMITTED), diff, type=_LINK, fixed=True),
+    Attribute("rootfs", 22, ALL, rootfs, type=_LINK, refresh=mount),
 )
 
 BY_SLOT = {attribute.slot: attribute for attribute in ATTRIBUTES}
@@ -167,7 +177,8 @@ class AttributeLink(_Attribute, Link):
         return text.read(0, text.size).decode()
 
     async def follow(self) -> str:
-        return (await self.refresh()).target()
+        await self.refresh()
+        return self.target()
 
     def attributes(self) -> Attributes:
         try:
@@ -183,7 +194,7 @@ def attribute_node(
     """The node of a row, None where this snapshot hasn't got it; ``text`` is what the file held when it was looked up."""
     if record.kind not in attribute.kinds or attribute.name in tree.hidden.get(number, ()):
         return None
-    if attribute.name == "parent" and not record.parent:
+    if (attribute.render is parent and not record.parent) or (attribute.render is rootfs and tree.snapshotter.rootfs is None):
         return None
     if stat.S_ISLNK(attribute.type):
         return AttributeLink(tree, number, record, attribute)

@@ -1,0 +1,118 @@
+"""Where the snapshots of a root are mounted in this mount namespace, by whomever: what the mount table says of its layers."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from snapfs.kernel.mounttable import MountPoint, MountTable, parse
+from snapfs.layers import parse_id
+
+_LAYER = re.compile(r"/([1-9][0-9]*)/fs")
+_BOUND = re.compile(r"/snapshots/([1-9][0-9]*)/fs(?=/|\Z)")
+_COLON = re.compile(r"((?:[^\\:]|\\.)*)(?::|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One mount: its target, whether it can be written, and which directory in the layer it shows ("": the layer itself)."""
+
+    target: str
+    writable: bool
+    inside: str = ""
+
+
+class Mounted:
+    """The mounts of the layers ``snapshots``/<id>/fs.  Each call tells of this moment; threads may share it."""
+
+    def __init__(self, snapshots: str) -> None:
+        self._snapshots = snapshots
+        self._table = MountTable()
+        self._lock = threading.Lock()
+        self._upper: dict[int, list[Place]] = {}
+        self._bound: dict[int, list[Place]] = {}
+        self._stacked: dict[tuple[int, ...], list[Place]] = {}
+
+    def close(self) -> None:
+        self._table.close()
+
+    def writers(self, number: int) -> list[str]:
+        """Where the layer of snapshot ``number``, or a directory in it, can be written: as the upperdir of an overlay or
+        bound."""
+        with self._lock:
+            self._refresh()
+            places = [*self._upper.get(number, ()), *self._bound.get(number, ())]
+        return [place.target for place in places if place.writable]
+
+    def active(self, number: int) -> list[str]:
+        """Where the file system of the active snapshot ``number`` is mounted, whole and writable."""
+        with self._lock:
+            self._refresh()
+            places = [*self._upper.get(number, ()), *self._bound.get(number, ())]
+        return [place.target for place in places if place.writable and not place.inside]
+
+    def stacked(self, layers: Sequence[int]) -> list[str]:
+        """Where these layers, the nearest first, are mounted as one, with none to write to above them: what a committed
+        snapshot, or a view of it, looks like."""
+        with self._lock:
+            self._refresh()
+            if len(layers) == 1:
+                return [place.target for place in self._bound.get(layers[0], ()) if not place.inside]
+            return [place.target for place in self._stacked.get(tuple(layers), ())]
+
+    def _refresh(self) -> None:
+        if not self._table.has_changed():
+            return
+        upper: defaultdict[int, list[Place]] = defaultdict(list)
+        bound: defaultdict[int, list[Place]] = defaultdict(list)
+        stacked: defaultdict[tuple[int, ...], list[Place]] = defaultdict(list)
+        for line in self._table.lines():
+            if "/fs" not in line:
+                continue
+            mount = parse(line)
+            writable = "rw" in mount.options
+            if mount.type == "overlay":
+                above = [n for option in mount.super_options if (n := self._number(option.removeprefix("upperdir=")))]
+                if above:
+                    upper[above[0]].append(Place(mount.target, writable))
+                elif below := self._lowers(mount):
+                    stacked[below].append(Place(mount.target, writable))
+            elif found := self._bound_layer(mount):
+                number, inside = found
+                bound[number].append(Place(mount.target, writable, inside))
+        self._upper, self._bound, self._stacked = upper, bound, stacked
+
+    def _lowers(self, mount: MountPoint) -> tuple[int, ...]:
+        numbers: list[int | None] = []
+        for option in mount.super_options:  # several "lowerdir+=" of the mount API, or one "lowerdir=" of mount(2)
+            key, _, value = option.partition("=")
+            if key == "lowerdir+":
+                numbers.append(self._number(value))
+            elif key == "lowerdir":
+                numbers += [self._number(part) for part in _COLON.findall(value) if part]
+        return () if None in numbers else tuple(number for number in numbers if number)
+
+    def _number(self, path: str) -> int | None:
+        """The id whose layer is at ``path``, as overlayfs shows it: with or without its backslashes."""
+        for text in (path, re.sub(r"\\(.)", r"\1", path, flags=re.DOTALL)):
+            if text.startswith(self._snapshots + "/") and (found := _LAYER.fullmatch(text, len(self._snapshots))):
+                return parse_id(found[1])
+        return None
+
+    def _bound_layer(self, mount: MountPoint) -> tuple[int, str] | None:
+        """Id and directory inside of a bound layer.  The table shows where in its file system that is, which is not where this
+        process finds it: so what looks like it is asked."""
+        for found in _BOUND.finditer(mount.root):
+            number, inside = parse_id(found[1]), mount.root[found.end() :]
+            if number is None:
+                continue
+            try:  # only of what looks like it: stat(2) of any other mount may wait for its server, or be our own
+                if os.path.samestat(os.stat(mount.target), os.stat(f"{self._snapshots}/{number}/fs{inside}")):
+                    return number, inside
+            except OSError:
+                continue
+        return None

@@ -1,0 +1,301 @@
+"""The merged file systems, mounted by the kernel at ROOT/rootfs/<id> for as long as somebody uses them.
+
+A mount costs a worker thread some hundred microseconds when it is first asked for, nothing afterwards.  It goes when it was
+not used for ``idle`` seconds, when there are more than ``most`` and it is the one that was asked for longest ago, when its
+snapshot is committed or removed, and at the end.  Nothing but mounting and unmounting happens here: which layers, and
+whether they may be mounted, is the caller's to say.
+
+Its directory is made with each mount and removed with it: who comes too late meets ENOENT and never an empty directory.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from itertools import islice
+
+import msgspec
+import trio
+
+from snapfs.errors import Busy, Closed, Unavailable
+from snapfs.kernel import mounting, overlay
+from snapfs.kernel.mounttable import mount_table
+from snapfs.kernel.processes import users
+from snapfs.layers import Layers, parse_id
+
+log = logging.getLogger(__name__)
+
+GRACE = 0.25  # seconds after it was asked for in which a mount is not taken for another: whoever asked is about to go there
+
+_threads = trio.CapacityLimiter(8)
+
+
+class Stack(msgspec.Struct, frozen=True):
+    """What to mount: the ids of the read-only layers, the nearest first, and that of a writable one above them."""
+
+    lower: tuple[int, ...]
+    upper: int | None = None
+
+
+class _Held:
+    """One mount of ours: when it was last asked for, and a detached copy of it.
+
+    The last unmount of an overlay flushes the whole file system that holds its upper directory, which may take minutes.  The
+    copy makes that the close of the copy instead, in the background: a Commit must not wait for it.
+    """
+
+    def __init__(self, copy: int | None) -> None:
+        self.copy = copy
+        self.asked = trio.current_time()
+
+
+class Rootfs:
+    """The mounts of one root.  ``run`` must be running; ``options`` go on each overlay."""
+
+    def __init__(self, layers: Layers, options: Sequence[str], *, idle: float, most: int) -> None:
+        self.idle = idle
+        self.most = most
+        self._layers = layers
+        self._options = options
+        self._directory = layers.rootfs_directory
+        self._held: dict[int, _Held] = {}
+        self._recovered: dict[int, int | None] = {}  # what ``recover`` took over, and their copies
+        self._locks: dict[int, trio.Lock] = {}
+        self._making_room = trio.Lock()
+        self._coming = 0  # mounts that room was made for
+        self._nursery: trio.Nursery | None = None
+
+    @property
+    def count(self) -> int:
+        """How many are mounted."""
+        return len(self._held)
+
+    def holds(self, number: int) -> bool:
+        """Whether the file system of snapshot ``number`` is mounted here."""
+        return number in self._held
+
+    # -- life
+
+    def trial(self) -> str | None:
+        """Mount an overlay as ``mount`` does; in the kernel's words why that is refused, None where it is not."""
+        trial = self._layers.make_trial()
+        options = [*self._options, "volatile"] if mounting.kernel_version() >= (5, 10) else self._options  # so: no flush
+        target = f"{self._directory}/trial"
+        try:
+            os.makedirs(target, mode=0o700, exist_ok=True)
+            overlay.mount_overlay(target, [f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", options, read_only=False)
+            mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            return error.strerror or str(error)
+        finally:
+            self._layers.put_away(target)
+            shutil.rmtree(trial, ignore_errors=True)
+        return None
+
+    def recover(self, right: Callable[[int], bool]) -> None:
+        """Unmount what a crashed daemon left, and remove its directories.
+
+        What is in use and ``right`` for its snapshot is taken over; anything else that is in use is detached.  Blocks on the
+        disk.
+        """
+        kept = self._recovered
+        below = [mount.target for mount in mount_table() if os.path.dirname(mount.target) == self._directory]
+        for target in reversed(below):
+            number = parse_id(os.path.basename(target))
+            try:
+                mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
+            except OSError as error:
+                if error.errno == errno.EBUSY and number is not None and number not in kept and right(number):
+                    kept[number] = mounting.copy_of(target)
+                else:
+                    _detach(target)
+        for name in os.listdir(self._directory):
+            if parse_id(name) not in kept:
+                self._layers.put_away(f"{self._directory}/{name}")
+
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        """Unmount what is not used, until cancelled; then everything."""
+        self._held = {number: _Held(copy) for number, copy in self._recovered.items()}
+        try:
+            async with trio.open_nursery() as self._nursery:
+                task_status.started()
+                while True:
+                    await trio.sleep(max(self.idle / 4, 0.01))
+                    for number in list(self._held):
+                        await self._expire(number)
+        finally:
+            self._nursery = None  # from here on nothing more is mounted
+            with trio.CancelScope(shield=True):
+                for number in {*self._held, *self._locks}:
+                    async with self._locked(number):
+                        if number in self._held:
+                            await trio.to_thread.run_sync(self._end, number, self._held.pop(number))
+
+    def _end(self, number: int, held: _Held) -> None:
+        try:
+            self._unmount(number)
+        except OSError:
+            _detach(self._layers.rootfs(number))
+            self._layers.put_away(self._layers.rootfs(number))
+        if held.copy is not None:
+            os.close(held.copy)
+
+    # -- mounting
+
+    async def mount(self, number: int, stack: Callable[[], Stack]) -> str:
+        """Have the file system of snapshot ``number`` mounted: where.
+
+        ``stack`` is asked for what to mount when that is to be done; it may raise.  Raises Unavailable where the kernel
+        refuses (with its words), Busy where ``most`` others are mounted and all in use.
+        """
+        held = self._held.get(number)
+        if held is not None:
+            held.asked = trio.current_time()
+            return self._layers.rootfs(number)
+        async with self._locked(number):
+            if number not in self._held:
+                async with self._room():
+                    work = functools.partial(self._mount, number, stack())
+                    self._held[number] = _Held(await trio.to_thread.run_sync(work, limiter=_threads))
+        return self._layers.rootfs(number)
+
+    def _mount(self, number: int, stack: Stack) -> int | None:
+        target, layers = self._layers.rootfs(number), self._layers
+        lowers = [layers.fs(below) for below in stack.lower]
+        try:
+            os.mkdir(target, 0o700)
+            try:
+                if stack.upper is None and len(lowers) == 1:
+                    mounting.mount_bind(lowers[0], target, read_only=True)
+                elif stack.upper is not None and not lowers:
+                    mounting.mount_bind(layers.fs(stack.upper), target, read_only=False)
+                else:
+                    upper = None if stack.upper is None else layers.fs(stack.upper)
+                    work = None if stack.upper is None else layers.work(stack.upper)
+                    overlay.mount_overlay(target, lowers, upper, work, self._options, read_only=upper is None)
+            except OSError:
+                os.rmdir(target)
+                raise
+        except OSError as error:
+            raise Unavailable(f"cannot mount the file system of snapshot {number}: {error.strerror}", error.errno) from error
+        return mounting.copy_of(target)
+
+    @asynccontextmanager
+    async def _room(self) -> AsyncIterator[None]:
+        """Hold one of the ``most`` places."""
+        async with self._making_room:
+            if self._nursery is None:
+                raise Closed()
+            while len(self._held) + self._coming >= self.most:
+                await self._make_room()
+            self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+
+    async def _make_room(self) -> None:
+        """Unmount the one that was asked for longest ago among those that nobody uses."""
+        now = trio.current_time()
+        waiting = False
+        for number, held in sorted(self._held.items(), key=lambda item: item[1].asked):
+            if number in self._locks:
+                waiting = True
+            elif now - held.asked < GRACE:
+                await trio.sleep(held.asked + GRACE - now)
+                return
+            else:
+                with suppress(OSError):
+                    async with self._locked(number):
+                        await self._release(number)
+                        return
+        if not waiting and not self._coming:
+            raise Busy(f"{self.most} file systems are mounted and all in use: leave some, or raise rootfs_max")
+        await trio.sleep(GRACE)
+
+    # -- unmounting
+
+    @asynccontextmanager
+    async def unmounted(self, number: int) -> AsyncIterator[None]:
+        """For a block in which snapshot ``number`` must not be mounted here; raises Busy, having unmounted nothing, while
+        somebody uses it."""
+        async with self._locked(number):
+            try:
+                await self._release(number)
+            except OSError as error:
+                target = self._layers.rootfs(number)
+                if error.errno != errno.EBUSY:
+                    raise Unavailable.from_os("unmount its file system", error) from error
+                by = await trio.to_thread.run_sync(_by, target)
+                raise Busy(f"its file system {target} is in use{by}: leave it first") from None
+            yield
+
+    async def _release(self, number: int) -> None:
+        """Unmount ``number``, whose lock is held; raises OSError."""
+        if number in self._held:
+            await trio.to_thread.run_sync(self._unmount, number, limiter=_threads)
+            self._let_go(self._held.pop(number))
+
+    def _unmount(self, number: int) -> None:
+        try:
+            mounting.unmount(self._layers.rootfs(number), mounting.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # then somebody else has unmounted it
+                raise
+        self._layers.put_away(self._layers.rootfs(number))
+
+    async def _expire(self, number: int) -> None:
+        """Unmount ``number`` if it was not asked for, nor used by who asked earlier, for ``idle`` seconds."""
+
+        def expire() -> bool:
+            try:
+                if not mounting.expire(self._layers.rootfs(number)):
+                    return False
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    return False
+            self._layers.put_away(self._layers.rootfs(number))
+            return True
+
+        async with self._locked(number):
+            held = self._held.get(number)
+            if (
+                held is not None
+                and trio.current_time() - held.asked >= self.idle
+                and await trio.to_thread.run_sync(expire, limiter=_threads)
+            ):
+                self._let_go(self._held.pop(number))
+
+    def _let_go(self, held: _Held) -> None:
+        """Close the copy, which may flush the disk, in the background."""
+        if held.copy is not None and self._nursery is not None:
+            self._nursery.start_soon(trio.to_thread.run_sync, os.close, held.copy)
+        elif held.copy is not None:
+            os.close(held.copy)
+
+    @asynccontextmanager
+    async def _locked(self, number: int) -> AsyncIterator[None]:
+        lock = self._locks.setdefault(number, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked() and self._locks.get(number) is lock:
+                del self._locks[number]
+
+
+def _detach(target: str) -> None:
+    """Unmount ``target`` though it is in use: who uses it can go on, nobody else gets there."""
+    log.warning("%s is still in use%s; detaching it", target, _by(target))
+    with suppress(OSError):
+        mounting.unmount(target, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+
+
+def _by(target: str) -> str:
+    found = [f"{pid} ({name})" for pid, name in islice(users(target), 3)]
+    return f" by process {', '.join(found)}" if found else ""
