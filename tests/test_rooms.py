@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
 PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec"}
-DISK = {"metastore", "layers", "walk", "usage", "counting", "kernel"}
+DISK = {"metastore", "layers", "walk", "usage", "changes", "counting", "kernel"}
 LIBRARY = PURE | DISK | {"snapshotter", "opening"}
 
 MAY_IMPORT = {
