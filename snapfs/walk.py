@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections import OrderedDict
 from collections.abc import Generator
 
 Entries = list[tuple[str, os.stat_result]]
+
+_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 _ANCHOR = 2000  # bytes of relative path after which a new descriptor is opened: half of what a path may have
 
@@ -28,12 +33,11 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
     a few descriptors, and no path is too long, since each is relative to an anchor.  Raises OSError where ``top`` is
     missing or the disk fails.  Blocks on the disk; close the generator to let go of what it has open.
     """
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    pending = [(_Anchor(os.open(top, flags)), ".")]
+    pending = [(_Anchor(os.open(top, _FLAGS)), ".")]
     while pending:
         anchor, path = pending.pop()
         try:
-            fd = os.open(path, flags, dir_fd=anchor.fd)
+            fd = os.open(path, _FLAGS, dir_fd=anchor.fd)
         except (FileNotFoundError, NotADirectoryError):
             continue
         try:
@@ -57,3 +61,73 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
 def is_directory(stat: os.stat_result) -> bool:
     """Whether ``stat`` is a directory's."""
     return stat.st_mode & 0o170000 == 0o040000
+
+
+class Directory:
+    """A directory by its name in ``parent``; one without a parent by its path.  ``Descriptors`` opens it."""
+
+    __slots__ = ("fd", "name", "parent")
+
+    def __init__(self, name: str, parent: Directory | None = None) -> None:
+        self.name = name
+        self.parent = parent
+        self.fd = -1
+
+
+class Descriptors:
+    """Descriptors for any number of directories, of which only the last used stay open: the others are opened again, name
+    by name from the nearest open ancestor, so that no symbolic link is ever followed, whatever was put there meanwhile.
+
+    A context manager: leaving it closes all.
+    """
+
+    OPEN = 128  # descriptors at most, but for two on the way down
+    NEAR = 16  # of a long way down, how many directories stay open: whoever climbs back up needs them next
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Directory, None] = OrderedDict()
+
+    def __enter__(self) -> Descriptors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for directory in list(self._open):
+            self.close(directory)
+
+    def get(self, directory: Directory) -> int:
+        """A descriptor of ``directory``, valid until the next call; -1 where it vanished, or is a directory no more.
+
+        Raises OSError where a directory without a parent is missing, or the disk fails.
+        """
+        if directory.fd >= 0:
+            self._open.move_to_end(directory)
+            return directory.fd
+        way = [directory]
+        while (above := way[-1].parent) is not None and above.fd < 0:
+            way.append(above)
+        fd, passing = (above.fd, False) if above is not None else (None, False)
+        while way:
+            step = way.pop()
+            try:
+                opened = os.open(step.name, _FLAGS, dir_fd=fd)
+            except OSError as error:
+                if step.parent is not None and error.errno in _VANISHED:
+                    return -1
+                raise
+            finally:
+                if passing:
+                    os.close(fd)  # type: ignore[arg-type]
+            fd, passing = opened, len(way) >= self.NEAR
+            if not passing:
+                step.fd = fd
+                self._open[step] = None
+                if len(self._open) > self.OPEN:
+                    self.close(next(iter(self._open)))
+        return directory.fd
+
+    def close(self, directory: Directory) -> None:
+        """Nobody needs ``directory`` soon."""
+        if directory.fd >= 0:
+            del self._open[directory]
+            os.close(directory.fd)
+            directory.fd = -1

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
 PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec"}
-DISK = {"metastore", "layers", "walk", "usage", "sharing", "counting", "mounted", "rootfs", "kernel"}
+DISK = {"metastore", "layers", "walk", "usage", "changes", "sharing", "counting", "mounted", "rootfs", "kernel"}
 LIBRARY = PURE | DISK | {"snapshotter", "opening"}
 
 MAY_IMPORT = {

@@ -1,0 +1,291 @@
+r"""What a layer changed against its chain: one line a path, as overlayfs shows it.
+
+``A /path`` was added, ``C /path`` changed, ``D /path`` deleted.  What is not a directory counts as changed as soon as the
+layer has it, a directory only if its own mode, owner, group or extended attributes changed; of a deleted directory there is
+one line, and none for what was in it.  Lines are sorted by the bytes of their paths, and a path shows so that
+``printf %b`` of a POSIX shell gives it back: ``\\`` for a backslash, ``\n`` for a newline, ``\0ooo`` for each byte of other
+control characters and for bytes that are not UTF-8.
+
+Source: the kernel's ``Documentation/filesystems/overlayfs.rst`` and, where that is silent, ``fs/overlayfs/namei.c``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from typing import Final
+
+from snapfs.errors import FailedPrecondition
+from snapfs.walk import Descriptors, Directory
+
+_OVERLAYS = ("trusted.overlay.", "user.overlay.")
+_ESCAPED = ("trusted.overlay.overlay.", "user.overlay.overlay.")  # what an overlay inside an overlay set: no mark of this one
+_SPECIAL = re.compile("[\\\\\x00-\x1f\x7f-\x9f\udc80-\udcff]")
+_FEW = 30  # names that are looked up one by one; for more, listing the directory is faster
+
+# What an entry of a layer is; a name without one is looked for in the next layer below.
+_OTHER: Final = 0
+_DIRECTORY: Final = 1
+_WHITEOUT: Final = 2
+
+
+class _Directory(Directory):
+    """A directory of one layer.  ``xwhiteouts``: empty files in it may be whiteouts; ``lowest``: of the last layer."""
+
+    __slots__ = ("lowest", "xwhiteouts")
+
+    def __init__(self, name: str, parent: _Directory | None, lowest: bool) -> None:
+        super().__init__(name, parent)
+        self.lowest = lowest
+        self.xwhiteouts = False
+
+
+class _Level:
+    """A directory of the layer, and those of the chain that make up what is visible below it, the nearest first.
+
+    ``opaque``: what is below does not shine through, so what the layer lacks is deleted.  ``items``: what is still to be said,
+    in order: names, and names with a slash for all that is in them.  ``verbs``: what to say of each name; "" of a directory
+    over a directory.  ``length``: of the path up to here, with its slash.
+    """
+
+    __slots__ = ("below", "directory", "entered", "items", "length", "opaque", "plain", "verbs")
+
+    def __init__(self, directory: _Directory, below: Sequence[_Directory], opaque: bool) -> None:
+        self.directory = directory
+        self.below = below
+        self.opaque = opaque
+        self.entered: dict[str, _Level] = {}
+        self.items: Iterator[str] = iter(())
+        self.verbs: dict[str, str] = {}
+        self.plain = True
+        self.length = 0
+
+
+def changes(layers: Sequence[str], *, checkpoint: Callable[[], None] = lambda: None) -> Generator[str, None, None]:
+    r"""The lines, each with its newline, of what ``layers[0]`` changed against the others: its parents, nearest first.
+
+    ``layers`` are the directories that overlayfs takes as upperdir and lowerdir.  Without parents everything is added (but the
+    root, which gets a line only where it changed).  Memory is in proportion to the entries of the directories from the root
+    to where the scan is, and the open descriptors are bounded.  What vanishes meanwhile is left out.
+
+    Blocks on the disk, so step it in a worker thread; ``checkpoint`` is called once a directory and may raise to stop the
+    scan; close the generator to let go of what it has open.  Raises FailedPrecondition at a directory that was renamed with
+    ``redirect_dir=on``, OSError where a layer is missing or the disk fails.
+    """
+    roots = [_Directory(layer, None, number == len(layers) - 1) for number, layer in enumerate(layers)]
+    with Descriptors() as descriptors:
+        scan = _Scan(descriptors)
+        for root in roots:
+            scan.marks(root, "/")  # overlayfs merges the roots, opaque or not; this only learns of whiteouts
+        level = _Level(roots[0], roots[1:], opaque=False)
+        if scan.differs(level):
+            yield "C /\n"
+        path = "/"
+        checkpoint()
+        stack = [scan.expanded(level, path)]
+        while stack:
+            level = stack[-1]
+            verbs, plain = level.verbs, level.plain
+            for item in level.items:
+                if verb := verbs.get(item):
+                    yield f"{verb} {path}{item if plain else _shown(item)}\n"
+                elif item[-1] != "/":
+                    shown = item if plain else _shown(item)
+                    if not verb:
+                        entered = scan.enter(level, item, path + shown)
+                        if entered is None:
+                            continue
+                        level.entered[item] = entered
+                        if not scan.differs(entered):
+                            continue
+                        verb = "C"
+                    yield f"{verb} {path}{shown}\n"
+                else:
+                    name = item[:-1]
+                    below = f"{path}{name if plain else _shown(name)}"
+                    entered = scan.enter(level, name, below) if verbs[name] else level.entered.pop(name, None)
+                    if entered is not None:
+                        path = below + "/"
+                        checkpoint()
+                        stack.append(scan.expanded(entered, path))
+                        break
+            else:
+                stack.pop()
+                for directory in (level.directory, *level.below):
+                    scan.descriptors.close(directory)
+                if stack:
+                    path = path[: stack[-1].length]
+
+
+class _Scan:
+    """What the scan asks of the disk."""
+
+    def __init__(self, descriptors: Descriptors) -> None:
+        self.descriptors = descriptors
+
+    def expanded(self, level: _Level, path: str) -> _Level:
+        """``level``, whose directory is ``path``, with all that is to be said of its entries."""
+        level.length = len(path)
+        entries = self.entries(level.directory)
+        directories = [f"{name}/" for name, kind in entries.items() if kind == _DIRECTORY]
+        verbs = level.verbs = {name: "A" for name, kind in entries.items() if kind != _WHITEOUT}
+        for name, under in self.visible(level.below, None if level.opaque else entries).items():
+            if under != _WHITEOUT:
+                kind = entries.get(name, _WHITEOUT)
+                verbs[name] = "D" if kind == _WHITEOUT else "" if kind == under == _DIRECTORY else "C"
+        text = "".join(verbs)
+        ascii_only = text.isascii()
+        level.plain = ascii_only and text.isprintable() and "\\" not in text
+        level.items = iter(sorted([*verbs, *directories], key=None if ascii_only else os.fsencode))
+        return level
+
+    def enter(self, level: _Level, name: str, path: str) -> _Level | None:
+        """The directory ``name`` of ``level``, whose path is ``path``, with what is below it; None where it vanished."""
+        directory = _Directory(name, level.directory, level.directory.lowest)
+        opaque = self.marks(directory, path)
+        if opaque is None:
+            return None
+        below = []
+        if not level.verbs[name]:
+            for parent in level.below:
+                lower = _Directory(name, parent, parent.lowest)
+                ends = self.marks(lower, path)
+                if ends is not None:
+                    below.append(lower)
+                elif self.kind(parent, name) is not None:
+                    break
+                if ends:
+                    break
+        return _Level(directory, below, opaque=level.opaque or opaque)
+
+    def marks(self, directory: _Directory, path: str) -> bool | None:
+        """Whether ``directory`` hides what is below it; None where it vanished.  Notes what else its marks say.
+
+        Raises FailedPrecondition where its contents come from elsewhere.
+        """
+        fd = self.descriptors.get(directory)
+        if fd < 0:
+            return None
+        redirected = False
+        for name in _xattrs(fd):
+            if name.startswith(_OVERLAYS):
+                mark = name.partition(".overlay.")[2]
+                if mark == "opaque":
+                    value = _xattr(fd, name)
+                    if value == b"y":
+                        return True  # and overlayfs does not look for a redirect
+                    directory.xwhiteouts |= value == b"x"
+                elif mark == "redirect":
+                    redirected = directory.parent is not None and not directory.lowest
+        if redirected:
+            raise FailedPrecondition(
+                f"changes cannot tell where the contents of {path} come from: the directory was renamed with redirect_dir=on"
+            )
+        return False
+
+    def differs(self, level: _Level) -> bool:
+        """Whether the directory itself differs from the nearest below it."""
+        if not level.below:
+            return False
+        own, below = (_metadata(self.descriptors.get(directory)) for directory in (level.directory, level.below[0]))
+        return own is not None and own != below
+
+    def visible(self, directories: Sequence[_Directory], wanted: Collection[str] | None) -> dict[str, int]:
+        """What the merged ``directories`` show of ``wanted``, or all of it; also the whiteouts, which hide."""
+        found: dict[str, int] = {}
+        for directory in directories:
+            if wanted is None:
+                found = self.entries(directory) | found
+            elif missing := [name for name in wanted if name not in found]:
+                found |= self.among(directory, missing)
+        return found
+
+    def among(self, directory: _Directory, names: Collection[str]) -> dict[str, int]:
+        """Those of ``names`` that ``directory`` has, and what they are."""
+        if len(names) > _FEW:
+            entries = self.entries(directory)
+            return {name: entries[name] for name in names if name in entries}
+        kinds = ((name, self.kind(directory, name)) for name in names)
+        return {name: kind for name, kind in kinds if kind is not None}
+
+    def entries(self, directory: _Directory) -> dict[str, int]:
+        """All that ``directory`` has; nothing where it vanished."""
+        fd = self.descriptors.get(directory)
+        if fd < 0:
+            return {}
+        found: dict[str, int] = {}
+        xwhiteouts = directory.xwhiteouts
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if (not xwhiteouts and entry.is_file(follow_symlinks=False)) or entry.is_symlink():
+                    found[entry.name] = _OTHER
+                elif entry.is_dir(follow_symlinks=False):
+                    found[entry.name] = _DIRECTORY
+                elif (kind := self.kind(directory, entry.name)) is not None:
+                    found[entry.name] = kind
+        return found
+
+    def kind(self, directory: _Directory, name: str) -> int | None:
+        """What ``name`` in ``directory`` is; None where there is no such entry."""
+        fd = self.descriptors.get(directory)
+        if fd < 0:
+            return None
+        try:
+            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode):
+                return _DIRECTORY
+            if stat.S_ISCHR(found.st_mode):
+                return _WHITEOUT if found.st_rdev == 0 else _OTHER
+            if directory.xwhiteouts and stat.S_ISREG(found.st_mode) and found.st_size == 0:
+                # Not opened, since it may be a device by now; and there is no listxattrat(2) before Linux 6.13.
+                marks = os.listxattr(f"/proc/self/fd/{fd}/{name}", follow_symlinks=False)
+                return _WHITEOUT if any(f"{overlay}whiteout" in marks for overlay in _OVERLAYS) else _OTHER
+        except FileNotFoundError:
+            return None
+        return _OTHER
+
+
+def _metadata(fd: int) -> object:
+    """All that a merged directory shows of itself, to be compared; None where it vanished."""
+    if fd < 0:
+        return None
+    own = os.fstat(fd)
+    shown = [name for name in _xattrs(fd) if not name.startswith(_OVERLAYS) or name.startswith(_ESCAPED)]
+    return own.st_mode, own.st_uid, own.st_gid, {name: _xattr(fd, name) for name in shown}
+
+
+def _xattrs(fd: int) -> list[str]:
+    """The names of all extended attributes; none where the file system has no such thing."""
+    try:
+        return os.listxattr(fd)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return []
+        raise
+
+
+def _xattr(fd: int, name: str) -> bytes | None:
+    """The value of an extended attribute; None where it vanished."""
+    try:
+        return os.getxattr(fd, name)
+    except OSError as error:
+        if error.errno == errno.ENODATA:
+            return None
+        raise
+
+
+def _shown(name: str) -> str:
+    """``name`` with all escaped that could break or forge a line."""
+    return _SPECIAL.sub(_escape, os.fsencode(name).decode(errors="surrogateescape"))  # UTF-8, in whatever locale
+
+
+def _escape(match: re.Match[str]) -> str:
+    character = match[0]
+    if character == "\\":
+        return "\\\\"
+    if character == "\n":
+        return "\\n"
+    return "".join(f"\\0{byte:03o}" for byte in character.encode(errors="surrogateescape"))
