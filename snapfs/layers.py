@@ -20,6 +20,7 @@ import itertools
 import logging
 import os
 import stat
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -50,6 +51,9 @@ class Layers:
         self._pool_directory = f"{root}/pool"
         self._trash = f"{root}/trash"
         self._lost = f"{root}/lost+found"
+        self.waiting = 0
+        """How many directories wait in the trash."""
+        self._waiting = threading.Lock()
         self._lock = lock
         self._pool: deque[str] = deque()
         self._serials = itertools.count(1)  # for names; several threads take from it
@@ -89,6 +93,7 @@ class Layers:
                     f"the file system of {root} does not tell the types of directory entries (d_type), which overlayfs "
                     "needs; if it is xfs, make it anew with: mkfs.xfs -n ftype=1"
                 )
+            layers.waiting = len(os.listdir(layers._trash))
             for leftover in os.listdir(layers._pool_directory):
                 layers.discard(f"{layers._pool_directory}/{leftover}")
             layers._pool.append(layers._make())
@@ -198,7 +203,12 @@ class Layers:
             target = f"{self._trash}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
                 os.rename(path, target)
+                self._wait(1)
                 return
+
+    def _wait(self, more: int) -> None:
+        with self._waiting:
+            self.waiting += more
 
     def sweep(self, known: Collection[int], last_id: int) -> None:
         """Move what stands in snapshots/ without a record into the trash: ids up to ``last_id`` that are not in ``known``, and
@@ -262,6 +272,7 @@ class Layers:
                     checkpoint()
                     try:
                         self._delete(trash, name, trash, 0, checkpoint)
+                        self._wait(-1)
                     except OSError as error:
                         failed.add(name)
                         log.warning("cannot delete %s/%s: %s", self._trash, name, error)
@@ -285,6 +296,7 @@ class Layers:
                 raise
         if depth == DEPTH:
             os.rename(name, f"deep-{time.time_ns()}-{next(self._serials)}", src_dir_fd=parent, dst_dir_fd=trash)
+            self._wait(1)
             return
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:

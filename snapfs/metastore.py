@@ -21,6 +21,7 @@ import errno
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -171,6 +172,11 @@ class Reader:
         with self._txn.cursor(db=self._store.uncounted_table) as cursor:
             return [_number(key) for key in cursor.iternext(values=False)]
 
+    def count(self, kind: Kind) -> int:
+        """How many snapshots of ``kind`` there are."""
+        entries: int = self._txn.stat(self._store.kinds[kind])["entries"]
+        return entries
+
     def last_id(self) -> int:
         """The highest id ever given out."""
         return _number(self._txn.get(b"last_id", b"", db=self._store.meta))
@@ -247,6 +253,8 @@ class MetaStore:
     def __init__(self, path: str, map_size: int = MAP_SIZE) -> None:
         self.path = path
         self.listeners: list[Callable[[Change], None]] = []
+        self.batches: Counter[int] = Counter()
+        """How often so many operations were made durable with one sync."""
         try:
             self._env = lmdb.open(
                 path, subdir=False, map_size=map_size, mode=0o600, max_dbs=8, max_spare_txns=1, max_readers=64
@@ -329,6 +337,7 @@ class MetaStore:
                 request.begun = True
             if not batch.requests:
                 continue
+            self.batches[len(batch.requests)] += 1
             try:
                 with trio.CancelScope(shield=True):  # a thread can't be stopped, and its outcome must be told
                     await trio.to_thread.run_sync(self._run, batch)

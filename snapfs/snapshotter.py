@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, closing
+from typing import Any, TypeVar
 
 import msgspec
 import trio
 
 from snapfs import idmap, mountspec, names
+from snapfs.changes import changes
 from snapfs.counting import Counting
 from snapfs.errors import (
     AlreadyExists,
@@ -38,6 +39,7 @@ from snapfs.metastore import MetaStore, Reader, Record, Writer
 from snapfs.model import Change, Info, Kind, Mount, Usage
 from snapfs.mounted import Mounted
 from snapfs.rootfs import Rootfs, Stack
+from snapfs.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,7 @@ class Snapshotter:
         self.counting = Counting(layers, records)
         self.mounted = Mounted(layers.snapshots)
         self.rootfs = rootfs
+        self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
         self._owns_records = owns_records
         self.overlay_options = overlay_options
         self._maps_ids = maps_ids
@@ -128,6 +131,7 @@ class Snapshotter:
                 self._background = nursery.cancel_scope
                 await nursery.start(self._write, name="snapfs writer")
                 await nursery.start(self.counting.run, name="snapfs counting")
+                await nursery.start(self._scans.serve, name="snapfs scans")
                 if self.rootfs is not None:
                     await nursery.start(self.rootfs.run, name="snapfs rootfs")
                 nursery.start_soon(self._fill_pool, name="snapfs pool")
@@ -460,6 +464,35 @@ class Snapshotter:
         if record.kind is not Kind.VIEW and record.usage is None:
             self._refuse_damaged(number)
         return await self.counting.usage(number, record)
+
+    async def changes(self, key: Ref, consume: Callable[[Iterable[str]], T]) -> T:
+        """What an active or committed snapshot changed against its parent: what ``consume`` makes of the lines, ``list`` say.
+
+        It is called in a worker thread, with one line a path as it is found (``snapfs/changes.py`` says which).  All who ask at
+        once with the same ``consume`` share a scan, begun after they asked, and its result.
+
+        Raises NotFound; FailedPrecondition: a view, or a directory that was renamed with redirect_dir=on; Damaged.
+        """
+        await trio.lowlevel.checkpoint()
+        with self._reading() as reader:
+            number, record = self._find(reader, key)
+            chain = reader.chain(record)
+        if record.kind is Kind.VIEW:
+            raise FailedPrecondition(f'snapshot "{record.name}" is a view, which changes nothing')
+        self._refuse_damaged(number, *chain)
+
+        def scan() -> T:
+            directories = [self.layers.fs(layer) for layer in (number, *chain)]
+            with closing(changes(directories, checkpoint=trio.from_thread.check_cancelled)) as lines:
+                return consume(lines)
+
+        try:
+            result: T = await self._scans.run((number, consume), scan)
+        except OSError as error:
+            with self._reading() as reader:
+                self._find(reader, number)
+            raise Unavailable.from_os(f'compare snapshot "{record.name}" with its parents', error) from error
+        return result
 
     async def mount(self, key: Ref) -> str:
         """Have the merged file system of a snapshot mounted by the kernel, read-only unless the snapshot is active: where.

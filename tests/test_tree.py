@@ -136,6 +136,7 @@ def test_slots_of_attributes_are_unique_and_fixed() -> None:
         "parent": 20,
         "diff": 21,
         "rootfs": 22,
+        "changes": 23,
     }
 
 

@@ -6,6 +6,8 @@ import errno
 import functools
 import logging
 import os
+import select
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import closing
 from itertools import count
@@ -36,6 +38,8 @@ OFTEN = 1.0  # seconds within which two truncations of a label are many
 
 RETRY = 10.0  # seconds within which who was told to look a file up again has done so
 
+_ALWAYS_READY = select.POLLIN | select.POLLRDNORM | select.POLLOUT | select.POLLWRNORM  # as poll(2) says of any regular file
+
 _DOTS = 2  # the first two entries of every directory, before the tree's own
 
 _READING = frozenset(("lookup", "getattr", "readlink", "open", "opendir", "readdir"))
@@ -50,9 +54,10 @@ def answering(
     """Turn every error of ``handler`` into an errno and a line in error_log; any other exception would end the mount."""
 
     async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        began, number = time.perf_counter(), 0
         try:
-            for number, emptied in list(self._emptying):
-                if isinstance(args[0], int) and unpack(args[0])[0] == number:
+            for emptied_number, emptied in list(self._emptying):
+                if isinstance(args[0], int) and unpack(args[0])[0] == emptied_number:
                     await emptied.wait()
             return await handler(self, *args, **kwargs)
         except SnapshotError as error:
@@ -60,15 +65,21 @@ def answering(
             if number not in _ANSWERS or handler.__name__ not in _READING:
                 self.log_refusal(number, handler.__name__, args, error)
             raise FUSEError(number) from None
-        except FUSEError:
+        except FUSEError as error:
+            number = error.errno
             raise
         except OSError as error:
-            self.log_refusal(error.errno or errno.EIO, handler.__name__, args, error)
-            raise FUSEError(error.errno or errno.EIO) from None
+            number = error.errno or errno.EIO
+            self.log_refusal(number, handler.__name__, args, error)
+            raise FUSEError(number) from None
         except Exception as error:
+            number = errno.EIO
             log.exception("a bug: %s failed", handler.__name__)
-            self.log_refusal(errno.EIO, handler.__name__, args, repr(error))
-            raise FUSEError(errno.EIO) from None
+            self.log_refusal(number, handler.__name__, args, repr(error))
+            raise FUSEError(number) from None
+        finally:
+            took = time.perf_counter() - began
+            self.tree.meters[handler.__name__].note(took, errno.errorcode.get(number, str(number)) if number else None)
 
     functools.update_wrapper(answer, handler)
     return answer
@@ -305,7 +316,7 @@ class Operations(pyfuse3.Operations):
             raise Stale(node.path)
 
     def _opened(self, node: Node, handle: Handle) -> FileInfo:
-        apart = isinstance(handle, OpenLog) or (isinstance(node, Label) and self._is_apart(node, handle))
+        apart = handle.direct or (isinstance(node, Label) and self._is_mixed(node, handle))
         entry = self.entry(node)
         entry.st_size, entry.attr_timeout = handle.size, 0
         fh = next(self._handles)
@@ -313,12 +324,12 @@ class Operations(pyfuse3.Operations):
         self._open_inodes.setdefault(node.inode, []).append(self._open[fh])
         return FileInfo(fh=fh, direct_io=apart, keep_cache=apart)
 
-    def _is_apart(self, node: Label, handle: Handle) -> bool:
-        """Whether ``handle`` must read past the kernel's pages, which are the inode's: a label that somebody else has open with
-        another content would be a mixture of both, and a writer is to read what it wrote."""
+    def _is_mixed(self, node: Label, handle: Handle) -> bool:
+        """Whether the kernel's pages, which are the inode's, would be a mixture for who reads a label through ``handle``:
+        somebody else has it open with another content."""
         others = self._open_inodes.get(node.inode, ())
         differs = any(other.handle.read(0, MAX + 2) != handle.read(0, MAX + 2) for other in others)
-        return isinstance(handle, OpenLabel) or differs or self._is_often_truncated(node.inode)
+        return differs or self._is_often_truncated(node.inode)
 
     def _note_truncation(self, inode: int) -> None:
         now = trio.current_time()
@@ -335,7 +346,21 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        return self._open[fh].handle.read(off, size)
+        handle = self._open[fh].handle
+        if handle.blocks:
+            return await trio.to_thread.run_sync(handle.read, off, size)
+        return handle.read(off, size)
+
+    @answering
+    async def poll(self, inode: int, fh: int, poll_handle: pyfuse3.PollHandle | None, ctx: RequestContext) -> int:
+        handle = self._open[fh].handle
+        if not isinstance(handle, OpenLog):
+            return _ALWAYS_READY
+        if handle.is_ready():
+            return select.POLLIN | select.POLLRDNORM
+        if poll_handle is not None:
+            handle.wake_with(poll_handle.notify)
+        return 0
 
     @answering
     async def write(self, fh: int, off: int, buf: bytes) -> int:

@@ -57,7 +57,8 @@ async def serve(
             stop = trio.Event()
             nursery.start_soon(_set_on_signal, stop, signals)
             try:
-                await serve_tree(Tree(snapshotter), mountpoint, mount, on_ready, stop)
+                tree = Tree(snapshotter, {"mountpoint": mountpoint, **msgspec.structs.asdict(mount)})
+                await serve_tree(tree, mountpoint, mount, on_ready, stop)
             except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group
                 refusal = error
             nursery.cancel_scope.cancel()

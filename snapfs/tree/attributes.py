@@ -86,6 +86,17 @@ def diff(tree: Tree, number: int, record: Record) -> str:
     return tree.snapshotter.layers.fs(number)
 
 
+def changes(tree: Tree, number: int, record: Record) -> Text | None:
+    return tree.versions.get(pack(number, BY_NAME["changes"].slot))  # the last that was found, which stays right once committed
+
+
+async def compare(tree: Tree, number: int, record: Record) -> None:
+    if record.kind is Kind.COMMITTED and changes(tree, number, record) is not None:
+        return
+    text = await tree.snapshotter.changes(number, tree.spool)
+    tree.versions.keep(pack(number, BY_NAME["changes"].slot), text)
+
+
 def rootfs(tree: Tree, number: int, record: Record) -> str | None:
     return tree.snapshotter.rootfs_of(number, record)
 
@@ -108,11 +119,13 @@ ATTRIBUTES = (
     Attribute("parent", 20, ALL, parent, type=_LINK),
     Attribute("diff", 21, (Kind.ACTIVE, Kind.COMMITTED), diff, type=_LINK, fixed=True),
     Attribute("rootfs", 22, ALL, rootfs, type=_LINK, refresh=mount),
+    Attribute("changes", 23, (Kind.ACTIVE, Kind.COMMITTED), changes, refresh=compare),
 )
 
 BY_SLOT = {attribute.slot: attribute for attribute in ATTRIBUTES}
 BY_NAME = {attribute.name: attribute for attribute in ATTRIBUTES}
 
+assert [attribute.slot for attribute in ATTRIBUTES] == sorted(BY_SLOT)  # the listing goes by slots
 assert all(Slot.FIRST_ATTRIBUTE <= attribute.slot < Slot.INSIDE for attribute in ATTRIBUTES)
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.resources
+import stat
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from snapfs import names
-from snapfs.errors import NotFound
+from snapfs.errors import InvalidArgument, NotFound
 from snapfs.model import Kind
 from snapfs.tree.kinds import KindDirectory
 from snapfs.tree.links import ByIdDirectory
 from snapfs.tree.log import Log, OpenLog
-from snapfs.tree.node import Attributes, Directory, File, Handle, Node, Slot, pack, pack_version
+from snapfs.tree.node import Attributes, Directory, File, Handle, Node, OpenText, Slot, pack, pack_version
+from snapfs.tree.stats import options_json, stats_json
 from snapfs.tree.texts import Text
 
 if TYPE_CHECKING:
@@ -94,15 +96,65 @@ class LogFile(File):
         return OpenLog(self._log)
 
 
+class CleanupFile(File):
+    """cleanup: writing 1 is Cleanup."""
+
+    mode = stat.S_IFREG | 0o644
+
+    @property
+    def path(self) -> str:
+        return ".snapfs/cleanup"
+
+    def text(self) -> Text:
+        return Text(b"Write 1 here to delete what removed snapshots, and crashes, left; the write returns when it is gone.\n")
+
+    def attributes(self) -> Attributes:
+        return Attributes(self.mode, size=self.text().size, time=self.tree.started)
+
+    async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
+        return OpenCleanup(self.tree) if writing else OpenText(self.text())
+
+    async def resize(self, size: int) -> None:
+        """Emptied by who is about to write: nothing happens yet."""
+
+
+class OpenCleanup(Handle):
+    """cleanup, open for writing."""
+
+    direct = True
+    size = 0
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+
+    def read(self, offset: int, size: int) -> bytes:
+        return b""
+
+    async def resize(self, size: int) -> None:
+        pass
+
+    async def write(self, offset: int, data: bytes) -> int:
+        if data.strip() != b"1":
+            raise InvalidArgument("write 1 to have removed files deleted")
+        await self._tree.snapshotter.cleanup()
+        return len(data)
+
+
 README = (importlib.resources.files(__package__) / "README.txt").read_text()
 
 _FIXED: dict[Slot, tuple[str, Callable[[Tree], str]]] = {
     Slot.README: ("README", lambda tree: README),
     Slot.VERSION: (".snapfs/version", lambda tree: f"{tree.version}\n"),
+    Slot.OPTIONS: (".snapfs/options.json", options_json),
+}
+
+_CHANGING: dict[Slot, tuple[str, Callable[[Tree], str]]] = {
+    Slot.STATS: (".snapfs/stats.json", stats_json),
 }
 
 _LOGS: dict[Slot, tuple[str, Callable[[Tree], Log]]] = {
     Slot.ERROR_LOG: (".snapfs/error_log", lambda tree: tree.error_log),
+    Slot.EVENTS: (".snapfs/events", lambda tree: tree.events),
 }
 
 # in the order of their slots, which is the order of the listings
@@ -111,7 +163,17 @@ _DIRECTORIES: dict[Slot, tuple[str, dict[str, Slot]]] = {
         "",
         {**{kind.value: Slot[kind.name] for kind in Kind}, "README": Slot.README, "by-id": Slot.BY_ID, ".snapfs": Slot.DAEMON},
     ),
-    Slot.DAEMON: (".snapfs", {"version": Slot.VERSION, "error_log": Slot.ERROR_LOG}),
+    Slot.DAEMON: (
+        ".snapfs",
+        {
+            "version": Slot.VERSION,
+            "error_log": Slot.ERROR_LOG,
+            "events": Slot.EVENTS,
+            "cleanup": Slot.CLEANUP,
+            "options.json": Slot.OPTIONS,
+            "stats.json": Slot.STATS,
+        },
+    ),
 }
 
 
@@ -131,6 +193,10 @@ def daemon_node(tree: Tree, slot: int, text: Text | None = None) -> Node:
         return FixedDirectory(tree, known, *_DIRECTORIES[known])
     if known in _FIXED:
         return DaemonFile(tree, known, *_FIXED[known], True, text)
+    if known in _CHANGING:
+        return DaemonFile(tree, known, *_CHANGING[known], False, text)
+    if known is Slot.CLEANUP:
+        return CleanupFile(tree, pack(0, known))
     if known in _LOGS:
         path, log = _LOGS[known]
         return LogFile(tree, known, path, log(tree))

@@ -48,6 +48,8 @@ def label_bytes(value: str) -> bytes:
 class OpenLabel(Handle):
     """A label's file open for writing, with a content of its own until it is closed."""
 
+    direct = True
+
     def __init__(self, tree: Tree, number: int, key: str, inode: int, content: bytes, emptied: bool) -> None:
         self.content = content
         self.tree = tree

@@ -72,6 +72,8 @@ class OpenLog(Handle):
     the log from ``_origin`` on.
     """
 
+    direct = True
+
     def __init__(self, log: Log) -> None:
         self._log = log
         self._base = self._origin = 0

@@ -43,8 +43,12 @@ class Slot(enum.IntEnum):
     DAEMON = 10
     VERSION = 11
     ERROR_LOG = 12
+    EVENTS = 14
+    CLEANUP = 15
     JUST_MADE = 13  # a child's directory where it was made: in its parent's listing, until that is looked at
     FIRST_ATTRIBUTE = 16
+    OPTIONS = 16  # of id 0, whose slots from 16 on are no attributes'
+    STATS = 17
     INSIDE = 128  # a bit: the same directory under another inode; see Tree.bank
     FIRST_LABEL = 256
     VERSION_OF = 1 << SLOT_BITS - 1  # a bit: one text of the file whose slot is in the lowest seven bits
@@ -86,12 +90,22 @@ class Attributes(msgspec.Struct, frozen=True):
 
 
 class Handle:
-    """An open file."""
+    """An open file.
+
+    ``direct``: what it holds is its own, or grows, so that no cache of the file's pages may come between.
+    """
+
+    direct = False
 
     @property
     def size(self) -> int:
         """Bytes that reading it to the end gives."""
         raise NotImplementedError
+
+    @property
+    def blocks(self) -> bool:
+        """Whether reading may wait for the disk."""
+        return False
 
     def read(self, offset: int, size: int) -> bytes:
         raise NotImplementedError
@@ -115,6 +129,10 @@ class OpenText(Handle):
     @property
     def size(self) -> int:
         return self.text.size
+
+    @property
+    def blocks(self) -> bool:
+        return self.text.blocks
 
     def read(self, offset: int, size: int) -> bytes:
         return self.text.read(offset, size)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
-from tempfile import SpooledTemporaryFile
+from typing import BinaryIO
 
 MOST = 8 << 20  # bytes of texts that are remembered
-IN_MEMORY = 1 << 20  # bytes of one text that is made line by line; longer ones go to the disk
+IN_MEMORY = 1 << 20  # bytes of one text that is made line by line; a longer one goes to the disk
 
 
 class Text:
-    """A text in memory.  ``size`` is in bytes, ``checksum`` its CRC-32, ``weight`` the bytes of memory that it takes."""
+    """A text in memory.  ``size`` is in bytes, ``checksum`` its CRC-32, ``weight`` the bytes of memory that it takes.
+
+    ``blocks``: reading may wait for the disk.
+    """
+
+    blocks = False
 
     def __init__(self, content: bytes) -> None:
         self._content = content
@@ -24,24 +31,50 @@ class Text:
 
 
 class LongText(Text):
-    """A text made from many lines, which need not fit into memory: beyond IN_MEMORY it is a nameless file in ``directory``.
+    """A text made from many lines, which need not fit into memory: beyond IN_MEMORY it is a nameless file in ``directory``,
+    until nobody needs the text any more.
 
     Making it blocks on the disk: do that in a worker thread.  Raises OSError where the disk is full.
     """
 
     def __init__(self, lines: Iterable[str], directory: str) -> None:
-        super().__init__(b"")
-        self._file = SpooledTemporaryFile(IN_MEMORY, dir=directory)  # noqa: SIM115 - closed with the text, by whoever is the last
+        self._file: BinaryIO | None = None
+        self.size = self.checksum = 0
+        buffer = bytearray()
         for line in lines:
-            encoded = line.encode()
-            self._file.write(encoded)
-            self.size += len(encoded)
-            self.checksum = zlib.crc32(encoded, self.checksum)
-        self.weight = min(self.size, IN_MEMORY)
+            buffer += line.encode()
+            if len(buffer) > IN_MEMORY:
+                if self._file is None:
+                    self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+                self._note(buffer)
+                _write(self._file, buffer)
+                buffer.clear()
+        self._note(buffer)
+        if self._file is None:
+            self._content = bytes(buffer)
+        else:
+            _write(self._file, buffer)
+            self.blocks = True
+        self.weight = len(buffer)
+
+    def _note(self, part: bytearray) -> None:
+        self.size += len(part)
+        self.checksum = zlib.crc32(part, self.checksum)
 
     def read(self, offset: int, size: int) -> bytes:
-        self._file.seek(offset)
-        return self._file.read(size)
+        if self._file is None:
+            return super().read(offset, size)
+        return os.pread(self._file.fileno(), size, offset)
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _write(file: BinaryIO, data: bytearray) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 class Versions:
@@ -53,12 +86,15 @@ class Versions:
         self._weight = 0
 
     def keep(self, inode: int, text: Text) -> None:
-        before = self._texts.pop(inode, None)
+        self.forget(inode)
         self._texts[inode] = text
-        self._weight += text.weight - (before.weight if before else 0)
-        while self._weight > MOST and len(self._texts) > 1:
-            _, oldest = self._texts.popitem(last=False)
-            self._weight -= oldest.weight
+        self._weight += text.weight
+        while self._weight > MOST or len(self._texts) > MOST // 1000:
+            self.forget(next(iter(self._texts)))
+
+    def forget(self, inode: int) -> None:
+        text = self._texts.pop(inode, None)
+        self._weight -= text.weight if text else 0
 
     def get(self, inode: int) -> Text | None:
         """The text of ``inode``, if it is still remembered."""

@@ -7,6 +7,8 @@ finding nodes and their attributes never awaits anything, so a request sees one 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import snapfs
@@ -15,15 +17,17 @@ from snapfs.errors import AlreadyExists, HasChildren, InvalidArgument, NameTooLo
 from snapfs.metastore import Reader, Record
 from snapfs.model import Change, Kind
 from snapfs.snapshotter import Snapshotter
-from snapfs.tree.attributes import BY_SLOT, attribute_node
+from snapfs.tree.attributes import BY_NAME, BY_SLOT, attribute_node
 from snapfs.tree.daemon import daemon_node
+from snapfs.tree.events import Events
 from snapfs.tree.kinds import ChildrenDirectory, KindDirectory
 from snapfs.tree.labels import LabelsDirectory, OpenLabel
 from snapfs.tree.links import child_link, id_link
 from snapfs.tree.log import ErrorLog
 from snapfs.tree.node import KIND_SLOTS, Node, Slot, pack, unpack
 from snapfs.tree.snapshot import SnapshotDirectory
-from snapfs.tree.texts import Versions
+from snapfs.tree.stats import Meter
+from snapfs.tree.texts import LongText, Text, Versions
 
 ROOT_INODE = pack(0, Slot.ROOT)
 
@@ -33,16 +37,20 @@ TEARDOWN = 3.0  # seconds after each refusal for which its process is held to be
 class Tree:
     """The tree over ``snapshotter``, and the little that is not in its records (all of it gone with the daemon):
 
+    ``served``: where and how it is served, for options.json.  ``meters``: the requests, by operation, for stats.json.
     ``hidden``: fixed entries that were unlinked, by snapshot id.  ``open_labels``: labels open for writing, by snapshot id.
     ``committed_inside``: snapshots that were committed by a rename into their parent's listing.  ``versions``: texts that were
     looked up lately.  ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
     """
 
-    def __init__(self, snapshotter: Snapshotter) -> None:
+    def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object] | None = None) -> None:
         self.snapshotter = snapshotter
+        self.served = served or {}
         self.version: str = snapfs.__version__
         self.started: int = time.time_ns()
         self.error_log: ErrorLog = ErrorLog()
+        self.events: Events = Events()
+        self.meters: defaultdict[str, Meter] = defaultdict(Meter)
         self.versions: Versions = Versions()
         self.hidden: dict[int, set[str]] = {}
         self.open_labels: dict[int, list[OpenLabel]] = {}
@@ -198,8 +206,15 @@ class Tree:
         if self._tearing_down.get((pid, number), 0.0) > time.monotonic() - TEARDOWN:
             self.refuse_with_children(number, pid)
 
+    def spool(self, lines: Iterable[str]) -> Text:
+        """A text of ``lines``; in a worker thread."""
+        return LongText(lines, self.snapshotter.layers.root)
+
     def _note(self, change: Change) -> None:
+        self.events.note(change)
         before, after = change.before, change.after
+        if before is not None and (after is None or after.kind is not before.kind):
+            self.versions.forget(pack(before.id, BY_NAME["changes"].slot))
         for info in (before, after):
             if info is not None and not (before and after and (before.name, before.kind) == (after.name, after.kind)):
                 self.changed[info.kind] = max(time.time_ns(), self.changed[info.kind] + 1)

@@ -1,0 +1,61 @@
+"""events: what happened to the snapshots, one JSON object a line.
+
+    {"number": 3, "time": "2026-11-24T03:29:58.000000000Z", "operation": "commit", "key": "web", "name": "v1",
+     "parent": "base", "kind": "committed", "id": 7, "labels": {}}
+
+``operation`` is prepare, view, commit, rename, update or remove.  ``key`` is what it was done to, ``name`` the new name that
+a commit or rename gave, else null.  The others describe the snapshot as it is since then, or was when it was removed.
+Numbers count from 1 when the daemon starts.  A line ``{"missed": 12}`` stands for so many that a reader was too late for.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import count
+
+import msgspec
+
+from snapfs.model import Change, Kind, rfc3339
+from snapfs.tree.log import Log
+
+
+class Events(Log):
+    """The log of changes.  Each is noted once it is durable, in the order in which they became so."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda missed: f'{{"missed": {missed}}}\n')
+        self._numbers = count(1)
+
+    def note(self, change: Change) -> None:
+        """Add the line for ``change``, unless it is no client's doing."""
+        shown = change.after or change.before
+        if change.counted or shown is None:
+            return
+        operation, key, name = _call(change)
+        event = {
+            "number": next(self._numbers),
+            "time": rfc3339(time.time_ns()),
+            "operation": operation,
+            "key": key,
+            "name": name,
+            "parent": shown.parent,
+            "kind": shown.kind,
+            "id": shown.id,
+            "labels": shown.labels,
+        }
+        self.add(msgspec.json.format(msgspec.json.encode(event), indent=0).decode() + "\n")
+
+
+def _call(change: Change) -> tuple[str, str, str | None]:
+    """Operation, key and new name."""
+    before, after = change.before, change.after
+    if before is None:
+        assert after is not None
+        return "prepare" if after.kind is Kind.ACTIVE else "view", after.name, None
+    if after is None:
+        return "remove", before.name, None
+    if after.kind is not before.kind:
+        return "commit", before.name, after.name
+    if after.name != before.name:
+        return "rename", before.name, after.name
+    return "update", before.name, None
