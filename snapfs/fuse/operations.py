@@ -134,7 +134,8 @@ class Operations(pyfuse3.Operations):
         entry.st_blksize = 4096
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = found.time
         entry.entry_timeout = TIMEOUT if node.keep_entry else 0
-        entry.attr_timeout = TIMEOUT if found.keep else 0
+        # the kernel takes the number that stat(2) shows from here too, unless it asks once more (``getattr``)
+        entry.attr_timeout = TIMEOUT if found.keep and node.inode == node.shown_inode else 0
         if isinstance(node, Label):
             for file in self._open_inodes.get(node.inode, ()):
                 if file.cached:  # the kernel reads up to this size, and the reader has the content that it opened
@@ -185,7 +186,9 @@ class Operations(pyfuse3.Operations):
             return self._open_inodes[inode][0].entry  # removed, or of another text, while somebody reads it
         if node.must_settle():
             await node.settle()
-        return self.entry(node)
+        entry = self.entry(node)
+        entry.st_ino = node.shown_inode
+        return entry
 
     @answering
     async def setattr(
@@ -318,7 +321,7 @@ class Operations(pyfuse3.Operations):
     def _opened(self, node: Node, handle: Handle) -> FileInfo:
         apart = handle.direct or (isinstance(node, Label) and self._is_mixed(node, handle))
         entry = self.entry(node)
-        entry.st_size, entry.attr_timeout = handle.size, 0
+        entry.st_ino, entry.st_size, entry.attr_timeout = node.shown_inode, handle.size, 0
         fh = next(self._handles)
         self._open[fh] = OpenFile(node.inode, node.path, handle, entry, cached=not apart)
         self._open_inodes.setdefault(node.inode, []).append(self._open[fh])
