@@ -21,7 +21,6 @@ from snapfs import names
 from snapfs.errors import InvalidArgument, NameTooLong, NotFound, NotPermitted, NotUtf8, SnapshotError, Stale
 from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
-from snapfs.labels import MAX
 from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.attributes import AttributeFile
 from snapfs.tree.labels import Label, OpenLabel
@@ -34,8 +33,6 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-OFTEN = 1.0  # seconds within which two truncations of a label are many
-
 RETRY = 10.0  # seconds within which who was told to look a file up again has done so
 
 _ALWAYS_READY = select.POLLIN | select.POLLRDNORM | select.POLLOUT | select.POLLWRNORM  # as poll(2) says of any regular file
@@ -44,8 +41,6 @@ _DOTS = 2  # the first two entries of every directory, before the tree's own
 
 _READING = frozenset(("lookup", "getattr", "readlink", "open", "opendir", "readdir"))
 """Requests that merely ask: that something isn't there is an answer, not an error to log."""
-
-_ANSWERS = (errno.ENOENT, errno.ESTALE)  # the kernel takes the latter as a request to look the name up again
 
 
 def answering(
@@ -62,7 +57,7 @@ def answering(
             return await handler(self, *args, **kwargs)
         except SnapshotError as error:
             number = errno_of(error)
-            if number not in _ANSWERS or handler.__name__ not in _READING:
+            if not isinstance(error, Stale) and (number != errno.ENOENT or handler.__name__ not in _READING):
                 self.log_refusal(number, handler.__name__, args, error)
             raise FUSEError(number) from None
         except FUSEError as error:
@@ -88,12 +83,11 @@ def answering(
 class OpenFile:
     """One open file, with what stat(2) said of it then."""
 
-    def __init__(self, inode: int, path: str, handle: Handle, entry: EntryAttributes, cached: bool) -> None:
+    def __init__(self, inode: int, path: str, handle: Handle, entry: EntryAttributes) -> None:
         self.inode = inode
         self.path = path
         self.handle = handle
         self.entry = entry
-        self.cached = cached  # it is read through the kernel's page cache, which is the inode's
 
 
 class Operations(pyfuse3.Operations):
@@ -110,7 +104,7 @@ class Operations(pyfuse3.Operations):
         self._open: dict[int, OpenFile] = {}  # by handle
         self._open_inodes: dict[int, list[OpenFile]] = {}
         self._emptying: list[tuple[int, trio.Event]] = []  # snapshots with a label that was closed empty, until it is deleted
-        self._truncated: dict[int, tuple[float, float]] = {}  # labels: when they were last opened to be emptied, twice
+        self._writers: dict[tuple[int, int, str], tuple[float, int]] = {}  # who was told to look a label up again for writing
         self._refreshed: dict[tuple[int, int, int], float] = {}  # who was told to look a file up again, and when
         self._handles = count(1)
         self._owner = (os.geteuid(), os.getegid())
@@ -136,11 +130,6 @@ class Operations(pyfuse3.Operations):
         entry.entry_timeout = TIMEOUT if node.keep_entry else 0
         # the kernel takes the number that stat(2) shows from here too, unless it asks once more (``getattr``)
         entry.attr_timeout = TIMEOUT if found.keep and node.inode == node.shown_inode else 0
-        if isinstance(node, Label):
-            for file in self._open_inodes.get(node.inode, ()):
-                if file.cached:  # the kernel reads up to this size, and the reader has the content that it opened
-                    entry.st_size, entry.attr_timeout = file.handle.size, 0
-                    break
         return entry
 
     def log_refusal(self, number: int, operation: str, args: tuple[object, ...], reason: object) -> None:
@@ -172,7 +161,10 @@ class Operations(pyfuse3.Operations):
         if len(name) > names.NAME_MAX:  # the kernel asks this first, whatever is to be done with the name
             raise NameTooLong(f"the name is longer than {names.NAME_MAX} bytes")
         try:
-            return self.entry(directory.lookup(name.decode()))
+            node = directory.lookup(name.decode())
+            if isinstance(node, Label) and (writer := self._writers.get((ctx.pid, node.number, node.key))):
+                node = self.tree.node(writer[1])
+            return self.entry(node)
         except (NotFound, UnicodeDecodeError):
             raise FUSEError(errno.ENOENT) from None  # never cached: names may appear by what happens elsewhere
 
@@ -196,10 +188,13 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         node = self.tree.node(inode)
         now = self.entry(node)
+        now.st_ino = node.shown_inode
         if fields.update_size:
             if fh is not None and fh in self._open:
                 await self._open[fh].handle.resize(attr.st_size)
             else:
+                if isinstance(node, Label):
+                    self._give_writer(node, ctx.pid)
                 await node.resize(attr.st_size)
             now.st_size = attr.st_size  # whatever became of it: a label that was cut to nothing is gone
             return now
@@ -290,14 +285,26 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self.tree.node(inode)
         writing, truncate = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
-        if isinstance(node, File) and not writing:
+        if isinstance(node, Label) and (writing or truncate):
+            self._give_writer(node, ctx.pid)
+        elif isinstance(node, File) and not writing:
             await self._refresh(node, ctx.pid)
         handle = await node.open(writing, truncate)
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
-            if truncate:
-                self._note_truncation(inode)
         return self._opened(node, handle)
+
+    def _give_writer(self, node: Label, pid: int) -> None:
+        """Let a writer have an inode of its own: raises Stale the first time, on which the kernel looks the name up again."""
+        writer = pid, node.number, node.key
+        if node.text is None:
+            self._writers.pop(writer, None)
+            return
+        now = trio.current_time()
+        for other in [other for other, (when, _) in self._writers.items() if when < now - RETRY]:
+            del self._writers[other]  # it never came back
+        self._writers[writer] = now, node.for_writing().inode
+        raise Stale(node.path)
 
     async def _refresh(self, node: File, pid: int) -> None:
         """Have found out what ``node`` holds now; raises Stale if that is another text than was looked up.
@@ -319,33 +326,13 @@ class Operations(pyfuse3.Operations):
             raise Stale(node.path)
 
     def _opened(self, node: Node, handle: Handle) -> FileInfo:
-        apart = handle.direct or (isinstance(node, Label) and self._is_mixed(node, handle))
+        apart = handle.direct or (isinstance(node, Label) and node.text is None)
         entry = self.entry(node)
         entry.st_ino, entry.st_size, entry.attr_timeout = node.shown_inode, handle.size, 0
         fh = next(self._handles)
-        self._open[fh] = OpenFile(node.inode, node.path, handle, entry, cached=not apart)
+        self._open[fh] = OpenFile(node.inode, node.path, handle, entry)
         self._open_inodes.setdefault(node.inode, []).append(self._open[fh])
         return FileInfo(fh=fh, direct_io=apart, keep_cache=apart)
-
-    def _is_mixed(self, node: Label, handle: Handle) -> bool:
-        """Whether the kernel's pages, which are the inode's, would be a mixture for who reads a label through ``handle``:
-        somebody else has it open with another content."""
-        others = self._open_inodes.get(node.inode, ())
-        differs = any(other.handle.read(0, MAX + 2) != handle.read(0, MAX + 2) for other in others)
-        return differs or self._is_often_truncated(node.inode)
-
-    def _note_truncation(self, inode: int) -> None:
-        now = trio.current_time()
-        for other in [other for other, (_, last) in self._truncated.items() if last < now - OFTEN]:
-            del self._truncated[other]
-        _, last = self._truncated.get(inode, (0.0, 0.0))
-        self._truncated[inode] = last, now
-
-    def _is_often_truncated(self, inode: int) -> bool:
-        """Whether a shell's ``>`` empties this label again and again.  The kernel then cuts the inode for all who read through
-        the page cache, between two of their system calls if it so happens; who reads directly doesn't notice."""
-        last_but_one, _ = self._truncated.get(inode, (0.0, 0.0))
-        return last_but_one > trio.current_time() - OFTEN
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
