@@ -610,7 +610,7 @@ def test_a_label_goes_though_its_snapshot_could_not(daemon: Daemon, labels: Path
     os.rmdir(base)
 
 
-READER = """
+READER_OF_ONE_VALUE = """
 import mmap, os, sys
 how, path, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
 for _ in range(times):
@@ -640,7 +640,10 @@ def test_readers_of_a_label_that_is_replaced_all_the_time_see_one_value_each(lab
     path.write_text("A" * 65 * 13 + "\n")
     readers = [
         subprocess.Popen(
-            [sys.executable, "-c", READER, how, str(path), "200"], stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+            [sys.executable, "-c", READER_OF_ONE_VALUE, how, str(path), "200"],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=die_with_parent,
         )
         for how in ("at once", "by size", "in pieces", "mapped", "sendfile")
     ]
