@@ -16,7 +16,8 @@ from snapfs.errors import (
 from snapfs.metastore import MetaStore
 from snapfs.model import Change, Info, Kind, Mount, Usage
 from snapfs.opening import open_snapshotter
-from snapfs.snapshotter import Options, Snapshotter
+from snapfs.options import Options
+from snapfs.snapshotter import Snapshotter
 
 __version__ = "0.1.0"
 

@@ -15,8 +15,9 @@ from snapfs.layers import Layers
 from snapfs.metastore import MetaStore
 from snapfs.model import Kind
 from snapfs.mounted import Mounted
+from snapfs.options import Feature, Options
 from snapfs.rootfs import Rootfs
-from snapfs.snapshotter import Feature, Options, Snapshotter
+from snapfs.snapshotter import Snapshotter
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ docstrings say "better".  Everything here knows keys and names only; file names,
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -32,50 +31,21 @@ from snapfs.errors import (
     WrongParent,
 )
 from snapfs.filters import compile_filters
+from snapfs.housekeeping import Housekeeping
 from snapfs.kernel import mounting
 from snapfs.labels import UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore, Reader, Record, Writer
 from snapfs.model import Change, Info, Kind, Mount, Usage
 from snapfs.mounted import Mounted
+from snapfs.options import Feature, Options
 from snapfs.rootfs import Rootfs, Stack
 from snapfs.sharing import Sharing
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 Ref = str | int
 """A snapshot by its key or name, or by its id, which stays right while others rename and replace."""
-
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How a root is used; each means what it means to containerd's overlay snapshotter.
-
-    ``async_remove``: Remove leaves the files to Cleanup.  ``upperdir_label``: Stat, Update and Walk return each snapshot's
-    layer as a label.  ``mount_options``: put on every overlay mount (never on binds).  ``remap_ids``: the mapping labels
-    become ``uidmap=`` and ``gidmap=`` of the mounts.  ``slow_chown``: where layers can't be idmapped, change the owners in
-    the upper layer instead; without it such a Prepare is refused.
-
-    Not containerd's: ``rootfs``: mount the merged file systems that are asked for; ``rootfs_idle``: seconds until one that
-    nobody uses is unmounted; ``rootfs_max``: how many may be mounted at once.
-    """
-
-    async_remove: bool = False
-    upperdir_label: bool = False
-    mount_options: tuple[str, ...] = ()
-    remap_ids: bool = False
-    slow_chown: bool = False
-    rootfs: bool = True
-    rootfs_idle: float = 60.0
-    rootfs_max: int = 128
-
-
-class Feature(msgspec.Struct, frozen=True):
-    """Whether something is in use that depends on kernel, file system, privileges or options, and why (not)."""
-
-    on: bool
-    why: str
 
 
 class Snapshotter:
@@ -116,9 +86,7 @@ class Snapshotter:
         self._background_ended = trio.Event()
         self._closed = False
         self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._pool_wakeup = trio.Event()
-        self._trash_wakeup = trio.Event()
-        self._trash_lock = trio.Lock()
+        self._housekeeping = Housekeeping(layers)
         self._listeners: list[Callable[[Change], None]] = []
         self.subscribe(self._forget_removed)
 
@@ -134,11 +102,9 @@ class Snapshotter:
                 await nursery.start(self._scans.serve, name="snapfs scans")
                 if self.rootfs is not None:
                     await nursery.start(self.rootfs.run, name="snapfs rootfs")
-                nursery.start_soon(self._fill_pool, name="snapfs pool")
-                nursery.start_soon(self._empty_trash, name="snapfs trash")
-                self._pool_wakeup.set()
+                await nursery.start(self._housekeeping.run, name="snapfs housekeeping")
                 if not self.options.async_remove:
-                    self._trash_wakeup.set()
+                    self._housekeeping.empty_trash_soon()
                 task_status.started()
         finally:
             self._background_ended.set()
@@ -153,7 +119,7 @@ class Snapshotter:
             if self._background is not None:
                 self._background.cancel()
                 await self._background_ended.wait()
-            async with self._trash_lock:  # a Remove may be waiting for its files to go
+            async with self._housekeeping.trash_lock:  # a Remove may be waiting for its files to go
                 await trio.to_thread.run_sync(self._close_files)
 
     def _close_files(self) -> None:
@@ -222,10 +188,9 @@ class Snapshotter:
         try:
             answered = await self._write_record(operation)
         except Unavailable:
-            self._trash_wakeup.set()  # where its directory went, if the sync failed
+            self._housekeeping.empty_trash_soon()  # where its directory went, if the sync failed
             raise
-        if self.layers.pool_is_low:
-            self._pool_wakeup.set()
+        self._housekeeping.fill_pool_if_low()
         return answered
 
     async def commit(
@@ -309,9 +274,9 @@ class Snapshotter:
         if self.options.async_remove:
             return
         if wait:
-            await self._delete_trash()
+            await self._housekeeping.empty_trash()
         else:
-            self._trash_wakeup.set()
+            self._housekeeping.empty_trash_soon()
 
     def _forget_removed(self, change: Change) -> None:
         if change.before is not None and change.after is None:
@@ -421,7 +386,7 @@ class Snapshotter:
             self.layers.sweep(writer.ids(), writer.last_id())
 
         await self._write_record(operation)
-        await self._delete_trash()
+        await self._housekeeping.empty_trash()
 
     # -- reading
 
@@ -655,30 +620,6 @@ class Snapshotter:
             if value and not (self.options.upperdir_label and label == UPPERDIR):
                 kept[label] = value
         return kept
-
-    # -- in the background
-
-    async def _fill_pool(self) -> None:
-        while True:
-            await self._pool_wakeup.wait()
-            self._pool_wakeup = trio.Event()
-            try:
-                await trio.to_thread.run_sync(self.layers.fill_pool, trio.from_thread.check_cancelled)
-            except OSError as error:  # Prepare makes its own then, and tells its user
-                log.warning("cannot make directories ahead: %s", error)
-
-    async def _empty_trash(self) -> None:
-        while True:
-            await self._trash_wakeup.wait()
-            self._trash_wakeup = trio.Event()
-            await self._delete_trash()
-
-    async def _delete_trash(self) -> None:
-        async with self._trash_lock:
-            try:
-                await trio.to_thread.run_sync(self.layers.empty_trash, trio.from_thread.check_cancelled)
-            except OSError as error:  # it is tried again after the next Remove, and at the next start
-                log.warning("cannot empty the trash: %s", error)
 
 
 def _existing(reader: Reader, number: int) -> Record:

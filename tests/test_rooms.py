@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
-PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec"}
-DISK = {"metastore", "layers", "walk", "usage", "changes", "sharing", "counting", "mounted", "rootfs", "kernel"}
+PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec", "options"}
+DISK = {"metastore", "layers", "walk", "usage", "changes", "sharing", "counting", "mounted", "rootfs", "housekeeping", "kernel"}
 LIBRARY = PURE | DISK | {"snapshotter", "opening"}
 
 MAY_IMPORT = {

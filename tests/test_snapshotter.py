@@ -542,7 +542,7 @@ async def test_a_child_of_any_kind_keeps_its_parent(snapshotter: Snapshotter, ki
 async def test_the_key_is_free_at_once_and_the_files_go_in_the_background(snapshotter: Snapshotter, root: Path) -> None:
     await snapshotter.prepare("web")
     (root / "snapshots/1/fs/file").write_text("x")
-    async with snapshotter._trash_lock:  # so that nothing is deleted for now
+    async with snapshotter._housekeeping.trash_lock:  # so that nothing is deleted for now
         await snapshotter.remove("web", wait=False)
         await snapshotter.prepare("web")
         assert ids(root) == ["2"]

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import trio
 
 from snapfs.errors import InvalidArgument, Unavailable
-from snapfs.snapshotter import Options
+from snapfs.options import Options
 
 N = TypeVar("N", int, float)
 

@@ -210,7 +210,7 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
-        return (await self.tree.node(inode).follow()).encode()
+        return (await self.tree.node(inode).follow()).encode(errors="surrogateescape")
 
     # -- changing
 

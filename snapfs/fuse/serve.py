@@ -22,7 +22,7 @@ from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.layers import is_abandoned
 from snapfs.opening import open_snapshotter
-from snapfs.snapshotter import Options
+from snapfs.options import Options
 from snapfs.tree import Tree
 
 log = logging.getLogger(__name__)

@@ -63,7 +63,8 @@ def info_json(tree: Tree, number: int, record: Record) -> str:
         info = tree.snapshotter.shown(reader.info(number, record))
         places = tree.snapshotter.places(reader, number, record)
     times = {"created": rfc3339(info.created), "updated": rfc3339(info.updated)}
-    return json_text({**msgspec.structs.asdict(info), **times, "mounted": places})
+    shown = [place.encode(errors="surrogateescape").decode(errors="backslashreplace") for place in places]
+    return json_text({**msgspec.structs.asdict(info), **times, "mounted": shown})
 
 
 def usage_json(tree: Tree, number: int, record: Record) -> str:
@@ -146,7 +147,7 @@ class _Attribute(Node):
 
     def render(self) -> Text | None:
         text = self.attribute.render(self.tree, self.number, self.record)
-        return Text(text.encode()) if isinstance(text, str) else text
+        return Text(text.encode(errors="surrogateescape")) if isinstance(text, str) else text
 
     async def refresh(self) -> Node:
         if self.attribute.refresh is None:
@@ -187,7 +188,7 @@ class AttributeLink(_Attribute, Link):
         text = self.render()
         if text is None:
             raise NotFound(f"{self.path} does not exist")
-        return text.read(0, text.size).decode()
+        return text.read(0, text.size).decode(errors="surrogateescape")
 
     async def follow(self) -> str:
         await self.refresh()
@@ -195,7 +196,7 @@ class AttributeLink(_Attribute, Link):
 
     def attributes(self) -> Attributes:
         try:
-            size, keep = len(self.target().encode()), self.attribute.fixed
+            size, keep = len(self.target().encode(errors="surrogateescape")), self.attribute.fixed
         except Damaged:  # as with files
             size, keep = UNKNOWN_SIZE, False
         return Attributes(self.attribute.type, size=size, time=self.record.updated, keep=keep)

@@ -1,0 +1,34 @@
+"""How a root is used, and what was found out about where it is."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How a root is used; each means what it means to containerd's overlay snapshotter.
+
+    ``async_remove``: Remove leaves the files to Cleanup.  ``upperdir_label``: Stat, Update and Walk return each snapshot's
+    layer as a label.  ``mount_options``: put on every overlay mount (never on binds).  ``remap_ids``: the mapping labels
+    become ``uidmap=`` and ``gidmap=`` of the mounts.  ``slow_chown``: where layers can't be idmapped, change the owners in
+    the upper layer instead; without it such a Prepare is refused.
+
+    Not containerd's: ``rootfs``: mount the merged file systems that are asked for; ``rootfs_idle``: seconds until one that
+    nobody uses is unmounted; ``rootfs_max``: how many may be mounted at once.
+    """
+
+    async_remove: bool = False
+    upperdir_label: bool = False
+    mount_options: tuple[str, ...] = ()
+    remap_ids: bool = False
+    slow_chown: bool = False
+    rootfs: bool = True
+    rootfs_idle: float = 60.0
+    rootfs_max: int = 128
+
+
+class Feature(msgspec.Struct, frozen=True):
+    """Whether something is in use that depends on kernel, file system, privileges or options, and why (not)."""
+
+    on: bool
+    why: str
