@@ -8,6 +8,7 @@ Tables (keys are compared as bytes; ids are 8 bytes, big-endian, so byte order i
     active, view, committed      id -> name       for listing one kind in id order: the last id is a place to go on from
     children     parent id, kind's first letter, id -> name
     uncounted    id -> nothing                    committed, and its usage not yet known
+    unflushed    id -> boot id                    committed, and its data not yet known to be on disk (``snapfs/flushing.py``)
 
 **Reading** takes an LMDB read transaction of its own for each call: about a microsecond, no lock, no thread, one
 consistent state.  **Writing** goes through one writer (``serve``): it takes all that waits, runs each operation in a
@@ -22,7 +23,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -172,6 +173,11 @@ class Reader:
         with self._txn.cursor(db=self._store.uncounted_table) as cursor:
             return [_number(key) for key in cursor.iternext(values=False)]
 
+    def unflushed(self) -> list[tuple[int, str]]:
+        """The ids of committed snapshots whose data may be in memory only, each with the boot of the machine whose memory."""
+        with self._txn.cursor(db=self._store.unflushed_table) as cursor:
+            return [(_number(key), boot.decode()) for key, boot in cursor]
+
     def count(self, kind: Kind) -> int:
         """How many snapshots of ``kind`` there are."""
         entries: int = self._txn.stat(self._store.kinds[kind])["entries"]
@@ -228,8 +234,18 @@ class Writer(Reader):
         if record.kind is Kind.COMMITTED and record.usage is None:
             txn.put(key, b"", db=store.uncounted_table)
 
+    def mark_unflushed(self, number: int, boot: str) -> None:
+        """Note that the data of snapshot ``number`` may be in the memory of this boot only."""
+        self._txn.put(_key(number), boot.encode(), db=self._store.unflushed_table)
+
+    def clear_unflushed(self, numbers: Iterable[int]) -> None:
+        """Note that the data of these snapshots is on disk."""
+        for number in numbers:
+            self._txn.delete(_key(number), db=self._store.unflushed_table)
+
     def delete(self, number: int, record: Record) -> None:
         """Take snapshot ``number`` out, with all indexes."""
+        self.clear_unflushed([number])
         self._unindex(number, record, keep_name=False)
         self._txn.delete(_key(number), db=self._store.snapshots)
 
@@ -247,17 +263,19 @@ class MetaStore:
     """One LMDB environment with one writer.
 
     Open it (``MetaStore(path)``: the file, with ``path-lock`` beside it), run ``serve`` in a nursery, ``close`` it.
+    Without ``sync`` nothing is ever flushed: a power cut may take the whole store, a crash of the process takes nothing.
     Raises Unavailable where the file can't be opened, Damaged where it is none of ours or of a newer schema.
     """
 
-    def __init__(self, path: str, map_size: int = MAP_SIZE) -> None:
+    def __init__(self, path: str, map_size: int = MAP_SIZE, *, sync: bool = True) -> None:
         self.path = path
+        self.sync = sync
         self.listeners: list[Callable[[Change], None]] = []
         self.batches: Counter[int] = Counter()
         """How often so many operations were made durable with one sync."""
         try:
             self._env = lmdb.open(
-                path, subdir=False, map_size=map_size, mode=0o600, max_dbs=8, max_spare_txns=1, max_readers=64
+                path, subdir=False, sync=sync, map_size=map_size, mode=0o600, max_dbs=16, max_spare_txns=1, max_readers=64
             )
             self._env.reader_check()
             with self._env.begin(write=True) as txn:
@@ -267,6 +285,7 @@ class MetaStore:
                 self.kinds = {kind: self._env.open_db(kind.value.encode(), txn) for kind in Kind}
                 self.child_table = self._env.open_db(b"children", txn)
                 self.uncounted_table = self._env.open_db(b"uncounted", txn)
+                self.unflushed_table = self._env.open_db(b"unflushed", txn)
                 found = txn.get(b"schema", db=self.meta)
                 if found is None:
                     txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)
@@ -361,7 +380,7 @@ class MetaStore:
                     writer = self._run_one(txn, batch, request)
                     if writer is not None:
                         writers.append(writer)
-                for fd in batch.directories:
+                for fd in batch.directories if self.sync else ():
                     os.fsync(fd)
         except (lmdb.Error, OSError) as error:
             refusal = _refused("write the records", self.path, error)

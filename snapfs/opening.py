@@ -15,7 +15,7 @@ from snapfs.layers import Layers
 from snapfs.metastore import MetaStore
 from snapfs.model import Kind
 from snapfs.mounted import Mounted
-from snapfs.options import Feature, Options
+from snapfs.options import Feature, Options, Sync
 from snapfs.rootfs import Rootfs
 from snapfs.snapshotter import Snapshotter
 
@@ -55,7 +55,7 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
     try:
         if records is None:
             _refuse_lost_records(layers)
-            records = MetaStore(f"{layers.root}/metadata.mdb")
+            records = MetaStore(f"{layers.root}/metadata.mdb", sync=options.sync is Sync.FULL)
         features: dict[str, Feature] = {}
         overlay_options = _overlay_options(options.mount_options, layers.snapshots, features)
         return Snapshotter(

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
+
+
+class Sync(enum.StrEnum):
+    """What is flushed to the disk: records and committed data, or nothing at all, for a root that may be thrown away."""
+
+    FULL = "full"
+    NONE = "none"
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -13,8 +22,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     become ``uidmap=`` and ``gidmap=`` of the mounts.  ``slow_chown``: where layers can't be idmapped, change the owners in
     the upper layer instead; without it such a Prepare is refused.
 
-    Not containerd's: ``rootfs``: mount the merged file systems that are asked for; ``rootfs_idle``: seconds until one that
-    nobody uses is unmounted; ``rootfs_max``: how many may be mounted at once.
+    Not containerd's: ``sync``: how much survives a power cut.  ``rootfs``: mount the merged file systems that are asked for;
+    ``rootfs_idle``: seconds until one that nobody uses is unmounted; ``rootfs_max``: how many may be mounted at once.
     """
 
     async_remove: bool = False
@@ -22,6 +31,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     mount_options: tuple[str, ...] = ()
     remap_ids: bool = False
     slow_chown: bool = False
+    sync: Sync = Sync.FULL
     rootfs: bool = True
     rootfs_idle: float = 60.0
     rootfs_max: int = 128

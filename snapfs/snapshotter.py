@@ -31,14 +31,14 @@ from snapfs.errors import (
     WrongParent,
 )
 from snapfs.filters import compile_filters
+from snapfs.flushing import Flushing
 from snapfs.housekeeping import Housekeeping
-from snapfs.kernel import mounting
 from snapfs.labels import UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore, Reader, Record, Writer
 from snapfs.model import Change, Info, Kind, Mount, Usage
 from snapfs.mounted import Mounted
-from snapfs.options import Feature, Options
+from snapfs.options import Feature, Options, Sync
 from snapfs.rootfs import Rootfs, Stack
 from snapfs.sharing import Sharing
 
@@ -75,6 +75,7 @@ class Snapshotter:
         self.records = records
         self.features = features
         self.counting = Counting(layers, records)
+        self.flushing = Flushing(layers, records, sync=options.sync is Sync.FULL)
         self.mounted = Mounted(layers.snapshots)
         self.rootfs = rootfs
         self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
@@ -99,6 +100,7 @@ class Snapshotter:
                 self._background = nursery.cancel_scope
                 await nursery.start(self._write, name="snapfs writer")
                 await nursery.start(self.counting.run, name="snapfs counting")
+                await nursery.start(self.flushing.run, name="snapfs flushing")
                 await nursery.start(self._scans.serve, name="snapfs scans")
                 if self.rootfs is not None:
                     await nursery.start(self.rootfs.run, name="snapfs rootfs")
@@ -202,12 +204,17 @@ class Snapshotter:
         *,
         keep_labels: bool = False,
         refuse_mounted: bool = False,
+        wait: bool = True,
     ) -> None:
         """Make the active snapshot ``key`` the committed snapshot ``name``: the id stays, the key is gone.
 
         The labels are those given here and no others, unless ``keep_labels``; created and updated are now.  ``parent`` is
         the parent that it has, or one to rebase it onto if it has none.  ``refuse_mounted`` asks for Busy while it is mounted
         read-write in this mount namespace: containerd commits even then, and trusts its client not to write any more.
+
+        ``wait`` returns when the data in the layer is on disk; without it the snapshot is committed for everybody at once, and
+        the data is flushed in the background: ``flush`` waits for it.  After a power cut before that, the snapshot is there
+        but refused as parent and mount (Damaged), until it is removed or accepted.
 
         The usage is counted right after, in the background: ``usage`` waits for it.
 
@@ -233,10 +240,14 @@ class Snapshotter:
             kept = record.labels if keep_labels else {}
             after = Record(name, Kind.COMMITTED, above, now, now, {**kept, **given})
             self._put(writer, number, record, after)
+            self.flushing.mark(writer, number)
 
         async with self._unmounted(key) as number:
             await self._write_record(operation)
+        self.flushing.flush_soon()
         self.counting.count_soon(number)
+        if wait:
+            await self.flushing.flush()
 
     def _new_parent(self, writer: Writer, record: Record, parent: Ref) -> int:
         """The id of the parent that a Commit asks for."""
@@ -282,6 +293,7 @@ class Snapshotter:
         if change.before is not None and change.after is None:
             self.counting.forget(change.before.id)
             self._damaged -= {change.before.id}
+            self.flushing.lost.discard(change.before.id)
 
     async def rename(self, old: Ref, new: str) -> None:
         """Give a snapshot another key or name; its kind, id, children and times stay.  containerd lacks this.
@@ -482,6 +494,7 @@ class Snapshotter:
             _, record = self._find(reader, number)
             chain = reader.chain(record)
         self._refuse_damaged(number, *chain)
+        self.flushing.refuse_lost([number, *chain])
         if self._maps_ids and any(idmap.mappings(record.labels)):
             raise FailedPrecondition(
                 f'snapshot "{record.name}" has its ids remapped: let a container runtime mount what mounts.json says'
@@ -515,10 +528,24 @@ class Snapshotter:
     async def flush(self) -> None:
         """Return when all data written to ROOT's file system so far is on disk."""
         self._refuse_closed()
-        try:
-            await trio.to_thread.run_sync(mounting.sync_file_system, self.layers.snapshots)
-        except OSError as error:
-            raise Unavailable.from_os("flush the layers", error) from error
+        await self.flushing.flush()
+
+    async def accept(self, key: Ref) -> None:
+        """Take a committed snapshot as it is, whose data had not been flushed when the power went.
+
+        Raises NotFound, or FailedPrecondition: there is nothing to accept.
+        """
+
+        def operation(writer: Writer) -> int:
+            number, record = self._find(writer, key)
+            if number not in self.flushing.lost:
+                raise FailedPrecondition(f'snapshot "{record.name}" is whole: there is nothing to accept')
+            writer.clear_unflushed([number])
+            info = writer.info(number, record)
+            writer.changed(info, info, counted=True)
+            return number
+
+        self.flushing.lost.discard(await self._write_record(operation))
 
     def space(self) -> os.statvfs_result:
         """The file system that holds ROOT, as statvfs(3) tells it."""
@@ -578,6 +605,7 @@ class Snapshotter:
         if record.kind is not Kind.COMMITTED:
             raise wrong_kind(f'parent snapshot "{record.name}" is not committed but {record.kind}')
         self._refuse_damaged(number)
+        self.flushing.refuse_lost([number])
         return number
 
     def _refuse_taken(self, reader: Reader, name: str, by: int | None = None) -> None:
@@ -598,6 +626,8 @@ class Snapshotter:
         chain = reader.chain(record)
         if self._damaged:
             self._refuse_damaged(number, *chain)
+        if self.flushing.lost:
+            self.flushing.refuse_lost(chain)
         return mountspec.mounts(
             record.kind,
             self.layers.directory(number),

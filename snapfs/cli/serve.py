@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import trio
 
 from snapfs.errors import InvalidArgument, Unavailable
-from snapfs.options import Options
+from snapfs.options import Options, Sync
 
 N = TypeVar("N", int, float)
 
 _FLAGS = {
     "allow_other": "let other users enter (the kernel then checks modes)",
     "ro": "mount the tree read-only",
+    "dirsync": "let mv to committed return when the data is on disk",
     "async_remove": "leave the files of removed snapshots to Cleanup",
     "upperdir_label": "show each layer's path as a label in info.json",
     "remap_ids": "put uidmap= and gidmap= from the mapping labels into the mount specs",
@@ -58,6 +59,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--mount-option", action="append", default=[], metavar="OPT", help="an option for every overlay mount; may be repeated"
     )
+    parser.add_argument("--sync", metavar="full|none", help="none: flush nothing; a power cut may take the whole root")
     parser.set_defaults(run=run)
 
 
@@ -72,11 +74,15 @@ def run(given: argparse.Namespace) -> int:
             overlay.append(value)
         elif name in _FLAGS and not equals:
             flags.add(name)
+        elif name == "sync" and value:
+            given.sync = value
         elif name in _NUMBERS and value:
             numbers[name] = value
         elif option not in _IGNORED:
-            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*_NUMBERS, "mount_option"))])
+            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*_NUMBERS, "sync", "mount_option"))])
             raise InvalidArgument(f'unknown mount option "{option}"; there are {known}')
+    if given.sync not in (None, *Sync):
+        raise InvalidArgument(f"sync={given.sync}: there are {' and '.join(Sync)}")
     logging.basicConfig(level=logging.WARNING, format="snapfs: %(message)s")
     options = Options(
         async_remove="async_remove" in flags,
@@ -84,6 +90,7 @@ def run(given: argparse.Namespace) -> int:
         mount_options=tuple(overlay),
         remap_ids="remap_ids" in flags,
         slow_chown="slow_chown" in flags,
+        sync=Sync(given.sync or Sync.FULL),
         rootfs="no_rootfs" not in flags,
         rootfs_idle=_number("rootfs_idle", numbers.get("rootfs_idle", "60"), float, 0.0),
         rootfs_max=_number("rootfs_max", numbers.get("rootfs_max", "128"), int, 1),
@@ -96,7 +103,7 @@ def run(given: argparse.Namespace) -> int:
     def say_ready() -> None:
         print(f"snapfs: serving {given.root} on {given.mountpoint}", file=sys.stderr, flush=True)
 
-    mount = MountOptions(allow_other="allow_other" in flags, ro="ro" in flags)
+    mount = MountOptions(allow_other="allow_other" in flags, ro="ro" in flags, dirsync="dirsync" in flags)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # serve takes them; one that comes after its end is late
         signal.signal(number, signal.SIG_IGN)
     trio.run(serve, given.root, os.path.abspath(given.mountpoint), options, mount, say_ready)

@@ -34,10 +34,11 @@ GRACE = 5.0  # seconds that requests under way have to end once the daemon is to
 
 class MountOptions(msgspec.Struct, frozen=True):
     """Options of the FUSE mount: ``allow_other``: users other than the owner may enter, with the modes that stat(2) shows;
-    ``ro``: read-only."""
+    ``ro``: read-only; ``dirsync``: a Commit waits until its data is on disk."""
 
     allow_other: bool = False
     ro: bool = False
+    dirsync: bool = False
 
 
 async def serve(
@@ -57,7 +58,8 @@ async def serve(
             stop = trio.Event()
             nursery.start_soon(_set_on_signal, stop, signals)
             try:
-                tree = Tree(snapshotter, {"mountpoint": mountpoint, **msgspec.structs.asdict(mount)})
+                served = {"mountpoint": mountpoint, **msgspec.structs.asdict(mount)}
+                tree = Tree(snapshotter, served, dirsync=mount.dirsync)
                 await serve_tree(tree, mountpoint, mount, on_ready, stop)
             except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group
                 refusal = error

@@ -39,16 +39,18 @@ TEARDOWN = 3.0  # seconds after each refusal for which its process is held to be
 class Tree:
     """The tree over ``snapshotter``, and the little that is not in its records (all of it gone with the daemon):
 
-    ``served``: where and how it is served, for options.json.  ``meters``: the requests, by operation, for stats.json.
+    ``dirsync``: Commit waits for the data.  ``served``: where and how it is served, for options.json.  ``meters``: the
+    requests, by operation, for stats.json.
     ``hidden``: fixed entries that were unlinked, by snapshot id.  ``open_labels``: labels open for writing, by snapshot id.
     ``writers``: the inodes that were lately given to writers of labels, and their keys.
     ``committed_inside``: snapshots that were committed by a rename into their parent's listing.  ``versions``: texts that were
     looked up lately.  ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
     """
 
-    def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object] | None = None) -> None:
+    def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object] | None = None, *, dirsync: bool = False) -> None:
         self.snapshotter = snapshotter
         self.served = served or {}
+        self.dirsync = dirsync
         self.version: str = snapfs.__version__
         self.started: int = time.time_ns()
         self.error_log: ErrorLog = ErrorLog()
@@ -187,7 +189,7 @@ class Tree:
         if parent is not None:
             self.committed_inside.add(number)
         try:
-            await self.snapshotter.commit(name, number, parent=parent, keep_labels=True, refuse_mounted=True)
+            await self.snapshotter.commit(name, number, parent=parent, keep_labels=True, refuse_mounted=True, wait=self.dirsync)
         except BaseException:
             self.committed_inside.discard(number)
             raise

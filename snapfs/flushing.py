@@ -1,0 +1,132 @@
+"""Flushing: the data of committed snapshots on its way to the disk.
+
+A Commit makes its record durable and returns; the files in the layer are still in the kernel's memory.  So the record is
+marked, and one syncfs(2) in the background serves all commits before it; then their marks are cleared, all in one write, so
+that no child is ever flushed before its parent.  A mark says in which boot of the machine the data was in memory: a daemon
+that merely crashed flushes again, but after a power cut nobody knows what is in those files.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import trio
+
+from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
+from snapfs.kernel import mounting
+from snapfs.layers import Layers
+from snapfs.metastore import MetaStore, Writer
+
+log = logging.getLogger(__name__)
+
+
+def boot_id() -> str:
+    """What the kernel calls this boot of the machine (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class Flushing:
+    """The flushes of one root.  ``run`` must be running; without ``sync`` nothing is ever flushed, marked or waited for.
+
+    ``lost`` holds the ids of the snapshots whose data was in memory when the power went, or the disk refused it.
+    """
+
+    def __init__(self, layers: Layers, records: MetaStore, *, sync: bool) -> None:
+        self._layers = layers
+        self._records = records
+        self._sync = sync
+        self._boot = boot_id()
+        self._next: _Flush | None = None
+        self._wakeup = trio.Event()
+        self._running = False
+        with records.reading() as reader:
+            self.lost = {number for number, boot in reader.unflushed() if boot != self._boot}
+
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        """Flush whatever is asked for, until cancelled; begins with what a crashed daemon left."""
+        with self._records.reading() as reader:
+            if any(boot == self._boot for _, boot in reader.unflushed()):
+                self.flush_soon()
+        self._running = True
+        task_status.started()
+        try:
+            while True:
+                await self._wakeup.wait()
+                self._wakeup = trio.Event()
+                if self._next is not None:
+                    flush, self._next = self._next, None
+                    await self._perform(flush)
+        finally:
+            self._running = False
+            if self._next is not None:
+                self._next.end(Closed())
+
+    async def _perform(self, flush: _Flush) -> None:
+        error: SnapshotError | None = Closed()
+        try:
+            with self._records.reading() as reader:
+                numbers = [number for number, boot in reader.unflushed() if boot == self._boot and number not in self.lost]
+            try:
+                await trio.to_thread.run_sync(mounting.sync_file_system, self._layers.snapshots)
+            except OSError as refusal:
+                self.lost.update(numbers)  # the kernel tells once, and drops what it could not write
+                error = Unavailable.from_os("flush the layers", refusal)
+                log.error("%s; snapshots that may be torn: %s", error, numbers)
+                return
+            if numbers:
+                await self._records.write(lambda writer: writer.clear_unflushed(numbers))
+            error = None
+        except SnapshotError as refusal:
+            error = refusal
+            log.error("the layers are flushed, but not marked so: %s", error)
+        finally:
+            flush.end(error)
+
+    def mark(self, writer: Writer, number: int) -> None:
+        """Within the operation that commits snapshot ``number``."""
+        if self._sync:
+            writer.mark_unflushed(number, self._boot)
+
+    def flush_soon(self) -> None:
+        """Flush in the background what was written so far."""
+        if self._sync:
+            self._next = self._next or _Flush()
+            self._wakeup.set()
+
+    async def flush(self) -> None:
+        """Return when all that was written so far is on disk, and known to be.  Raises Unavailable where the disk fails."""
+        if not self._sync:
+            return
+        if not self._running:
+            raise Closed()
+        self.flush_soon()
+        flush = self._next
+        assert flush is not None
+        await flush.ended.wait()
+        if flush.error is not None:
+            raise flush.error
+
+    def refuse_lost(self, numbers: list[int]) -> None:
+        """Raise Damaged if any of these snapshots may have lost data."""
+        for number in numbers:
+            if number in self.lost:
+                with self._records.reading() as reader:
+                    record = reader.record(number)
+                name = record.name if record else str(number)
+                raise Damaged(
+                    f'the files of snapshot "{name}" may be torn, since they had not reached the disk when the power went or '
+                    f"the disk failed: look at {self._layers.fs(number)}, and remove the snapshot or make it anew"
+                )
+
+
+class _Flush:
+    """One flush that was asked for, until it has ended."""
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.error: SnapshotError | None = None
+
+    def end(self, error: SnapshotError | None) -> None:
+        self.error = error
+        self.ended.set()

@@ -1,0 +1,238 @@
+"""The data of committed snapshots: when it is on disk, and what is said of it when it is not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from snapfs import Damaged, FailedPrecondition, Options, Snapshotter, Unavailable, open_snapshotter
+from snapfs import flushing as room
+from snapfs.kernel import mounting
+from snapfs.options import Sync
+from snapfs.tree import Tree
+from tests.conftest import Daemon
+from tests.test_disk import loop_mounted, small_disk  # noqa: F401 - a fixture
+
+CONTENT = b"0123456789abcdef" * 20_000
+
+
+class Gate:
+    """Holds up syncfs(2) until it is opened; ``calls`` counts."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.open = threading.Event()
+        self.error: OSError | None = None
+        self.sync = mounting.sync_file_system
+
+    def __call__(self, directory: str) -> None:
+        self.calls += 1
+        assert self.open.wait(timeout=30)
+        if self.error is not None:
+            raise self.error
+        self.sync(directory)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate()
+    monkeypatch.setattr(mounting, "sync_file_system", gate)
+    yield gate
+    gate.open.set()
+
+
+def write(snapshotter: Snapshotter, number: int) -> None:
+    for n in range(10):
+        Path(snapshotter.layers.fs(number), f"file{n}").write_bytes(CONTENT)
+
+
+def holds(layer: str) -> bool:
+    return all(Path(layer, f"file{n}").read_bytes() == CONTENT for n in range(10))
+
+
+def marked(snapshotter: Snapshotter) -> list[int]:
+    with snapshotter.records.reading() as reader:
+        return [number for number, _ in reader.unflushed()]
+
+
+async def test_what_commit_waited_for_is_whole_after_a_power_cut(
+    small_disk: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The image of the disk is copied the moment the call returns: what a power cut would leave."""
+    async with open_snapshotter(small_disk) as snapshotter:
+        await snapshotter.prepare("a")
+        write(snapshotter, 1)
+        await snapshotter.commit("base", "a")
+        shutil.copyfile(tmp_path / "image", tmp_path / "copy")
+    monkeypatch.setattr(room, "boot_id", lambda: "the next boot")
+    with loop_mounted(tmp_path / "copy", tmp_path / "after") as disk:
+        async with open_snapshotter(disk) as survivor:
+            assert holds(survivor.layers.fs(1))
+            assert await survivor.prepare("web", "base")
+
+
+async def test_what_nobody_waited_for_is_not_passed_off_as_whole(
+    small_disk: Path,  # noqa: F811
+    tmp_path: Path,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with open_snapshotter(small_disk) as snapshotter:
+        await snapshotter.prepare("a")
+        write(snapshotter, 1)
+        await snapshotter.commit("base", "a", wait=False)
+        shutil.copyfile(tmp_path / "image", tmp_path / "copy")
+        await snapshotter.prepare("web", "base")
+        gate.open.set()
+    with loop_mounted(tmp_path / "copy", tmp_path / "after") as disk:
+        assert not holds(str(disk / "snapshots/1/fs")), "the test means something"
+        with monkeypatch.context() as patch:
+            patch.setattr(room, "boot_id", lambda: "the next boot")
+            async with open_snapshotter(disk) as survivor:
+                tree = Tree(survivor)
+                info = tree.walk("committed/base/info.json")
+                shown = json.loads((await info.open()).read(0, 4096))
+                assert shown["state"] == "unflushed"
+                for refused in (
+                    lambda: survivor.prepare("web", "base"),
+                    lambda: survivor.view("peek", "base"),
+                    lambda: survivor.mount("base"),
+                ):
+                    with pytest.raises(Damaged, match=r'"base" may be torn.*snapshots/1/fs'):
+                        await refused()
+                await survivor.prepare("other")
+                with pytest.raises(Damaged):
+                    await survivor.commit("child", "other", parent="base")
+                with pytest.raises(FailedPrecondition, match="whole"):
+                    await survivor.accept("other")
+                await survivor.accept("base")
+                assert await survivor.prepare("web", "base")
+                assert marked(survivor) == []
+                assert "state" not in json.loads((await tree.walk("committed/base/info.json").open()).read(0, 4096))
+
+
+@pytest.mark.parametrize("end", ["remove", "crash"])
+async def test_removing_it_or_a_mere_crash_settles_it(
+    root: Path, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    async with open_snapshotter(root) as snapshotter:
+        await snapshotter.prepare("a")
+        await snapshotter.commit("base", "a", wait=False)
+        shutil.copytree(root, tmp_path / "copy")  # as it was when the daemon was killed
+        gate.open.set()
+    if end == "remove":
+        monkeypatch.setattr(room, "boot_id", lambda: "the next boot")
+    async with open_snapshotter(tmp_path / "copy") as survivor:
+        if end == "remove":
+            with pytest.raises(Damaged):
+                await survivor.prepare("web", "base")
+            await survivor.remove("base")
+            assert survivor.flushing.lost == set()
+        else:
+            assert await survivor.prepare("web", "base"), "the kernel still has the data"
+            await survivor.flush()
+        assert marked(survivor) == []
+
+
+async def test_one_flush_serves_all_commits_before_it(
+    snapshotter: Snapshotter, gate: Gate
+) -> None:
+    parent = ""
+    for n in range(5):
+        await snapshotter.prepare(f"k{n}", parent)
+        await snapshotter.commit(f"n{n}", f"k{n}", wait=False)
+        parent = f"n{n}"
+    seen = [marked(snapshotter)]
+    assert seen == [[1, 2, 3, 4, 5]]
+    gate.open.set()
+    while marked(snapshotter):
+        await trio.sleep(0.001)
+        seen.append(marked(snapshotter))
+    for marks in seen:
+        assert marks == sorted(marks)
+        assert marks == list(range(6 - len(marks), 6)), "a child is never flushed before its parent"
+    assert gate.calls <= 3
+
+
+async def test_commit_returns_at_once_or_when_the_data_is_on_disk(snapshotter: Snapshotter, gate: Gate) -> None:
+    for key in ("a", "b"):
+        await snapshotter.prepare(key)
+    await snapshotter.commit("n", "a", wait=False)
+    ended = trio.Event()
+
+    async def wait_for(call: Callable[[], object]) -> None:
+        await call()  # type: ignore[misc]
+        ended.set()
+
+    tree = Tree(snapshotter, dirsync=True)
+    calls = (
+        lambda: snapshotter.commit("m", "b"),
+        snapshotter.flush,
+        lambda: tree.rename(tree.walk("active"), "c", tree.walk("committed"), "o"),
+    )
+    await snapshotter.prepare("c")
+    for call in calls:
+        gate.open.clear()
+        ended = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait_for, call)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert not ended.is_set()
+            gate.open.set()
+        assert marked(snapshotter) == []
+    assert sorted(info.name for info in await snapshotter.walk()) == ["m", "n", "o"]
+
+
+async def test_a_disk_that_fails_is_told_and_never_forgotten(snapshotter: Snapshotter, gate: Gate) -> None:
+    gate.error = OSError(errno.EIO, os.strerror(errno.EIO))
+    gate.open.set()
+    await snapshotter.prepare("a")
+    with pytest.raises(Unavailable, match="cannot flush the layers: Input/output error") as caught:
+        await snapshotter.commit("base", "a")
+    assert caught.value.errno == errno.EIO
+    gate.error = None
+    await snapshotter.flush()
+    assert marked(snapshotter) == [1], "the kernel reports an error once; what it lost stays lost"
+    with pytest.raises(Damaged):
+        await snapshotter.prepare("web", "base")
+
+
+async def test_nothing_is_flushed_with_sync_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("nothing is to be flushed")
+
+    monkeypatch.setattr(mounting, "sync_file_system", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
+    async with open_snapshotter(root, Options(sync=Sync.NONE)) as snapshotter:
+        await snapshotter.prepare("a")
+        await snapshotter.commit("base", "a")
+        await snapshotter.flush()
+        assert marked(snapshotter) == []
+
+
+def test_sync_of_a_directory_waits_and_mv_does_not(
+    make_daemon: Callable[..., Daemon], small_disk: Path, tmp_path: Path
+) -> None:  # noqa: F811
+    daemon = make_daemon(root=small_disk).start()
+    for n, waited in enumerate(("committed/n0", "committed", ".")):
+        os.mkdir(daemon.mnt / "active/k")
+        for number in range(5):
+            (daemon.mnt / f"active/k/diff/file{number}").write_bytes(CONTENT)
+        os.rename(daemon.mnt / "active/k", daemon.mnt / f"committed/n{n}")
+        fd = os.open(daemon.mnt / waited, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(fd)
+        os.close(fd)
+        shutil.copyfile(tmp_path / "image", tmp_path / "copy")
+        with loop_mounted(tmp_path / "copy", tmp_path / "after") as disk:
+            assert all((disk / f"snapshots/{n + 1}/fs/file{number}").read_bytes() == CONTENT for number in range(5))
+    assert daemon.stop() == 0
