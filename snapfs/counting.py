@@ -38,14 +38,16 @@ class Counting:
         """Run scans until cancelled; begins with what an earlier process left uncounted."""
         with self._records.reading() as reader:
             uncounted = reader.uncounted()
-        try:
-            async with trio.open_nursery() as self._nursery:
-                await self._nursery.start(self._scans.serve, name="snapfs scans")
-                for number in uncounted:
-                    self.count_soon(number)
-                task_status.started()
-        finally:
-            self._nursery = None
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await nursery.start(self._scans.serve, name="snapfs counts")
+            for number in uncounted:
+                self.count_soon(number)
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
 
     async def usage(self, number: int, record: Record) -> Usage:
         """What snapshot ``number`` alone takes: an active one is counted now, a committed one was or just is.

@@ -122,7 +122,7 @@ def _rootfs(
     if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
     rootfs = Rootfs(layers, own, idle=options.rootfs_idle, most=options.rootfs_max)
-    refusal = rootfs.trial() if options.rootfs else "the option no_rootfs says so"
+    refusal = rootfs.trial() if options.rootfs else "it was started with no_rootfs"
     mounted = Mounted(layers.snapshots)
 
     def right(number: int) -> bool:
