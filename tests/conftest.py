@@ -12,11 +12,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from snapfs import Snapshotter, open_snapshotter
+from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import mount_table
 
 _CLONE_NEWNS = 0x20000
@@ -145,3 +147,24 @@ async def snapshotter(root: Path) -> AsyncIterator[Snapshotter]:
     """The library on a fresh root."""
     async with open_snapshotter(root) as opened:
         yield opened
+
+
+@contextmanager
+def loop_mounted(image: Path, target: Path) -> Iterator[Path]:
+    target.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(target)], check=True)
+    try:
+        yield target
+    finally:
+        mounting.unmount(str(target), mounting.MNT_DETACH)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 of 16 MiB on a loop device."""
+    image = tmp_path / "image"
+    image.touch()
+    os.truncate(image, 16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    with loop_mounted(image, tmp_path / "disk") as disk:
+        yield disk

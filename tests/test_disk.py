@@ -6,38 +6,15 @@ import errno
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 
 from snapfs import Info, Kind, open_snapshotter
-from snapfs.kernel import mounting
-from tests.conftest import Daemon
+from tests.conftest import Daemon, loop_mounted
 from tests.test_overlay import mounted
-
-
-@contextmanager
-def loop_mounted(image: Path, target: Path) -> Iterator[Path]:
-    target.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(target)], check=True)
-    try:
-        yield target
-    finally:
-        mounting.unmount(str(target), mounting.MNT_DETACH)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An ext4 of 16 MiB on a loop device."""
-    image = tmp_path / "image"
-    image.touch()
-    os.truncate(image, 16 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
-    with loop_mounted(image, tmp_path / "disk") as disk:
-        yield disk
 
 
 async def test_a_power_cut_after_any_call_loses_nothing_of_it(small_disk: Path, tmp_path: Path) -> None:

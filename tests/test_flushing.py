@@ -18,8 +18,7 @@ from snapfs import flushing as room
 from snapfs.kernel import mounting
 from snapfs.options import Sync
 from snapfs.tree import Tree
-from tests.conftest import Daemon
-from tests.test_disk import loop_mounted, small_disk  # noqa: F401 - a fixture
+from tests.conftest import Daemon, loop_mounted
 
 CONTENT = b"0123456789abcdef" * 20_000
 
@@ -64,7 +63,7 @@ def marked(snapshotter: Snapshotter) -> list[int]:
 
 
 async def test_what_commit_waited_for_is_whole_after_a_power_cut(
-    small_disk: Path,  # noqa: F811
+    small_disk: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -82,7 +81,7 @@ async def test_what_commit_waited_for_is_whole_after_a_power_cut(
 
 
 async def test_what_nobody_waited_for_is_not_passed_off_as_whole(
-    small_disk: Path,  # noqa: F811
+    small_disk: Path,
     tmp_path: Path,
     gate: Gate,
     monkeypatch: pytest.MonkeyPatch,
@@ -144,9 +143,7 @@ async def test_removing_it_or_a_mere_crash_settles_it(
         assert marked(survivor) == []
 
 
-async def test_one_flush_serves_all_commits_before_it(
-    snapshotter: Snapshotter, gate: Gate
-) -> None:
+async def test_one_flush_serves_all_commits_before_it(snapshotter: Snapshotter, gate: Gate) -> None:
     parent = ""
     for n in range(5):
         await snapshotter.prepare(f"k{n}", parent)
@@ -222,7 +219,7 @@ async def test_nothing_is_flushed_with_sync_none(root: Path, monkeypatch: pytest
 
 def test_sync_of_a_directory_waits_and_mv_does_not(
     make_daemon: Callable[..., Daemon], small_disk: Path, tmp_path: Path
-) -> None:  # noqa: F811
+) -> None:
     daemon = make_daemon(root=small_disk).start()
     for n, waited in enumerate(("committed/n0", "committed", ".")):
         os.mkdir(daemon.mnt / "active/k")

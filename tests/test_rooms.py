@@ -12,19 +12,6 @@ PACKAGE = Path(__file__).parent.parent / "snapfs"
 PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec", "options"}
 DISK = {"metastore", "layers", "walk", "usage", "changes", "sharing", "counting", "mounted", "rootfs", "kernel"}
 DISK |= {"housekeeping", "flushing"}
-    "metastore",
-    "layers",
-    "walk",
-    "usage",
-    "changes",
-    "sharing",
-    "counting",
-    "mounted",
-    "rootfs",
-    "housekeeping",
-    "flushing",
-    "kernel",
-}
 LIBRARY = PURE | DISK | {"snapshotter", "opening"}
 
 MAY_IMPORT = {
