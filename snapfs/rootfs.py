@@ -24,7 +24,7 @@ import trio
 
 from snapfs.errors import Busy, Closed, Unavailable
 from snapfs.kernel import mounting, overlay
-from snapfs.kernel.mounttable import mount_table
+from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.kernel.processes import users
 from snapfs.layers import Layers, parse_id
 
@@ -32,7 +32,11 @@ log = logging.getLogger(__name__)
 
 GRACE = 0.25  # seconds after it was asked for in which a mount is not taken for another: whoever asked is about to go there
 
+_GONE = (errno.EINVAL, errno.ENOENT)
+"""What umount2(2) says where somebody else has unmounted it, and perhaps removed the directory."""
+
 _threads = trio.CapacityLimiter(8)
+_closing = trio.CapacityLimiter(8)  # apart from all others: each may wait for the disk, and nothing else may wait for them
 
 
 class Stack(msgspec.Struct, frozen=True):
@@ -153,22 +157,34 @@ class Rootfs:
         ``stack`` is asked for what to mount when that is to be done; it may raise.  Raises Unavailable where the kernel
         refuses (with its words), Busy where ``most`` others are mounted and all in use.
         """
-        held = self._held.get(number)
-        if held is not None:
-            held.asked = trio.current_time()
+        if number not in self._locks and self._is_there(number):  # with the lock somebody may be unmounting it
             return self._layers.rootfs(number)
         async with self._locked(number):
-            if number not in self._held:
+            if not self._is_there(number):
+                if number in self._held:
+                    self._let_go(self._held.pop(number))
                 async with self._room():
                     work = functools.partial(self._mount, number, stack())
                     self._held[number] = _Held(await trio.to_thread.run_sync(work, limiter=_threads))
         return self._layers.rootfs(number)
 
+    def _is_there(self, number: int) -> bool:
+        """Note that snapshot ``number`` was asked for; whether it is mounted here, and nobody has unmounted it by hand."""
+        held = self._held.get(number)
+        if held is None:
+            return False
+        held.asked = trio.current_time()
+        try:
+            return mount_id(self._layers.rootfs(number)) != mount_id(self._directory)
+        except OSError:
+            return False
+
     def _mount(self, number: int, stack: Stack) -> int | None:
         target, layers = self._layers.rootfs(number), self._layers
         lowers = [layers.fs(below) for below in stack.lower]
         try:
-            os.mkdir(target, 0o700)
+            layers.put_away(target)  # whoever knows the path can make a directory there
+            os.makedirs(target, mode=0o700)
             try:
                 if stack.upper is None and len(lowers) == 1:
                     mounting.mount_bind(lowers[0], target, read_only=True)
@@ -245,7 +261,7 @@ class Rootfs:
         try:
             mounting.unmount(self._layers.rootfs(number), mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # then somebody else has unmounted it
+            if error.errno not in _GONE:
                 raise
         self._layers.put_away(self._layers.rootfs(number))
 
@@ -257,7 +273,7 @@ class Rootfs:
                 if not mounting.expire(self._layers.rootfs(number)):
                     return False
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in _GONE:
                     return False
             self._layers.put_away(self._layers.rootfs(number))
             return True
@@ -266,7 +282,7 @@ class Rootfs:
             held = self._held.get(number)
             if (
                 held is not None
-                and trio.current_time() - held.asked >= self.idle
+                and trio.current_time() - held.asked >= max(self.idle, GRACE)
                 and await trio.to_thread.run_sync(expire, limiter=_threads)
             ):
                 self._let_go(self._held.pop(number))
@@ -274,7 +290,7 @@ class Rootfs:
     def _let_go(self, held: _Held) -> None:
         """Close the copy, which may flush the disk, in the background."""
         if held.copy is not None and self._nursery is not None:
-            self._nursery.start_soon(trio.to_thread.run_sync, os.close, held.copy)
+            self._nursery.start_soon(_close, held.copy)
         elif held.copy is not None:
             os.close(held.copy)
 
@@ -298,4 +314,12 @@ def _detach(target: str) -> None:
 
 def _by(target: str) -> str:
     found = [f"{pid} ({name})" for pid, name in islice(users(target), 3)]
-    return f" by process {', '.join(found)}" if found else ""
+    if found:
+        return f" by process {', '.join(found)}"
+    below = next((mount.target for mount in mount_table() if mount.target.startswith(target + "/")), None)
+    return f" by what is mounted at {below}" if below else ""
+
+
+async def _close(copy: int) -> None:
+    with trio.CancelScope(shield=True):  # or the descriptor would stay open when the library is closed
+        await trio.to_thread.run_sync(os.close, copy, limiter=_closing)

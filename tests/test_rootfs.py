@@ -1,0 +1,406 @@
+"""rootfs: following it is standing in the merged file system.  Each sentence of the promise on real mounts, and what a hostile
+user, a crash or many clients at once make of them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapfs.kernel.mounttable import MountPoint, mount_table
+from tests.conftest import Daemon, die_with_parent
+from tests.test_tree_calls import KINDS, committed, failing, info, mounted, refused, remove_all, shell, until, usage
+
+Make = Callable[..., Daemon]
+
+
+@pytest.fixture(scope="module")
+def daemon(module_daemon: Daemon) -> Daemon:
+    """One daemon for the tests that need no options; each leaves it empty."""
+    return module_daemon
+
+
+@pytest.fixture(autouse=True)
+def emptied(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Remove what a test made, and find nothing of it left."""
+    yield
+    if "daemon" in request.fixturenames:
+        daemon = request.getfixturevalue("daemon")
+        remove_all(daemon.mnt)
+        assert held(daemon) == []
+
+
+# -- what the tests share
+
+
+def mounts_below(daemon: Daemon) -> list[MountPoint]:
+    """What is mounted at ROOT/rootfs/* and below."""
+    return [mount for mount in mount_table() if mount.target.startswith(f"{daemon.root}/rootfs/")]
+
+
+def held(daemon: Daemon) -> list[int]:
+    """The ids of the snapshots that are mounted; fails unless mount table, directories and stats.json tell the same."""
+    numbers = sorted(int(os.path.basename(mount.target)) for mount in mounts_below(daemon))
+    assert sorted(map(int, os.listdir(daemon.root / "rootfs"))) == numbers
+    assert stats(daemon)["mounts_held"] == len(numbers)
+    return numbers
+
+
+def stats(daemon: Daemon) -> dict[str, Any]:
+    said: dict[str, Any] = json.loads((daemon.mnt / ".snapfs/stats.json").read_text())
+    return said
+
+
+def feature(daemon: Daemon) -> dict[str, Any]:
+    said: dict[str, Any] = json.loads((daemon.mnt / ".snapfs/options.json").read_text())["features"]["rootfs"]
+    return said
+
+
+def place(snapshot: Path) -> Path:
+    """ROOT/rootfs/<id> of a snapshot, without mounting it."""
+    root = Path(json.loads((snapshot / "../../.snapfs/options.json").read_text())["root"])
+    return root / "rootfs" / str(info(snapshot)["id"])
+
+
+def chain(mnt: Path, *names: str) -> Path:
+    """Committed snapshots on one another, each with a file of its own name that holds it and a file "same"."""
+    parent = ""
+    for name in names:
+        above = mnt / "committed" / parent if parent else mnt
+        os.mkdir(above / "active" / f"{name}-draft")
+        diff = mnt / "active" / f"{name}-draft" / "diff"
+        (diff / name).write_text(name)
+        (diff / "same").write_text(name)
+        os.rename(mnt / "active" / f"{name}-draft", mnt / "committed" / name)
+        parent = name
+    return mnt / "committed" / parent
+
+
+def files(directory: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in directory.iterdir()}
+
+
+@contextmanager
+def somebody(directory: Path) -> Iterator[int]:
+    """A process called "sleep" whose working directory is ``directory``; its pid."""
+    with subprocess.Popen(["sleep", "60"], cwd=directory, preexec_fn=die_with_parent) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+@contextmanager
+def tmpfs(target: Path) -> Iterator[Path]:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(target)], check=True)
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+# -- standing in the merged file system
+
+
+def test_following_it_is_standing_in_the_merged_file_system(daemon: Daemon) -> None:
+    mnt = daemon.mnt
+    os.mkdir(chain(mnt, "base", "top") / "active/web")
+    assert held(daemon) == []
+    web = mnt / "active/web"
+    assert shell(mnt, "cat active/web/rootfs/base").stdout == "base", "in one path walk, the first time"
+    number = info(web)["id"]
+    assert os.readlink(web / "rootfs") == f"{daemon.root}/rootfs/{number}"
+    assert stat.S_ISDIR(os.lstat(daemon.root / "rootfs" / str(number)).st_mode)
+    assert held(daemon) == [number]
+    assert files(web / "rootfs") == {"base": "base", "top": "top", "same": "top"}
+    (web / "rootfs/new").write_text("x" * 100_000)
+    (web / "rootfs/same").unlink()
+    assert (web / "diff/new").stat().st_size == 100_000
+    assert stat.S_ISCHR(os.lstat(web / "diff/same").st_mode)
+    assert (web / "changes").read_text() == "A /new\nD /same\n"
+    assert shell(mnt, "cd active/web/rootfs && pwd -P && ls").stdout.split() == [str(place(web)), "base", "new", "top"]
+
+
+def test_each_kind_and_each_depth(daemon: Daemon) -> None:
+    """An overlay, or a bind of a single layer; what nobody may write is read-only, whatever the mode of access."""
+    mnt = daemon.mnt
+    for depth in range(4):
+        names = [f"n{depth}{serial}" for serial in range(depth)]
+        base = chain(mnt, *names) if names else mnt
+        os.mkdir(base / f"active/a{depth}")
+        os.mkdir(base / f"view/v{depth}")
+        expected = {name: name for name in names} | ({"same": names[-1]} if names else {})
+        snapshots = {mnt / f"active/a{depth}": True, mnt / f"view/v{depth}": False}
+        if names:
+            snapshots[base] = False
+        for snapshot, writable in snapshots.items():
+            rootfs = snapshot / "rootfs"
+            assert files(rootfs) == expected
+            if writable:
+                (rootfs / "new").write_text("y")
+                assert (snapshot / "diff/new").read_text() == "y"
+                continue
+            for path in (rootfs, *((rootfs / "same",) if names else ())):
+                with failing(errno.EROFS):
+                    os.utime(path)
+            with failing(errno.EROFS):
+                (rootfs / "new").write_text("y")
+    assert len(held(daemon)) == 3 + 4 + 4
+
+
+def test_a_tree_walk_leaves_links_alone(daemon: Daemon) -> None:
+    """stat(2), listing and reading what is beside it mount nothing; only readlink(2) and path walks do."""
+    mnt = daemon.mnt
+    os.mkdir(chain(mnt, "base") / "active/web")
+    assert (
+        shell(mnt, "stat -c %s active/web/rootfs && find . -name same && du -a . >/dev/null && ls active/web").returncode == 0
+    )
+    assert held(daemon) == []
+
+
+def test_400_layers_under_long_paths(make_daemon: Make, tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 200) / ("y" * 200) / ("z" * 200)
+    deep.mkdir(parents=True)
+    daemon = make_daemon(root=deep).start()
+    top = chain(daemon.mnt, *(f"layer{number}" for number in range(400)))
+    os.mkdir(top / "active/web")
+    os.mkdir(top / "view/peek")
+    for snapshot in (daemon.mnt / "active/web", daemon.mnt / "view/peek", top):
+        assert len(files(snapshot / "rootfs")) == 401
+        assert (snapshot / "rootfs/layer0").read_text() == "layer0"
+        assert (snapshot / "rootfs/same").read_text() == "layer399"
+    assert len(held(daemon)) == 3
+    assert daemon.stop() == 0
+    assert mounts_below(daemon) == []
+
+
+# -- Commit, Remove and rename
+
+
+@contextmanager
+def cwd_inside(rootfs: Path) -> Iterator[str]:
+    with somebody(rootfs) as pid:
+        yield rf"by process {pid} \(sleep\)"
+
+
+@contextmanager
+def open_file_inside(rootfs: Path) -> Iterator[str]:
+    with open(rootfs / "base"):
+        yield rf"by process {os.getpid()} \("
+
+
+@contextmanager
+def mount_below(rootfs: Path) -> Iterator[str]:
+    (rootfs / "below").mkdir(exist_ok=True)
+    with tmpfs(rootfs / "below"):
+        yield f"by what is mounted at {rootfs}/below"
+
+
+@pytest.mark.parametrize("use", [cwd_inside, open_file_inside, mount_below])
+def test_commit_and_remove_are_refused_while_it_is_in_use(daemon: Daemon, use: Callable[[Path], Any]) -> None:
+    mnt = daemon.mnt
+    base = chain(mnt, "base")
+    os.mkdir(base / "active/web")
+    web, number = mnt / "active/web", info(base / "active/web")["id"]
+    with ExitStack() as stack:
+        by = stack.enter_context(use(Path(os.path.realpath(web / "rootfs"))))
+        usage(web)  # which the listings then show as last known
+        mounts = [mount for mount in mounts_below(daemon) if f"/rootfs/{number}" in mount.target]
+        for door in ("committed", "committed/base/committed"):
+            with refused(daemon, errno.EBUSY, "rename", f"active/web {door}/v1", f"{daemon.root}/rootfs/{number} .*{by}"):
+                os.rename(web, mnt / door / "v1")
+        with refused(daemon, errno.EBUSY, "rmdir", "active/web", f"{daemon.root}/rootfs/{number} .*{by}"):
+            os.rmdir(web)
+        os.rename(web, mnt / "active/web2")  # harms nobody
+        os.rename(mnt / "active/web2", web)
+        assert [mount for mount in mounts_below(daemon) if f"/rootfs/{number}" in mount.target] == mounts
+        assert (web / "rootfs/base").read_text() == "base"
+        (web / "rootfs/still").write_text("writable")
+    os.rename(web, mnt / "committed/v1")
+    assert number not in held(daemon)
+    assert (mnt / "committed/v1/diff/still").read_text() == "writable"
+    assert (mnt / "committed/v1/rootfs/still").read_text() == "writable"
+    with failing(errno.EROFS):
+        (mnt / "committed/v1/rootfs/still").write_text("y")
+
+
+def test_remove_of_views_and_committed_snapshots_in_use(daemon: Daemon) -> None:
+    mnt = daemon.mnt
+    os.mkdir(chain(mnt, "base", "top") / "view/peek")
+    for snapshot in ("view/peek", "committed/top"):
+        with cwd_inside(mnt / snapshot / "rootfs") as by, refused(daemon, errno.EBUSY, "rmdir", snapshot, by):
+            os.rmdir(mnt / snapshot)
+        number = info(mnt / snapshot)["id"]
+        os.rmdir(mnt / snapshot)
+        assert not os.path.lexists(mnt / snapshot)
+        assert number not in held(daemon)
+
+
+def test_a_commit_that_is_refused_for_another_reason_leaves_everything(daemon: Daemon) -> None:
+    mnt = daemon.mnt
+    os.mkdir(chain(mnt, "base") / "active/web")
+    (mnt / "active/web/rootfs/new").write_text("x")
+    with failing(errno.EEXIST):
+        os.rename(mnt / "active/web", mnt / "committed/base")
+    assert (mnt / "active/web/rootfs/new").read_text() == "x"
+    (mnt / "active/web/rootfs/new").write_text("y")
+
+
+def test_rename_while_somebody_is_inside(daemon: Daemon) -> None:
+    mnt = daemon.mnt
+    os.mkdir(chain(mnt, "base") / "active/web")
+    os.mkdir(mnt / "committed/base/view/peek")
+    for kind, old in (("active", "web"), ("view", "peek"), ("committed", "base")):
+        where = os.path.realpath(mnt / kind / old / "rootfs")
+        with somebody(Path(where)):
+            os.rename(mnt / kind / old, mnt / kind / f"{old}2")
+            assert os.path.realpath(mnt / kind / f"{old}2" / "rootfs") == where
+            assert files(Path(where)) == {"base": "base", "same": "base"}
+
+
+def test_a_label_or_child_made_from_inside(daemon: Daemon) -> None:
+    """Standing in rootfs is no hindrance to anything but Commit and Remove of this very snapshot."""
+    mnt = daemon.mnt
+    base = chain(mnt, "base")
+    with somebody(base / "rootfs"):
+        os.mkdir(base / "active/web")
+        with somebody(mnt / "active/web/rootfs"):
+            (mnt / "active/web/labels/team").write_text("blue")
+            os.mkdir(base / "active/other")
+            (mnt / "active/other/rootfs/x").write_text("x")
+            os.rename(mnt / "active/other", mnt / "committed/other")
+    assert (mnt / "committed/other/rootfs/x").read_text() == "x"
+
+
+# -- mounted by others
+
+
+def test_what_somebody_else_has_mounted_is_not_mounted_twice(daemon: Daemon, tmp_path: Path) -> None:
+    mnt = daemon.mnt
+    top = chain(mnt, "base", "top")
+    for name, above in (("web", top), ("lone", mnt)):
+        os.mkdir(above / "active" / name)
+        active, target = mnt / "active" / name, tmp_path / f"by-{name}"
+        target.mkdir()
+        subprocess.run(["sh", str(active / "mount.sh"), str(target)], check=True)
+        try:
+            assert os.readlink(active / "rootfs") == str(target)
+            (active / "rootfs/new").write_text("x")
+            assert info(active)["mounted"] == [str(target)]
+            assert info(active)["id"] not in held(daemon)
+            usage(active)
+            reason = f'snapshot "{name}" is mounted read-write at {re.escape(str(target))}'
+            with refused(daemon, errno.EBUSY, "rename", f"active/{name} committed/{name}", reason):
+                os.rename(active, mnt / "committed" / name)
+        finally:
+            subprocess.run(["umount", str(target)], check=True)
+        assert info(active)["mounted"] == []
+        assert (active / "rootfs/new").read_text() == "x"
+        assert os.readlink(active / "rootfs") == str(place(active)), "from now on it is ours"
+        with mounted(active, target):  # the first stays
+            assert os.readlink(active / "rootfs") == str(place(active))
+            assert info(active)["mounted"] == [str(place(active)), str(target)]
+
+
+def test_a_part_of_a_layer_or_a_read_only_bind_is_not_the_snapshot(daemon: Daemon, tmp_path: Path) -> None:
+    mnt = daemon.mnt
+    os.mkdir(mnt / "active/lone")
+    (mnt / "active/lone/diff/part").mkdir()
+    target = tmp_path / "part"
+    target.mkdir()
+    for source, options in (("diff/part", "bind"), ("diff", "bind,ro")):
+        subprocess.run(["mount", "-o", options, os.path.realpath(mnt / "active/lone" / source), str(target)], check=True)
+        try:
+            assert os.readlink(mnt / "active/lone/rootfs") == str(place(mnt / "active/lone"))
+            assert info(mnt / "active/lone")["mounted"] == [str(place(mnt / "active/lone"))]
+        finally:
+            subprocess.run(["umount", str(target)], check=True)
+
+
+def test_info_json_says_where_each_kind_is_mounted(daemon: Daemon, tmp_path: Path) -> None:
+    mnt = daemon.mnt
+    top = chain(mnt, "base", "top")
+    os.mkdir(top / "active/web")
+    os.mkdir(top / "view/peek")
+    snapshots = [mnt / "active/web", mnt / "view/peek", top]
+    for snapshot in snapshots:
+        assert info(snapshot)["mounted"] == []
+        os.readlink(snapshot / "rootfs")
+        assert info(snapshot)["mounted"] == [str(place(snapshot))]
+    with mounted(mnt / "view/peek", tmp_path / "m") as elsewhere:
+        assert info(mnt / "view/peek")["mounted"] == [str(place(mnt / "view/peek")), str(elsewhere)]
+        assert info(top)["mounted"] == [str(place(top)), str(elsewhere)]
+        assert info(mnt / "active/web")["mounted"] == [str(place(mnt / "active/web"))]
+    os.rename(mnt / "active/web", mnt / "committed/web")
+    assert info(mnt / "committed/web")["mounted"] == []
+
+
+# -- what users do by hand
+
+
+def test_unmounted_by_hand_it_is_mounted_again(daemon: Daemon) -> None:
+    mnt = daemon.mnt
+    chain(mnt, "base")
+    os.mkdir(mnt / "committed/base/active/web")
+    os.mkdir(mnt / "active/lone")
+    (mnt / "active/lone/diff/base").write_text("base")
+    for name in ("web", "lone"):
+        for command in ("umount", "umount -l"):
+            rootfs = mnt / "active" / name / "rootfs"
+            assert (rootfs / "base").read_text() == "base"
+            where = os.path.realpath(rootfs)
+            subprocess.run([*command.split(), where], check=True)
+            assert (rootfs / "base").read_text() == "base", "the empty directory beneath was shown"
+        subprocess.run(["umount", where], check=True)
+        os.rename(rootfs.parent, mnt / "committed" / name)
+    assert held(daemon) == []
+
+
+def test_what_was_written_beneath_is_kept_and_out_of_the_way(make_daemon: Make) -> None:
+    """Who remembers the path beyond the mount can make the directory, and files in it: nothing of that is ever deleted."""
+    daemon = make_daemon().start()
+    mnt = daemon.mnt
+    os.mkdir(chain(mnt, "base") / "active/web")
+    where = place(mnt / "active/web")
+    (where / "mine").mkdir(parents=True)
+    assert files(mnt / "active/web/rootfs") == {"base": "base", "same": "base"}
+    assert (daemon.root / "lost+found" / where.name / "mine").is_dir()
+    subprocess.run(["umount", str(where)], check=True)
+    (where / "mine").write_text("x")
+    os.rename(mnt / "active/web", mnt / "committed/v1")
+    assert (daemon.root / "lost+found" / f"{where.name}~" / "mine").read_text() == "x"
+    assert not where.exists()
+
+
+@pytest.mark.parametrize(
+    "what", ["umount X && rmdir X", "umount X && rm -r $(dirname X)", "umount X && mkdir X/y && mount -t tmpfs none X/y"]
+)
+def test_whatever_is_done_to_the_mountpoint_the_daemon_goes_on(make_daemon: Make, what: str) -> None:
+    """The snapshot can be committed, another be mounted, and the daemon lives; also where it finds out by itself."""
+    daemon = make_daemon("--rootfs-idle=0.5").start()
+    mnt = daemon.mnt
+    base = chain(mnt, "base")
+    for name in ("one", "two"):
+        os.mkdir(base / f"active/{name}")
+        where = os.path.realpath(mnt / f"active/{name}/rootfs")
+        script = what.replace("X", where)
+        subprocess.run(["sh", "-ec", script], check=True)
+        if name == "one":
+            os.rename(mnt / "active/one", mnt / "committed/one")
+        else:
+            until(lambda: stats(daemon)["mounts_held"] == 0)
+            assert (mnt / "active/two/rootfs/base").read_text() == "base"
+        subprocess.run(["umount", f"{where}/y"], stderr=subprocess.DEVNULL, check=False)
+    assert (mnt / "committed/one/rootfs/base").read_text() == "base"
+    assert daemon.stop() == 0
+    assert mounts_below(daemon) == []
