@@ -108,8 +108,8 @@ class Mounted:
     def _bound_layer(self, mount: MountPoint) -> tuple[int, str] | None:
         """Id and directory inside of a bound layer.
 
-        The target is never asked: that would be a use of it, which keeps it from being unmounted, and it may be on a server that
-        does not answer, or in our own tree, where this process would wait for itself.
+        The target is never asked: that would be a use of it, which keeps it from being unmounted, and it may be on a server
+        that does not answer, or in our own tree, where this process would wait for itself.
         """
         if self._origin is None:
             return self._bound_layer_at(mount)

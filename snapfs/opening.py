@@ -127,9 +127,14 @@ def _rootfs(
     def right(number: int) -> bool:
         with records.reading() as reader:
             record = reader.record(number)
+            chain = reader.chain(record) if record else []
         if record is None or refusal:
             return False
-        return (record.kind is Kind.ACTIVE) == (layers.rootfs(number) in mounted.active(number))
+        target = layers.rootfs(number)
+        if record.kind is Kind.ACTIVE:
+            return target in mounted.active(number)
+        shown = chain if record.kind is Kind.VIEW and chain else [number, *chain]
+        return target in mounted.stacked(shown) and target not in mounted.writers(shown[0])
 
     try:
         rootfs.recover(right)

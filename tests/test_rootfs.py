@@ -7,8 +7,11 @@ import errno
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +22,7 @@ import pytest
 
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from tests.conftest import Daemon, die_with_parent
-from tests.test_tree_calls import KINDS, committed, failing, info, mounted, refused, remove_all, shell, until, usage
+from tests.test_tree_calls import failing, info, mounted, refused, remove_all, shell, until, usage
 
 Make = Callable[..., Daemon]
 
@@ -404,3 +407,319 @@ def test_whatever_is_done_to_the_mountpoint_the_daemon_goes_on(make_daemon: Make
     assert (mnt / "committed/one/rootfs/base").read_text() == "base"
     assert daemon.stop() == 0
     assert mounts_below(daemon) == []
+
+
+# -- how long they are held
+
+
+def test_unused_ones_are_unmounted(make_daemon: Make) -> None:
+    daemon = make_daemon("--rootfs-idle=0.3").start()
+    mnt = daemon.mnt
+    base = chain(mnt, "base")
+    for name in ("cwd", "file", "unused"):
+        os.mkdir(base / f"active/{name}")
+    numbers = {name: info(mnt / "active" / name)["id"] for name in ("cwd", "file", "unused")}
+    with somebody(mnt / "active/cwd/rootfs"), open(mnt / "active/file/rootfs/base"):
+        (mnt / "active/unused/rootfs/new").write_text("x")
+        until(lambda: held(daemon) == [numbers["cwd"], numbers["file"]])
+        began = time.monotonic()
+        until(lambda: time.monotonic() > began + 0.8)  # some rounds that find them in use
+        assert held(daemon) == [numbers["cwd"], numbers["file"]]
+    until(lambda: held(daemon) == [])
+    assert (mnt / "active/unused/rootfs/new").read_text() == "x"
+
+
+@pytest.mark.parametrize("parent", ["base", ""])
+def test_use_through_a_path_that_was_resolved_earlier_keeps_it(make_daemon: Make, parent: str) -> None:
+    """For an overlay and for a bind, also while others read the mount table, which is no use."""
+    daemon = make_daemon("--rootfs-idle=0.3").start()
+    mnt = daemon.mnt
+    chain(mnt, "base")
+    above = mnt / "committed" / parent if parent else mnt
+    os.mkdir(above / "active/web")
+    os.mkdir(above / "active/other")
+    where = Path(os.path.realpath(mnt / "active/web/rootfs"))
+    os.readlink(mnt / "active/other/rootfs")
+    numbers = [info(mnt / f"active/{name}")["id"] for name in ("web", "other")]
+    began = time.monotonic()
+    while time.monotonic() < began + 1.5:
+        (where / "new").write_text("x")
+        assert info(mnt / "active/other")["name"] == "other"
+        time.sleep(0.01)
+    assert numbers[0] in held(daemon)
+    assert numbers[1] not in held(daemon)
+    until(lambda: held(daemon) == [])
+
+
+def test_a_bind_expires_though_the_mount_table_changes_and_is_read(make_daemon: Make, tmp_path: Path) -> None:
+    daemon = make_daemon("--rootfs-idle=0.3").start()
+    os.mkdir(daemon.mnt / "active/lone")
+    os.readlink(daemon.mnt / "active/lone/rootfs")
+    (target := tmp_path / "t").mkdir()
+
+    def is_gone() -> bool:
+        with tmpfs(target):
+            return not info(daemon.mnt / "active/lone")["mounted"]
+
+    until(is_gone)
+    assert held(daemon) == []
+
+
+def test_no_more_than_the_cap_are_held(make_daemon: Make) -> None:
+    """The one that was asked for longest ago goes, unless it is in use; where all are, the next is refused with words."""
+    daemon = make_daemon("--rootfs-max=3").start()
+    mnt = daemon.mnt
+    base = chain(mnt, "base")
+    names = ["a", "b", "c", "d", "e"]
+    for name in names:
+        os.mkdir(base / "active" / name)
+    number = {name: info(mnt / "active" / name)["id"] for name in names}
+    with ExitStack() as inside:
+        for name in "abc":
+            assert (mnt / "active" / name / "rootfs/base").read_text() == "base"
+        os.readlink(mnt / "active/a/rootfs")
+        assert (mnt / "active/d/rootfs/base").read_text() == "base"
+        assert held(daemon) == [number["a"], number["c"], number["d"]], "not b, which was asked for longest ago"
+        inside.enter_context(somebody(mnt / "active/c/rootfs"))
+        assert (mnt / "active/e/rootfs/base").read_text() == "base"
+        assert held(daemon) == [number["c"], number["d"], number["e"]]
+        inside.enter_context(somebody(mnt / "active/d/rootfs"))
+        inside.enter_context(somebody(mnt / "active/e/rootfs"))
+        with failing(errno.EBUSY):
+            os.readlink(mnt / "active/a/rootfs")
+        assert "EBUSY readlink active/a/rootfs: 3 file systems are mounted and all in use" in daemon.error_log()[-1]
+        assert held(daemon) == [number["c"], number["d"], number["e"]]
+        assert (mnt / "active/c/rootfs/base").read_text() == "base"
+    assert (mnt / "active/a/rootfs/base").read_text() == "base"
+    assert len(held(daemon)) == 3
+
+
+# -- the end and the next start
+
+
+def test_at_the_end_all_are_unmounted(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    base = chain(daemon.mnt, "base")
+    for serial in range(5):
+        os.mkdir(base / f"active/a{serial}")
+        (daemon.mnt / f"active/a{serial}/rootfs/x").write_text("x")
+    assert len(held(daemon)) == 5
+    assert daemon.stop() == 0
+    assert daemon.said[1:] == []
+    assert mounts_below(daemon) == []
+    assert os.listdir(daemon.root / "rootfs") == []
+
+
+def test_at_the_end_what_is_in_use_is_detached_with_a_warning(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    os.mkdir(chain(daemon.mnt, "base") / "active/web")
+    where = os.path.realpath(daemon.mnt / "active/web/rootfs")
+    with somebody(Path(where)) as pid, open(f"{where}/base") as file:
+        assert daemon.stop() == 0
+        (line,) = daemon.said[1:]
+        assert where in line
+        assert f"{pid} (sleep)" in line
+        assert file.read() == "base", "who is inside goes on"
+        assert mounts_below(daemon) == []
+        assert os.listdir(daemon.root / "rootfs") == []
+        daemon.start()
+        assert held(daemon) == []
+        assert (daemon.mnt / "active/web/rootfs/base").read_text() == "base"
+
+
+def test_what_a_crashed_daemon_left_is_cleared_or_taken_over(make_daemon: Make) -> None:
+    daemon = make_daemon("--rootfs-idle=0.3").start()
+    mnt = daemon.mnt
+    top = chain(mnt, "base", "top")
+    kept = {"active/web": top, "active/lone": mnt, "view/peek": top, "view/single": mnt / "committed/base"}
+    for path, above in kept.items():
+        os.mkdir(above / path)
+    os.mkdir(top / "active/unused")
+    os.readlink(mnt / "active/unused/rootfs")
+    places = {path: Path(os.path.realpath(mnt / path / "rootfs")) for path in kept}
+    numbers = sorted(int(where.name) for where in places.values())
+    with ExitStack() as inside:
+        for where in places.values():
+            inside.enter_context(somebody(where))
+        before = {mount.target: mount.id for mount in mounts_below(daemon)}
+        assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+        daemon.start()
+        assert held(daemon) == numbers
+        assert all(before[mount.target] == mount.id for mount in mounts_below(daemon)), "not the same mounts"
+        for path, where in places.items():
+            assert os.readlink(mnt / path / "rootfs") == str(where)
+            assert info(mnt / path)["mounted"] == [str(where)]
+        for path in ("active/web", "active/lone"):
+            (mnt / path / "rootfs/new").write_text("x")
+            with failing(errno.EBUSY):
+                os.rename(mnt / path, mnt / "committed/v1")
+    until(lambda: held(daemon) == [])
+    os.rename(mnt / "active/web", mnt / "committed/v1")
+    assert daemon.stop() == 0
+    assert [line for line in daemon.said if "detach" in line or "still" in line] == []
+
+
+def test_what_does_not_fit_is_never_taken_over(make_daemon: Make) -> None:
+    """Mounts at ROOT/rootfs/* that are in use and are not what following would mount there: all are detached at the start."""
+    daemon = make_daemon().start()
+    mnt = daemon.mnt
+    top = chain(mnt, "base", "top")
+    for path in ("active/lone", "active/alone", "view/other", "active/over"):
+        os.mkdir(mnt / path)
+    os.mkdir(top / "view/peek")
+    number = {
+        name: info(mnt / name)["id"] for name in ("committed/base", "active/lone", "active/alone", "view/peek", "view/other")
+    }
+    over = Path(os.path.realpath(mnt / "active/over/rootfs"))
+    layer = {name: f"{daemon.root}/snapshots/{serial}/fs" for name, serial in number.items()}
+    wrong = {
+        "committed/base": ["-o", "bind", layer["committed/base"]],  # writable
+        "active/lone": ["-o", "bind,ro", layer["active/lone"]],
+        "active/alone": ["-o", "bind", layer["active/lone"]],  # another's
+        "view/peek": ["-t", "tmpfs", "none"],
+        "view/other": ["-t", "overlay", "-o", f"lowerdir={layer['committed/base']}:{layer['view/other']}", "none"],
+    }
+    assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+    targets = [daemon.root / "rootfs" / str(number[name]) for name in wrong] + [
+        daemon.root / "rootfs/99",
+        daemon.root / "rootfs/x y",
+    ]
+    try:
+        with ExitStack() as inside:
+            for target, arguments in zip(targets, [*wrong.values(), *[["-t", "tmpfs", "none"]] * 2], strict=True):
+                target.mkdir()
+                subprocess.run(["mount", *arguments, str(target)], check=True)
+                inside.enter_context(somebody(target))
+            subprocess.run(["mount", "-t", "tmpfs", "none", str(over)], check=True)
+            (daemon.root / "rootfs/junk").mkdir()
+            (daemon.root / "rootfs/junk/file").write_text("mine")
+            (daemon.root / "rootfs/98").mkdir()
+            daemon.start()
+            assert held(daemon) == []
+            assert sum("detaching" in line for line in daemon.said) == len(targets)
+            assert (daemon.root / "lost+found/junk/file").read_text() == "mine"
+            for name in wrong:
+                os.readlink(mnt / name / "rootfs")
+            assert files(mnt / "committed/base/rootfs") == {"base": "base", "same": "base"}
+            assert files(mnt / "view/peek/rootfs") == {"base": "base", "top": "top", "same": "top"}
+    finally:
+        for target in targets:
+            subprocess.run(["umount", "-l", str(target)], stderr=subprocess.DEVNULL, check=False)
+
+
+# -- where it is not wanted or not permitted
+
+
+def assert_left_out(daemon: Daemon, why: str) -> None:
+    mnt = daemon.mnt
+    os.mkdir(chain(mnt, "base") / "active/web")
+    os.mkdir(mnt / "committed/base/view/peek")
+    for snapshot in ("active/web", "view/peek", "committed/base"):
+        assert "rootfs" not in os.listdir(mnt / snapshot)
+        with failing(errno.ENOENT):
+            os.readlink(mnt / snapshot / "rootfs")
+    assert feature(daemon)["on"] is False
+    assert re.search(why, feature(daemon)["why"])
+    os.rename(mnt / "active/web", mnt / "committed/v1")
+    assert held(daemon) == []
+
+
+def test_no_rootfs(make_daemon: Make) -> None:
+    """It clears what a crashed one with rootfs has left, used or not."""
+    daemon = make_daemon().start()
+    os.mkdir(daemon.mnt / "active/a")
+    assert feature(daemon)["on"] is True
+    with somebody(daemon.mnt / "active/a/rootfs"):
+        assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+        daemon.arguments = ("--no-rootfs",)
+        daemon.start()
+        assert_left_out(daemon, "no_rootfs")
+    assert daemon.stop() == 0
+
+
+def test_where_root_cannot_be_an_upper_layer(make_daemon: Make, tmp_path: Path) -> None:
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    options = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    merged = tmp_path / "merged"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "none", str(merged)], check=True)
+    daemon = make_daemon(root=merged / "root")
+    try:
+        assert_left_out(daemon.start(), r"overlay|upper")
+        assert daemon.stop() == 0
+        assert daemon.said[1:] == []
+    finally:
+        daemon.cleanup()
+        subprocess.run(["umount", "-l", str(merged)], check=True)
+
+
+def test_where_mounting_is_not_permitted(tmp_path: Path) -> None:
+    """An ordinary user, for whom fusermount3 mounts the tree and nobody an overlay."""
+    os.mknod(tmp_path / "fuse", 0o666 | stat.S_IFCHR, os.makedev(10, 229))
+    os.chmod(tmp_path / "fuse", 0o666)
+    (tmp_path / "fuse.conf").write_text("user_allow_other\n")
+    with ExitStack() as stack:
+        for source, target in ((tmp_path / "fuse", "/dev/fuse"), (tmp_path / "fuse.conf", "/etc/fuse.conf")):
+            subprocess.run(["mount", "--bind", str(source), target], check=True)
+            stack.callback(subprocess.run, ["umount", target], check=True)
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # pytest's are for root only
+        (base / "root").mkdir()
+        daemon = Daemon(base / "root", base / "mnt", "--allow-other")
+        for path in (base, base / "root", base / "mnt"):
+            os.chown(path, 65534, 65534)
+        daemon.prefix = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+        stack.callback(daemon.cleanup)
+        assert_left_out(daemon.start(), "not permitted")
+        assert daemon.stop() == 0
+        assert daemon.said[1:] == []
+
+
+ROOTLESS = """
+import json, os, sys
+from pathlib import Path
+from tests.conftest import Daemon
+from tests.test_rootfs import chain, feature, files, held, somebody
+from snapfs.kernel.mounttable import mount_table
+
+base = Path(sys.argv[1])
+daemon = Daemon(base / "root", base / "mnt").start()
+try:
+    assert feature(daemon)["on"], feature(daemon)
+    mnt = daemon.mnt
+    os.mkdir(chain(mnt, "base", "top") / "active/web")
+    os.mkdir(mnt / "active/lone")
+    assert files(mnt / "active/web/rootfs") == {"base": "base", "top": "top", "same": "top"}
+    (mnt / "active/web/rootfs/base").unlink()
+    (mnt / "active/web/rootfs/new").write_text("new")
+    (mnt / "active/lone/rootfs/new").write_text("new")
+    (mount,) = [mount for mount in mount_table() if mount.target == os.path.realpath(mnt / "active/web/rootfs")]
+    assert mount.type == "overlay" and "userxattr" in mount.super_options
+    with somebody(mnt / "active/web/rootfs"):
+        try:
+            os.rename(mnt / "active/web", mnt / "committed/v1")
+            raise AssertionError("it was in use")
+        except OSError as error:
+            assert error.errno == 16
+    os.rename(mnt / "active/web", mnt / "committed/v1")
+    assert files(mnt / "committed/v1/rootfs") == {"top": "top", "same": "top", "new": "new"}
+    try:
+        (mnt / "committed/v1/rootfs/new").write_text("no")
+        raise AssertionError("it was writable")
+    except OSError as error:
+        assert error.errno == 30
+    assert len(held(daemon)) == 2
+    assert daemon.stop() == 0
+    assert not [mount for mount in mount_table() if str(base) in mount.target]
+    assert os.listdir(base / "root/rootfs") == []
+    assert daemon.said[1:] == [], daemon.said
+    print("done")
+finally:
+    daemon.cleanup()
+"""
+
+
+def test_rootless(tmp_path: Path) -> None:
+    """As the root of a user namespace, which has all rights in it and none outside."""
+    command = ["unshare", "-Urm", sys.executable, "-c", ROOTLESS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=die_with_parent, check=False)
+    assert (done.stdout, done.stderr) == ("done\n", "")
