@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 GRACE = 0.25  # seconds after it was asked for in which a mount is not taken for another: whoever asked is about to go there
 
+PASSING = 0.02  # seconds that whoever was told the path may need until they are in: Commit and Remove wait for them so long
+
 _GONE = (errno.EINVAL, errno.ENOENT)
 """What umount2(2) says where somebody else has unmounted it, and perhaps removed the directory."""
 
@@ -241,6 +243,9 @@ class Rootfs:
         """For a block in which snapshot ``number`` must not be mounted here; raises Busy, having unmounted nothing, while
         somebody uses it."""
         async with self._locked(number):
+            held = self._held.get(number)
+            if held is not None:  # nobody is told the path from here on; in between they would find the directory beneath
+                await trio.sleep_until(held.asked + PASSING)
             try:
                 await self._release(number)
             except OSError as error:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,17 @@ def held(daemon: Daemon) -> list[int]:
     assert sorted(map(int, os.listdir(daemon.root / "rootfs"))) == numbers
     assert stats(daemon)["mounts_held"] == len(numbers)
     return numbers
+
+
+def until_held(daemon: Daemon, numbers: list[int]) -> None:
+    """Wait until just these are mounted: what ``held`` compares changes one after the other."""
+
+    def is_so() -> bool:
+        with suppress(AssertionError):
+            return held(daemon) == numbers
+        return False
+
+    until(is_so)
 
 
 def stats(daemon: Daemon) -> dict[str, Any]:
@@ -421,11 +432,11 @@ def test_unused_ones_are_unmounted(make_daemon: Make) -> None:
     numbers = {name: info(mnt / "active" / name)["id"] for name in ("cwd", "file", "unused")}
     with somebody(mnt / "active/cwd/rootfs"), open(mnt / "active/file/rootfs/base"):
         (mnt / "active/unused/rootfs/new").write_text("x")
-        until(lambda: held(daemon) == [numbers["cwd"], numbers["file"]])
+        until_held(daemon, [numbers["cwd"], numbers["file"]])
         began = time.monotonic()
         until(lambda: time.monotonic() > began + 0.8)  # some rounds that find them in use
         assert held(daemon) == [numbers["cwd"], numbers["file"]]
-    until(lambda: held(daemon) == [])
+    until_held(daemon, [])
     assert (mnt / "active/unused/rootfs/new").read_text() == "x"
 
 
@@ -448,7 +459,7 @@ def test_use_through_a_path_that_was_resolved_earlier_keeps_it(make_daemon: Make
         time.sleep(0.01)
     assert numbers[0] in held(daemon)
     assert numbers[1] not in held(daemon)
-    until(lambda: held(daemon) == [])
+    until_held(daemon, [])
 
 
 def test_a_bind_expires_though_the_mount_table_changes_and_is_read(make_daemon: Make, tmp_path: Path) -> None:
@@ -553,7 +564,7 @@ def test_what_a_crashed_daemon_left_is_cleared_or_taken_over(make_daemon: Make) 
             (mnt / path / "rootfs/new").write_text("x")
             with failing(errno.EBUSY):
                 os.rename(mnt / path, mnt / "committed/v1")
-    until(lambda: held(daemon) == [])
+    until_held(daemon, [])
     os.rename(mnt / "active/web", mnt / "committed/v1")
     assert daemon.stop() == 0
     assert [line for line in daemon.said if "detach" in line or "still" in line] == []
@@ -723,3 +734,141 @@ def test_rootless(tmp_path: Path) -> None:
     command = ["unshare", "-Urm", sys.executable, "-c", ROOTLESS, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=die_with_parent, check=False)
     assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+# -- many clients at once
+
+CLIENT = """
+import errno, json, os, random, sys, time
+mnt, me, seed, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+pick = random.Random(seed)
+told = {"wrong": [], "committed": {}, "did": {}}
+os.chdir("/")
+
+def manifest(directory):
+    found = {}
+    for name in sorted(os.listdir(directory)):
+        with open(f"{directory}/{name}") as file:
+            found[name] = file.read()
+    return found
+
+def expect(error, *numbers):
+    if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ECONNABORTED, *numbers):
+        told["wrong"].append(f"{name} {what}: {error!r}")
+
+serial, gone = 0, False
+end = time.monotonic() + seconds
+while time.monotonic() < end and not gone:
+    serial += 1
+    name = f"a{pick.randrange(6)}"
+    active, rootfs = f"{mnt}/active/{name}", f"{mnt}/active/{name}/rootfs"
+    what = pick.choice(["list", "list", "read", "write", "write", "sit", "commit", "remove", "rename", "stable", "stable", "info"])
+    told["did"][what] = told["did"].get(what, 0) + 1
+    try:
+        if what == "list":
+            if not os.listdir(rootfs):
+                told["wrong"].append(f"{name}: empty")
+        elif what == "read":
+            with open(f"{rootfs}/base") as file:
+                assert file.read() == "base"
+        elif what == "write":
+            with open(f"{rootfs}/f-{me}-{serial}", "x") as file:
+                file.write(f"{me} {serial}")
+        elif what == "sit":
+            os.chdir(rootfs)
+            with open("sat", "a") as file:
+                file.write(me)
+            os.chdir("/")
+        elif what == "stable":  # nobody changes these: there is no excuse
+            snapshot = pick.choice(["view/peek", "committed/base", "active/stays"])
+            try:
+                with open(f"{mnt}/{snapshot}/rootfs/base") as file:
+                    assert file.read() == "base"
+            except FileNotFoundError as error:
+                told["wrong"].append(f"{snapshot}: {error!r}")
+        elif what == "info":
+            with open(f"{active}/info.json") as file:
+                json.load(file)
+        elif what == "commit":
+            os.rename(active, f"{mnt}/committed/c-{me}-{serial}")
+            told["committed"][f"c-{me}-{serial}"] = manifest(f"{mnt}/committed/c-{me}-{serial}/diff")
+        elif what == "remove":
+            if told["committed"] and pick.random() < 0.5:
+                which = pick.choice(sorted(told["committed"]))
+                os.readlink(f"{mnt}/committed/{which}/rootfs")
+                os.rmdir(f"{mnt}/committed/{which}")
+                del told["committed"][which]
+            else:
+                os.rmdir(active)
+        elif what == "rename":
+            os.rename(active, f"{mnt}/active/a{pick.randrange(6)}")
+        if what in ("commit", "remove"):
+            os.mkdir(f"{mnt}/committed/base/active/{name}")
+    except OSError as error:
+        gone = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+        # whoever comes too late to write meets the committed snapshot, which is read-only
+        expect(error, errno.EBUSY, *([errno.EROFS] if what in ("write", "sit") else []), *([errno.EEXIST] if what in ("rename", "commit", "remove") else []))
+print(json.dumps(told))
+"""
+
+
+class Clients:
+    """Processes that follow, write, commit, rename and remove, until their time is over or the mount is gone."""
+
+    def __init__(self, mnt: Path, count: int, seed: int, seconds: float) -> None:
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", CLIENT, str(mnt), f"{seed}.{number}", str(seed * 100 + number), str(seconds)],
+                stdout=subprocess.PIPE,
+                text=True,
+                preexec_fn=die_with_parent,
+            )
+            for number in range(count)
+        ]
+
+    def __enter__(self) -> Clients:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            with process:
+                process.kill()
+
+    def tell(self) -> tuple[list[str], dict[str, dict[str, str]]]:
+        """What went wrong, and what each committed snapshot had in its layer right after the commit."""
+        wrong: list[str] = []
+        manifests: dict[str, dict[str, str]] = {}
+        for process in self.processes:
+            told = json.loads(process.communicate(timeout=60)[0])
+            wrong += told["wrong"]
+            manifests |= told["committed"]
+        return wrong, manifests
+
+
+def playground(mnt: Path) -> None:
+    """What the clients expect."""
+    base = chain(mnt, "bottom", "base")
+    for name in ("stays", *(f"a{number}" for number in range(6))):
+        os.mkdir(base / "active" / name)
+    os.mkdir(base / "view/peek")
+
+
+def assert_as_committed(mnt: Path, manifests: dict[str, dict[str, str]]) -> None:
+    for name in os.listdir(mnt / "committed"):
+        if name in manifests:
+            assert files(mnt / "committed" / name / "diff") == manifests[name], name
+
+
+def test_many_clients_at_once(make_daemon: Make) -> None:
+    """Nobody sees an empty directory or writes beneath a mount, nothing changes after its Commit, nothing is left behind."""
+    daemon = make_daemon("--rootfs-idle=0.3", "--rootfs-max=6").start()
+    playground(daemon.mnt)
+    with Clients(daemon.mnt, 4, 1, 3) as clients:
+        wrong, manifests = clients.tell()
+    assert wrong == []
+    assert_as_committed(daemon.mnt, manifests)
+    assert not (daemon.root / "lost+found").exists(), "somebody wrote beneath a mount"
+    until_held(daemon, [])
+    assert daemon.stop() == 0
+    assert daemon.said[1:] == []
+    assert mounts_below(daemon) == []
