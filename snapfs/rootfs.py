@@ -230,7 +230,7 @@ class Rootfs:
             else:
                 with suppress(OSError):
                     async with self._locked(number):
-                        await self._release(number)
+                        self._let_go(await self._release(number))
                         return
         if not waiting and not self._coming:
             raise Busy(f"{self.most} file systems are mounted and all in use: leave some, or raise rootfs_max")
@@ -247,20 +247,24 @@ class Rootfs:
             if held is not None:  # nobody is told the path from here on; in between they would find the directory beneath
                 await trio.sleep_until(held.asked + PASSING)
             try:
-                await self._release(number)
+                released = await self._release(number)
             except OSError as error:
                 target = self._layers.rootfs(number)
                 if error.errno != errno.EBUSY:
                     raise Unavailable.from_os("unmount its file system", error) from error
                 by = await trio.to_thread.run_sync(_by, target)
                 raise Busy(f"its file system {target} is in use{by}: leave it first") from None
-            yield
+            try:
+                yield
+            finally:  # not before: a journal that is made durable meanwhile waits for what is being flushed
+                self._let_go(released)
 
-    async def _release(self, number: int) -> None:
-        """Unmount ``number``, whose lock is held; raises OSError."""
-        if number in self._held:
-            await trio.to_thread.run_sync(self._unmount, number, limiter=_threads)
-            self._let_go(self._held.pop(number))
+    async def _release(self, number: int) -> _Held | None:
+        """Unmount ``number``, whose lock is held: what is to be let go then, None where it is not mounted.  Raises OSError."""
+        if number not in self._held:
+            return None
+        await trio.to_thread.run_sync(self._unmount, number, limiter=_threads)
+        return self._held.pop(number)
 
     def _unmount(self, number: int) -> None:
         try:
@@ -292,11 +296,13 @@ class Rootfs:
             ):
                 self._let_go(self._held.pop(number))
 
-    def _let_go(self, held: _Held) -> None:
+    def _let_go(self, held: _Held | None) -> None:
         """Close the copy, which may flush the disk, in the background."""
-        if held.copy is not None and self._nursery is not None:
+        if held is None or held.copy is None:
+            return
+        if self._nursery is not None:
             self._nursery.start_soon(_close, held.copy)
-        elif held.copy is not None:
+        else:
             os.close(held.copy)
 
     @asynccontextmanager

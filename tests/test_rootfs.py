@@ -420,6 +420,72 @@ def test_whatever_is_done_to_the_mountpoint_the_daemon_goes_on(make_daemon: Make
     assert mounts_below(daemon) == []
 
 
+IMPATIENT = """
+import sys
+from snapfs.cli import main
+from snapfs.fuse import operations
+operations.TIMEOUT = 0.05
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_layer_that_is_bound_inside_the_tree(make_daemon: Make) -> None:
+    """The daemon is never to ask what is there: once the kernel's entries have timed out, it would wait for itself."""
+    daemon = make_daemon()
+    daemon.program = ("-c", IMPATIENT)
+    daemon.start()
+    mnt = daemon.mnt
+    for name in ("lone", "other"):
+        os.mkdir(mnt / "active" / name)
+    target = mnt / "active/lone/labels"
+    subprocess.run(["sh", str(mnt / "active/lone/mount.sh"), str(target)], check=True)
+    try:
+        time.sleep(0.1)  # until the kernel has to ask anew
+        done = shell(mnt, "timeout -s KILL 10 cat active/other/info.json active/lone/info.json")
+        assert done.returncode == 0, "the daemon hangs"
+        assert f'"mounted": [\n    "{target}"\n  ]' in done.stdout
+        assert os.readlink(mnt / "active/lone/rootfs") == str(target)
+    finally:
+        if done.returncode:
+            daemon.cleanup()
+        else:
+            subprocess.run(["umount", str(target)], check=True)
+
+
+# -- what programs do with the link
+
+
+def test_deleting_and_moving(daemon: Daemon, tmp_path: Path) -> None:
+    """Nothing that is done to the link is done to what it leads to."""
+    mnt = daemon.mnt
+    os.mkdir(chain(mnt, "base") / "active/web")
+    (mnt / "active/web/rootfs/new").write_text("x")
+    layer = daemon.root / "snapshots" / str(info(mnt / "active/web")["id"]) / "fs"
+    assert shell(mnt, "rmdir active/web/rootfs").returncode == 1
+    assert shell(mnt, "mv active/web/rootfs active/web/other").returncode == 1
+    assert shell(mnt, f"ln -sfn {tmp_path} active/web/rootfs; mkdir active/web/rootfs").returncode == 1
+    assert (layer / "new").read_text() == "x"
+    assert os.readlink(mnt / "active/web/rootfs") == str(place(mnt / "active/web"))
+    assert shell(mnt, f"cp -a active/web/rootfs {tmp_path}/link && cp -a active/web/rootfs/. {tmp_path}/copy").returncode == 0
+    assert (tmp_path / "link").is_symlink()
+    assert files(tmp_path / "copy") == {"base": "base", "same": "base", "new": "x"}
+    with somebody(mnt / "active/web/rootfs"):
+        assert shell(mnt, "rm -r active/web").returncode == 1
+        assert (layer / "new").read_text() == "x"
+        assert (mnt / "active/web/info.json").exists() is False, "rm has taken out the entries before it came to the rmdir"
+    assert shell(mnt, "rm -r active/web").returncode == 0
+    assert not (mnt / "active/web").exists()
+
+
+def test_an_entry_that_was_taken_out_of_the_listing_mounts_nothing(daemon: Daemon) -> None:
+    mnt = daemon.mnt
+    os.mkdir(mnt / "active/web")
+    os.unlink(mnt / "active/web/rootfs")
+    with failing(errno.ENOENT):
+        os.readlink(mnt / "active/web/rootfs")
+    assert held(daemon) == []
+
+
 # -- how long they are held
 
 
@@ -762,7 +828,7 @@ while time.monotonic() < end and not gone:
     serial += 1
     name = f"a{pick.randrange(6)}"
     active, rootfs = f"{mnt}/active/{name}", f"{mnt}/active/{name}/rootfs"
-    what = pick.choice(["list", "list", "read", "write", "write", "sit", "commit", "remove", "rename", "stable", "stable", "info"])
+    what = pick.choice("list list read write write sit commit remove rename stable stable info".split())
     told["did"][what] = told["did"].get(what, 0) + 1
     try:
         if what == "list":
@@ -807,7 +873,8 @@ while time.monotonic() < end and not gone:
     except OSError as error:
         gone = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
         # whoever comes too late to write meets the committed snapshot, which is read-only
-        expect(error, errno.EBUSY, *([errno.EROFS] if what in ("write", "sit") else []), *([errno.EEXIST] if what in ("rename", "commit", "remove") else []))
+        excused = {"write": [errno.EROFS], "sit": [errno.EROFS]}.get(what, [errno.EEXIST])
+        expect(error, errno.EBUSY, *excused)
 print(json.dumps(told))
 """
 
@@ -845,6 +912,10 @@ class Clients:
         return wrong, manifests
 
 
+def until_followed(daemon: Daemon, times: int) -> None:
+    until(lambda: bool(stats(daemon)["operations"].get("readlink", {}).get("count", 0) >= times))
+
+
 def playground(mnt: Path) -> None:
     """What the clients expect."""
     base = chain(mnt, "bottom", "base")
@@ -871,4 +942,154 @@ def test_many_clients_at_once(make_daemon: Make) -> None:
     until_held(daemon, [])
     assert daemon.stop() == 0
     assert daemon.said[1:] == []
+    assert mounts_below(daemon) == []
+
+
+def test_kill_9_in_the_middle_of_it(make_daemon: Make) -> None:
+    """Again and again, with clients at work: the next start takes over what is in use, and nothing else is left."""
+    daemon = make_daemon("--rootfs-idle=0.3", "--rootfs-max=6").start()
+    mnt = daemon.mnt
+    playground(mnt)
+    manifests: dict[str, dict[str, str]] = {}
+    for serial in range(4):
+        with Clients(mnt, 3, 10 + serial, 30) as clients, ExitStack() as inside:
+            until_followed(daemon, 20 + 10 * serial)
+            expected = []
+            if serial % 2:
+                inside.enter_context(somebody(mnt / "active/stays/rootfs"))
+                expected = [info(mnt / "active/stays")["id"]]
+            assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+            wrong, committed = clients.tell()
+            assert wrong == []
+            manifests |= committed
+            daemon.start()
+            assert held(daemon) == expected
+            assert_as_committed(mnt, manifests)
+        for name in {f"a{number}" for number in range(6)} - set(os.listdir(mnt / "active")):
+            os.mkdir(mnt / "committed/base/active" / name)
+    until_held(daemon, [])
+    assert daemon.stop() == 0
+    assert mounts_below(daemon) == []
+    assert not (daemon.root / "lost+found").exists()
+
+
+# -- the disk
+
+
+@contextmanager
+def disk(tmp_path: Path, megabytes: int) -> Iterator[Path]:
+    """An ext4 of its own."""
+    (image := tmp_path / "image").touch()
+    os.truncate(image, megabytes << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    (target := tmp_path / "disk").mkdir()
+    subprocess.run(["mount", "-o", "loop", str(image), str(target)], check=True)
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", str(target)], check=False)
+
+
+@pytest.mark.parametrize("how", ["committed", "removed", "evicted", "expired"])
+def test_no_request_waits_for_the_flush(make_daemon: Make, tmp_path: Path, how: str) -> None:
+    """The last unmount of an overlay writes all that the file system below it has in memory: never while somebody waits."""
+    with disk(tmp_path, 256) as directory:
+        daemon = make_daemon("--rootfs-idle=0.3" if how == "expired" else "--rootfs-max=1", root=directory / "root").start()
+
+        def written() -> int:
+            """Mebibytes that the disk has been given so far."""
+            device = os.stat(directory).st_dev
+            return int(Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()[6]) >> 11
+
+        try:
+            mnt = daemon.mnt
+            os.mkdir(chain(mnt, "base") / "active/web")
+            os.mkdir(mnt / "active/other")
+            os.sync()
+            with open(mnt / "active/web/rootfs/much", "wb") as file:
+                for _ in range(64):
+                    file.write(os.urandom(1 << 20))
+            before = written()
+            if how == "committed":
+                os.rename(mnt / "active/web", mnt / "committed/v1")
+            elif how == "removed":
+                os.rmdir(mnt / "active/web")
+            elif how == "evicted":
+                os.readlink(mnt / "active/other/rootfs")
+            else:
+                until_held(daemon, [])
+            between = written()
+            assert between - before < 32, f"{between - before} MiB were written meanwhile"
+            if how in ("committed", "removed"):
+                assert held(daemon) == []
+            if how != "removed":
+                until(lambda: written() - before > 32)
+            assert daemon.stop() == 0
+        finally:
+            daemon.cleanup()
+
+
+def test_a_full_disk(make_daemon: Make, tmp_path: Path) -> None:
+    """Following may fail, with words; what is mounted can be left, unmounted, removed."""
+    (directory := tmp_path / "disk").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=400", "none", str(directory)], check=True)
+    daemon = make_daemon(root=directory / "root").start()
+    try:
+        mnt = daemon.mnt
+        base = chain(mnt, "base")
+        for name in ("web", "late"):
+            os.mkdir(base / "active" / name)
+        os.readlink(mnt / "active/web/rootfs")
+        with suppress(OSError):
+            for serial in range(400):
+                (directory / f"fill{serial}").touch()
+        assert (mnt / "active/web/rootfs/base").read_text() == "base"
+        with failing(errno.ENOSPC):
+            os.readlink(mnt / "active/late/rootfs")
+        assert "ENOSPC readlink active/late/rootfs: cannot mount the file system of snapshot" in daemon.error_log()[-1]
+        os.rmdir(mnt / "active/web")
+        assert held(daemon) == []
+        for path in directory.glob("fill*"):
+            path.unlink()
+        assert (mnt / "active/late/rootfs/base").read_text() == "base"
+        assert daemon.stop() == 0
+    finally:
+        daemon.cleanup()
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+# -- the crawl
+
+CRAWLS = {
+    "find": "find {mnt} -ls",
+    "ls": "ls -lR {mnt}",
+    "du": "du -a {mnt}",
+    "du -L": "du -aL --max-depth=3 {mnt}/active",
+    "tree": "tree -a {mnt}",
+    "tree -l": "tree -l -L 4 {mnt}/active",
+    "rsync": "rsync -n -a {mnt}/ {tmp}/copy",
+    "rsync -L": "rsync -n -a -L --exclude=changes --exclude=parent {mnt}/active {tmp}/copy",
+    "tar": "tar -cf /dev/null {mnt}/active {mnt}/committed {mnt}/view",
+    "updatedb": "updatedb -l 0 -U {mnt} -o {tmp}/db --prunefs= --prunepaths= --prune-bind-mounts no",
+    "python": "{python} -c 'import os; print(sum(len(files) for _, _, files in os.walk(\"{mnt}\")))'",
+}
+
+
+def test_whatever_crawls_the_tree_ends_and_mounts_no_more_than_the_cap(make_daemon: Make, tmp_path: Path) -> None:
+    daemon = make_daemon("--rootfs-max=20").start()
+    mnt = daemon.mnt
+    base = chain(mnt, "bottom", "base")
+    for serial in range(60):
+        os.mkdir(base / f"active/a{serial}")
+        os.mkdir(base / f"view/v{serial}")
+    most, took = {}, {}
+    for name, command in CRAWLS.items():
+        began = time.monotonic()
+        done = shell(tmp_path, command.format(mnt=mnt, tmp=tmp_path, python=sys.executable))
+        most[name], took[name] = len(held(daemon)), time.monotonic() - began
+        assert done.stdout or name in ("tar", "updatedb", "rsync", "rsync -L"), name
+        assert done.returncode == 0, (name, done.stderr)
+    assert max(most.values()) <= 20
+    assert max(took.values()) < 10
+    assert daemon.stop() == 0
     assert mounts_below(daemon) == []
