@@ -64,7 +64,7 @@ class Mounted:
             self._refresh()
             if len(layers) == 1:
                 return [place.target for place in self._bound.get(layers[0], ()) if not place.inside]
-            return [place.target for place in self._stacked.get(tuple(layers), ())]
+            return [place.target for place in self._stacked.get(tuple(layers), ()) if not place.inside]
 
     def _refresh(self) -> None:
         if not self._table.has_changed():
@@ -79,10 +79,11 @@ class Mounted:
             writable = "rw" in mount.options
             if mount.type == "overlay":
                 above = [n for option in mount.super_options if (n := self._number(option.removeprefix("upperdir=")))]
+                inside = "" if mount.root == "/" else mount.root  # a part of it that is bound there
                 if above:
-                    upper[above[0]].append(Place(mount.target, writable))
+                    upper[above[0]].append(Place(mount.target, writable, inside))
                 elif below := self._lowers(mount):
-                    stacked[below].append(Place(mount.target, writable))
+                    stacked[below].append(Place(mount.target, writable, inside))
             elif found := self._bound_layer(mount):
                 number, inside = found
                 bound[number].append(Place(mount.target, writable, inside))

@@ -116,7 +116,7 @@ def _rootfs(
 ) -> Rootfs | None:
     """What mounts the merged file systems, None where that is not wanted or not permitted; what a crashed daemon left mounted
     is taken over or cleared."""
-    own = list(overlay_options)
+    own = [option for option in overlay_options if option != "volatile"]  # with it nothing can be mounted a second time
     keys = _keys(own)
     if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]

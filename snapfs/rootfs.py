@@ -131,7 +131,7 @@ class Rootfs:
             async with trio.open_nursery() as self._nursery:
                 task_status.started()
                 while True:
-                    await trio.sleep(max(self.idle / 4, 0.01))
+                    await trio.sleep(max(self.idle, GRACE) / 4)
                     for number in list(self._held):
                         await self._expire(number)
         finally:
@@ -317,8 +317,14 @@ class Rootfs:
 
 
 def _detach(target: str) -> None:
-    """Unmount ``target`` though it is in use: who uses it can go on, nobody else gets there."""
+    """Unmount ``target`` though it is in use: who uses it can go on reading, nobody else gets there.
+
+    The mount table does not show it any more, so nothing would keep its snapshot from being committed: it is made read-only,
+    unless somebody has a file open for writing.
+    """
     log.warning("%s is still in use%s; detaching it", target, _by(target))
+    with suppress(OSError):
+        mounting.make_read_only(target)
     with suppress(OSError):
         mounting.unmount(target, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import re
 import signal
 import stat
@@ -19,8 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
+from snapfs import open_snapshotter
+from snapfs.errors import AlreadyExists, SnapshotError
 from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.snapshotter import Options
 from tests.conftest import Daemon, die_with_parent
 from tests.test_tree_calls import failing, info, mounted, refused, remove_all, shell, until, usage
 
@@ -341,6 +346,29 @@ def test_a_part_of_a_layer_or_a_read_only_bind_is_not_the_snapshot(daemon: Daemo
             subprocess.run(["umount", str(target)], check=True)
 
 
+def test_a_part_of_its_rootfs_that_is_bound_elsewhere_is_not_the_snapshot(daemon: Daemon, tmp_path: Path) -> None:
+    mnt = daemon.mnt
+    top = chain(mnt, "base", "top")
+    os.mkdir(top / "active/web")
+    (mnt / "active/web/rootfs/part").mkdir()
+    (target := tmp_path / "part").mkdir()
+    for name in ("active/web", "committed/top"):
+        source = os.path.realpath(mnt / name / "rootfs")
+        os.makedirs(mnt / "committed/base/diff/sub", exist_ok=True)
+        inside = "part" if name == "active/web" else "sub"
+        subprocess.run(["mount", "--bind", f"{source}/{inside}", str(target)], check=True)
+        try:
+            assert info(mnt / name)["mounted"] == [source]
+            subprocess.run(["umount", source], check=True)
+            assert (mnt / name / "rootfs/base").read_text() == "base"
+            assert info(mnt / name)["mounted"] == [source]
+            if name == "active/web":
+                with failing(errno.EBUSY):
+                    os.rename(mnt / name, mnt / "committed/v1")
+        finally:
+            subprocess.run(["umount", str(target)], check=True)
+
+
 def test_info_json_says_where_each_kind_is_mounted(daemon: Daemon, tmp_path: Path) -> None:
     mnt = daemon.mnt
     top = chain(mnt, "base", "top")
@@ -500,7 +528,7 @@ def test_unused_ones_are_unmounted(make_daemon: Make) -> None:
         (mnt / "active/unused/rootfs/new").write_text("x")
         until_held(daemon, [numbers["cwd"], numbers["file"]])
         began = time.monotonic()
-        until(lambda: time.monotonic() > began + 0.8)  # some rounds that find them in use
+        until(lambda: time.monotonic() > began + 0.6)  # some rounds that find them in use
         assert held(daemon) == [numbers["cwd"], numbers["file"]]
     until_held(daemon, [])
     assert (mnt / "active/unused/rootfs/new").read_text() == "x"
@@ -519,7 +547,7 @@ def test_use_through_a_path_that_was_resolved_earlier_keeps_it(make_daemon: Make
     os.readlink(mnt / "active/other/rootfs")
     numbers = [info(mnt / f"active/{name}")["id"] for name in ("web", "other")]
     began = time.monotonic()
-    while time.monotonic() < began + 1.5:
+    while time.monotonic() < began + 1.0:
         (where / "new").write_text("x")
         assert info(mnt / "active/other")["name"] == "other"
         time.sleep(0.01)
@@ -571,6 +599,15 @@ def test_no_more_than_the_cap_are_held(make_daemon: Make) -> None:
     assert len(held(daemon)) == 3
 
 
+def test_volatile_mounts_can_be_followed_again(make_daemon: Make) -> None:
+    """overlayfs refuses to mount a second time what was mounted with that option."""
+    daemon = make_daemon("--mount-option=volatile").start()
+    os.mkdir(chain(daemon.mnt, "base") / "active/web")
+    for _ in range(3):
+        assert (daemon.mnt / "active/web/rootfs/base").read_text() == "base"
+        subprocess.run(["umount", str(place(daemon.mnt / "active/web"))], check=True)
+
+
 # -- the end and the next start
 
 
@@ -602,6 +639,34 @@ def test_at_the_end_what_is_in_use_is_detached_with_a_warning(make_daemon: Make)
         daemon.start()
         assert held(daemon) == []
         assert (daemon.mnt / "active/web/rootfs/base").read_text() == "base"
+
+
+def test_who_sat_inside_at_the_end_cannot_change_what_is_committed_later(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    mnt = daemon.mnt
+    base = chain(mnt, "base")
+    for name, above in (("web", base), ("lone", mnt)):
+        os.mkdir(above / "active" / name)
+        (mnt / "active" / name / "rootfs/new").write_text("new")
+        script = "read line; cat new; echo late > late; echo late > new; rm new; exit 0"
+        sitter = subprocess.Popen(
+            ["sh", "-c", script],
+            cwd=mnt / "active" / name / "rootfs",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=die_with_parent,
+        )
+        try:
+            assert daemon.stop() == 0
+            daemon.start()
+            os.rename(mnt / "active" / name, mnt / "committed" / name)
+        finally:
+            out, err = sitter.communicate("\n", timeout=30)
+        assert out == "new"
+        assert err.count("Read-only file system") == 3
+        assert files(mnt / "committed" / name / "diff") == {"new": "new"}
 
 
 def test_what_a_crashed_daemon_left_is_cleared_or_taken_over(make_daemon: Make) -> None:
@@ -754,6 +819,7 @@ def test_where_mounting_is_not_permitted(tmp_path: Path) -> None:
 ROOTLESS = """
 import json, os, sys
 from pathlib import Path
+from snapfs.snapshotter import Options
 from tests.conftest import Daemon
 from tests.test_rootfs import chain, feature, files, held, somebody
 from snapfs.kernel.mounttable import mount_table
@@ -934,7 +1000,7 @@ def test_many_clients_at_once(make_daemon: Make) -> None:
     """Nobody sees an empty directory or writes beneath a mount, nothing changes after its Commit, nothing is left behind."""
     daemon = make_daemon("--rootfs-idle=0.3", "--rootfs-max=6").start()
     playground(daemon.mnt)
-    with Clients(daemon.mnt, 4, 1, 3) as clients:
+    with Clients(daemon.mnt, 4, 1, 2) as clients:
         wrong, manifests = clients.tell()
     assert wrong == []
     assert_as_committed(daemon.mnt, manifests)
@@ -951,7 +1017,7 @@ def test_kill_9_in_the_middle_of_it(make_daemon: Make) -> None:
     mnt = daemon.mnt
     playground(mnt)
     manifests: dict[str, dict[str, str]] = {}
-    for serial in range(4):
+    for serial in range(3):
         with Clients(mnt, 3, 10 + serial, 30) as clients, ExitStack() as inside:
             until_followed(daemon, 20 + 10 * serial)
             expected = []
@@ -1076,10 +1142,10 @@ CRAWLS = {
 
 
 def test_whatever_crawls_the_tree_ends_and_mounts_no_more_than_the_cap(make_daemon: Make, tmp_path: Path) -> None:
-    daemon = make_daemon("--rootfs-max=20").start()
+    daemon = make_daemon("--rootfs-max=40").start()
     mnt = daemon.mnt
     base = chain(mnt, "bottom", "base")
-    for serial in range(60):
+    for serial in range(30):
         os.mkdir(base / f"active/a{serial}")
         os.mkdir(base / f"view/v{serial}")
     most, took = {}, {}
@@ -1089,7 +1155,94 @@ def test_whatever_crawls_the_tree_ends_and_mounts_no_more_than_the_cap(make_daem
         most[name], took[name] = len(held(daemon)), time.monotonic() - began
         assert done.stdout or name in ("tar", "updatedb", "rsync", "rsync -L"), name
         assert done.returncode == 0, (name, done.stderr)
-    assert max(most.values()) <= 20
+    assert 0 < max(most.values()) <= 40
     assert max(took.values()) < 10
     assert daemon.stop() == 0
     assert mounts_below(daemon) == []
+
+
+# -- the library, cancelled in the middle
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_cancelled_or_closed_in_the_middle_nothing_is_left(root: Path, seed: int) -> None:
+    """No mount, no directory, no descriptor, no lock; and it goes on where it was not closed."""
+    pick = random.Random(seed)
+    before = sorted(os.listdir("/proc/self/fd"))
+    async with open_snapshotter(root, Options(rootfs_max=4, rootfs_idle=0.3)) as snapshotter:
+        await snapshotter.prepare("draft")
+        await snapshotter.commit("base", "draft")
+        for number in range(8):
+            await snapshotter.prepare(f"a{number}", "base")
+
+        async def work(number: int, scope: trio.CancelScope) -> None:
+            with scope, suppress(SnapshotError):
+                while True:
+                    key = f"a{pick.randrange(8)}"
+                    what = pick.randrange(6)
+                    if what < 4:
+                        where = await snapshotter.mount(key)
+                        assert os.path.dirname(where) == snapshotter.layers.rootfs_directory
+                    elif what == 4:
+                        await snapshotter.commit(f"c{number}-{key}", key)
+                        await snapshotter.prepare(key, f"c{number}-{key}")
+                    else:
+                        await snapshotter.remove(key)
+                        await snapshotter.prepare(key, "base")
+
+        scopes = [trio.CancelScope() for _ in range(6)]
+        with trio.move_on_after(0.4):
+            async with trio.open_nursery() as nursery:
+                for number, scope in enumerate(scopes):
+                    nursery.start_soon(work, number, scope)
+                for scope in scopes[:3]:
+                    await trio.sleep(pick.uniform(0.0, 0.1))
+                    scope.cancel()
+                if seed % 2:
+                    await trio.sleep(pick.uniform(0.0, 0.1))
+                    await snapshotter.close()  # with calls under way
+                await trio.sleep_forever()
+        if not seed % 2:
+            assert snapshotter.rootfs is not None
+            with suppress(AlreadyExists):
+                await snapshotter.prepare("a0", "base")
+            assert os.listdir(await snapshotter.mount("a0")) == []
+            assert snapshotter.rootfs.count <= 4
+            targets = {mount.target for mount in mount_table() if mount.target.startswith(f"{root}/rootfs/")}
+            assert len(targets) == snapshotter.rootfs.count
+    assert [mount for mount in mount_table() if mount.target.startswith(f"{root}/rootfs/")] == []
+    assert os.listdir(root / "rootfs") == []
+    assert not (root / "lost+found").exists()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_below_a_shared_mount(make_daemon: Make, tmp_path: Path) -> None:
+    """As under systemd, with a service beside it that has a mount namespace of its own, and so a copy of each mount."""
+    (shared := tmp_path / "shared").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(shared)], check=True)
+    subprocess.run(["mount", "--make-shared", str(shared)], check=True)
+    daemon = make_daemon("--rootfs-idle=0.3", root=shared / "root").start()
+    service = subprocess.Popen(
+        ["unshare", "-m", "--propagation", "unchanged", "sh", "-c", "echo ready; read line"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+    try:
+        assert service.stdout is not None
+        assert service.stdout.readline() == "ready\n"
+        base = chain(daemon.mnt, "base")
+        for name in ("one", "two", "three"):
+            os.mkdir(base / "active" / name)
+            (daemon.mnt / "active" / name / "rootfs/new").write_text("new")
+        os.rename(daemon.mnt / "active/one", daemon.mnt / "committed/one")
+        with somebody(daemon.mnt / "active/two/rootfs"):
+            until_held(daemon, [info(daemon.mnt / "active/two")["id"]])
+        until_held(daemon, [])
+        assert daemon.stop() == 0
+        assert daemon.said[1:] == []
+    finally:
+        service.communicate("\n", timeout=30)
+        daemon.cleanup()
+        subprocess.run(["umount", "-l", str(shared)], check=True)
