@@ -237,10 +237,12 @@ class Layers:
         except FileNotFoundError:
             pass
         except OSError as error:
-            if error.errno in _NOT_EMPTY:
+            try:
+                if error.errno not in _NOT_EMPTY:
+                    raise
                 self._lose(path)
-            else:
-                log.warning("cannot remove %s: %s", path, error)
+            except OSError as failure:
+                log.warning("cannot remove %s: %s", path, failure)
 
     def make_trial(self) -> str:
         """A directory with ``fs``, ``work`` and ``lower``, for trying what can be mounted; remove it."""

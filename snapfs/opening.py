@@ -117,7 +117,7 @@ def _rootfs(
 ) -> Rootfs | None:
     """What mounts the merged file systems, None where that is not wanted or not permitted; what a crashed daemon left mounted
     is taken over or cleared."""
-    own = list(overlay_options)
+    own = [option for option in overlay_options if option != "volatile"]  # with it nothing can be mounted a second time
     keys = _keys(own)
     if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
@@ -128,9 +128,14 @@ def _rootfs(
     def right(number: int) -> bool:
         with records.reading() as reader:
             record = reader.record(number)
+            chain = reader.chain(record) if record else []
         if record is None or refusal:
             return False
-        return (record.kind is Kind.ACTIVE) == (layers.rootfs(number) in mounted.active(number))
+        target = layers.rootfs(number)
+        if record.kind is Kind.ACTIVE:
+            return target in mounted.active(number)
+        shown = chain if record.kind is Kind.VIEW and chain else [number, *chain]
+        return target in mounted.stacked(shown) and target not in mounted.writers(shown[0])
 
     try:
         rootfs.recover(right)
