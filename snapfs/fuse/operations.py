@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -86,14 +87,17 @@ def answering(
 
 
 class OpenFile:
-    """One open file, with what stat(2) said of it then."""
+    """One open file, with what stat(2) said of it then.  ``strange``: its text is not that of its inode."""
 
-    def __init__(self, inode: int, path: str, handle: Handle, entry: EntryAttributes, cached: bool) -> None:
+    def __init__(
+        self, inode: int, path: str, handle: Handle, entry: EntryAttributes, *, cached: bool, strange: bool = False
+    ) -> None:
         self.inode = inode
         self.path = path
         self.handle = handle
         self.entry = entry
         self.cached = cached  # it is read through the kernel's page cache, which is the inode's
+        self.strange = strange
 
 
 class Operations(pyfuse3.Operations):
@@ -111,7 +115,7 @@ class Operations(pyfuse3.Operations):
         self._open_inodes: dict[int, list[OpenFile]] = {}
         self._emptying: list[tuple[int, trio.Event]] = []  # snapshots with a label that was closed empty, until it is deleted
         self._truncated: dict[int, tuple[float, float]] = {}  # labels: when they were last opened to be emptied, twice
-        self._refreshed: dict[tuple[int, int, int], float] = {}  # who was told to look a file up again, and when
+        self._refreshed: dict[tuple[int, int, int], tuple[Node, float]] = {}  # told to look again: what was found, and when
         self._handles = count(1)
         self._owner = (os.geteuid(), os.getegid())
         tree.snapshotter.subscribe(self.cache.note)
@@ -177,12 +181,18 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        opened = self._open_inodes.get(inode, ())
+        for file in opened:
+            if file.strange:
+                return file.entry
         try:
             node = self.tree.node(inode)
-        except (NotFound, Stale):
-            if inode not in self._open_inodes:
+        except (NotFound, Stale) as error:
+            if opened:
+                return opened[0].entry  # removed, or of another text, while somebody reads it
+            if isinstance(error, NotFound):
                 raise
-            return self._open_inodes[inode][0].entry  # removed, or of another text, while somebody reads it
+            node = self.tree.now(inode)  # of another text, while somebody holds it with O_PATH
         if node.must_settle():
             await node.settle()
         return self.entry(node)
@@ -198,7 +208,8 @@ class Operations(pyfuse3.Operations):
                 await self._open[fh].handle.resize(attr.st_size)
             else:
                 await node.resize(attr.st_size)
-            now.st_size = attr.st_size  # whatever became of it: a label that was cut to nothing is gone
+            if isinstance(node, Label):
+                now.st_size = attr.st_size  # whatever became of it: a label that was cut to nothing is gone
             return now
         same = (
             (not fields.update_mode or attr.st_mode & 0o7777 == now.st_mode & 0o7777)
@@ -267,7 +278,7 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         node, handle = await self.tree.node(parent_inode).create(_text(name))
-        return self._opened(node, handle), self.entry(node)
+        return self._opened(node.inode, node, handle), self.entry(node)
 
     @answering
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
@@ -285,44 +296,55 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        node = self.tree.node(inode)
         writing, truncate = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
-        if isinstance(node, File) and not writing:
-            await self._refresh(node, ctx.pid)
+        node = self.tree.node(inode) if writing else await self._refreshed_node(inode, ctx.pid)
         handle = await node.open(writing, truncate)
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
             if truncate:
                 self._note_truncation(inode)
-        return self._opened(node, handle)
+        return self._opened(inode, node, handle)
 
-    async def _refresh(self, node: File, pid: int) -> None:
-        """Have found out what ``node`` holds now; raises Stale if that is another text than was looked up.
+    async def _refreshed_node(self, inode: int, pid: int) -> Node:
+        """What is to be read by who opens ``inode``: the node as it is now; raises Stale if that has another inode.
 
         Who has the size and pages of one inode can't be given another text.  So the kernel is made to look the name up again:
-        then the new text's inode is opened, for which nothing more is to be found out.
+        then the new text's inode is opened, for which nothing more is to be found out.  It does so once: who comes back with
+        an inode that won't do, because many texts have come since or no name was looked up, gets the text past the pages.
         """
-        number, slot = unpack(node.inode)
-        asker = number, slot & 0x7F, pid
-        if self._refreshed.pop(asker, None) is not None:
-            return
+        number, slot = unpack(inode)
+        asker = number, slot & 0x7F if slot & Slot.VERSION_OF else slot, pid
+        told, when = self._refreshed.pop(asker, (None, 0.0))
+        try:
+            node = self.tree.node(inode)
+        except Stale:
+            node = self.tree.now(inode)
+        if told is not None and when > trio.current_time() - RETRY:
+            return node if node.inode == inode and node.is_known else told
+        if not isinstance(node, File):
+            return node
         now = await node.refresh()
         if isinstance(node, AttributeFile) and now is not node:  # the directory shows what was found out
             self.cache.forget_directory(node.number)
-        if now.inode != node.inode:
-            for other in [other for other, when in self._refreshed.items() if when < trio.current_time() - RETRY]:
+        if now.inode != inode and pid:  # 0: a process that can't be seen from here, so it would not be known again
+            for other in [other for other, (_, when) in self._refreshed.items() if when < trio.current_time() - RETRY]:
                 del self._refreshed[other]  # it never came back
-            self._refreshed[asker] = trio.current_time()
+            self._refreshed[asker] = now, trio.current_time()
             raise Stale(node.path)
+        return now
 
-    def _opened(self, node: Node, handle: Handle) -> FileInfo:
-        apart = handle.direct or (isinstance(node, Label) and self._is_mixed(node, handle))
+    def _opened(self, inode: int, node: Node, handle: Handle) -> FileInfo:
+        """``handle`` of ``node`` for who opened ``inode``."""
+        strange = node.inode != inode
+        apart = handle.direct or strange or (isinstance(node, Label) and self._is_mixed(node, handle))
         entry = self.entry(node)
         entry.st_size, entry.attr_timeout = handle.size, 0
         fh = next(self._handles)
-        self._open[fh] = OpenFile(node.inode, node.path, handle, entry, cached=not apart)
-        self._open_inodes.setdefault(node.inode, []).append(self._open[fh])
-        return FileInfo(fh=fh, direct_io=apart, keep_cache=apart)
+        self._open[fh] = OpenFile(inode, node.path, handle, entry, cached=not apart, strange=strange)
+        self._open_inodes.setdefault(inode, []).append(self._open[fh])
+        if strange:
+            self.cache.forget_attributes(inode)
+        return FileInfo(fh=fh, direct_io=apart, keep_cache=apart and not isinstance(handle, OpenLog))
 
     def _is_mixed(self, node: Label, handle: Handle) -> bool:
         """Whether the kernel's pages, which are the inode's, would be a mixture for who reads a label through ``handle``:
@@ -359,7 +381,7 @@ class Operations(pyfuse3.Operations):
         if handle.is_ready():
             return select.POLLIN | select.POLLRDNORM
         if poll_handle is not None:
-            handle.wake_with(poll_handle.notify)
+            handle.wake_with(functools.partial(_notify, poll_handle))
         return 0
 
     @answering
@@ -425,6 +447,11 @@ class Operations(pyfuse3.Operations):
 
 
 _ROOT_DIRECTORIES = frozenset(range(ROOT_INODE, 16))
+
+
+def _notify(poll_handle: pyfuse3.PollHandle) -> None:
+    with contextlib.suppress(OSError):  # the mount is gone, and with it who waited
+        poll_handle.notify()
 
 
 def _text(name: bytes) -> str:
