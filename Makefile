@@ -19,10 +19,10 @@ run: .venv/ready
 	@echo
 	@echo "  cd $(CURDIR)/run/snap && cat README"
 	@echo "  mkdir active/b                       # prepare a snapshot"
-	@echo "  cp /etc/hostname active/b/diff/      # its files"
+	@echo "  cp /etc/hostname active/b/rootfs/    # its files"
 	@echo "  mv active/b committed/base           # commit it"
 	@echo "  mkdir committed/base/active/web      # another one on top"
-	@echo "  cat active/web/mounts.json           # how to mount the two together"
+	@echo "  cd active/web/rootfs                 # the two together, copy-on-write"
 	@echo
 	@exec .venv/bin/snapfs serve run/root run/snap
 

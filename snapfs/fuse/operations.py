@@ -22,7 +22,6 @@ from snapfs import names
 from snapfs.errors import InvalidArgument, NameTooLong, NotFound, NotPermitted, NotUtf8, SnapshotError, Stale
 from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
-from snapfs.labels import MAX
 from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.attributes import AttributeFile
 from snapfs.tree.labels import Label, OpenLabel
@@ -35,8 +34,6 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-OFTEN = 1.0  # seconds within which two truncations of a label are many
-
 RETRY = 10.0  # seconds within which who was told to look a file up again has done so
 
 _ALWAYS_READY = select.POLLIN | select.POLLRDNORM | select.POLLOUT | select.POLLWRNORM  # as poll(2) says of any regular file
@@ -45,8 +42,6 @@ _DOTS = 2  # the first two entries of every directory, before the tree's own
 
 _READING = frozenset(("lookup", "getattr", "readlink", "open", "opendir", "readdir"))
 """Requests that merely ask: that something isn't there is an answer, not an error to log."""
-
-_ANSWERS = (errno.ENOENT, errno.ESTALE)  # the kernel takes the latter as a request to look the name up again
 
 
 def answering(
@@ -63,7 +58,7 @@ def answering(
             return await handler(self, *args, **kwargs)
         except SnapshotError as error:
             number = errno_of(error)
-            if number not in _ANSWERS or handler.__name__ not in _READING:
+            if not isinstance(error, Stale) and (number != errno.ENOENT or handler.__name__ not in _READING):
                 self.log_refusal(number, handler.__name__, args, error)
             raise FUSEError(number) from None
         except FUSEError as error:
@@ -89,14 +84,11 @@ def answering(
 class OpenFile:
     """One open file, with what stat(2) said of it then.  ``strange``: its text is not that of its inode."""
 
-    def __init__(
-        self, inode: int, path: str, handle: Handle, entry: EntryAttributes, *, cached: bool, strange: bool = False
-    ) -> None:
+    def __init__(self, inode: int, path: str, handle: Handle, entry: EntryAttributes, strange: bool) -> None:
         self.inode = inode
         self.path = path
         self.handle = handle
         self.entry = entry
-        self.cached = cached  # it is read through the kernel's page cache, which is the inode's
         self.strange = strange
 
 
@@ -114,7 +106,7 @@ class Operations(pyfuse3.Operations):
         self._open: dict[int, OpenFile] = {}  # by handle
         self._open_inodes: dict[int, list[OpenFile]] = {}
         self._emptying: list[tuple[int, trio.Event]] = []  # snapshots with a label that was closed empty, until it is deleted
-        self._truncated: dict[int, tuple[float, float]] = {}  # labels: when they were last opened to be emptied, twice
+        self._writers: dict[tuple[int, int, str], tuple[float, int]] = {}  # who was told to look a label up again for writing
         self._refreshed: dict[tuple[int, int, int], tuple[Node, float]] = {}  # told to look again: what was found, and when
         self._handles = count(1)
         self._owner = (os.geteuid(), os.getegid())
@@ -138,12 +130,8 @@ class Operations(pyfuse3.Operations):
         entry.st_blksize = 4096
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = found.time
         entry.entry_timeout = TIMEOUT if node.keep_entry else 0
-        entry.attr_timeout = TIMEOUT if found.keep else 0
-        if isinstance(node, Label):
-            for file in self._open_inodes.get(node.inode, ()):
-                if file.cached:  # the kernel reads up to this size, and the reader has the content that it opened
-                    entry.st_size, entry.attr_timeout = file.handle.size, 0
-                    break
+        # the kernel takes the number that stat(2) shows from here too, unless it asks once more (``getattr``)
+        entry.attr_timeout = TIMEOUT if found.keep and node.inode == node.shown_inode else 0
         return entry
 
     def log_refusal(self, number: int, operation: str, args: tuple[object, ...], reason: object) -> None:
@@ -175,7 +163,10 @@ class Operations(pyfuse3.Operations):
         if len(name) > names.NAME_MAX:  # the kernel asks this first, whatever is to be done with the name
             raise NameTooLong(f"the name is longer than {names.NAME_MAX} bytes")
         try:
-            return self.entry(directory.lookup(name.decode()))
+            node = directory.lookup(name.decode())
+            if isinstance(node, Label) and (writer := self._writers.get((ctx.pid, node.number, node.key))):
+                node = self.tree.node(writer[1])
+            return self.entry(node)
         except (NotFound, UnicodeDecodeError):
             raise FUSEError(errno.ENOENT) from None  # never cached: names may appear by what happens elsewhere
 
@@ -195,7 +186,9 @@ class Operations(pyfuse3.Operations):
             node = self.tree.now(inode)  # of another text, while somebody holds it with O_PATH
         if node.must_settle():
             await node.settle()
-        return self.entry(node)
+        entry = self.entry(node)
+        entry.st_ino = node.shown_inode
+        return entry
 
     @answering
     async def setattr(
@@ -203,10 +196,13 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         node = self.tree.node(inode)
         now = self.entry(node)
+        now.st_ino = node.shown_inode
         if fields.update_size:
             if fh is not None and fh in self._open:
                 await self._open[fh].handle.resize(attr.st_size)
             else:
+                if isinstance(node, Label):
+                    self._give_writer(node, ctx.pid)
                 await node.resize(attr.st_size)
             if isinstance(node, Label):
                 now.st_size = attr.st_size  # whatever became of it: a label that was cut to nothing is gone
@@ -297,13 +293,26 @@ class Operations(pyfuse3.Operations):
     @answering
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         writing, truncate = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
-        node = self.tree.node(inode) if writing else await self._refreshed_node(inode, ctx.pid)
+        reading = not writing and not truncate
+        node = await self._refreshed_node(inode, ctx.pid) if reading else self.tree.node(inode)
+        if isinstance(node, Label) and not reading:
+            self._give_writer(node, ctx.pid)
         handle = await node.open(writing, truncate)
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
-            if truncate:
-                self._note_truncation(inode)
         return self._opened(inode, node, handle)
+
+    def _give_writer(self, node: Label, pid: int) -> None:
+        """Let a writer have an inode of its own: raises Stale the first time, on which the kernel looks the name up again."""
+        writer = pid, node.number, node.key
+        if node.text is None:
+            self._writers.pop(writer, None)
+            return
+        now = trio.current_time()
+        for other in [other for other, (when, _) in self._writers.items() if when < now - RETRY]:
+            del self._writers[other]  # it never came back
+        self._writers[writer] = now, node.for_writing().inode
+        raise Stale(node.path)
 
     async def _refreshed_node(self, inode: int, pid: int) -> Node:
         """What is to be read by who opens ``inode``: the node as it is now; raises Stale if that has another inode.
@@ -336,35 +345,15 @@ class Operations(pyfuse3.Operations):
     def _opened(self, inode: int, node: Node, handle: Handle) -> FileInfo:
         """``handle`` of ``node`` for who opened ``inode``."""
         strange = node.inode != inode
-        apart = handle.direct or strange or (isinstance(node, Label) and self._is_mixed(node, handle))
+        apart = handle.direct or strange or (isinstance(node, Label) and node.text is None)
         entry = self.entry(node)
-        entry.st_size, entry.attr_timeout = handle.size, 0
+        entry.st_ino, entry.st_size, entry.attr_timeout = node.shown_inode, handle.size, 0
         fh = next(self._handles)
-        self._open[fh] = OpenFile(inode, node.path, handle, entry, cached=not apart, strange=strange)
+        self._open[fh] = OpenFile(inode, node.path, handle, entry, strange)
         self._open_inodes.setdefault(inode, []).append(self._open[fh])
         if strange:
             self.cache.forget_attributes(inode)
         return FileInfo(fh=fh, direct_io=apart, keep_cache=apart and not isinstance(handle, OpenLog))
-
-    def _is_mixed(self, node: Label, handle: Handle) -> bool:
-        """Whether the kernel's pages, which are the inode's, would be a mixture for who reads a label through ``handle``:
-        somebody else has it open with another content."""
-        others = self._open_inodes.get(node.inode, ())
-        differs = any(other.handle.read(0, MAX + 2) != handle.read(0, MAX + 2) for other in others)
-        return differs or self._is_often_truncated(node.inode)
-
-    def _note_truncation(self, inode: int) -> None:
-        now = trio.current_time()
-        for other in [other for other, (_, last) in self._truncated.items() if last < now - OFTEN]:
-            del self._truncated[other]
-        _, last = self._truncated.get(inode, (0.0, 0.0))
-        self._truncated[inode] = last, now
-
-    def _is_often_truncated(self, inode: int) -> bool:
-        """Whether a shell's ``>`` empties this label again and again.  The kernel then cuts the inode for all who read through
-        the page cache, between two of their system calls if it so happens; who reads directly doesn't notice."""
-        last_but_one, _ = self._truncated.get(inode, (0.0, 0.0))
-        return last_but_one > trio.current_time() - OFTEN
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:

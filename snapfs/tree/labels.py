@@ -4,6 +4,9 @@ A file holds the label's value and a newline; one trailing newline of what is wr
 Update with all that this open has written so far, so ``write`` itself reports the error, and no reader ever sees the label
 gone while a shell's ``>`` replaces it: an emptied file changes nothing until something is written, or it is closed empty,
 which deletes the label (a label has no empty value).
+
+As with all files that change, each value has an inode of its own.  So has each writer, from before it opens the file: what
+it cuts and writes there is nobody else's.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from snapfs import names
-from snapfs.errors import AlreadyExists, InvalidArgument, LabelTooBig, NotFound, NotPermitted, NotUtf8, SnapshotError
+from snapfs.errors import AlreadyExists, InvalidArgument, LabelTooBig, NotFound, NotPermitted, NotUtf8, SnapshotError, Stale
 from snapfs.labels import MAX, check_label
 from snapfs.metastore import Record
 from snapfs.tree.node import Attributes, Directory, Handle, Node, OpenText, Slot, pack
@@ -29,20 +32,23 @@ _SWAP_FILE = re.compile(r"\..*\.sw[a-p]")
 """vim's: refused at once it goes elsewhere (its option 'directory'), refused when it is written vim complains."""
 
 
-def label_slots(keys: Iterable[str]) -> dict[str, int]:
-    """The slot of each label of one snapshot: a hash of its key, or the next free one where two collide."""
+def label_slots(words: Iterable[str]) -> dict[str, int]:
+    """A slot for each of ``words``, about the labels of one snapshot: a hash, or the next free one where two collide."""
     span = Slot.VERSION_OF - Slot.FIRST_LABEL
     taken: dict[int, str] = {}
-    for key in keys:
-        place = zlib.crc32(key.encode()) % span
-        while taken.setdefault(place, key) != key:
+    for word in words:
+        place = zlib.crc32(word.encode()) % span
+        while taken.setdefault(place, word) != word:
             place = (place + 1) % span
-    return {key: place + Slot.FIRST_LABEL for place, key in taken.items()}
+    return {word: place + Slot.FIRST_LABEL for place, word in taken.items()}
 
 
-def label_bytes(value: str) -> bytes:
-    """What the file of a label with ``value`` holds."""
-    return value.encode() + b"\n"
+class LabelText(Text):
+    """What the file of the label ``key`` with ``value`` holds."""
+
+    def __init__(self, key: str, value: str) -> None:
+        super().__init__(value.encode() + b"\n")
+        self.key = key
 
 
 class OpenLabel(Handle):
@@ -104,32 +110,50 @@ class OpenLabel(Handle):
 
 
 class Label(Node):
-    """The file of one label."""
+    """The file of one label: with one ``text`` of it, or (None) a writer's own."""
 
     mode = stat.S_IFREG | 0o644
     keep_entry = False
 
-    def __init__(self, tree: Tree, number: int, record: Record, key: str, inode: int) -> None:
+    def __init__(self, tree: Tree, number: int, record: Record, key: str, inode: int, text: Text | None) -> None:
         super().__init__(tree, inode)
         self.number = number
         self.record = record
         self.key = key
+        self.text = text
 
     @property
     def path(self) -> str:
         return f"{self.record.kind}/{names.encode(self.record.name)}/labels/{names.encode(self.key)}"
 
+    @property
+    def shown_inode(self) -> int:
+        return pack(self.number, label_slots([self.key])[self.key])
+
+    def now(self) -> Text:
+        """What it holds now, if it is not being written."""
+        value = self.record.labels.get(self.key)
+        return Text(b"") if value is None else LabelText(self.key, value)
+
     def attributes(self) -> Attributes:
-        handles = [handle for handle in self.tree.open_labels.get(self.number, ()) if handle.inode == self.inode]
-        # a writer at work sees the size that it has made: the kernel appends there
-        size = handles[-1].size if handles else len(label_bytes(self.record.labels.get(self.key, "")))
+        size = (self.text or self.now()).size
+        for handle in self.tree.open_labels.get(self.number, ()):
+            if handle.inode == self.inode:
+                size = handle.size  # a writer sees what it has made: the kernel appends there
         return Attributes(self.mode, size=size, time=self.record.updated, keep=False)
 
+    def for_writing(self) -> Label:
+        """The same label as a file of one writer's own, to be opened soon."""
+        if self.text is None:
+            return self
+        return Label(self.tree, self.number, self.record, self.key, self.tree.new_writer(self.number, self.key), None)
+
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
-        content = label_bytes(self.record.labels[self.key]) if self.key in self.record.labels else b""
         if not writing and not truncate:
-            return OpenText(Text(content))
-        return OpenLabel(self.tree, self.number, self.key, self.inode, b"" if truncate else content, emptied=truncate)
+            return OpenText(self.text or self.now())
+        now = self.now()
+        content = b"" if truncate else now.read(0, now.size)
+        return OpenLabel(self.tree, self.number, self.key, self.for_writing().inode, content, emptied=truncate)
 
     async def resize(self, size: int) -> None:
         handle = await self.open(writing=True)
@@ -154,63 +178,75 @@ class LabelsDirectory(Directory):
     def attributes(self) -> Attributes:
         return Attributes(self.mode, time=self.record.updated)
 
-    def _slots(self) -> dict[str, int]:
-        """The slots of all labels, those among them that are open and not yet, or no more, stored."""
-        handles = self.tree.open_labels.get(self.number, ())
-        return label_slots([*self.record.labels, *(handle.key for handle in handles)])
+    def _handles(self) -> list[OpenLabel]:
+        return self.tree.open_labels.get(self.number, [])
 
-    def _node(self, key: str, slot: int) -> Label:
-        return Label(self.tree, self.number, self.record, key, pack(self.number, slot))
+    def _inodes(self) -> dict[str, int]:
+        """The inodes of the files that there are, by key: that of the value, or of who is just making the label."""
+        inodes = {handle.key: handle.inode for handle in self._handles() if handle.emptied}
+        words = {f"{key}\0{value}": key for key, value in self.record.labels.items()}
+        return inodes | {words[word]: pack(self.number, slot) for word, slot in label_slots(words).items()}
+
+    def _label(self, key: str, inode: int, text: Text | None) -> Label:
+        return Label(self.tree, self.number, self.record, key, inode, text)
+
+    def _node(self, key: str, inode: int) -> Label:
+        value = self.record.labels.get(key)
+        text = None if value is None else LabelText(key, value)
+        if text is not None:
+            self.tree.versions.keep(inode, text)
+        return self._label(key, inode, text)
 
     def node(self, inode: int) -> Label:
-        """The label with ``inode``; raises NotFound."""
-        for key, slot in self._slots().items():
-            if pack(self.number, slot) == inode:
-                return self._node(key, slot)
-        for handle in self.tree.open_labels.get(self.number, ()):  # renamed while it was open
+        """The label with ``inode``; raises NotFound, or Stale where it has another value by now."""
+        for handle in self._handles():
             if handle.inode == inode:
-                return Label(self.tree, self.number, self.record, handle.key, inode)
-        raise NotFound(f"a label of {self.record.name} does not exist any more")
-
-    def _exists(self, key: str) -> bool:
-        if key in self.record.labels:
-            return True
-        return any(handle.key == key and handle.emptied for handle in self.tree.open_labels.get(self.number, ()))
+                return self._label(handle.key, inode, None)
+        if inode in self.tree.writers:
+            return self._label(self.tree.writers[inode], inode, None)
+        text = self.tree.versions.get(inode)
+        if isinstance(text, LabelText):
+            return self._label(text.key, inode, text)
+        for key, its in self._inodes().items():
+            if its == inode:
+                return self._node(key, inode)
+        raise Stale(self.path)
 
     def lookup(self, name: str) -> Node:
         try:
             key = names.decode(name)
         except InvalidArgument as error:
             raise NotFound(str(error)) from None
-        if not self._exists(key):
+        inode = self._inodes().get(key)
+        if inode is None:
             raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
-        return self._node(key, self._slots()[key])
+        return self._node(key, inode)
 
     def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
-        for key, slot in sorted(self._slots().items(), key=lambda item: item[1]):
-            if slot > after and self._exists(key):
+        inodes = self._inodes()
+        for key, slot in sorted(label_slots(inodes).items(), key=lambda item: item[1]):
+            if slot > after:
                 try:
                     name = names.encode(key)
                 except InvalidArgument:  # its file name would be too long: info.json shows it
                     continue
-                yield slot, name, self._node(key, slot)
+                yield slot, name, self._node(key, inodes[key])
 
     async def create(self, name: str) -> tuple[Node, Handle]:
         key = names.decode(name)
         check_label(key, "")
         if _SWAP_FILE.fullmatch(key):
             raise NotPermitted(f'"{key}" is an editor\'s swap file, which is no label')
-        if self._exists(key):
+        if key in self._inodes():
             raise AlreadyExists(f'snapshot "{self.record.name}" has a label "{key}" already')
-        slot = label_slots([*self._slots(), key])[key]
-        handle = OpenLabel(self.tree, self.number, key, pack(self.number, slot), b"", emptied=True)
-        return self._node(key, slot), handle
+        handle = OpenLabel(self.tree, self.number, key, self.tree.new_writer(self.number, key), b"", emptied=True)
+        return self._label(key, handle.inode, None), handle
 
     async def unlink(self, name: str, pid: int) -> None:
         node = self.lookup(name)
         assert isinstance(node, Label)
         self.tree.refuse_torn_down(self.number, pid)
-        for handle in self.tree.open_labels.get(self.number, ()):
+        for handle in self._handles():
             if handle.key == node.key:
                 handle.emptied = False  # nothing of it is left to apply
         if node.key in self.record.labels:
@@ -221,13 +257,13 @@ class LabelsDirectory(Directory):
         node = self.lookup(old)
         assert isinstance(node, Label)
         key = names.decode(new)
-        if not replace and self._exists(key):
+        if not replace and key in self._inodes():
             raise AlreadyExists(f'snapshot "{self.record.name}" has a label "{key}" already')
         if node.key in self.record.labels:
             await self.tree.snapshotter.move_label(self.number, node.key, key, replace=replace)
         elif key in self.record.labels:
             await self.tree.snapshotter.update(self.number, {}, [f"labels.{key}"])
-        for handle in self.tree.open_labels.get(self.number, ()):
+        for handle in self._handles():
             if handle.key == key:
                 handle.emptied = False
             elif handle.key == node.key:

@@ -5,7 +5,7 @@ in 64 bits.  Ids are never used twice, so an inode means the same for ever, thro
 
 A file whose text changes by itself (info.json, usage.json …) has another inode for each text, as if it were replaced by a
 rename: what the kernel holds of an inode, its size and pages, is right for ever, and whoever has it open reads on in what
-was opened, whatever happens meanwhile.
+was opened, whatever happens meanwhile.  stat(2) shows one number for all of them (``shown_inode``).
 """
 
 from __future__ import annotations
@@ -160,6 +160,12 @@ class Node:
 
     def attributes(self) -> Attributes:
         raise NotImplementedError
+
+    @property
+    def shown_inode(self) -> int:
+        """The inode number that stat(2) shows; tools take it that a file which has another one is another file."""
+        number, slot = unpack(self.inode)
+        return pack(number, slot & 0x7F) if slot & Slot.VERSION_OF else self.inode
 
     def must_settle(self) -> bool:
         """Whether its attributes are just being found out, and waiting a moment (``settle``) gives the right ones."""

@@ -21,7 +21,7 @@ from snapfs.tree.attributes import BY_NAME, BY_SLOT, attribute_node
 from snapfs.tree.daemon import daemon_node
 from snapfs.tree.events import Events
 from snapfs.tree.kinds import ChildrenDirectory, KindDirectory
-from snapfs.tree.labels import LabelsDirectory, OpenLabel
+from snapfs.tree.labels import LabelsDirectory, OpenLabel, label_slots
 from snapfs.tree.links import child_link, id_link
 from snapfs.tree.log import ErrorLog
 from snapfs.tree.node import KIND_SLOTS, Node, Slot, pack, unpack
@@ -31,6 +31,8 @@ from snapfs.tree.texts import LongText, Text, Versions
 
 ROOT_INODE = pack(0, Slot.ROOT)
 
+WRITERS = 1000  # of labels, of whom the inodes are remembered: more than open one at once
+
 TEARDOWN = 3.0  # seconds after each refusal for which its process is held to be deleting the whole snapshot
 
 
@@ -39,6 +41,7 @@ class Tree:
 
     ``served``: where and how it is served, for options.json.  ``meters``: the requests, by operation, for stats.json.
     ``hidden``: fixed entries that were unlinked, by snapshot id.  ``open_labels``: labels open for writing, by snapshot id.
+    ``writers``: the inodes that were lately given to writers of labels, and their keys.
     ``committed_inside``: snapshots that were committed by a rename into their parent's listing.  ``versions``: texts that were
     looked up lately.  ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
     """
@@ -54,6 +57,8 @@ class Tree:
         self.versions: Versions = Versions()
         self.hidden: dict[int, set[str]] = {}
         self.open_labels: dict[int, list[OpenLabel]] = {}
+        self.writers: dict[int, str] = {}
+        self._writers_made = 0
         self.committed_inside: set[int] = set()
         self.changed = dict.fromkeys(Kind, self.started)
         self._tearing_down: dict[tuple[int, int], float] = {}
@@ -137,6 +142,15 @@ class Tree:
         for name in path.split("/") if path else []:
             node = node.lookup(name)
         return node
+
+    def new_writer(self, number: int, key: str) -> int:
+        """An inode for one writer of label ``key`` of snapshot ``number``."""
+        self._writers_made += 1
+        inode = pack(number, label_slots([f"{key}\0\0{self._writers_made}"]).popitem()[1])
+        self.writers[inode] = key
+        if len(self.writers) > WRITERS:
+            del self.writers[next(iter(self.writers))]
+        return inode
 
     # -- renaming, the one operation on two directories
 
