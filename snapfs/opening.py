@@ -166,9 +166,11 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
                 f"{layers.directory(number)} holds files, but no such snapshot was ever recorded in {records.path}: "
                 "put back the records that belong to this root, or move that directory away"
             )
-    if retire:
-        for number in unknown:
+    for number in unknown:
+        if retire:
             layers.retire(number)
+        else:
+            layers.leave(number)
     return damaged
 
 

@@ -266,8 +266,8 @@ class Snapshotter:
             before = writer.info(number, record)
             writer.delete(number, record)
             writer.changed(before, None)
-            if not self.options.async_remove and number not in self._damaged:
-                writer.when_durable(lambda: self.layers.retire(number))
+            if number not in self._damaged:
+                writer.when_durable(lambda: (self.layers.leave if self.options.async_remove else self.layers.retire)(number))
 
         async with self._unmounted(key) as number:
             await self._write_record(operation)
@@ -382,11 +382,20 @@ class Snapshotter:
         Better than containerd: what snapfs can't have made is moved to ROOT/lost+found, never deleted unseen.
         """
 
-        def operation(writer: Writer) -> None:  # in the writer, so that no directory is just being made
-            self.layers.sweep(writer.ids(), writer.last_id())
+        refused: list[OSError] = []
 
-        await self._write_record(operation)
+        def sweep() -> None:
+            try:
+                with self.records.reading() as reader:
+                    self.layers.sweep(reader.ids(), reader.last_id())
+            except OSError as error:
+                refused.append(error)
+
+        # in the writer, so that no directory is just being made, and of what is removed for good only
+        await self._write_record(lambda writer: writer.when_durable(sweep))
         await self._housekeeping.empty_trash()
+        if refused:
+            raise Unavailable.from_os("clean up", refused[0]) from refused[0]
 
     # -- reading
 
@@ -456,6 +465,8 @@ class Snapshotter:
         except OSError as error:
             with self._reading() as reader:
                 self._find(reader, number)
+            if isinstance(error, FileNotFoundError):
+                raise Damaged(f'the layer {error.filename} of snapshot "{record.name}" or of a parent is missing') from None
             raise Unavailable.from_os(f'compare snapshot "{record.name}" with its parents', error) from error
         return result
 

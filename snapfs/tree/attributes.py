@@ -92,10 +92,12 @@ def changes(tree: Tree, number: int, record: Record) -> Text | None:
 
 
 async def compare(tree: Tree, number: int, record: Record) -> None:
-    if record.kind is Kind.COMMITTED and changes(tree, number, record) is not None:
-        return
-    text = await tree.snapshotter.changes(number, tree.spool)
-    tree.versions.keep(pack(number, BY_NAME["changes"].slot), text)
+    while record.kind is not Kind.COMMITTED or changes(tree, number, record) is None:
+        text = await tree.snapshotter.changes(number, tree.spool)
+        before, record = record, tree.record(number)
+        if record.kind is before.kind:  # a scan under way at the Commit may have missed what was written before that
+            tree.versions.keep(pack(number, BY_NAME["changes"].slot), text)
+            return
 
 
 def rootfs(tree: Tree, number: int, record: Record) -> str | None:
@@ -153,7 +155,7 @@ class _Attribute(Node):
         if self.attribute.refresh is None:
             return self
         await self.attribute.refresh(self.tree, self.number, self.record)
-        return self.tree.walk(self.path)
+        return self.tree.node(pack(self.number, self.attribute.slot))  # by whatever name the snapshot goes now
 
 
 class AttributeFile(_Attribute, File):
@@ -165,6 +167,7 @@ class AttributeFile(_Attribute, File):
         if text is None:
             with contextlib.suppress(Damaged):  # it is listed all the same; who opens it is told
                 self._text = self.render()
+        self.is_known = self._text is not None
         if self._text is not None and not attribute.fixed:
             self.inode = pack_version(number, attribute.slot, self._text)
             tree.versions.keep(self.inode, self._text)

@@ -108,6 +108,11 @@ class Tree:
             raise NotFound(f"{record.kind}/{names.encode(record.name)} has no such entry")
         return node
 
+    def now(self, inode: int) -> Node:
+        """The node of the file of which ``inode`` is or was one text, as it is now; raises NotFound."""
+        number, slot = unpack(inode)
+        return self.node(pack(number, slot & 0x7F)) if slot & Slot.VERSION_OF else self.node(inode)
+
     def _version(self, inode: int, number: int, slot: int) -> Node:
         text = self.versions.get(inode)
         node: Node | None
