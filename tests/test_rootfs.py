@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,7 +25,10 @@ import trio
 
 from snapfs import open_snapshotter
 from snapfs.errors import AlreadyExists, Busy, Closed, NotFound
+from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.model import Kind
+from snapfs.rootfs import GRACE, PASSING
 from snapfs.snapshotter import Options
 from tests.conftest import Daemon, die_with_parent
 from tests.test_tree_calls import failing, info, mounted, refused, remove_all, shell, until, usage
@@ -467,17 +471,17 @@ def test_a_layer_that_is_bound_inside_the_tree(make_daemon: Make) -> None:
         os.mkdir(mnt / "active" / name)
     target = mnt / "active/lone/labels"
     subprocess.run(["sh", str(mnt / "active/lone/mount.sh"), str(target)], check=True)
-    try:
-        time.sleep(0.1)  # until the kernel has to ask anew
-        done = shell(mnt, "timeout -s KILL 10 cat active/other/info.json active/lone/info.json")
-        assert done.returncode == 0, "the daemon hangs"
-        assert f'"mounted": [\n    "{target}"\n  ]' in done.stdout
-        assert os.readlink(mnt / "active/lone/rootfs") == str(target)
-    finally:
-        if done.returncode:
-            daemon.cleanup()
-        else:
-            subprocess.run(["umount", str(target)], check=True)
+    time.sleep(0.1)  # until the kernel has to ask anew
+    command = ["cat", str(mnt / "active/other/info.json"), str(mnt / "active/lone/info.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as cat:
+        try:
+            out, _ = cat.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            daemon.cleanup()  # or the client could never end
+            raise
+    assert f'"mounted": [\n    "{target}"\n  ]' in out
+    assert os.readlink(mnt / "active/lone/rootfs") == str(target)
+    subprocess.run(["umount", str(target)], check=True)
 
 
 # -- what programs do with the link
@@ -1220,6 +1224,48 @@ async def test_cancelled_or_closed_in_the_middle_nothing_is_left(root: Path, see
     assert os.listdir(root / "rootfs") == []
     assert not (root / "lost+found").exists()
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+async def test_who_follows_while_it_is_being_unmounted_waits(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is told the path of a mount that stays, not of one that is about to go."""
+    begun, go_on, unmount = threading.Event(), threading.Event(), mounting.unmount
+
+    def slowly(target: str, flags: int = 0) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        unmount(target, flags)
+
+    async with open_snapshotter(root) as snapshotter:
+        await snapshotter.prepare("a")
+        (root / "snapshots/1/fs/file").touch()
+        async with trio.open_nursery() as nursery:
+            where = await snapshotter.mount("a")
+            with monkeypatch.context() as patched:
+                patched.setattr(mounting, "unmount", slowly)
+                nursery.start_soon(snapshotter.commit, "v1", "a")
+                await trio.to_thread.run_sync(begun.wait)
+                with trio.move_on_after(0.1) as scope:
+                    await snapshotter.mount(1)
+                go_on.set()
+                assert scope.cancelled_caught, "it was told the path"
+                assert await snapshotter.mount(1) == where
+            assert os.listdir(where) == ["file"]
+        assert [info.kind for info in await snapshotter.walk()] == [Kind.COMMITTED]
+
+
+async def test_who_was_just_told_the_path_gets_there(root: Path) -> None:
+    """Neither Commit nor another that needs the place unmounts what was asked for in this very moment."""
+    async with open_snapshotter(root, Options(rootfs_max=1)) as snapshotter:
+        for name in "abc":
+            await snapshotter.prepare(name)
+        began = trio.current_time()
+        await snapshotter.mount("a")
+        await snapshotter.commit("v1", "a")
+        assert trio.current_time() - began >= PASSING
+        began = trio.current_time()
+        await snapshotter.mount("b")
+        await snapshotter.mount("c")
+        assert trio.current_time() - began >= GRACE
 
 
 def test_below_a_shared_mount(make_daemon: Make, tmp_path: Path) -> None:
