@@ -1134,9 +1134,7 @@ CRAWLS = {
     "find": "find {mnt} -ls",
     "ls": "ls -lR {mnt}",
     "du": "du -a {mnt}",
-    "du -L": "du -aL --max-depth=3 {mnt}/active",
     "tree": "tree -a {mnt}",
-    "tree -l": "tree -l -L 4 {mnt}/active",
     "rsync": "rsync -n -a {mnt}/ {tmp}/copy",
     "rsync -L": "rsync -n -a -L --exclude=changes --exclude=parent {mnt}/active {tmp}/copy",
     "tar": "tar -cf /dev/null {mnt}/active {mnt}/committed {mnt}/view",
@@ -1168,7 +1166,7 @@ def test_whatever_crawls_the_tree_ends_and_mounts_no_more_than_the_cap(make_daem
 # -- the library, cancelled in the middle
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 async def test_cancelled_or_closed_in_the_middle_nothing_is_left(root: Path, seed: int) -> None:
     """No mount, no directory, no descriptor, no lock; and it goes on where it was not closed."""
     pick = random.Random(seed)
