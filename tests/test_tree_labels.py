@@ -654,3 +654,37 @@ def test_readers_of_a_label_that_is_replaced_all_the_time_see_one_value_each(lab
     for reader in readers:
         assert reader.communicate()[1] == ""
         assert reader.returncode == 0
+
+
+WRITER = """
+import os, sys
+for number in range(int(sys.argv[2])):
+    with open(sys.argv[1], "w") as label:
+        label.write(sys.argv[3] * (100 + number))
+"""
+
+
+def test_writers_whose_pids_the_daemon_cannot_see(tmp_path: Path) -> None:
+    """To a daemon in a pid namespace of its own they are all the same process."""
+    (tmp_path / "mnt").mkdir()
+    serve = [sys.executable, "-m", "snapfs.cli", "serve", str(tmp_path / "root"), str(tmp_path / "mnt")]
+    command = ["unshare", "--pid", "--fork", "--kill-child", *serve]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as daemon:
+        try:
+            assert daemon.stderr is not None
+            assert daemon.stderr.readline().startswith("snapfs: serving ")
+            os.mkdir(tmp_path / "mnt/active/a")
+            path = tmp_path / "mnt/active/a/labels/l"
+            path.write_text("first")
+            writers = [
+                subprocess.Popen([sys.executable, "-c", WRITER, str(path), "300", letter], stderr=subprocess.PIPE, text=True)
+                for letter in "xyz"
+            ]
+            while any(writer.poll() is None for writer in writers):
+                seen = path.read_text()
+                assert seen == "first\n" or (len(set(seen[:-1])) == 1 and seen.endswith("\n")), "one value, whole"
+            for writer in writers:
+                assert writer.communicate()[1] == ""
+                assert writer.returncode == 0
+        finally:
+            subprocess.run(["umount", str(tmp_path / "mnt")], check=True)

@@ -164,8 +164,9 @@ class Operations(pyfuse3.Operations):
             raise NameTooLong(f"the name is longer than {names.NAME_MAX} bytes")
         try:
             node = directory.lookup(name.decode())
-            if isinstance(node, Label) and (writer := self._writers.get((ctx.pid, node.number, node.key))):
-                node = self.tree.node(writer[1])
+            if isinstance(node, Label):
+                _, inode = self._writers.get((ctx.pid, node.number, node.key), (0.0, 0))
+                node = self.tree.node(inode) if inode in self.tree.writers else node
             return self.entry(node)
         except (NotFound, UnicodeDecodeError):
             raise FUSEError(errno.ENOENT) from None  # never cached: names may appear by what happens elsewhere
@@ -303,15 +304,20 @@ class Operations(pyfuse3.Operations):
         return self._opened(inode, node, handle)
 
     def _give_writer(self, node: Label, pid: int) -> None:
-        """Let a writer have an inode of its own: raises Stale the first time, on which the kernel looks the name up again."""
+        """Let a writer have an inode of its own: raises Stale the first time, on which the kernel looks the name up again.
+
+        Processes in pid namespaces that can't be seen from here all have the pid 0: they share one inode, which stays theirs.
+        """
         writer = pid, node.number, node.key
         if node.text is None:
-            self._writers.pop(writer, None)
+            if pid:
+                self._writers.pop(writer, None)
             return
         now = trio.current_time()
         for other in [other for other, (when, _) in self._writers.items() if when < now - RETRY]:
             del self._writers[other]  # it never came back
-        self._writers[writer] = now, node.for_writing().inode
+        _, inode = self._writers.get(writer, (now, 0))
+        self._writers[writer] = now, inode if inode in self.tree.writers else node.for_writing().inode
         raise Stale(node.path)
 
     async def _refreshed_node(self, inode: int, pid: int) -> Node:

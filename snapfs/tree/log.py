@@ -49,6 +49,11 @@ class Log:
         for follower in self.followers:
             follower.wake()
 
+    def wake_nobody(self) -> None:
+        """Forget who waits: what would wake them is about to go."""
+        for follower in self.followers:
+            follower.wake_with(lambda: None)
+
     def read(self, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes from ``offset``, which is not before ``start``."""
         at = bisect_left(self._ends, offset + 1)
