@@ -95,7 +95,7 @@ class Layers:
                 )
             layers._in_trash = len(os.listdir(layers._trash))
             for leftover in os.listdir(layers._pool_directory):
-                layers.discard(f"{layers._pool_directory}/{leftover}")
+                layers._discard(f"{layers._pool_directory}/{leftover}")
             layers._pool.append(layers._make())
             layers.empty = Usage(1, os.stat(f"{layers._pool[0]}/fs").st_blocks * 512)
         except OSError as error:
@@ -205,10 +205,9 @@ class Layers:
 
     def retire(self, number: int) -> None:
         """Move snapshots/<number> into the trash; raises OSError."""
-        self.discard(self.directory(number))
+        self._discard(self.directory(number))
 
-    def discard(self, path: str) -> None:
-        """Move ``path`` into the trash; raises OSError."""
+    def _discard(self, path: str) -> None:
         while True:
             target = f"{self._trash}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
@@ -228,7 +227,7 @@ class Layers:
             number = parse_id(name)
             if name.startswith("new-") or (number is not None and number <= last_id):
                 if number not in known:
-                    self.discard(path)
+                    self._discard(path)
                     self._left.discard(number or 0)
             else:
                 self._lose(path)

@@ -51,6 +51,7 @@ async def open_snapshotter(
 
 def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshotter:
     layers = Layers.open(root)
+    mounted = Mounted(layers.snapshots)
     records = metastore
     try:
         if records is None:
@@ -65,13 +66,15 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
             owns_records=metastore is None,
             overlay_options=overlay_options,
             maps_ids=_maps_ids(options, layers.snapshots, features),
-            rootfs=_rootfs(options, layers, records, overlay_options, features),
+            mounted=mounted,
+            rootfs=_rootfs(options, layers, records, mounted, overlay_options, features),
             features=features,
             damaged=_recover(layers, records, retire=not options.async_remove),
         )
     except BaseException:
         if records is not None and metastore is None:
             records.close()
+        mounted.close()
         layers.close()
         raise
 
@@ -113,7 +116,12 @@ def _maps_ids(options: Options, directory: str, features: dict[str, Feature]) ->
 
 
 def _rootfs(
-    options: Options, layers: Layers, records: MetaStore, overlay_options: Sequence[str], features: dict[str, Feature]
+    options: Options,
+    layers: Layers,
+    records: MetaStore,
+    mounted: Mounted,
+    overlay_options: Sequence[str],
+    features: dict[str, Feature],
 ) -> Rootfs | None:
     """What mounts the merged file systems, None where that is not wanted or not permitted; what a crashed daemon left mounted
     is taken over or cleared."""
@@ -123,24 +131,19 @@ def _rootfs(
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
     rootfs = Rootfs(layers, own, idle=options.rootfs_idle, most=options.rootfs_max)
     refusal = rootfs.trial() if options.rootfs else "it was started with no_rootfs"
-    mounted = Mounted(layers.snapshots)
 
     def right(number: int) -> bool:
         with records.reading() as reader:
             record = reader.record(number)
-            chain = reader.chain(record) if record else []
+            lowers = reader.lowers(number, record) if record else []
         if record is None or refusal:
             return False
         target = layers.rootfs(number)
         if record.kind is Kind.ACTIVE:
             return target in mounted.active(number)
-        shown = chain if record.kind is Kind.VIEW and chain else [number, *chain]
-        return target in mounted.stacked(shown) and target not in mounted.writers(shown[0])
+        return target in mounted.stacked(lowers) and target not in mounted.writers(lowers[0])
 
-    try:
-        rootfs.recover(right)
-    finally:
-        mounted.close()
+    rootfs.recover(right)
     features["rootfs"] = Feature(not refusal, refusal or "mounting overlays is permitted here")
     return None if refusal else rootfs
 

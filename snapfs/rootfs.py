@@ -5,7 +5,8 @@ not used for ``idle`` seconds, when there are more than ``most`` and it is the o
 snapshot is committed or removed, and at the end.  Nothing but mounting and unmounting happens here: which layers, and
 whether they may be mounted, is the caller's to say.
 
-Its directory is made with each mount and removed with it: who comes too late meets ENOENT and never an empty directory.
+Its directory is made with each mount and removed right after it: who comes too late meets ENOENT.  Only who was told the path
+and then stood still for long enough (PASSING, GRACE) can meet the empty directory in between.
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ class Snapshotter:
         owns_records: bool,
         overlay_options: Sequence[str],
         maps_ids: bool,
+        mounted: Mounted,
         rootfs: Rootfs | None,
         features: Mapping[str, Feature],
         damaged: frozenset[int],
@@ -75,7 +76,7 @@ class Snapshotter:
         self.records = records
         self.features = features
         self.counting = Counting(layers, records)
-        self.mounted = Mounted(layers.snapshots)
+        self.mounted = mounted
         self.rootfs = rootfs
         self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
         self._owns_records = owns_records
@@ -491,15 +492,13 @@ class Snapshotter:
     def _stack(self, number: int) -> Stack:
         with self._reading() as reader:
             _, record = self._find(reader, number)
-            chain = reader.chain(record)
-        self._refuse_damaged(number, *chain)
+            lowers = reader.lowers(number, record)
+        self._refuse_damaged(number, *lowers)
         if self._maps_ids and any(idmap.mappings(record.labels)):
             raise FailedPrecondition(
                 f'snapshot "{record.name}" has its ids remapped: let a container runtime mount what mounts.json says'
             )
-        if record.kind is Kind.ACTIVE:
-            return Stack(tuple(chain), number)
-        return Stack(tuple(chain) if record.kind is Kind.VIEW and chain else (number, *chain))
+        return Stack(tuple(lowers), number if record.kind is Kind.ACTIVE else None)
 
     def _elsewhere(self, number: int, record: Record) -> list[str]:
         return self.mounted.active(number) if record.kind is Kind.ACTIVE else []
@@ -518,10 +517,8 @@ class Snapshotter:
         """
         if record.kind is Kind.ACTIVE:
             return self.mounted.active(number)
-        chain = reader.chain(record)
-        layers = chain if record.kind is Kind.VIEW and chain else [number, *chain]
-        own = self.layers.rootfs(number)
-        return [place for place in self.mounted.stacked(layers) if place == own or not self.layers.is_rootfs(place)]
+        own, places = self.layers.rootfs(number), self.mounted.stacked(reader.lowers(number, record))
+        return [place for place in places if place == own or not self.layers.is_rootfs(place)]
 
     async def flush(self) -> None:
         """Return when all data written to ROOT's file system so far is on disk."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import closing
 from itertools import count
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+K = TypeVar("K")
+V = TypeVar("V")
 
 RETRY = 10.0  # seconds within which who was told to look a file up again has done so
 
@@ -81,6 +83,28 @@ def answering(
     return answer
 
 
+class Told(Generic[K, V]):
+    """What was found for those who were told to look a name up again, until they have, or too long ago (RETRY)."""
+
+    def __init__(self) -> None:
+        self._told: dict[K, tuple[V, float]] = {}
+
+    def tell(self, who: K, what: V) -> None:
+        now = trio.current_time()
+        for other in [other for other, (_, when) in self._told.items() if when < now - RETRY]:
+            del self._told[other]  # it never came back
+        self._told[who] = what, now
+
+    def get(self, who: K) -> V | None:
+        what, when = self._told.get(who, (None, 0.0))
+        return what if when > trio.current_time() - RETRY else None
+
+    def pop(self, who: K) -> V | None:
+        what = self.get(who)
+        self._told.pop(who, None)
+        return what
+
+
 class OpenFile:
     """One open file, with what stat(2) said of it then.  ``strange``: its text is not that of its inode."""
 
@@ -106,8 +130,8 @@ class Operations(pyfuse3.Operations):
         self._open: dict[int, OpenFile] = {}  # by handle
         self._open_inodes: dict[int, list[OpenFile]] = {}
         self._emptying: list[tuple[int, trio.Event]] = []  # snapshots with a label that was closed empty, until it is deleted
-        self._writers: dict[tuple[int, int, str], tuple[float, int]] = {}  # who was told to look a label up again for writing
-        self._refreshed: dict[tuple[int, int, int], tuple[Node, float]] = {}  # told to look again: what was found, and when
+        self._writers: Told[tuple[int, int, str], int] = Told()  # inodes for writers of labels
+        self._refreshed: Told[tuple[int, int, int], Node] = Told()  # files with another text than was looked up
         self._handles = count(1)
         self._owner = (os.geteuid(), os.getegid())
         tree.snapshotter.subscribe(self.cache.note)
@@ -165,7 +189,7 @@ class Operations(pyfuse3.Operations):
         try:
             node = directory.lookup(name.decode())
             if isinstance(node, Label):
-                _, inode = self._writers.get((ctx.pid, node.number, node.key), (0.0, 0))
+                inode = self._writers.get((ctx.pid, node.number, node.key))
                 node = self.tree.node(inode) if inode in self.tree.writers else node
             return self.entry(node)
         except (NotFound, UnicodeDecodeError):
@@ -311,13 +335,10 @@ class Operations(pyfuse3.Operations):
         writer = pid, node.number, node.key
         if node.text is None:
             if pid:
-                self._writers.pop(writer, None)
+                self._writers.pop(writer)
             return
-        now = trio.current_time()
-        for other in [other for other, (when, _) in self._writers.items() if when < now - RETRY]:
-            del self._writers[other]  # it never came back
-        _, inode = self._writers.get(writer, (now, 0))
-        self._writers[writer] = now, inode if inode in self.tree.writers else node.for_writing().inode
+        inode = self._writers.get(writer)
+        self._writers.tell(writer, inode if inode in self.tree.writers else node.for_writing().inode)
         raise Stale(node.path)
 
     async def _refreshed_node(self, inode: int, pid: int) -> Node:
@@ -329,12 +350,12 @@ class Operations(pyfuse3.Operations):
         """
         number, slot = unpack(inode)
         asker = number, slot & 0x7F if slot & Slot.VERSION_OF else slot, pid
-        told, when = self._refreshed.pop(asker, (None, 0.0))
+        told = self._refreshed.pop(asker)
         try:
             node = self.tree.node(inode)
         except Stale:
             node = self.tree.now(inode)
-        if told is not None and when > trio.current_time() - RETRY:
+        if told is not None:
             return node if node.inode == inode and node.is_known else told
         if not isinstance(node, File):
             return node
@@ -342,9 +363,7 @@ class Operations(pyfuse3.Operations):
         if isinstance(node, AttributeFile) and now is not node:  # the directory shows what was found out
             self.cache.forget_directory(node.number)
         if now.inode != inode and pid:  # 0: a process that can't be seen from here, so it would not be known again
-            for other in [other for other, (_, when) in self._refreshed.items() if when < trio.current_time() - RETRY]:
-                del self._refreshed[other]  # it never came back
-            self._refreshed[asker] = now, trio.current_time()
+            self._refreshed.tell(asker, now)
             raise Stale(node.path)
         return now
 

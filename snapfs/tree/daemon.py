@@ -146,14 +146,11 @@ class OpenCleanup(Handle):
 
 README = (importlib.resources.files(__package__) / "README.txt").read_text()
 
-_FIXED: dict[Slot, tuple[str, Callable[[Tree], str]]] = {
-    Slot.README: ("README", lambda tree: README),
-    Slot.VERSION: (".snapfs/version", lambda tree: f"{tree.version}\n"),
-    Slot.OPTIONS: (".snapfs/options.json", options_json),
-}
-
-_CHANGING: dict[Slot, tuple[str, Callable[[Tree], str]]] = {
-    Slot.STATS: (".snapfs/stats.json", stats_json),
+_TEXTS: dict[Slot, tuple[str, Callable[[Tree], str], bool]] = {
+    Slot.README: ("README", lambda tree: README, True),
+    Slot.VERSION: (".snapfs/version", lambda tree: f"{tree.version}\n", True),
+    Slot.OPTIONS: (".snapfs/options.json", options_json, True),
+    Slot.STATS: (".snapfs/stats.json", stats_json, False),
 }
 
 _LOGS: dict[Slot, tuple[str, Callable[[Tree], Log]]] = {
@@ -195,10 +192,8 @@ def daemon_node(tree: Tree, slot: int, text: Text | None = None) -> Node:
         return ByIdDirectory(tree, pack(0, known))
     if known in _DIRECTORIES:
         return FixedDirectory(tree, known, *_DIRECTORIES[known])
-    if known in _FIXED:
-        return DaemonFile(tree, known, *_FIXED[known], True, text)
-    if known in _CHANGING:
-        return DaemonFile(tree, known, *_CHANGING[known], False, text)
+    if known in _TEXTS:
+        return DaemonFile(tree, known, *_TEXTS[known], text)
     if known is Slot.CLEANUP:
         return CleanupFile(tree, pack(0, known))
     if known in _LOGS:
