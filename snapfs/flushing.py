@@ -8,6 +8,7 @@ that merely crashed flushes again, but after a power cut nobody knows what is in
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -45,9 +46,8 @@ class Flushing:
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """Flush whatever is asked for, until cancelled; begins with what a crashed daemon left."""
-        with self._records.reading() as reader:
-            if any(boot == self._boot for _, boot in reader.unflushed()):
-                self.flush_soon()
+        if self._marked():
+            self.flush_soon()
         self._running = True
         task_status.started()
         try:
@@ -62,11 +62,20 @@ class Flushing:
             if self._next is not None:
                 self._next.end(Closed())
 
+    async def finish(self) -> None:
+        """Flush what is marked, before the end: a machine that shuts down after us loses nothing, though the boot changes."""
+        with contextlib.suppress(Closed):  # the records may be the caller's, and closed already
+            if self._marked():
+                await self._perform(_Flush())
+
+    def _marked(self) -> list[int]:
+        with self._records.reading() as reader:
+            return [number for number, boot in reader.unflushed() if boot == self._boot and number not in self.lost]
+
     async def _perform(self, flush: _Flush) -> None:
         error: SnapshotError | None = Closed()
         try:
-            with self._records.reading() as reader:
-                numbers = [number for number, boot in reader.unflushed() if boot == self._boot and number not in self.lost]
+            numbers = self._marked()
             try:
                 await trio.to_thread.run_sync(mounting.sync_file_system, self._layers.snapshots)
             except OSError as refusal:

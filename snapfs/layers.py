@@ -51,9 +51,9 @@ class Layers:
         self._pool_directory = f"{root}/pool"
         self._trash = f"{root}/trash"
         self._lost = f"{root}/lost+found"
-        self.waiting = 0
-        """How many directories wait in the trash."""
+        self._in_trash = 0
         self._waiting = threading.Lock()
+        self._left: set[int] = set()
         self._lock = lock
         self._pool: deque[str] = deque()
         self._serials = itertools.count(1)  # for names; several threads take from it
@@ -93,9 +93,9 @@ class Layers:
                     f"the file system of {root} does not tell the types of directory entries (d_type), which overlayfs "
                     "needs; if it is xfs, make it anew with: mkfs.xfs -n ftype=1"
                 )
-            layers.waiting = len(os.listdir(layers._trash))
+            layers._in_trash = len(os.listdir(layers._trash))
             for leftover in os.listdir(layers._pool_directory):
-                layers.discard(f"{layers._pool_directory}/{leftover}")
+                layers._discard(f"{layers._pool_directory}/{leftover}")
             layers._pool.append(layers._make())
             layers.empty = Usage(1, os.stat(f"{layers._pool[0]}/fs").st_blocks * 512)
         except OSError as error:
@@ -193,12 +193,21 @@ class Layers:
 
     # -- unmaking
 
+    @property
+    def waiting(self) -> int:
+        """How many directories wait to be deleted: in the trash, or where they were, for the next ``sweep``."""
+        return self._in_trash + len(self._left)
+
+    def leave(self, number: int) -> None:
+        """Leave snapshots/<number>, which no record names, to ``sweep``."""
+        if os.path.lexists(self.directory(number)):
+            self._left.add(number)
+
     def retire(self, number: int) -> None:
         """Move snapshots/<number> into the trash; raises OSError."""
-        self.discard(self.directory(number))
+        self._discard(self.directory(number))
 
-    def discard(self, path: str) -> None:
-        """Move ``path`` into the trash; raises OSError."""
+    def _discard(self, path: str) -> None:
         while True:
             target = f"{self._trash}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
@@ -208,7 +217,7 @@ class Layers:
 
     def _wait(self, more: int) -> None:
         with self._waiting:
-            self.waiting += more
+            self._in_trash += more
 
     def sweep(self, known: Collection[int], last_id: int) -> None:
         """Move what stands in snapshots/ without a record into the trash: ids up to ``last_id`` that are not in ``known``, and
@@ -218,7 +227,8 @@ class Layers:
             number = parse_id(name)
             if name.startswith("new-") or (number is not None and number <= last_id):
                 if number not in known:
-                    self.discard(path)
+                    self._discard(path)
+                    self._left.discard(number or 0)
             else:
                 self._lose(path)
 
@@ -237,10 +247,12 @@ class Layers:
         except FileNotFoundError:
             pass
         except OSError as error:
-            if error.errno in _NOT_EMPTY:
+            try:
+                if error.errno not in _NOT_EMPTY:
+                    raise
                 self._lose(path)
-            else:
-                log.warning("cannot remove %s: %s", path, error)
+            except OSError as failure:
+                log.warning("cannot remove %s: %s", path, failure)
 
     def make_trial(self) -> str:
         """A directory with ``fs``, ``work`` and ``lower``, for trying what can be mounted; remove it."""

@@ -126,6 +126,12 @@ class Reader:
             record = self.parent_of(record)
         return chain
 
+    def lowers(self, number: int, record: Record) -> list[int]:
+        """The ids of the layers that are only read where snapshot ``number`` is mounted, the nearest first: its own among them
+        unless it is active, or a view, which shows its parents."""
+        chain = self.chain(record)
+        return chain if record.kind is Kind.ACTIVE or (record.kind is Kind.VIEW and chain) else [number, *chain]
+
     def listing(self, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
         """Id and name of all snapshots of ``kind`` with an id above ``after``, in id order."""
         with self._txn.cursor(db=self._store.kinds[kind]) as cursor:

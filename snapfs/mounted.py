@@ -9,10 +9,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from snapfs.kernel.mounttable import MountPoint, MountTable, parse
+from snapfs.kernel.mounttable import MountPoint, MountTable, mount_id, mount_table, parse
 from snapfs.layers import parse_id
 
 _LAYER = re.compile(r"/([1-9][0-9]*)/fs")
+_LAYER_PART = re.compile(r"/([1-9][0-9]*)/fs(?=/|\Z)")
 _BOUND = re.compile(r"/snapshots/([1-9][0-9]*)/fs(?=/|\Z)")
 _COLON = re.compile(r"((?:[^\\:]|\\.)*)(?::|\Z)", re.DOTALL)
 
@@ -33,6 +34,7 @@ class Mounted:
         self._snapshots = snapshots
         self._table = MountTable()
         self._lock = threading.Lock()
+        self._origin = _origin(snapshots)
         self._upper: dict[int, list[Place]] = {}
         self._bound: dict[int, list[Place]] = {}
         self._stacked: dict[tuple[int, ...], list[Place]] = {}
@@ -62,7 +64,7 @@ class Mounted:
             self._refresh()
             if len(layers) == 1:
                 return [place.target for place in self._bound.get(layers[0], ()) if not place.inside]
-            return [place.target for place in self._stacked.get(tuple(layers), ())]
+            return [place.target for place in self._stacked.get(tuple(layers), ()) if not place.inside]
 
     def _refresh(self) -> None:
         if not self._table.has_changed():
@@ -77,10 +79,11 @@ class Mounted:
             writable = "rw" in mount.options
             if mount.type == "overlay":
                 above = [n for option in mount.super_options if (n := self._number(option.removeprefix("upperdir=")))]
+                inside = "" if mount.root == "/" else mount.root  # a part of it that is bound there
                 if above:
-                    upper[above[0]].append(Place(mount.target, writable))
+                    upper[above[0]].append(Place(mount.target, writable, inside))
                 elif below := self._lowers(mount):
-                    stacked[below].append(Place(mount.target, writable))
+                    stacked[below].append(Place(mount.target, writable, inside))
             elif found := self._bound_layer(mount):
                 number, inside = found
                 bound[number].append(Place(mount.target, writable, inside))
@@ -104,15 +107,41 @@ class Mounted:
         return None
 
     def _bound_layer(self, mount: MountPoint) -> tuple[int, str] | None:
-        """Id and directory inside of a bound layer.  The table shows where in its file system that is, which is not where this
-        process finds it: so what looks like it is asked."""
+        """Id and directory inside of a bound layer.
+
+        The target is never asked: that would be a use of it, which keeps it from being unmounted, and it may be on a server
+        that does not answer, or in our own tree, where this process would wait for itself.
+        """
+        if self._origin is None:
+            return self._bound_layer_at(mount)
+        device, directory = self._origin
+        if mount.device != device or not mount.root.startswith(directory + "/"):
+            return None
+        found = _LAYER_PART.match(mount.root, len(directory))
+        number = parse_id(found[1]) if found else None
+        return (number, mount.root[found.end() :]) if found and number is not None else None
+
+    def _bound_layer_at(self, mount: MountPoint) -> tuple[int, str] | None:
+        """The same where the table does not show the mount that holds the layers (in a chroot): what looks like it is asked."""
         for found in _BOUND.finditer(mount.root):
             number, inside = parse_id(found[1]), mount.root[found.end() :]
             if number is None:
                 continue
-            try:  # only of what looks like it: stat(2) of any other mount may wait for its server, or be our own
+            try:
                 if os.path.samestat(os.stat(mount.target), os.stat(f"{self._snapshots}/{number}/fs{inside}")):
                     return number, inside
             except OSError:
                 continue
         return None
+
+
+def _origin(directory: str) -> tuple[str, str] | None:
+    """Device and path of ``directory`` as the table's ``device`` and ``root`` would have them; None where it can't tell."""
+    try:
+        number = mount_id(directory)
+    except OSError:
+        return None
+    for mount in mount_table():
+        if mount.id == number:
+            return mount.device, os.path.normpath(os.path.join(mount.root, os.path.relpath(directory, mount.target)))
+    return None

@@ -51,6 +51,7 @@ async def open_snapshotter(
 
 def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshotter:
     layers = Layers.open(root)
+    mounted = Mounted(layers.snapshots)
     records = metastore
     try:
         if records is None:
@@ -65,13 +66,15 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
             owns_records=metastore is None,
             overlay_options=overlay_options,
             maps_ids=_maps_ids(options, layers.snapshots, features),
-            rootfs=_rootfs(options, layers, records, overlay_options, features),
+            mounted=mounted,
+            rootfs=_rootfs(options, layers, records, mounted, overlay_options, features),
             features=features,
             damaged=_recover(layers, records, retire=not options.async_remove),
         )
     except BaseException:
         if records is not None and metastore is None:
             records.close()
+        mounted.close()
         layers.close()
         raise
 
@@ -113,29 +116,34 @@ def _maps_ids(options: Options, directory: str, features: dict[str, Feature]) ->
 
 
 def _rootfs(
-    options: Options, layers: Layers, records: MetaStore, overlay_options: Sequence[str], features: dict[str, Feature]
+    options: Options,
+    layers: Layers,
+    records: MetaStore,
+    mounted: Mounted,
+    overlay_options: Sequence[str],
+    features: dict[str, Feature],
 ) -> Rootfs | None:
     """What mounts the merged file systems, None where that is not wanted or not permitted; what a crashed daemon left mounted
     is taken over or cleared."""
-    own = list(overlay_options)
+    own = [option for option in overlay_options if option != "volatile"]  # with it nothing can be mounted a second time
     keys = _keys(own)
     if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
     rootfs = Rootfs(layers, own, idle=options.rootfs_idle, most=options.rootfs_max)
     refusal = rootfs.trial() if options.rootfs else "it was started with no_rootfs"
-    mounted = Mounted(layers.snapshots)
 
     def right(number: int) -> bool:
         with records.reading() as reader:
             record = reader.record(number)
+            lowers = reader.lowers(number, record) if record else []
         if record is None or refusal:
             return False
-        return (record.kind is Kind.ACTIVE) == (layers.rootfs(number) in mounted.active(number))
+        target = layers.rootfs(number)
+        if record.kind is Kind.ACTIVE:
+            return target in mounted.active(number)
+        return target in mounted.stacked(lowers) and target not in mounted.writers(lowers[0])
 
-    try:
-        rootfs.recover(right)
-    finally:
-        mounted.close()
+    rootfs.recover(right)
     features["rootfs"] = Feature(not refusal, refusal or "mounting overlays is permitted here")
     return None if refusal else rootfs
 
@@ -161,9 +169,11 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
                 f"{layers.directory(number)} holds files, but no such snapshot was ever recorded in {records.path}: "
                 "put back the records that belong to this root, or move that directory away"
             )
-    if retire:
-        for number in unknown:
+    for number in unknown:
+        if retire:
             layers.retire(number)
+        else:
+            layers.leave(number)
     return damaged
 
 

@@ -5,7 +5,8 @@ not used for ``idle`` seconds, when there are more than ``most`` and it is the o
 snapshot is committed or removed, and at the end.  Nothing but mounting and unmounting happens here: which layers, and
 whether they may be mounted, is the caller's to say.
 
-Its directory is made with each mount and removed with it: who comes too late meets ENOENT and never an empty directory.
+Its directory is made with each mount and removed right after it: who comes too late meets ENOENT.  Only who was told the path
+and then stood still for long enough (PASSING, GRACE) can meet the empty directory in between.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import trio
 
 from snapfs.errors import Busy, Closed, Unavailable
 from snapfs.kernel import mounting, overlay
-from snapfs.kernel.mounttable import mount_table
+from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.kernel.processes import users
 from snapfs.layers import Layers, parse_id
 
@@ -32,7 +33,13 @@ log = logging.getLogger(__name__)
 
 GRACE = 0.25  # seconds after it was asked for in which a mount is not taken for another: whoever asked is about to go there
 
+PASSING = 0.02  # seconds that whoever was told the path may need until they are in: Commit and Remove wait for them so long
+
+_GONE = (errno.EINVAL, errno.ENOENT)
+"""What umount2(2) says where somebody else has unmounted it, and perhaps removed the directory."""
+
 _threads = trio.CapacityLimiter(8)
+_closing = trio.CapacityLimiter(8)  # apart from all others: each may wait for the disk, and nothing else may wait for them
 
 
 class Stack(msgspec.Struct, frozen=True):
@@ -125,7 +132,7 @@ class Rootfs:
             async with trio.open_nursery() as self._nursery:
                 task_status.started()
                 while True:
-                    await trio.sleep(max(self.idle / 4, 0.01))
+                    await trio.sleep(max(self.idle, GRACE) / 4)
                     for number in list(self._held):
                         await self._expire(number)
         finally:
@@ -153,22 +160,34 @@ class Rootfs:
         ``stack`` is asked for what to mount when that is to be done; it may raise.  Raises Unavailable where the kernel
         refuses (with its words), Busy where ``most`` others are mounted and all in use.
         """
-        held = self._held.get(number)
-        if held is not None:
-            held.asked = trio.current_time()
+        if number not in self._locks and self._is_there(number):  # with the lock somebody may be unmounting it
             return self._layers.rootfs(number)
         async with self._locked(number):
-            if number not in self._held:
+            if not self._is_there(number):
+                if number in self._held:
+                    self._let_go(self._held.pop(number))
                 async with self._room():
                     work = functools.partial(self._mount, number, stack())
                     self._held[number] = _Held(await trio.to_thread.run_sync(work, limiter=_threads))
         return self._layers.rootfs(number)
 
+    def _is_there(self, number: int) -> bool:
+        """Note that snapshot ``number`` was asked for; whether it is mounted here, and nobody has unmounted it by hand."""
+        held = self._held.get(number)
+        if held is None:
+            return False
+        held.asked = trio.current_time()
+        try:
+            return mount_id(self._layers.rootfs(number)) != mount_id(self._directory)
+        except OSError:
+            return False
+
     def _mount(self, number: int, stack: Stack) -> int | None:
         target, layers = self._layers.rootfs(number), self._layers
         lowers = [layers.fs(below) for below in stack.lower]
         try:
-            os.mkdir(target, 0o700)
+            layers.put_away(target)  # whoever knows the path can make a directory there
+            os.makedirs(target, mode=0o700)
             try:
                 if stack.upper is None and len(lowers) == 1:
                     mounting.mount_bind(lowers[0], target, read_only=True)
@@ -212,7 +231,7 @@ class Rootfs:
             else:
                 with suppress(OSError):
                     async with self._locked(number):
-                        await self._release(number)
+                        self._let_go(await self._release(number))
                         return
         if not waiting and not self._coming:
             raise Busy(f"{self.most} file systems are mounted and all in use: leave some, or raise rootfs_max")
@@ -225,27 +244,34 @@ class Rootfs:
         """For a block in which snapshot ``number`` must not be mounted here; raises Busy, having unmounted nothing, while
         somebody uses it."""
         async with self._locked(number):
+            held = self._held.get(number)
+            if held is not None:  # nobody is told the path from here on; in between they would find the directory beneath
+                await trio.sleep_until(held.asked + PASSING)
             try:
-                await self._release(number)
+                released = await self._release(number)
             except OSError as error:
                 target = self._layers.rootfs(number)
                 if error.errno != errno.EBUSY:
                     raise Unavailable.from_os("unmount its file system", error) from error
                 by = await trio.to_thread.run_sync(_by, target)
                 raise Busy(f"its file system {target} is in use{by}: leave it first") from None
-            yield
+            try:
+                yield
+            finally:  # not before: a journal that is made durable meanwhile waits for what is being flushed
+                self._let_go(released)
 
-    async def _release(self, number: int) -> None:
-        """Unmount ``number``, whose lock is held; raises OSError."""
-        if number in self._held:
-            await trio.to_thread.run_sync(self._unmount, number, limiter=_threads)
-            self._let_go(self._held.pop(number))
+    async def _release(self, number: int) -> _Held | None:
+        """Unmount ``number``, whose lock is held: what is to be let go then, None where it is not mounted.  Raises OSError."""
+        if number not in self._held:
+            return None
+        await trio.to_thread.run_sync(self._unmount, number, limiter=_threads)
+        return self._held.pop(number)
 
     def _unmount(self, number: int) -> None:
         try:
             mounting.unmount(self._layers.rootfs(number), mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # then somebody else has unmounted it
+            if error.errno not in _GONE:
                 raise
         self._layers.put_away(self._layers.rootfs(number))
 
@@ -257,7 +283,7 @@ class Rootfs:
                 if not mounting.expire(self._layers.rootfs(number)):
                     return False
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in _GONE:
                     return False
             self._layers.put_away(self._layers.rootfs(number))
             return True
@@ -266,16 +292,18 @@ class Rootfs:
             held = self._held.get(number)
             if (
                 held is not None
-                and trio.current_time() - held.asked >= self.idle
+                and trio.current_time() - held.asked >= max(self.idle, GRACE)
                 and await trio.to_thread.run_sync(expire, limiter=_threads)
             ):
                 self._let_go(self._held.pop(number))
 
-    def _let_go(self, held: _Held) -> None:
+    def _let_go(self, held: _Held | None) -> None:
         """Close the copy, which may flush the disk, in the background."""
-        if held.copy is not None and self._nursery is not None:
-            self._nursery.start_soon(trio.to_thread.run_sync, os.close, held.copy)
-        elif held.copy is not None:
+        if held is None or held.copy is None:
+            return
+        if self._nursery is not None:
+            self._nursery.start_soon(_close, held.copy)
+        else:
             os.close(held.copy)
 
     @asynccontextmanager
@@ -290,12 +318,26 @@ class Rootfs:
 
 
 def _detach(target: str) -> None:
-    """Unmount ``target`` though it is in use: who uses it can go on, nobody else gets there."""
+    """Unmount ``target`` though it is in use: who uses it can go on reading, nobody else gets there.
+
+    The mount table does not show it any more, so nothing would keep its snapshot from being committed: it is made read-only,
+    unless somebody has a file open for writing.
+    """
     log.warning("%s is still in use%s; detaching it", target, _by(target))
+    with suppress(OSError):
+        mounting.make_read_only(target)
     with suppress(OSError):
         mounting.unmount(target, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
 
 
 def _by(target: str) -> str:
     found = [f"{pid} ({name})" for pid, name in islice(users(target), 3)]
-    return f" by process {', '.join(found)}" if found else ""
+    if found:
+        return f" by process {', '.join(found)}"
+    below = next((mount.target for mount in mount_table() if mount.target.startswith(target + "/")), None)
+    return f" by what is mounted at {below}" if below else ""
+
+
+async def _close(copy: int) -> None:
+    with trio.CancelScope(shield=True):  # or the descriptor would stay open when the library is closed
+        await trio.to_thread.run_sync(os.close, copy, limiter=_closing)

@@ -66,6 +66,7 @@ class Snapshotter:
         owns_records: bool,
         overlay_options: Sequence[str],
         maps_ids: bool,
+        mounted: Mounted,
         rootfs: Rootfs | None,
         features: Mapping[str, Feature],
         damaged: frozenset[int],
@@ -76,7 +77,7 @@ class Snapshotter:
         self.features = features
         self.counting = Counting(layers, records)
         self.flushing = Flushing(layers, records, sync=options.sync is Sync.FULL)
-        self.mounted = Mounted(layers.snapshots)
+        self.mounted = mounted
         self.rootfs = rootfs
         self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
         self._owns_records = owns_records
@@ -112,11 +113,12 @@ class Snapshotter:
             self._background_ended.set()
 
     async def close(self) -> None:
-        """Finish the writes under way, stop all else and let go of the root; twice is fine."""
+        """Finish the writes and the flush under way, stop all else and let go of the root; twice is fine."""
         if self._closed:
             return
         self._closed = True
         with trio.CancelScope(shield=True):
+            await self.flushing.finish()
             self.records.stop()
             if self._background is not None:
                 self._background.cancel()
@@ -277,8 +279,8 @@ class Snapshotter:
             before = writer.info(number, record)
             writer.delete(number, record)
             writer.changed(before, None)
-            if not self.options.async_remove and number not in self._damaged:
-                writer.when_durable(lambda: self.layers.retire(number))
+            if number not in self._damaged:
+                writer.when_durable(lambda: (self.layers.leave if self.options.async_remove else self.layers.retire)(number))
 
         async with self._unmounted(key) as number:
             await self._write_record(operation)
@@ -394,11 +396,20 @@ class Snapshotter:
         Better than containerd: what snapfs can't have made is moved to ROOT/lost+found, never deleted unseen.
         """
 
-        def operation(writer: Writer) -> None:  # in the writer, so that no directory is just being made
-            self.layers.sweep(writer.ids(), writer.last_id())
+        refused: list[OSError] = []
 
-        await self._write_record(operation)
+        def sweep() -> None:
+            try:
+                with self.records.reading() as reader:
+                    self.layers.sweep(reader.ids(), reader.last_id())
+            except OSError as error:
+                refused.append(error)
+
+        # in the writer, so that no directory is just being made, and of what is removed for good only
+        await self._write_record(lambda writer: writer.when_durable(sweep))
         await self._housekeeping.empty_trash()
+        if refused:
+            raise Unavailable.from_os("clean up", refused[0]) from refused[0]
 
     # -- reading
 
@@ -468,6 +479,8 @@ class Snapshotter:
         except OSError as error:
             with self._reading() as reader:
                 self._find(reader, number)
+            if isinstance(error, FileNotFoundError):
+                raise Damaged(f'the layer {error.filename} of snapshot "{record.name}" or of a parent is missing') from None
             raise Unavailable.from_os(f'compare snapshot "{record.name}" with its parents', error) from error
         return result
 
@@ -492,16 +505,14 @@ class Snapshotter:
     def _stack(self, number: int) -> Stack:
         with self._reading() as reader:
             _, record = self._find(reader, number)
-            chain = reader.chain(record)
-        self._refuse_damaged(number, *chain)
-        self.flushing.refuse_lost([number, *chain])
+            lowers = reader.lowers(number, record)
+        self._refuse_damaged(number, *lowers)
+        self.flushing.refuse_lost(lowers)
         if self._maps_ids and any(idmap.mappings(record.labels)):
             raise FailedPrecondition(
                 f'snapshot "{record.name}" has its ids remapped: let a container runtime mount what mounts.json says'
             )
-        if record.kind is Kind.ACTIVE:
-            return Stack(tuple(chain), number)
-        return Stack(tuple(chain) if record.kind is Kind.VIEW and chain else (number, *chain))
+        return Stack(tuple(lowers), number if record.kind is Kind.ACTIVE else None)
 
     def _elsewhere(self, number: int, record: Record) -> list[str]:
         return self.mounted.active(number) if record.kind is Kind.ACTIVE else []
@@ -520,10 +531,8 @@ class Snapshotter:
         """
         if record.kind is Kind.ACTIVE:
             return self.mounted.active(number)
-        chain = reader.chain(record)
-        layers = chain if record.kind is Kind.VIEW and chain else [number, *chain]
-        own = self.layers.rootfs(number)
-        return [place for place in self.mounted.stacked(layers) if place == own or not self.layers.is_rootfs(place)]
+        own, places = self.layers.rootfs(number), self.mounted.stacked(reader.lowers(number, record))
+        return [place for place in places if place == own or not self.layers.is_rootfs(place)]
 
     async def flush(self) -> None:
         """Return when all data written to ROOT's file system so far is on disk."""
@@ -604,8 +613,10 @@ class Snapshotter:
             raise NotFound.parent(str(parent)) from None
         if record.kind is not Kind.COMMITTED:
             raise wrong_kind(f'parent snapshot "{record.name}" is not committed but {record.kind}')
-        self._refuse_damaged(number)
-        self.flushing.refuse_lost([number])
+        if self._damaged or self.flushing.lost:
+            chain = reader.chain(record)
+            self._refuse_damaged(number, *chain)
+            self.flushing.refuse_lost([number, *chain])
         return number
 
     def _refuse_taken(self, reader: Reader, name: str, by: int | None = None) -> None:

@@ -45,19 +45,22 @@ def die_with_parent() -> None:
 
 
 class Daemon:
-    """A ``snapfs serve`` of its own process.  ``mnt`` is the mounted tree, ``root`` where its layers are."""
+    """A ``snapfs serve`` of its own process.  ``mnt`` is the mounted tree, ``root`` where its layers are, ``prefix`` a command
+    that runs it, ``program`` what the interpreter is given."""
 
     def __init__(self, root: Path, mnt: Path, *arguments: str) -> None:
         self.root = root
         self.mnt = mnt
         self.arguments = arguments
+        self.prefix: tuple[str, ...] = ()
+        self.program: tuple[str, ...] = ("-m", "snapfs.cli")
         self.process: subprocess.Popen[str] | None = None
         self.said: list[str] = []
         mnt.mkdir(exist_ok=True)
 
     def start(self) -> Daemon:
         """Start it and wait until it says that it is ready."""
-        command = [sys.executable, "-m", "snapfs.cli", "serve", str(self.root), str(self.mnt), *self.arguments]
+        command = [*self.prefix, sys.executable, *self.program, "serve", str(self.root), str(self.mnt), *self.arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
         assert self.process.stderr is not None
         while line := self.process.stderr.readline():

@@ -143,6 +143,21 @@ async def test_removing_it_or_a_mere_crash_settles_it(
         assert marked(survivor) == []
 
 
+async def test_what_is_closed_properly_is_flushed_whatever_boot_comes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_snapshotter(root) as snapshotter:
+        await snapshotter.prepare("a")
+        await snapshotter.commit("base", "a", wait=False)
+    with trio.CancelScope() as cancelled:
+        async with open_snapshotter(root) as snapshotter:
+            await snapshotter.prepare("b")
+            await snapshotter.commit("top", "b", wait=False)
+            cancelled.cancel()
+            await trio.sleep_forever()
+    monkeypatch.setattr(room, "boot_id", lambda: "the next boot")
+    async with open_snapshotter(root) as survivor:
+        assert survivor.flushing.lost == set()
+
+
 async def test_one_flush_serves_all_commits_before_it(snapshotter: Snapshotter, gate: Gate) -> None:
     parent = ""
     for n in range(5):

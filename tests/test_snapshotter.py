@@ -55,7 +55,8 @@ async def filled(snapshotter: Snapshotter) -> Snapshotter:
         await snapshotter.prepare("tmp", parent)
         await snapshotter.commit(name, "tmp")
     for name in ("base", "next", "leaf"):
-        await snapshotter.usage(name)  # counted: nothing changes by itself from here on
+        await snapshotter.usage(name)
+    await snapshotter.records.write(lambda writer: None)  # counted and told: nothing changes by itself from here on
     return snapshotter
 
 

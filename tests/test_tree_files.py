@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 import snapfs
-from tests.conftest import Daemon, die_with_parent
+from tests.conftest import Daemon
+from tests.reading import WAYS, are_content, readers
 from tests.test_tree_calls import committed, info, nanoseconds, remove_all, shell, usage
 
 
@@ -441,43 +442,10 @@ def test_roots_with_awkward_paths(make_daemon: Callable[..., Daemon], tmp_path: 
     assert daemon.stop() == 0
 
 
-READER = """
-import json, mmap, os, sys
-how, path, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
-for _ in range(times):
-    fd = os.open(path, os.O_RDONLY)
-    if how == "at once":
-        data = os.read(fd, 1 << 20)
-    elif how == "by size":
-        data = os.read(fd, os.fstat(fd).st_size)
-    elif how == "in pieces":
-        data = b"".join(iter(lambda: os.read(fd, 64), b""))
-    elif how == "mapped":
-        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
-            data = bytes(mapped)
-    elif how == "sendfile":
-        copy = os.memfd_create("copy")
-        while os.sendfile(copy, fd, None, 1 << 20):
-            pass
-        data = os.pread(copy, 1 << 20, 0)
-        os.close(copy)
-    os.close(fd)
-    assert data.endswith(b"}\\n"), data
-    json.loads(data)
-"""
-
-
 def test_readers_of_a_file_that_changes_all_the_time_see_one_text_each(daemon: Daemon, tree: Path) -> None:
-    path = tree / "active/web/info.json"
-    readers = [
-        subprocess.Popen(
-            [sys.executable, "-c", READER, how, str(path), "300"], stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
-        )
-        for how in ("at once", "by size", "in pieces", "mapped", "sendfile", "by size", "sendfile")
-    ]
+    check = r'data.endswith(b"}\n") and json.loads(data)'
+    running = readers(tree / "active/web/info.json", 300, check, [*WAYS, "by size", "sendfile"])
     lengths = random.Random(2)
-    while any(reader.poll() is None for reader in readers):
+    while any(reader.poll() is None for reader in running):
         (tree / "active/web/labels/team").write_text("x" * lengths.choice((1, 40, 3000)))
-    for reader in readers:
-        assert reader.communicate()[1] == ""
-        assert reader.returncode == 0
+    are_content(running)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Daemon, die_with_parent
+from tests.reading import are_content, readers
 from tests.test_tree_calls import failing, info, nanoseconds, refused, remove_all, shell
 
 KINDS = ("active", "view", "committed")
@@ -610,47 +611,46 @@ def test_a_label_goes_though_its_snapshot_could_not(daemon: Daemon, labels: Path
     os.rmdir(base)
 
 
-READER_OF_ONE_VALUE = """
-import mmap, os, sys
-how, path, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
-for _ in range(times):
-    fd = os.open(path, os.O_RDONLY)
-    if how == "at once":
-        data = os.read(fd, 1 << 20)
-    elif how == "by size":
-        data = os.read(fd, os.fstat(fd).st_size)
-    elif how == "in pieces":
-        data = b"".join(iter(lambda: os.read(fd, 100), b""))
-    elif how == "mapped":
-        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
-            data = bytes(mapped)
-    elif how == "sendfile":
-        copy = os.memfd_create("copy")
-        while os.sendfile(copy, fd, None, 1 << 20):
-            pass
-        data = os.pread(copy, 1 << 20, 0)
-        os.close(copy)
-    os.close(fd)
-    assert data == data[:1] * data[0] * 13 + b"\\n", data
-"""
-
-
 def test_readers_of_a_label_that_is_replaced_all_the_time_see_one_value_each(labels: Path) -> None:
     path = labels / "l"
     path.write_text("A" * 65 * 13 + "\n")
-    readers = [
-        subprocess.Popen(
-            [sys.executable, "-c", READER_OF_ONE_VALUE, how, str(path), "200"],
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=die_with_parent,
-        )
-        for how in ("at once", "by size", "in pieces", "mapped", "sendfile")
-    ]
+    running = readers(path, 200, r'data == data[:1] * data[0] * 13 + b"\n"')
     values = random.Random(3)
-    while any(reader.poll() is None for reader in readers):
+    while any(reader.poll() is None for reader in running):
         byte = values.randrange(65, 123)
         path.write_text(chr(byte) * byte * 13 + "\n")  # opens with O_TRUNC
-    for reader in readers:
-        assert reader.communicate()[1] == ""
-        assert reader.returncode == 0
+    are_content(running)
+
+
+WRITER = """
+import os, sys
+for number in range(int(sys.argv[2])):
+    with open(sys.argv[1], "w") as label:
+        label.write(sys.argv[3] * (100 + number))
+"""
+
+
+def test_writers_whose_pids_the_daemon_cannot_see(tmp_path: Path) -> None:
+    """To a daemon in a pid namespace of its own they are all the same process."""
+    (tmp_path / "mnt").mkdir()
+    serve = [sys.executable, "-m", "snapfs.cli", "serve", str(tmp_path / "root"), str(tmp_path / "mnt")]
+    command = ["unshare", "--pid", "--fork", "--kill-child", *serve]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as daemon:
+        try:
+            assert daemon.stderr is not None
+            assert daemon.stderr.readline().startswith("snapfs: serving ")
+            os.mkdir(tmp_path / "mnt/active/a")
+            path = tmp_path / "mnt/active/a/labels/l"
+            path.write_text("first")
+            writers = [
+                subprocess.Popen([sys.executable, "-c", WRITER, str(path), "300", letter], stderr=subprocess.PIPE, text=True)
+                for letter in "xyz"
+            ]
+            while any(writer.poll() is None for writer in writers):
+                seen = path.read_text()
+                assert seen == "first\n" or (len(set(seen[:-1])) == 1 and seen.endswith("\n")), "one value, whole"
+            for writer in writers:
+                assert writer.communicate()[1] == ""
+                assert writer.returncode == 0
+        finally:
+            subprocess.run(["umount", str(tmp_path / "mnt")], check=True)

@@ -19,6 +19,8 @@ from snapfs.options import Options, Sync
 
 N = TypeVar("N", int, float)
 
+_DEFAULTS = Options()
+
 _FLAGS = {
     "allow_other": "let other users enter (the kernel then checks modes)",
     "ro": "mount the tree read-only",
@@ -31,8 +33,8 @@ _FLAGS = {
 }
 
 _NUMBERS = {
-    "rootfs_idle": ("SECONDS", "unmount a file system that was not used for so long (default 60)"),
-    "rootfs_max": ("N", "hold at most so many file systems mounted (default 128)"),
+    "rootfs_idle": ("SECONDS", f"unmount a file system that was not used for so long (default {_DEFAULTS.rootfs_idle:g})"),
+    "rootfs_max": ("N", f"hold at most so many file systems mounted (default {_DEFAULTS.rootfs_max})"),
 }
 
 _IGNORED = frozenset(("rw", "defaults", "auto", "noauto", "nofail", "_netdev", "nosuid", "nodev", "noatime"))
@@ -92,8 +94,8 @@ def run(given: argparse.Namespace) -> int:
         slow_chown="slow_chown" in flags,
         sync=Sync(given.sync or Sync.FULL),
         rootfs="no_rootfs" not in flags,
-        rootfs_idle=_number("rootfs_idle", numbers.get("rootfs_idle", "60"), float, 0.0),
-        rootfs_max=_number("rootfs_max", numbers.get("rootfs_max", "128"), int, 1),
+        rootfs_idle=_number("rootfs_idle", numbers.get("rootfs_idle", _DEFAULTS.rootfs_idle), float, 0.0),
+        rootfs_max=_number("rootfs_max", numbers.get("rootfs_max", _DEFAULTS.rootfs_max), int, 1),
     )
     try:
         from snapfs.fuse.serve import MountOptions, serve
@@ -110,7 +112,7 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _number(name: str, text: str, convert: Callable[[str], N], least: N) -> N:
+def _number(name: str, text: str | float, convert: Callable[[str | float], N], least: N) -> N:
     """The value of the option ``name``: a number from ``least`` to a million."""
     with contextlib.suppress(ValueError):
         value = convert(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import closing
 from itertools import count
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+K = TypeVar("K")
+V = TypeVar("V")
 
 RETRY = 10.0  # seconds within which who was told to look a file up again has done so
 
@@ -80,14 +83,37 @@ def answering(
     return answer
 
 
-class OpenFile:
-    """One open file, with what stat(2) said of it then."""
+class Told(Generic[K, V]):
+    """What was found for those who were told to look a name up again, until they have, or too long ago (RETRY)."""
 
-    def __init__(self, inode: int, path: str, handle: Handle, entry: EntryAttributes) -> None:
+    def __init__(self) -> None:
+        self._told: dict[K, tuple[V, float]] = {}
+
+    def tell(self, who: K, what: V) -> None:
+        now = trio.current_time()
+        for other in [other for other, (_, when) in self._told.items() if when < now - RETRY]:
+            del self._told[other]  # it never came back
+        self._told[who] = what, now
+
+    def get(self, who: K) -> V | None:
+        what, when = self._told.get(who, (None, 0.0))
+        return what if when > trio.current_time() - RETRY else None
+
+    def pop(self, who: K) -> V | None:
+        what = self.get(who)
+        self._told.pop(who, None)
+        return what
+
+
+class OpenFile:
+    """One open file, with what stat(2) said of it then.  ``strange``: its text is not that of its inode."""
+
+    def __init__(self, inode: int, path: str, handle: Handle, entry: EntryAttributes, strange: bool) -> None:
         self.inode = inode
         self.path = path
         self.handle = handle
         self.entry = entry
+        self.strange = strange
 
 
 class Operations(pyfuse3.Operations):
@@ -104,8 +130,8 @@ class Operations(pyfuse3.Operations):
         self._open: dict[int, OpenFile] = {}  # by handle
         self._open_inodes: dict[int, list[OpenFile]] = {}
         self._emptying: list[tuple[int, trio.Event]] = []  # snapshots with a label that was closed empty, until it is deleted
-        self._writers: dict[tuple[int, int, str], tuple[float, int]] = {}  # who was told to look a label up again for writing
-        self._refreshed: dict[tuple[int, int, int], float] = {}  # who was told to look a file up again, and when
+        self._writers: Told[tuple[int, int, str], int] = Told()  # inodes for writers of labels
+        self._refreshed: Told[tuple[int, int, int], Node] = Told()  # files with another text than was looked up
         self._handles = count(1)
         self._owner = (os.geteuid(), os.getegid())
         tree.snapshotter.subscribe(self.cache.note)
@@ -162,20 +188,27 @@ class Operations(pyfuse3.Operations):
             raise NameTooLong(f"the name is longer than {names.NAME_MAX} bytes")
         try:
             node = directory.lookup(name.decode())
-            if isinstance(node, Label) and (writer := self._writers.get((ctx.pid, node.number, node.key))):
-                node = self.tree.node(writer[1])
+            if isinstance(node, Label):
+                inode = self._writers.get((ctx.pid, node.number, node.key))
+                node = self.tree.node(inode) if inode in self.tree.writers else node
             return self.entry(node)
         except (NotFound, UnicodeDecodeError):
             raise FUSEError(errno.ENOENT) from None  # never cached: names may appear by what happens elsewhere
 
     @answering
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        opened = self._open_inodes.get(inode, ())
+        for file in opened:
+            if file.strange:
+                return file.entry
         try:
             node = self.tree.node(inode)
-        except (NotFound, Stale):
-            if inode not in self._open_inodes:
+        except (NotFound, Stale) as error:
+            if opened:
+                return opened[0].entry  # removed, or of another text, while somebody reads it
+            if isinstance(error, NotFound):
                 raise
-            return self._open_inodes[inode][0].entry  # removed, or of another text, while somebody reads it
+            node = self.tree.now(inode)  # of another text, while somebody holds it with O_PATH
         if node.must_settle():
             await node.settle()
         entry = self.entry(node)
@@ -196,7 +229,8 @@ class Operations(pyfuse3.Operations):
                 if isinstance(node, Label):
                     self._give_writer(node, ctx.pid)
                 await node.resize(attr.st_size)
-            now.st_size = attr.st_size  # whatever became of it: a label that was cut to nothing is gone
+            if isinstance(node, Label):
+                now.st_size = attr.st_size  # whatever became of it: a label that was cut to nothing is gone
             return now
         same = (
             (not fields.update_mode or attr.st_mode & 0o7777 == now.st_mode & 0o7777)
@@ -265,7 +299,7 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         node, handle = await self.tree.node(parent_inode).create(_text(name))
-        return self._opened(node, handle), self.entry(node)
+        return self._opened(node.inode, node, handle), self.entry(node)
 
     @answering
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
@@ -283,56 +317,68 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        node = self.tree.node(inode)
         writing, truncate = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
-        if isinstance(node, Label) and (writing or truncate):
+        reading = not writing and not truncate
+        node = await self._refreshed_node(inode, ctx.pid) if reading else self.tree.node(inode)
+        if isinstance(node, Label) and not reading:
             self._give_writer(node, ctx.pid)
-        elif isinstance(node, File) and not writing:
-            await self._refresh(node, ctx.pid)
         handle = await node.open(writing, truncate)
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
-        return self._opened(node, handle)
+        return self._opened(inode, node, handle)
 
     def _give_writer(self, node: Label, pid: int) -> None:
-        """Let a writer have an inode of its own: raises Stale the first time, on which the kernel looks the name up again."""
+        """Let a writer have an inode of its own: raises Stale the first time, on which the kernel looks the name up again.
+
+        Processes in pid namespaces that can't be seen from here all have the pid 0: they share one inode, which stays theirs.
+        """
         writer = pid, node.number, node.key
         if node.text is None:
-            self._writers.pop(writer, None)
+            if pid:
+                self._writers.pop(writer)
             return
-        now = trio.current_time()
-        for other in [other for other, (when, _) in self._writers.items() if when < now - RETRY]:
-            del self._writers[other]  # it never came back
-        self._writers[writer] = now, node.for_writing().inode
+        inode = self._writers.get(writer)
+        self._writers.tell(writer, inode if inode in self.tree.writers else node.for_writing().inode)
         raise Stale(node.path)
 
-    async def _refresh(self, node: File, pid: int) -> None:
-        """Have found out what ``node`` holds now; raises Stale if that is another text than was looked up.
+    async def _refreshed_node(self, inode: int, pid: int) -> Node:
+        """What is to be read by who opens ``inode``: the node as it is now; raises Stale if that has another inode.
 
         Who has the size and pages of one inode can't be given another text.  So the kernel is made to look the name up again:
-        then the new text's inode is opened, for which nothing more is to be found out.
+        then the new text's inode is opened, for which nothing more is to be found out.  It does so once: who comes back with
+        an inode that won't do, because many texts have come since or no name was looked up, gets the text past the pages.
         """
-        number, slot = unpack(node.inode)
-        asker = number, slot & 0x7F, pid
-        if self._refreshed.pop(asker, None) is not None:
-            return
+        number, slot = unpack(inode)
+        asker = number, slot & 0x7F if slot & Slot.VERSION_OF else slot, pid
+        told = self._refreshed.pop(asker)
+        try:
+            node = self.tree.node(inode)
+        except Stale:
+            node = self.tree.now(inode)
+        if told is not None:
+            return node if node.inode == inode and node.is_known else told
+        if not isinstance(node, File):
+            return node
         now = await node.refresh()
         if isinstance(node, AttributeFile) and now is not node:  # the directory shows what was found out
             self.cache.forget_directory(node.number)
-        if now.inode != node.inode:
-            for other in [other for other, when in self._refreshed.items() if when < trio.current_time() - RETRY]:
-                del self._refreshed[other]  # it never came back
-            self._refreshed[asker] = trio.current_time()
+        if now.inode != inode and pid:  # 0: a process that can't be seen from here, so it would not be known again
+            self._refreshed.tell(asker, now)
             raise Stale(node.path)
+        return now
 
-    def _opened(self, node: Node, handle: Handle) -> FileInfo:
-        apart = handle.direct or (isinstance(node, Label) and node.text is None)
+    def _opened(self, inode: int, node: Node, handle: Handle) -> FileInfo:
+        """``handle`` of ``node`` for who opened ``inode``."""
+        strange = node.inode != inode
+        apart = handle.direct or strange or (isinstance(node, Label) and node.text is None)
         entry = self.entry(node)
         entry.st_ino, entry.st_size, entry.attr_timeout = node.shown_inode, handle.size, 0
         fh = next(self._handles)
-        self._open[fh] = OpenFile(node.inode, node.path, handle, entry)
-        self._open_inodes.setdefault(node.inode, []).append(self._open[fh])
-        return FileInfo(fh=fh, direct_io=apart, keep_cache=apart)
+        self._open[fh] = OpenFile(inode, node.path, handle, entry, strange)
+        self._open_inodes.setdefault(inode, []).append(self._open[fh])
+        if strange:
+            self.cache.forget_attributes(inode)
+        return FileInfo(fh=fh, direct_io=apart, keep_cache=apart and not isinstance(handle, OpenLog))
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -346,10 +392,10 @@ class Operations(pyfuse3.Operations):
         handle = self._open[fh].handle
         if not isinstance(handle, OpenLog):
             return _ALWAYS_READY
+        if poll_handle is not None:  # ready or not: an edge-triggered epoll(7) doesn't ask again when all is read
+            handle.wake_with(functools.partial(_notify, poll_handle))
         if handle.is_ready():
             return select.POLLIN | select.POLLRDNORM
-        if poll_handle is not None:
-            handle.wake_with(poll_handle.notify)
         return 0
 
     @answering
@@ -415,6 +461,11 @@ class Operations(pyfuse3.Operations):
 
 
 _ROOT_DIRECTORIES = frozenset(range(ROOT_INODE, 16))
+
+
+def _notify(poll_handle: pyfuse3.PollHandle) -> None:
+    with contextlib.suppress(OSError):  # the mount is gone, and with it who waited
+        poll_handle.notify()
 
 
 def _text(name: bytes) -> str:

@@ -86,6 +86,8 @@ async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready:
                 await pyfuse3.main()
             nursery.cancel_scope.cancel()
     finally:
+        for followed in (tree.events, tree.error_log):  # changes may still become durable after the mount is gone
+            followed.wake_nobody()
         if stop.is_set():
             _abort(mountpoint)
         pyfuse3.close(unmount=True)

@@ -65,11 +65,17 @@ def mount_bind_classic(source: str, target: str, *, read_only: bool) -> None:
     mount(source, target, "", _MS_BIND | (0 if read_only else _MS_REC))
     if read_only:
         try:
-            kept = os.statvfs(target).f_flag & _KEPT_FLAGS  # a remount drops what it isn't told, or may not (EPERM)
-            mount("", target, "", _MS_REMOUNT | _MS_BIND | MS_RDONLY | kept)
+            make_read_only(target)
         except OSError:
             unmount(target, MNT_DETACH | UMOUNT_NOFOLLOW)
             raise
+
+
+def make_read_only(target: str) -> None:
+    """Let nobody write any more through the mount at ``target``, also who is inside already.  Raises OSError: EBUSY while a
+    file is open for writing."""
+    kept = os.statvfs(target).f_flag & _KEPT_FLAGS  # a remount drops what it isn't told, or may not (EPERM)
+    mount("", target, "", _MS_REMOUNT | _MS_BIND | MS_RDONLY | kept)
 
 
 def unmount(target: str, flags: int = 0) -> None:

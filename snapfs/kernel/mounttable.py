@@ -32,6 +32,17 @@ def mount_table() -> Iterator[MountPoint]:
     return map(parse, _MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1])
 
 
+def mount_id(path: str) -> int:
+    """The id, as in the table, of the mount that ``path`` is on: at a mountpoint, of what is mounted there.  Links are not
+    followed.  Raises OSError."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with open(f"/proc/self/fdinfo/{fd}") as file:
+            return next(int(line.partition(":")[2]) for line in file if line.startswith("mnt_id:"))
+    finally:
+        os.close(fd)
+
+
 def parse(line: str) -> MountPoint:
     """One line of the table."""
     fields, _, rest = line.partition(" - ")

@@ -29,4 +29,5 @@ def _uses(process: str) -> Iterator[str]:
             continue
     with open(f"{process}/maps", encoding="utf-8", errors="surrogateescape") as maps:
         for line in maps:
-            yield line.rstrip("\n").partition("/")[1] + line.rstrip("\n").partition("/")[2]
+            _, slash, path = line.rstrip("\n").partition("/")
+            yield slash + path

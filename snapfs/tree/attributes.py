@@ -17,6 +17,7 @@ from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
 from snapfs.metastore import Record
 from snapfs.model import Kind, Usage, rfc3339
+from snapfs.snapshotter import Snapshotter
 from snapfs.tree.node import Attributes, File, Link, Node, Slot, pack, pack_version
 from snapfs.tree.texts import Text
 
@@ -29,6 +30,7 @@ Render = Callable[["Tree", int, Record], str | Text | None]
 class Attribute(msgspec.Struct, frozen=True):
     """One row: name, slot (never changed: it is in the inode), which kinds have it, and how it is rendered.
 
+    ``present``: whether a snapshot of such a kind has it after all.
     ``fixed``: its text never changes as long as the snapshot has it; each text of any other file has an inode of its own.
     ``refresh`` is awaited when the file is opened or the link followed, for what must be looked up or done on disk.
     """
@@ -39,6 +41,7 @@ class Attribute(msgspec.Struct, frozen=True):
     render: Render
     type: int = stat.S_IFREG | 0o444
     fixed: bool = False
+    present: Callable[[Tree, Record], bool] = lambda tree, record: True
     refresh: Callable[[Tree, int, Record], Awaitable[object]] | None = None
 
 
@@ -77,6 +80,10 @@ async def count(tree: Tree, number: int, record: Record) -> None:
     await tree.snapshotter.counting.usage(number, record)
 
 
+def has_parent(tree: Tree, record: Record) -> bool:
+    return record.parent != 0
+
+
 def parent(tree: Tree, number: int, record: Record) -> str | None:
     if not record.parent:
         return None
@@ -88,15 +95,27 @@ def diff(tree: Tree, number: int, record: Record) -> str:
     return tree.snapshotter.layers.fs(number)
 
 
+def last_changes(number: int) -> int:
+    """Under which inode the text of ``changes`` is remembered that was found last; it stays right once committed."""
+    return pack(number, BY_NAME["changes"].slot)
+
+
 def changes(tree: Tree, number: int, record: Record) -> Text | None:
-    return tree.versions.get(pack(number, BY_NAME["changes"].slot))  # the last that was found, which stays right once committed
+    return tree.versions.get(last_changes(number))
 
 
 async def compare(tree: Tree, number: int, record: Record) -> None:
-    if record.kind is Kind.COMMITTED and changes(tree, number, record) is not None:
-        return
-    text = await tree.snapshotter.changes(number, tree.spool)
-    tree.versions.keep(pack(number, BY_NAME["changes"].slot), text)
+    while record.kind is not Kind.COMMITTED or changes(tree, number, record) is None:
+        text = await tree.snapshotter.changes(number, tree.spool)
+        before, record = record, tree.record(number)
+        if record.kind is before.kind:  # a scan under way at the Commit may have missed what was written before that
+            tree.versions.keep(last_changes(number), text)
+            return
+
+
+def is_mountable(tree: Tree, record: Record) -> bool:
+    snapshotter: Snapshotter = tree.snapshotter
+    return snapshotter.rootfs is not None
 
 
 def rootfs(tree: Tree, number: int, record: Record) -> str | None:
@@ -118,9 +137,9 @@ ATTRIBUTES = (
     Attribute("mount.sh", 17, (Kind.ACTIVE, Kind.VIEW), mount_sh, type=_SCRIPT, fixed=True),
     Attribute("info.json", 18, ALL, info_json),
     Attribute("usage.json", 19, ALL, usage_json, refresh=count),
-    Attribute("parent", 20, ALL, parent, type=_LINK),
+    Attribute("parent", 20, ALL, parent, type=_LINK, present=has_parent),
     Attribute("diff", 21, (Kind.ACTIVE, Kind.COMMITTED), diff, type=_LINK, fixed=True),
-    Attribute("rootfs", 22, ALL, rootfs, type=_LINK, refresh=mount),
+    Attribute("rootfs", 22, ALL, rootfs, type=_LINK, refresh=mount, present=is_mountable),
     Attribute("changes", 23, (Kind.ACTIVE, Kind.COMMITTED), changes, refresh=compare),
 )
 
@@ -154,7 +173,7 @@ class _Attribute(Node):
         if self.attribute.refresh is None:
             return self
         await self.attribute.refresh(self.tree, self.number, self.record)
-        return self.tree.walk(self.path)
+        return self.tree.node(pack(self.number, self.attribute.slot))  # by whatever name the snapshot goes now
 
 
 class AttributeFile(_Attribute, File):
@@ -166,6 +185,7 @@ class AttributeFile(_Attribute, File):
         if text is None:
             with contextlib.suppress(Damaged):  # it is listed all the same; who opens it is told
                 self._text = self.render()
+        self.is_known = self._text is not None
         if self._text is not None and not attribute.fixed:
             self.inode = pack_version(number, attribute.slot, self._text)
             tree.versions.keep(self.inode, self._text)
@@ -207,9 +227,8 @@ def attribute_node(
     tree: Tree, number: int, record: Record, attribute: Attribute, text: Text | None = None
 ) -> AttributeFile | AttributeLink | None:
     """The node of a row, None where this snapshot hasn't got it; ``text`` is what the file held when it was looked up."""
-    if record.kind not in attribute.kinds or attribute.name in tree.hidden.get(number, ()):
-        return None
-    if (attribute.render is parent and not record.parent) or (attribute.render is rootfs and tree.snapshotter.rootfs is None):
+    hidden = attribute.name in tree.hidden.get(number, ())
+    if hidden or record.kind not in attribute.kinds or not attribute.present(tree, record):
         return None
     if stat.S_ISLNK(attribute.type):
         return AttributeLink(tree, number, record, attribute)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import stat
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -62,6 +61,9 @@ class DaemonFile(File):
         self.keep_entry = fixed
         if not fixed:
             self.inode = pack_version(0, slot, self._text)
+            known = tree.versions.get(self.inode)
+            if known is not None and (known.size, known.checksum) == (self._text.size, self._text.checksum):
+                self._text = known  # with the time that stat(2) has told of it
             tree.versions.keep(self.inode, self._text)
 
     @property
@@ -72,11 +74,13 @@ class DaemonFile(File):
         return self._text
 
     def attributes(self) -> Attributes:
-        return Attributes(self.mode, size=self._text.size, time=self.tree.started if self._fixed else time.time_ns())
+        return Attributes(self.mode, size=self._text.size, time=self.tree.started if self._fixed else self._text.made)
 
 
 class LogFile(File):
-    """A file that grows."""
+    """A file that grows: each look-up tells its size anew, for sendfile(2) asks for none."""
+
+    keep_entry = False
 
     def __init__(self, tree: Tree, slot: Slot, path: str, log: Log) -> None:
         super().__init__(tree, pack(0, slot))
@@ -142,14 +146,11 @@ class OpenCleanup(Handle):
 
 README = (importlib.resources.files(__package__) / "README.txt").read_text()
 
-_FIXED: dict[Slot, tuple[str, Callable[[Tree], str]]] = {
-    Slot.README: ("README", lambda tree: README),
-    Slot.VERSION: (".snapfs/version", lambda tree: f"{tree.version}\n"),
-    Slot.OPTIONS: (".snapfs/options.json", options_json),
-}
-
-_CHANGING: dict[Slot, tuple[str, Callable[[Tree], str]]] = {
-    Slot.STATS: (".snapfs/stats.json", stats_json),
+_TEXTS: dict[Slot, tuple[str, Callable[[Tree], str], bool]] = {
+    Slot.README: ("README", lambda tree: README, True),
+    Slot.VERSION: (".snapfs/version", lambda tree: f"{tree.version}\n", True),
+    Slot.OPTIONS: (".snapfs/options.json", options_json, True),
+    Slot.STATS: (".snapfs/stats.json", stats_json, False),
 }
 
 _LOGS: dict[Slot, tuple[str, Callable[[Tree], Log]]] = {
@@ -191,10 +192,8 @@ def daemon_node(tree: Tree, slot: int, text: Text | None = None) -> Node:
         return ByIdDirectory(tree, pack(0, known))
     if known in _DIRECTORIES:
         return FixedDirectory(tree, known, *_DIRECTORIES[known])
-    if known in _FIXED:
-        return DaemonFile(tree, known, *_FIXED[known], True, text)
-    if known in _CHANGING:
-        return DaemonFile(tree, known, *_CHANGING[known], False, text)
+    if known in _TEXTS:
+        return DaemonFile(tree, known, *_TEXTS[known], text)
     if known is Slot.CLEANUP:
         return CleanupFile(tree, pack(0, known))
     if known in _LOGS:

@@ -33,14 +33,19 @@ _SWAP_FILE = re.compile(r"\..*\.sw[a-p]")
 
 
 def label_slots(words: Iterable[str]) -> dict[str, int]:
-    """A slot for each of ``words``, about the labels of one snapshot: a hash, or the next free one where two collide."""
-    span = Slot.VERSION_OF - Slot.FIRST_LABEL
+    """A slot for each of ``words``, about the labels of one snapshot: its own (``label_slot``), or the next free one where two
+    collide."""
     taken: dict[int, str] = {}
     for word in words:
-        place = zlib.crc32(word.encode()) % span
-        while taken.setdefault(place, word) != word:
-            place = (place + 1) % span
-    return {word: place + Slot.FIRST_LABEL for place, word in taken.items()}
+        slot = label_slot(word)
+        while taken.setdefault(slot, word) != word:
+            slot = slot + 1 if slot + 1 < Slot.VERSION_OF else Slot.FIRST_LABEL
+    return {word: slot for slot, word in taken.items()}
+
+
+def label_slot(word: str) -> int:
+    """A hash of ``word`` among the slots of labels."""
+    return zlib.crc32(word.encode()) % (Slot.VERSION_OF - Slot.FIRST_LABEL) + Slot.FIRST_LABEL
 
 
 class LabelText(Text):
@@ -128,7 +133,7 @@ class Label(Node):
 
     @property
     def shown_inode(self) -> int:
-        return pack(self.number, label_slots([self.key])[self.key])
+        return pack(self.number, label_slot(self.key))
 
     def now(self) -> Text:
         """What it holds now, if it is not being written."""

@@ -49,6 +49,11 @@ class Log:
         for follower in self.followers:
             follower.wake()
 
+    def wake_nobody(self) -> None:
+        """Forget who waits: what would wake them is about to go."""
+        for follower in self.followers:
+            follower.wake_with(lambda: None)
+
     def read(self, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes from ``offset``, which is not before ``start``."""
         at = bisect_left(self._ends, offset + 1)
@@ -60,16 +65,19 @@ class Log:
             at += 1
         return b"".join(found)[skip : skip + size]
 
-    def lines_before(self, offset: int) -> int:
-        """How many lines begin before ``offset``, which is not before ``start``."""
-        return self.dropped + bisect_left(self._ends, offset) + (offset > self.start)
+    def begun(self, offset: int) -> tuple[int, bytes]:
+        """How many lines begin before ``offset``, which is not before ``start``, and what the last of them has after it."""
+        at = bisect_left(self._ends, offset)
+        if offset == self.start or at == len(self._ends):
+            return self.dropped + at, b""
+        return self.dropped + at + 1, self._lines[at][len(self._lines[at]) - (self._ends[at] - offset) :]
 
 
 class OpenLog(Handle):
     """One reader of a log.
 
     It reads a stream of its own: at ``_base`` bytes of it stands ``_notice``, what it was told to have missed, and after that
-    the log from ``_origin`` on.
+    the log from ``_origin`` on.  A line that it has begun it gets whole: the rest stands before the notice.
     """
 
     direct = True
@@ -79,8 +87,8 @@ class OpenLog(Handle):
         self._base = self._origin = 0
         self._notice = b""
         self._position = 0  # where the next read is expected
-        self._seen = 0  # lines of the log before that
-        self._in_line = False  # what was read last ended within a line
+        self._seen = 0  # lines of the log that begin before that
+        self._rest = b""  # what the last of them has after it
         self._waiting: Callable[[], None] | None = None
         log.followers.append(self)
 
@@ -92,17 +100,17 @@ class OpenLog(Handle):
         if offset < self._base:
             self._base, self._origin, self._notice = 0, 0, b""
         if offset - self._base >= len(self._notice) and self._in_log(offset) < self._log.start:
-            goes_on = offset == self._position
-            missed = self._log.dropped - (self._seen if goes_on else 0)
+            seen, rest = (self._seen, self._rest) if offset == self._position else (0, b"")
+            missed = self._log.dropped - seen
+            self._notice = rest + (self._log.tell_missed(missed).encode() if missed else b"")
             self._base, self._origin = offset, self._log.start
-            self._notice = b"\n" * (goes_on and self._in_line) + self._log.tell_missed(missed).encode()
+            self._seen, self._rest = self._log.dropped, b""
         data = self._notice[offset - self._base :][:size]
         at = self._in_log(offset + len(data))
-        if at >= self._log.start:
+        if at >= self._log.start and len(data) < size:
             data += self._log.read(at, size - len(data))
+            self._seen, self._rest = self._log.begun(self._in_log(offset + len(data)))
         self._position = offset + len(data)
-        self._seen = self._log.lines_before(max(self._in_log(self._position), self._log.start))
-        self._in_line = not data.endswith(b"\n") if data else self._in_line
         return data
 
     def _in_log(self, offset: int) -> int:

@@ -142,10 +142,12 @@ class Node:
     """One file, link or directory.  Made for one request and thrown away; knows the state in which it was found.
 
     Each method that a kind of node lacks refuses with the words for it.  ``keep_entry``: whoever has looked it up by name may
-    go on using that name without asking, until the tree says otherwise.
+    go on using that name without asking, until the tree says otherwise.  ``is_known``: what it holds is known, and needn't be
+    found out first.
     """
 
     keep_entry = True
+    is_known = True
 
     def __init__(self, tree: Tree, inode: int) -> None:
         self.tree = tree

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -14,7 +15,8 @@ IN_MEMORY = 1 << 20  # bytes of one text that is made line by line; a longer one
 
 
 class Text:
-    """A text in memory.  ``size`` is in bytes, ``checksum`` its CRC-32, ``weight`` the bytes of memory that it takes.
+    """A text in memory.  ``size`` is in bytes, ``checksum`` its CRC-32, ``weight`` the bytes of memory that it takes, ``made``
+    when that was (ns since the epoch).
 
     ``blocks``: reading may wait for the disk.
     """
@@ -22,6 +24,7 @@ class Text:
     blocks = False
 
     def __init__(self, content: bytes) -> None:
+        self.made = time.time_ns()
         self._content = content
         self.size = self.weight = len(content)
         self.checksum = zlib.crc32(content)
@@ -39,6 +42,7 @@ class LongText(Text):
 
     def __init__(self, lines: Iterable[str], directory: str) -> None:
         self._file: BinaryIO | None = None
+        self.made = time.time_ns()
         self.size = self.checksum = 0
         buffer = bytearray()
         for line in lines:
@@ -55,7 +59,7 @@ class LongText(Text):
         else:
             _write(self._file, buffer)
             self.blocks = True
-        self.weight = len(buffer)
+        self.weight = len(buffer) if self._file is None else MOST // 16  # it costs a descriptor and room on the disk
 
     def _note(self, part: bytearray) -> None:
         self.size += len(part)

@@ -17,11 +17,11 @@ from snapfs.errors import AlreadyExists, HasChildren, InvalidArgument, NameTooLo
 from snapfs.metastore import Reader, Record
 from snapfs.model import Change, Kind
 from snapfs.snapshotter import Snapshotter
-from snapfs.tree.attributes import BY_NAME, BY_SLOT, attribute_node
+from snapfs.tree.attributes import BY_SLOT, attribute_node, last_changes
 from snapfs.tree.daemon import daemon_node
 from snapfs.tree.events import Events
 from snapfs.tree.kinds import ChildrenDirectory, KindDirectory
-from snapfs.tree.labels import LabelsDirectory, OpenLabel, label_slots
+from snapfs.tree.labels import LabelsDirectory, OpenLabel, label_slot
 from snapfs.tree.links import child_link, id_link
 from snapfs.tree.log import ErrorLog
 from snapfs.tree.node import KIND_SLOTS, Node, Slot, pack, unpack
@@ -110,6 +110,11 @@ class Tree:
             raise NotFound(f"{record.kind}/{names.encode(record.name)} has no such entry")
         return node
 
+    def now(self, inode: int) -> Node:
+        """The node of the file of which ``inode`` is or was one text, as it is now; raises NotFound."""
+        number, slot = unpack(inode)
+        return self.node(pack(number, slot & 0x7F)) if slot & Slot.VERSION_OF else self.node(inode)
+
     def _version(self, inode: int, number: int, slot: int) -> Node:
         text = self.versions.get(inode)
         node: Node | None
@@ -143,7 +148,7 @@ class Tree:
     def new_writer(self, number: int, key: str) -> int:
         """An inode for one writer of label ``key`` of snapshot ``number``."""
         self._writers_made += 1
-        inode = pack(number, label_slots([f"{key}\0\0{self._writers_made}"]).popitem()[1])
+        inode = pack(number, label_slot(f"{key}\0\0{self._writers_made}"))
         self.writers[inode] = key
         if len(self.writers) > WRITERS:
             del self.writers[next(iter(self.writers))]
@@ -230,7 +235,7 @@ class Tree:
         self.events.note(change)
         before, after = change.before, change.after
         if before is not None and (after is None or after.kind is not before.kind):
-            self.versions.forget(pack(before.id, BY_NAME["changes"].slot))
+            self.versions.forget(last_changes(before.id))
         for info in (before, after):
             if info is not None and not (before and after and (before.name, before.kind) == (after.name, after.kind)):
                 self.changed[info.kind] = max(time.time_ns(), self.changed[info.kind] + 1)
