@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import trio
 
+from snapfs import imprint
 from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
 from snapfs.kernel import mounting
 from snapfs.layers import Layers
@@ -84,7 +86,7 @@ class Flushing:
                 log.error("%s; snapshots that may be torn: %s", error, numbers)
                 return
             if numbers:
-                await self._records.write(lambda writer: writer.clear_unflushed(numbers))
+                await self._records.write(lambda writer: self.settle(writer, numbers))
             error = None
         except SnapshotError as refusal:
             error = refusal
@@ -96,6 +98,15 @@ class Flushing:
         """Within the operation that commits snapshot ``number``."""
         if self._sync:
             writer.mark_unflushed(number, self._boot)
+
+    def settle(self, writer: Writer, numbers: Iterable[int]) -> None:
+        """Within an operation: the data of these snapshots is on disk, or is taken as it is."""
+        writer.clear_unflushed(numbers)
+        for number in numbers if self._layers.bears_imprints else ():
+            record = writer.record(number)
+            if record is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    imprint.write(self._layers.directory(number), imprint.Imprint(record))
 
     def flush_soon(self) -> None:
         """Flush in the background what was written so far."""

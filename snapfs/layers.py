@@ -3,13 +3,13 @@
     ROOT/            0700
       lock           held by the process that has the root open; says its pid
       metadata.mdb   the records (``snapfs/metastore.py``)
-      snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots
+      snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots; <id> bears its record (``snapfs/imprint.py``)
       pool/          new-… directories, made beforehand, so that Prepare costs one rename
       trash/         what was removed and is being deleted
       rootfs/        <id>: the merged file systems, while they are mounted (``snapfs/rootfs.py``)
       lost+found/    what stood in snapshots/ and nobody knows
 
-All functions block on the disk: they are for worker threads.  Nothing here knows about records or keys.
+All functions block on the disk: they are for worker threads.  Nothing here knows what is in records.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import closing
 
+from snapfs import imprint
 from snapfs.errors import Unavailable
 from snapfs.kernel import probe
 from snapfs.model import Kind, Usage
@@ -34,6 +35,7 @@ from snapfs.walk import directories
 log = logging.getLogger(__name__)
 
 POOL = 32  # a burst of Prepares finds so many directories ready; refilled when half are gone
+PROMISED = 1000  # ids that one mark on snapshots/ covers
 DEPTH = 50  # directories deeper than this are deleted from the trash's top: bounds stack and descriptors
 
 _OURS = frozenset(("lock", "metadata.mdb", "metadata.mdb-lock", "snapshots", "pool", "trash", "lost+found", "rootfs"))
@@ -49,15 +51,32 @@ class Layers:
         self.snapshots = f"{root}/snapshots"
         self.rootfs_directory = f"{root}/rootfs"
         self._pool_directory = f"{root}/pool"
-        self._trash = f"{root}/trash"
-        self._lost = f"{root}/lost+found"
+        self.trash = f"{root}/trash"
+        self.lost = f"{root}/lost+found"
         self._in_trash = 0
         self._waiting = threading.Lock()
         self._left: set[int] = set()
         self._lock = lock
+        self.bears_imprints = True
+        """Whether directories can bear their records here."""
+        self._promised = 0
         self._pool: deque[str] = deque()
         self._serials = itertools.count(1)  # for names; several threads take from it
         self._owner = (os.geteuid(), os.getegid())
+
+    @classmethod
+    def hold(cls, root: str) -> Layers:
+        """Take ``root``, which must be one, and change nothing in it.
+
+        Raises Unavailable with a sentence: held by another process (which one), no root, or what the operating system refused.
+        """
+        root = os.path.realpath(root)
+        try:
+            if not os.path.lexists(f"{root}/lock"):
+                raise Unavailable(f"{root} is no root of snapfs")
+            return cls(root, _lock(root))
+        except OSError as error:
+            raise Unavailable.from_os(f"use {root} as root", error) from error
 
     @classmethod
     def open(cls, root: str) -> Layers:
@@ -85,7 +104,7 @@ class Layers:
             raise Unavailable.from_os(f"use {root} as root", error) from error
         layers = cls(root, lock)
         try:
-            for directory in (layers.snapshots, layers._pool_directory, layers._trash, layers.rootfs_directory):
+            for directory in (layers.snapshots, layers._pool_directory, layers.trash, layers.rootfs_directory):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.chmod(directory, 0o700)
             if not probe.tells_types(layers._pool_directory):
@@ -93,10 +112,12 @@ class Layers:
                     f"the file system of {root} does not tell the types of directory entries (d_type), which overlayfs "
                     "needs; if it is xfs, make it anew with: mkfs.xfs -n ftype=1"
                 )
-            layers._in_trash = len(os.listdir(layers._trash))
+            layers._in_trash = len(os.listdir(layers.trash))
             for leftover in os.listdir(layers._pool_directory):
                 layers._discard(f"{layers._pool_directory}/{leftover}")
             layers._pool.append(layers._make())
+            layers.bears_imprints = imprint.possible(layers._pool[0])
+            layers._promised = imprint.promised(layers.snapshots) if layers.bears_imprints else 0
             layers.empty = Usage(1, os.stat(f"{layers._pool[0]}/fs").st_blocks * 512)
         except OSError as error:
             layers.close()
@@ -145,6 +166,13 @@ class Layers:
         while len(self._pool) < POOL:
             checkpoint()
             self._pool.append(self._make())
+
+    def promise(self, number: int) -> None:
+        """Let snapshots/ bear, once in a while, an id that ``number`` and many after it don't exceed: whoever makes the records
+        anew gives out higher ones.  Raises OSError."""
+        if number > self._promised and self.bears_imprints:
+            imprint.promise(self.snapshots, number + PROMISED)
+            self._promised = number + PROMISED
 
     def place(self, number: int, kind: Kind, owner: tuple[int, int] | None) -> None:
         """Put a fresh directory at snapshots/<number>, its ``fs`` owned by ``owner`` (uid, gid).
@@ -209,7 +237,7 @@ class Layers:
 
     def _discard(self, path: str) -> None:
         while True:
-            target = f"{self._trash}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
+            target = f"{self.trash}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
                 os.rename(path, target)
                 self._wait(1)
@@ -230,15 +258,16 @@ class Layers:
                     self._discard(path)
                     self._left.discard(number or 0)
             else:
-                self._lose(path)
+                log.warning("%s is none of snapfs's directories; moved to %s", path, self.lose(path))
 
-    def _lose(self, path: str) -> None:
-        os.makedirs(self._lost, mode=0o700, exist_ok=True)
-        target = f"{self._lost}/{os.path.basename(path)}"
+    def lose(self, path: str) -> str:
+        """Move what is at ``path`` to lost+found; where it is now.  Raises OSError."""
+        os.makedirs(self.lost, mode=0o700, exist_ok=True)
+        target = f"{self.lost}/{os.path.basename(path)}"
         while os.path.lexists(target):
             target += "~"
         os.rename(path, target)
-        log.warning("%s is none of snapfs's directories; moved to %s", path, target)
+        return target
 
     def put_away(self, path: str) -> None:
         """Remove the empty directory ``path``; if it holds anything it goes to lost+found.  What doesn't go is logged."""
@@ -250,7 +279,7 @@ class Layers:
             try:
                 if error.errno not in _NOT_EMPTY:
                     raise
-                self._lose(path)
+                log.warning("%s is not empty; moved to %s", path, self.lose(path))
             except OSError as failure:
                 log.warning("cannot remove %s: %s", path, failure)
 
@@ -276,7 +305,7 @@ class Layers:
 
         What can't be deleted is logged and stays for the next time.
         """
-        trash = os.open(self._trash, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        trash = os.open(self.trash, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             failed: set[str] = set()
             while names := [name for name in os.listdir(trash) if name not in failed]:
@@ -287,7 +316,7 @@ class Layers:
                         self._wait(-1)
                     except OSError as error:
                         failed.add(name)
-                        log.warning("cannot delete %s/%s: %s", self._trash, name, error)
+                        log.warning("cannot delete %s/%s: %s", self.trash, name, error)
         finally:
             os.close(trash)
 

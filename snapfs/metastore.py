@@ -24,7 +24,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import lmdb
@@ -45,6 +45,9 @@ BATCH = 128  # operations that one sync serves at most, so that nobody waits for
 FULL = 1 << 20  # bytes left on a disk on which a failed write is taken for want of space
 
 Undo = Callable[[], None]
+
+Entry = tuple[Any, bytes, bytes]
+"""One entry of an index: the table (py-lmdb's handle, which has no type to name), key, value."""
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True):
@@ -184,6 +187,40 @@ class Reader:
         with self._txn.cursor(db=self._store.unflushed_table) as cursor:
             return [(_number(key), boot.decode()) for key, boot in cursor]
 
+    def unflushed_since(self, number: int) -> str:
+        """The boot in which snapshot ``number`` was committed, if its data may be in memory only; else ""."""
+        return self._txn.get(_key(number), b"", db=self._store.unflushed_table).decode()
+
+    def _indexes(self, number: int, record: Record) -> Iterator[Entry]:
+        """All that the indexes hold of a snapshot."""
+        store, key, name = self._store, _key(number), record.name.encode()
+        yield store.names, name, key
+        yield store.kinds[record.kind], key, name
+        if record.parent:
+            yield store.child_table, _key(record.parent) + record.kind[0].encode() + key, name
+        if record.kind is Kind.COMMITTED and record.usage is None:
+            yield store.uncounted_table, key, b""
+
+    def _all_indexes(self) -> set[Entry]:
+        """What the indexes should hold, for all records that can be read."""
+        entries: set[Entry] = set()
+        for number in self.ids():
+            with suppress(Damaged):
+                record = self.record(number)
+                if record is not None:
+                    entries.update(self._indexes(number, record))
+        return entries
+
+    def misindexed(self) -> int:
+        """How many entries of the indexes are missing or too many; ``Writer.index_anew`` mends them."""
+        found: set[Entry] = set()
+        for table in self._store.index_tables:
+            with self._txn.cursor(db=table) as cursor:
+                found.update((table, key, value) for key, value in cursor)
+        known = self.ids()
+        strays = sum(number not in known for number, _ in self.unflushed())
+        return len(found ^ self._all_indexes()) + strays + (max(known, default=0) > self.last_id())
+
     def count(self, kind: Kind) -> int:
         """How many snapshots of ``kind`` there are."""
         entries: int = self._txn.stat(self._store.kinds[kind])["entries"]
@@ -223,22 +260,18 @@ class Writer(Reader):
     def next_id(self) -> int:
         """An id that was never given out; given back if the operation fails, since then nobody has seen it."""
         number = self.last_id() + 1
-        self._txn.put(b"last_id", _key(number), db=self._store.meta)
+        self.raise_last_id(number)
         return number
 
     def put(self, number: int, record: Record) -> None:
         """Write ``record`` as snapshot ``number``, in place of what that was, with all indexes."""
         before = self.record(number)
-        if before is not None:
-            self._unindex(number, before, keep_name=before.name == record.name)
-        store, txn, key, name = self._store, self._txn, _key(number), record.name.encode()
-        txn.put(key, _encode(record), db=store.snapshots)
-        txn.put(name, key, db=store.names)
-        txn.put(key, name, db=store.kinds[record.kind])
-        if record.parent:
-            txn.put(_key(record.parent) + record.kind[0].encode() + key, name, db=store.child_table)
-        if record.kind is Kind.COMMITTED and record.usage is None:
-            txn.put(key, b"", db=store.uncounted_table)
+        self._reindex(set(self._indexes(number, before)) if before is not None else set(), set(self._indexes(number, record)))
+        self.overwrite(number, record)
+
+    def overwrite(self, number: int, record: Record) -> None:
+        """Write ``record`` as snapshot ``number``, whatever that was, without any index."""
+        self._txn.put(_key(number), _encode(record), db=self._store.snapshots)
 
     def mark_unflushed(self, number: int, boot: str) -> None:
         """Note that the data of snapshot ``number`` may be in the memory of this boot only."""
@@ -252,17 +285,29 @@ class Writer(Reader):
     def delete(self, number: int, record: Record) -> None:
         """Take snapshot ``number`` out, with all indexes."""
         self.clear_unflushed([number])
-        self._unindex(number, record, keep_name=False)
+        self._reindex(set(self._indexes(number, record)), set())
         self._txn.delete(_key(number), db=self._store.snapshots)
 
-    def _unindex(self, number: int, record: Record, keep_name: bool) -> None:
-        store, txn, key = self._store, self._txn, _key(number)
-        if not keep_name:
-            txn.delete(record.name.encode(), db=store.names)
-        txn.delete(key, db=store.kinds[record.kind])
-        txn.delete(key, db=store.uncounted_table)
-        if record.parent:
-            txn.delete(_key(record.parent) + record.kind[0].encode() + key, db=store.child_table)
+    def _reindex(self, before: set[Entry], after: set[Entry]) -> None:
+        for table, key, _ in before - after:
+            self._txn.delete(key, db=table)
+        for table, key, value in after - before:
+            self._txn.put(key, value, db=table)
+
+    def index_anew(self) -> None:
+        """Make all indexes anew from the records that can be read."""
+        entries, last_id = self._all_indexes(), max(self.ids(), default=0)
+        for table in self._store.index_tables:
+            self._txn.drop(table, delete=False)
+        self._reindex(set(), entries)
+        self.raise_last_id(last_id)
+        known = self.ids()
+        self.clear_unflushed([number for number, _ in self.unflushed() if number not in known])
+
+    def raise_last_id(self, number: int) -> None:
+        """Give out no id up to ``number`` any more."""
+        if number > self.last_id():
+            self._txn.put(b"last_id", _key(number), db=self._store.meta)
 
 
 class MetaStore:
@@ -292,6 +337,7 @@ class MetaStore:
                 self.child_table = self._env.open_db(b"children", txn)
                 self.uncounted_table = self._env.open_db(b"uncounted", txn)
                 self.unflushed_table = self._env.open_db(b"unflushed", txn)
+                self.index_tables = [self.names, *self.kinds.values(), self.child_table, self.uncounted_table]
                 found = txn.get(b"schema", db=self.meta)
                 if found is None:
                     txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)
@@ -338,6 +384,12 @@ class MetaStore:
                 raise
             with trio.CancelScope(shield=True):
                 await request.done.wait()
+        return request.result()
+
+    def write_now(self, operation: Callable[[Writer], T]) -> T:
+        """The same, blocking, for a process that serves nobody."""
+        request = _Request(operation)
+        self._run(_Batch([request]))
         return request.result()
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ docstrings say "better".  Everything here knows keys and names only; file names,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
-from snapfs import idmap, mountspec, names
+from snapfs import idmap, imprint, mountspec, names
 from snapfs.changes import changes
 from snapfs.counting import Counting
 from snapfs.errors import (
@@ -33,6 +34,7 @@ from snapfs.errors import (
 from snapfs.filters import compile_filters
 from snapfs.flushing import Flushing
 from snapfs.housekeeping import Housekeeping
+from snapfs.imprint import Imprint
 from snapfs.labels import UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore, Reader, Record, Writer
@@ -180,10 +182,12 @@ class Snapshotter:
                 if whose is None and above:
                     layer = os.stat(self.layers.fs(above))
                     whose = layer.st_uid, layer.st_gid
+                self.layers.promise(number)
                 self.layers.place(number, kind, whose)
             except OSError as error:
                 raise Unavailable.from_os(f'make the directories of snapshot "{key}"', error) from error
             writer.on_failure(lambda: self.layers.retire(number))
+            self._imprint(number, record, "")
             writer.sync_directory(self._snapshots_fd)
             writer.put(number, record)
             writer.changed(None, writer.info(number, record))
@@ -241,8 +245,8 @@ class Snapshotter:
             now = time.time_ns()
             kept = record.labels if keep_labels else {}
             after = Record(name, Kind.COMMITTED, above, now, now, {**kept, **given})
-            self._put(writer, number, record, after)
             self.flushing.mark(writer, number)
+            self._put(writer, number, record, after)
 
         async with self._unmounted(key) as number:
             await self._write_record(operation)
@@ -385,10 +389,19 @@ class Snapshotter:
 
     def _put(self, writer: Writer, number: int, before: Record, after: Record) -> Info:
         was = writer.info(number, before)
+        since = writer.unflushed_since(number)
+        writer.on_failure(lambda: self._imprint(number, before, since if before.kind is Kind.COMMITTED else ""))
+        self._imprint(number, after, since)
         writer.put(number, after)
         info = writer.info(number, after)
         writer.changed(was, info)
         return info
+
+    def _imprint(self, number: int, record: Record, unflushed_since: str) -> None:
+        """Let the directory of snapshot ``number`` bear ``record``; raises OSError."""
+        if self.layers.bears_imprints and number not in self._damaged:
+            with contextlib.suppress(FileNotFoundError):  # taken away behind our back, as whoever needs it will be told
+                imprint.write(self.layers.directory(number), Imprint(record, unflushed_since))
 
     async def cleanup(self) -> None:
         """Delete the files of all that was removed, and ``new-…`` directories that a crash left; returns when they are gone.
@@ -549,7 +562,7 @@ class Snapshotter:
             number, record = self._find(writer, key)
             if number not in self.flushing.lost:
                 raise FailedPrecondition(f'snapshot "{record.name}" is whole: there is nothing to accept')
-            writer.clear_unflushed([number])
+            self.flushing.settle(writer, [number])
             info = writer.info(number, record)
             writer.changed(info, info, counted=True)
             return number

@@ -1,0 +1,341 @@
+"""Checking a root that nobody has open: what is damaged, orphaned, miscounted or torn, and what can be done about it.
+
+Nothing is guessed and nothing is thrown away: what is mended is either said twice on disk (indexes by the records, a record by
+its directory's imprint, a usage by the layer itself) or moved to lost+found, whole.  Everything here blocks on the disk.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+
+import msgspec
+
+from snapfs import imprint
+from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
+from snapfs.flushing import Flushing
+from snapfs.imprint import Imprint
+from snapfs.layers import Layers, parse_id
+from snapfs.metastore import MetaStore, Record, Writer
+from snapfs.model import Kind, Usage
+from snapfs.usage import disk_usage
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being looked at, how many were before it, and how many there are."""
+
+
+class Problem(enum.StrEnum):
+    """What can be wrong; the value is the word that users read."""
+
+    DAMAGED = "damaged"  # something of a snapshot is missing or can't be read
+    ORPHANED = "orphaned"  # a directory of which no record knows
+    MISCOUNTED = "miscounted"  # a number or an index that doesn't say what is there
+    UNFLUSHED = "unflushed"  # its files may be torn: they had not reached the disk when the power went
+    NOTE = "note"  # nothing is wrong, but somebody may want to know
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing found: a sentence, and what was done (``mended``) or can be done (``remedy``) about it."""
+
+    problem: Problem
+    text: str
+    remedy: str = ""
+    mended: str = ""
+
+
+def check(
+    root: str,
+    *,
+    repair: bool = False,
+    accept: Sequence[str] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> Iterator[Finding]:
+    """What is wrong in ``root``, as it is found; with ``repair`` what can be mended without guessing is.
+
+    ``accept``: names of unflushed snapshots that are taken as they are.  Raises Unavailable where the root is in use or none,
+    NotFound and FailedPrecondition for a name in ``accept`` that is not unflushed.
+    """
+    with closing(Layers.hold(root)) as layers:
+        if not os.path.lexists(records_of(layers)):
+            text = f"the records, {records_of(layers)}, are missing"
+            yield Finding(Problem.DAMAGED, text, "--rebuild makes them anew from what each directory says of itself")
+            return
+        try:
+            records = MetaStore(records_of(layers))
+        except Damaged as error:
+            yield Finding(Problem.DAMAGED, str(error), "--rebuild makes them anew from what each directory says of itself")
+            return
+        with closing(records):
+            layers.bears_imprints = imprint.possible(layers.snapshots)
+            for name in accept:
+                yield _accept(layers, records, name)
+            yield from _Check(layers, records, repair, progress).run()
+
+
+def records_of(layers: Layers) -> str:
+    """The path of the records of a root."""
+    return f"{layers.root}/metadata.mdb"
+
+
+def _accept(layers: Layers, records: MetaStore, name: str) -> Finding:
+    flushing = Flushing(layers, records, sync=True)
+
+    def operation(writer: Writer) -> None:
+        number = writer.id_of(name)
+        if number is None:
+            raise NotFound.snapshot(name)
+        if number not in flushing.lost:
+            raise FailedPrecondition(f'snapshot "{name}" is not unflushed: there is nothing to accept')
+        flushing.settle(writer, [number])
+
+    records.write_now(operation)
+    return Finding(Problem.UNFLUSHED, f'committed "{name}"', mended="accepted as it is")
+
+
+class _Check:
+    """One check: what the records say, then what the directories say, then what the layers take."""
+
+    def __init__(self, layers: Layers, records: MetaStore, repair: bool, progress: Progress) -> None:
+        self._layers = layers
+        self._records = records
+        self._repair = repair
+        self._progress = progress
+        self._known: dict[int, Record] = {}
+        self._unreadable: set[int] = set()
+        self._whole: set[int] = set()
+
+    def run(self) -> Iterator[Finding]:
+        with self._records.reading() as reader:
+            numbers, self._last_id = sorted(reader.ids()), reader.last_id()
+        yield from self._read_records(numbers)
+        yield from self._check_indexes()
+        yield from self._check_parents()
+        yield from self._check_directories()
+        yield from self._check_flushed()
+        yield from self._find_orphans()
+        yield from self._count()
+
+    def _mend(self, operation: Callable[[Writer], None], done: str) -> str:
+        """Do it, if anything is to be repaired; what was done."""
+        if not self._repair:
+            return ""
+        self._records.write_now(operation)
+        return done
+
+    def _read_records(self, numbers: list[int]) -> Iterator[Finding]:
+        for number in numbers:
+            with self._records.reading() as reader:
+                try:
+                    record = reader.record(number)
+                except Damaged as error:
+                    text, record = str(error), None
+            if record is not None:
+                self._known[number] = record
+                continue
+            said = self._imprint(number)
+            if said is None:
+                self._unreadable.add(number)
+                yield Finding(Problem.DAMAGED, text, "neither does its directory say what it was; --rebuild leaves it out")
+                continue
+            restored = said.record
+
+            def restore(writer: Writer, number: int = number, record: Record = restored) -> None:
+                writer.overwrite(number, record)
+                writer.index_anew()
+
+            mended = self._mend(restore, f"restored {_called(restored)} from what its directory says")
+            yield Finding(Problem.DAMAGED, text, f"--repair restores {_called(restored)} from what its directory says", mended)
+            if mended:
+                self._known[number] = restored
+            else:
+                self._unreadable.add(number)
+
+    def _check_indexes(self) -> Iterator[Finding]:
+        with self._records.reading() as reader:
+            wrong = reader.misindexed()
+        if wrong:
+            text = f"the indexes of the records: {wrong} entries are missing or wrong"
+            mended = self._mend(lambda writer: writer.index_anew(), "made anew from the records")
+            yield Finding(Problem.MISCOUNTED, text, "--repair makes them anew from the records", mended)
+
+    def _check_parents(self) -> Iterator[Finding]:
+        names: dict[str, int] = {}
+        for number, record in self._known.items():
+            if names.setdefault(record.name, number) != number:
+                text = f'snapshots {names[record.name]} and {number} are both called "{record.name}"'
+                yield Finding(Problem.DAMAGED, text, "--rebuild gives one of them another name")
+            if record.parent and record.parent not in self._unreadable:
+                parent = self._known.get(record.parent)
+                wrong = "has no record" if parent is None else "is not committed" if parent.kind is not Kind.COMMITTED else ""
+                if wrong:
+                    text = f"{_called(record)}: its parent, number {record.parent}, {wrong}"
+                    yield Finding(
+                        Problem.DAMAGED, text, "--rebuild makes the records anew from what each directory says of itself"
+                    )
+            if self._circular(number):
+                text = f"{_called(record)}: it is among its own parents"
+                yield Finding(Problem.DAMAGED, text, "--rebuild makes the records anew from what each directory says of itself")
+
+    def _circular(self, number: int) -> bool:
+        step, seen = self._known.get(number), set[int]()
+        while step is not None and step.parent and step.parent not in seen:
+            if step.parent == number:
+                return True
+            seen.add(step.parent)
+            step = self._known.get(step.parent)
+        return False
+
+    def _check_directories(self) -> Iterator[Finding]:
+        layers = self._layers
+        for done, (number, record) in enumerate(self._known.items()):
+            self._progress(f"directory of {_called(record)}", done, len(self._known))
+            missing = [path for path in (layers.directory(number), layers.fs(number)) if not _is_directory(path)]
+            if missing:
+                text = f"{_called(record)}: its directory {missing[0]} is missing"
+                remedy = "restore it from a backup, or remove the snapshot"
+                yield Finding(Problem.DAMAGED, text, remedy)
+                continue
+            self._whole.add(number)
+            if record.kind is Kind.ACTIVE and not _is_directory(layers.work(number)):
+                text = f"{_called(record)}: its workdir {layers.work(number)} is missing, without which it can't be mounted"
+                yield Finding(Problem.DAMAGED, text, "--repair makes an empty one", self._make_work(number))
+            if layers.bears_imprints:
+                yield from self._check_imprint(number, record)
+
+    def _make_work(self, number: int) -> str:
+        if not self._repair:
+            return ""
+        path = self._layers.work(number)
+        if os.path.lexists(path):
+            self._layers.lose(path)
+        os.mkdir(path)
+        os.chmod(path, 0o711)
+        return "made an empty one"
+
+    def _check_imprint(self, number: int, record: Record) -> Iterator[Finding]:
+        path = self._layers.directory(number)
+        with self._records.reading() as reader:
+            expected = Imprint(msgspec.structs.replace(record, usage=None), reader.unflushed_since(number))
+        said = self._imprint(number)
+        if said != expected:
+            wrong = "does not bear its record" if said is None else f"says that it is {_called(said.record)}"
+            if said is not None and _called(said.record) == _called(record):
+                wrong = "bears an older record"
+            mended = ""
+            if self._repair:
+                imprint.write(path, expected)
+                mended = "written anew"
+            text = f"{_called(record)}: its directory {path} {wrong}, so that --rebuild would not find it as it is"
+            yield Finding(Problem.MISCOUNTED, text, "--repair writes it anew", mended)
+
+    def _check_flushed(self) -> Iterator[Finding]:
+        for number in sorted(Flushing(self._layers, self._records, sync=True).lost):
+            if number in self._known:
+                text = f"{_called(self._known[number])}: its files, in {self._layers.fs(number)}, had not all reached the disk "
+                name = self._known[number].name
+                yield Finding(
+                    Problem.UNFLUSHED,
+                    text + "when the power went",
+                    f"look at them, then take it as it is with --accept {name}, or remove the snapshot",
+                )
+
+    def _find_orphans(self) -> Iterator[Finding]:
+        layers = self._layers
+        for name in sorted(os.listdir(layers.snapshots)):
+            number = parse_id(name)
+            if number is None or (number not in self._known and number not in self._unreadable):
+                path = f"{layers.snapshots}/{name}"
+                text = f"{path}: {self._looks(path)}; {self._why(number)}"
+                mended = f"moved to {layers.lose(path)}" if self._repair else ""
+                yield Finding(Problem.ORPHANED, text, "--repair moves it to lost+found", mended)
+        if waiting := len(os.listdir(layers.trash)):
+            yield Finding(Problem.NOTE, f"{waiting} removed directories in {layers.trash} are deleted at the next start")
+        if os.path.isdir(layers.lost):
+            for name in sorted(os.listdir(layers.lost)):
+                path = f"{layers.lost}/{name}"
+                yield Finding(Problem.NOTE, f"{path}: {self._looks(path)}; remove it when you don't need it")
+
+    def _why(self, number: int | None) -> str:
+        if number is None:
+            return "snapfs makes nothing of that name here"
+        said = self._imprint(number)
+        what = f", which was {_called(said.record)}" if said is not None else ""
+        if number > self._last_id:
+            return f"it is newer than the records{what}: were they put back from a backup? --rebuild would find it"
+        return f"no record names it any more{what}: its removal, or its making, was cut short"
+
+    def _looks(self, path: str) -> str:
+        """Size and age of what nobody knows."""
+        try:
+            changed = max(os.lstat(place).st_mtime for place in (path, f"{path}/fs") if os.path.lexists(place))
+            usage = disk_usage(path) if _is_directory(path) else Usage(1, os.lstat(path).st_blocks * 512)
+        except OSError as error:
+            return f"it can't be read ({os.strerror(error.errno or 0)})"
+        return (
+            f"{said_size(usage.size)} in {usage.inodes} files and directories, changed {_said_age(time.time() - changed)} ago"
+        )
+
+    def _count(self) -> Iterator[Finding]:
+        counted = [number for number in sorted(self._whole) if self._known[number].usage is not None]
+        for done, number in enumerate(counted):
+            record = self._known[number]
+            self._progress(f"counting {_called(record)}", done, len(counted))
+            try:
+                usage = disk_usage(self._layers.fs(number))
+            except OSError as error:
+                yield Finding(
+                    Problem.DAMAGED, f"{_called(record)}: {Unavailable.from_os('read its layer', error)}", "see to the disk"
+                )
+                continue
+            if usage != record.usage:
+                was = record.usage or Usage()
+                text = (
+                    f"{_called(record)}: it takes {usage.size} bytes in {usage.inodes} inodes, but when it was "
+                    f"committed {was.size} in {was.inodes} were counted"
+                )
+                after = msgspec.structs.replace(record, usage=usage)
+
+                def correct(writer: Writer, number: int = number, after: Record = after) -> None:
+                    writer.put(number, after)
+
+                mended = self._mend(correct, "corrected in the records")
+                remedy = "if nobody changed the layer, --repair corrects the records"
+                yield Finding(Problem.MISCOUNTED, text, remedy, mended)
+
+    def _imprint(self, number: int) -> Imprint | None:
+        try:
+            return imprint.read(self._layers.directory(number))
+        except (Damaged, OSError):
+            return None
+
+
+def _called(record: Record) -> str:
+    return f'{record.kind} "{record.name}"'
+
+
+def _is_directory(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def said_size(size: int) -> str:
+    """``size`` bytes as people say it: ``3.4 GiB``."""
+    amount, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount /= 1024
+        del units[0]
+    return f"{amount:.0f} {units[0]}" if units[0] == "bytes" else f"{amount:.1f} {units[0]}"
+
+
+def _said_age(seconds: float) -> str:
+    for length, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}{'s' * (count > 1)}"
+    return "less than a minute"

@@ -1,0 +1,147 @@
+"""Making the records anew from what each snapshot's directory says of itself (``snapfs/imprint.py``).
+
+For a root whose database is lost or broken, or was put back from a backup that is too old.  The old one goes to lost+found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+
+import msgspec
+
+from snapfs import imprint
+from snapfs.checking import Finding, Problem, records_of
+from snapfs.errors import Damaged, Unavailable
+from snapfs.imprint import Imprint
+from snapfs.layers import Layers, parse_id
+from snapfs.metastore import MetaStore, Record, Writer
+from snapfs.model import Kind
+
+BATCH = 10_000  # records that one transaction writes
+
+UNKNOWN_BOOT = "unknown"  # of a snapshot that nobody can say to have been flushed
+
+
+def rebuild(root: str) -> Iterator[Finding]:
+    """Make the records of ``root`` anew; what is worth knowing of it.
+
+    A directory that says nothing goes to lost+found.  Of two snapshots of one name the one changed last keeps it.  A parent
+    that has no directory any more comes back as a damaged snapshot, so that its children are not taken for whole.
+    Raises Unavailable where the root is in use or none, or the disk refuses; then the old records are still there.
+    """
+    with closing(Layers.hold(root)) as layers:
+        found = {}
+        for name in sorted(os.listdir(layers.snapshots)):
+            number = parse_id(name)
+            path = f"{layers.snapshots}/{name}"
+            try:
+                said = imprint.read(path) if number is not None else None
+                why = "says nothing of a snapshot"
+            except (Damaged, OSError) as error:
+                said, why = None, f"can't be read: {error}"
+            if number is None or said is None:
+                yield Finding(Problem.ORPHANED, f"{path} {why}", mended=f"moved to {layers.lose(path)}")
+            else:
+                found[number] = said
+        yield from _break_circles(layers, found)
+        yield from _put_parents(found)
+        yield from _tell_apart(found)
+        _write(layers, found)
+        yield Finding(Problem.NOTE, f"the records were made anew: {len(found)} snapshots")
+
+
+def _break_circles(layers: Layers, found: dict[int, Imprint]) -> Iterator[Finding]:
+    """No chain may lead back to itself, whatever directories say."""
+    for number in list(found):
+        above, seen = number, set[int]()
+        while above in found and above not in seen:
+            seen.add(above)
+            above = found[above].record.parent
+        if above == number:
+            path = layers.directory(number)
+            del found[number]
+            yield Finding(Problem.ORPHANED, f"{path} says that it is its own parent", mended=f"moved to {layers.lose(path)}")
+
+
+def _put_parents(found: dict[int, Imprint]) -> Iterator[Finding]:
+    """Have each parent there, and committed."""
+    for child in list(found.values()):
+        above = child.record.parent
+        if not above:
+            continue
+        if above not in found:
+            record = child.record
+            lost = Record(f"lost-{above}", Kind.COMMITTED, 0, record.created, record.created, {})
+            found[above] = Imprint(lost)
+            text = f'the parent of {record.kind} "{record.name}", number {above}, has no directory'
+            yield Finding(Problem.DAMAGED, text, "remove what stands on it", f'it is listed as "{lost.name}", which is damaged')
+        elif found[above].record.kind is not Kind.COMMITTED:
+            record = msgspec.structs.replace(found[above].record, kind=Kind.COMMITTED)
+            found[above] = Imprint(record, UNKNOWN_BOOT)
+            text = f'number {above} says that it is not committed, but "{child.record.name}" stands on it'
+            yield Finding(Problem.UNFLUSHED, text, mended=f'it is committed as "{record.name}", and may be torn')
+
+
+def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
+    """Have each name once."""
+    taken: set[str] = set()
+    for number, said in sorted(found.items(), key=lambda item: (item[1].record.updated, item[0]), reverse=True):
+        name = said.record.name
+        while name in taken:
+            name = f"{name[: 255 - len(str(number)) - 1]}~{number}"
+        taken.add(name)
+        if name != said.record.name:
+            found[number] = msgspec.structs.replace(said, record=msgspec.structs.replace(said.record, name=name))
+            text = f'another snapshot is called "{said.record.name}" too, and changed later'
+            yield Finding(Problem.DAMAGED, text, mended=f'number {number} is called "{name}"')
+
+
+def _write(layers: Layers, found: dict[int, Imprint]) -> None:
+    """Write the records beside the old ones, then put them in their place."""
+    place, fresh = records_of(layers), f"{records_of(layers)}.new"
+    _unlink(fresh, f"{fresh}-lock")
+    numbers = sorted(found)
+    with closing(MetaStore(fresh)) as records:
+        for start in range(0, len(numbers), BATCH):
+            part = {number: found[number] for number in numbers[start : start + BATCH]}
+            records.write_now(partial(_put, part))
+        records.write_now(lambda writer: writer.raise_last_id(_last_id(layers, numbers)))
+    try:
+        if os.path.lexists(place):
+            layers.lose(place)
+        _unlink(f"{place}-lock", f"{fresh}-lock")
+        os.rename(fresh, place)
+        for directory in (layers.root, layers.snapshots):
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    except OSError as error:
+        raise Unavailable.from_os("put the new records in place", error) from error
+
+
+def _put(part: dict[int, Imprint], writer: Writer) -> None:
+    for number, said in part.items():
+        writer.put(number, said.record)
+        if said.boot:
+            writer.mark_unflushed(number, said.boot)
+
+
+def _last_id(layers: Layers, numbers: list[int]) -> int:
+    """An id that none ever given out exceeds."""
+    seen = [*numbers, imprint.promised(layers.snapshots)]
+    for directory in (layers.trash, layers.lost):
+        with contextlib.suppress(FileNotFoundError):
+            seen += [number for name in os.listdir(directory) if (number := parse_id(name.partition("-")[0].rstrip("~")))]
+    return max(seen)
+
+
+def _unlink(*paths: str) -> None:
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
