@@ -155,6 +155,8 @@ class _Check:
                 self._unreadable.add(number)
 
     def _check_indexes(self) -> Iterator[Finding]:
+        if self._unreadable or len({record.name for record in self._known.values()}) < len(self._known):
+            return  # what they should say nobody knows
         with self._records.reading() as reader:
             wrong = reader.misindexed()
         if wrong:
@@ -224,7 +226,7 @@ class _Check:
         if said != expected:
             wrong = "does not bear its record" if said is None else f"says that it is {_called(said.record)}"
             if said is not None and _called(said.record) == _called(record):
-                wrong = "bears an older record"
+                wrong = "bears another record of it, as a crash may leave"
             mended = ""
             if self._repair:
                 imprint.write(path, expected)
@@ -263,10 +265,10 @@ class _Check:
         if number is None:
             return "snapfs makes nothing of that name here"
         said = self._imprint(number)
-        what = f", which was {_called(said.record)}" if said is not None else ""
+        what = f", and says that it was {_called(said.record)}" if said is not None else ""
         if number > self._last_id:
             return f"it is newer than the records{what}: were they put back from a backup? --rebuild would find it"
-        return f"no record names it any more{what}: its removal, or its making, was cut short"
+        return f"no record names it{what}: its removal, or its making, was cut short"
 
     def _looks(self, path: str) -> str:
         """Size and age of what nobody knows."""

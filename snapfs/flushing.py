@@ -136,7 +136,8 @@ class Flushing:
                 name = record.name if record else str(number)
                 raise Damaged(
                     f'the files of snapshot "{name}" may be torn, since they had not reached the disk when the power went or '
-                    f"the disk failed: look at {self._layers.fs(number)}, and remove the snapshot or make it anew"
+                    f"the disk failed: look at {self._layers.fs(number)}; then remove the snapshot, or stop the daemon and "
+                    f"take it as it is: snapfs check {self._layers.root} --accept {name}"
                 )
 
 

@@ -57,7 +57,7 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
         if records is None:
             _refuse_lost_records(layers)
             records = MetaStore(f"{layers.root}/metadata.mdb", sync=options.sync is Sync.FULL)
-        features: dict[str, Feature] = {}
+        features = {"imprints": _imprints(layers)}
         overlay_options = _overlay_options(options.mount_options, layers.snapshots, features)
         return Snapshotter(
             options,
@@ -98,6 +98,12 @@ def _overlay_options(given: Sequence[str], directory: str, features: dict[str, F
     else:
         features["index=off"] = Feature(False, "this kernel's overlayfs has no index")
     return tuple(found)
+
+
+def _imprints(layers: Layers) -> Feature:
+    if layers.bears_imprints:
+        return Feature(True, "directories can bear extended attributes here")
+    return Feature(False, "directories can't bear extended attributes here; without the records, nobody knows what they were")
 
 
 def _keys(options: Sequence[str]) -> set[str]:
@@ -167,7 +173,7 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
         if number > last_id and not layers.is_empty(number):  # no Prepare that was cut short leaves that
             raise Damaged(
                 f"{layers.directory(number)} holds files, but no such snapshot was ever recorded in {records.path}: "
-                "put back the records that belong to this root, or move that directory away"
+                f"put back the records that belong to this root, or have them made anew: snapfs check {layers.root} --rebuild"
             )
     for number in unknown:
         if retire:
@@ -182,5 +188,5 @@ def _refuse_lost_records(layers: Layers) -> None:
     if layers.present() and not os.path.exists(f"{layers.root}/metadata.mdb"):
         raise Damaged(
             f"{layers.snapshots} holds layers but {layers.root}/metadata.mdb is missing: "
-            "put the records back from a backup, or move the layers away"
+            f"put the records back from a backup, or have them made anew: snapfs check {layers.root} --rebuild"
         )

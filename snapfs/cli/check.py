@@ -60,7 +60,7 @@ def run(given: argparse.Namespace) -> int:
         if finding.problem is not Problem.NOTE and not finding.mended:
             left[finding.problem] += 1
     shown.clear()
-    words = ", ".join(f"{count} {problem}" for problem, count in left.items()) or "nothing is wrong"
+    words = ", ".join(f"{count} {problem}" for problem in Problem if (count := left[problem])) or "nothing is wrong"
     print(f"{given.root}: {words}" + f"; {mended} mended" * bool(mended))
     return 1 if left else 0
 
