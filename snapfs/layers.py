@@ -117,7 +117,7 @@ class Layers:
             self._lock = -1
 
     def leave_to_parent(self) -> None:
-        """In a process forked from the one that holds the root: hold it no longer than that one does, and close nothing else."""
+        """In a process forked from the one that holds the root: hold it no longer than that one does, and touch nothing."""
         self._pool.clear()
         self.close()
 

@@ -342,10 +342,10 @@ class MetaStore:
                 path, subdir=False, sync=sync, map_size=map_size, mode=0o600, max_dbs=16, max_spare_txns=1, max_readers=READERS
             )
         except lmdb.Error as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         try:
             self._env.reader_check()
-            _refuse_foreign(self._env, path)
+            refuse_foreign(self._env, path)
             with self._env.begin(write=True) as txn:
                 self.meta = self._env.open_db(b"meta", txn)
                 self.snapshots = self._env.open_db(b"snapshots", txn)
@@ -359,7 +359,7 @@ class MetaStore:
         except BaseException as error:
             self._env.close()
             if isinstance(error, lmdb.Error):
-                raise _unreadable(path, error) from error
+                raise unreadable(path, error) from error
             raise
         self._send: trio.MemorySendChannel[_Request[Any]] | None = None
         _open_stores.add(self)
@@ -505,7 +505,7 @@ def _refuse_in_child() -> None:
 os.register_at_fork(after_in_child=_refuse_in_child)
 
 
-def _refuse_foreign(env: lmdb.Environment, path: str) -> None:
+def refuse_foreign(env: lmdb.Environment, path: str) -> None:
     """Raise Damaged unless ``env`` is new, or of this schema."""
     with env.begin() as txn:
         if txn.stat()["entries"] == 0:
@@ -561,7 +561,7 @@ def _undo(writer: Writer) -> None:
             log.warning("while undoing a failed operation: %s", error)
 
 
-def _unreadable(path: str, error: lmdb.Error) -> Damaged | Unavailable:
+def unreadable(path: str, error: lmdb.Error) -> Damaged | Unavailable:
     """Why the records can't be opened, as a sentence."""
     if isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError)):
         return Damaged(f"the records in {path} can't be read: {error}; put them back from a backup")

@@ -11,12 +11,13 @@ import snapfs
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0 done, 1 refused (with a sentence on standard error), 2 wrong usage."""
-    from snapfs.cli import serve
+    from snapfs.cli import backup, serve
 
     parser = argparse.ArgumentParser(prog="snapfs", description="Copy-on-write snapshots for overlayfs, as a file system.")
     parser.add_argument("--version", action="version", version=f"snapfs {snapfs.__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     serve.add_parser(verbs)
+    backup.add_parser(verbs)
     given = parser.parse_args(arguments)
     try:
         status: int = given.run(given)
