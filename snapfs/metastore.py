@@ -38,6 +38,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import lmdb
 import msgspec
 import trio
+from lmdb.verify import VerifyError, verify
 
 from snapfs.errors import Closed, Damaged, Forked, SnapshotError, Unavailable
 from snapfs.model import Change, Info, Kind, Usage
@@ -344,6 +345,7 @@ class MetaStore:
         except lmdb.Error as error:
             raise unreadable(path, error) from error
         try:
+            _keep_from_children(path)
             self._env.reader_check()
             refuse_foreign(self._env, path)
             with self._env.begin(write=True) as txn:
@@ -505,8 +507,32 @@ def _refuse_in_child() -> None:
 os.register_at_fork(after_in_child=_refuse_in_child)
 
 
+def _keep_from_children(path: str) -> None:
+    """Close on exec what LMDB has open of the file: it forgets that of one descriptor."""
+    mine = os.stat(path)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(fd), mine):
+                os.set_inheritable(fd, False)
+
+
+def _refuse_cut(env: lmdb.Environment, path: str) -> None:
+    """Raise Damaged where the end of the file is missing, on which LMDB would die of SIGBUS."""
+    size, needed = os.stat(path).st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    if size >= needed:
+        return
+    try:
+        # the last pages may be free ones that were never written
+        problems: list[str] = verify(path, subdir=False)  # type: ignore[no-untyped-call]
+    except VerifyError as error:
+        problems = [str(error)]
+    if problems:
+        raise Damaged(f"{path} is cut short: {size} bytes of {needed}; put it back from a backup")
+
+
 def refuse_foreign(env: lmdb.Environment, path: str) -> None:
-    """Raise Damaged unless ``env`` is new, or of this schema."""
+    """Raise Damaged unless ``env`` is new, or of this schema, and all there."""
+    _refuse_cut(env, path)
     with env.begin() as txn:
         if txn.stat()["entries"] == 0:
             return
