@@ -10,7 +10,8 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +21,13 @@ import trio
 
 from snapfs import Damaged, Kind, MetaStore, NotFound, SnapshotError, Snapshotter, Unavailable, metastore, open_snapshotter
 from snapfs.errors import Forked
+from snapfs.layers import is_abandoned
 from snapfs.tree import Tree
+from snapfs.tree.tree import ROOT_INODE
 from tests.conftest import die_with_parent
 from tests.test_metastore import adding, check_indexes
 from tests.test_metastore import store as store
+from tests.test_tree import crawl
 
 PACKAGE = Path(metastore.__file__).parent
 
@@ -60,20 +64,18 @@ def test_no_block_that_reads_awaits_or_yields() -> None:
 async def test_what_is_read_after_the_block_is_an_error(store: MetaStore) -> None:
     for name in "abc":
         await store.write(adding(name))
+    begun: list[Iterator[object]]
     with store.reading() as reader:
         begun = [reader.listing(Kind.ACTIVE), reader.records(), reader.walk()]
         for generator in begun:
-            next(generator)  # type: ignore[call-overload]
+            next(generator)
         unbegun: list[Iterator[object]] = [reader.listing(Kind.ACTIVE), reader.children(1, Kind.ACTIVE), reader.walk()]
     for generator in begun:
         with pytest.raises(lmdb.Error, match="closed"):
-            next(generator)  # type: ignore[call-overload]
-    for call in (
-        lambda: reader.id_of("a"),
-        lambda: reader.record(1),
-        reader.last_id,
-        *(partial(next, each) for each in unbegun),
-    ):
+            next(generator)
+    calls: list[Callable[[], object]] = [lambda: reader.id_of("a"), lambda: reader.record(1), reader.last_id]
+    calls += [partial(next, each) for each in unbegun]
+    for call in calls:
         with pytest.raises(RuntimeError, match="after the block"):
             call()
     assert readers(store._env) == ["-"]
@@ -102,15 +104,16 @@ async def test_errors_and_generators_that_are_kept_take_no_place(snapshotter: Sn
 async def test_a_mixed_load_leaves_no_reader(snapshotter: Snapshotter) -> None:
     env = snapshotter.records._env
     tree = Tree(snapshotter)
-    most = 0
+    met = crawled = 0
 
     async def client(number: int) -> None:
-        nonlocal most
+        nonlocal met, crawled
         dice = random.Random(number)
         for turn in range(30):
             key, base = f"{number}-{turn % 4}", f"base{dice.randrange(8)}"
-            calls: list[Callable[[], object]] = [
+            calls: list[Callable[[], Awaitable[object]]] = [
                 partial(snapshotter.prepare, key, base if turn % 2 else None),
+                partial(snapshotter.prepare, key),
                 partial(snapshotter.commit, base, key, wait=False),
                 partial(snapshotter.remove, key),
                 partial(snapshotter.stat, key),
@@ -119,31 +122,21 @@ async def test_a_mixed_load_leaves_no_reader(snapshotter: Snapshotter) -> None:
                 partial(snapshotter.walk, "kind==active"),
                 partial(snapshotter.update, key, {"a": "b"}),
             ]
-            try:
-                await dice.choice(calls)()  # type: ignore[misc]
-            except SnapshotError:
-                pass
-            for path in ("active", "committed", f"committed/{base}/active", f"active/{key}/info.json", ".snapfs/stats.json"):
-                try:
-                    node = tree.root
-                    for name in path.split("/"):
-                        node = node.lookup(name.encode())  # type: ignore[attr-defined]
-                    list(node.entries(0))  # type: ignore[attr-defined]
-                except (SnapshotError, AttributeError):
-                    pass
-            assert [state for state in readers(env) if state != "-"] == [] or most  # this thread reads nothing here
-            most = max(most, len(readers(env)))
+            with suppress(SnapshotError):
+                await dice.choice(calls)()
+            crawled += sum(1 for _ in crawl(tree.node(ROOT_INODE)))
+            met = max(met, len(readers(env)))
 
     async with trio.open_nursery() as nursery:
-        for number in range(16):
+        for number in range(8):
             nursery.start_soon(client, number)
-    with trio.fail_after(20):
-        while [state for state in readers(env) if state != "-"]:  # what the background reads is short
-            await trio.sleep(0)
-    assert 1 <= most < 50
     check_indexes(snapshotter.records)
-    assert set(readers(env)) == {"-"}
-    assert len(readers(env)) == 1
+    assert crawled > 5_000
+    assert 1 <= met < 50
+    with trio.fail_after(20):
+        await snapshotter.cleanup()
+        while readers(env) != ["-"]:  # what goes on in the background is short
+            await trio.sleep(0)
 
 
 # -- the table
@@ -284,12 +277,6 @@ async def test_a_forked_process_is_refused_and_harms_nothing(snapshotter: Snapsh
         assert reader.id_of("web") == 1
     assert set(os.listdir(root / "pool")) >= pool
     await snapshotter.prepare("more")
-    other = subprocess.run(
-        [sys.executable, "-m", "snapfs.cli", "serve", str(root), str(root.parent)], capture_output=True, text=True, check=False
-    )
-    assert f"in use by the process with pid {os.getpid()}" in other.stderr or "must not lie within each other" in other.stderr
-    from snapfs.layers import is_abandoned
-
     assert not is_abandoned(str(root))
 
 
@@ -350,7 +337,7 @@ async def test_the_descriptors_are_not_inherited(snapshotter: Snapshotter, root:
 
 def somebody_elses(path: Path, table: bytes | None = b"things") -> None:
     with lmdb.open(str(path), subdir=False, max_dbs=4) as env, env.begin(write=True) as txn:
-        txn.put(b"a", b"b", db=env.open_db(table, txn) if table else None)  # type: ignore[arg-type]
+        txn.put(b"a", b"b", db=env.open_db(table, txn) if table else None)
 
 
 def a_store(path: Path) -> None:
@@ -430,13 +417,10 @@ def test_whatever_the_lock_file_holds_it_is_made_anew(tmp_path: Path, lock: byte
 
 def test_records_that_one_may_not_read(tmp_path: Path) -> None:
     a_store(tmp_path / "m")
-    tmp_path.chmod(0o777)
-    for parent in tmp_path.parents:
-        if parent.stat().st_uid == os.getuid() and str(parent).startswith("/tmp/pytest"):
-            parent.chmod(0o755)
     script = "import sys; from snapfs import *\ntry: MetaStore(sys.argv[1])\nexcept SnapshotError as error: print(error)"
     as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     said = subprocess.run(
         [*as_nobody, sys.executable, "-c", script, str(tmp_path / "m")], capture_output=True, text=True, check=True
     ).stdout
-    assert said == f"cannot open the records: {tmp_path}/m-lock: Permission denied\n" or "Permission denied" in said
+    assert said.startswith("cannot open the records: ")
+    assert said.endswith("Permission denied\n")
