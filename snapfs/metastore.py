@@ -86,6 +86,13 @@ def _number(key: bytes) -> int:
     return int.from_bytes(key, "big")
 
 
+def _decoded(number: int, found: bytes) -> Record:
+    try:
+        return _decode(found)
+    except msgspec.MsgspecError as error:
+        raise Damaged(f"the record of snapshot {number} can't be read: {error}") from error
+
+
 class Reader:
     """One consistent state of the store; valid inside ``MetaStore.reading`` or a write operation only."""
 
@@ -111,12 +118,7 @@ class Reader:
     def record(self, number: int) -> Record | None:
         """The record of snapshot ``number``; raises Damaged where it can't be decoded."""
         found = self._txn.get(_key(number), db=self._store.snapshots)
-        if found is None:
-            return None
-        try:
-            return _decode(found)
-        except msgspec.MsgspecError as error:
-            raise Damaged(f"the record of snapshot {number} can't be read: {error}") from error
+        return _decoded(number, found) if found is not None else None
 
     def parent_of(self, record: Record) -> Record:
         """The record of the parent of ``record``, which must have one; raises Damaged where there is none."""
@@ -177,7 +179,7 @@ class Reader:
         with self._cursor(self._store.snapshots) as cursor:
             if cursor.set_range(_key(after + 1)):
                 for key, value in cursor:
-                    yield _number(key), _decode(value)
+                    yield _number(key), _decoded(_number(key), value)
 
     def ids(self) -> set[int]:
         """The ids of all snapshots."""
@@ -185,13 +187,15 @@ class Reader:
             return {_number(key) for key in cursor.iternext(values=False)}
 
     def walk(self) -> Iterator[Info]:
-        """All snapshots in the order of their keys' bytes."""
+        """All snapshots in the order of their keys' bytes.
+
+        They are collected at once and made out later, also after the block: while a reader of a large store is at it, the
+        writer can't use any page again, and the file would grow all that time.
+        """
         with self._cursor(self._store.names) as cursor:
-            for _, key in cursor:
-                record = self.record(_number(key))
-                if record is None:
-                    raise Damaged(f"snapshot {_number(key)} has a name but no record")
-                yield self.info(_number(key), record)
+            order = list(cursor.iternext(keys=False))
+        with self._cursor(self._store.snapshots) as cursor:
+            return _Collected(self._store, dict(cursor)).infos(order)
 
     def uncounted(self) -> list[int]:
         """The ids of committed snapshots whose usage is not yet known."""
@@ -211,6 +215,32 @@ class Reader:
     def last_id(self) -> int:
         """The highest id ever given out."""
         return _number(self._txn.get(b"last_id", b"", db=self._store.meta))
+
+
+class _Collected(Reader):
+    """Records that were read, to be made out when the transaction has ended."""
+
+    def __init__(self, store: MetaStore, found: dict[bytes, bytes]) -> None:
+        super().__init__(store)
+        self._found = found
+        self._parents: dict[int, Record] = {}
+
+    def record(self, number: int) -> Record | None:
+        found = self._found.get(_key(number))
+        return _decoded(number, found) if found is not None else None
+
+    def parent_of(self, record: Record) -> Record:
+        parent = self._parents.get(record.parent)
+        if parent is None:
+            parent = self._parents[record.parent] = super().parent_of(record)
+        return parent
+
+    def infos(self, order: list[bytes]) -> Iterator[Info]:
+        for key in order:
+            record = self.record(_number(key))
+            if record is None:
+                raise Damaged(f"snapshot {_number(key)} has a name but no record")
+            yield self.info(_number(key), record)
 
 
 class _Ended:

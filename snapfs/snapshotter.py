@@ -439,7 +439,8 @@ class Snapshotter:
 
         def collect() -> list[Info]:
             with self._reading() as reader:
-                return [info for info in map(self.shown, reader.walk()) if holds(info)]
+                found = reader.walk()
+            return [info for info in map(self.shown, found) if holds(info)]
 
         return await trio.to_thread.run_sync(collect)
 
