@@ -93,6 +93,9 @@ def _decoded(number: int, found: bytes) -> Record:
         raise Damaged(f"the record of snapshot {number} can't be read: {error}") from error
 
 
+_NONSENSE = (lmdb.Error, UnicodeDecodeError, OverflowError)  # what reading gives where pages of the file are not what they were
+
+
 class Reader:
     """One consistent state of the store; valid inside ``MetaStore.reading`` or a write operation only."""
 
@@ -270,13 +273,15 @@ class _Reading(Reader):
             self._txn = store._begin_when_possible()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         txn, self._txn = self._txn, _ended
         if self._store.refusal is Forked:
             return  # it is the parent's, and py-lmdb leaves it alone as long as nobody ends it here
         for cursor in self._cursors:
             cursor.close()
         txn.abort()
+        if isinstance(error, _NONSENSE):
+            raise Damaged(f"the records in {self._store.path} can't be read: {error}; put them back from a backup") from error
 
 
 class Writer(Reader):

@@ -18,6 +18,7 @@ from pathlib import Path
 import lmdb
 import pytest
 import trio
+from lmdb.verify import verify
 
 from snapfs import Damaged, Kind, MetaStore, NotFound, SnapshotError, Snapshotter, Unavailable, metastore, open_snapshotter
 from snapfs.errors import Forked
@@ -427,3 +428,58 @@ def test_records_that_one_may_not_read(tmp_path: Path) -> None:
     ).stdout
     assert said.startswith("cannot open the records: ")
     assert said.endswith("Permission denied\n")
+
+
+# -- damage
+
+READ_ALL = """
+import sys
+from snapfs import *
+try:
+    store = MetaStore(sys.argv[1], map_size=1 << 24)
+    with store.reading() as reader:
+        records = [repr(each) for each in reader.records()]
+        infos = list(reader.walk())
+        for kind in Kind:
+            list(reader.listing(kind)), list(reader.children(1, kind)), reader.count(kind)
+        for info in infos:
+            reader.id_of(info.name)
+    print(*records, sep=chr(10))
+except Damaged as error:
+    print("Damaged:", error)
+"""
+
+
+def read_all(path: Path) -> str:
+    """What another process reads, or that it was killed: LMDB aborts on some pages, and nobody can stop it."""
+    done = subprocess.run([sys.executable, "-c", READ_ALL, str(path)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in (0, -signal.SIGABRT), done.stderr
+    return done.stdout if done.returncode == 0 else "aborted"
+
+
+async def test_a_damaged_page_is_told_and_never_read_as_other_records(tmp_path: Path) -> None:
+    """The reader says Damaged, or dies; what reads the file without LMDB tells each such page."""
+    path = tmp_path / "m"
+    store = MetaStore(str(path), map_size=1 << 24)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.serve)
+        await store.write(adding("base", Kind.COMMITTED))
+        for part in range(5):
+            await store.write(lambda writer, part=part: [adding(f"{part}-{n}", parent=1)(writer) for n in range(200)])  # type: ignore[misc]
+        store.stop()
+    store.close()
+    whole = path.read_bytes()
+    right = read_all(path)
+    assert right.count("Record(") == 1001
+    outcomes = []
+    for seed in range(12):
+        dice = random.Random(seed)
+        page = dice.randrange(2, len(whole) // 4096) * 4096
+        other = dice.randrange(2, len(whole) // 4096) * 4096
+        instead = [dice.randbytes(4096), bytes(4096), whole[other : other + 4096]][seed % 3]
+        path.write_bytes(whole[:page] + instead + whole[page + 4096 :])
+        said = read_all(path)
+        outcomes.append(said.partition(":")[0] if said != right else "right")
+        assert outcomes[-1] in ("Damaged", "aborted", "right"), said[:300]
+        assert (outcomes[-1] == "right") >= (verify(str(path), subdir=False) == [])  # type: ignore[no-untyped-call]
+    assert "Damaged" in outcomes
