@@ -19,7 +19,8 @@ its own, and makes the batch durable with one sync (group commit).  An operation
 alone; if the sync fails, all of the batch do.
 
 **Forking** is fine as long as the child leaves all of this alone: LMDB keeps its locks by process.  So each call is refused
-there, and what the child inherited is neither closed nor ended, since both would undo the parent's.
+there, and what the child inherited is neither closed nor ended, since both would undo the parent's.  It must leave by exec
+or os._exit: unwinding trio in a child breaks the parent's loop, whatever it runs.
 """
 
 from __future__ import annotations
@@ -103,12 +104,6 @@ class Reader:
 
     def __init__(self, store: MetaStore) -> None:
         self._store = store
-        self._cursors: list[lmdb.Cursor[bytes]] = []
-
-    def _cursor(self, table: lmdb._Database) -> lmdb.Cursor[bytes]:
-        cursor = self._txn.cursor(db=table)
-        self._cursors.append(cursor)
-        return cursor
 
     def id_of(self, name: str) -> int | None:
         """The id of the snapshot called ``name``."""
@@ -158,7 +153,7 @@ class Reader:
 
     def listing(self, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
         """Id and name of all snapshots of ``kind`` with an id above ``after``, in id order."""
-        with self._cursor(self._store.kinds[kind]) as cursor:
+        with self._txn.cursor(db=self._store.kinds[kind]) as cursor:
             if cursor.set_range(_key(after + 1)):
                 for key, name in cursor:
                     yield _number(key), name.decode()
@@ -166,7 +161,7 @@ class Reader:
     def children(self, parent: int, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
         """The same for the children of snapshot ``parent``."""
         prefix = _key(parent) + kind[0].encode()
-        with self._cursor(self._store.child_table) as cursor:
+        with self._txn.cursor(db=self._store.child_table) as cursor:
             if cursor.set_range(prefix + _key(after + 1)):
                 for key, name in cursor:
                     if not key.startswith(prefix):
@@ -179,14 +174,14 @@ class Reader:
 
     def records(self, after: int = 0) -> Iterator[tuple[int, Record]]:
         """Id and record of all snapshots with an id above ``after``, in id order."""
-        with self._cursor(self._store.snapshots) as cursor:
+        with self._txn.cursor(db=self._store.snapshots) as cursor:
             if cursor.set_range(_key(after + 1)):
                 for key, value in cursor:
                     yield _number(key), _decoded(_number(key), value)
 
     def ids(self) -> set[int]:
         """The ids of all snapshots."""
-        with self._cursor(self._store.snapshots) as cursor:
+        with self._txn.cursor(db=self._store.snapshots) as cursor:
             return {_number(key) for key in cursor.iternext(values=False)}
 
     def walk(self) -> Iterator[Info]:
@@ -195,19 +190,19 @@ class Reader:
         They are collected at once and made out later, also after the block: while a reader of a large store is at it, the
         writer can't use any page again, and the file would grow all that time.
         """
-        with self._cursor(self._store.names) as cursor:
+        with self._txn.cursor(db=self._store.names) as cursor:
             order = list(cursor.iternext(keys=False))
-        with self._cursor(self._store.snapshots) as cursor:
+        with self._txn.cursor(db=self._store.snapshots) as cursor:
             return _Collected(self._store, dict(cursor)).infos(order)
 
     def uncounted(self) -> list[int]:
         """The ids of committed snapshots whose usage is not yet known."""
-        with self._cursor(self._store.uncounted_table) as cursor:
+        with self._txn.cursor(db=self._store.uncounted_table) as cursor:
             return [_number(key) for key in cursor.iternext(values=False)]
 
     def unflushed(self) -> list[tuple[int, str]]:
         """The ids of committed snapshots whose data may be in memory only, each with the boot of the machine whose memory."""
-        with self._cursor(self._store.unflushed_table) as cursor:
+        with self._txn.cursor(db=self._store.unflushed_table) as cursor:
             return [(_number(key), boot.decode()) for key, boot in cursor]
 
     def count(self, kind: Kind) -> int:
@@ -260,7 +255,7 @@ class _Reading(Reader):
     """A reader with a transaction of its own, for one ``with`` block.
 
     Its place in LMDB's table of readers is free only when no object refers to the transaction any more, so that none may be
-    left behind in the frames of an error's traceback, or in a generator that was not used up.
+    left behind in the frames of an error's traceback.
     """
 
     def __enter__(self) -> Reader:
@@ -277,8 +272,6 @@ class _Reading(Reader):
         txn, self._txn = self._txn, _ended
         if self._store.refusal is Forked:
             return  # it is the parent's, and py-lmdb leaves it alone as long as nobody ends it here
-        for cursor in self._cursors:
-            cursor.close()
         txn.abort()
         if isinstance(error, _NONSENSE):
             raise Damaged(f"the records in {self._store.path} can't be read: {error}; put them back from a backup") from error
