@@ -106,6 +106,15 @@ class Closed(Unavailable):
         super().__init__("the snapshotter is closed")
 
 
+class Forked(Closed):
+    """The snapshotter belongs to the process that this one was forked from."""
+
+    def __init__(self) -> None:
+        Unavailable.__init__(
+            self, "the snapshotter belongs to the process that opened it; a process forked from that can't use it"
+        )
+
+
 class Stale(Unavailable):
     """A file's text has changed since its name was looked up; looking it up again finds the new one."""
 

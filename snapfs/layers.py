@@ -22,6 +22,7 @@ import os
 import stat
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import closing
@@ -63,6 +64,7 @@ class Layers:
         self._pool: deque[str] = deque()
         self._serials = itertools.count(1)  # for names; several threads take from it
         self._owner = (os.geteuid(), os.getegid())
+        _open_layers.add(self)
 
     @classmethod
     def hold(cls, root: str) -> Layers:
@@ -134,6 +136,11 @@ class Layers:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def leave_to_parent(self) -> None:
+        """In a process forked from the one that holds the root: hold it no longer than that one does, and touch nothing."""
+        self._pool.clear()
+        self.close()
 
     def directory(self, number: int) -> str:
         """ROOT/snapshots/<id>."""
@@ -407,6 +414,17 @@ def _is_dying(pid: str) -> bool:
 
 
 DYING = 2.0  # seconds that a killed process has to let go of its root
+
+
+_open_layers: weakref.WeakSet[Layers] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for layers in _open_layers:
+        layers.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _lock(root: str) -> int:

@@ -11,9 +11,16 @@ Tables (keys are compared as bytes; ids are 8 bytes, big-endian, so byte order i
     unflushed    id -> boot id                    committed, and its data not yet known to be on disk (``snapfs/flushing.py``)
 
 **Reading** takes an LMDB read transaction of its own for each call: about a microsecond, no lock, no thread, one
-consistent state.  **Writing** goes through one writer (``serve``): it takes all that waits, runs each operation in a
-nested transaction of its own, and makes the batch durable with one sync (group commit).  An operation that fails undoes
-itself and fails alone; if the sync fails, all of the batch do.
+consistent state.  It ends with its block and lets go of its place in LMDB's table of readers, whoever still holds the
+``Reader`` (an error that somebody keeps does, by its traceback).
+
+**Writing** goes through one writer (``serve``): it takes all that waits, runs each operation in a nested transaction of
+its own, and makes the batch durable with one sync (group commit).  An operation that fails undoes itself and fails
+alone; if the sync fails, all of the batch do.
+
+**Forking** is fine as long as the child leaves all of this alone: LMDB keeps its locks by process.  So each call is refused
+there, and what the child inherited is neither closed nor ended, since both would undo the parent's.  It must leave by exec
+or os._exit: unwinding trio in a child breaks the parent's loop, whatever it runs.
 """
 
 from __future__ import annotations
@@ -22,16 +29,19 @@ import errno
 import logging
 import math
 import os
+import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Generic, TypeVar
+from contextlib import AbstractContextManager, suppress
+from typing import Any, Generic, NoReturn, TypeVar
 
 import lmdb
 import msgspec
 import trio
+from lmdb.verify import VerifyError, verify
 
-from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
+from snapfs.errors import Closed, Damaged, Forked, SnapshotError, Unavailable
 from snapfs.model import Change, Info, Kind, Usage
 
 log = logging.getLogger(__name__)
@@ -41,6 +51,9 @@ T = TypeVar("T")
 SCHEMA = 1
 MAP_SIZE = 64 << 30  # address space, not memory or disk: a thousand bytes a snapshot leaves room for 60 million
 BATCH = 128  # operations that one sync serves at most, so that nobody waits for an endless batch
+
+READERS = 1024  # that may read at once, in all processes: 64 bytes of the lock file each, and far more than there are threads
+PATIENCE = 2.0  # seconds that one more than these waits for a place
 
 FULL = 1 << 20  # bytes left on a disk on which a failed write is taken for want of space
 
@@ -77,12 +90,23 @@ def _number(key: bytes) -> int:
     return int.from_bytes(key, "big")
 
 
+def _decoded(number: int, found: bytes) -> Record:
+    try:
+        return _decode(found)
+    except msgspec.MsgspecError as error:
+        raise Damaged(f"the record of snapshot {number} can't be read: {error}") from error
+
+
+_NONSENSE = (lmdb.Error, UnicodeDecodeError, OverflowError)  # what reading gives where pages of the file are not what they were
+
+
 class Reader:
     """One consistent state of the store; valid inside ``MetaStore.reading`` or a write operation only."""
 
-    def __init__(self, store: MetaStore, txn: lmdb.Transaction[bytes]) -> None:
+    _txn: lmdb.Transaction[bytes]
+
+    def __init__(self, store: MetaStore) -> None:
         self._store = store
-        self._txn = txn
 
     def id_of(self, name: str) -> int | None:
         """The id of the snapshot called ``name``."""
@@ -95,12 +119,7 @@ class Reader:
     def record(self, number: int) -> Record | None:
         """The record of snapshot ``number``; raises Damaged where it can't be decoded."""
         found = self._txn.get(_key(number), db=self._store.snapshots)
-        if found is None:
-            return None
-        try:
-            return _decode(found)
-        except msgspec.MsgspecError as error:
-            raise Damaged(f"the record of snapshot {number} can't be read: {error}") from error
+        return _decoded(number, found) if found is not None else None
 
     def parent_of(self, record: Record) -> Record:
         """The record of the parent of ``record``, which must have one; raises Damaged where there is none."""
@@ -161,7 +180,7 @@ class Reader:
         with self._txn.cursor(db=self._store.snapshots) as cursor:
             if cursor.set_range(_key(after + 1)):
                 for key, value in cursor:
-                    yield _number(key), _decode(value)
+                    yield _number(key), _decoded(_number(key), value)
 
     def ids(self) -> set[int]:
         """The ids of all snapshots."""
@@ -169,13 +188,15 @@ class Reader:
             return {_number(key) for key in cursor.iternext(values=False)}
 
     def walk(self) -> Iterator[Info]:
-        """All snapshots in the order of their keys' bytes."""
+        """All snapshots in the order of their keys' bytes.
+
+        They are collected at once and made out later, also after the block: while a reader of a large store is at it, the
+        writer can't use any page again, and the file would grow all that time.
+        """
         with self._txn.cursor(db=self._store.names) as cursor:
-            for _, key in cursor:
-                record = self.record(_number(key))
-                if record is None:
-                    raise Damaged(f"snapshot {_number(key)} has a name but no record")
-                yield self.info(_number(key), record)
+            order = list(cursor.iternext(keys=False))
+        with self._txn.cursor(db=self._store.snapshots) as cursor:
+            return _Collected(self._store, dict(cursor)).infos(order)
 
     def uncounted(self) -> list[int]:
         """The ids of committed snapshots whose usage is not yet known."""
@@ -231,11 +252,74 @@ class Reader:
         return _number(self._txn.get(b"last_id", b"", db=self._store.meta))
 
 
+class _Collected(Reader):
+    """Records that were read, to be made out when the transaction has ended."""
+
+    def __init__(self, store: MetaStore, found: dict[bytes, bytes]) -> None:
+        super().__init__(store)
+        self._found = found
+        self._parents: dict[int, Record] = {}
+
+    def record(self, number: int) -> Record | None:
+        found = self._found.get(_key(number))
+        return _decoded(number, found) if found is not None else None
+
+    def parent_of(self, record: Record) -> Record:
+        parent = self._parents.get(record.parent)
+        if parent is None:
+            parent = self._parents[record.parent] = super().parent_of(record)
+        return parent
+
+    def infos(self, order: list[bytes]) -> Iterator[Info]:
+        for key in order:
+            record = self.record(_number(key))
+            if record is None:
+                raise Damaged(f"snapshot {_number(key)} has a name but no record")
+            yield self.info(_number(key), record)
+
+
+class _Ended:
+    """The transaction of a reader whose block has ended."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError("the records were read after the block that reads them had ended")
+
+
+_ended: Any = _Ended()
+
+
+class _Reading(Reader):
+    """A reader with a transaction of its own, for one ``with`` block.
+
+    Its place in LMDB's table of readers is free only when no object refers to the transaction any more, so that none may be
+    left behind in the frames of an error's traceback.
+    """
+
+    def __enter__(self) -> Reader:
+        store = self._store
+        if store.refusal is not None:
+            raise store.refusal()
+        try:
+            self._txn = store._env.begin()
+        except lmdb.ReadersFullError:
+            self._txn = store._begin_when_possible()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        txn, self._txn = self._txn, _ended
+        if self._store.refusal is Forked:
+            return  # it is the parent's, and py-lmdb leaves it alone as long as nobody ends it here
+        txn.abort()
+        if isinstance(error, _NONSENSE):
+            raise Damaged(f"the records in {self._store.path} can't be read: {error}; put them back from a backup") from error
+
+
 class Writer(Reader):
     """What a write operation may do besides reading.  It runs in the writer's thread, one operation at a time."""
 
     def __init__(self, store: MetaStore, txn: lmdb.Transaction[bytes], batch: _Batch) -> None:
-        super().__init__(store, txn)
+        super().__init__(store)
+        self._txn = txn
         self._batch = batch
         self.undos: list[Undo] = []
         self.afters: list[Undo] = []
@@ -315,7 +399,8 @@ class MetaStore:
 
     Open it (``MetaStore(path)``: the file, with ``path-lock`` beside it), run ``serve`` in a nursery, ``close`` it.
     Without ``sync`` nothing is ever flushed: a power cut may take the whole store, a crash of the process takes nothing.
-    Raises Unavailable where the file can't be opened, Damaged where it is none of ours or of a newer schema.
+    Raises Unavailable where the file can't be opened, Damaged where it is none of ours or of a newer schema: it is not touched
+    then.  A file that is missing or empty becomes a new store.
     """
 
     def __init__(self, path: str, map_size: int = MAP_SIZE, *, sync: bool = True) -> None:
@@ -324,11 +409,18 @@ class MetaStore:
         self.listeners: list[Callable[[Change], None]] = []
         self.batches: Counter[int] = Counter()
         """How often so many operations were made durable with one sync."""
+        self.refusal: type[Closed] | None = None
+        """What every call raises: Closed after ``close``, Forked in a child of the process that opened it, else None."""
         try:
             self._env = lmdb.open(
-                path, subdir=False, sync=sync, map_size=map_size, mode=0o600, max_dbs=16, max_spare_txns=1, max_readers=64
+                path, subdir=False, sync=sync, map_size=map_size, mode=0o600, max_dbs=16, max_spare_txns=1, max_readers=READERS
             )
+        except lmdb.Error as error:
+            raise unreadable(path, error) from error
+        try:
+            _keep_from_children(path)
             self._env.reader_check()
+            refuse_foreign(self._env, path)
             with self._env.begin(write=True) as txn:
                 self.meta = self._env.open_db(b"meta", txn)
                 self.snapshots = self._env.open_db(b"snapshots", txn)
@@ -338,32 +430,38 @@ class MetaStore:
                 self.uncounted_table = self._env.open_db(b"uncounted", txn)
                 self.unflushed_table = self._env.open_db(b"unflushed", txn)
                 self.index_tables = [self.names, *self.kinds.values(), self.child_table, self.uncounted_table]
-                found = txn.get(b"schema", db=self.meta)
-                if found is None:
+                if txn.get(b"schema", db=self.meta) is None:
                     txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)
-        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
-            raise Damaged(f"the records in {path} can't be read: {error}") from error
-        except lmdb.Error as error:
-            raise _refused("open the records", path, error) from error
-        if found is not None and found != str(SCHEMA).encode():
+        except BaseException as error:
             self._env.close()
-            version = found.decode(errors="replace")
-            raise Damaged(f"the records in {path} have schema {version}; this snapfs reads schema {SCHEMA}")
+            if isinstance(error, lmdb.Error):
+                raise unreadable(path, error) from error
+            raise
         self._send: trio.MemorySendChannel[_Request[Any]] | None = None
-        self._closed = False
+        _open_stores.add(self)
 
     def close(self) -> None:
         """Close the environment; twice is fine.  The writer must have ended (``serve``)."""
-        self._closed = True
-        self._env.close()
+        if self.refusal is None:
+            self.refusal = Closed
+            self._env.close()
 
-    @contextmanager
-    def reading(self) -> Iterator[Reader]:
+    def reading(self) -> AbstractContextManager[Reader]:
         """One consistent state, for a block that must be short and must not await anything."""
-        if self._closed:
-            raise Closed()
-        with self._env.begin() as txn:
-            yield Reader(self, txn)
+        return _Reading(self)
+
+    def _begin_when_possible(self) -> lmdb.Transaction[bytes]:
+        """A read transaction although all places were taken: by dead processes, or by others who read and are soon done."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            self._env.reader_check()
+            try:
+                return self._env.begin()
+            except lmdb.ReadersFullError:
+                if time.monotonic() > deadline:
+                    busy = f"cannot read the records in {self.path}: more than {READERS} others are reading them"
+                    raise Unavailable(busy, errno.EAGAIN) from None
+            time.sleep(0.001)
 
     async def write(self, operation: Callable[[Writer], T]) -> T:
         """Run ``operation`` in the writer's thread; returns its result when that is durable, or raises what it raised,
@@ -372,8 +470,8 @@ class MetaStore:
         Cancellation takes back what the writer has not begun; what it has begun is finished, so it is done or not done.
         Raises Unavailable where the disk refuses (ENOSPC …) and after ``close``.
         """
-        if self._send is None:
-            raise Closed()
+        if self._send is None or self.refusal is not None:
+            raise (self.refusal or Closed)()
         request = _Request(operation)
         self._send.send_nowait(request)
         try:
@@ -415,6 +513,8 @@ class MetaStore:
             if not batch.requests:
                 continue
             self.batches[len(batch.requests)] += 1
+            with suppress(lmdb.Error):  # a backup that was killed: no page that it was reading would ever be used again
+                self._env.reader_check()
             try:
                 with trio.CancelScope(shield=True):  # a thread can't be stopped, and its outcome must be told
                     await trio.to_thread.run_sync(self._run, batch)
@@ -475,6 +575,64 @@ class MetaStore:
         return None
 
 
+_open_stores: weakref.WeakSet[MetaStore] = weakref.WeakSet()
+
+
+def _refuse_in_child() -> None:
+    for store in _open_stores:
+        if store.refusal is None:
+            store.refusal = Forked
+
+
+os.register_at_fork(after_in_child=_refuse_in_child)
+
+
+def _keep_from_children(path: str) -> None:
+    """Close on exec what LMDB has open of the file: it forgets that of one descriptor."""
+    mine = os.stat(path)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(fd), mine):
+                os.set_inheritable(fd, False)
+
+
+def _refuse_cut(env: lmdb.Environment, path: str) -> None:
+    """Raise Damaged where the end of the file is missing, on which LMDB would die of SIGBUS."""
+    size, needed = os.stat(path).st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    if size >= needed:
+        return
+    try:
+        # the last pages may be free ones that were never written
+        problems: list[str] = verify(path, subdir=False)  # type: ignore[no-untyped-call]
+    except VerifyError as error:
+        problems = [str(error)]
+    if problems:
+        raise Damaged(f"{path} is cut short: {size} bytes of {needed}; put it back from a backup")
+
+
+def refuse_foreign(env: lmdb.Environment, path: str) -> None:
+    """Raise Damaged unless ``env`` is new, or of this schema, and all there."""
+    _refuse_cut(env, path)
+    with env.begin() as txn:
+        if txn.stat()["entries"] == 0:
+            return
+        try:
+            meta = env.open_db(b"meta", txn, create=False)
+            found = txn.get(b"schema", db=meta)
+        except (lmdb.NotFoundError, lmdb.IncompatibleError):
+            found = None
+    if found is None:
+        raise Damaged(f"{path} is an LMDB file, but not of snapfs: move it away, and put back the records from a backup")
+    if found == str(SCHEMA).encode():
+        return
+    version = found.decode(errors="replace")
+    if found.isdigit() and int(found) > SCHEMA:
+        raise Damaged(
+            f"the records in {path} were written by a newer snapfs (schema {version}; this one reads {SCHEMA}): use that one"
+        )
+    raise Damaged(f'the records in {path} have the schema "{version}", which no snapfs writes; this one reads {SCHEMA}')
+
+
 class _Request(Generic[T]):
     """One operation on its way through the writer."""
 
@@ -507,6 +665,13 @@ def _undo(writer: Writer) -> None:
             undo()
         except OSError as error:
             log.warning("while undoing a failed operation: %s", error)
+
+
+def unreadable(path: str, error: lmdb.Error) -> Damaged | Unavailable:
+    """Why the records can't be opened, as a sentence."""
+    if isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError)):
+        return Damaged(f"the records in {path} can't be read: {error}; put them back from a backup")
+    return _refused("open the records", path, error)
 
 
 def _refused(doing: str, path: str, error: lmdb.Error | OSError) -> Unavailable:

@@ -185,8 +185,9 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
 
 def _refuse_lost_records(layers: Layers) -> None:
     """Without records every layer would look abandoned and be deleted; better to stop."""
-    if layers.present() and not os.path.exists(f"{layers.root}/metadata.mdb"):
+    path = f"{layers.root}/metadata.mdb"
+    if layers.present() and not (os.path.exists(path) and os.path.getsize(path)):
         raise Damaged(
-            f"{layers.snapshots} holds layers but {layers.root}/metadata.mdb is missing: "
+            f"{layers.snapshots} holds layers but {path} is missing or empty: "
             f"put the records back from a backup, or have them made anew: snapfs check {layers.root} --rebuild"
         )

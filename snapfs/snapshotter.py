@@ -120,11 +120,13 @@ class Snapshotter:
             return
         self._closed = True
         with trio.CancelScope(shield=True):
-            await self.flushing.finish()
-            self.records.stop()
-            if self._background is not None:
-                self._background.cancel()
-                await self._background_ended.wait()
+            try:
+                await self.flushing.finish()
+            finally:
+                self.records.stop()
+                if self._background is not None:
+                    self._background.cancel()
+                    await self._background_ended.wait()
             async with self._housekeeping.trash_lock:  # a Remove may be waiting for its files to go
                 await trio.to_thread.run_sync(self._close_files)
 
@@ -450,7 +452,8 @@ class Snapshotter:
 
         def collect() -> list[Info]:
             with self._reading() as reader:
-                return [info for info in map(self.shown, reader.walk()) if holds(info)]
+                found = reader.walk()
+            return [info for info in map(self.shown, found) if holds(info)]
 
         return await trio.to_thread.run_sync(collect)
 

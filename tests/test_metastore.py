@@ -481,14 +481,23 @@ async def test_a_full_map_is_unavailable_and_harms_nothing(tmp_path: Path) -> No
     store.close()
 
 
-@pytest.mark.parametrize("schema", [SCHEMA + 1, 99, "x"])
-def test_another_schema_is_refused(tmp_path: Path, schema: object) -> None:
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        (SCHEMA + 1, rf"newer snapfs \(schema {SCHEMA + 1}; this one reads {SCHEMA}\): use that one"),
+        (99, r"newer snapfs \(schema 99;"),
+        (0, 'schema "0", which no snapfs writes'),
+        ("x", 'schema "x", which no snapfs writes'),
+        ("", 'schema "", which no snapfs writes'),
+    ],
+)
+def test_another_schema_is_refused(tmp_path: Path, schema: object, words: str) -> None:
     path = str(tmp_path / "m")
     store = MetaStore(path, map_size=1 << 20)
     with store._env.begin(write=True) as txn:
         txn.put(b"schema", str(schema).encode(), db=store.meta)
     store.close()
-    with pytest.raises(Damaged, match=f"schema {schema}; this snapfs reads schema {SCHEMA}"):
+    with pytest.raises(Damaged, match=words):
         MetaStore(path, map_size=1 << 20)
 
 

@@ -1,0 +1,115 @@
+"""A copy of the records while they are in use, by whomever: of one consistent state, whole or not there at all.
+
+It holds what LMDB's own copy holds, without the free pages.  The layers are not in it: they are directories, and what copies
+directories copies them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import ExitStack
+
+import lmdb
+import msgspec
+
+from snapfs.errors import AlreadyExists, InvalidArgument, Unavailable
+from snapfs.kernel.mounttable import mount_table
+from snapfs.metastore import MAP_SIZE, READERS, refuse_foreign, unreadable
+
+_NOT_WITHOUT_A_NAME = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+
+
+class Backup(msgspec.Struct, frozen=True):
+    """What was written: ``snapshots`` is how many the records name, ``size`` the file's length in bytes."""
+
+    snapshots: int
+    size: int
+
+
+def backup(root: str, file: str) -> Backup:
+    """Write a copy of the records of ``root`` to ``file``, mode 0600, on disk when this returns.
+
+    It holds all that was acknowledged before the call.  ``file`` appears whole or not at all, and is never replaced.  For any
+    process but the one that has the root open; blocks on the disk.
+
+    Raises AlreadyExists; InvalidArgument: ``file`` lies within the root or on a mount of snapfs; Damaged; Unavailable.
+    """
+    records = os.path.realpath(root) + "/metadata.mdb"
+    try:
+        if os.stat(records).st_size == 0:
+            raise Unavailable(f"there are no records in {root} yet: {records} is empty")
+    except OSError as error:
+        raise Unavailable.from_os("read the records", error) from error
+    directory, name = os.path.split(os.path.abspath(file))
+    directory = os.path.realpath(directory)
+    if os.path.lexists(f"{directory}/{name}"):
+        raise AlreadyExists(f"{file} exists already, and a backup never replaces anything: give another name")
+    _refuse_place(os.path.realpath(root), directory, file)
+    try:
+        return _write(records, directory, name)
+    except OSError as error:
+        if error.errno == errno.EEXIST:
+            raise AlreadyExists(f"{file} has just been made by somebody else: give another name") from None
+        raise Unavailable.from_os(f"write the backup {file}", error) from error
+
+
+def _refuse_place(root: str, directory: str, file: str) -> None:
+    if os.path.commonpath([root, directory]) == root:
+        raise InvalidArgument(f"the backup {file} would lie in {root}, and be lost with it: write it elsewhere")
+    holding = [mount for mount in mount_table() if os.path.commonpath([mount.target, directory]) == mount.target]
+    nearest = max(holding, key=lambda mount: len(mount.target), default=None)
+    if nearest is not None and nearest.type == "fuse.snapfs":
+        raise InvalidArgument(
+            f"the backup {file} would lie on a mount of snapfs, which holds snapshots only: write it elsewhere"
+        )
+
+
+def _write(records: str, directory: str, name: str) -> Backup:
+    """Copy ``records`` into a file that has no name yet, where the file system has such (else one that says what it is), and
+    give it its own."""
+    partial = ""
+    with ExitStack() as ended:
+        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        ended.callback(os.close, place)
+        try:
+            fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in _NOT_WITHOUT_A_NAME:
+                raise
+            partial = f".snapfs-backup-{os.getpid()}.partial"
+            fd = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=place)
+            ended.callback(os.unlink, partial, dir_fd=place)
+        ended.callback(os.close, fd)
+        _copy(records, fd)
+        os.fsync(fd)
+        made = Backup(_count(fd, records), os.fstat(fd).st_size)
+        os.link(partial or f"/proc/self/fd/{fd}", name, src_dir_fd=place, dst_dir_fd=place, follow_symlinks=True)
+        os.fsync(place)
+        return made
+
+
+def _copy(records: str, fd: int) -> None:
+    room = max(MAP_SIZE, 2 * os.stat(records).st_size)  # it may grow before the copy begins
+    try:
+        with lmdb.open(records, room, subdir=False, readonly=True, mode=0o600, max_dbs=16, max_readers=READERS) as env:
+            refuse_foreign(env, records)
+            env.copyfd(fd, compact=True)
+    except lmdb.Error as error:
+        code = getattr(error, "code", 0)
+        if code > 0:
+            raise OSError(code, os.strerror(code)) from error
+        raise unreadable(records, error) from error
+
+
+def _count(fd: int, records: str) -> int:
+    """How many snapshots the copy names: it is opened, as it will be one day."""
+    try:
+        with (
+            lmdb.open(f"/proc/self/fd/{fd}", subdir=False, readonly=True, lock=False, max_dbs=16) as env,
+            env.begin() as txn,
+        ):
+            entries: int = txn.stat(env.open_db(b"snapshots", txn, create=False))["entries"]
+            return entries
+    except lmdb.Error as error:
+        raise unreadable(records, error) from error

@@ -1,0 +1,485 @@
+"""LMDB as it must be used: readers that end, a table of them that never fills up, forks, and files that are none of ours."""
+
+from __future__ import annotations
+
+import ast
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import lmdb
+import pytest
+import trio
+from lmdb.verify import verify
+
+from snapfs import Damaged, Kind, MetaStore, NotFound, SnapshotError, Snapshotter, Unavailable, metastore, open_snapshotter
+from snapfs.errors import Forked
+from snapfs.layers import is_abandoned
+from snapfs.tree import Tree
+from snapfs.tree.tree import ROOT_INODE
+from tests.conftest import die_with_parent
+from tests.test_metastore import adding, check_indexes
+from tests.test_metastore import store as store
+from tests.test_tree import crawl
+
+PACKAGE = Path(metastore.__file__).parent
+
+
+def readers(env: lmdb.Environment) -> list[str]:
+    """The state of each taken place in LMDB's table: the transaction that is read, "-" for a place kept for the next one."""
+    lines = env.readers().splitlines()[1:]
+    return [line.split()[2] for line in lines]
+
+
+# -- readers end
+
+
+def test_no_block_that_reads_awaits_or_yields() -> None:
+    """But for ``entries``, whose one consumer closes it without awaiting anything either."""
+    blocks = 0
+    for path in PACKAGE.rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            for block in ast.walk(function):
+                if isinstance(block, ast.With) and any(
+                    call in ast.unparse(item) for item in block.items for call in ("reading()", ".entries(")
+                ):
+                    blocks += 1
+                    inner = {type(found) for statement in block.body for found in ast.walk(statement)}
+                    if function.name == "entries":
+                        inner -= {ast.Yield}
+                    outlives = {ast.Await, ast.Yield, ast.YieldFrom, ast.AsyncFor, ast.AsyncWith}
+                    assert not inner & outlives, (path, block.lineno)
+    assert blocks > 25
+
+
+async def test_what_is_read_after_the_block_is_an_error(store: MetaStore) -> None:
+    for name in "abc":
+        await store.write(adding(name))
+    begun: list[Iterator[object]]
+    with store.reading() as reader:
+        begun = [reader.listing(Kind.ACTIVE), reader.records()]
+        for generator in begun:
+            next(generator)
+        unbegun: list[Iterator[object]] = [reader.listing(Kind.ACTIVE), reader.children(1, Kind.ACTIVE)]
+        walked = reader.walk()
+    for generator in begun:
+        with pytest.raises(lmdb.Error, match="closed"):
+            next(generator)
+    calls: list[Callable[[], object]] = [lambda: reader.id_of("a"), lambda: reader.record(1), reader.last_id]
+    calls += [partial(next, each) for each in unbegun]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="after the block"):
+            call()
+    assert readers(store._env) == ["-"]
+    await store.write(adding("d"))
+    assert [info.name for info in walked] == ["a", "b", "c"]
+
+
+async def test_errors_and_generators_that_are_kept_take_no_place(snapshotter: Snapshotter) -> None:
+    """An error's traceback refers to all that stood in the frames that it passed, and so did each to a transaction."""
+    env = snapshotter.records._env
+    await snapshotter.prepare("a")
+    kept: list[object] = []
+    for number in range(2 * metastore.READERS):
+        with pytest.raises(NotFound) as caught:
+            await snapshotter.stat(f"nobody {number}")
+        kept.append(caught.value)
+    for _ in range(100):
+        with snapshotter.records.reading() as reader:
+            listing = reader.listing(Kind.ACTIVE)
+            next(listing)
+            kept.append(listing)
+            kept.append(reader)
+    assert len(kept) == 2 * metastore.READERS + 200
+    assert readers(env) == ["-"]
+    assert env.info()["num_readers"] < 5
+
+
+async def test_a_mixed_load_leaves_no_reader(snapshotter: Snapshotter) -> None:
+    env = snapshotter.records._env
+    tree = Tree(snapshotter)
+    met = crawled = 0
+
+    async def client(number: int) -> None:
+        nonlocal met, crawled
+        dice = random.Random(number)
+        for turn in range(30):
+            key, base = f"{number}-{turn % 4}", f"base{dice.randrange(8)}"
+            calls: list[Callable[[], Awaitable[object]]] = [
+                partial(snapshotter.prepare, key, base if turn % 2 else None),
+                partial(snapshotter.prepare, key),
+                partial(snapshotter.commit, base, key, wait=False),
+                partial(snapshotter.remove, key),
+                partial(snapshotter.stat, key),
+                partial(snapshotter.usage, key),
+                partial(snapshotter.changes, key, list),
+                partial(snapshotter.walk, "kind==active"),
+                partial(snapshotter.update, key, {"a": "b"}),
+            ]
+            with suppress(SnapshotError):
+                await dice.choice(calls)()
+            crawled += sum(1 for _ in crawl(tree.node(ROOT_INODE)))
+            met = max(met, len(readers(env)))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(8):
+            nursery.start_soon(client, number)
+    check_indexes(snapshotter.records)
+    assert crawled > 5_000
+    assert 1 <= met < 50
+    with trio.fail_after(20):
+        await snapshotter.cleanup()
+        while readers(env) != ["-"]:  # what goes on in the background is short
+            await trio.sleep(0)
+
+
+# -- the table
+
+
+async def test_more_readers_than_places_wait_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metastore, "READERS", 4)
+    store = MetaStore(str(tmp_path / "m"), map_size=1 << 20)
+    assert store._env.info()["max_readers"] == 4
+    all_there, refused, met = threading.Barrier(64), list[BaseException](), list[int]()
+
+    def read() -> None:
+        all_there.wait(20)
+        try:
+            for _ in range(20):
+                with store.reading() as reader:
+                    met.append(len(readers(store._env)))
+                    reader.ids()
+        except BaseException as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert refused == []
+    assert len(met) == 64 * 20
+    assert max(met) <= 4
+    store.close()
+
+
+async def test_who_waits_too_long_for_a_place_is_told(store: MetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metastore, "PATIENCE", 0.0)
+    held = []
+    while True:
+        try:
+            held.append(store._env.begin())
+        except lmdb.ReadersFullError:
+            break
+    assert len(held) == metastore.READERS
+    with pytest.raises(Unavailable, match="more than 1024 others are reading"), store.reading():
+        pass
+    del held
+    with store.reading() as reader:
+        assert reader.ids() == set()
+
+
+KILLED_READER = """
+import lmdb, os, signal, sys
+env = lmdb.open(sys.argv[1], subdir=False, readonly=True)
+kept = [env.begin() for _ in range(int(sys.argv[2]))]
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_a_reader(path: str, places: int) -> None:
+    assert subprocess.run([sys.executable, "-c", KILLED_READER, path, str(places)], check=False).returncode == -signal.SIGKILL
+
+
+def test_places_of_a_killed_process_are_free_at_start(tmp_path: Path) -> None:
+    path = str(tmp_path / "m")
+    MetaStore(path).close()
+    held = lmdb.open(path, subdir=False, readonly=True)  # whoever opens it as the only one makes the table anew
+    kill_a_reader(path, 3)
+    assert len(readers(held)) == 3
+    script = "import sys; from snapfs import MetaStore; s = MetaStore(sys.argv[1]); print(s._env.readers())"
+    said = subprocess.run([sys.executable, "-c", script, path], check=True, capture_output=True, text=True).stdout
+    assert len(said.splitlines()) <= 3  # a heading, and its own
+    assert readers(held) == []
+    held.close()
+
+
+async def test_places_of_a_killed_process_are_free_while_running(store: MetaStore) -> None:
+    """Else no page that it was reading would be used again, and the file grow for ever."""
+    kill_a_reader(store.path, 3)
+    assert len(readers(store._env)) == 4
+    await store.write(adding("a"))
+    assert readers(store._env) == ["-"]
+    kill_a_reader(store.path, metastore.READERS - 1)
+    with store.reading(), store.reading():  # the second one finds no place
+        assert len(readers(store._env)) == 2
+
+
+# -- forks
+
+
+def in_fork(act: Callable[[], object]) -> str:
+    """What ``act`` gives or raises in a forked process."""
+    there, here = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            try:
+                said = str(act())
+            except BaseException as error:
+                said = f"{type(error).__name__}: {error}"
+            os.write(here, said.encode())
+        finally:
+            os._exit(0)
+    os.close(here)
+    with os.fdopen(there) as pipe:
+        said = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return said
+
+
+REFUSED = f"Forked: {Forked()}"
+
+
+async def test_a_forked_process_is_refused_and_harms_nothing(snapshotter: Snapshotter, root: Path) -> None:
+    await snapshotter.prepare("web")
+    store = snapshotter.records
+    pool = set(os.listdir(root / "pool"))
+
+    def read() -> None:
+        with store.reading():
+            pass
+
+    def step(call: Callable[[], object]) -> object:
+        coroutine = call()
+        try:
+            while True:
+                coroutine.send(None)  # type: ignore[attr-defined]
+        except StopIteration as stop:
+            return stop.value
+
+    assert in_fork(read) == REFUSED
+    assert in_fork(partial(step, partial(store.write, adding("a")))) == REFUSED
+    assert in_fork(partial(step, partial(snapshotter._write_record, adding("a")))) == REFUSED
+    assert in_fork(lambda: snapshotter._reading().__enter__()) == REFUSED
+    with store.reading() as reader:
+        assert reader.id_of("web") == 1
+        before = readers(store._env)
+        assert in_fork(store.close) == "None"
+        assert in_fork(snapshotter.layers.close) == "None"
+        assert readers(store._env) == before
+        assert reader.id_of("web") == 1
+    assert set(os.listdir(root / "pool")) >= pool
+    await snapshotter.prepare("more")
+    assert not is_abandoned(str(root))
+
+
+async def test_a_fork_within_a_block_that_reads_leaves_the_parents_transaction(store: MetaStore) -> None:
+    await store.write(adding("a"))
+    block = store.reading()
+    reader = block.__enter__()
+    listing = reader.listing(Kind.ACTIVE)
+    next(listing)
+    before = readers(store._env)
+    assert in_fork(lambda: block.__exit__(None, None, None)) == "None"
+    assert readers(store._env) == before != ["-"]
+    block.__exit__(None, None, None)
+    assert readers(store._env) == ["-"]
+
+
+HOLDER = """
+import os, sys, time, trio
+from snapfs import open_snapshotter
+async def main():
+    async with open_snapshotter(sys.argv[1]) as snapshotter:
+        await snapshotter.prepare("web")
+        if os.fork() == 0:
+            print("forked", flush=True)
+            time.sleep(60)
+        os.kill(os.getpid(), 9)
+trio.run(main)
+"""
+
+
+async def test_a_forked_process_that_outlives_the_holder_does_not_hold_the_root(root: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(root)], stdout=subprocess.PIPE, preexec_fn=die_with_parent, start_new_session=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"forked\n"
+        assert holder.wait(20) == -signal.SIGKILL
+        async with open_snapshotter(root) as snapshotter:
+            assert [info.name for info in await snapshotter.walk()] == ["web"]
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+        assert holder.stdout is not None
+        holder.stdout.close()
+
+
+async def test_the_descriptors_are_not_inherited(snapshotter: Snapshotter, root: Path) -> None:
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue
+        assert not target.startswith(str(root)) or not os.get_inheritable(int(fd)), target
+
+
+# -- files that are none of ours
+
+
+def somebody_elses(path: Path, table: bytes | None = b"things") -> None:
+    with lmdb.open(str(path), subdir=False, max_dbs=4) as env, env.begin(write=True) as txn:
+        txn.put(b"a", b"b", db=env.open_db(table, txn) if table else None)
+
+
+def a_store(path: Path) -> None:
+    store = MetaStore(str(path), map_size=1 << 24)
+    with store._env.begin(write=True) as txn:
+        for number in range(3000):
+            txn.put(f"name {number}".encode(), bytes(8), db=store.names)
+    store.close()
+
+
+def cut_to(size: int, path: Path) -> None:
+    a_store(path)
+    os.truncate(path, size)
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "text": (lambda path: path.write_text("not LMDB at all\n" * 1000), "can't be read"),
+    "zeros": (lambda path: path.write_bytes(bytes(65536)), "can't be read"),
+    "short": (lambda path: path.write_bytes(b"x"), "can't be read"),
+    "cut in its head": (partial(cut_to, 100), "can't be read"),
+    "cut": (partial(cut_to, 16384), "is cut short"),
+    "other tables": (somebody_elses, "LMDB file, but not of snapfs"),
+    "no tables": (partial(somebody_elses, table=None), "LMDB file, but not of snapfs"),
+    "a key called meta": (partial(somebody_elses, table=b"meta"), "LMDB file, but not of snapfs"),
+    "directory": (lambda path: path.mkdir(), "Is a directory"),
+    "dangling link": (lambda path: path.symlink_to("nowhere/x"), "No such file"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(tmp_path: Path, what: str) -> None:
+    make, words = FOREIGN[what]
+    path = tmp_path / "m"
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    for _ in range(2):
+        with pytest.raises((Damaged, Unavailable), match=words) as caught:
+            MetaStore(str(path), map_size=1 << 24)
+        assert str(path) in str(caught.value)
+    assert before == (path.read_bytes() if path.is_file() else None)
+
+
+def test_an_empty_file_becomes_a_store_unless_there_are_layers(tmp_path: Path, root: Path) -> None:
+    """A first start that was cut short leaves one."""
+
+    async def use() -> None:
+        async with open_snapshotter(root) as snapshotter:
+            await snapshotter.prepare("web")
+
+    root.mkdir()
+    (root / "lock").touch()
+    (root / "metadata.mdb").touch()
+    trio.run(use)
+    os.truncate(root / "metadata.mdb", 0)
+    for _ in range(2):
+        with pytest.raises(Damaged, match=r"metadata\.mdb is missing or empty"):
+            trio.run(use)
+    assert os.listdir(root / "snapshots") == ["1"]
+    assert (root / "metadata.mdb").stat().st_size == 0
+
+
+@pytest.mark.parametrize("lock", [b"", b"x", b"rubbish" * 10_000, b"\xde\xc0\xef\xbe\x63\x00\x00\x00" * 100, None])
+def test_whatever_the_lock_file_holds_it_is_made_anew(tmp_path: Path, lock: bytes | None) -> None:
+    path = tmp_path / "m"
+    a_store(path)
+    if lock is None:
+        (tmp_path / "m-lock").unlink()
+    else:
+        (tmp_path / "m-lock").write_bytes(lock)
+    store = MetaStore(str(path), map_size=1 << 24)
+    with store.reading() as reader:
+        assert reader.id_of("name 7") == 0
+    assert readers(store._env) == ["-"]
+    assert stat.S_IMODE((tmp_path / "m-lock").stat().st_mode) & 0o077 == 0
+    store.close()
+
+
+def test_records_that_one_may_not_read(tmp_path: Path) -> None:
+    a_store(tmp_path / "m")
+    script = "import sys; from snapfs import *\ntry: MetaStore(sys.argv[1])\nexcept SnapshotError as error: print(error)"
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    said = subprocess.run(
+        [*as_nobody, sys.executable, "-c", script, str(tmp_path / "m")], capture_output=True, text=True, check=True
+    ).stdout
+    assert said.startswith("cannot open the records: ")
+    assert said.endswith("Permission denied\n")
+
+
+# -- damage
+
+READ_ALL = """
+import sys
+from snapfs import *
+try:
+    store = MetaStore(sys.argv[1], map_size=1 << 24)
+    with store.reading() as reader:
+        records = [repr(each) for each in reader.records()]
+        infos = list(reader.walk())
+        for kind in Kind:
+            list(reader.listing(kind)), list(reader.children(1, kind)), reader.count(kind)
+        for info in infos:
+            reader.id_of(info.name)
+    print(*records, sep=chr(10))
+except Damaged as error:
+    print("Damaged:", error)
+"""
+
+
+def read_all(path: Path) -> str:
+    """What another process reads, or that it was killed: LMDB aborts on some pages, and nobody can stop it."""
+    done = subprocess.run([sys.executable, "-c", READ_ALL, str(path)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in (0, -signal.SIGABRT), done.stderr
+    return done.stdout if done.returncode == 0 else "aborted"
+
+
+async def test_a_damaged_page_is_told_and_never_read_as_other_records(tmp_path: Path) -> None:
+    """The reader says Damaged, or dies; what reads the file without LMDB tells each such page."""
+    path = tmp_path / "m"
+    store = MetaStore(str(path), map_size=1 << 24)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.serve)
+        await store.write(adding("base", Kind.COMMITTED))
+        for part in range(5):
+            await store.write(lambda writer, part=part: [adding(f"{part}-{n}", parent=1)(writer) for n in range(200)])  # type: ignore[misc]
+        store.stop()
+    store.close()
+    whole = path.read_bytes()
+    right = read_all(path)
+    assert right.count("Record(") == 1001
+    outcomes = []
+    for seed in range(12):
+        dice = random.Random(seed)
+        page = dice.randrange(2, len(whole) // 4096) * 4096
+        other = dice.randrange(2, len(whole) // 4096) * 4096
+        instead = [dice.randbytes(4096), bytes(4096), whole[other : other + 4096]][seed % 3]
+        path.write_bytes(whole[:page] + instead + whole[page + 4096 :])
+        said = read_all(path)
+        outcomes.append(said.partition(":")[0] if said != right else "right")
+        assert outcomes[-1] in ("Damaged", "aborted", "right"), said[:300]
+        assert (outcomes[-1] == "right") >= (verify(str(path), subdir=False) == [])  # type: ignore[no-untyped-call]
+    assert "Damaged" in outcomes
