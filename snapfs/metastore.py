@@ -24,14 +24,15 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Annotated, Any, Generic, TypeVar
 
 import lmdb
 import msgspec
 import trio
 
-from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
+from snapfs import names
+from snapfs.errors import Closed, Damaged, InvalidArgument, SnapshotError, Unavailable
 from snapfs.model import Change, Info, Kind, Usage
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ T = TypeVar("T")
 
 SCHEMA = 1
 MAP_SIZE = 64 << 30  # address space, not memory or disk: a thousand bytes a snapshot leaves room for 60 million
+IDS = 1 << 36  # ids are below this: so many an inode number has room for
 BATCH = 128  # operations that one sync serves at most, so that nobody waits for an endless batch
 
 FULL = 1 << 20  # bytes left on a disk on which a failed write is taken for want of space
@@ -47,17 +49,21 @@ FULL = 1 << 20  # bytes left on a disk on which a failed write is taken for want
 Undo = Callable[[], None]
 
 
+_Time = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
 class Record(msgspec.Struct, frozen=True, array_like=True):
     """What the table ``snapshots`` holds, as MessagePack: an array in this order; new fields go to the end, with defaults.
 
-    ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted.
+    ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted.  The
+    limits are for what is read: bytes that the disk has mangled must not become a snapshot.
     """
 
     name: str
     kind: Kind
-    parent: int
-    created: int
-    updated: int
+    parent: Annotated[int, msgspec.Meta(ge=0, lt=IDS)]
+    created: _Time
+    updated: _Time
     labels: dict[str, str]
     usage: Usage | None = None
 
@@ -71,7 +77,18 @@ def _key(number: int) -> bytes:
 
 
 def _number(key: bytes) -> int:
+    if not _is_id(key):
+        raise Damaged(f"the records name a snapshot by {key.hex() or 'nothing'}, which is no id")
     return int.from_bytes(key, "big")
+
+
+def _is_id(key: bytes) -> bool:
+    return len(key) == 8 and b"\0\0\0\0\0\0\0\0" < key < _END
+
+
+_END = _key(IDS)
+
+_SHORT = names.NAME_MAX // 6  # characters that are at most so many bytes as a file name, whatever they are
 
 
 class Reader:
@@ -87,17 +104,50 @@ class Reader:
             found = self._txn.get(name.encode(), db=self._store.names)
         except (lmdb.BadValsizeError, UnicodeEncodeError):  # empty or too long or no UTF-8: no key can be that
             return None
-        return _number(found) if found else None
+        return None if found is None else _number(found)
 
     def record(self, number: int) -> Record | None:
-        """The record of snapshot ``number``; raises Damaged where it can't be decoded."""
+        """The record of snapshot ``number``; raises Damaged where it can't be one."""
         found = self._txn.get(_key(number), db=self._store.snapshots)
         if found is None:
             return None
         try:
-            return _decode(found)
-        except msgspec.MsgspecError as error:
+            record = _decode(found)
+            if len(record.name) > _SHORT or not record.name:
+                names.encode(record.name)
+        except (msgspec.MsgspecError, UnicodeDecodeError, InvalidArgument) as error:
             raise Damaged(f"the record of snapshot {number} can't be read: {error}") from error
+        if record.parent == number:
+            raise Damaged(f'the record of snapshot {number}, "{record.name}", says that it is its own parent')
+        return record
+
+    def find(self, name: str) -> tuple[int, Record] | None:
+        """Id and record of the snapshot called ``name``; raises Damaged where the name leads to something else."""
+        number = self.id_of(name)
+        if number is None:
+            return None
+        record = self.record(number)
+        if record is None or record.name != name:
+            what = "has no record" if record is None else f'is called "{record.name}"'
+            raise Damaged(f'the name "{name}" leads to snapshot {number}, which {what}')
+        return number, record
+
+    def listed(self, number: int) -> tuple[Kind, str]:
+        """Kind and name of snapshot ``number`` as far as the indexes agree about them, whatever its record says; raises Damaged
+        where they don't."""
+        key = _key(number)
+        found: list[tuple[Kind, bytes]] = []
+        for kind in Kind:
+            stored = self._txn.get(key, db=self._store.kinds[kind])
+            if stored is not None:
+                found.append((kind, stored))
+        if len(found) == 1:
+            with suppress(UnicodeDecodeError, InvalidArgument):
+                name = found[0][1].decode()
+                names.encode(name)
+                if self.id_of(name) == number:
+                    return found[0][0], name
+        raise Damaged(f"it cannot be told which snapshot {number} is: the indexes of the records contradict each other")
 
     def parent_of(self, record: Record) -> Record:
         """The record of the parent of ``record``, which must have one; raises Damaged where there is none."""
@@ -119,12 +169,14 @@ class Reader:
         )
 
     def chain(self, record: Record) -> list[int]:
-        """The ids of the parents of ``record``, the nearest first."""
-        chain = []
+        """The ids of the parents of ``record``, the nearest first; raises Damaged where one has no record, or they go round."""
+        chain: dict[int, None] = {}
         while record.parent:
-            chain.append(record.parent)
+            if record.parent in chain:
+                raise Damaged(f'snapshot "{record.name}" is among its own parents: the records go round in a circle')
+            chain[record.parent] = None
             record = self.parent_of(record)
-        return chain
+        return list(chain)
 
     def lowers(self, number: int, record: Record) -> list[int]:
         """The ids of the layers that are only read where snapshot ``number`` is mounted, the nearest first: its own among them
@@ -133,11 +185,12 @@ class Reader:
         return chain if record.kind is Kind.ACTIVE or (record.kind is Kind.VIEW and chain) else [number, *chain]
 
     def listing(self, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
-        """Id and name of all snapshots of ``kind`` with an id above ``after``, in id order."""
+        """Id and name of all snapshots of ``kind`` with an id above ``after``, in id order.  What is none is left out."""
         with self._txn.cursor(db=self._store.kinds[kind]) as cursor:
             if cursor.set_range(_key(after + 1)):
                 for key, name in cursor:
-                    yield _number(key), name.decode()
+                    if _is_id(key):
+                        yield _number(key), name.decode(errors="replace")
 
     def children(self, parent: int, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
         """The same for the children of snapshot ``parent``."""
@@ -147,42 +200,47 @@ class Reader:
                 for key, name in cursor:
                     if not key.startswith(prefix):
                         return
-                    yield _number(key[9:]), name.decode()
+                    if _is_id(key[9:]):
+                        yield _number(key[9:]), name.decode(errors="replace")
 
     def a_child(self, parent: int) -> tuple[Kind, str] | None:
         """Kind and name of one of the children of snapshot ``parent``, None where it has none."""
-        return next(((kind, name) for kind in Kind for _, name in self.children(parent, kind)), None)
+        found = ((kind, name) for kind in Kind for number, name in self.children(parent, kind) if number != parent)
+        return next(found, None)
 
-    def records(self, after: int = 0) -> Iterator[tuple[int, Record]]:
-        """Id and record of all snapshots with an id above ``after``, in id order."""
+    def numbers(self, after: int = 0) -> Iterator[int]:
+        """The ids above ``after`` of all snapshots, in order."""
         with self._txn.cursor(db=self._store.snapshots) as cursor:
             if cursor.set_range(_key(after + 1)):
-                for key, value in cursor:
-                    yield _number(key), _decode(value)
+                for key in cursor.iternext(values=False):
+                    if _is_id(key):
+                        yield _number(key)
 
     def ids(self) -> set[int]:
         """The ids of all snapshots."""
-        with self._txn.cursor(db=self._store.snapshots) as cursor:
-            return {_number(key) for key in cursor.iternext(values=False)}
+        return set(self.numbers())
 
     def walk(self) -> Iterator[Info]:
         """All snapshots in the order of their keys' bytes."""
         with self._txn.cursor(db=self._store.names) as cursor:
-            for _, key in cursor:
-                record = self.record(_number(key))
+            for name, key in cursor:
+                number = _number(key)
+                record = self.record(number)
                 if record is None:
-                    raise Damaged(f"snapshot {_number(key)} has a name but no record")
-                yield self.info(_number(key), record)
+                    raise Damaged(f"snapshot {number} has a name but no record")
+                if record.name.encode() != name:
+                    raise Damaged(f'snapshot {number}, "{record.name}", stands under another name too')
+                yield self.info(number, record)
 
     def uncounted(self) -> list[int]:
         """The ids of committed snapshots whose usage is not yet known."""
         with self._txn.cursor(db=self._store.uncounted_table) as cursor:
-            return [_number(key) for key in cursor.iternext(values=False)]
+            return [_number(key) for key in cursor.iternext(values=False) if _is_id(key)]
 
     def unflushed(self) -> list[tuple[int, str]]:
         """The ids of committed snapshots whose data may be in memory only, each with the boot of the machine whose memory."""
         with self._txn.cursor(db=self._store.unflushed_table) as cursor:
-            return [(_number(key), boot.decode()) for key, boot in cursor]
+            return [(_number(key), boot.decode(errors="replace")) for key, boot in cursor if _is_id(key)]
 
     def count(self, kind: Kind) -> int:
         """How many snapshots of ``kind`` there are."""
@@ -190,8 +248,9 @@ class Reader:
         return entries
 
     def last_id(self) -> int:
-        """The highest id ever given out."""
-        return _number(self._txn.get(b"last_id", b"", db=self._store.meta))
+        """The highest id ever given out; where that can't be read, the highest that there is a record of."""
+        found = self._txn.get(b"last_id", _key(0), db=self._store.meta)
+        return _number(found) if _is_id(found) else max(self.numbers(), default=0)
 
 
 class Writer(Reader):
@@ -222,7 +281,10 @@ class Writer(Reader):
 
     def next_id(self) -> int:
         """An id that was never given out; given back if the operation fails, since then nobody has seen it."""
-        number = self.last_id() + 1
+        last = self._txn.get(b"last_id", _key(0), db=self._store.meta)
+        number = int.from_bytes(last, "big") + 1
+        if len(last) != 8 or number >= IDS or next(self.numbers(number - 1), None) is not None:
+            raise Damaged(f"no new snapshot can be made: the records say that the last id is {number - 1}, which can't be")
         self._txn.put(b"last_id", _key(number), db=self._store.meta)
         return number
 
@@ -254,6 +316,17 @@ class Writer(Reader):
         self.clear_unflushed([number])
         self._unindex(number, record, keep_name=False)
         self._txn.delete(_key(number), db=self._store.snapshots)
+
+    def delete_unreadable(self, number: int, kind: Kind, name: str) -> None:
+        """Take snapshot ``number`` out, whose record can't be read, but of which the indexes say this (``listed``)."""
+        self.clear_unflushed([number])
+        store, txn, key = self._store, self._txn, _key(number)
+        for table in (store.snapshots, store.kinds[kind], store.uncounted_table):
+            txn.delete(key, db=table)
+        txn.delete(name.encode(), db=store.names)
+        with txn.cursor(db=store.child_table) as cursor:
+            for entry in [entry for entry in cursor.iternext(values=False) if entry[9:] == key]:
+                txn.delete(entry, db=store.child_table)
 
     def _unindex(self, number: int, record: Record, keep_name: bool) -> None:
         store, txn, key = self._store, self._txn, _key(number)
