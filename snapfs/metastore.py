@@ -291,6 +291,9 @@ class Writer(Reader):
     def put(self, number: int, record: Record) -> None:
         """Write ``record`` as snapshot ``number``, in place of what that was, with all indexes."""
         before = self.record(number)
+        for said in (before, record):
+            if said is not None and self.id_of(said.name) not in (None, number):
+                raise Damaged(f'two snapshots are called "{said.name}": {self.id_of(said.name)} and {number}')
         if before is not None:
             self._unindex(number, before, keep_name=before.name == record.name)
         store, txn, key, name = self._store, self._txn, _key(number), record.name.encode()

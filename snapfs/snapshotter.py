@@ -296,17 +296,17 @@ class Snapshotter:
             self._housekeeping.empty_trash_soon()
 
     def _last_seen(self, writer: Writer, number: int, key: Ref) -> tuple[Info, Record | None]:
-        """What is known of a snapshot that is to be removed: without its record, or without its parent, if it must be."""
-        record = None
+        """A snapshot that is to be removed; without its record where that is damaged, but the indexes agree about it."""
         try:
-            record = self._find_again(writer, number, key)
-            return writer.info(number, record), record
+            record = self._find_again(writer, number, number)
+            if writer.listed(number) != (record.kind, record.name):
+                raise Damaged(f'the record of snapshot {number}, "{record.name}", contradicts the indexes')
+            return writer.info(number, self._find_again(writer, number, key)), record
         except Damaged:
             kind, name = writer.listed(number)
             if isinstance(key, str) and name != key:
                 raise
-            updated = record.updated if record else 0
-            return Info(name=name, kind=kind, id=number, parent=None, labels={}, created=0, updated=updated), record
+            return Info(name=name, kind=kind, id=number, parent=None, labels={}, created=0, updated=0), None
 
     def _forget_removed(self, change: Change) -> None:
         if change.before is not None and change.after is None:

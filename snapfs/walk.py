@@ -17,9 +17,10 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
     """An open descriptor of ``top`` and then of each directory below it, parents first, with its entries: names, and what
     lstat(2) says of each.
 
-    The descriptor is valid until the next step.  What vanishes meanwhile is left out; no symbolic link is ever followed, whatever
-    is put in the way meanwhile.  Depth costs neither stack nor more than a few descriptors, and no path is too long.  Raises
-    OSError where ``top`` is missing or the disk fails.  Blocks on the disk; close the generator to let go of what it has open.
+    The descriptor is valid until the next step.  What vanishes meanwhile is left out; no symbolic link is ever followed,
+    whatever is put in the way meanwhile.  Depth costs neither stack nor more than a few descriptors, and no path is too long.
+    Raises OSError where ``top`` is missing or the disk fails.  Blocks on the disk; close the generator to let go of what it
+    has open.
     """
     with Descriptors() as descriptors:
         pending = [Directory(top)]

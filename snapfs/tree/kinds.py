@@ -39,6 +39,8 @@ class KindDirectory(Directory):
         """The snapshot whose file name here is ``name``; raises NotFound."""
         with self.tree.reading() as reader:
             found = reader.find(self._key(name))
+            if found is not None and found[1].kind is not self.kind and reader.listed(found[0])[0] is self.kind:
+                raise Damaged(f"the record of {self.path}/{name} says that it is {found[1].kind}")
         if found is None or found[1].kind is not self.kind:
             raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
         return found
@@ -68,15 +70,16 @@ class KindDirectory(Directory):
     def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
         with self.tree.reading() as reader:
             for number, key in reader.listing(self.kind, after):
-                try:
-                    record = reader.record(number)
-                except Damaged:
-                    with contextlib.suppress(InvalidArgument):  # then nothing at all is known of it
-                        yield number, names.encode(key), DamagedDirectory(self.tree, number, self.kind, key)
-                    continue
-                if record is not None and record.kind is self.kind:
-                    bank = self.tree.bank(number, record)
-                    yield number, names.encode(record.name), SnapshotDirectory(self.tree, number, record, bank)
+                with contextlib.suppress(InvalidArgument):  # not even the name can be read: nothing is known of it
+                    name = names.encode(key)
+                    try:
+                        record = reader.record(number)
+                    except Damaged:
+                        record = None
+                    if record is not None and (record.name, record.kind) == (key, self.kind):
+                        yield number, name, SnapshotDirectory(self.tree, number, record, self.tree.bank(number, record))
+                    else:
+                        yield number, name, DamagedDirectory(self.tree, number, self.kind, key)
 
     async def mkdir(self, name: str) -> Node:
         """Prepare or View."""
@@ -129,19 +132,17 @@ class ChildrenDirectory(KindDirectory):
     def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
         with self.tree.reading() as reader:
             for number, key in reader.children(self.parent, self.kind, after):
-                node: Node
-                try:
-                    record = reader.record(number)
-                    if record is None or record.parent != self.parent or record.kind is not self.kind:
-                        continue
-                    name, node = names.encode(record.name), child_link(self.tree, number, record)
-                except Damaged as damage:
+                with contextlib.suppress(InvalidArgument):
+                    name = names.encode(key)
+                    node: Node
                     try:
-                        name = names.encode(key)
-                    except InvalidArgument:
-                        continue
-                    node = DamagedLink(self.tree, number, Slot.CHILD_LINK, f"{self.path}/{name}", damage)
-                yield number, name, node
+                        record = reader.record(number)
+                        if record is None or (record.name, record.kind, record.parent) != (key, self.kind, self.parent):
+                            raise Damaged(f"the record of {self.path}/{name} contradicts the indexes")
+                        node = child_link(self.tree, number, record)
+                    except Damaged as damage:
+                        node = DamagedLink(self.tree, number, Slot.CHILD_LINK, f"{self.path}/{name}", damage)
+                    yield number, name, node
 
     async def mkdir(self, name: str) -> Node:
         try:
