@@ -6,6 +6,7 @@ the corpus …).  What must hold is in ``invariants``.  A finding is written to 
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def fuzz_filters(data: bytes) -> None:
 def records() -> Callable[[bytes], None]:
     directory = tempfile.mkdtemp(prefix="snapfs-fuzz-", dir="/dev/shm")
     mangled = invariants.Mangled(Path(directory) / "metadata.mdb")
+    shutil.rmtree(directory)  # it is open, and libFuzzer ends without a word
     known = list(invariants.entries())
 
     def fuzz_records(data: bytes) -> None:
