@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -222,24 +222,37 @@ def test_no_link_is_followed_that_is_put_in_the_way_of_a_scan(
     assert len(met) >= 6
 
 
-def test_a_directory_is_swapped_while_it_is_deleted(root: Path, outside: Path) -> None:
+def test_a_directory_is_swapped_while_it_is_deleted(root: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each directory in turn, when it has been found not to be empty and is about to be entered."""
+    rmdir = os.rmdir
+    left = swapped = 0
+
+    def swap_then(name: str, *, dir_fd: int | None = None) -> None:
+        nonlocal left, swapped
+        try:
+            rmdir(name, dir_fd=dir_fd)
+        except OSError as error:
+            if error.errno == errno.ENOTEMPTY:
+                left -= 1
+                if left == 0:
+                    os.rename(name, f"{name} that was", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+                    os.symlink(outside, name, dir_fd=dir_fd)
+                    swapped += 1
+            raise
+
     with closing(Layers.open(str(root))) as layers:
-        for stop in range(1, 40):
+        monkeypatch.setattr(os, "rmdir", swap_then)
+        for stop in range(1, 21):
+            left = stop
             layers.place(stop, Kind.ACTIVE, None)
             make_layer(Path(layers.fs(stop)))
             layers.retire(stop)
-            (trashed,) = (root / "trash").iterdir()
-            checks = iter(range(1000))
-
-            def swap_at_last(trashed: Path = trashed, checks: Iterator[int] = checks, stop: int = stop) -> None:
-                if next(checks) == stop:
-                    for directory in [path for path in (trashed / "fs").glob("*") if path.is_dir() and not path.is_symlink()]:
-                        with suppress(FileNotFoundError):
-                            swap(directory, outside)
-
-            layers.empty_trash(swap_at_last)
-            layers.empty_trash()  # what came when its directory had been listed
+            layers.empty_trash()
+            assert sorted(os.listdir(outside)) == ["b", "secret"]
+            layers.empty_trash()  # what was in the way
             assert os.listdir(root / "trash") == []
+        monkeypatch.undo()
+    assert swapped >= 10
 
 
 def test_a_file_is_swapped_for_a_link_while_its_owner_is_changed(root: Path, outside: Path) -> None:
