@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -58,17 +59,21 @@ file_names = st.lists(
 
 
 @contextmanager
-def bounded(seconds: int) -> Iterator[None]:
-    """Whatever happens in the block, or does not, it ends."""
+def bounded(seconds: int, daemon: Daemon | None = None) -> Iterator[None]:
+    """Whatever happens in the block, or does not, it ends.  Who waits for a ``daemon`` can't be interrupted: that is killed."""
 
     def end(*_: object) -> None:
         raise AssertionError(f"it has not ended within {seconds} s")
 
+    timer = threading.Timer(seconds, os.kill, [daemon.pid if daemon else 0, signal.SIGKILL])
     before = signal.signal(signal.SIGALRM, end)
     signal.alarm(seconds)
+    if daemon is not None:
+        timer.start()
     try:
         yield
     finally:
+        timer.cancel()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
 
@@ -453,7 +458,7 @@ def test_label_writes_through_a_mount(module_daemon: Daemon, given: list[Any]) -
     web.mkdir()
     door = Mounted(web / "labels")
     try:
-        with bounded(60):
+        with bounded(60, module_daemon):
             trio.run(partial(drive, door, given))
     finally:
         for descriptor in door.descriptors:
@@ -717,7 +722,7 @@ def test_damage_through_a_mount(whole: Path, make_daemon: Make, tmp_path: Path) 
 def test_parents_that_go_round_in_a_circle(whole: Path, make_daemon: Make, tmp_path: Path) -> None:
     daemon = make_daemon(root=mangle(whole, tmp_path / "root", CYCLE)).start()
     mnt = daemon.mnt
-    with bounded(30):
+    with bounded(30, daemon):
         for path in ("active/web/mounts.json", "active/web/changes", "active/job/mounts.json", "view/peek/mount.sh"):
             with failing(errno.EIO):
                 (mnt / path).read_text()

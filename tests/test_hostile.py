@@ -122,7 +122,7 @@ def test_whatever_stands_in_a_layer_it_is_counted_compared_committed_and_deleted
     """No link is followed, nothing is opened that could block, no path is too long."""
     daemon = make_daemon("--async-remove").start()
     mnt = daemon.mnt
-    with bounded(60):
+    with bounded(60, daemon):
         committed(mnt, "base", content="x")
         os.mkdir(mnt / "committed/base/active/zoo")
         inodes = make_zoo(mnt / "active/zoo/diff", outside)
@@ -152,7 +152,7 @@ def test_whatever_stands_in_a_layer_it_is_counted_compared_committed_and_deleted
 
 def test_the_merged_file_system_of_such_a_layer(make_daemon: Make, outside: Path) -> None:
     daemon = make_daemon().start()
-    with bounded(60):
+    with bounded(60, daemon):
         committed(daemon.mnt, "base", content="x")
         os.mkdir(daemon.mnt / "committed/base/view/look")
         os.mkdir(daemon.mnt / "committed/base/active/zoo")
@@ -351,7 +351,7 @@ def test_a_layer_that_changes_while_it_is_read_through_the_mount(make_daemon: Ma
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        with bounded(60):
+        with bounded(60, daemon):
             for _ in range(100):
                 assert usage(mnt / "active/busy")["inodes"] >= 3
                 lines = (mnt / "active/busy/changes").read_text().splitlines()
