@@ -88,8 +88,6 @@ def _is_id(key: bytes) -> bool:
 
 _END = _key(IDS)
 
-_SHORT = names.NAME_MAX // 6  # characters that are at most so many bytes as a file name, whatever they are
-
 
 class Reader:
     """One consistent state of the store; valid inside ``MetaStore.reading`` or a write operation only."""
@@ -113,8 +111,9 @@ class Reader:
             return None
         try:
             record = _decode(found)
-            if len(record.name) > _SHORT or not record.name:
-                names.encode(record.name)
+            name = record.name
+            if not name or len(name) * (3 if name.isascii() else 6) > names.NAME_MAX:  # bytes that each takes at most
+                names.encode(name)
         except (msgspec.MsgspecError, UnicodeDecodeError, InvalidArgument) as error:
             raise Damaged(f"the record of snapshot {number} can't be read: {error}") from error
         if record.parent == number:
