@@ -100,7 +100,9 @@ class OpenLabel(Handle):
     def _refuse_beyond(self, size: int) -> None:
         """Raise LabelTooBig, before any memory is taken for it, where the content can't have ``size`` bytes."""
         if size > MAX + 1:  # with a newline
-            raise LabelTooBig(f'label "{self.key[:40]}": key and value take at most {MAX} bytes together')
+            raise LabelTooBig(
+                f'label "{self.key[:40]}": the value alone would take {size} bytes; with the key at most {MAX} fit'
+            )
 
     async def _apply(self, content: bytes) -> None:
         try:
