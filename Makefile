@@ -1,6 +1,7 @@
 # make run    mount a tree on run/snap and show what to type
 # make test   run every test (as root; mounts for real, in a mount namespace of its own)
 # make lint   check style and types
+# make fuzz   feed names, filters and records with whatever breaks them, SECONDS each (300)
 #
 # Each installs what it needs first: Debian packages where missing (with sudo if not root), and Python packages into .venv.
 
@@ -10,7 +11,10 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
 TEST_PACKAGES := busybox-static dash ed e2fsprogs perl-base plocate procps rsync tar tree vim
 
-.PHONY: run test lint clean
+SECONDS ?= 300
+FUZZ_TARGETS := names filters records
+
+.PHONY: run test lint fuzz clean
 
 run: .venv/ready
 	@mkdir -p run/root run/snap
@@ -34,8 +38,15 @@ lint: .venv/ready-for-tests
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+fuzz: .venv/ready-for-fuzzing
+	@for target in $(FUZZ_TARGETS); do \
+	  mkdir -p .fuzz/$$target && echo "$$target for $(SECONDS) s" && \
+	  nice .venv/bin/python -m tests.fuzz_atheris $$target -max_total_time=$(SECONDS) -verbosity=0 -print_final_stats=1 \
+	    -artifact_prefix=.fuzz/$$target- .fuzz/$$target || exit; \
+	done
+
 clean:
-	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .fuzz .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/ready: pyproject.toml
 	@$(call install_packages,$(RUN_PACKAGES))
@@ -47,6 +58,10 @@ clean:
 .venv/ready-for-tests: .venv/ready
 	@$(call install_packages,$(TEST_PACKAGES))
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.venv/ready-for-fuzzing: .venv/ready
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	@touch $@
 
 # $(call install_packages,PACKAGES): install those that dpkg doesn't have; elsewhere than on Debian, trust that they are there

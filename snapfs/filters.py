@@ -126,7 +126,7 @@ class _Parser:
             if c in ("", "\n"):
                 raise self.error("literal not terminated", start)
             self.at += 1
-            content += self.escape(quote) if c == "\\" else c.encode()
+            content += self.escape(quote) if c == "\\" else c.encode(errors="surrogatepass")
         self.at += 1
         try:
             return content.decode()
@@ -154,7 +154,7 @@ class _Parser:
     def digits(self, count: int, base: int) -> int:
         digits = self.text[self.at : self.at + count]
         try:
-            if len(digits) < count or not digits.isalnum():
+            if len(digits) < count or not digits.isalnum() or not digits.isascii():
                 raise ValueError
             number = int(digits, base)
         except ValueError:
@@ -182,6 +182,7 @@ def _matches(path: list[str], expression: str) -> Predicate:
 
     options = re2.Options()
     options.log_errors = False
+    options.never_capture = True  # nobody asks for groups, and looking for thousands of them takes minutes
     try:
         regex = re2.compile(expression, options)
     except (re2.error, UnicodeError):

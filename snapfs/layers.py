@@ -30,6 +30,7 @@ from contextlib import closing
 from snapfs import imprint
 from snapfs.errors import Unavailable
 from snapfs.kernel import probe
+from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.model import Kind, Usage
 from snapfs.walk import directories
 
@@ -93,6 +94,7 @@ class Layers:
         except UnicodeEncodeError:
             raise Unavailable(f"the root {root!r} is not UTF-8; mount specs could not name it") from None
         try:
+            _refuse_tree(root)
             if os.path.lexists(root) and not os.path.isdir(root):
                 raise Unavailable(f"cannot use {root} as root: it is not a directory")
             os.makedirs(root, mode=0o700, exist_ok=True)
@@ -368,8 +370,13 @@ def _chown(parent: int, name: str, entry: os.stat_result, owner: Callable[[os.st
     wanted = owner(entry)
     if wanted != (entry.st_uid, entry.st_gid):
         os.chown(name, *wanted, dir_fd=parent, follow_symlinks=False)
-        if not stat.S_ISLNK(entry.st_mode):  # chown drops the set-user-ID and set-group-ID bits
-            os.chmod(name, stat.S_IMODE(entry.st_mode), dir_fd=parent)
+        if entry.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(entry.st_mode):  # chown drops these bits
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)  # chmod would follow a link put there
+            try:
+                if os.path.samestat(os.fstat(fd), entry):
+                    os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(entry.st_mode))
+            finally:
+                os.close(fd)
 
 
 def _remove_empty(path: str) -> None:
@@ -380,6 +387,16 @@ def _remove_empty(path: str) -> None:
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 log.warning("cannot remove %s: %s", part, error)
+
+
+def _refuse_tree(root: str) -> None:
+    """Raise Unavailable where ``root`` is in a mounted tree, in which nothing but snapshots can be made."""
+    while not os.path.lexists(root):
+        root = os.path.dirname(root)
+    number = mount_id(root)
+    for mount in mount_table():
+        if mount.id == number and mount.type == "fuse.snapfs":
+            raise Unavailable(f"cannot use {root} as root: it is in the tree that snapfs serves on {mount.target}")
 
 
 def is_abandoned(root: str) -> bool:

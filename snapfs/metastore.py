@@ -34,14 +34,15 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
 import lmdb
 import msgspec
 import trio
 from lmdb.verify import VerifyError, verify
 
-from snapfs.errors import Closed, Damaged, Forked, SnapshotError, Unavailable
+from snapfs import names
+from snapfs.errors import Closed, Damaged, Forked, InvalidArgument, SnapshotError, Unavailable
 from snapfs.model import Change, Info, Kind, Usage
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ T = TypeVar("T")
 
 SCHEMA = 1
 MAP_SIZE = 64 << 30  # address space, not memory or disk: a thousand bytes a snapshot leaves room for 60 million
+IDS = 1 << 36  # ids are below this: so many an inode number has room for
 BATCH = 128  # operations that one sync serves at most, so that nobody waits for an endless batch
 
 READERS = 1024  # that may read at once, in all processes: 64 bytes of the lock file each, and far more than there are threads
@@ -63,17 +65,21 @@ Entry = tuple[Any, bytes, bytes]
 """One entry of an index: the table (py-lmdb's handle, which has no type to name), key, value."""
 
 
+_Time = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
 class Record(msgspec.Struct, frozen=True, array_like=True):
     """What the table ``snapshots`` holds, as MessagePack: an array in this order; new fields go to the end, with defaults.
 
-    ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted.
+    ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted.  The
+    limits are for what is read: bytes that the disk has mangled must not become a snapshot.
     """
 
     name: str
     kind: Kind
-    parent: int
-    created: int
-    updated: int
+    parent: Annotated[int, msgspec.Meta(ge=0, lt=IDS)]
+    created: _Time
+    updated: _Time
     labels: dict[str, str]
     usage: Usage | None = None
 
@@ -87,14 +93,30 @@ def _key(number: int) -> bytes:
 
 
 def _number(key: bytes) -> int:
+    if not _is_id(key):
+        raise Damaged(f"the records name a snapshot by {key.hex() or 'nothing'}, which is no id")
     return int.from_bytes(key, "big")
 
 
+def _is_id(key: bytes) -> bool:
+    return len(key) == 8 and b"\0\0\0\0\0\0\0\0" < key < _END
+
+
+_END = _key(IDS)
+
+
 def _decoded(number: int, found: bytes) -> Record:
+    """The record of snapshot ``number``; raises Damaged where these bytes can't be one."""
     try:
-        return _decode(found)
-    except msgspec.MsgspecError as error:
+        record = _decode(found)
+        name = record.name
+        if not name or len(name) * (3 if name.isascii() else 6) > names.NAME_MAX:  # bytes that each takes at most
+            names.encode(name)
+    except (msgspec.MsgspecError, UnicodeDecodeError, InvalidArgument) as error:
         raise Damaged(f"the record of snapshot {number} can't be read: {error}") from error
+    if record.parent == number:
+        raise Damaged(f'the record of snapshot {number}, "{record.name}", says that it is its own parent')
+    return record
 
 
 _NONSENSE = (lmdb.Error, UnicodeDecodeError, OverflowError)  # what reading gives where pages of the file are not what they were
@@ -114,12 +136,40 @@ class Reader:
             found = self._txn.get(name.encode(), db=self._store.names)
         except (lmdb.BadValsizeError, UnicodeEncodeError):  # empty or too long or no UTF-8: no key can be that
             return None
-        return _number(found) if found else None
+        return None if found is None else _number(found)
 
     def record(self, number: int) -> Record | None:
-        """The record of snapshot ``number``; raises Damaged where it can't be decoded."""
+        """The record of snapshot ``number``; raises Damaged where it can't be one."""
         found = self._txn.get(_key(number), db=self._store.snapshots)
         return _decoded(number, found) if found is not None else None
+
+    def find(self, name: str) -> tuple[int, Record] | None:
+        """Id and record of the snapshot called ``name``; raises Damaged where the name leads to something else."""
+        number = self.id_of(name)
+        if number is None:
+            return None
+        record = self.record(number)
+        if record is None or record.name != name:
+            what = "has no record" if record is None else f'is called "{record.name}"'
+            raise Damaged(f'the name "{name}" leads to snapshot {number}, which {what}')
+        return number, record
+
+    def listed(self, number: int) -> tuple[Kind, str]:
+        """Kind and name of snapshot ``number`` as far as the indexes agree about them, whatever its record says; raises Damaged
+        where they don't."""
+        key = _key(number)
+        found: list[tuple[Kind, bytes]] = []
+        for kind in Kind:
+            stored = self._txn.get(key, db=self._store.kinds[kind])
+            if stored is not None:
+                found.append((kind, stored))
+        if len(found) == 1:
+            with suppress(UnicodeDecodeError, InvalidArgument):
+                name = found[0][1].decode()
+                names.encode(name)
+                if self.id_of(name) == number:
+                    return found[0][0], name
+        raise Damaged(f"it cannot be told which snapshot {number} is: the indexes of the records contradict each other")
 
     def parent_of(self, record: Record) -> Record:
         """The record of the parent of ``record``, which must have one; raises Damaged where there is none."""
@@ -141,12 +191,14 @@ class Reader:
         )
 
     def chain(self, record: Record) -> list[int]:
-        """The ids of the parents of ``record``, the nearest first."""
-        chain = []
+        """The ids of the parents of ``record``, the nearest first; raises Damaged where one has no record, or they go round."""
+        chain: dict[int, None] = {}
         while record.parent:
-            chain.append(record.parent)
+            if record.parent in chain:
+                raise Damaged(f'snapshot "{record.name}" is among its own parents: the records go round in a circle')
+            chain[record.parent] = None
             record = self.parent_of(record)
-        return chain
+        return list(chain)
 
     def lowers(self, number: int, record: Record) -> list[int]:
         """The ids of the layers that are only read where snapshot ``number`` is mounted, the nearest first: its own among them
@@ -155,11 +207,12 @@ class Reader:
         return chain if record.kind is Kind.ACTIVE or (record.kind is Kind.VIEW and chain) else [number, *chain]
 
     def listing(self, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
-        """Id and name of all snapshots of ``kind`` with an id above ``after``, in id order."""
+        """Id and name of all snapshots of ``kind`` with an id above ``after``, in id order.  What is none is left out."""
         with self._txn.cursor(db=self._store.kinds[kind]) as cursor:
             if cursor.set_range(_key(after + 1)):
                 for key, name in cursor:
-                    yield _number(key), name.decode()
+                    if _is_id(key):
+                        yield _number(key), name.decode(errors="replace")
 
     def children(self, parent: int, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
         """The same for the children of snapshot ``parent``."""
@@ -169,23 +222,25 @@ class Reader:
                 for key, name in cursor:
                     if not key.startswith(prefix):
                         return
-                    yield _number(key[9:]), name.decode()
+                    if _is_id(key[9:]):
+                        yield _number(key[9:]), name.decode(errors="replace")
 
     def a_child(self, parent: int) -> tuple[Kind, str] | None:
         """Kind and name of one of the children of snapshot ``parent``, None where it has none."""
-        return next(((kind, name) for kind in Kind for _, name in self.children(parent, kind)), None)
+        found = ((kind, name) for kind in Kind for number, name in self.children(parent, kind) if number != parent)
+        return next(found, None)
 
-    def records(self, after: int = 0) -> Iterator[tuple[int, Record]]:
-        """Id and record of all snapshots with an id above ``after``, in id order."""
+    def numbers(self, after: int = 0) -> Iterator[int]:
+        """The ids above ``after`` of all snapshots, in order."""
         with self._txn.cursor(db=self._store.snapshots) as cursor:
             if cursor.set_range(_key(after + 1)):
-                for key, value in cursor:
-                    yield _number(key), _decoded(_number(key), value)
+                for key in cursor.iternext(values=False):
+                    if _is_id(key):
+                        yield _number(key)
 
     def ids(self) -> set[int]:
         """The ids of all snapshots."""
-        with self._txn.cursor(db=self._store.snapshots) as cursor:
-            return {_number(key) for key in cursor.iternext(values=False)}
+        return set(self.numbers())
 
     def walk(self) -> Iterator[Info]:
         """All snapshots in the order of their keys' bytes.
@@ -194,19 +249,19 @@ class Reader:
         writer can't use any page again, and the file would grow all that time.
         """
         with self._txn.cursor(db=self._store.names) as cursor:
-            order = list(cursor.iternext(keys=False))
+            order = list(cursor)
         with self._txn.cursor(db=self._store.snapshots) as cursor:
             return _Collected(self._store, dict(cursor)).infos(order)
 
     def uncounted(self) -> list[int]:
         """The ids of committed snapshots whose usage is not yet known."""
         with self._txn.cursor(db=self._store.uncounted_table) as cursor:
-            return [_number(key) for key in cursor.iternext(values=False)]
+            return [_number(key) for key in cursor.iternext(values=False) if _is_id(key)]
 
     def unflushed(self) -> list[tuple[int, str]]:
         """The ids of committed snapshots whose data may be in memory only, each with the boot of the machine whose memory."""
         with self._txn.cursor(db=self._store.unflushed_table) as cursor:
-            return [(_number(key), boot.decode()) for key, boot in cursor]
+            return [(_number(key), boot.decode(errors="replace")) for key, boot in cursor if _is_id(key)]
 
     def unflushed_since(self, number: int) -> str:
         """The boot in which snapshot ``number`` was committed, if its data may be in memory only; else ""."""
@@ -248,8 +303,9 @@ class Reader:
         return entries
 
     def last_id(self) -> int:
-        """The highest id ever given out."""
-        return _number(self._txn.get(b"last_id", b"", db=self._store.meta))
+        """The highest id ever given out; where that can't be read, the highest that there is a record of."""
+        found = self._txn.get(b"last_id", _key(0), db=self._store.meta)
+        return _number(found) if _is_id(found) else max(self.numbers(), default=0)
 
 
 class _Collected(Reader):
@@ -270,12 +326,15 @@ class _Collected(Reader):
             parent = self._parents[record.parent] = super().parent_of(record)
         return parent
 
-    def infos(self, order: list[bytes]) -> Iterator[Info]:
-        for key in order:
-            record = self.record(_number(key))
+    def infos(self, order: list[tuple[bytes, bytes]]) -> Iterator[Info]:
+        for name, key in order:
+            number = _number(key)
+            record = self.record(number)
             if record is None:
-                raise Damaged(f"snapshot {_number(key)} has a name but no record")
-            yield self.info(_number(key), record)
+                raise Damaged(f"snapshot {number} has a name but no record")
+            if record.name.encode() != name:
+                raise Damaged(f'snapshot {number}, "{record.name}", stands under another name too')
+            yield self.info(number, record)
 
 
 class _Ended:
@@ -343,13 +402,19 @@ class Writer(Reader):
 
     def next_id(self) -> int:
         """An id that was never given out; given back if the operation fails, since then nobody has seen it."""
-        number = self.last_id() + 1
-        self.raise_last_id(number)
+        last = self._txn.get(b"last_id", _key(0), db=self._store.meta)
+        number = int.from_bytes(last, "big") + 1
+        if len(last) != 8 or number >= IDS or next(self.numbers(number - 1), None) is not None:
+            raise Damaged(f"no new snapshot can be made: the records say that the last id is {number - 1}, which can't be")
+        self._txn.put(b"last_id", _key(number), db=self._store.meta)
         return number
 
     def put(self, number: int, record: Record) -> None:
         """Write ``record`` as snapshot ``number``, in place of what that was, with all indexes."""
         before = self.record(number)
+        for said in (before, record):
+            if said is not None and self.id_of(said.name) not in (None, number):
+                raise Damaged(f'two snapshots are called "{said.name}": {self.id_of(said.name)} and {number}')
         self._reindex(set(self._indexes(number, before)) if before is not None else set(), set(self._indexes(number, record)))
         self.overwrite(number, record)
 
@@ -371,6 +436,17 @@ class Writer(Reader):
         self.clear_unflushed([number])
         self._reindex(set(self._indexes(number, record)), set())
         self._txn.delete(_key(number), db=self._store.snapshots)
+
+    def delete_unreadable(self, number: int, kind: Kind, name: str) -> None:
+        """Take snapshot ``number`` out, whose record can't be read, but of which the indexes say this (``listed``)."""
+        self.clear_unflushed([number])
+        store, txn, key = self._store, self._txn, _key(number)
+        for table in (store.snapshots, store.kinds[kind], store.uncounted_table):
+            txn.delete(key, db=table)
+        txn.delete(name.encode(), db=store.names)
+        with txn.cursor(db=store.child_table) as cursor:
+            for entry in [entry for entry in cursor.iternext(values=False) if entry[9:] == key]:
+                txn.delete(entry, db=store.child_table)
 
     def _reindex(self, before: set[Entry], after: set[Entry]) -> None:
         for table, key, _ in before - after:

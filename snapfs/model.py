@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Annotated
 
 import msgspec
 
@@ -38,11 +39,14 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     updated: int
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
 class Usage(msgspec.Struct, frozen=True):
     """What a snapshot alone takes on disk: distinct inodes, and allocated bytes (blocks of 512)."""
 
-    inodes: int = 0
-    size: int = 0
+    inodes: _Count = 0
+    size: _Count = 0
 
 
 class Mount(msgspec.Struct, frozen=True):

@@ -34,7 +34,7 @@ class Mounted:
         self._snapshots = snapshots
         self._table = MountTable()
         self._lock = threading.Lock()
-        self._origin = _origin(snapshots)
+        self._origin = origin(snapshots)
         self._upper: dict[int, list[Place]] = {}
         self._bound: dict[int, list[Place]] = {}
         self._stacked: dict[tuple[int, ...], list[Place]] = {}
@@ -135,8 +135,9 @@ class Mounted:
         return None
 
 
-def _origin(directory: str) -> tuple[str, str] | None:
-    """Device and path of ``directory`` as the table's ``device`` and ``root`` would have them; None where it can't tell."""
+def origin(directory: str) -> tuple[str, str] | None:
+    """Device and path of ``directory`` as the table's ``device`` and ``root`` would have them, by whatever bind mount it is
+    reached; None where the table can't tell."""
     try:
         number = mount_id(directory)
     except OSError:

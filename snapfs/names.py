@@ -23,6 +23,7 @@ NAME_MAX = 255
 
 _ENCODED = re.compile("[%/\x00-\x1f\x7f-\x9f]")
 _DECODED = re.compile("(?:%[0-9A-F]{2})+")
+_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 assert all(unicodedata.category(chr(c)) == "Cc" for c in [*range(0x20), *range(0x7F, 0xA0)])
 
@@ -54,7 +55,7 @@ def decode(file_name: str) -> str:
         key = _DECODED.sub(lambda m: bytes.fromhex(m[0].replace("%", "")).decode(), file_name)
     except UnicodeDecodeError:
         raise InvalidArgument(f'"{printable(file_name)}" is no key\'s file name: the bytes are not UTF-8') from None
-    if len(file_name.encode(errors="surrogateescape")) > NAME_MAX:
+    if len(file_name.encode(errors="surrogatepass")) > NAME_MAX:
         raise NameTooLong(f'the name "{printable(file_name[:40])}…" is longer than {NAME_MAX} bytes')
     canonical = encode(key)
     if canonical != file_name:
@@ -64,5 +65,6 @@ def decode(file_name: str) -> str:
 
 def printable(text: str) -> str:
     """``text`` on one line for a log: control characters percent-encoded, bytes that are not UTF-8 as ``\\xNN``."""
+    text = _SURROGATES.sub(lambda m: f"\\u{ord(m[0]):04x}", text)  # which stand for no byte, so no file name has them
     text = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return re.sub("[\x00-\x1f\x7f-\x9f]", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)

@@ -139,9 +139,12 @@ def _rootfs(
     refusal = rootfs.trial() if options.rootfs else "it was started with no_rootfs"
 
     def right(number: int) -> bool:
-        with records.reading() as reader:
-            record = reader.record(number)
-            lowers = reader.lowers(number, record) if record else []
+        try:
+            with records.reading() as reader:
+                record = reader.record(number)
+                lowers = reader.lowers(number, record) if record else []
+        except Damaged:
+            return False
         if record is None or refusal:
             return False
         target = layers.rootfs(number)
@@ -165,7 +168,10 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
         present = layers.present()
         damaged = frozenset(known - present)
         for number in sorted(damaged):
-            record = reader.record(number)
+            try:
+                record = reader.record(number)
+            except Damaged:
+                record = None
             name = record.name if record else "?"
             log.error('snapshot "%s" is damaged: its directory %s is missing', name, layers.directory(number))
     unknown = present - known

@@ -275,15 +275,19 @@ class Snapshotter:
         The key is free before the files are gone.  ``wait`` returns when they are; a failure to delete them is logged
         and never brings the snapshot back.
 
+        A snapshot whose record is damaged is removed too, if the indexes agree about which one it is.
+
         Raises NotFound, HasChildren, or Busy: somebody uses its rootfs (both FailedPreconditions).
         """
 
         def operation(writer: Writer) -> None:
-            record = self._find_again(writer, number, key)
+            before, record = self._last_seen(writer, number, key)
             if child := writer.a_child(number):
-                raise HasChildren.of(record.name, child[1], child[0])
-            before = writer.info(number, record)
-            writer.delete(number, record)
+                raise HasChildren.of(before.name, child[1], child[0])
+            if record is None:
+                writer.delete_unreadable(number, before.kind, before.name)
+            else:
+                writer.delete(number, record)
             writer.changed(before, None)
             if number not in self._damaged:
                 writer.when_durable(lambda: (self.layers.leave if self.options.async_remove else self.layers.retire)(number))
@@ -296,6 +300,19 @@ class Snapshotter:
             await self._housekeeping.empty_trash()
         else:
             self._housekeeping.empty_trash_soon()
+
+    def _last_seen(self, writer: Writer, number: int, key: Ref) -> tuple[Info, Record | None]:
+        """A snapshot that is to be removed; without its record where that is damaged, but the indexes agree about it."""
+        try:
+            record = self._find_again(writer, number, number)
+            if writer.listed(number) != (record.kind, record.name):
+                raise Damaged(f'the record of snapshot {number}, "{record.name}", contradicts the indexes')
+            return writer.info(number, self._find_again(writer, number, key)), record
+        except Damaged:
+            kind, name = writer.listed(number)
+            if isinstance(key, str) and name != key:
+                raise
+            return Info(name=name, kind=kind, id=number, parent=None, labels={}, created=0, updated=0), None
 
     def _forget_removed(self, change: Change) -> None:
         if change.before is not None and change.after is None:
@@ -597,11 +614,15 @@ class Snapshotter:
         return await self.records.write(operation)
 
     def _find(self, reader: Reader, key: Ref) -> tuple[int, Record]:
-        number = reader.id_of(key) if isinstance(key, str) else key
-        record = reader.record(number) if number is not None else None
-        if number is None or record is None:
+        if isinstance(key, str):
+            found = reader.find(key)
+            if found is None:
+                raise NotFound.snapshot(key)
+            return found
+        record = reader.record(key)
+        if record is None:
             raise NotFound.snapshot(str(key))
-        return number, record
+        return key, record
 
     def _find_again(self, reader: Reader, number: int, key: Ref) -> Record:
         """The record of ``number``, which was called ``key`` a moment ago."""
@@ -614,7 +635,13 @@ class Snapshotter:
     async def _unmounted(self, key: Ref) -> AsyncIterator[int]:
         """For a block in which ``key``, whose id this gives, must not be mounted as rootfs."""
         with self._reading() as reader:
-            number, _ = self._find(reader, key)
+            try:
+                number, _ = self._find(reader, key)
+            except Damaged:
+                found = reader.id_of(key) if isinstance(key, str) else key
+                if found is None:
+                    raise
+                number = found
         if self.rootfs is None:
             yield number
         else:
@@ -637,9 +664,9 @@ class Snapshotter:
 
     def _refuse_taken(self, reader: Reader, name: str, by: int | None = None) -> None:
         """Raise AlreadyExists if ``name`` is in use, unless by snapshot ``by``."""
-        taken = reader.id_of(name)
-        if taken is not None and taken != by:
-            raise AlreadyExists.snapshot(name, _existing(reader, taken).kind)
+        taken = reader.find(name)
+        if taken is not None and taken[0] != by:
+            raise AlreadyExists.snapshot(name, taken[1].kind)
 
     def _refuse_damaged(self, *numbers: int) -> None:
         for number in numbers:
@@ -677,10 +704,3 @@ class Snapshotter:
             if value and not (self.options.upperdir_label and label == UPPERDIR):
                 kept[label] = value
         return kept
-
-
-def _existing(reader: Reader, number: int) -> Record:
-    record = reader.record(number)
-    if record is None:
-        raise NotFound(f"snapshot {number} does not exist any more")
-    return record

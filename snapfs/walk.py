@@ -12,37 +12,23 @@ Entries = list[tuple[str, os.stat_result]]
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
-_ANCHOR = 2000  # bytes of relative path after which a new descriptor is opened: half of what a path may have
-
-
-class _Anchor:
-    """An open directory that paths are relative to; closed when the last directory below it has been visited."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
 
 def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
     """An open descriptor of ``top`` and then of each directory below it, parents first, with its entries: names, and what
     lstat(2) says of each.
 
-    The descriptor is valid until the next step.  What vanishes meanwhile is left out.  Depth costs neither stack nor more than
-    a few descriptors, and no path is too long, since each is relative to an anchor.  Raises OSError where ``top`` is
-    missing or the disk fails.  Blocks on the disk; close the generator to let go of what it has open.
+    The descriptor is valid until the next step.  What vanishes meanwhile is left out; no symbolic link is ever followed,
+    whatever is put in the way meanwhile.  Depth costs neither stack nor more than a few descriptors, and no path is too long.
+    Raises OSError where ``top`` is missing or the disk fails.  Blocks on the disk; close the generator to let go of what it
+    has open.
     """
-    pending = [(_Anchor(os.open(top, _FLAGS)), ".")]
-    while pending:
-        anchor, path = pending.pop()
-        try:
-            fd = os.open(path, _FLAGS, dir_fd=anchor.fd)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        try:
-            if len(os.fsencode(path)) > _ANCHOR:
-                anchor, path = _Anchor(os.dup(fd)), "."
+    with Descriptors() as descriptors:
+        pending = [Directory(top)]
+        while pending:
+            directory = pending.pop()
+            fd = descriptors.get(directory)
+            if fd < 0:
+                continue
             found: Entries = []
             with os.scandir(fd) as entries:
                 for entry in entries:
@@ -52,10 +38,10 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
                         continue
                     found.append((entry.name, stat))
                     if is_directory(stat):
-                        pending.append((anchor, f"{path}/{entry.name}"))
+                        pending.append(Directory(entry.name, directory))
             yield fd, found
-        finally:
-            os.close(fd)
+            if not pending or pending[-1].parent is not directory:  # nothing below it is to be opened
+                descriptors.close(directory)
 
 
 def is_directory(stat: os.stat_result) -> bool:

@@ -67,7 +67,7 @@ async def test_what_is_read_after_the_block_is_an_error(store: MetaStore) -> Non
         await store.write(adding(name))
     begun: list[Iterator[object]]
     with store.reading() as reader:
-        begun = [reader.listing(Kind.ACTIVE), reader.records()]
+        begun = [reader.listing(Kind.ACTIVE), reader.numbers()]
         for generator in begun:
             next(generator)
         unbegun: list[Iterator[object]] = [reader.listing(Kind.ACTIVE), reader.children(1, Kind.ACTIVE)]
@@ -348,7 +348,7 @@ def a_store(path: Path) -> None:
     store = MetaStore(str(path), map_size=1 << 24)
     with store._env.begin(write=True) as txn:
         for number in range(3000):
-            txn.put(f"name {number}".encode(), bytes(8), db=store.names)
+            txn.put(f"name {number}".encode(), (1).to_bytes(8, "big"), db=store.names)
     store.close()
 
 
@@ -413,7 +413,7 @@ def test_whatever_the_lock_file_holds_it_is_made_anew(tmp_path: Path, lock: byte
         (tmp_path / "m-lock").write_bytes(lock)
     store = MetaStore(str(path), map_size=1 << 24)
     with store.reading() as reader:
-        assert reader.id_of("name 7") == 0
+        assert reader.id_of("name 7") == 1
     assert readers(store._env) == ["-"]
     assert stat.S_IMODE((tmp_path / "m-lock").stat().st_mode) & 0o077 == 0
     store.close()
@@ -438,7 +438,7 @@ from snapfs import *
 try:
     store = MetaStore(sys.argv[1], map_size=1 << 24)
     with store.reading() as reader:
-        records = [repr(each) for each in reader.records()]
+        records = [repr((number, reader.record(number))) for number in reader.numbers()]
         infos = list(reader.walk())
         for kind in Kind:
             list(reader.listing(kind)), list(reader.children(1, kind)), reader.count(kind)

@@ -21,6 +21,7 @@ from snapfs.fuse.operations import Operations
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.layers import is_abandoned
+from snapfs.mounted import origin
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
 from snapfs.tree import Tree
@@ -164,6 +165,20 @@ def _detach(mount: MountPoint) -> None:
         subprocess.run(["fusermount3", "-u", "-z", "--", mount.target], check=False)
 
 
+def _overlap(root: str, mountpoint: str) -> bool:
+    """Whether one lies within the other, by whatever links and bind mounts they are reached."""
+    inside, outside = os.path.realpath(mountpoint), os.path.realpath(root)
+    existing = outside
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    rest = os.path.relpath(outside, existing)
+    place, above = origin(inside), origin(existing)
+    pairs = [(inside, outside)]
+    if place is not None and above is not None and place[0] == above[0]:
+        pairs.append((place[1], os.path.normpath(os.path.join(above[1], rest))))
+    return any(os.path.commonpath(pair) in pair for pair in pairs)
+
+
 def _check(root: str, mountpoint: str) -> None:
     """Raise Unavailable, with a sentence, for what can be known to fail."""
     try:
@@ -175,8 +190,7 @@ def _check(root: str, mountpoint: str) -> None:
         raise Unavailable(f"cannot mount on {mountpoint}: it is not a directory")
     if any(mount.target == os.path.realpath(mountpoint) and mount.type == f"fuse.{FILE_SYSTEM}" for mount in mount_table()):
         raise Unavailable(f"{mountpoint} is the mountpoint of another snapfs already; unmount that first")
-    inside, outside = os.path.realpath(mountpoint), os.path.realpath(root)
-    if os.path.commonpath([inside, outside]) in (inside, outside):
+    if _overlap(root, mountpoint):
         raise Unavailable(f"the root {root} and the mountpoint {mountpoint} must not lie within each other")
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))

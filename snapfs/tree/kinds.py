@@ -3,16 +3,17 @@ its children of that kind."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from snapfs import names
-from snapfs.errors import InvalidArgument, NotFound, NotPermitted
+from snapfs.errors import Damaged, InvalidArgument, NotFound, NotPermitted
 from snapfs.metastore import Record
 from snapfs.model import Kind
-from snapfs.tree.links import child_link
-from snapfs.tree.node import KIND_SLOTS, Attributes, Directory, Node, pack
-from snapfs.tree.snapshot import SnapshotDirectory
+from snapfs.tree.links import DamagedLink, child_link
+from snapfs.tree.node import KIND_SLOTS, Attributes, Directory, Node, Slot, pack
+from snapfs.tree.snapshot import DamagedDirectory, SnapshotDirectory
 
 if TYPE_CHECKING:
     from snapfs.tree.tree import Tree
@@ -36,28 +37,49 @@ class KindDirectory(Directory):
 
     def find(self, name: str) -> tuple[int, Record]:
         """The snapshot whose file name here is ``name``; raises NotFound."""
+        with self.tree.reading() as reader:
+            found = reader.find(self._key(name))
+            if found is not None and found[1].kind is not self.kind and reader.listed(found[0])[0] is self.kind:
+                raise Damaged(f"the record of {self.path}/{name} says that it is {found[1].kind}")
+        if found is None or found[1].kind is not self.kind:
+            raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
+        return found
+
+    def _key(self, name: str) -> str:
         try:
-            key = names.decode(name)
+            return names.decode(name)
         except InvalidArgument as error:
             raise NotFound(str(error)) from None
+
+    def _damaged(self, name: str, damage: Damaged) -> int:
+        """The id of the snapshot ``name``, whose record can't be read; raises ``damage`` where even that is not certain."""
+        key = self._key(name)
         with self.tree.reading() as reader:
             number = reader.id_of(key)
-            record = reader.record(number) if number is not None else None
-        if number is None or record is None or record.kind is not self.kind:
-            raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
-        return number, record
+            if number is None or reader.listed(number) != (self.kind, key):
+                raise damage
+        return number
 
     def lookup(self, name: str) -> Node:
-        number, record = self.find(name)
+        try:
+            number, record = self.find(name)
+        except Damaged as damage:
+            return DamagedDirectory(self.tree, self._damaged(name, damage), self.kind, self._key(name))
         return SnapshotDirectory(self.tree, number, record, self.tree.bank(number, record))
 
     def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
         with self.tree.reading() as reader:
             for number, key in reader.listing(self.kind, after):
-                record = reader.record(number)
-                if record is not None:
-                    bank = self.tree.bank(number, record)
-                    yield number, names.encode(key), SnapshotDirectory(self.tree, number, record, bank)
+                with contextlib.suppress(InvalidArgument):  # not even the name can be read: nothing is known of it
+                    name = names.encode(key)
+                    try:
+                        record = reader.record(number)
+                    except Damaged:
+                        record = None
+                    if record is not None and (record.name, record.kind) == (key, self.kind):
+                        yield number, name, SnapshotDirectory(self.tree, number, record, self.tree.bank(number, record))
+                    else:
+                        yield number, name, DamagedDirectory(self.tree, number, self.kind, key)
 
     async def mkdir(self, name: str) -> Node:
         """Prepare or View."""
@@ -69,11 +91,14 @@ class KindDirectory(Directory):
 
     async def rmdir(self, name: str, pid: int) -> None:
         """Remove; the files are deleted in the background."""
-        number, record = self.find(name)
+        try:
+            number, _ = self.find(name)
+        except Damaged as damage:
+            number = self._damaged(name, damage)
         try:
             await self.tree.snapshotter.remove(number, wait=False)
         except NotFound:
-            raise NotFound.snapshot(record.name) from None
+            raise NotFound.snapshot(self._key(name)) from None
 
     async def unlink(self, name: str, pid: int) -> None:
         self.find(name)
@@ -96,7 +121,10 @@ class ChildrenDirectory(KindDirectory):
         return Attributes(self.mode, time=max(self.record.updated, self.tree.changed[self.kind]), keep=False)
 
     def lookup(self, name: str) -> Node:
-        number, record = self.find(name)
+        try:
+            number, record = self.find(name)
+        except Damaged as damage:
+            return DamagedLink(self.tree, self._damaged(name, damage), Slot.CHILD_LINK, f"{self.path}/{name}", damage)
         if record.parent != self.parent:
             raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
         return child_link(self.tree, number, record)
@@ -104,9 +132,17 @@ class ChildrenDirectory(KindDirectory):
     def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
         with self.tree.reading() as reader:
             for number, key in reader.children(self.parent, self.kind, after):
-                record = reader.record(number)
-                if record is not None:
-                    yield number, names.encode(key), child_link(self.tree, number, record)
+                with contextlib.suppress(InvalidArgument):
+                    name = names.encode(key)
+                    node: Node
+                    try:
+                        record = reader.record(number)
+                        if record is None or (record.name, record.kind, record.parent) != (key, self.kind, self.parent):
+                            raise Damaged(f"the record of {self.path}/{name} contradicts the indexes")
+                        node = child_link(self.tree, number, record)
+                    except Damaged as damage:
+                        node = DamagedLink(self.tree, number, Slot.CHILD_LINK, f"{self.path}/{name}", damage)
+                    yield number, name, node
 
     async def mkdir(self, name: str) -> Node:
         try:

@@ -81,8 +81,9 @@ class OpenLabel(Handle):
     async def write(self, offset: int, data: bytes) -> int:
         if self.appends:  # wherever the caller believes the end to be
             offset = len(self.content)
-        before = self.content[:offset].ljust(offset, b"\0")
         try:
+            self._refuse_beyond(offset + len(data))
+            before = self.content[:offset].ljust(offset, b"\0")
             await self._apply(before + data + self.content[offset + len(data) :])
         except SnapshotError:
             self.emptied = False  # what was to replace the label is refused, so the label stays
@@ -93,9 +94,15 @@ class OpenLabel(Handle):
         if size == 0:
             self.content, self.emptied = b"", True
         elif size != len(self.content):
-            if size > MAX + 1:
-                raise LabelTooBig(f'label "{self.key[:40]}": key and value take at most {MAX} bytes together')
+            self._refuse_beyond(size)
             await self._apply(self.content[:size].ljust(size, b"\0"))
+
+    def _refuse_beyond(self, size: int) -> None:
+        """Raise LabelTooBig, before any memory is taken for it, where the content can't have ``size`` bytes."""
+        if size > MAX + 1:  # with a newline
+            raise LabelTooBig(
+                f'label "{self.key[:40]}": the value alone would take {size} bytes; with the key at most {MAX} fit'
+            )
 
     async def _apply(self, content: bytes) -> None:
         try:

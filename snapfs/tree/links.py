@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from snapfs import names
-from snapfs.errors import NotFound
+from snapfs.errors import Damaged, NotFound
 from snapfs.layers import parse_id
 from snapfs.metastore import Record
 from snapfs.tree.node import Attributes, Directory, Link, Node, Slot, pack
@@ -37,6 +37,27 @@ class SnapshotLink(Link):
 
     def target(self) -> str:
         return "../" * self._path.count("/") + f"{self.record.kind}/{names.encode(self.record.name)}"
+
+
+class DamagedLink(Link):
+    """A link to a snapshot whose record can't be read: it is listed, and who follows it is told."""
+
+    keep_entry = False
+
+    def __init__(self, tree: Tree, number: int, slot: Slot, path: str, damage: Damaged) -> None:
+        super().__init__(tree, pack(number, slot))
+        self._path = path
+        self._damage = damage
+
+    @property
+    def path(self) -> str:
+        return self._path
+
+    def attributes(self) -> Attributes:
+        return Attributes(self.mode, keep=False)
+
+    def target(self) -> str:
+        raise self._damage
 
 
 def child_link(tree: Tree, number: int, record: Record) -> SnapshotLink:
@@ -70,5 +91,13 @@ class ByIdDirectory(Directory):
 
     def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
         with self.tree.reading() as reader:
-            for number, record in reader.records(after):
-                yield number, str(number), id_link(self.tree, number, record)
+            for number in reader.numbers(after):
+                node: Node
+                try:
+                    record = reader.record(number)
+                    if record is None:
+                        continue
+                    node = id_link(self.tree, number, record)
+                except Damaged as damage:
+                    node = DamagedLink(self.tree, number, Slot.ID_LINK, f"by-id/{number}", damage)
+                yield number, str(number), node

@@ -24,6 +24,24 @@ LABELS = "labels"
 SETTLE = 1.0  # seconds that stat waits for a count under way: the caller can't be interrupted, so no longer
 
 
+class DamagedDirectory(Directory):
+    """A snapshot whose record can't be read: it is listed and can be removed; who asks anything else of it is told."""
+
+    keep_entry = False
+
+    def __init__(self, tree: Tree, number: int, kind: Kind, name: str) -> None:
+        super().__init__(tree, pack(number, Slot.SNAPSHOT))
+        self._kind = kind
+        self._name = name
+
+    @property
+    def path(self) -> str:
+        return f"{self._kind}/{names.encode(self._name)}"
+
+    def attributes(self) -> Attributes:
+        return Attributes(self.mode, keep=False)
+
+
 class SnapshotDirectory(Directory):
     """One snapshot: /KIND/NAME."""
 

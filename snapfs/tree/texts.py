@@ -45,20 +45,25 @@ class LongText(Text):
         self.made = time.time_ns()
         self.size = self.checksum = 0
         buffer = bytearray()
-        for line in lines:
-            buffer += line.encode()
-            if len(buffer) > IN_MEMORY:
-                if self._file is None:
-                    self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
-                self._note(buffer)
+        try:
+            for line in lines:
+                buffer += line.encode()
+                if len(buffer) > IN_MEMORY:
+                    if self._file is None:
+                        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+                    self._note(buffer)
+                    _write(self._file, buffer)
+                    buffer.clear()
+            self._note(buffer)
+            if self._file is None:
+                self._content = bytes(buffer)
+            else:
                 _write(self._file, buffer)
-                buffer.clear()
-        self._note(buffer)
-        if self._file is None:
-            self._content = bytes(buffer)
-        else:
-            _write(self._file, buffer)
-            self.blocks = True
+                self.blocks = True
+        except BaseException:
+            if self._file is not None:
+                self._file.close()  # now, and not when nobody looks at the traceback any more
+            raise
         self.weight = len(buffer) if self._file is None else MOST // 16  # it costs a descriptor and room on the disk
 
     def _note(self, part: bytearray) -> None:

@@ -1,0 +1,90 @@
+"""Fuzzing that is led by coverage: ``make fuzz``, or ``python -m tests.fuzz_atheris TARGET [OPTION …]`` for longer.
+
+The targets are ``names``, ``filters`` and ``records``; the options are libFuzzer's (``-max_total_time=300``, a directory for
+the corpus …).  What must hold is in ``invariants``.  A finding is written to a file, and named.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris
+import msgspec
+
+with atheris.instrument_imports(include=["snapfs.names", "snapfs.filters", "snapfs.metastore"]):
+    from snapfs import filters, metastore, names  # noqa: F401
+from tests import invariants
+from tests.invariants import TABLES, Put
+
+
+def text(provider: atheris.FuzzedDataProvider) -> str:
+    """A text, with or without what is not UTF-8."""
+    return str(provider.ConsumeUnicode(provider.remaining_bytes()))
+
+
+def fuzz_names(data: bytes) -> None:
+    provider = atheris.FuzzedDataProvider(data)
+    for candidate in (data.decode(errors="surrogateescape"), text(provider)):
+        invariants.check_key(candidate)
+        invariants.check_file_name(candidate)
+        names.printable(candidate)
+
+
+def fuzz_filters(data: bytes) -> None:
+    for candidate in (data.decode(errors="surrogateescape"), data.decode("latin-1")):
+        invariants.check_filter(candidate)
+
+
+def records() -> Callable[[bytes], None]:
+    directory = tempfile.mkdtemp(prefix="snapfs-fuzz-", dir="/dev/shm")
+    mangled = invariants.Mangled(Path(directory) / "metadata.mdb")
+    shutil.rmtree(directory)  # it is open, and libFuzzer ends without a word
+    known = list(invariants.entries())
+
+    def fuzz_records(data: bytes) -> None:
+        provider = atheris.FuzzedDataProvider(data)
+        puts: list[Put] = []
+        while provider.remaining_bytes() and len(puts) < 4:
+            if provider.ConsumeBool():  # a record says something else, in good MessagePack
+                number = provider.ConsumeIntInRange(1, 8)
+                field, value = provider.ConsumeIntInRange(0, 7), provider.ConsumeIntInRange(-1, 9)
+                said: list[object] = [f"name{value}", "committed", 0, 1, 2, {}, None]
+                said[2:3] = [value if field % 2 else provider.ConsumeInt(8)]
+                if field > 5:
+                    said[provider.ConsumeIntInRange(0, 6)] = provider.ConsumeInt(8)
+                puts.append(("snapshots", invariants.key(number), msgspec.msgpack.encode(said)))
+            elif provider.ConsumeBool():  # what is there gets another value, or another key
+                table, key, value = known[provider.ConsumeIntInRange(0, len(known) - 1)]
+                if provider.ConsumeBool():
+                    key = provider.ConsumeBytes(provider.ConsumeIntInRange(0, 20))
+                elif provider.ConsumeBool():
+                    at = provider.ConsumeIntInRange(0, len(value))
+                    value = value[:at] + provider.ConsumeBytes(provider.ConsumeIntInRange(0, 12)) + value[at + 1 :]
+                else:
+                    value = provider.ConsumeBytes(provider.ConsumeIntInRange(0, 200))
+                puts.append((table, key, value))
+            else:
+                table = TABLES[provider.ConsumeIntInRange(0, len(TABLES) - 1)]
+                key = provider.ConsumeBytes(provider.ConsumeIntInRange(0, 20))
+                puts.append((table, key, provider.ConsumeBytes(provider.ConsumeIntInRange(0, 200))))
+        mangled.check(puts)
+
+    return fuzz_records
+
+
+TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
+    "names": lambda: fuzz_names,
+    "filters": lambda: fuzz_filters,
+    "records": records,
+}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
+        sys.exit(f"usage: python -m tests.fuzz_atheris {'|'.join(TARGETS)} [libFuzzer's options]")
+    target = sys.argv.pop(1)
+    atheris.Setup(sys.argv, TARGETS[target]())
+    atheris.Fuzz()
