@@ -766,6 +766,25 @@ async def test_cleanup_deletes_what_no_record_names(filled: Snapshotter, root: P
     assert len(await filled.walk()) == 6
 
 
+async def test_cleanup_just_before_a_remove_is_not_complained_about(
+    filled: Snapshotter, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both in one batch: what Cleanup has put into the trash Remove doesn't miss."""
+    await filled.prepare("seventh")
+    hold = threading.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(filled.records.write, lambda writer: hold.wait())
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.start_soon(filled.cleanup)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.start_soon(filled.remove, "seventh")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        hold.set()
+    assert ids(root) == ["1", "2", "3", "4", "5", "6"]
+    assert os.listdir(root / "trash") == []
+    assert caplog.text == ""
+
+
 async def test_cleanup_with_nothing_to_do(snapshotter: Snapshotter, root: Path) -> None:
     await snapshotter.cleanup()
     await snapshotter.cleanup()
