@@ -751,6 +751,26 @@ async def test_walk_shows_one_consistent_state_and_stat_works_meanwhile(snapshot
     assert all(len(seen) == 1 for seen in walks)
 
 
+async def test_a_count_that_outlives_its_snapshot_is_not_remembered(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(path: str, checkpoint: Callable[[], None]) -> Usage:
+        begun.set()
+        go_on.wait(10)
+        return Usage(1, 4096)
+
+    await snapshotter.prepare("a")
+    monkeypatch.setattr("snapfs.counting.disk_usage", slowly)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(snapshotter.usage, "a")
+        await trio.to_thread.run_sync(begun.wait)
+        await snapshotter.remove("a")
+        go_on.set()
+    assert snapshotter.counting._last_known == {}
+
+
 # -- Cleanup
 
 
