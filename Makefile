@@ -1,5 +1,6 @@
 # make run    mount a tree on run/snap and show what to type
 # make test   run every test (as root; mounts for real, in a mount namespace of its own)
+# make soak   64 clients do everything at once for ten minutes: make soak SOAK_ARGS="--clients 16 --seconds 60"
 # make lint   check style and types
 # make fuzz   feed names, filters and records with whatever breaks them, SECONDS each (300)
 #
@@ -14,7 +15,7 @@ TEST_PACKAGES := busybox-static dash ed e2fsprogs perl-base plocate procps rsync
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
 
-.PHONY: run test lint fuzz clean
+.PHONY: run test lint soak fuzz clean
 
 run: .venv/ready
 	@mkdir -p run/root run/snap
@@ -32,6 +33,9 @@ run: .venv/ready
 
 test: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m pytest $(PYTEST_ARGS)
+
+soak: .venv/ready-for-tests
+	$(SUDO) .venv/bin/python -m tests.soak --seconds 600 --clients 64 $(SOAK_ARGS)
 
 lint: .venv/ready-for-tests
 	.venv/bin/ruff check

@@ -118,7 +118,7 @@ class Counting:
             return disk_usage(self._layers.fs(number), trio.from_thread.check_cancelled)
 
         try:
-            usage = self._last_known[number] = await self._scans.run(f"count of snapshot {number}", count)
+            usage = await self._scans.run(f"count of snapshot {number}", count)
         except FileNotFoundError:
             with self._records.reading() as reader:
                 record = reader.record(number)
@@ -127,6 +127,9 @@ class Counting:
             raise Damaged(f'the layer of snapshot "{record.name}", {self._layers.fs(number)}, is missing') from None
         except OSError as error:
             raise Unavailable.from_os(f"count snapshot {number}", error) from error
+        with self._records.reading() as reader:
+            if reader.record(number) is not None:  # else it was removed meanwhile, and nobody would ever forget this
+                self._last_known[number] = usage
         return usage
 
 

@@ -241,8 +241,9 @@ class Layers:
             self._left.add(number)
 
     def retire(self, number: int) -> None:
-        """Move snapshots/<number> into the trash; raises OSError."""
-        self._discard(self.directory(number))
+        """Move snapshots/<number> into the trash, unless a ``sweep`` has just done so; raises OSError."""
+        if os.path.lexists(self.directory(number)):
+            self._discard(self.directory(number))
 
     def _discard(self, path: str) -> None:
         while True:

@@ -163,12 +163,15 @@ class Rootfs:
         if number not in self._locks and self._is_there(number):  # with the lock somebody may be unmounting it
             return self._layers.rootfs(number)
         async with self._locked(number):
+            if self._is_there(number):
+                return self._layers.rootfs(number)
+        # room may take a while, so without the lock: a Commit or Remove would wait for it, and the whole tree for that
+        async with self._room(), self._locked(number):
             if not self._is_there(number):
                 if number in self._held:
                     self._let_go(self._held.pop(number))
-                async with self._room():
-                    work = functools.partial(self._mount, number, stack())
-                    self._held[number] = _Held(await trio.to_thread.run_sync(work, limiter=_threads))
+                work = functools.partial(self._mount, number, stack())
+                self._held[number] = _Held(await trio.to_thread.run_sync(work, limiter=_threads))
         return self._layers.rootfs(number)
 
     def _is_there(self, number: int) -> bool:

@@ -30,6 +30,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    own_mount_namespace()
+
+
+def own_mount_namespace() -> None:
+    """Give this process a mount namespace of which nothing gets out."""
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         raise pytest.UsageError("the tests mount for real: run them as root, with /dev/fuse")
     if _libc.unshare(_CLONE_NEWNS):

@@ -25,7 +25,7 @@ import trio
 
 from snapfs import open_snapshotter
 from snapfs.errors import AlreadyExists, Busy, Closed, NotFound
-from snapfs.kernel import mounting
+from snapfs.kernel import mounting, processes
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.model import Kind
 from snapfs.options import Options
@@ -1264,6 +1264,41 @@ async def test_who_was_just_told_the_path_gets_there(root: Path) -> None:
         await snapshotter.mount("b")
         await snapshotter.mount("c")
         assert trio.current_time() - began >= GRACE
+
+
+async def test_nobody_waits_for_who_waits_for_room(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Commit holds locks of the kernel that the whole tree needs, and room may take a quarter of a second to come."""
+    waiting, go_on = trio.Event(), trio.Event()
+    async with open_snapshotter(root, Options(rootfs_max=1)) as snapshotter:
+        assert snapshotter.rootfs is not None
+        make_room = snapshotter.rootfs._make_room
+
+        async def slowly() -> None:
+            waiting.set()
+            await go_on.wait()
+            await make_room()
+
+        monkeypatch.setattr(snapshotter.rootfs, "_make_room", slowly)
+        await snapshotter.prepare("a")
+        await snapshotter.prepare("b")
+        await snapshotter.mount("a")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(snapshotter.mount, "b")
+            await waiting.wait()
+            with trio.fail_after(10):
+                await snapshotter.commit("v1", "b")
+            go_on.set()
+        assert snapshotter.rootfs.holds(2)
+
+
+def test_the_search_for_who_uses_it_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with somebody(tmp_path), somebody(tmp_path):
+        assert len(list(processes.users(str(tmp_path)))) == 2
+        found = processes.users(str(tmp_path))
+        next(found)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 2 * processes.ENOUGH)
+        assert list(found) == []
 
 
 def test_below_a_shared_mount(make_daemon: Make, tmp_path: Path) -> None:

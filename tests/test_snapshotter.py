@@ -751,6 +751,26 @@ async def test_walk_shows_one_consistent_state_and_stat_works_meanwhile(snapshot
     assert all(len(seen) == 1 for seen in walks)
 
 
+async def test_a_count_that_outlives_its_snapshot_is_not_remembered(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(path: str, checkpoint: Callable[[], None]) -> Usage:
+        begun.set()
+        go_on.wait(10)
+        return Usage(1, 4096)
+
+    await snapshotter.prepare("a")
+    monkeypatch.setattr("snapfs.counting.disk_usage", slowly)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(snapshotter.usage, "a")
+        await trio.to_thread.run_sync(begun.wait)
+        await snapshotter.remove("a")
+        go_on.set()
+    assert snapshotter.counting._last_known == {}
+
+
 # -- Cleanup
 
 
@@ -764,6 +784,25 @@ async def test_cleanup_deletes_what_no_record_names(filled: Snapshotter, root: P
     assert os.listdir(root / "trash") == []
     assert not (root / "lost+found").exists()
     assert len(await filled.walk()) == 6
+
+
+async def test_cleanup_just_before_a_remove_is_not_complained_about(
+    filled: Snapshotter, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both in one batch: what Cleanup has put into the trash Remove doesn't miss."""
+    await filled.prepare("seventh")
+    hold = threading.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(filled.records.write, lambda writer: hold.wait())
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.start_soon(filled.cleanup)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.start_soon(filled.remove, "seventh")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        hold.set()
+    assert ids(root) == ["1", "2", "3", "4", "5", "6"]
+    assert os.listdir(root / "trash") == []
+    assert caplog.text == ""
 
 
 async def test_cleanup_with_nothing_to_do(snapshotter: Snapshotter, root: Path) -> None:

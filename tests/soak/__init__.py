@@ -1,0 +1,9 @@
+"""The load test: many clients at once do everything that the tree promises, for as long as you like.
+
+    python -m tests.soak --seconds 600 --clients 64 --seed 1
+
+Each client has names of its own, of which its model knows exactly what must be there and what each call must answer
+(``private``), and meets all others at names that they share, where it knows what may happen (``shared``).  Meanwhile the
+daemon's memory, descriptors, threads and objects are sampled (``watch``), and at the end all that the clients know, what
+``events`` and ``error_log`` told, the records and the directories on disk have to agree (``verdict``).
+"""
