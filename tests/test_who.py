@@ -481,7 +481,7 @@ def test_who_may_not_go_there_mounts_nothing(make_daemon: Make, options: str) ->
     held = os.listdir(daemon.root / "rootfs")
     for link in ("active/old/rootfs", "committed/base/rootfs", "active/a/rootfs"):
         assert not may(run(bob, "ls", f"{daemon.mnt}/{link}/"))
-    assert os.listdir(daemon.root / "rootfs") == held
+        assert os.listdir(daemon.root / "rootfs") == held
     assert served(daemon.mnt, "stats.json")["mounts_held"] == len(held)
     assert daemon.stop() == 0
 
