@@ -8,7 +8,8 @@ here, as on other file systems:
   commit, rename, label and remove every snapshot and clean up, who may read sees their names, labels and mount specs;
 - what is in a layer is for those alone who may read ROOT, which is the daemon's own with mode 0700.  So ``diff`` and ``rootfs``
   lead others to EACCES, ``changes`` belongs to the daemon's user with mode 0400 whatever the options say, and error_log leaves
-  out what it would tell of a layer.  How much a layer takes is no secret.
+  out what it would tell of a layer.  How much a layer takes is no secret, nor where it is mounted and which processes use it,
+  as far as /proc tells the daemon.
 
 To let another user work in a snapshot, mount it elsewhere as root (``mount.sh``): its files' own modes decide there, and
 ``rootfs`` leads to that place for all.
