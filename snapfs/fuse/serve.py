@@ -37,7 +37,7 @@ class MountOptions(msgspec.Struct, frozen=True):
     """Options of the FUSE mount: ``access``: who may do what; ``ro``: read-only; ``dirsync``: a Commit waits until its data is
     on disk."""
 
-    access: Access = Access()
+    access: Access = msgspec.field(default_factory=Access)
     ro: bool = False
     dirsync: bool = False
 
