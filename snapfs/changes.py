@@ -182,7 +182,8 @@ class _Scan:
                     redirected = directory.parent is not None and not directory.lowest
         if redirected:
             raise FailedPrecondition(
-                f"changes cannot tell where the contents of {path} come from: the directory was renamed with redirect_dir=on"
+                f"changes cannot tell where the contents of {path} come from: the directory was renamed with redirect_dir=on",
+                public="changes cannot tell where the contents of a directory come from that was renamed with redirect_dir=on",
             )
         return False
 

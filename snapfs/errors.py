@@ -14,7 +14,14 @@ from snapfs.model import Kind
 
 
 class SnapshotError(Exception):
-    """The base of all errors that a caller can cause or must handle; anything else that escapes is a bug."""
+    """The base of all errors that a caller can cause or must handle; anything else that escapes is a bug.
+
+    ``public``: the sentence for those who may not read the layers, where the whole one names something that is in them.
+    """
+
+    def __init__(self, sentence: str, *, public: str | None = None) -> None:
+        super().__init__(sentence)
+        self.public = sentence if public is None else public
 
 
 class NotFound(SnapshotError):
@@ -87,8 +94,8 @@ class Unavailable(SnapshotError):
     ``errno`` is the operating system's reason where there is one (ENOSPC, EIO, EROFS …), else None.
     """
 
-    def __init__(self, sentence: str, errno: int | None = None) -> None:
-        super().__init__(sentence)
+    def __init__(self, sentence: str, errno: int | None = None, *, public: str | None = None) -> None:
+        super().__init__(sentence, public=public)
         self.errno = errno
 
     @classmethod
@@ -96,7 +103,7 @@ class Unavailable(SnapshotError):
         """The refusal of the operating system while ``doing`` ("prepare snapshot …") as a sentence."""
         where = f" ({error.filename})" if error.filename else ""
         reason = os.strerror(error.errno) if error.errno else str(error)
-        return cls(f"cannot {doing}: {reason}{where}", error.errno)
+        return cls(f"cannot {doing}: {reason}{where}", error.errno, public=f"cannot {doing}: {reason}")
 
 
 class Closed(Unavailable):

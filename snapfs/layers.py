@@ -85,8 +85,8 @@ class Layers:
     def open(cls, root: str) -> Layers:
         """Take ``root``, made with mode 0700 where missing.
 
-        Raises Unavailable with a sentence: held by another process (which one), not a directory of ours, a file system
-        without d_type, or what the operating system refused.
+        Raises Unavailable with a sentence: held by another process (which one), not a directory of ours or of another user, a
+        file system without d_type, or what the operating system refused.
         """
         root = os.path.realpath(root)
         try:
@@ -101,7 +101,13 @@ class Layers:
             present = os.listdir(root)
             if "lock" not in present and not _OURS.issuperset(present):
                 raise Unavailable(f"{root} is neither empty nor a root of snapfs; give a directory of its own")
-            if stat.S_IMODE(os.stat(root).st_mode) & 0o077:
+            found = os.stat(root)
+            if found.st_uid != os.geteuid():  # who could put anything in the place of what we made, and have us follow it
+                raise Unavailable(
+                    f"{root} belongs to the user {found.st_uid}, but whoever serves it must be the only one to get in: "
+                    f"serve it as that user, or chown {os.geteuid()} {root}"
+                )
+            if stat.S_IMODE(found.st_mode) & 0o077:
                 os.chmod(root, 0o700)
             lock = _lock(root)
         except OSError as error:

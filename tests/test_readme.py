@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from snapfs.cli.serve import _FLAGS, _NUMBERS
+from snapfs.cli.serve import _ACCESS, _FLAGS, _NUMBERS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_every_option_is_listed() -> None:
     table = set(re.findall(r"^\| `(\w+)(?:=[A-Z]+)?` \|", README, re.MULTILINE))
-    assert {*_FLAGS, *_NUMBERS, "mount_option"} <= table
+    assert {*_FLAGS, *_ACCESS, *_NUMBERS, "mount_option"} <= table
 
 
 def test_the_library_example_runs(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import grp
 import logging
 import os
+import pwd
 import re
 import signal
 import sys
@@ -16,6 +18,8 @@ import trio
 
 from snapfs.errors import InvalidArgument, Unavailable
 from snapfs.options import Options, Sync
+
+log = logging.getLogger(__name__)
 
 N = TypeVar("N", int, float)
 
@@ -37,6 +41,12 @@ _NUMBERS = {
     "rootfs_max": ("N", f"hold at most so many file systems mounted (default {_DEFAULTS.rootfs_max})"),
 }
 
+_ACCESS = {
+    "uid": ("USER", "whose the tree is: a name or a number (default: whose the daemon is)"),
+    "gid": ("GROUP", "of which group it is, likewise"),
+    "umask": ("OCTAL", "what modes lack (default 022: others may look)"),
+}
+
 _IGNORED = frozenset(("rw", "defaults", "auto", "noauto", "nofail", "_netdev", "nosuid", "nodev", "noatime"))
 """What /etc/fstab and mount(8) say of every file system, and what is so anyway."""
 
@@ -56,7 +66,7 @@ def add_parser(verbs: Any) -> None:
     )
     for name, text in _FLAGS.items():
         parser.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
-    for name, (metavar, text) in _NUMBERS.items():
+    for name, (metavar, text) in (*_ACCESS.items(), *_NUMBERS.items()):
         parser.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
     parser.add_argument(
         "--mount-option", action="append", default=[], metavar="OPT", help="an option for every overlay mount; may be repeated"
@@ -68,6 +78,7 @@ def add_parser(verbs: Any) -> None:
 def run(given: argparse.Namespace) -> int:
     """Serve; returns 0 when it was ended cleanly."""
     flags = {name for name in _FLAGS if getattr(given, name)}
+    access = {name: getattr(given, name) for name in _ACCESS if getattr(given, name) is not None}
     numbers = {name: getattr(given, name) for name in _NUMBERS if getattr(given, name) is not None}
     overlay = list(given.mount_option)
     for option in _split(given.mount_options):
@@ -80,8 +91,10 @@ def run(given: argparse.Namespace) -> int:
             given.sync = value
         elif name in _NUMBERS and value:
             numbers[name] = value
+        elif name in _ACCESS and value:
+            access[name] = value
         elif option not in _IGNORED:
-            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*_NUMBERS, "sync", "mount_option"))])
+            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*_ACCESS, *_NUMBERS, "sync", "mount_option"))])
             raise InvalidArgument(f'unknown mount option "{option}"; there are {known}')
     if given.sync not in (None, *Sync):
         raise InvalidArgument(f"sync={given.sync}: there are {' and '.join(Sync)}")
@@ -98,6 +111,7 @@ def run(given: argparse.Namespace) -> int:
         rootfs_max=_number("rootfs_max", numbers.get("rootfs_max", _DEFAULTS.rootfs_max), int, 1),
     )
     try:
+        from snapfs.fuse.access import Access
         from snapfs.fuse.serve import MountOptions, serve
     except ImportError as error:
         raise Unavailable(f"pyfuse3 can't be loaded ({error}); install libfuse3 (Debian: apt-get install fuse3)") from None
@@ -105,11 +119,49 @@ def run(given: argparse.Namespace) -> int:
     def say_ready() -> None:
         print(f"snapfs: serving {given.root} on {given.mountpoint}", file=sys.stderr, flush=True)
 
-    mount = MountOptions(allow_other="allow_other" in flags, ro="ro" in flags, dirsync="dirsync" in flags)
+    wanted = Access(allow_other="allow_other" in flags, **_access(access))
+    if access and not wanted.allow_other:
+        log.warning("without allow_other nobody but the owner gets in: %s only change what ls -l shows", ", ".join(access))
+    mount = MountOptions(wanted, ro="ro" in flags, dirsync="dirsync" in flags)
+    os.umask(0o077)  # whatever it makes in ROOT, and above it, is its own
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # serve takes them; one that comes after its end is late
         signal.signal(number, signal.SIG_IGN)
     trio.run(serve, given.root, os.path.abspath(given.mountpoint), options, mount, say_ready)
     return 0
+
+
+def _access(given: dict[str, str]) -> dict[str, int]:
+    """The values of ``uid``, ``gid`` and ``umask``, as far as they are given."""
+    found = {}
+    for name, text in given.items():
+        try:
+            found[name] = _READ[name](text)
+        except (KeyError, ValueError):
+            wanted = "three octal digits" if name == "umask" else "a number, or a name that there is,"
+            raise InvalidArgument(f"{name}={text}: {wanted} is wanted") from None
+    return found
+
+
+def _uid(text: str) -> int:
+    return int(text) if _is_id(text) else pwd.getpwnam(text).pw_uid
+
+
+def _gid(text: str) -> int:
+    return int(text) if _is_id(text) else grp.getgrnam(text).gr_gid
+
+
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) < (1 << 32) - 1  # that one means none
+
+
+def _umask(text: str) -> int:
+    value = int(text, 8)
+    if not 0 <= value <= 0o777:
+        raise ValueError(text)
+    return value
+
+
+_READ: dict[str, Callable[[str], int]] = {"uid": _uid, "gid": _gid, "umask": _umask}
 
 
 def _number(name: str, text: str | float, convert: Callable[[str | float], N], least: N) -> N:

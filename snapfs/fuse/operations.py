@@ -20,6 +20,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from snapfs import names
 from snapfs.errors import InvalidArgument, NameTooLong, NotFound, NotPermitted, NotUtf8, SnapshotError, Stale
+from snapfs.fuse.access import Access
 from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
 from snapfs.tree import Handle, Node, Tree
@@ -73,7 +74,7 @@ def answering(
         except Exception as error:
             number = errno.EIO
             log.exception("a bug: %s failed", handler.__name__)
-            self.log_refusal(number, handler.__name__, args, repr(error))
+            self.log_refusal(number, handler.__name__, args, error)
             raise FUSEError(number) from None
         finally:
             took = time.perf_counter() - began
@@ -122,9 +123,10 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False
 
-    def __init__(self, tree: Tree, on_ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, tree: Tree, rights: Access, on_ready: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.tree = tree
+        self.rights = rights
         self.cache = KernelCache()
         self._on_ready = on_ready
         self._open: dict[int, OpenFile] = {}  # by handle
@@ -133,7 +135,6 @@ class Operations(pyfuse3.Operations):
         self._writers: Told[tuple[int, int, str], int] = Told()  # inodes for writers of labels
         self._refreshed: Told[tuple[int, int, int], Node] = Told()  # files with another text than was looked up
         self._handles = count(1)
-        self._owner = (os.geteuid(), os.getegid())
         tree.snapshotter.subscribe(self.cache.note)
 
     def init(self) -> None:
@@ -146,9 +147,9 @@ class Operations(pyfuse3.Operations):
         found = node.attributes()
         entry = EntryAttributes()
         entry.st_ino = node.inode
-        entry.st_mode = found.mode
+        entry.st_mode = self.rights.mode(found)
         entry.st_nlink = 1
-        entry.st_uid, entry.st_gid = self._owner
+        entry.st_uid, entry.st_gid = self.rights.owner(found)
         entry.st_size = found.size
         entry.st_blocks = found.blocks
         entry.st_blksize = 4096
@@ -158,9 +159,13 @@ class Operations(pyfuse3.Operations):
         entry.attr_timeout = TIMEOUT if found.keep and node.inode == node.shown_inode else 0
         return entry
 
-    def log_refusal(self, number: int, operation: str, args: tuple[object, ...], reason: object) -> None:
-        """One line in error_log for a request with these arguments."""
-        self.tree.error_log.note(errno.errorcode.get(number, str(number)), operation, self._where(operation, args), reason)
+    def log_refusal(self, number: int, operation: str, args: tuple[object, ...], error: Exception) -> None:
+        """One line in error_log for a request with these arguments; what is not for all who may read that goes to the owner's
+        log alone."""
+        where, words = self._where(operation, args), self.rights.words(error)
+        if isinstance(error, SnapshotError | OSError) and words != str(error):
+            log.warning("%s %s: %s", operation, where, error)
+        self.tree.error_log.note(errno.errorcode.get(number, str(number)), operation, where, words)
 
     def _where(self, operation: str, args: tuple[object, ...]) -> str:
         """The paths that a request is about; told by the types of its arguments: inode, name, inode, name …"""
@@ -244,7 +249,10 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
-        return (await self.tree.node(inode).follow()).encode(errors="surrogateescape")
+        node = self.tree.node(inode)
+        # a file system for who can't get there would only push out another
+        target = await node.follow() if self.rights.may_enter_root(ctx.uid) else node.target()
+        return target.encode(errors="surrogateescape")
 
     # -- changing
 

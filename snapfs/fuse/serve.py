@@ -16,7 +16,8 @@ import msgspec
 import pyfuse3
 import trio
 
-from snapfs.errors import SnapshotError, Unavailable
+from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
+from snapfs.fuse.access import Access
 from snapfs.fuse.operations import Operations
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import MountPoint, mount_table
@@ -34,10 +35,10 @@ GRACE = 5.0  # seconds that requests under way have to end once the daemon is to
 
 
 class MountOptions(msgspec.Struct, frozen=True):
-    """Options of the FUSE mount: ``allow_other``: users other than the owner may enter, with the modes that stat(2) shows;
-    ``ro``: read-only; ``dirsync``: a Commit waits until its data is on disk."""
+    """Options of the FUSE mount: ``access``: who may do what; ``ro``: read-only; ``dirsync``: a Commit waits until its data is
+    on disk."""
 
-    allow_other: bool = False
+    access: Access = msgspec.field(default_factory=Access)
     ro: bool = False
     dirsync: bool = False
 
@@ -51,6 +52,7 @@ async def serve(
     ``on_ready`` is called when requests are being answered.  Raises SnapshotError with a sentence where the root, the
     mountpoint or FUSE can't be used.
     """
+    _check_access(mount.access, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         await trio.to_thread.run_sync(_recover_mountpoint, root, mountpoint)
         await trio.to_thread.run_sync(_check, root, mountpoint)
@@ -59,7 +61,8 @@ async def serve(
             stop = trio.Event()
             nursery.start_soon(_set_on_signal, stop, signals)
             try:
-                served = {"mountpoint": mountpoint, **msgspec.structs.asdict(mount)}
+                access = {**msgspec.structs.asdict(mount.access), "umask": f"{mount.access.umask:03o}"}
+                served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync}
                 tree = Tree(snapshotter, served, dirsync=mount.dirsync)
                 await serve_tree(tree, mountpoint, mount, on_ready, stop)
             except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group
@@ -71,14 +74,14 @@ async def serve(
 
 async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready: Callable[[], None], stop: trio.Event) -> None:
     """Mount ``tree`` and answer requests until ``stop`` is set or somebody unmounts it.  One a process at a time."""
-    operations = Operations(tree, on_ready)
+    operations = Operations(tree, mount.access, on_ready)
     try:
         pyfuse3.init(operations, mountpoint, _fuse_options(tree.snapshotter.layers.root, mount))
     except RuntimeError as error:  # libfuse has said why on standard error
-        raise Unavailable(
-            f"cannot mount on {mountpoint}: {error}; it takes the right to mount (CAP_SYS_ADMIN or fusermount3), "
-            "and for others' sake user_allow_other in /etc/fuse.conf"
-        ) from None
+        hint = "it takes the right to mount (CAP_SYS_ADMIN, or fusermount3 and a mountpoint that is yours)"
+        if mount.access.allow_other and os.geteuid() != 0:
+            hint += ", and for allow_other the line user_allow_other in /etc/fuse.conf, which is root's to add"
+        raise Unavailable(f"cannot mount on {mountpoint}: {error}; {hint}") from None
     try:
         async with trio.open_nursery() as nursery:
             loop = trio.CancelScope()
@@ -120,7 +123,7 @@ def _fuse_options(root: str, mount: MountOptions) -> set[str]:
     options = {f"fsname={source}", f"subtype={FILE_SYSTEM}", "nosuid", "nodev", "noatime"}
     if mount.ro:
         options.add("ro")
-    if mount.allow_other:
+    if mount.access.allow_other:
         # Only then does the kernel have to check modes, since without it nobody but the owner gets in.  It costs an attribute
         # request for each change.
         options |= {"allow_other", "default_permissions"}
@@ -177,6 +180,16 @@ def _overlap(root: str, mountpoint: str) -> bool:
     if place is not None and above is not None and place[0] == above[0]:
         pairs.append((place[1], os.path.normpath(os.path.join(above[1], rest))))
     return any(os.path.commonpath(pair) in pair for pair in pairs)
+
+
+def _check_access(access: Access, options: Options) -> None:
+    """Raise InvalidArgument where a label would give away files: who may set the mapping of a layer's ids could have what is in
+    it belong to anybody, to root for one."""
+    if access.others_may_write and (options.remap_ids or options.slow_chown):
+        raise InvalidArgument(
+            "with remap_ids or slow_chown labels decide to whom files belong, so others than the owner must not write them: "
+            "leave out uid=, and let umask= have the bits 022"
+        )
 
 
 def _check(root: str, mountpoint: str) -> None:

@@ -32,6 +32,7 @@ class Attribute(msgspec.Struct, frozen=True):
 
     ``present``: whether a snapshot of such a kind has it after all.
     ``fixed``: its text never changes as long as the snapshot has it; each text of any other file has an inode of its own.
+    ``private``: it tells what is in a layer, for those alone who may read that.
     ``refresh`` is awaited when the file is opened or the link followed, for what must be looked up or done on disk.
     """
 
@@ -41,6 +42,7 @@ class Attribute(msgspec.Struct, frozen=True):
     render: Render
     type: int = stat.S_IFREG | 0o444
     fixed: bool = False
+    private: bool = False
     present: Callable[[Tree, Record], bool] = lambda tree, record: True
     refresh: Callable[[Tree, int, Record], Awaitable[object]] | None = None
 
@@ -131,6 +133,7 @@ UNKNOWN_SIZE = 4096  # of a file that has content, as in sysfs
 ALL = (Kind.ACTIVE, Kind.VIEW, Kind.COMMITTED)
 _LINK = stat.S_IFLNK | 0o777
 _SCRIPT = stat.S_IFREG | 0o555
+_PRIVATE = stat.S_IFREG | 0o400
 
 ATTRIBUTES = (
     Attribute("mounts.json", 16, (Kind.ACTIVE, Kind.VIEW), mounts_json, fixed=True),
@@ -140,7 +143,7 @@ ATTRIBUTES = (
     Attribute("parent", 20, ALL, parent, type=_LINK, present=has_parent),
     Attribute("diff", 21, (Kind.ACTIVE, Kind.COMMITTED), diff, type=_LINK, fixed=True),
     Attribute("rootfs", 22, ALL, rootfs, type=_LINK, refresh=mount, present=is_mountable),
-    Attribute("changes", 23, (Kind.ACTIVE, Kind.COMMITTED), changes, refresh=compare),
+    Attribute("changes", 23, (Kind.ACTIVE, Kind.COMMITTED), changes, type=_PRIVATE, private=True, refresh=compare),
 )
 
 BY_SLOT = {attribute.slot: attribute for attribute in ATTRIBUTES}
@@ -197,9 +200,10 @@ class AttributeFile(_Attribute, File):
         return text
 
     def attributes(self) -> Attributes:
-        if self._text is None:
-            return Attributes(self.attribute.type, size=UNKNOWN_SIZE, time=self.record.updated, keep=False)
-        return Attributes(self.attribute.type, size=self._text.size, time=self.record.updated)
+        known = self._text is not None
+        size = self._text.size if self._text is not None else UNKNOWN_SIZE
+        private = self.attribute.private
+        return Attributes(self.attribute.type, size, time=self.record.updated, keep=known, private=private)
 
 
 class AttributeLink(_Attribute, Link):

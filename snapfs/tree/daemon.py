@@ -103,7 +103,7 @@ class LogFile(File):
 class CleanupFile(File):
     """cleanup: writing 1 is Cleanup."""
 
-    mode = stat.S_IFREG | 0o644
+    mode = stat.S_IFREG | 0o666
 
     @property
     def path(self) -> str:

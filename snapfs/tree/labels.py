@@ -124,7 +124,7 @@ class OpenLabel(Handle):
 class Label(Node):
     """The file of one label: with one ``text`` of it, or (None) a writer's own."""
 
-    mode = stat.S_IFREG | 0o644
+    mode = stat.S_IFREG | 0o666
     keep_entry = False
 
     def __init__(self, tree: Tree, number: int, record: Record, key: str, inode: int, text: Text | None) -> None:

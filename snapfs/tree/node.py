@@ -77,8 +77,10 @@ def unpack(inode: int) -> tuple[int, int]:
 
 
 class Attributes(msgspec.Struct, frozen=True):
-    """What stat(2) shows of a node: full mode, bytes, blocks of 512 bytes, one time for all (ns since the epoch).
+    """What stat(2) shows of a node: mode, bytes, blocks of 512 bytes, one time for all (ns since the epoch).
 
+    ``mode`` is the most that anybody may do with it: whoever serves the tree takes a umask from that.  ``private``: it tells
+    what is in a layer, so it belongs to those alone who may read that, whoever the tree belongs to.
     ``keep``: they stay right until the tree says otherwise, so a cache may hold them.
     """
 
@@ -87,6 +89,7 @@ class Attributes(msgspec.Struct, frozen=True):
     blocks: int = 0
     time: int = 0
     keep: bool = True
+    private: bool = False
 
 
 class Handle:
@@ -224,7 +227,7 @@ class Node:
 class Directory(Node):
     """What all directories share."""
 
-    mode = stat.S_IFDIR | 0o755
+    mode = stat.S_IFDIR | 0o777
 
 
 class File(Node):
