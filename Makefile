@@ -1,6 +1,7 @@
 # make run    mount a tree on run/snap and show what to type
 # make test   run every test (as root; mounts for real, in a mount namespace of its own)
 # make lint   check style and types
+# make powercut   cut the power of test disks thousands of times, and say what was lost
 #
 # Each installs what it needs first: Debian packages where missing (with sudo if not root), and Python packages into .venv.
 
@@ -8,9 +9,9 @@ PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
-TEST_PACKAGES := busybox-static dash ed e2fsprogs perl-base plocate procps rsync tar tree vim
+TEST_PACKAGES := busybox-static dash ed e2fsprogs perl-base plocate procps rsync tar tree vim xfsprogs
 
-.PHONY: run test lint clean
+.PHONY: run test lint powercut clean
 
 run: .venv/ready
 	@mkdir -p run/root run/snap
@@ -28,6 +29,9 @@ run: .venv/ready
 
 test: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m pytest $(PYTEST_ARGS)
+
+powercut: .venv/ready-for-tests
+	$(SUDO) env POWER_CUTS=$${POWER_CUTS:-500} .venv/bin/python -m pytest -q -s tests/test_power.py $(PYTEST_ARGS)
 
 lint: .venv/ready-for-tests
 	.venv/bin/ruff check
