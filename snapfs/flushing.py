@@ -21,6 +21,8 @@ from snapfs.metastore import MetaStore, Writer
 
 log = logging.getLogger(__name__)
 
+FAILED = "the disk failed"  # in place of a boot: no boot is called that, so it is lost to all of them
+
 
 def boot_id() -> str:
     """What the kernel calls this boot of the machine (random(4))."""
@@ -79,9 +81,12 @@ class Flushing:
             try:
                 await trio.to_thread.run_sync(mounting.sync_file_system, self._layers.snapshots)
             except OSError as refusal:
-                self.lost.update(numbers)  # the kernel tells once, and drops what it could not write
+                numbers = self._marked()  # those committed meanwhile, too: whose pages it were the kernel doesn't tell
+                self.lost.update(numbers)  # it tells once, and drops what it could not write
                 error = Unavailable.from_os("flush the layers", refusal)
                 log.error("%s; snapshots that may be torn: %s", error, numbers)
+                if numbers:
+                    await self._remember_lost(numbers)
                 return
             if numbers:
                 await self._records.write(lambda writer: writer.clear_unflushed(numbers))
@@ -91,6 +96,19 @@ class Flushing:
             log.error("the layers are flushed, but not marked so: %s", error)
         finally:
             flush.end(error)
+
+    async def _remember_lost(self, numbers: list[int]) -> None:
+        """Let a later daemon of the same boot know, which would flush again and find nothing wrong."""
+
+        def operation(writer: Writer) -> None:
+            for number in numbers:
+                if writer.record(number) is not None:
+                    writer.mark_unflushed(number, FAILED)
+
+        try:
+            await self._records.write(operation)
+        except SnapshotError as error:
+            log.error("the disk can't be told either which snapshots may be torn: %s", error)
 
     def mark(self, writer: Writer, number: int) -> None:
         """Within the operation that commits snapshot ``number``."""

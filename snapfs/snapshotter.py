@@ -250,6 +250,7 @@ class Snapshotter:
         self.counting.count_soon(number)
         if wait:
             await self.flushing.flush()
+            self.flushing.refuse_lost([number])  # another flush may have failed on it meanwhile
 
     def _new_parent(self, writer: Writer, record: Record, parent: Ref) -> int:
         """The id of the parent that a Commit asks for."""
