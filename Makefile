@@ -3,6 +3,7 @@
 # make soak   64 clients do everything at once for ten minutes: make soak SOAK_ARGS="--clients 16 --seconds 60"
 # make lint   check style and types
 # make fuzz   feed names, filters and records with whatever breaks them, SECONDS each (300)
+# make powercut   cut the power of test disks some thousand times, and say what was lost
 #
 # Each installs what it needs first: Debian packages where missing (with sudo if not root), and Python packages into .venv.
 
@@ -10,12 +11,12 @@ PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
-TEST_PACKAGES := busybox-static dash ed e2fsprogs perl-base plocate procps rsync tar tree vim
+TEST_PACKAGES := busybox-static dash ed e2fsprogs perl-base plocate procps rsync tar tree vim xfsprogs
 
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
 
-.PHONY: run test lint soak fuzz clean
+.PHONY: run test lint soak fuzz powercut clean
 
 run: .venv/ready
 	@mkdir -p run/root run/snap
@@ -36,6 +37,9 @@ test: .venv/ready-for-tests
 
 soak: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m tests.soak --seconds 600 --clients 64 $(SOAK_ARGS)
+
+powercut: .venv/ready-for-tests
+	$(SUDO) env POWER_CUTS=$${POWER_CUTS:-500} .venv/bin/python -m pytest -q -s tests/test_power.py $(PYTEST_ARGS)
 
 lint: .venv/ready-for-tests
 	.venv/bin/ruff check

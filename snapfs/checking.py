@@ -82,7 +82,7 @@ def records_of(layers: Layers) -> str:
 
 
 def _accept(layers: Layers, records: MetaStore, name: str) -> Finding:
-    flushing = Flushing(layers, records, sync=True)
+    flushing = Flushing(layers, records)
 
     def operation(writer: Writer) -> None:
         number = writer.id_of(name)
@@ -235,13 +235,13 @@ class _Check:
             yield Finding(Problem.MISCOUNTED, text, "--repair writes it anew", mended)
 
     def _check_flushed(self) -> Iterator[Finding]:
-        for number in sorted(Flushing(self._layers, self._records, sync=True).lost):
+        for number in sorted(Flushing(self._layers, self._records).lost):
             if number in self._known:
                 text = f"{_called(self._known[number])}: its files, in {self._layers.fs(number)}, had not all reached the disk "
                 name = self._known[number].name
                 yield Finding(
                     Problem.UNFLUSHED,
-                    text + "when the power went",
+                    text + "when the power went or the disk failed",
                     f"look at them, then take it as it is with --accept {name}, or remove the snapshot",
                 )
 

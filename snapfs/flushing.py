@@ -17,11 +17,15 @@ import trio
 
 from snapfs import imprint
 from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
+from snapfs.imprint import Imprint
 from snapfs.kernel import mounting
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore, Writer
+from snapfs.model import Kind
 
 log = logging.getLogger(__name__)
+
+FAILED = "the disk failed"  # in place of a boot: no boot is called that, so it is lost to all of them
 
 
 def boot_id() -> str:
@@ -32,10 +36,12 @@ def boot_id() -> str:
 class Flushing:
     """The flushes of one root.  ``run`` must be running; without ``sync`` nothing is ever flushed, marked or waited for.
 
+    ``fd`` is open on the layers' file system, from the start on: what the disk refuses is told once to each that has it open.
     ``lost`` holds the ids of the snapshots whose data was in memory when the power went, or the disk refused it.
     """
 
-    def __init__(self, layers: Layers, records: MetaStore, *, sync: bool) -> None:
+    def __init__(self, layers: Layers, records: MetaStore, fd: int = -1, *, sync: bool = True) -> None:
+        self._fd = fd
         self._layers = layers
         self._records = records
         self._sync = sync
@@ -74,16 +80,24 @@ class Flushing:
         with self._records.reading() as reader:
             return [number for number, boot in reader.unflushed() if boot == self._boot and number not in self.lost]
 
+    def _suspect(self) -> list[int]:
+        """Whose data a disk that fails may just have lost: all that is marked, and what is still being written."""
+        with self._records.reading() as reader:
+            return sorted({*self._marked(), *(number for number, _ in reader.listing(Kind.ACTIVE))})
+
     async def _perform(self, flush: _Flush) -> None:
         error: SnapshotError | None = Closed()
         try:
             numbers = self._marked()
             try:
-                await trio.to_thread.run_sync(mounting.sync_file_system, self._layers.snapshots)
+                await trio.to_thread.run_sync(mounting.sync_file_system, self._fd)
             except OSError as refusal:
-                self.lost.update(numbers)  # the kernel tells once, and drops what it could not write
+                numbers = self._suspect()  # those committed meanwhile, too: whose pages it were the kernel doesn't tell
+                self.lost.update(numbers)  # it tells once, and drops what it could not write
                 error = Unavailable.from_os("flush the layers", refusal)
                 log.error("%s; snapshots that may be torn: %s", error, numbers)
+                if numbers:
+                    await self._remember_lost(numbers)
                 return
             if numbers:
                 await self._records.write(lambda writer: self.settle(writer, numbers))
@@ -94,19 +108,42 @@ class Flushing:
         finally:
             flush.end(error)
 
+    async def _remember_lost(self, numbers: list[int]) -> None:
+        """Let a later daemon of the same boot know, which would flush again and find nothing wrong."""
+
+        def operation(writer: Writer) -> None:
+            for number in numbers:
+                with contextlib.suppress(Damaged):
+                    record = writer.record(number)
+                    if record is not None:
+                        writer.mark_unflushed(number, FAILED)
+                        self._imprint(number, Imprint(record, FAILED))
+                        info = writer.info(number, record)
+                        writer.changed(info, info, counted=True)
+
+        try:
+            await self._records.write(operation)
+        except SnapshotError as error:
+            log.error("the disk can't be told either which snapshots may be torn: %s", error)
+
     def mark(self, writer: Writer, number: int) -> None:
         """Within the operation that commits snapshot ``number``."""
-        if self._sync:
+        if self._sync and not writer.unflushed_since(number):
             writer.mark_unflushed(number, self._boot)
 
     def settle(self, writer: Writer, numbers: Iterable[int]) -> None:
         """Within an operation: the data of these snapshots is on disk, or is taken as it is."""
         writer.clear_unflushed(numbers)
-        for number in numbers if self._layers.bears_imprints else ():
-            record = writer.record(number)
-            if record is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    imprint.write(self._layers.directory(number), imprint.Imprint(record))
+        for number in numbers:
+            with contextlib.suppress(Damaged):
+                record = writer.record(number)
+                if record is not None:
+                    self._imprint(number, Imprint(record))
+
+    def _imprint(self, number: int, said: Imprint) -> None:
+        if self._layers.bears_imprints:
+            with contextlib.suppress(FileNotFoundError):
+                imprint.write(self._layers.directory(number), said)
 
     def flush_soon(self) -> None:
         """Flush in the background what was written so far."""

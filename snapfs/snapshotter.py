@@ -78,7 +78,8 @@ class Snapshotter:
         self.records = records
         self.features = features
         self.counting = Counting(layers, records)
-        self.flushing = Flushing(layers, records, sync=options.sync is Sync.FULL)
+        self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.flushing = Flushing(layers, records, self._snapshots_fd, sync=options.sync is Sync.FULL)
         self.mounted = mounted
         self.rootfs = rootfs
         self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
@@ -89,7 +90,6 @@ class Snapshotter:
         self._background: trio.CancelScope | None = None
         self._background_ended = trio.Event()
         self._closed = False
-        self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._housekeeping = Housekeeping(layers)
         self._listeners: list[Callable[[Change], None]] = []
         self.subscribe(self._forget_removed)
@@ -247,7 +247,6 @@ class Snapshotter:
             now = time.time_ns()
             kept = record.labels if keep_labels else {}
             after = Record(name, Kind.COMMITTED, above, now, now, {**kept, **given})
-            self.flushing.mark(writer, number)
             self._put(writer, number, record, after)
 
         async with self._unmounted(key) as number:
@@ -256,6 +255,7 @@ class Snapshotter:
         self.counting.count_soon(number)
         if wait:
             await self.flushing.flush()
+            self.flushing.refuse_lost([number])  # another flush may have failed on it meanwhile
 
     def _new_parent(self, writer: Writer, record: Record, parent: Ref) -> int:
         """The id of the parent that a Commit asks for."""
@@ -409,8 +409,10 @@ class Snapshotter:
     def _put(self, writer: Writer, number: int, before: Record, after: Record) -> Info:
         was = writer.info(number, before)
         since = writer.unflushed_since(number)
-        writer.on_failure(lambda: self._imprint(number, before, since if before.kind is Kind.COMMITTED else ""))
-        self._imprint(number, after, since)
+        if before.kind is not after.kind:
+            self.flushing.mark(writer, number)
+        writer.on_failure(lambda: self._imprint(number, before, since))
+        self._imprint(number, after, writer.unflushed_since(number))
         writer.put(number, after)
         info = writer.info(number, after)
         writer.changed(was, info)

@@ -458,7 +458,7 @@ async def _nothing(self: flushing.Flushing) -> None:
     pass
 
 
-def _refuse(directory: str) -> None:
+def _refuse(fd: int) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 

@@ -32,12 +32,12 @@ class Gate:
         self.error: OSError | None = None
         self.sync = mounting.sync_file_system
 
-    def __call__(self, directory: str) -> None:
+    def __call__(self, fd: int) -> None:
         self.calls += 1
         assert self.open.wait(timeout=30)
         if self.error is not None:
             raise self.error
-        self.sync(directory)
+        self.sync(fd)
 
 
 @pytest.fixture
@@ -248,3 +248,23 @@ def test_sync_of_a_directory_waits_and_mv_does_not(
         with loop_mounted(tmp_path / "copy", tmp_path / "after") as disk:
             assert all((disk / f"snapshots/{n + 1}/fs/file{number}").read_bytes() == CONTENT for number in range(5))
     assert daemon.stop() == 0
+
+
+async def test_what_was_being_written_when_the_disk_failed_is_suspect_when_it_is_committed(
+    snapshotter: Snapshotter, gate: Gate
+) -> None:
+    gate.open.set()
+    await snapshotter.prepare("a")
+    gate.error = OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(Unavailable):
+        await snapshotter.flush()
+    gate.error = None
+    await snapshotter.prepare("later")
+    await snapshotter.commit("fine", "later")
+    with pytest.raises(Damaged, match='"torn" may be torn'):
+        await snapshotter.commit("torn", "a")
+    assert await snapshotter.prepare("x", "fine")
+    with pytest.raises(Damaged):
+        await snapshotter.prepare("y", "torn")
+    await snapshotter.accept("torn")
+    assert await snapshotter.prepare("y", "torn")

@@ -1,0 +1,251 @@
+"""A disk of the test's own, which remembers what a power cut would leave of it, and which fails when told to.
+
+The backing file of a loop device is the one file of a small FUSE file system, served by a child process.  The kernel passes on
+to it what it would send to a disk: writes, and flushes (loop turns them into fsync).  The child notes all of them, in their
+order, in a journal; a place in it is the clock of the disk.  So one run of a test can be cut at any instant, afterwards: a disk
+holds what was written before the last flush that had ended, and of what came later whatever it likes, block by block.
+
+The child must not touch what is stored on the disk that it serves, or it would wait for itself: its files are in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pyfuse3
+import trio
+
+from snapfs.kernel import mounting
+
+BLOCK = 4096  # what a disk writes whole or not at all; ext4 and xfs don't survive it if their own superblock is torn in 512s
+
+_ENTRY = struct.Struct("=cQI")  # write or flush, offset, length; then the data
+_WRITE, _FLUSH = b"w", b"f"
+_FAULTS = struct.Struct("=iiiQQ")  # errno of reads, of writes, of flushes; the bytes of the disk that have them: from, up to
+
+_MAKE = {
+    "ext4": ["mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"],
+    "xfs": ["mkfs.xfs", "-q", "-f", "-K"],
+}
+_OPTIONS = {"ext4": "errors=remount-ro", "xfs": "nouuid"}  # xfs mounts nothing twice, and an image is it once more
+SIZES = {"ext4": 16 << 20, "xfs": 300 << 20}  # the least that xfs takes; what nobody writes costs nothing
+
+
+class Write(NamedTuple):
+    """Something written to a disk; ``at`` is when it had arrived, by the disk's clock."""
+
+    at: int
+    offset: int
+    data: bytes
+
+
+class Disk:
+    """A disk with a file system of ``kind`` on it, as ``device``.  Made by ``disk``."""
+
+    def __init__(self, kind: str, directory: Path) -> None:
+        self.kind = kind
+        self.device = ""
+        self.base = directory / "base"
+        self._directory = directory
+        self._journal = directory / "journal"
+
+    def now(self) -> int:
+        """The clock of the disk: how much of its journal is written.  What has been acknowledged happened before."""
+        return self._journal.stat().st_size
+
+    def fail(self, *, read: int = 0, write: int = 0, flush: int = 0, start: int = 0, end: int = 1 << 62) -> None:
+        """From now on answer with these errors; reads and writes only between the bytes ``start`` and ``end``.  None: heal."""
+        with (self._directory / "faults").open("r+b", buffering=0) as faults:
+            faults.write(_FAULTS.pack(read, write, flush, start, end))
+
+    def history(self) -> tuple[list[Write], list[int]]:
+        """All writes so far, and when flushes had ended, by the disk's clock."""
+        writes, flushes = [], []
+        journal = self._journal.read_bytes()
+        at = 0
+        while at < len(journal):
+            what, offset, length = _ENTRY.unpack_from(journal, at)
+            start = at + _ENTRY.size
+            at = start + (length if what == _WRITE else 0)
+            if what == _WRITE:
+                writes.append(Write(at, offset, journal[start:at]))
+            else:
+                flushes.append(at)
+        return writes, flushes
+
+
+def after_power_cut(disk: Disk, history: tuple[list[Write], list[int]], at: int, chance: random.Random, image: Path) -> str:
+    """Make ``image`` what a power cut at ``at`` may leave of ``disk``; says in words what it was."""
+    writes, flushes = history
+    flushed = max((flush for flush in flushes if flush <= at), default=0)
+    certain = [write for write in writes if write.at <= flushed]
+    doubtful = [write for write in writes if flushed < write.at <= at]
+    how = chance.choice(("none", "all", "first", "some", "blocks"))
+    if how == "none":
+        kept: list[Write] = []
+    elif how == "all":
+        kept = doubtful
+    elif how == "first":  # and the last of these is torn
+        kept = doubtful[: chance.randint(0, len(doubtful))]
+        if kept:
+            last = kept.pop()
+            kept.append(last._replace(data=last.data[: chance.randrange(len(last.data) // BLOCK + 1) * BLOCK]))
+    elif how == "some":
+        kept = [write for write in doubtful if chance.random() < 0.5]
+    else:
+        kept = [
+            Write(write.at, write.offset + start, write.data[start : start + BLOCK])
+            for write in doubtful
+            for start in range(0, len(write.data), BLOCK)
+            if chance.random() < 0.5
+        ]
+    _copy(disk.base, image)
+    with image.open("r+b", buffering=0) as file:
+        for write in (*certain, *kept):
+            os.pwrite(file.fileno(), write.data, write.offset)
+    return f"at {at}, of {len(doubtful)} writes after the last flush: {how}"
+
+
+@contextmanager
+def disk(kind: str, image: Path | None = None) -> Iterator[Disk]:
+    """A disk with a new file system of ``kind`` on it, or with the one in ``image``; not mounted."""
+    directory = Path(tempfile.mkdtemp(prefix="snapfs-disk-", dir="/dev/shm"))
+    try:
+        served = Disk(kind, directory)
+        if image is None:
+            with served.base.open("xb") as base:
+                base.truncate(SIZES[kind])
+            subprocess.run([*_MAKE[kind], str(served.base)], check=True)
+        else:
+            _copy(image, served.base)
+        _copy(served.base, directory / "image")
+        (directory / "journal").touch()
+        (directory / "faults").write_bytes(_FAULTS.pack(0, 0, 0, 0, 0))
+        (directory / "fuse").mkdir()
+        with _child(directory), loop_device(directory / "fuse/disk") as served.device:
+            yield served
+    finally:
+        shutil.rmtree(directory)
+
+
+def _copy(image: Path, copy: Path) -> None:
+    subprocess.run(["cp", "--sparse=always", str(image), str(copy)], check=True)
+
+
+@contextmanager
+def _child(directory: Path) -> Iterator[None]:
+    from tests.conftest import die_with_parent
+
+    command = [sys.executable, "-m", "tests.disk", str(directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=die_with_parent) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            yield
+        finally:
+            with suppress(OSError):
+                mounting.unmount(str(directory / "fuse"), mounting.MNT_DETACH)
+            try:
+                child.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                raise
+
+
+@contextmanager
+def loop_device(file: Path) -> Iterator[str]:
+    """The path of a loop device over ``file``."""
+    made = subprocess.run(["losetup", "--find", "--show", str(file)], check=True, stdout=subprocess.PIPE, text=True)
+    device = made.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@contextmanager
+def mounted(device: str, kind: str, target: Path) -> Iterator[Path]:
+    """The file system on ``device``, mounted at ``target``."""
+    target.mkdir(exist_ok=True)
+    mounting.mount(device, str(target), kind, 0, _OPTIONS[kind])
+    try:
+        yield target
+    finally:
+        try:
+            mounting.unmount(str(target))
+        except OSError:  # something is still open: the test says what, and the disk must not stay
+            mounting.unmount(str(target), mounting.MNT_DETACH)
+            raise
+
+
+# -- the child
+
+
+class _Served(pyfuse3.Operations):
+    """One file, ``disk``."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._image = os.open(directory / "image", os.O_RDWR)
+        self._journal = os.open(directory / "journal", os.O_WRONLY | os.O_APPEND)
+        faults = os.open(directory / "faults", os.O_RDONLY)
+        self._faults = mmap.mmap(faults, _FAULTS.size, prot=mmap.PROT_READ)
+        self._size = os.fstat(self._image).st_size
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        if name != b"disk":
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return await self.getattr(2, ctx)
+
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode
+        entry.st_mode = 0o100600 if inode == 2 else 0o040700
+        entry.st_nlink = 1
+        entry.st_size = self._size if inode == 2 else 0
+        entry.attr_timeout = entry.entry_timeout = 3600
+        return entry
+
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        return pyfuse3.FileInfo(fh=inode, direct_io=True)
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        self._refuse(0, off, size)
+        return os.pread(self._image, size, off)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        self._refuse(1, off, len(buf))
+        os.writev(self._journal, [_ENTRY.pack(_WRITE, off, len(buf)), buf])
+        return os.pwrite(self._image, buf, off)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        self._refuse(2, 0, 1 << 62)
+        os.write(self._journal, _ENTRY.pack(_FLUSH, 0, 0))
+
+    def _refuse(self, what: int, offset: int, size: int) -> None:
+        *errors, start, end = _FAULTS.unpack(self._faults)
+        if errors[what] and offset < end and offset + size > start:
+            raise pyfuse3.FUSEError(errors[what])
+
+
+def _serve(directory: Path) -> None:
+    pyfuse3.init(_Served(directory), str(directory / "fuse"), {"fsname=snapfs-test-disk"})
+    os.write(1, b"ready\n")
+    trio.run(pyfuse3.main)
+    pyfuse3.close(unmount=False)
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))
