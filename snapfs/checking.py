@@ -20,7 +20,7 @@ from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
 from snapfs.flushing import Flushing
 from snapfs.imprint import Imprint
 from snapfs.layers import Layers, parse_id
-from snapfs.metastore import MetaStore, Record, Writer
+from snapfs.metastore import MetaStore, Record, Writer, broken_pages
 from snapfs.model import Kind, Usage
 from snapfs.usage import disk_usage
 
@@ -60,12 +60,8 @@ def check(
     NotFound and FailedPrecondition for a name in ``accept`` that is not unflushed.
     """
     with closing(Layers.hold(root)) as layers:
-        if not os.path.lexists(records_of(layers)):
-            text = f"the records, {records_of(layers)}, are missing"
-            yield Finding(Problem.DAMAGED, text, "--rebuild makes them anew from what each directory says of itself")
-            return
         try:
-            records = MetaStore(records_of(layers))
+            records = MetaStore(_sound(records_of(layers)))
         except Damaged as error:
             yield Finding(Problem.DAMAGED, str(error), "--rebuild makes them anew from what each directory says of itself")
             return
@@ -79,6 +75,21 @@ def check(
 def records_of(layers: Layers) -> str:
     """The path of the records of a root."""
     return f"{layers.root}/metadata.mdb"
+
+
+def _sound(path: str) -> str:
+    """``path``, if the records can be opened; raises Damaged, Unavailable."""
+    try:
+        if not os.path.getsize(path):
+            raise Damaged(f"the records, {path}, are empty")
+        broken = broken_pages(path)
+    except FileNotFoundError:
+        raise Damaged(f"the records, {path}, are missing") from None
+    except OSError as error:
+        raise Unavailable.from_os("read the records", error) from error
+    if broken:
+        raise Damaged(f"{len(broken)} pages of the records, {path}, are broken; the first: {broken[0]}")
+    return path
 
 
 def _accept(layers: Layers, records: MetaStore, name: str) -> Finding:

@@ -672,17 +672,21 @@ def _keep_from_children(path: str) -> None:
                 os.set_inheritable(fd, False)
 
 
+def broken_pages(path: str) -> list[str]:
+    """What is wrong with the pages of the LMDB file ``path``, found without LMDB, which aborts the process on some."""
+    try:
+        problems: list[str] = verify(path, subdir=False)  # type: ignore[no-untyped-call]
+    except VerifyError as error:
+        problems = [str(error)]
+    return problems
+
+
 def _refuse_cut(env: lmdb.Environment, path: str) -> None:
     """Raise Damaged where the end of the file is missing, on which LMDB would die of SIGBUS."""
     size, needed = os.stat(path).st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
     if size >= needed:
         return
-    try:
-        # the last pages may be free ones that were never written
-        problems: list[str] = verify(path, subdir=False)  # type: ignore[no-untyped-call]
-    except VerifyError as error:
-        problems = [str(error)]
-    if problems:
+    if broken_pages(path):  # the last ones may be free ones that were never written
         raise Damaged(f"{path} is cut short: {size} bytes of {needed}; put it back from a backup")
 
 

@@ -274,10 +274,19 @@ async def walked(root: Path) -> list[Info]:
         return await snapshotter.walk()
 
 
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
 LOSSES: dict[str, Callable[[Path], object]] = {
     "nothing": lambda root: None,
     "deleted": lambda root: (root / "metadata.mdb").unlink(),
     "garbage": lambda root: (root / "metadata.mdb").write_bytes(b"garbage" * 10_000),
+    "empty": lambda root: (root / "metadata.mdb").write_bytes(b""),
+    "a page of zeros": lambda root: overwrite(root / "metadata.mdb", 4096 * 5, bytes(4096)),
+    "cut": lambda root: os.truncate(root / "metadata.mdb", 20_000),
     "zeros": lambda root: (root / "metadata.mdb").write_bytes(bytes(100_000)),
 }
 
@@ -287,8 +296,9 @@ async def test_lost_records_are_made_anew(root: Path, loss: str) -> None:
     before = await fill(root)
     LOSSES[loss](root)
     if loss != "nothing":
-        with pytest.raises(Damaged):
-            await walked(root)
+        if loss != "a page of zeros":  # on which LMDB aborts
+            with pytest.raises(Damaged):
+                await walked(root)
         assert [finding.problem for finding in found(root)] == [Problem.DAMAGED]
         assert "--rebuild" in found(root)[0].remedy
     assert [finding.text for finding in rebuild(str(root))] == ["the records were made anew: 5 snapshots"]
