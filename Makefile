@@ -1,5 +1,6 @@
 # make run    mount a tree on run/snap and show what to type
 # make test   run every test (as root; mounts for real, in a mount namespace of its own)
+# make crash  kill the daemon between any two of its system calls, some thousand times, and see what is left
 # make lint   check style and types
 #
 # Each installs what it needs first: Debian packages where missing (with sudo if not root), and Python packages into .venv.
@@ -10,7 +11,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
 TEST_PACKAGES := busybox-static dash ed e2fsprogs perl-base plocate procps rsync tar tree vim
 
-.PHONY: run test lint clean
+.PHONY: run test crash lint clean
 
 run: .venv/ready
 	@mkdir -p run/root run/snap
@@ -28,6 +29,9 @@ run: .venv/ready
 
 test: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m pytest $(PYTEST_ARGS)
+
+crash: .venv/ready-for-tests
+	$(SUDO) .venv/bin/python -m tests.crash
 
 lint: .venv/ready-for-tests
 	.venv/bin/ruff check

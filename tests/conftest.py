@@ -32,6 +32,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         raise pytest.UsageError("the tests mount for real: run them as root, with /dev/fuse")
+    unshare_mounts()
+
+
+def unshare_mounts() -> None:
+    """A mount namespace for this process and those it starts."""
     if _libc.unshare(_CLONE_NEWNS):
         raise pytest.UsageError(f"no mount namespace to be had: {os.strerror(ctypes.get_errno())}")
     if _libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None):  # in a chroot / is no mountpoint
