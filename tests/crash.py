@@ -1,8 +1,8 @@
 """Crash tests: kill the daemon between any two of its system calls, start it again, and see what is left (``make crash``).
 
 For each workload the process is killed before its first call that changes something, then, on a fresh root, before its second,
-and so on until it ends by itself; then it is killed at rest.  What is left must be what ``tests/invariants.py`` says, and for each
-actor the state after its last acknowledged step or after the one that was under way.
+and so on until it ends by itself; then it is killed at rest.  What is left must be what ``tests/invariants.py`` says, and for
+each actor the state after its last acknowledged step or after the one that was under way.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class Arena:
         return rootfs
 
     def run_clients(self, name: str, decide: Callable[[Call], int | None], *, order: Random | None = None) -> Run:
-        """Run the clients ``name`` on a mounted tree whose daemon's calls are decided by ``decide``; then kill it, start another
-        one and end that properly."""
+        """Run the clients ``name`` on a mounted tree whose daemon's calls are decided by ``decide``; then kill it, start
+        another one and end that properly."""
         self.clear()
         shutil.copytree(self.base / "ground", self.root)
         run = Run(name)
@@ -157,7 +157,7 @@ class Arena:
                 run.problems += client.errors()
                 for message in client.said:
                     if message[0] == "failed":
-                        self.tally.clients[errno.errorcode[message[1]]] += 1
+                        self.tally.clients[errno.errorcode[int(str(message[1]))]] += 1
                         if message[1] not in GONE or not run.killed:
                             run.problems.append(f"a client met {message[1:]}")
             found = trio.run(lambda: examine(self.root))
@@ -262,7 +262,7 @@ def differences(
     said = []
     touched: set[str] = set()
     for number, (steps, acked) in enumerate(zip(actors, acks, strict=True)):
-        states = [after(list(steps[:count]), ground) for count in range(len(steps) + 1)]
+        states = [after(steps[:count], ground) for count in range(len(steps) + 1)]
         own = {name for one in states for name in {*one, *ground} if one.get(name) != ground.get(name)}
         touched |= own
         allowed = states[acked : acked + (1 if number in failed else 2)]

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import lmdb
+
 from snapfs import Kind, Options, Snapshotter, Usage, open_snapshotter
 from snapfs.kernel.mounttable import mount_table
 from snapfs.layers import parse_id
@@ -76,7 +78,7 @@ def _tables(found: Found, records: MetaStore) -> None:
     with records.reading() as reader:
         stored = dict(reader.records())
 
-        def table(database: object) -> dict[bytes, bytes]:
+        def table(database: lmdb._Database) -> dict[bytes, bytes]:
             with reader._txn.cursor(db=database) as cursor:
                 return dict(cursor)
 
@@ -147,9 +149,9 @@ def _directories(found: Found, snapshotter: Snapshotter) -> None:
     if set(present.values()) != set(found.ids.values()):
         found.problems.append(f"snapshots/ holds {sorted(present)}, and there are records of {sorted(found.ids.values())}")
     for directory in ("trash", "lost+found"):
-        if os.path.isdir(f"{snapshotter.layers.root}/{directory}"):
-            if left := os.listdir(f"{snapshotter.layers.root}/{directory}"):
-                found.problems.append(f"{directory}/ holds {left}")
+        path = f"{snapshotter.layers.root}/{directory}"
+        if left := os.listdir(path) if os.path.isdir(path) else []:
+            found.problems.append(f"{directory}/ holds {left}")
 
 
 def _mounts(found: Found, root: Path, in_use: Collection[str]) -> None:

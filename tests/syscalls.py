@@ -1,7 +1,7 @@
 """Processes whose system calls are held before they are made: counted, let go, refused, or never made because of SIGKILL.
 
-Built on seccomp's user notification (seccomp_unotify(2)).  A process that calls ``Channel.watch`` has each of its threads stopped
-by the kernel before a call of the chosen kinds until this side has answered: go on, fail with an errno, or, having been killed,
+Built on seccomp's user notification (seccomp_unotify(2)).  A process that calls ``Channel.watch`` has each of its threads
+stopped by the kernel before a call of the chosen kinds until this side has answered: go on, fail with an errno, or, having been killed,
 nothing at all.  So a kill comes exactly between two system calls, and a disk that is broken needs no broken disk.
 
 Starting an interpreter takes longer than most of what is to be killed.  So a server imports the program once and forks for each
@@ -11,7 +11,6 @@ which it says what it likes; neither that nor what goes to standard output and e
 
 from __future__ import annotations
 
-import array
 import ctypes
 import errno
 import fcntl
@@ -37,13 +36,67 @@ from pathlib import Path
 from random import Random
 
 CHANGING = tuple(
-    "mkdir mkdirat rename renameat renameat2 unlink unlinkat rmdir link linkat symlink symlinkat mknod mknodat creat open openat "
-    "write pwrite64 writev pwritev pwritev2 splice sendfile copy_file_range fsync fdatasync msync syncfs sync sync_file_range "
-    "truncate ftruncate fallocate setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr chmod fchmod fchmodat "
-    "fchmodat2 chown lchown fchown fchownat utimensat mount umount2 move_mount fsopen fsconfig fsmount open_tree "
-    "mount_setattr".split()
+    [
+        "mkdir",
+        "mkdirat",
+        "rename",
+        "renameat",
+        "renameat2",
+        "unlink",
+        "unlinkat",
+        "rmdir",
+        "link",
+        "linkat",
+        "symlink",
+        "symlinkat",
+        "mknod",
+        "mknodat",
+        "creat",
+        "open",
+        "openat",
+        "write",
+        "pwrite64",
+        "writev",
+        "pwritev",
+        "pwritev2",
+        "splice",
+        "sendfile",
+        "copy_file_range",
+        "fsync",
+        "fdatasync",
+        "msync",
+        "syncfs",
+        "sync",
+        "sync_file_range",
+        "truncate",
+        "ftruncate",
+        "fallocate",
+        "setxattr",
+        "lsetxattr",
+        "fsetxattr",
+        "removexattr",
+        "lremovexattr",
+        "fremovexattr",
+        "chmod",
+        "fchmod",
+        "fchmodat",
+        "fchmodat2",
+        "chown",
+        "lchown",
+        "fchown",
+        "fchownat",
+        "utimensat",
+        "mount",
+        "umount2",
+        "move_mount",
+        "fsopen",
+        "fsconfig",
+        "fsmount",
+        "open_tree",
+        "mount_setattr",
+    ]
 )
-"""The calls by which a process changes anything outside of itself; ``open`` and ``openat`` as far as they create or truncate."""
+"""The calls by which a process changes anything outside of itself; ``open`` only as far as it creates or truncates."""
 
 _MAKES_FILES = os.O_CREAT | os.O_TRUNC
 _OPENS = {"open": 1, "openat": 2}  # which argument holds the flags
@@ -324,9 +377,9 @@ class Process:
         """Take what it has said."""
         while self._open and select.select([self._end], [], [], 0)[0]:
             try:
-                message, descriptors, _, _ = socket.recv_fds(self._end, 1 << 16, 1)
+                message, descriptors = socket.recv_fds(self._end, 1 << 16, 1)[:2]
             except ConnectionResetError:
-                message, descriptors = b"", array.array("i")
+                message, descriptors = b"", []
             if descriptors:
                 self._listener = descriptors[0]
             elif message:

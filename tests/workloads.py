@@ -1,4 +1,4 @@
-"""What is under way when a daemon is killed: steps through the library or the mounted tree, each with what must be true after it.
+"""What is under way when a daemon is killed: steps through the library or the tree, and what must be true after each.
 
 The same list of steps runs in the process that is killed and, as a model, in the test that judges what is left.
 """
@@ -6,7 +6,7 @@ The same list of steps runs in the process that is killed and, as a model, in th
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -183,7 +183,7 @@ class Workload:
         return {} if self.fresh else after(GROUND)
 
 
-def after(steps: list[Step] | list[Deed] | list[Step | Deed], state: State | None = None) -> State:
+def after(steps: Sequence[Step] | Sequence[Deed], state: State | None = None) -> State:
     """What a root holds after ``steps``."""
     state = dict(state or {})
     for step in steps:
@@ -298,7 +298,10 @@ def _tell_ids(channel: Channel, snapshotter: Snapshotter) -> None:
 
 
 def library(channel: Channel, root: str, name: str, probe: bool) -> None:
-    """Run a workload, and see afterwards whether the store still answers if ``probe``; says ["done", actor] after each step, ["failed", actor, errno, words] where one is refused."""
+    """Run a workload, and if ``probe`` see whether the store still answers.
+
+    Says ["done", actor] after each step, ["failed", actor, errno, words] where one is refused.
+    """
     workload = named(name)
     layers.POOL = workload.pool
     if workload.whole:
