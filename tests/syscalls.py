@@ -1,8 +1,8 @@
 """Processes whose system calls are held before they are made: counted, let go, refused, or never made because of SIGKILL.
 
 Built on seccomp's user notification (seccomp_unotify(2)).  A process that calls ``Channel.watch`` has each of its threads
-stopped by the kernel before a call of the chosen kinds until this side has answered: go on, fail with an errno, or, having been killed,
-nothing at all.  So a kill comes exactly between two system calls, and a disk that is broken needs no broken disk.
+stopped by the kernel before a call of the chosen kinds until this side has answered: go on, fail with an errno, or, having
+been killed, nothing at all.  So a kill comes exactly between two system calls, and a disk that is broken needs no broken disk.
 
 Starting an interpreter takes longer than most of what is to be killed.  So a server imports the program once and forks for each
 process: no more than some milliseconds.  What runs in such a process is a function of a module, called with a ``Channel``, over
@@ -35,67 +35,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-CHANGING = tuple(
-    [
-        "mkdir",
-        "mkdirat",
-        "rename",
-        "renameat",
-        "renameat2",
-        "unlink",
-        "unlinkat",
-        "rmdir",
-        "link",
-        "linkat",
-        "symlink",
-        "symlinkat",
-        "mknod",
-        "mknodat",
-        "creat",
-        "open",
-        "openat",
-        "write",
-        "pwrite64",
-        "writev",
-        "pwritev",
-        "pwritev2",
-        "splice",
-        "sendfile",
-        "copy_file_range",
-        "fsync",
-        "fdatasync",
-        "msync",
-        "syncfs",
-        "sync",
-        "sync_file_range",
-        "truncate",
-        "ftruncate",
-        "fallocate",
-        "setxattr",
-        "lsetxattr",
-        "fsetxattr",
-        "removexattr",
-        "lremovexattr",
-        "fremovexattr",
-        "chmod",
-        "fchmod",
-        "fchmodat",
-        "fchmodat2",
-        "chown",
-        "lchown",
-        "fchown",
-        "fchownat",
-        "utimensat",
-        "mount",
-        "umount2",
-        "move_mount",
-        "fsopen",
-        "fsconfig",
-        "fsmount",
-        "open_tree",
-        "mount_setattr",
-    ]
-)
+CHANGING = """
+    mkdir mkdirat rename renameat renameat2 unlink unlinkat rmdir link linkat symlink symlinkat mknod mknodat creat open
+    openat write pwrite64 writev pwritev pwritev2 splice sendfile copy_file_range fsync fdatasync msync syncfs sync
+    sync_file_range truncate ftruncate fallocate setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr
+    chmod fchmod fchmodat fchmodat2 chown lchown fchown fchownat utimensat mount umount2 move_mount fsopen fsconfig
+    fsmount open_tree mount_setattr
+""".split()
 """The calls by which a process changes anything outside of itself; ``open`` only as far as it creates or truncates."""
 
 _MAKES_FILES = os.O_CREAT | os.O_TRUNC
