@@ -46,6 +46,7 @@ class Tally:
     at_rest: int = 0
     points: set[int] = field(default_factory=set)
     before: Counter[str] = field(default_factory=Counter)
+    stuck: int = 0
     acknowledged: int = 0
     snapshots: int = 0
     clients: Counter[str] = field(default_factory=Counter)
@@ -60,6 +61,8 @@ class Tally:
         ]
         if self.clients:
             said.append(f"clients' calls on a killed daemon: {dict(self.clients)}")
+        if self.stuck:
+            said.append(f"killed daemons that ended only when the next one had freed their clients: {self.stuck}")
         said.append(f"lost or broken: {len(self.lost)}")
         return "\n".join(said + self.lost[:20])
 
@@ -140,13 +143,14 @@ class Arena:
                 order=order,
             )
             if not killed:
-                daemon.kill()
+                daemon.kill(within=1.0)
+            run.stuck = not daemon.ended
             run.take(daemon)
-            if not _wait_for(clients, 2):  # a thread of the daemon waits for a client that waits for it: for the next daemon
-                run.stuck = True
+            if not run.stuck:  # else a thread of it waits for a client that waits for it, and the next daemon frees both
+                _wait_for(clients, 2)
             with self._serving(watch=False) as second:
-                if not _wait_for(clients, 10):
-                    run.problems.append("a client waits for ever")
+                if not (_wait_for(clients, 10) and daemon.wait(10)):
+                    run.problems.append("the first daemon, or a client of it, waits for ever")
                 listed = {name for kind in ("active", "view", "committed") for name in os.listdir(self.mnt / kind)}
                 second.signal(SIGTERM)
                 if not second.hold():
@@ -192,7 +196,7 @@ class Arena:
         for nth in points:
             run = go(lambda call, nth=nth: KILL if call.nth == nth else None)  # type: ignore[misc]
             self._note(run)
-            if not run.killed:
+            if not run.killed and nth > len(run.trace):
                 break
         assert run is not None
         return len(run.trace)
@@ -204,6 +208,7 @@ class Arena:
             self.tally.before[run.trace[-1].partition("(")[0]] += 1
         else:
             self.tally.at_rest += 1
+        self.tally.stuck += run.stuck
         if run.problems:
             where = f"killed before call {len(run.trace)}, {run.trace[-1]}" if run.killed else "killed at rest"
             self.tally.lost.append(f"{run.name}, {where}:\n    " + "\n    ".join(run.problems))

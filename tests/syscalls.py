@@ -35,13 +35,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-CHANGING = """
+CHANGING = tuple(
+    """
     mkdir mkdirat rename renameat renameat2 unlink unlinkat rmdir link linkat symlink symlinkat mknod mknodat creat open
     openat write pwrite64 writev pwritev pwritev2 splice sendfile copy_file_range fsync fdatasync msync syncfs sync
     sync_file_range truncate ftruncate fallocate setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr
     chmod fchmod fchmodat fchmodat2 chown lchown fchown fchownat utimensat mount umount2 move_mount fsopen fsconfig
     fsmount open_tree mount_setattr
-""".split()
+    """.split()  # noqa: SIM905
+)
 """The calls by which a process changes anything outside of itself; ``open`` only as far as it creates or truncates."""
 
 _MAKES_FILES = os.O_CREAT | os.O_TRUNC
@@ -290,7 +292,7 @@ class Process:
         order: Random | None = None,
         within: float = 10.0,
     ) -> bool:
-        """Answer the process's calls as ``decide`` says until it has ended (True), or ``until`` holds (False).
+        """Answer the process's calls as ``decide`` says until it has ended, or was killed (True), or ``until`` holds (False).
 
         ``until`` is asked after each message, also of ``others``.  With ``order``, calls of several threads that come together
         are answered in random order.  Raises TimeoutError after ``within`` seconds.
@@ -306,6 +308,8 @@ class Process:
             for process in (self, *others):
                 if process._open and process._end.fileno() in ready:
                     process._listen()
+            if until():
+                return False
             if self._listener in ready:
                 call = self._receive()
                 if call is not None and order is not None:
@@ -350,7 +354,8 @@ class Process:
         identity, call = held
         decision = decide(call)
         if decision == KILL and decision is not None:
-            return self.kill()
+            self.kill(within=1.0)  # a thread that is stuck in the kernel is for whoever looks at the end to free
+            return True
         answer = _ANSWER.pack(identity, 0, -(decision or 0), 0 if decision else _CONTINUE)
         with suppress(FileNotFoundError):  # killed by somebody else
             fcntl.ioctl(self._listener, _SEND, bytearray(answer))
