@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
 import pytest
@@ -35,6 +36,20 @@ def test_nothing_is_lost_through_the_tree(place: Arena, name: str) -> None:
     calls = place.kill_at(lambda decide: place.run_clients(name, decide), range(3, 100_000, 3 * STRIDE))
     assert calls >= 5
     assert place.tally.lost == []
+
+
+def test_a_call_that_fails_changes_nothing(place: Arena) -> None:
+    """The same tool makes a disk fail: the rename that puts a new snapshot's directory in its place."""
+
+    def at_rename(call: Call) -> int | None:
+        return errno.EIO if call.name == "rename" and "snapshots/8" in str(call) else None
+
+    run = place.run(named("prepare"), at_rename, probe=True)
+    assert run.failed == {0}
+    assert run.acks == [0]
+    assert len(run.words) == 2
+    assert all("Input/output error" in words for words in run.words), "neither it nor the next one, at the same place"
+    assert run.problems == []
 
 
 def test_the_kill_comes_before_the_call(place: Arena) -> None:
