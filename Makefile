@@ -1,6 +1,7 @@
 # make run    mount a tree on run/snap and show what to type
 # make test   run every test (as root; mounts for real, in a mount namespace of its own)
 # make soak   64 clients do everything at once for ten minutes: make soak SOAK_ARGS="--clients 16 --seconds 60"
+# make crash  kill the daemon between any two of its system calls, some thousand times, and see what is left
 # make lint   check style and types
 # make fuzz   feed names, filters and records with whatever breaks them, SECONDS each (300)
 # make powercut   cut the power of test disks some thousand times, and say what was lost
@@ -16,7 +17,7 @@ TEST_PACKAGES := busybox-static dash ed e2fsprogs perl-base plocate procps rsync
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
 
-.PHONY: run test lint soak fuzz powercut clean
+.PHONY: run test lint crash soak fuzz powercut clean
 
 run: .venv/ready
 	@mkdir -p run/root run/snap
@@ -40,6 +41,9 @@ soak: .venv/ready-for-tests
 
 powercut: .venv/ready-for-tests
 	$(SUDO) env POWER_CUTS=$${POWER_CUTS:-500} .venv/bin/python -m pytest -q -s tests/test_power.py $(PYTEST_ARGS)
+
+crash: .venv/ready-for-tests
+	$(SUDO) .venv/bin/python -m tests.crash
 
 lint: .venv/ready-for-tests
 	.venv/bin/ruff check

@@ -160,8 +160,9 @@ def _rootfs(
 def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[int]:
     """Bring records and directories together after whatever happened; the ids of damaged snapshots.
 
-    What no record names goes to the trash if ``retire``.  A record whose directory is missing is reported as damaged, never
-    guessed.  Raises Damaged where the records can't be this root's: without the right ones every layer would look abandoned.
+    What no record names goes to the trash if ``retire``, and what a Prepare that was cut short left in any case.  A record
+    whose directory is missing is reported as damaged, never guessed.  Raises Damaged where the records can't be this root's:
+    without the right ones every layer would look abandoned.
     """
     with records.reading() as reader:
         known, last_id = reader.ids(), reader.last_id()
@@ -182,7 +183,7 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
                 f"put back the records that belong to this root, or have them made anew: snapfs check {layers.root} --rebuild"
             )
     for number in unknown:
-        if retire:
+        if retire or number > last_id:  # Cleanup knows only ids that were given out
             layers.retire(number)
         else:
             layers.leave(number)
