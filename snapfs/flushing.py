@@ -72,7 +72,7 @@ class Flushing:
 
     async def finish(self) -> None:
         """Flush what is marked, before the end: a machine that shuts down after us loses nothing, though the boot changes."""
-        with contextlib.suppress(Closed):  # the records may be the caller's, and closed already
+        with contextlib.suppress(SnapshotError):  # the records may be the caller's, and closed already, or the disk has failed
             if self._marked():
                 await self._perform(_Flush())
 

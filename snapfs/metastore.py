@@ -362,6 +362,8 @@ class _Reading(Reader):
             self._txn = store._env.begin()
         except lmdb.ReadersFullError:
             self._txn = store._begin_when_possible()
+        except lmdb.Error as error:
+            raise _refused("read the records", store.path, error) from error
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -758,6 +760,8 @@ def _refused(doing: str, path: str, error: lmdb.Error | OSError) -> Unavailable:
     """The refusal of LMDB or of the operating system, while ``doing`` something with the records in ``path``, as a sentence."""
     if isinstance(error, OSError):
         return Unavailable.from_os(doing, error)
+    if isinstance(error, lmdb.PanicError):
+        return Unavailable(f"cannot {doing}: the disk failed while they were written; see to it and restart snapfs", errno.EIO)
     code = getattr(error, "code", 0)  # LMDB's own codes are negative, the system's positive; py-lmdb's own errors have none
     if code == errno.EIO:  # also LMDB's word for a short write, which is how a full disk begins
         space = os.statvfs(os.path.dirname(path))

@@ -38,6 +38,25 @@ def test_nothing_is_lost_through_the_tree(place: Arena, name: str) -> None:
     assert place.tally.lost == []
 
 
+def test_a_disk_that_fails_in_the_middle_of_a_commit_of_the_records(place: Arena) -> None:
+    """LMDB refuses to go on after that: all is told so, the end is not held up, and the next start finds everything."""
+    state = {"synced": False, "failed": False}
+
+    def at_meta_page(call: Call) -> int | None:
+        if call.name == "pwrite64" and state["synced"] and not state["failed"]:
+            state["failed"] = True
+            return errno.EIO
+        state["synced"] = call.name == "fdatasync"
+        return None
+
+    run = place.run(named("prepare"), at_meta_page, probe=True)
+    assert state["failed"]
+    assert run.failed == {0}
+    assert run.words
+    assert all("Input/output error" in words or "restart snapfs" in words for words in run.words), run.words
+    assert run.problems == []
+
+
 def test_a_call_that_fails_changes_nothing(place: Arena) -> None:
     """The same tool makes a disk fail: the rename that puts a new snapshot's directory in its place."""
 
