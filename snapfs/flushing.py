@@ -84,7 +84,7 @@ class Flushing:
                 log.error("%s; snapshots that may be torn: %s", error, numbers)
                 return
             if numbers:
-                await self._records.write(lambda writer: writer.clear_unflushed(numbers))
+                await self._records.write(lambda writer: writer.clear_unflushed(numbers), frees=True)
             error = None
         except SnapshotError as refusal:
             error = refusal

@@ -35,7 +35,7 @@ import trio
 
 from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
 from snapfs.model import Change, Info, Kind, Usage
-from snapfs.reserve import FULL, RESERVE, Space, fill_holes, refuse_without_address_space
+from snapfs.reserve import RESERVE, Space, fill_holes, refuse_without_address_space
 
 log = logging.getLogger(__name__)
 
@@ -531,9 +531,7 @@ class MetaStore:
     def _refill(self) -> None:
         try:
             self._space.refill()
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
+        except OSError as error:  # what is there of it may do
             log.debug("no room for the whole reserve: %s", error)
 
     def _grow(self) -> None:
@@ -555,8 +553,12 @@ class MetaStore:
                 self._idle.notify_all()
 
     def _attempt_with_reserve(self, batch: _Batch) -> bool:
+        """Run a batch that frees something, with all that is allocated; False where that is too small too."""
         before = self._space.size
-        self._resize(self._space.held)
+        try:
+            self._resize(self._space.held)
+        except OSError:
+            return False
         try:
             return self._attempt(batch)
         finally:

@@ -83,7 +83,7 @@ class Snapshotter:
         self._owns_records = owns_records
         self.overlay_options = overlay_options
         self._maps_ids = maps_ids
-        self._damaged = damaged
+        self._damaged = set(damaged)  # as it was found at the start; whatever is used is looked at again
         self._background: trio.CancelScope | None = None
         self._background_ended = trio.Event()
         self._closed = False
@@ -176,24 +176,22 @@ class Snapshotter:
             now = time.time_ns()
             record = Record(key, kind, above or 0, now, now, stored)
             whose = owner
+            if above:
+                self.layers.refuse_damaged(above)
             try:
                 if whose is None and above:
-                    layer = os.stat(self.layers.fs(above))
+                    layer = os.lstat(self.layers.fs(above))
                     whose = layer.st_uid, layer.st_gid
                 self.layers.place(number, kind, whose)
             except OSError as error:
                 raise Unavailable.from_os(f'make the directories of snapshot "{key}"', error) from error
-            writer.on_failure(lambda: self.layers.retire(number))
+            writer.on_failure(lambda: self.layers.unmake(number))
             writer.sync_directory(self._snapshots_fd)
             writer.put(number, record)
             writer.changed(None, writer.info(number, record))
             return answer(writer, number, record)
 
-        try:
-            answered = await self._write_record(operation)
-        except Unavailable:
-            self._housekeeping.empty_trash_soon()  # where its directory went, if the sync failed
-            raise
+        answered = await self._write_record(operation)
         self._housekeeping.fill_pool_if_low()
         return answered
 
@@ -231,7 +229,7 @@ class Snapshotter:
             record = self._find_again(writer, number, key)
             if record.kind is not Kind.ACTIVE:
                 raise FailedPrecondition(f'snapshot "{record.name}" is {record.kind}: only active ones can be committed')
-            self._refuse_damaged(number)
+            self.layers.refuse_damaged(number)
             if parent == name:
                 raise InvalidArgument(f'snapshot "{name}" cannot be its own parent')
             self._refuse_taken(writer, name, number)
@@ -279,11 +277,10 @@ class Snapshotter:
             before = writer.info(number, record)
             writer.delete(number, record)
             writer.changed(before, None)
-            if number not in self._damaged:
-                writer.when_durable(lambda: (self.layers.leave if self.options.async_remove else self.layers.retire)(number))
+            writer.when_durable(lambda: (self.layers.leave if self.options.async_remove else self.layers.retire)(number))
 
         async with self._unmounted(key) as number:
-            await self._write_record(operation)
+            await self._write_record(operation, frees=True)
         if self.options.async_remove:
             return
         if wait:
@@ -294,7 +291,7 @@ class Snapshotter:
     def _forget_removed(self, change: Change) -> None:
         if change.before is not None and change.after is None:
             self.counting.forget(change.before.id)
-            self._damaged -= {change.before.id}
+            self._damaged.discard(change.before.id)
             self.flushing.lost.discard(change.before.id)
 
     async def rename(self, old: Ref, new: str) -> None:
@@ -364,6 +361,7 @@ class Snapshotter:
         if any(record.labels.get(label) != labels.get(label) for label in mapped):
             idmap.root_owner(labels)
             if record.kind is Kind.ACTIVE and self.options.remap_ids and self.options.slow_chown and not self._maps_ids:
+                self.layers.refuse_damaged(number)
                 self._shift_owners(writer, number, record.labels, labels)
         updated = max(time.time_ns(), record.updated + 1)
         info = self._put(writer, number, record, msgspec.structs.replace(record, labels=labels, updated=updated))
@@ -406,7 +404,7 @@ class Snapshotter:
                 refused.append(error)
 
         # in the writer, so that no directory is just being made, and of what is removed for good only
-        await self._write_record(lambda writer: writer.when_durable(sweep))
+        await self._write_record(lambda writer: writer.when_durable(sweep), frees=True)
         await self._housekeeping.empty_trash()
         if refused:
             raise Unavailable.from_os("clean up", refused[0]) from refused[0]
@@ -436,7 +434,8 @@ class Snapshotter:
         holds = compile_filters(filters)
 
         def collect() -> list[Info]:
-            with self._reading() as reader:
+            self._refuse_closed()
+            with self.records.reading(long=True) as reader:
                 return [info for info in map(self.shown, reader.walk()) if holds(info)]
 
         return await trio.to_thread.run_sync(collect)
@@ -449,8 +448,6 @@ class Snapshotter:
         await trio.lowlevel.checkpoint()
         with self._reading() as reader:
             number, record = self._find(reader, key)
-        if record.kind is not Kind.VIEW and record.usage is None:
-            self._refuse_damaged(number)
         return await self.counting.usage(number, record)
 
     async def changes(self, key: Ref, consume: Callable[[Iterable[str]], T]) -> T:
@@ -467,9 +464,10 @@ class Snapshotter:
             chain = reader.chain(record)
         if record.kind is Kind.VIEW:
             raise FailedPrecondition(f'snapshot "{record.name}" is a view, which changes nothing')
-        self._refuse_damaged(number, *chain)
 
         def scan() -> T:
+            for layer in (number, *chain):
+                self.layers.refuse_damaged(layer)
             directories = [self.layers.fs(layer) for layer in (number, *chain)]
             with closing(changes(directories, checkpoint=trio.from_thread.check_cancelled)) as lines:
                 return consume(lines)
@@ -506,7 +504,6 @@ class Snapshotter:
         with self._reading() as reader:
             _, record = self._find(reader, number)
             lowers = reader.lowers(number, record)
-        self._refuse_damaged(number, *lowers)
         self.flushing.refuse_lost(lowers)
         if self._maps_ids and any(idmap.mappings(record.labels)):
             raise FailedPrecondition(
@@ -554,7 +551,7 @@ class Snapshotter:
             writer.changed(info, info, counted=True)
             return number
 
-        self.flushing.lost.discard(await self._write_record(operation))
+        self.flushing.lost.discard(await self._write_record(operation, frees=True))
 
     def space(self) -> os.statvfs_result:
         """The file system that holds ROOT, as statvfs(3) tells it."""
@@ -576,9 +573,9 @@ class Snapshotter:
         self._refuse_closed()
         return self.records.reading()
 
-    async def _write_record(self, operation: Callable[[Writer], T]) -> T:
+    async def _write_record(self, operation: Callable[[Writer], T], *, frees: bool = False) -> T:
         self._refuse_closed()
-        return await self.records.write(operation)
+        return await self.records.write(operation, frees=frees)
 
     def _find(self, reader: Reader, key: Ref) -> tuple[int, Record]:
         number = reader.id_of(key) if isinstance(key, str) else key
@@ -628,7 +625,8 @@ class Snapshotter:
     def _refuse_damaged(self, *numbers: int) -> None:
         for number in numbers:
             if number in self._damaged:
-                raise Damaged(f"the layer {self.layers.directory(number)} is missing; restore it from a backup")
+                self.layers.refuse_damaged(number)
+                self._damaged.discard(number)  # it was put back
 
     def mounts_of(self, reader: Reader, number: int, record: Record) -> list[Mount]:
         """``mounts`` of a snapshot whose record is at hand."""
