@@ -35,7 +35,7 @@ import trio
 
 from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
 from snapfs.model import Change, Info, Kind, Usage
-from snapfs.reserve import RESERVE, Space, fill_holes, refuse_without_address_space
+from snapfs.reserve import RESERVE, Space, make_file, refuse_without_address_space
 
 log = logging.getLogger(__name__)
 
@@ -306,7 +306,8 @@ class MetaStore:
                 undoing.callback(_remove_files, path)  # a database that was cut short could not be read the next time
             else:
                 map_size = max(map_size, os.path.getsize(path) - RESERVE)
-            fill_holes(f"{path}-lock", _LOCK_FILE)
+            make_file(path)
+            make_file(f"{path}-lock", _LOCK_FILE)
             self._env = lmdb.open(
                 path,
                 subdir=False,

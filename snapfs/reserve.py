@@ -8,9 +8,12 @@ where nothing has been changed yet, and what fills the disk can't take the reser
 
 from __future__ import annotations
 
+import array
 import errno
+import fcntl
 import mmap
 import os
+from contextlib import suppress
 
 RESERVE = 1 << 20
 STEP = 1 << 20  # bytes at least, while the disk has plenty, that are allocated at once
@@ -24,6 +27,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 """How a disk says that it is full, or that the owner's share of it is."""
 
 _CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # only musl says so; glibc writes zeros instead
+
+_GET_FLAGS, _SET_FLAGS, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x00800000  # FS_IOC_…, FS_NOCOW_FL of linux/fs.h
 
 
 class Space:
@@ -81,20 +86,27 @@ def refuse_without_address_space(more: int) -> None:
         mmap.mmap(-1, more, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
 
 
-def fill_holes(path: str, size: int) -> None:
-    """Make the file ``path`` have ``size`` bytes at least, with blocks for all of them.
+def make_file(path: str, size: int = 0) -> None:
+    """Make the file ``path``, unless it is there, and have blocks for all of its first ``size`` bytes.
 
-    What is written to a hole by way of a map, with no block left on the disk, kills the process (SIGBUS).
+    What is written to a hole by way of a map, with no block left on the disk, kills the process (SIGBUS).  On btrfs everything
+    is such a hole, unless it is told to write in place.
     """
     try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
         now = os.stat(path)
-        if now.st_size >= size and now.st_blocks * 512 >= now.st_size:
+        if now.st_size >= size and now.st_blocks * 512 >= size:
             return
-    except FileNotFoundError:
-        pass
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        os.posix_fallocate(fd, 0, max(size, os.fstat(fd).st_size))
+        with suppress(OSError):  # other file systems know no such flag, or write in place anyway
+            flags = array.array("l", [0])
+            fcntl.ioctl(fd, _GET_FLAGS, flags)
+            flags[0] |= _NO_COPY_ON_WRITE
+            fcntl.ioctl(fd, _SET_FLAGS, flags)
+        if size:
+            os.posix_fallocate(fd, 0, size)
     except OSError as error:
         if error.errno not in _CANNOT_ALLOCATE:
             raise OSError(error.errno, error.strerror, path) from None
