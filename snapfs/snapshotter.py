@@ -33,6 +33,7 @@ from snapfs.errors import (
 from snapfs.filters import compile_filters
 from snapfs.flushing import Flushing
 from snapfs.housekeeping import Housekeeping
+from snapfs.kernel import cached
 from snapfs.labels import UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore, Reader, Record, Writer
@@ -43,6 +44,8 @@ from snapfs.rootfs import Rootfs, Stack
 from snapfs.sharing import Sharing
 
 T = TypeVar("T")
+
+_FEW = 50  # layers that are looked at without a thread, if that takes no disk: a microsecond or two each
 
 Ref = str | int
 """A snapshot by its key or name, or by its id, which stays right while others rename and replace."""
@@ -423,8 +426,31 @@ class Snapshotter:
         Raises NotFound; FailedPrecondition for a committed snapshot; Damaged where a layer is missing.
         """
         await trio.lowlevel.checkpoint()
+        await self.find_layers(key)
         with self._reading() as reader:
             return self.mounts_of(reader, *self._find(reader, key))
+
+    async def find_layers(self, key: Ref) -> None:
+        """Raise Damaged where a directory of the snapshot, or of one that it stands on, is not there; NotFound."""
+        with self._reading() as reader:
+            number, record = self._find(reader, key)
+            chain = reader.chain(record)
+
+        parts = [f"{layer}/fs" for layer in (number, *chain)] + [f"{number}/work"] * (record.kind is Kind.ACTIVE)
+        if len(chain) < _FEW and all(cached.is_directory(self._snapshots_fd, part) for part in parts):
+            return
+
+        def look() -> None:
+            self.layers.refuse_damaged(number, record.kind)
+            for layer in chain:
+                self.layers.refuse_damaged(layer)
+
+        try:
+            await trio.to_thread.run_sync(look)
+        except Damaged:
+            with self._reading() as reader:  # it may have been removed meanwhile
+                self._find(reader, number)
+            raise
 
     async def walk(self, *filters: str) -> list[Info]:
         """All snapshots that ``filters`` select (``snapfs/filters.py``), ordered by the key's bytes, of one consistent state.
