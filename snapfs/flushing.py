@@ -86,7 +86,7 @@ class Flushing:
                 log.error("%s; snapshots that may be torn: %s", error, numbers)
                 return
             if numbers:
-                await self._records.write(lambda writer: self.settle(writer, numbers))
+                await self._records.write(lambda writer: self.settle(writer, numbers), frees=True)
             error = None
         except SnapshotError as refusal:
             error = refusal
