@@ -15,9 +15,12 @@ import msgspec
 
 from snapfs.errors import AlreadyExists, InvalidArgument, Unavailable
 from snapfs.kernel.mounttable import mount_table
-from snapfs.metastore import MAP_SIZE, READERS, refuse_foreign, unreadable
+from snapfs.metastore import READERS, refuse_foreign, unreadable
 
 _NOT_WITHOUT_A_NAME = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+
+
+ROOM = 1 << 30  # address space, not memory or disk
 
 
 class Backup(msgspec.Struct, frozen=True):
@@ -90,7 +93,7 @@ def _write(records: str, directory: str, name: str) -> Backup:
 
 
 def _copy(records: str, fd: int) -> None:
-    room = max(MAP_SIZE, 2 * os.stat(records).st_size)  # it may grow before the copy begins
+    room = 2 * os.stat(records).st_size + ROOM  # it may grow before the copy begins
     try:
         with lmdb.open(records, room, subdir=False, readonly=True, mode=0o600, max_dbs=16, max_readers=READERS) as env:
             refuse_foreign(env, records)

@@ -103,7 +103,7 @@ def _accept(layers: Layers, records: MetaStore, name: str) -> Finding:
             raise FailedPrecondition(f'snapshot "{name}" is not unflushed: there is nothing to accept')
         flushing.settle(writer, [number])
 
-    records.write_now(operation)
+    records.write_now(operation, frees=True)
     return Finding(Problem.UNFLUSHED, f'committed "{name}"', mended="accepted as it is")
 
 

@@ -115,16 +115,18 @@ class Counting:
         """Count a layer in a worker thread, together with all who ask for it now."""
 
         def count() -> Usage:
+            self._layers.refuse_damaged(number)
             return disk_usage(self._layers.fs(number), trio.from_thread.check_cancelled)
 
         try:
             usage = await self._scans.run(f"count of snapshot {number}", count)
-        except FileNotFoundError:
+        except (Damaged, FileNotFoundError) as error:
             with self._records.reading() as reader:
-                record = reader.record(number)
-            if record is None:
-                raise NotFound(f"snapshot {number} was removed meanwhile") from None
-            raise Damaged(f'the layer of snapshot "{record.name}", {self._layers.fs(number)}, is missing') from None
+                if reader.record(number) is None:
+                    raise NotFound(f"snapshot {number} was removed meanwhile") from None
+            raise (
+                Damaged(f"the layer {self._layers.fs(number)} went missing") if isinstance(error, OSError) else error
+            ) from None
         except OSError as error:
             raise Unavailable.from_os(f"count snapshot {number}", error) from error
         with self._records.reading() as reader:

@@ -83,7 +83,8 @@ class Flushing:
     def _suspect(self) -> list[int]:
         """Whose data a disk that fails may just have lost: all that is marked, and what is still being written."""
         with self._records.reading() as reader:
-            return sorted({*self._marked(), *(number for number, _ in reader.listing(Kind.ACTIVE))})
+            active = {number for number, _ in reader.listing(Kind.ACTIVE)}
+        return sorted(active.union(self._marked()))
 
     async def _perform(self, flush: _Flush) -> None:
         error: SnapshotError | None = Closed()
@@ -100,7 +101,7 @@ class Flushing:
                     await self._remember_lost(numbers)
                 return
             if numbers:
-                await self._records.write(lambda writer: self.settle(writer, numbers))
+                await self._records.write(lambda writer: self.settle(writer, numbers), frees=True)
             error = None
         except SnapshotError as refusal:
             error = refusal

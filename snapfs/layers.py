@@ -2,7 +2,7 @@
 
     ROOT/            0700
       lock           held by the process that has the root open; says its pid
-      metadata.mdb   the records (``snapfs/metastore.py``)
+      metadata.mdb   the records (``snapfs/metastore.py``), and after them a megabyte that is kept for removing on a full disk
       snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots; <id> bears its record (``snapfs/imprint.py``)
       pool/          new-… directories, made beforehand, so that Prepare costs one rename
       trash/         what was removed and is being deleted
@@ -23,15 +23,16 @@ import stat
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection
-from contextlib import closing
+from contextlib import closing, suppress
 
 from snapfs import imprint
-from snapfs.errors import Unavailable
+from snapfs.errors import Damaged, Unavailable
 from snapfs.kernel import probe
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.model import Kind, Usage
+from snapfs.reserve import FULL
 from snapfs.walk import directories
 
 log = logging.getLogger(__name__)
@@ -117,18 +118,12 @@ class Layers:
             for directory in (layers.snapshots, layers._pool_directory, layers.trash, layers.rootfs_directory):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.chmod(directory, 0o700)
-            if not probe.tells_types(layers._pool_directory):
-                raise Unavailable(
-                    f"the file system of {root} does not tell the types of directory entries (d_type), which overlayfs "
-                    "needs; if it is xfs, make it anew with: mkfs.xfs -n ftype=1"
-                )
             layers._in_trash = len(os.listdir(layers.trash))
             for leftover in os.listdir(layers._pool_directory):
-                layers._discard(f"{layers._pool_directory}/{leftover}")
-            layers._pool.append(layers._make())
-            layers.bears_imprints = imprint.possible(layers._pool[0])
+                layers._discard(f"{layers._pool_directory}/{leftover}", _remove_empty)
+            layers._begin_pool()
+            layers.bears_imprints = imprint.possible(layers._pool_directory)
             layers._promised = imprint.promised(layers.snapshots) if layers.bears_imprints else 0
-            layers.empty = Usage(1, os.stat(f"{layers._pool[0]}/fs").st_blocks * 512)
         except OSError as error:
             layers.close()
             raise Unavailable.from_os(f"use {root} as root", error) from error
@@ -136,6 +131,23 @@ class Layers:
             layers.close()
             raise
         return layers
+
+    def _begin_pool(self) -> None:
+        """Make the first directory of the pool, by which the file system is judged.  A full disk has none for us; but then it
+        was judged when the root was made."""
+        try:
+            self._pool.append(self._make())
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.empty = Usage(1, os.stat(self.rootfs_directory).st_blocks * 512)
+            return
+        if not probe.tells_types(self._pool[0]):
+            raise Unavailable(
+                f"the file system of {self.root} does not tell the types of directory entries (d_type), which overlayfs "
+                "needs; if it is xfs, make it anew with: mkfs.xfs -n ftype=1"
+            )
+        self.empty = Usage(1, os.stat(f"{self._pool[0]}/fs").st_blocks * 512)
 
     def close(self) -> None:
         """Empty the pool and let go of the root."""
@@ -203,8 +215,8 @@ class Layers:
                 os.rmdir(f"{path}/work")
             if owner is not None and owner != self._owner:
                 os.lchown(f"{path}/fs", *owner)
-            if os.path.lexists(self.directory(number)):  # what a crash left before its record was written
-                self.retire(number)
+            if os.path.lexists(self.directory(number)):  # a crash left it before there was a record, or somebody put it there
+                self._put_aside(number)
             os.rename(path, self.directory(number))
         except OSError:
             _remove_empty(path)
@@ -234,30 +246,74 @@ class Layers:
                 for name, entry in entries:
                     _chown(fd, name, entry, owner)
 
+    def refuse_damaged(self, number: int, kind: Kind = Kind.COMMITTED) -> None:
+        """Raise Damaged where a directory of snapshot ``number`` is missing or is none; links count as none."""
+        for part in ("", "/fs", "/work") if kind is Kind.ACTIVE else ("", "/fs"):
+            path = self.directory(number) + part
+            try:
+                wrong = None if stat.S_ISDIR(os.lstat(path).st_mode) else "not a directory"
+            except FileNotFoundError:
+                wrong = "missing"
+            except OSError as error:
+                raise Unavailable.from_os(f"look at the layer {path}", error) from error
+            if wrong:
+                raise Damaged(f"the layer {path} is {wrong}; restore it from a backup")
+
     # -- unmaking
 
     @property
     def waiting(self) -> int:
-        """How many directories wait to be deleted: in the trash, or where they were, for the next ``sweep``."""
+        """How many directories wait to be deleted: in the trash, or where they were."""
         return self._in_trash + len(self._left)
 
+    def unmake(self, number: int) -> None:
+        """Take back ``place``: nobody has had the directory yet.  Never raises; what doesn't go is left for the next start."""
+        for name in (imprint.FILE, f"{imprint.FILE}.new"):
+            with suppress(OSError):
+                os.unlink(f"{self.directory(number)}/{name}")
+        _remove_empty(self.directory(number))
+
     def leave(self, number: int) -> None:
-        """Leave snapshots/<number>, which no record names, to ``sweep``."""
+        """Leave snapshots/<number>, whose record is gone, to the next ``sweep`` or ``empty_trash``."""
         if os.path.lexists(self.directory(number)):
             self._left.add(number)
 
     def retire(self, number: int) -> None:
-        """Move snapshots/<number> into the trash, unless a ``sweep`` has just done so; raises OSError."""
-        if os.path.lexists(self.directory(number)):
-            self._discard(self.directory(number))
+        """Move snapshots/<number>, whose record is gone, into the trash, or leave it where it is on a disk too full for that.
 
-    def _discard(self, path: str) -> None:
+        What is no directory goes to lost+found.  Raises OSError.
+        """
+        try:
+            self._put_aside(number)
+        except OSError as error:
+            if not os.path.lexists(self.directory(number)):
+                self._left.discard(number)
+            elif error.errno in FULL:
+                self._left.add(number)
+            else:
+                raise
+
+    def _put_aside(self, number: int) -> None:
+        path = self.directory(number)
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            self._discard(path)
+        else:
+            log.warning("%s is not a directory; moved to %s", path, self.lose(path))
+        self._left.discard(number)
+
+    def _discard(self, path: str, otherwise: Callable[[str], None] | None = None) -> None:
+        """Move the directory ``path`` into the trash, or do ``otherwise`` with it if the disk is too full for that."""
         while True:
             target = f"{self.trash}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
-                os.rename(path, target)
-                self._wait(1)
-                return
+                break
+        try:
+            os.rename(path, target)
+        except OSError as error:
+            if otherwise is None or error.errno not in FULL:
+                raise
+            return otherwise(path)
+        self._wait(1)
 
     def _wait(self, more: int) -> None:
         with self._waiting:
@@ -265,16 +321,26 @@ class Layers:
 
     def sweep(self, known: Collection[int], last_id: int) -> None:
         """Move what stands in snapshots/ without a record into the trash: ids up to ``last_id`` that are not in ``known``, and
-        abandoned ``new-…`` directories.  What snapfs can't have made goes to lost+found, unseen and whole."""
+        abandoned ``new-…`` directories.  What snapfs can't have made goes to lost+found, unseen and whole.  Raises OSError when
+        all that could be moved is."""
+        refused: OSError | None = None
         for name in os.listdir(self.snapshots):
-            path = f"{self.snapshots}/{name}"
             number = parse_id(name)
-            if name.startswith("new-") or (number is not None and number <= last_id):
-                if number not in known:
+            path = f"{self.snapshots}/{name}"
+            ours = name.startswith("new-") or (number is not None and number <= last_id)
+            if ours and number in known:
+                continue
+            try:
+                if ours and number is not None:
+                    self.retire(number)
+                elif ours and stat.S_ISDIR(os.lstat(path).st_mode):
                     self._discard(path)
-                    self._left.discard(number or 0)
-            else:
-                log.warning("%s is none of snapfs's directories; moved to %s", path, self.lose(path))
+                else:
+                    log.warning("%s is none of snapfs's directories; moved to %s", path, self.lose(path))
+            except OSError as error:
+                refused = refused or error
+        if refused is not None:
+            raise refused
 
     def lose(self, path: str) -> str:
         """Move what is at ``path`` to lost+found; where it is now.  Raises OSError."""
@@ -314,27 +380,47 @@ class Layers:
 
     def present(self) -> set[int]:
         """The ids that have a directory."""
-        return {number for name in os.listdir(self.snapshots) if (number := parse_id(name)) is not None}
+        with os.scandir(self.snapshots) as entries:
+            found = ((parse_id(entry.name), entry) for entry in entries)
+            return {number for number, entry in found if number is not None and entry.is_dir(follow_symlinks=False)}
 
     def empty_trash(self, checkpoint: Callable[[], None] = lambda: None) -> None:
-        """Delete what is in the trash; ``checkpoint`` is called once an entry and may raise to stop.
+        """Delete what is in the trash, and what a full disk kept out of it; ``checkpoint`` is called once an entry and may
+        raise to stop.
 
         What can't be deleted is logged and stays for the next time.
         """
         trash = os.open(self.trash, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            failed: set[str] = set()
-            while names := [name for name in os.listdir(trash) if name not in failed]:
+            tries: Counter[str] = Counter()
+            while names := [name for name in os.listdir(trash) if tries[name] < 2]:
                 for name in names:
                     checkpoint()
                     try:
                         self._delete(trash, name, trash, 0, checkpoint)
                         self._wait(-1)
                     except OSError as error:
-                        failed.add(name)
-                        log.warning("cannot delete %s/%s: %s", self.trash, name, error)
+                        tries[name] += 1 if error.errno in FULL else 2  # there may be room when the others are gone
+                        if tries[name] == 2:
+                            log.warning("cannot delete %s/%s: %s", self.trash, name, error)
+            for number in list(self._left):
+                checkpoint()
+                self._delete_left(number, trash, checkpoint)
         finally:
             os.close(trash)
+
+    def _delete_left(self, number: int, trash: int, checkpoint: Callable[[], None]) -> None:
+        try:
+            self.retire(number)
+            if number in self._left and stat.S_ISDIR(os.lstat(self.directory(number)).st_mode):
+                snapshots = os.open(self.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    self._delete(snapshots, str(number), trash, 0, checkpoint)
+                finally:
+                    os.close(snapshots)
+                self._left.discard(number)
+        except OSError as error:
+            log.warning("cannot delete %s: %s", self.directory(number), error)
 
     def _delete(self, parent: int, name: str, trash: int, depth: int, checkpoint: Callable[[], None]) -> None:
         """Delete ``name`` in the directory ``parent`` and all below it; what lies too deep is moved to the top of ``trash``."""
@@ -356,12 +442,18 @@ class Layers:
             self._wait(1)
             return
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        refused: OSError | None = None
         try:
             for child in os.listdir(fd):
                 checkpoint()
-                self._delete(fd, child, trash, depth + 1, checkpoint)
+                try:
+                    self._delete(fd, child, trash, depth + 1, checkpoint)
+                except OSError as error:
+                    refused = error
         finally:
             os.close(fd)
+        if refused is not None:  # but all the rest is gone, and has made room
+            raise refused
         os.rmdir(name, dir_fd=parent)
 
 
@@ -470,6 +562,13 @@ def _lock(root: str) -> int:
         except BaseException:
             os.close(fd)
             raise
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    try:
+        line = f"{os.getpid()}\n".encode()
+        os.pwrite(fd, line, 0)  # over the last one's, for which there is room on a full disk too
+        os.ftruncate(fd, len(line))
+    except OSError as error:
+        if error.errno not in FULL:
+            os.close(fd)
+            raise
+        log.debug("the lock does not say whose it is: %s", error)
     return fd

@@ -16,7 +16,8 @@ consistent state.  It ends with its block and lets go of its place in LMDB's tab
 
 **Writing** goes through one writer (``serve``): it takes all that waits, runs each operation in a nested transaction of
 its own, and makes the batch durable with one sync (group commit).  An operation that fails undoes itself and fails
-alone; if the sync fails, all of the batch do.
+alone; if the sync fails, all of the batch do.  Where the map is full it is made larger in between, while nobody reads, and
+the batch is run anew (``snapfs/reserve.py``).
 
 **Forking** is fine as long as the child leaves all of this alone: LMDB keeps its locks by process.  So each call is refused
 there, and what the child inherited is neither closed nor ended, since both would undo the parent's.  It must leave by exec
@@ -29,11 +30,12 @@ import errno
 import logging
 import math
 import os
+import threading
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
 import lmdb
@@ -44,20 +46,21 @@ from lmdb.verify import VerifyError, verify
 from snapfs import names
 from snapfs.errors import Closed, Damaged, Forked, InvalidArgument, SnapshotError, Unavailable
 from snapfs.model import Change, Info, Kind, Usage
+from snapfs.reserve import RESERVE, Space, make_file, refuse_without_address_space
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 SCHEMA = 1
-MAP_SIZE = 64 << 30  # address space, not memory or disk: a thousand bytes a snapshot leaves room for 60 million
+MAP_SIZE = 1 << 20  # to begin with: it grows with the records
 IDS = 1 << 36  # ids are below this: so many an inode number has room for
 BATCH = 128  # operations that one sync serves at most, so that nobody waits for an endless batch
 
 READERS = 1024  # that may read at once, in all processes: 64 bytes of the lock file each, and far more than there are threads
 PATIENCE = 2.0  # seconds that one more than these waits for a place
 
-FULL = 1 << 20  # bytes left on a disk on which a failed write is taken for want of space
+FEW = 1 << 20  # bytes left on a disk on which a failed write is taken for want of space
 
 Undo = Callable[[], None]
 
@@ -354,23 +357,39 @@ class _Reading(Reader):
     left behind in the frames of an error's traceback.
     """
 
+    def __init__(self, store: MetaStore, *, long: bool) -> None:
+        super().__init__(store)
+        self._long = long
+
     def __enter__(self) -> Reader:
         store = self._store
         if store.refusal is not None:
             raise store.refusal()
+        with store._guard:
+            while self._long and store.is_growing:  # or one after the other might keep the writer waiting for ever
+                store._idle.wait()
+            store._readers += 1
         try:
-            self._txn = store._env.begin()
-        except lmdb.ReadersFullError:
-            self._txn = store._begin_when_possible()
+            try:
+                self._txn = store._env.begin()
+            except (lmdb.ReadersFullError, lmdb.MapResizedError):
+                self._txn = store._begin_when_possible()
         except lmdb.Error as error:
+            store._has_read()
             raise _refused("read the records", store.path, error) from error
+        except BaseException:
+            store._has_read()
+            raise
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         txn, self._txn = self._txn, _ended
         if self._store.refusal is Forked:
             return  # it is the parent's, and py-lmdb leaves it alone as long as nobody ends it here
-        txn.abort()
+        try:
+            txn.abort()
+        finally:
+            self._store._has_read()
         if isinstance(error, _NONSENSE):
             raise Damaged(f"the records in {self._store.path} can't be read: {error}; put them back from a backup") from error
 
@@ -489,68 +508,130 @@ class MetaStore:
         """How often so many operations were made durable with one sync."""
         self.refusal: type[Closed] | None = None
         """What every call raises: Closed after ``close``, Forked in a child of the process that opened it, else None."""
+        self._guard = threading.Lock()  # of what follows: a map can't change its size while anybody uses it
+        self._idle = threading.Condition(self._guard)
+        self._readers = 0
+        self._writing = False
+        self.is_growing = False
         try:
-            self._env = lmdb.open(
-                path, subdir=False, sync=sync, map_size=map_size, mode=0o600, max_dbs=16, max_spare_txns=1, max_readers=READERS
-            )
+            self._open(map_size)
         except lmdb.Error as error:
             raise unreadable(path, error) from error
-        try:
-            _keep_from_children(path)
-            self._env.reader_check()
-            refuse_foreign(self._env, path)
-            with self._env.begin(write=True) as txn:
-                self.meta = self._env.open_db(b"meta", txn)
-                self.snapshots = self._env.open_db(b"snapshots", txn)
-                self.names = self._env.open_db(b"names", txn)
-                self.kinds = {kind: self._env.open_db(kind.value.encode(), txn) for kind in Kind}
-                self.child_table = self._env.open_db(b"children", txn)
-                self.uncounted_table = self._env.open_db(b"uncounted", txn)
-                self.unflushed_table = self._env.open_db(b"unflushed", txn)
-                self.index_tables = [self.names, *self.kinds.values(), self.child_table, self.uncounted_table]
-                if txn.get(b"schema", db=self.meta) is None:
-                    txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)
-        except BaseException as error:
-            self._env.close()
-            if isinstance(error, lmdb.Error):
-                raise unreadable(path, error) from error
-            raise
+        except OSError as error:
+            raise _refused("open the records", path, error) from error
         self._send: trio.MemorySendChannel[_Request[Any]] | None = None
         _open_stores.add(self)
+
+    def _open(self, map_size: int) -> None:
+        path = self.path
+        with ExitStack() as undoing:
+            if not os.path.lexists(path):
+                undoing.callback(_remove_files, path)  # a database that was cut short could not be read the next time
+            else:
+                map_size = max(map_size, os.path.getsize(path) - RESERVE)
+            make_file(path)
+            make_file(f"{path}-lock", 128 + 64 * READERS)  # what LMDB makes it, but with blocks on the disk
+            self._env = lmdb.open(
+                path,
+                subdir=False,
+                sync=self.sync,
+                map_size=map_size,
+                mode=0o600,
+                max_dbs=16,
+                max_spare_txns=1,
+                max_readers=READERS,
+            )
+            undoing.callback(self._env.close)
+            _keep_from_children(path)
+            self._env.reader_check()
+            refuse_foreign(self._env, path)  # before anything is written
+            self._space = Space(path, self.map_size)
+            undoing.callback(self._space.close)
+            self._refill()
+            while True:
+                try:
+                    with self._env.begin(write=True) as txn:
+                        self._open_tables(txn)
+                    break
+                except lmdb.MapFullError:
+                    self._grow()
+            undoing.pop_all()
+
+    def _open_tables(self, txn: lmdb.Transaction[bytes]) -> None:
+        self.meta = self._env.open_db(b"meta", txn)
+        self.snapshots = self._env.open_db(b"snapshots", txn)
+        self.names = self._env.open_db(b"names", txn)
+        self.kinds = {kind: self._env.open_db(kind.value.encode(), txn) for kind in Kind}
+        self.child_table = self._env.open_db(b"children", txn)
+        self.uncounted_table = self._env.open_db(b"uncounted", txn)
+        self.unflushed_table = self._env.open_db(b"unflushed", txn)
+        self.index_tables = [self.names, *self.kinds.values(), self.child_table, self.uncounted_table]
+        if txn.get(b"schema", db=self.meta) is None:
+            txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)
+
+    @property
+    def map_size(self) -> int:
+        """Bytes that the records may take before the map has to grow."""
+        size: int = self._env.info()["map_size"]
+        return size
 
     def close(self) -> None:
         """Close the environment; twice is fine.  The writer must have ended (``serve``)."""
         if self.refusal is None:
             self.refusal = Closed
             self._env.close()
+            self._space.close()
 
-    def reading(self) -> AbstractContextManager[Reader]:
-        """One consistent state, for a block that must be short and must not await anything."""
-        return _Reading(self)
+    def reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
+        """One consistent state, for a block that must be short and must not await anything.
+
+        In a worker thread, outside of any other such block, it may be ``long``.
+        """
+        return _Reading(self, long=long)
 
     def _begin_when_possible(self) -> lmdb.Transaction[bytes]:
-        """A read transaction although all places were taken: by dead processes, or by others who read and are soon done."""
+        """A read transaction although all places were taken, by dead processes, or by others who read and are soon done; or
+        although the map was too small."""
         deadline = time.monotonic() + PATIENCE
         while True:
             self._env.reader_check()
             try:
                 return self._env.begin()
+            except lmdb.MapResizedError:
+                return self._begin_anew()
             except lmdb.ReadersFullError:
                 if time.monotonic() > deadline:
                     busy = f"cannot read the records in {self.path}: more than {READERS} others are reading them"
                     raise Unavailable(busy, errno.EAGAIN) from None
             time.sleep(0.001)
 
-    async def write(self, operation: Callable[[Writer], T]) -> T:
+    def _has_read(self) -> None:
+        with self._guard:
+            self._readers -= 1
+            if self.is_growing and not self._readers:
+                self._idle.notify_all()
+
+    def _begin_anew(self) -> lmdb.Transaction[bytes]:
+        """A transaction after another process, which should have left the records alone, has made them larger than the map."""
+        with self._guard:
+            if self._writing or self.is_growing or self._readers > 1:
+                raise Unavailable(f"another process has written to {self.path}: try again", errno.EAGAIN)
+            self._env.set_mapsize(self.map_size)  # or what is in use, if that is more
+        return self._env.begin()
+
+    async def write(self, operation: Callable[[Writer], T], *, frees: bool = False) -> T:
         """Run ``operation`` in the writer's thread; returns its result when that is durable, or raises what it raised,
         having changed nothing.
+
+        ``frees``: it leaves less than there was, so that it may use what is kept in reserve for a full disk.  An operation may
+        be run several times, of which the last counts.
 
         Cancellation takes back what the writer has not begun; what it has begun is finished, so it is done or not done.
         Raises Unavailable where the disk refuses (ENOSPC …) and after ``close``.
         """
         if self._send is None or self.refusal is not None:
             raise (self.refusal or Closed)()
-        request = _Request(operation)
+        request = _Request(operation, frees)
         self._send.send_nowait(request)
         try:
             await request.done.wait()
@@ -562,9 +643,9 @@ class MetaStore:
                 await request.done.wait()
         return request.result()
 
-    def write_now(self, operation: Callable[[Writer], T]) -> T:
+    def write_now(self, operation: Callable[[Writer], T], *, frees: bool = False) -> T:
         """The same, blocking, for a process that serves nobody."""
-        request = _Request(operation)
+        request = _Request(operation, frees)
         self._run(_Batch([request]))
         return request.result()
 
@@ -609,24 +690,47 @@ class MetaStore:
 
     def _run(self, batch: _Batch) -> None:
         """Run a batch in the writer's thread; leaves each request with a result or an error."""
+        if self._space.is_short:
+            self._refill()
+        while not self._attempt(batch):
+            try:
+                self._grow()
+            except (lmdb.Error, OSError) as error:
+                if len(batch.requests) > 1:  # some may need no room
+                    for request in batch.requests:
+                        self._run(_Batch([request]))
+                elif not (batch.requests[0].frees and self._attempt_with_reserve(batch)):
+                    batch.requests[0].error = _refused("make room for the records", self.path, error)
+                return
+
+    def _attempt(self, batch: _Batch) -> bool:
+        """Run a batch once; False where the map is too small for it: nothing has changed then."""
         writers: list[Writer] = []
+        batch.directories.clear()
+        with self._guard:
+            self._writing = True
         try:
             with self._env.begin(write=True) as txn:
                 for request in batch.requests:
+                    request.error = None
                     writer = self._run_one(txn, batch, request)
                     if writer is not None:
                         writers.append(writer)
                 for fd in batch.directories if self.sync else ():
                     os.fsync(fd)
         except (lmdb.Error, OSError) as error:
-            refusal = _refused("write the records", self.path, error)
-            log.error("%s", refusal)
             for writer in reversed(writers):
                 _undo(writer)
+            if isinstance(error, (lmdb.MapFullError, lmdb.MapResizedError)):
+                return False
+            refusal = _refused("write the records", self.path, error)
+            log.error("%s", refusal)
             for request in batch.requests:
                 if request.error is None:
                     request.error = refusal
-            return
+            return True
+        finally:
+            self._writing = False
         for request, writer in zip((r for r in batch.requests if r.error is None), writers, strict=True):
             request.changes = writer.changes
             for act in writer.afters:
@@ -634,8 +738,10 @@ class MetaStore:
                     act()
                 except OSError as error:
                     log.warning("after a change was made: %s", error)
+        return True
 
     def _run_one(self, txn: lmdb.Transaction[bytes], batch: _Batch, request: _Request[Any]) -> Writer | None:
+        """Run one operation: what it wrote, None if it failed.  Raises MapFullError."""
         writer = None
         try:
             with self._env.begin(write=True, parent=txn) as nested:
@@ -646,11 +752,54 @@ class MetaStore:
             request.error = error
         except (lmdb.Error, OSError) as error:
             request.error = _refused("change the store", self.path, error)
+            if isinstance(error, lmdb.MapFullError):
+                if writer is not None:
+                    _undo(writer)
+                raise
         except Exception as error:  # a bug: it must reach the caller, not end the writer
             request.error = error
         if writer is not None:
             _undo(writer)
         return None
+
+    # -- room for the records
+
+    def _refill(self) -> None:
+        try:
+            self._space.refill()
+        except OSError as error:  # what is there of it may do
+            log.debug("no room for the whole reserve: %s", error)
+
+    def _grow(self) -> None:
+        """Make the map larger; raises OSError where the disk, or the address space, has no room for that."""
+        self._resize(self._space.more())
+
+    def _resize(self, size: int) -> None:
+        """Give the map ``size`` bytes, or what is in use if that is more, while no transaction is open."""
+        refuse_without_address_space(size - self.map_size)
+        with self._idle:
+            self.is_growing = True
+            try:
+                while self._readers:
+                    self._idle.wait()
+                self._env.set_mapsize(size)
+                self._space.size = self.map_size
+            finally:
+                self.is_growing = False
+                self._idle.notify_all()
+
+    def _attempt_with_reserve(self, batch: _Batch) -> bool:
+        """Run a batch that frees something, with all that is allocated; False where that is too small too."""
+        before = self._space.size
+        try:
+            self._resize(self._space.held)
+        except OSError:
+            return False
+        try:
+            return self._attempt(batch)
+        finally:
+            self._resize(before)
+            self._space.is_short = True
 
 
 _open_stores: weakref.WeakSet[MetaStore] = weakref.WeakSet()
@@ -718,8 +867,9 @@ def refuse_foreign(env: lmdb.Environment, path: str) -> None:
 class _Request(Generic[T]):
     """One operation on its way through the writer."""
 
-    def __init__(self, operation: Callable[[Writer], T]) -> None:
+    def __init__(self, operation: Callable[[Writer], T], frees: bool) -> None:
         self.operation = operation
+        self.frees = frees
         self.done = trio.Event()
         self.begun = False
         self.withdrawn = False
@@ -739,6 +889,12 @@ class _Batch:
     def __init__(self, requests: list[_Request[Any]]) -> None:
         self.requests = requests
         self.directories: set[int] = set()
+
+
+def _remove_files(path: str) -> None:
+    for made in (path, f"{path}-lock"):
+        with suppress(OSError):
+            os.unlink(made)
 
 
 def _undo(writer: Writer) -> None:
@@ -765,6 +921,6 @@ def _refused(doing: str, path: str, error: lmdb.Error | OSError) -> Unavailable:
     code = getattr(error, "code", 0)  # LMDB's own codes are negative, the system's positive; py-lmdb's own errors have none
     if code == errno.EIO:  # also LMDB's word for a short write, which is how a full disk begins
         space = os.statvfs(os.path.dirname(path))
-        if space.f_bavail * space.f_frsize < FULL:
+        if space.f_bavail * space.f_frsize < FEW:
             return Unavailable.from_os(doing, OSError(errno.ENOSPC, "", path))
     return Unavailable(f"cannot {doing}: {error}", code if code > 0 else None)

@@ -161,8 +161,8 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
     """Bring records and directories together after whatever happened; the ids of damaged snapshots.
 
     What no record names goes to the trash if ``retire``, and what a Prepare that was cut short left in any case.  A record
-    whose directory is missing is reported as damaged, never guessed.  Raises Damaged where the records can't be this root's:
-    without the right ones every layer would look abandoned.
+    whose directory is missing or none is reported as damaged, never guessed.  Raises Damaged where the records can't be this
+    root's: without the right ones every layer would look abandoned.
     """
     with records.reading() as reader:
         known, last_id = reader.ids(), reader.last_id()
@@ -174,7 +174,8 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
             except Damaged:
                 record = None
             name = record.name if record else "?"
-            log.error('snapshot "%s" is damaged: its directory %s is missing', name, layers.directory(number))
+            wrong = "is not a directory" if os.path.lexists(layers.directory(number)) else "is missing"
+            log.error('snapshot "%s" is damaged: its directory %s %s', name, layers.directory(number), wrong)
     unknown = present - known
     for number in unknown:
         if number > last_id and not layers.is_empty(number):  # no Prepare that was cut short leaves that
@@ -183,7 +184,9 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
                 f"put back the records that belong to this root, or have them made anew: snapfs check {layers.root} --rebuild"
             )
     for number in unknown:
-        if retire or number > last_id:  # Cleanup knows only ids that were given out
+        if number > last_id:
+            layers.unmake(number)
+        elif retire:
             layers.retire(number)
         else:
             layers.leave(number)

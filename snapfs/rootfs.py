@@ -28,6 +28,8 @@ from snapfs.kernel import mounting, overlay
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.kernel.processes import users
 from snapfs.layers import Layers, parse_id
+from snapfs.model import Kind
+from snapfs.reserve import FULL
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +92,10 @@ class Rootfs:
 
     def trial(self) -> str | None:
         """Mount an overlay as ``mount`` does; in the kernel's words why that is refused, None where it is not."""
-        trial = self._layers.make_trial()
+        try:
+            trial = self._layers.make_trial()
+        except OSError as error:
+            return _refusal(error)
         options = [*self._options, "volatile"] if mounting.kernel_version() >= (5, 10) else self._options  # so: no flush
         target = f"{self._directory}/trial"
         try:
@@ -98,7 +103,7 @@ class Rootfs:
             overlay.mount_overlay(target, [f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", options, read_only=False)
             mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
-            return error.strerror or str(error)
+            return _refusal(error)
         finally:
             self._layers.put_away(target)
             shutil.rmtree(trial, ignore_errors=True)
@@ -157,8 +162,8 @@ class Rootfs:
     async def mount(self, number: int, stack: Callable[[], Stack]) -> str:
         """Have the file system of snapshot ``number`` mounted: where.
 
-        ``stack`` is asked for what to mount when that is to be done; it may raise.  Raises Unavailable where the kernel
-        refuses (with its words), Busy where ``most`` others are mounted and all in use.
+        ``stack`` is asked for what to mount when that is to be done; it may raise.  Raises Damaged where a layer is
+        missing, Unavailable where the kernel refuses (with its words), Busy where ``most`` others are mounted and all in use.
         """
         if number not in self._locks and self._is_there(number):  # with the lock somebody may be unmounting it
             return self._layers.rootfs(number)
@@ -188,6 +193,10 @@ class Rootfs:
     def _mount(self, number: int, stack: Stack) -> int | None:
         target, layers = self._layers.rootfs(number), self._layers
         lowers = [layers.fs(below) for below in stack.lower]
+        for below in stack.lower:
+            layers.refuse_damaged(below)
+        if stack.upper is not None:
+            layers.refuse_damaged(stack.upper, Kind.ACTIVE)
         try:
             layers.put_away(target)  # whoever knows the path can make a directory there
             os.makedirs(target, mode=0o700)
@@ -318,6 +327,11 @@ class Rootfs:
         finally:
             if not lock.locked() and self._locks.get(number) is lock:
                 del self._locks[number]
+
+
+def _refusal(error: OSError) -> str | None:
+    """In words why mounting is not permitted; a full disk does not tell whether it is, nor a full table of descriptors."""
+    return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else error.strerror or str(error)
 
 
 def _detach(target: str) -> None:

@@ -35,6 +35,7 @@ from snapfs.filters import compile_filters
 from snapfs.flushing import Flushing
 from snapfs.housekeeping import Housekeeping
 from snapfs.imprint import Imprint
+from snapfs.kernel import cached
 from snapfs.labels import UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore, Reader, Record, Writer
@@ -45,6 +46,8 @@ from snapfs.rootfs import Rootfs, Stack
 from snapfs.sharing import Sharing
 
 T = TypeVar("T")
+
+_FEW = 50  # layers that are looked at without a thread, if that takes no disk: a microsecond or two each
 
 Ref = str | int
 """A snapshot by its key or name, or by its id, which stays right while others rename and replace."""
@@ -86,7 +89,7 @@ class Snapshotter:
         self._owns_records = owns_records
         self.overlay_options = overlay_options
         self._maps_ids = maps_ids
-        self._damaged = damaged
+        self._damaged = set(damaged)  # as it was found at the start; whatever is used is looked at again
         self._background: trio.CancelScope | None = None
         self._background_ended = trio.Event()
         self._closed = False
@@ -180,26 +183,24 @@ class Snapshotter:
             now = time.time_ns()
             record = Record(key, kind, above or 0, now, now, stored)
             whose = owner
+            if above:
+                self.layers.refuse_damaged(above)
             try:
                 if whose is None and above:
-                    layer = os.stat(self.layers.fs(above))
+                    layer = os.lstat(self.layers.fs(above))
                     whose = layer.st_uid, layer.st_gid
                 self.layers.promise(number)
                 self.layers.place(number, kind, whose)
             except OSError as error:
                 raise Unavailable.from_os(f'make the directories of snapshot "{key}"', error) from error
-            writer.on_failure(lambda: self.layers.retire(number))
+            writer.on_failure(lambda: self.layers.unmake(number))
             self._imprint(number, record, "")
             writer.sync_directory(self._snapshots_fd)
             writer.put(number, record)
             writer.changed(None, writer.info(number, record))
             return answer(writer, number, record)
 
-        try:
-            answered = await self._write_record(operation)
-        except Unavailable:
-            self._housekeeping.empty_trash_soon()  # where its directory went, if the sync failed
-            raise
+        answered = await self._write_record(operation)
         self._housekeeping.fill_pool_if_low()
         return answered
 
@@ -237,7 +238,7 @@ class Snapshotter:
             record = self._find_again(writer, number, key)
             if record.kind is not Kind.ACTIVE:
                 raise FailedPrecondition(f'snapshot "{record.name}" is {record.kind}: only active ones can be committed')
-            self._refuse_damaged(number)
+            self.layers.refuse_damaged(number)
             if parent == name:
                 raise InvalidArgument(f'snapshot "{name}" cannot be its own parent')
             self._refuse_taken(writer, name, number)
@@ -289,11 +290,10 @@ class Snapshotter:
             else:
                 writer.delete(number, record)
             writer.changed(before, None)
-            if number not in self._damaged:
-                writer.when_durable(lambda: (self.layers.leave if self.options.async_remove else self.layers.retire)(number))
+            writer.when_durable(lambda: (self.layers.leave if self.options.async_remove else self.layers.retire)(number))
 
         async with self._unmounted(key) as number:
-            await self._write_record(operation)
+            await self._write_record(operation, frees=True)
         if self.options.async_remove:
             return
         if wait:
@@ -317,7 +317,7 @@ class Snapshotter:
     def _forget_removed(self, change: Change) -> None:
         if change.before is not None and change.after is None:
             self.counting.forget(change.before.id)
-            self._damaged -= {change.before.id}
+            self._damaged.discard(change.before.id)
             self.flushing.lost.discard(change.before.id)
 
     async def rename(self, old: Ref, new: str) -> None:
@@ -387,6 +387,7 @@ class Snapshotter:
         if any(record.labels.get(label) != labels.get(label) for label in mapped):
             idmap.root_owner(labels)
             if record.kind is Kind.ACTIVE and self.options.remap_ids and self.options.slow_chown and not self._maps_ids:
+                self.layers.refuse_damaged(number)
                 self._shift_owners(writer, number, record.labels, labels)
         updated = max(time.time_ns(), record.updated + 1)
         info = self._put(writer, number, record, msgspec.structs.replace(record, labels=labels, updated=updated))
@@ -421,7 +422,9 @@ class Snapshotter:
     def _imprint(self, number: int, record: Record, unflushed_since: str) -> None:
         """Let the directory of snapshot ``number`` bear ``record``; raises OSError."""
         if self.layers.bears_imprints and number not in self._damaged:
-            with contextlib.suppress(FileNotFoundError):  # taken away behind our back, as whoever needs it will be told
+            with contextlib.suppress(
+                FileNotFoundError, NotADirectoryError
+            ):  # taken away behind our back, as whoever needs it will be told
                 imprint.write(self.layers.directory(number), Imprint(record, unflushed_since))
 
     async def cleanup(self) -> None:
@@ -440,7 +443,7 @@ class Snapshotter:
                 refused.append(error)
 
         # in the writer, so that no directory is just being made, and of what is removed for good only
-        await self._write_record(lambda writer: writer.when_durable(sweep))
+        await self._write_record(lambda writer: writer.when_durable(sweep), frees=True)
         await self._housekeeping.empty_trash()
         if refused:
             raise Unavailable.from_os("clean up", refused[0]) from refused[0]
@@ -459,8 +462,31 @@ class Snapshotter:
         Raises NotFound; FailedPrecondition for a committed snapshot; Damaged where a layer is missing.
         """
         await trio.lowlevel.checkpoint()
+        await self.find_layers(key)
         with self._reading() as reader:
             return self.mounts_of(reader, *self._find(reader, key))
+
+    async def find_layers(self, key: Ref) -> None:
+        """Raise Damaged where a directory of the snapshot, or of one that it stands on, is not there; NotFound."""
+        with self._reading() as reader:
+            number, record = self._find(reader, key)
+            chain = reader.chain(record)
+
+        parts = [f"{layer}/fs" for layer in (number, *chain)] + [f"{number}/work"] * (record.kind is Kind.ACTIVE)
+        if len(chain) < _FEW and all(cached.is_directory(self._snapshots_fd, part) for part in parts):
+            return
+
+        def look() -> None:
+            self.layers.refuse_damaged(number, record.kind)
+            for layer in chain:
+                self.layers.refuse_damaged(layer)
+
+        try:
+            await trio.to_thread.run_sync(look)
+        except Damaged:
+            with self._reading() as reader:  # it may have been removed meanwhile
+                self._find(reader, number)
+            raise
 
     async def walk(self, *filters: str) -> list[Info]:
         """All snapshots that ``filters`` select (``snapfs/filters.py``), ordered by the key's bytes, of one consistent state.
@@ -470,7 +496,7 @@ class Snapshotter:
         holds = compile_filters(filters)
 
         def collect() -> list[Info]:
-            with self._reading() as reader:
+            with self._reading(long=True) as reader:
                 found = reader.walk()
             return [info for info in map(self.shown, found) if holds(info)]
 
@@ -484,8 +510,6 @@ class Snapshotter:
         await trio.lowlevel.checkpoint()
         with self._reading() as reader:
             number, record = self._find(reader, key)
-        if record.kind is not Kind.VIEW and record.usage is None:
-            self._refuse_damaged(number)
         return await self.counting.usage(number, record)
 
     async def changes(self, key: Ref, consume: Callable[[Iterable[str]], T]) -> T:
@@ -502,9 +526,10 @@ class Snapshotter:
             chain = reader.chain(record)
         if record.kind is Kind.VIEW:
             raise FailedPrecondition(f'snapshot "{record.name}" is a view, which changes nothing')
-        self._refuse_damaged(number, *chain)
 
         def scan() -> T:
+            for layer in (number, *chain):
+                self.layers.refuse_damaged(layer)
             directories = [self.layers.fs(layer) for layer in (number, *chain)]
             with closing(changes(directories, checkpoint=trio.from_thread.check_cancelled)) as lines:
                 return consume(lines)
@@ -541,7 +566,6 @@ class Snapshotter:
         with self._reading() as reader:
             _, record = self._find(reader, number)
             lowers = reader.lowers(number, record)
-        self._refuse_damaged(number, *lowers)
         self.flushing.refuse_lost(lowers)
         if self._maps_ids and any(idmap.mappings(record.labels)):
             raise FailedPrecondition(
@@ -589,7 +613,7 @@ class Snapshotter:
             writer.changed(info, info, counted=True)
             return number
 
-        self.flushing.lost.discard(await self._write_record(operation))
+        self.flushing.lost.discard(await self._write_record(operation, frees=True))
 
     def space(self) -> os.statvfs_result:
         """The file system that holds ROOT, as statvfs(3) tells it."""
@@ -607,13 +631,13 @@ class Snapshotter:
         if self._closed:  # the records may be the caller's, and open
             raise Closed()
 
-    def _reading(self) -> AbstractContextManager[Reader]:
+    def _reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
         self._refuse_closed()
-        return self.records.reading()
+        return self.records.reading(long=long)
 
-    async def _write_record(self, operation: Callable[[Writer], T]) -> T:
+    async def _write_record(self, operation: Callable[[Writer], T], *, frees: bool = False) -> T:
         self._refuse_closed()
-        return await self.records.write(operation)
+        return await self.records.write(operation, frees=frees)
 
     def _find(self, reader: Reader, key: Ref) -> tuple[int, Record]:
         if isinstance(key, str):
@@ -673,7 +697,8 @@ class Snapshotter:
     def _refuse_damaged(self, *numbers: int) -> None:
         for number in numbers:
             if number in self._damaged:
-                raise Damaged(f"the layer {self.layers.directory(number)} is missing; restore it from a backup")
+                self.layers.refuse_damaged(number)
+                self._damaged.discard(number)  # it was put back
 
     def mounts_of(self, reader: Reader, number: int, record: Record) -> list[Mount]:
         """``mounts`` of a snapshot whose record is at hand."""

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "snapfs"
 
 PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec", "options"}
 DISK = {"metastore", "layers", "walk", "usage", "changes", "sharing", "counting", "mounted", "rootfs", "kernel"}
-DISK |= {"housekeeping", "flushing", "backup", "imprint", "checking", "rebuilding"}
+DISK |= {"housekeeping", "flushing", "backup", "imprint", "checking", "rebuilding", "reserve"}
 LIBRARY = PURE | DISK | {"snapshotter", "opening"}
 
 MAY_IMPORT = {

@@ -63,6 +63,10 @@ def mount_sh(tree: Tree, number: int, record: Record) -> str:
     return mountspec.script(spec, tree.snapshotter.layers.snapshots, number)
 
 
+async def find_layers(tree: Tree, number: int, record: Record) -> None:
+    await tree.snapshotter.find_layers(number)
+
+
 def info_json(tree: Tree, number: int, record: Record) -> str:
     with tree.reading() as reader:
         info = tree.snapshotter.shown(reader.info(number, record))
@@ -136,8 +140,8 @@ _SCRIPT = stat.S_IFREG | 0o555
 _PRIVATE = stat.S_IFREG | 0o400
 
 ATTRIBUTES = (
-    Attribute("mounts.json", 16, (Kind.ACTIVE, Kind.VIEW), mounts_json, fixed=True),
-    Attribute("mount.sh", 17, (Kind.ACTIVE, Kind.VIEW), mount_sh, type=_SCRIPT, fixed=True),
+    Attribute("mounts.json", 16, (Kind.ACTIVE, Kind.VIEW), mounts_json, fixed=True, refresh=find_layers),
+    Attribute("mount.sh", 17, (Kind.ACTIVE, Kind.VIEW), mount_sh, type=_SCRIPT, fixed=True, refresh=find_layers),
     Attribute("info.json", 18, ALL, info_json),
     Attribute("usage.json", 19, ALL, usage_json, refresh=count),
     Attribute("parent", 20, ALL, parent, type=_LINK, present=has_parent),
@@ -176,6 +180,8 @@ class _Attribute(Node):
         if self.attribute.refresh is None:
             return self
         await self.attribute.refresh(self.tree, self.number, self.record)
+        if self.attribute.fixed:
+            return self
         return self.tree.node(pack(self.number, self.attribute.slot))  # by whatever name the snapshot goes now
 
 

@@ -1,0 +1,114 @@
+"""The disk space of the records, allocated before it is needed, so that removing works on a full disk.
+
+LMDB writes each page that changes to another place: even a deletion takes new pages, some ten for each snapshot.  So the file
+is longer than what is in use: its blocks are allocated ahead, a step at a time, and LMDB may use them up to ``size``, which is
+the size of its map.  The last ``RESERVE`` bytes are for removing alone.  A full disk is thus met when more is to be allocated,
+where nothing has been changed yet, and what fills the disk can't take the reserve away.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import mmap
+import os
+from contextlib import suppress
+
+RESERVE = 1 << 20
+STEP = 1 << 20  # bytes at least, while the disk has plenty, that are allocated at once
+MOST = 64 << 20  # and at most
+
+_PAGE = mmap.PAGESIZE
+
+_LEAST = 4 * _PAGE  # that it is worth while to go on for
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""How a disk says that it is full, or that the owner's share of it is."""
+
+_CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # only musl says so; glibc writes zeros instead
+
+_GET_FLAGS, _SET_FLAGS, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x00800000  # FS_IOC_…, FS_NOCOW_FL of linux/fs.h
+
+
+class Space:
+    """The blocks of one file, which is there and not empty.  ``size`` of them LMDB may use, ``held`` are allocated.
+
+    ``is_short``: the reserve is not whole, for want of room.  All functions block on the disk.
+    """
+
+    def __init__(self, path: str, size: int) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # kept: a full table of descriptors must not stop growth
+        self.size = size
+        self.held = os.fstat(self._fd).st_size
+        self.is_short = True
+
+    def close(self) -> None:
+        """Let go of the file; twice is fine."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def refill(self) -> None:
+        """Make the reserve whole; raises OSError where there is no room for it."""
+        self._hold(self.size + RESERVE)
+        self.is_short = False
+
+    def more(self) -> int:
+        """Make room for more than ``size``, with the reserve behind it: for how much.  Raises OSError where there is none."""
+        space = os.fstatvfs(self._fd)
+        free = space.f_bavail * space.f_frsize
+        step = min(max(STEP, self.size // 2), MOST, free // 4)  # never the last room of a disk that others write to as well
+        step = max(step - step % _PAGE, _LEAST)
+        refuse_without_address_space(step)
+        self._hold(self.size + step + RESERVE)
+        self.is_short = False
+        return self.size + step
+
+    def _hold(self, wanted: int) -> None:
+        before = os.fstat(self._fd).st_size
+        try:
+            os.posix_fallocate(self._fd, 0, wanted)
+        except OSError as error:
+            if error.errno not in _CANNOT_ALLOCATE:
+                os.ftruncate(self._fd, before)  # some blocks may have been had
+                raise OSError(error.errno, error.strerror, self._path) from None
+        self.held = max(self.held, wanted)
+
+
+def refuse_without_address_space(more: int) -> None:
+    """Raise OSError (ENOMEM) where the address space has no room for so many bytes more (RLIMIT_AS).
+
+    LMDB makes its old map go before it asks for the new one: refused, it has none at all.
+    """
+    if more > 0:
+        mmap.mmap(-1, more, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
+
+
+def make_file(path: str, size: int = 0) -> None:
+    """Make the file ``path``, unless it is there, and have blocks for all of its first ``size`` bytes.
+
+    What is written to a hole by way of a map, with no block left on the disk, kills the process (SIGBUS).  On btrfs everything
+    is such a hole, unless it is told to write in place.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        now = os.stat(path)
+        if now.st_size >= size and now.st_blocks * 512 >= size:
+            return
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # other file systems know no such flag, or write in place anyway
+            flags = array.array("l", [0])
+            fcntl.ioctl(fd, _GET_FLAGS, flags)
+            flags[0] |= _NO_COPY_ON_WRITE
+            fcntl.ioctl(fd, _SET_FLAGS, flags)
+        if size:
+            os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in _CANNOT_ALLOCATE:
+            raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(fd)
