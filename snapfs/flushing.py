@@ -30,10 +30,12 @@ def boot_id() -> str:
 class Flushing:
     """The flushes of one root.  ``run`` must be running; without ``sync`` nothing is ever flushed, marked or waited for.
 
+    ``fd`` is open on the layers' file system, from the start on: what the disk refuses is told once to each that has it open.
     ``lost`` holds the ids of the snapshots whose data was in memory when the power went, or the disk refused it.
     """
 
-    def __init__(self, layers: Layers, records: MetaStore, *, sync: bool) -> None:
+    def __init__(self, layers: Layers, records: MetaStore, fd: int = -1, *, sync: bool = True) -> None:
+        self._fd = fd
         self._layers = layers
         self._records = records
         self._sync = sync
@@ -77,7 +79,7 @@ class Flushing:
         try:
             numbers = self._marked()
             try:
-                await trio.to_thread.run_sync(mounting.sync_file_system, self._layers.snapshots)
+                await trio.to_thread.run_sync(mounting.sync_file_system, self._fd)
             except OSError as refusal:
                 self.lost.update(numbers)  # the kernel tells once, and drops what it could not write
                 error = Unavailable.from_os("flush the layers", refusal)

@@ -79,7 +79,8 @@ class Snapshotter:
         self.records = records
         self.features = features
         self.counting = Counting(layers, records)
-        self.flushing = Flushing(layers, records, sync=options.sync is Sync.FULL)
+        self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.flushing = Flushing(layers, records, self._snapshots_fd, sync=options.sync is Sync.FULL)
         self.mounted = mounted
         self.rootfs = rootfs
         self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
@@ -90,7 +91,6 @@ class Snapshotter:
         self._background: trio.CancelScope | None = None
         self._background_ended = trio.Event()
         self._closed = False
-        self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._housekeeping = Housekeeping(layers)
         self._listeners: list[Callable[[Change], None]] = []
         self.subscribe(self._forget_removed)

@@ -32,7 +32,7 @@ class Gate:
         self.error: OSError | None = None
         self.sync = mounting.sync_file_system
 
-    def __call__(self, directory: str) -> None:
+    def __call__(self, directory: int) -> None:
         self.calls += 1
         assert self.open.wait(timeout=30)
         if self.error is not None:

@@ -119,13 +119,12 @@ def expire(target: str) -> bool:
     return True
 
 
-def sync_file_system(directory: str) -> None:
-    """syncfs(2): returns when all data of the file system that holds ``directory`` is on disk; raises OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        libc.call("syncfs", fd)
-    finally:
-        os.close(fd)
+def sync_file_system(fd: int) -> None:
+    """syncfs(2): returns when all data of the file system on which ``fd`` is open is on disk.
+
+    Raises OSError, also for what could not be written since ``fd`` was opened, or since the last call with it.
+    """
+    libc.call("syncfs", fd)
 
 
 def file_system_magic(path: str) -> int:
