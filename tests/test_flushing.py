@@ -32,12 +32,12 @@ class Gate:
         self.error: OSError | None = None
         self.sync = mounting.sync_file_system
 
-    def __call__(self, directory: int) -> None:
+    def __call__(self, fd: int) -> None:
         self.calls += 1
         assert self.open.wait(timeout=30)
         if self.error is not None:
             raise self.error
-        self.sync(directory)
+        self.sync(fd)
 
 
 @pytest.fixture

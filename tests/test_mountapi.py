@@ -469,7 +469,9 @@ def test_unmount_unused_does_not_wait_for_the_disk(tmp_path: Path, target: Path)
     try:
         layers = Layers(disk, ["one", "two"])
         overlay.mount_overlay(str(target), layers.lowers, layers.upper, layers.work, ["index=off"], read_only=False)
-        os.sync()
+        fd = os.open(disk, os.O_RDONLY)
+        mounting.sync_file_system(fd)
+        os.close(fd)
         with open(target / "much", "wb") as file:
             for _ in range(32):
                 file.write(os.urandom(1 << 20))
