@@ -547,7 +547,6 @@ class MetaStore:
             refuse_foreign(self._env, path)  # before anything is written
             self._space = Space(path, self.map_size)
             undoing.callback(self._space.close)
-            self._refill()
             while True:
                 try:
                     with self._env.begin(write=True) as txn:
@@ -555,6 +554,7 @@ class MetaStore:
                     break
                 except lmdb.MapFullError:
                     self._grow()
+            self._refill()  # not before the file is known to be ours
             undoing.pop_all()
 
     def _open_tables(self, txn: lmdb.Transaction[bytes]) -> None:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from snapfs.errors import Damaged
+from snapfs.errors import Damaged, Unavailable
 from snapfs.kernel import mounting, probe
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore
@@ -51,9 +51,9 @@ async def open_snapshotter(
 
 def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshotter:
     layers = Layers.open(root)
-    mounted = Mounted(layers.snapshots)
-    records = metastore
+    records, mounted = metastore, None
     try:
+        mounted = Mounted(layers.snapshots)
         if records is None:
             _refuse_lost_records(layers)
             records = MetaStore(f"{layers.root}/metadata.mdb", sync=options.sync is Sync.FULL)
@@ -71,11 +71,14 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
             features=features,
             damaged=_recover(layers, records, retire=not options.async_remove),
         )
-    except BaseException:
+    except BaseException as error:
         if records is not None and metastore is None:
             records.close()
-        mounted.close()
+        if mounted is not None:
+            mounted.close()
         layers.close()
+        if isinstance(error, OSError):  # no descriptors left, say
+            raise Unavailable.from_os(f"use {root} as root", error) from error
         raise
 
 

@@ -61,7 +61,6 @@ class Space:
         free = space.f_bavail * space.f_frsize
         step = min(max(STEP, self.size // 2), MOST, free // 4)  # never the last room of a disk that others write to as well
         step = max(step - step % _PAGE, _LEAST)
-        refuse_without_address_space(step)
         self._hold(self.size + step + RESERVE)
         self.is_short = False
         return self.size + step

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import errno
+import functools
+import json
 import os
+import resource
+import shutil
+import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
 import trio
 
-from snapfs import open_snapshotter
+from snapfs import Snapshotter, open_snapshotter
 from snapfs.backup import backup
-from snapfs.errors import AlreadyExists, Unavailable
+from snapfs.errors import AlreadyExists, Damaged, Unavailable
 from snapfs.metastore import MetaStore, Writer
 from snapfs.model import Kind
+from snapfs.reserve import RESERVE
+from tests.conftest import Daemon
 from tests.test_metastore import Held, adding, check_indexes
+
+Make = Callable[..., Daemon]
 
 # -- the records' map
 
@@ -212,3 +222,403 @@ async def test_no_room_for_what_a_directory_says_of_its_snapshot(root: Path, mon
         assert caught.value.errno == errno.ENOSPC
         assert os.listdir(root / "snapshots") == ["1"]
         await snapshotter.prepare("web")
+
+
+# -- the reserve
+
+
+def removing(name: str) -> Callable[[Writer], None]:
+    def operation(writer: Writer) -> None:
+        number = writer.id_of(name)
+        assert number is not None
+        record = writer.record(number)
+        assert record is not None
+        writer.delete(number, record)
+
+    return operation
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+async def test_the_reserve_is_for_removing_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """On a full disk, or at the end of a quota, everything is refused that takes room; removing goes on, batch after batch."""
+    store = MetaStore(str(tmp_path / "m"), map_size=TINY)
+    monkeypatch.setattr("snapfs.reserve.STEP", 1 << 16)
+
+    def refuse(fd: int, offset: int, length: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    async def take_until_refused() -> None:
+        """Small writes to one table, which leave but a few pages free: a Remove takes more, since it changes most tables."""
+        with pytest.raises(Unavailable, match=os.strerror(code)) as caught:
+            for n in count(1):
+                await store.write(functools.partial(Writer.mark_unflushed, number=n, boot="x" * 1000))
+        assert caught.value.errno == code
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.serve)
+        names = [f"{n:0200d}" for n in range(60)]
+        for name in names:
+            await store.write(adding(name))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", refuse)
+            await take_until_refused()
+            with pytest.raises(Unavailable):
+                await store.write(removing(names[0]))
+            held = Held(store)
+            held.add("refused", adding("x" * 200))
+            held.add("also refused", removing(names[0]))
+            await held.run()
+            assert all(isinstance(outcome, Unavailable) for outcome in held.outcomes.values())
+            while names:
+                await store.write(removing(names.pop()), frees=True)
+                assert os.path.getsize(store.path) - store.map_size > RESERVE // 2, "the rest is out of reach for others"
+                if len(names) == 30:
+                    await take_until_refused()
+        await store.write(adding("and now"))
+        with store.reading() as reader:
+            assert [info.name for info in reader.walk()] == ["and now"]
+        assert os.path.getsize(store.path) - store.map_size >= RESERVE, "it is whole again"
+        store.stop()
+    store.close()
+
+
+def test_a_new_store_on_a_full_disk_leaves_nothing(small_disk: Path) -> None:
+    fill(small_disk / "big")
+    with pytest.raises(Unavailable, match="No space left") as caught:
+        MetaStore(str(small_disk / "m"))
+    assert caught.value.errno == errno.ENOSPC
+    (small_disk / "big").unlink()
+    assert os.listdir(small_disk) == ["lost+found"]
+    MetaStore(str(small_disk / "m")).close()
+
+
+# -- a full disk
+
+
+def fill(file: Path) -> None:
+    """Append to ``file`` until the disk has not one block left."""
+    with file.open("ab", buffering=0) as out:
+        for size in (1 << 20, 4096, 1):
+            with pytest.raises(OSError, match="No space left"):
+                while True:
+                    out.write(bytes(size))
+
+
+def stats(daemon: Daemon) -> dict[str, object]:
+    found: dict[str, object] = json.loads((daemon.mnt / ".snapfs/stats.json").read_text())
+    return found
+
+
+def answers(daemon: Daemon, name: str) -> None:
+    """That the daemon answers what needs no room."""
+    assert name in os.listdir(daemon.mnt / "active")
+    assert stat.S_ISDIR(os.stat(daemon.mnt / "active" / name).st_mode)
+    assert stats(daemon)["snapshots"]
+    assert json.loads((daemon.mnt / "active" / name / "mounts.json").read_text())
+    assert json.loads((daemon.mnt / "active" / name / "usage.json").read_text())
+    assert (daemon.mnt / "active" / name / "changes").read_text().startswith("A /") == (name == "giant")
+
+
+def test_removing_on_a_full_disk(make_daemon: Make, small_disk: Path) -> None:
+    """Whoever fills the disk takes whatever becomes free at once, and still each Remove is done; also after a restart."""
+    daemon = make_daemon(root=small_disk).start()
+    mnt = daemon.mnt
+    (mnt / "active/giant").mkdir()
+    big = small_disk / "snapshots/1/fs/big"
+    for n in range(100):
+        (mnt / f"active/k{n}").mkdir()
+    fill(big)
+    with pytest.raises(OSError, match="No space left") as refused:
+        for n in range(10_000):  # a label of each in turn, so that many pages are taken
+            label = mnt / f"active/k{n % 100}/labels/l{n}"
+            label.write_text("x" * 3000)
+    assert refused.value.errno == errno.ENOSPC
+    assert f" ENOSPC write {label.relative_to(mnt)}: " in daemon.error_log()[-1]
+    assert not label.exists()
+    with pytest.raises(OSError, match="No space left"):
+        for n in range(10_000):
+            (mnt / f"active/more{n}").mkdir()
+    answers(daemon, "giant")
+    (mnt / f"active/k{0}").rmdir()
+    fill(big)
+    assert daemon.stop() == 0
+    assert not any("Traceback" in line for line in daemon.said)
+    fill(big)
+
+    daemon.start()
+    answers(daemon, "giant")
+    with pytest.raises(OSError, match="No space left"):
+        (mnt / "active/k1/rootfs").readlink()
+    assert " ENOSPC readlink active/k1/rootfs: cannot mount" in daemon.error_log()[-1]
+    for name in sorted(set(os.listdir(mnt / "active")) - {"giant"}):
+        (mnt / "active" / name).rmdir()
+        fill(big)
+    (mnt / "active/giant").rmdir()
+    (mnt / ".snapfs/cleanup").write_text("1")
+    assert os.listdir(mnt / "active") == os.listdir(small_disk / "trash") == os.listdir(small_disk / "snapshots") == []
+    assert os.statvfs(small_disk).f_bavail * 4096 > 10 << 20
+    (mnt / "active/web").mkdir()
+    assert os.listdir(mnt / "active/web/rootfs/") == []
+    assert daemon.stop() == 0
+    assert not any("Traceback" in line for line in daemon.said)
+
+
+def test_no_inode_left(make_daemon: Make, small_disk: Path) -> None:
+    daemon = make_daemon(root=small_disk).start()
+    (daemon.mnt / "active/giant").mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        for n in range(10_000):
+            (small_disk / f"snapshots/1/fs/{n}").touch()
+    with pytest.raises(OSError, match="No space left"):
+        for n in range(1000):
+            (daemon.mnt / f"active/k{n}").mkdir()
+    assert f" ENOSPC mkdir active/k{n}: " in daemon.error_log()[-1]
+    assert daemon.stop() == 0
+    with pytest.raises(OSError, match="No space left"):
+        for n in range(10_000):
+            (small_disk / f"snapshots/1/fs/more{n}").touch()
+    daemon.start()
+    answers(daemon, "giant")
+    for name in os.listdir(daemon.mnt / "active"):
+        (daemon.mnt / "active" / name).rmdir()
+    (daemon.mnt / ".snapfs/cleanup").write_text("1")
+    assert os.listdir(small_disk / "trash") == []
+    (daemon.mnt / "active/web").mkdir()
+    assert daemon.stop() == 0
+
+
+async def test_what_the_trash_has_no_room_for_is_deleted_where_it_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that must grow to take one more name is refused on a full disk: so nothing depends on the trash."""
+    rename = os.rename
+
+    def refuse(source: str, target: str, **fds: int) -> None:
+        if "/trash/" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target, **fds)
+
+    async with open_snapshotter(root) as snapshotter:
+        await snapshotter.prepare("web")
+        (root / "snapshots/1/fs/directory").mkdir()
+        (root / "snapshots/1/fs/directory/file").write_text("x")
+        monkeypatch.setattr(os, "rename", refuse)
+        await snapshotter.remove("web")
+        assert os.listdir(root / "snapshots") == os.listdir(root / "trash") == []
+        assert snapshotter.layers.waiting == 0
+        await snapshotter.prepare("web")
+        assert (await snapshotter.stat("web")).id == 2
+
+
+# -- address space and descriptors
+
+
+def test_little_address_space(make_daemon: Make) -> None:
+    """RLIMIT_AS is no reason to end; what is refused for it is refused alone."""
+    daemon = make_daemon()
+    daemon.prefix = ("prlimit", f"--as={300 << 20}")
+    daemon.start()
+    for n in range(50):
+        (daemon.mnt / f"active/k{n}").mkdir()
+    for n in range(600):
+        (daemon.mnt / f"active/k{n % 50}/labels/l{n}").write_text("x" * 3000)
+    assert os.path.getsize(daemon.root / "metadata.mdb") > 3 << 20, "it grew"
+    assert daemon.stop() == 0
+    assert not any("Traceback" in line for line in daemon.said)
+
+
+async def test_no_address_space_to_grow_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MetaStore(str(tmp_path / "m"), map_size=TINY)
+
+    def refuse(more: int) -> None:
+        if more > 0:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.serve)
+        with monkeypatch.context() as patch:
+            patch.setattr("snapfs.metastore.refuse_without_address_space", refuse)
+            with pytest.raises(Unavailable, match="Cannot allocate memory") as caught:
+                for n in range(1000):
+                    await store.write(adding(f"{n:0200d}"))
+            assert caught.value.errno == errno.ENOMEM
+            check_indexes(store)
+        await store.write(adding("and now"))
+        store.stop()
+    store.close()
+
+
+def descriptors(daemon: Daemon) -> set[int]:
+    return {int(name) for name in os.listdir(f"/proc/{daemon.pid}/fd")}
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 3])
+def test_no_descriptors_left(make_daemon: Make, left: int) -> None:
+    """Each call works or is refused with EMFILE, in words; none is lost; all is well again when there are some."""
+    daemon = make_daemon("--rootfs-idle=0").start()
+    mnt = daemon.mnt
+    (mnt / "active/b").mkdir()
+    (mnt / "active/b/diff/x").mkdir()
+    (mnt / "active/b").rename(mnt / "committed/base")
+    subprocess.run(["sync", str(mnt / "committed")], check=True)
+    for name in ("web", "gone"):
+        (mnt / f"committed/base/active/{name}").mkdir()
+        (mnt / f"active/{name}/diff/file").write_text("x")
+    before = descriptors(daemon)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (max(before) + 1 + left, 4096))
+
+    refused = 0
+    for call in (
+        lambda: (mnt / "active/web/mounts.json").read_text(),
+        lambda: (mnt / "active/web/usage.json").read_text(),
+        lambda: (mnt / "active/web/changes").read_text(),
+        lambda: (mnt / "active/web/rootfs").readlink(),
+        lambda: (mnt / "committed/base/changes").read_text(),
+        lambda: (mnt / "active/new").mkdir(),
+        lambda: (mnt / "committed/base/view/peek").mkdir(),
+        lambda: (mnt / "active/web/labels/l").write_text("1"),
+        lambda: (mnt / "active/new").rename(mnt / "committed/new"),
+        lambda: (mnt / "active/gone").rmdir(),
+        lambda: (mnt / ".snapfs/cleanup").write_text("1"),
+        lambda: (mnt / ".snapfs/stats.json").read_text(),
+        lambda: os.listdir(mnt / "active"),
+    ):
+        lines = len(daemon.error_log())
+        try:
+            call()
+        except OSError as error:
+            refused += 1
+            assert error.errno == errno.EMFILE
+            assert " EMFILE " in daemon.error_log()[lines], "it says so"
+            assert "Too many open files" in daemon.error_log()[lines]
+    assert refused > 0 or left > 2
+    assert sorted(os.listdir(mnt / "committed")) == ["base", "new"]
+    assert os.listdir(mnt / "active") == ["web"]
+
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (4096, 4096))
+    assert (mnt / "active/web/changes").read_text() == "A /file\n"
+    assert (mnt / "active/web/rootfs/x").is_dir()
+    assert "unflushed" not in (mnt / "committed/new/info.json").read_text()
+    (mnt / "committed/new/active/child").mkdir()
+    (mnt / ".snapfs/cleanup").write_text("1")
+    assert os.listdir(daemon.root / "trash") == []
+    assert daemon.stop() == 0
+    assert not any("Traceback" in line for line in daemon.said)
+
+
+@pytest.mark.parametrize("most", range(8, 24))
+def test_started_with_few_descriptors(make_daemon: Make, most: int) -> None:
+    """It starts, or says in one sentence why not."""
+    daemon = make_daemon()
+    daemon.prefix = ("prlimit", f"--nofile={most}:4096")
+    try:
+        daemon.start()
+    except AssertionError:
+        assert "Too many open files" in daemon.said[-1] or "fuse_session_mount failed" in daemon.said[-1]
+        assert not any("Traceback" in line for line in daemon.said)
+    else:
+        (daemon.mnt / "active/web").mkdir()
+        assert daemon.stop() == 0
+
+
+# -- what goes missing
+
+
+def gone(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def file_instead(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("precious")
+
+
+def link_instead(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("when", ["running", "stopped"])
+@pytest.mark.parametrize("part", ["", "/fs", "/work"])
+@pytest.mark.parametrize("damage", [gone, file_instead, link_instead])
+def test_a_directory_that_is_not_there(make_daemon: Make, damage: Callable[[Path], None], part: str, when: str) -> None:
+    """Of a snapshot whose directory is gone, or none, what its record says can be read, and all else is EIO; it can be removed,
+    and nothing happens to the others, nor to what stands in its place."""
+    daemon = make_daemon().start()
+    mnt = daemon.mnt
+    (mnt / "active/web").mkdir()
+    (mnt / "active/fine").mkdir()
+    if when == "stopped":
+        assert daemon.stop() == 0
+    damage(daemon.root / f"snapshots/1{part}")
+    if when == "stopped":
+        daemon.start()
+    files = ["mounts.json", "mount.sh"] + (["usage.json", "changes"] if part != "/work" else [])
+    for name in files:
+        with pytest.raises(OSError, match="Input/output error") as refused:
+            (mnt / "active/web" / name).read_text()
+        assert refused.value.errno == errno.EIO
+        assert f" EIO open active/web/{name}: the layer {daemon.root}/snapshots/1" in daemon.error_log()[-1]
+    with pytest.raises(OSError, match="Input/output error"):
+        (mnt / "active/web/rootfs").readlink()
+    assert " EIO readlink active/web/rootfs: the layer " in daemon.error_log()[-1]
+    assert json.loads((mnt / "active/web/info.json").read_text())["name"] == "web"
+    if part != "/work":
+        with pytest.raises(OSError, match="Input/output error"):
+            (mnt / "active/web").rename(mnt / "committed/base")
+        assert " EIO rename active/web committed/base: the layer " in daemon.error_log()[-1]
+    assert json.loads((mnt / "active/fine/mounts.json").read_text())
+    assert list((mnt / "active/fine/rootfs").iterdir()) == []
+    (mnt / "active/web").rmdir()
+    (mnt / ".snapfs/cleanup").write_text("1")
+    assert os.listdir(daemon.root / "snapshots") == ["2"]
+    assert os.listdir(daemon.root / "trash") == []
+    if not part and damage is file_instead:
+        assert (daemon.root / "lost+found/1").read_text() == "precious"
+    if damage is link_instead:
+        assert (daemon.root / ("elsewhere" if not part else "snapshots/elsewhere")).exists() != bool(part)
+    assert daemon.stop() == 0
+    assert not any("Traceback" in line for line in daemon.said)
+
+
+async def test_a_parent_that_went_missing(snapshotter: Snapshotter, root: Path) -> None:
+    await snapshotter.prepare("a")
+    await snapshotter.commit("base", "a")
+    await snapshotter.prepare("web", "base")
+    (root / "snapshots/1").rename(root / "snapshots/away")
+    for call in (
+        snapshotter.prepare("k", "base"),
+        snapshotter.view("k", "base"),
+        snapshotter.mounts("web"),
+        snapshotter.changes("web", list),
+        snapshotter.mount("web"),
+    ):
+        with pytest.raises(Damaged, match=f"{root}/snapshots/1 is missing"):
+            await call
+    (root / "snapshots/away").rename(root / "snapshots/1")
+    assert await snapshotter.mounts("web")
+    await snapshotter.view("k", "base")
+
+
+async def test_what_stands_where_the_next_snapshot_belongs(root: Path, tmp_path: Path) -> None:
+    """Links are never followed, and nothing of others is deleted unseen."""
+    (outside := tmp_path / "outside").mkdir()
+    (outside / "precious").write_text("x")
+    async with open_snapshotter(root) as snapshotter:
+        await snapshotter.prepare("a")
+        (root / "snapshots/2").symlink_to(outside)
+        (root / "snapshots/3").write_text("precious")
+        for key in ("b", "c"):
+            await snapshotter.prepare(key)
+        await snapshotter.remove("c")
+        (root / "snapshots/3").symlink_to(outside)
+        (root / "snapshots/new-link").symlink_to(outside)
+        await snapshotter.cleanup()
+    async with open_snapshotter(root) as snapshotter:
+        (root / "snapshots/3").symlink_to(outside)
+    async with open_snapshotter(root) as snapshotter:
+        assert [info.name for info in await snapshotter.walk()] == ["a", "b"]
+        await snapshotter.cleanup()
+    assert sorted(os.listdir(root / "snapshots")) == ["1", "2"]
+    assert (root / "snapshots/2/fs").is_dir()
+    assert sorted(os.listdir(root / "lost+found")) == ["2", "3", "3~", "3~~", "new-link"]
+    assert (root / "lost+found/3").read_text() == "precious"
+    assert (outside / "precious").read_text() == "x"

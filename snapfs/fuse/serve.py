@@ -54,8 +54,11 @@ async def serve(
     """
     _check_access(mount.access, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        await trio.to_thread.run_sync(_recover_mountpoint, root, mountpoint)
-        await trio.to_thread.run_sync(_check, root, mountpoint)
+        try:
+            await trio.to_thread.run_sync(_recover_mountpoint, root, mountpoint)
+            await trio.to_thread.run_sync(_check, root, mountpoint)
+        except OSError as error:
+            raise Unavailable.from_os(f"mount on {mountpoint}", error) from error
         refusal: SnapshotError | None = None
         async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
             stop = trio.Event()
