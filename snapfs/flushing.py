@@ -123,7 +123,7 @@ class Flushing:
                         writer.changed(info, info, counted=True)
 
         try:
-            await self._records.write(operation)
+            await self._records.write(operation, frees=True)
         except SnapshotError as error:
             log.error("the disk can't be told either which snapshots may be torn: %s", error)
 
