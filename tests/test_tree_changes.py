@@ -285,7 +285,7 @@ def test_a_missing_layer(make_daemon: Make, which: str) -> None:
     os.rename(layer, f"{layer}.gone")
     with failing(errno.EIO):
         (mnt / "active/web/changes").read_text()
-    words = f'the layer {layer} of snapshot "web" or of a parent is missing'
+    words = f"the layer {layer} is missing; restore it from a backup"
     assert f"EIO open active/web/changes: {words}" in daemon.error_log()[-1]
     assert (mnt / "active/other/changes").read_text() == ""
     assert sorted(os.listdir(mnt / "active/web")) == sorted(
