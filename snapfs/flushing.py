@@ -15,7 +15,6 @@ from pathlib import Path
 
 import trio
 
-from snapfs import imprint
 from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
 from snapfs.imprint import Imprint
 from snapfs.kernel import mounting
@@ -118,7 +117,7 @@ class Flushing:
                     record = writer.record(number)
                     if record is not None:
                         writer.mark_unflushed(number, FAILED)
-                        self._imprint(number, Imprint(record, FAILED))
+                        self._layers.bear(number, Imprint(record, FAILED))
                         info = writer.info(number, record)
                         writer.changed(info, info, counted=True)
 
@@ -139,12 +138,7 @@ class Flushing:
             with contextlib.suppress(Damaged):
                 record = writer.record(number)
                 if record is not None:
-                    self._imprint(number, Imprint(record))
-
-    def _imprint(self, number: int, said: Imprint) -> None:
-        if self._layers.bears_imprints:
-            with contextlib.suppress(FileNotFoundError):
-                imprint.write(self._layers.directory(number), said)
+                    self._layers.bear(number, Imprint(record))
 
     def flush_soon(self) -> None:
         """Flush in the background what was written so far."""

@@ -201,6 +201,15 @@ class Layers:
             imprint.promise(self.snapshots, number + PROMISED)
             self._promised = number + PROMISED
 
+    def bear(self, number: int, said: imprint.Imprint) -> None:
+        """Let the directory of snapshot ``number`` bear ``said``; raises OSError.
+
+        One that was taken away behind our back bears nothing, as whoever needs it will be told.
+        """
+        if self.bears_imprints:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                imprint.write(self.directory(number), said)
+
     def place(self, number: int, kind: Kind, owner: tuple[int, int] | None) -> None:
         """Put a fresh directory at snapshots/<number>, its ``fs`` owned by ``owner`` (uid, gid).
 

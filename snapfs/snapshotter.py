@@ -6,7 +6,6 @@ docstrings say "better".  Everything here knows keys and names only; file names,
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
-from snapfs import idmap, imprint, mountspec, names
+from snapfs import idmap, mountspec, names
 from snapfs.changes import changes
 from snapfs.counting import Counting
 from snapfs.errors import (
@@ -421,11 +420,8 @@ class Snapshotter:
 
     def _imprint(self, number: int, record: Record, unflushed_since: str) -> None:
         """Let the directory of snapshot ``number`` bear ``record``; raises OSError."""
-        if self.layers.bears_imprints and number not in self._damaged:
-            with contextlib.suppress(
-                FileNotFoundError, NotADirectoryError
-            ):  # taken away behind our back, as whoever needs it will be told
-                imprint.write(self.layers.directory(number), Imprint(record, unflushed_since))
+        if number not in self._damaged:
+            self.layers.bear(number, Imprint(record, unflushed_since))
 
     async def cleanup(self) -> None:
         """Delete the files of all that was removed, and ``new-…`` directories that a crash left; returns when they are gone.

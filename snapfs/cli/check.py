@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -38,18 +37,14 @@ def add_parser(verbs: Any) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Check; one line a finding, on standard output."""
-    from snapfs.checking import Finding, Problem, check
+    from snapfs.checking import Problem, check
     from snapfs.rebuilding import rebuild
 
-    def findings() -> Iterator[Finding]:
-        anew = rebuild(given.root) if given.rebuild else iter(())
-        return chain(anew, check(given.root, repair=given.repair, accept=given.accept, progress=progress))
-
     shown = Progress()
-    progress = shown.show
+    findings = check(given.root, repair=given.repair, accept=given.accept, progress=shown.show)
     left: Counter[Problem] = Counter()
     mended = 0
-    for finding in findings():
+    for finding in chain(rebuild(given.root), findings) if given.rebuild else findings:
         shown.clear()
         print(f"{finding.problem}: {finding.text}")
         if finding.mended:
