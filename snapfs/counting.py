@@ -13,8 +13,9 @@ import trio
 
 from snapfs.errors import Closed, Damaged, NotFound, SnapshotError, Unavailable
 from snapfs.layers import Layers
-from snapfs.metastore import MetaStore, Record, Writer
+from snapfs.metastore import MetaStore
 from snapfs.model import Kind, Usage
+from snapfs.records import Record, Writer
 from snapfs.sharing import Sharing
 from snapfs.usage import disk_usage
 

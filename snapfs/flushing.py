@@ -19,8 +19,9 @@ from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
 from snapfs.imprint import Imprint
 from snapfs.kernel import mounting
 from snapfs.layers import Layers
-from snapfs.metastore import MetaStore, Writer
+from snapfs.metastore import MetaStore
 from snapfs.model import Kind
+from snapfs.records import Writer
 
 log = logging.getLogger(__name__)
 

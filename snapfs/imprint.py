@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from snapfs.errors import Damaged
-from snapfs.metastore import Record
+from snapfs.records import Record
 
 ATTRIBUTE = "user.snapfs"
 LAST_ID = "user.snapfs.last_id"

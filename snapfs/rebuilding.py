@@ -18,8 +18,9 @@ from snapfs.checking import Finding, Problem, records_of
 from snapfs.errors import Damaged, Unavailable
 from snapfs.imprint import Imprint
 from snapfs.layers import Layers, parse_id
-from snapfs.metastore import MetaStore, Record, Writer
+from snapfs.metastore import MetaStore
 from snapfs.model import Kind
+from snapfs.records import Record, Writer
 
 BATCH = 10_000  # records that one transaction writes
 

@@ -37,10 +37,11 @@ from snapfs.imprint import Imprint
 from snapfs.kernel import cached
 from snapfs.labels import UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
-from snapfs.metastore import MetaStore, Reader, Record, Writer
+from snapfs.metastore import MetaStore
 from snapfs.model import Change, Info, Kind, Mount, Usage
 from snapfs.mounted import Mounted
 from snapfs.options import Feature, Options, Sync
+from snapfs.records import Reader, Record, Writer
 from snapfs.rootfs import Rootfs, Stack
 from snapfs.sharing import Sharing
 

@@ -86,10 +86,10 @@ def _tables(found: Found, records: MetaStore) -> None:
             return number.to_bytes(8, "big")
 
         actual: dict[str, dict[bytes, bytes]] = {
-            "names": table(records.names),
-            "children": table(records.child_table),
-            "uncounted": table(records.uncounted_table),
-            **{kind.value: table(records.kinds[kind]) for kind in Kind},
+            "names": table(records.tables.names),
+            "children": table(records.tables.children),
+            "uncounted": table(records.tables.uncounted),
+            **{kind.value: table(records.tables.kinds[kind]) for kind in Kind},
         }
         expected: dict[str, dict[bytes, bytes]] = {
             "names": {record.name.encode(): key(n) for n, record in stored.items()},

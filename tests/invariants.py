@@ -15,8 +15,9 @@ import msgspec
 from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument, NameTooLong, NotUtf8
 from snapfs.filters import compile_filters
-from snapfs.metastore import MetaStore, Reader, Record
+from snapfs.metastore import MetaStore
 from snapfs.model import Info, Kind, Usage
+from snapfs.records import Reader, Record
 
 TABLES = ("meta", "snapshots", "names", "active", "view", "committed", "children", "uncounted", "unflushed")
 
@@ -218,7 +219,7 @@ class Mangled:
         env = self.store._env
         with env.begin(write=True) as txn:
             mangle(env, txn, puts)
-            reader = Reader(self.store)
+            reader = Reader(self.store.tables)
             reader._txn = txn
             check_reader(reader)
             txn.abort()

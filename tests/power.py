@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from snapfs import Damaged, FailedPrecondition, Kind, Options, Snapshotter, open_snapshotter
-from snapfs.metastore import Reader, Record
+from snapfs.records import Reader, Record
 from tests.disk import Disk, after_power_cut, loop_device, mounted
 
 Content = Mapping[str, bytes]

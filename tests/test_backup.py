@@ -213,7 +213,7 @@ def test_places_that_make_no_sense(served: Path, tmp_path: Path) -> None:
 def test_a_newer_schema_is_not_copied(served: Path, tmp_path: Path) -> None:
     store = MetaStore(str(served / "metadata.mdb"))
     with store._env.begin(write=True) as txn:
-        txn.put(b"schema", b"7", db=store.meta)
+        txn.put(b"schema", b"7", db=store.tables.meta)
     store.close()
     with pytest.raises(Damaged, match=r"newer snapfs \(schema 7"):
         backup(str(served), str(tmp_path / "file"))

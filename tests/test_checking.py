@@ -35,8 +35,8 @@ from snapfs import (
 from snapfs.checking import Finding, Problem, check
 from snapfs.imprint import Imprint
 from snapfs.kernel import mounting
-from snapfs.metastore import Record, Writer
 from snapfs.rebuilding import rebuild
+from snapfs.records import Record, Writer
 from tests.conftest import Daemon
 
 WIDE = {f"label{n}": "x" * 4000 for n in range(3)}
@@ -106,13 +106,13 @@ async def test_nothing_is_wrong_and_nothing_is_changed(filled: Path) -> None:
 
 @in_records
 def broken_record(writer: Writer) -> None:
-    writer._txn.put((2).to_bytes(8, "big"), b"\xc1garbage", db=writer._store.snapshots)
+    writer._txn.put((2).to_bytes(8, "big"), b"\xc1garbage", db=writer._tables.snapshots)
 
 
 @in_records
 def broken_index(writer: Writer) -> None:
-    writer._txn.delete(b"web", db=writer._store.names)
-    writer._txn.put(b"nobody", (77).to_bytes(8, "big"), db=writer._store.names)
+    writer._txn.delete(b"web", db=writer._tables.names)
+    writer._txn.put(b"nobody", (77).to_bytes(8, "big"), db=writer._tables.names)
 
 
 @in_records
@@ -122,7 +122,7 @@ def stray_mark(writer: Writer) -> None:
 
 @in_records
 def low_last_id(writer: Writer) -> None:
-    writer._txn.put(b"last_id", (2).to_bytes(8, "big"), db=writer._store.meta)
+    writer._txn.put(b"last_id", (2).to_bytes(8, "big"), db=writer._tables.meta)
 
 
 @in_records

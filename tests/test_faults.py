@@ -22,8 +22,9 @@ import trio
 from snapfs import Snapshotter, open_snapshotter
 from snapfs.backup import backup
 from snapfs.errors import AlreadyExists, Damaged, Unavailable
-from snapfs.metastore import MetaStore, Writer
+from snapfs.metastore import MetaStore
 from snapfs.model import Kind
+from snapfs.records import Writer
 from snapfs.reserve import RESERVE
 from tests.conftest import Daemon
 from tests.test_metastore import Held, adding, check_indexes

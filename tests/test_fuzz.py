@@ -35,9 +35,9 @@ from snapfs.errors import (
 )
 from snapfs.filters import compile_filters
 from snapfs.labels import MAX
-from snapfs.metastore import IDS
 from snapfs.model import Info, Kind
 from snapfs.options import Options, Sync
+from snapfs.records import IDS
 from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.labels import LabelsDirectory
 from snapfs.tree.node import Directory, File, Link

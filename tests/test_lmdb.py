@@ -348,7 +348,7 @@ def a_store(path: Path) -> None:
     store = MetaStore(str(path), map_size=1 << 24)
     with store._env.begin(write=True) as txn:
         for number in range(3000):
-            txn.put(f"name {number}".encode(), (1).to_bytes(8, "big"), db=store.names)
+            txn.put(f"name {number}".encode(), (1).to_bytes(8, "big"), db=store.tables.names)
     store.close()
 
 

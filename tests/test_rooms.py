@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
 PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec", "options"}
-DISK = {"metastore", "layers", "walk", "usage", "changes", "sharing", "counting", "mounted", "rootfs", "kernel"}
+DISK = {"metastore", "records", "layers", "walk", "usage", "changes", "sharing", "counting", "mounted", "rootfs", "kernel"}
 DISK |= {"housekeeping", "flushing", "backup", "imprint", "checking", "rebuilding", "reserve"}
 LIBRARY = PURE | DISK | {"snapshotter", "opening"}
 

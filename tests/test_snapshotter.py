@@ -33,7 +33,8 @@ from snapfs.errors import Busy, HasChildren, LabelTooBig, NameTooLong, NotUtf8, 
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
 from snapfs.layers import POOL
-from snapfs.metastore import BATCH, Writer
+from snapfs.metastore import BATCH
+from snapfs.records import Writer
 
 Call = Callable[[Snapshotter], Awaitable[object]]
 

@@ -15,8 +15,8 @@ import msgspec
 
 from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
-from snapfs.metastore import Record
 from snapfs.model import Kind, Usage, rfc3339
+from snapfs.records import Record
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree.node import Attributes, File, Link, Node, Slot, pack, pack_version
 from snapfs.tree.texts import Text

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument, NotFound, NotPermitted
-from snapfs.metastore import Record
 from snapfs.model import Kind
+from snapfs.records import Record
 from snapfs.tree.links import DamagedLink, child_link
 from snapfs.tree.node import KIND_SLOTS, Attributes, Directory, Node, Slot, pack
 from snapfs.tree.snapshot import DamagedDirectory, SnapshotDirectory

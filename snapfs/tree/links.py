@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from snapfs import names
 from snapfs.errors import Damaged, NotFound
 from snapfs.layers import parse_id
-from snapfs.metastore import Record
+from snapfs.records import Record
 from snapfs.tree.node import Attributes, Directory, Link, Node, Slot, pack
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import trio
 
 from snapfs import names
 from snapfs.errors import Damaged, NotEmpty, NotFound, NotPermitted, Unavailable
-from snapfs.metastore import Record
 from snapfs.model import Kind
+from snapfs.records import Record
 from snapfs.tree.attributes import ATTRIBUTES, BY_NAME, attribute_node
 from snapfs.tree.labels import LabelsDirectory
 from snapfs.tree.node import KIND_SLOTS, Attributes, Directory, Node, Slot, pack

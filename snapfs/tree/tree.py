@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager
 import snapfs
 from snapfs import names
 from snapfs.errors import AlreadyExists, HasChildren, InvalidArgument, NameTooLong, NotFound, NotPermitted, Stale, WrongParent
-from snapfs.metastore import Reader, Record
 from snapfs.model import Change, Kind
+from snapfs.records import Reader, Record
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree.attributes import BY_SLOT, attribute_node, last_changes
 from snapfs.tree.daemon import daemon_node
