@@ -15,7 +15,7 @@ from contextlib import closing
 
 import msgspec
 
-from snapfs import imprint
+from snapfs import imprint, placing
 from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
 from snapfs.flushing import Flushing
 from snapfs.imprint import Imprint
@@ -68,6 +68,7 @@ def check(
             return
         with closing(records):
             layers.bears_imprints = imprint.possible(layers.snapshots)
+            placing.finish(layers, records)
             for name in accept:
                 yield _accept(layers, records, name)
             yield from _Check(layers, records, repair, progress).run()

@@ -37,7 +37,10 @@ from snapfs.walk import directories
 
 log = logging.getLogger(__name__)
 
-POOL = 32  # a burst of Prepares finds so many directories ready; refilled when half are gone
+POOL = 128  # directories that are kept ready, to begin with; refilled when half are gone, which may wait for a busy disk
+POOL_MOST = 512  # that a burst of Prepares, which finds none left, makes it
+POOL_LEAST = 16  # however small the disk is
+POOL_SHARE = 300  # of how many free inodes and blocks, of which each takes three, there may be one
 PROMISED = 1000  # ids that one mark on snapshots/ covers
 DEPTH = 50  # directories deeper than this are deleted from the trash's top: bounds stack and descriptors
 
@@ -63,7 +66,17 @@ class Layers:
         self.bears_imprints = True
         """Whether directories can bear their records here."""
         self._promised = 0
+        self.syncs = True
+        """Whether directories are flushed before they are ready."""
+        self.settled = 0
+        """All snapshots with ids up to this have their directories in place on disk."""
         self._pool: deque[str] = deque()
+        self._pool_size = self._pool_full = POOL
+        self._unflushed: list[str] = []  # made for the pool, and not ready yet
+        self._placing = threading.Lock()  # of the next two
+        self._last_placed = 0
+        self._unmade = 0
+        self._tag = f"{time.time_ns():x}"  # so that no name in the pool is ever used again
         self._serials = itertools.count(1)  # for names; several threads take from it
         self._owner = (os.geteuid(), os.getegid())
         _open_layers.add(self)
@@ -119,8 +132,6 @@ class Layers:
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.chmod(directory, 0o700)
             layers._in_trash = len(os.listdir(layers.trash))
-            for leftover in os.listdir(layers._pool_directory):
-                layers._discard(f"{layers._pool_directory}/{leftover}", _remove_empty)
             layers._begin_pool()
             layers.bears_imprints = imprint.possible(layers._pool_directory)
             layers._promised = imprint.promised(layers.snapshots) if layers.bears_imprints else 0
@@ -136,23 +147,23 @@ class Layers:
         """Make the first directory of the pool, by which the file system is judged.  A full disk has none for us; but then it
         was judged when the root was made."""
         try:
-            self._pool.append(self._make())
+            self._unflushed.append(self._make())
         except OSError as error:
             if error.errno not in FULL:
                 raise
             self.empty = Usage(1, os.stat(self.rootfs_directory).st_blocks * 512)
             return
-        if not probe.tells_types(self._pool[0]):
+        if not probe.tells_types(self._unflushed[0]):
             raise Unavailable(
                 f"the file system of {self.root} does not tell the types of directory entries (d_type), which overlayfs "
                 "needs; if it is xfs, make it anew with: mkfs.xfs -n ftype=1"
             )
-        self.empty = Usage(1, os.stat(f"{self._pool[0]}/fs").st_blocks * 512)
+        self.empty = Usage(1, os.stat(f"{self._unflushed[0]}/fs").st_blocks * 512)
 
     def close(self) -> None:
         """Empty the pool and let go of the root."""
-        while self._pool:
-            _remove_empty(self._pool.popleft())
+        while self._pool or self._unflushed:
+            _remove_empty(self._pool.popleft() if self._pool else self._unflushed.pop())
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -160,6 +171,7 @@ class Layers:
     def leave_to_parent(self) -> None:
         """In a process forked from the one that holds the root: hold it no longer than that one does, and touch nothing."""
         self._pool.clear()
+        self._unflushed.clear()
         self.close()
 
     def directory(self, number: int) -> str:
@@ -186,13 +198,55 @@ class Layers:
 
     @property
     def pool_is_low(self) -> bool:
-        return len(self._pool) <= POOL // 2
+        return len(self._pool) <= self._pool_full // 2
 
     def fill_pool(self, checkpoint: Callable[[], None]) -> None:
-        """Make directories until the pool is full; ``checkpoint`` may raise between two of them."""
-        while len(self._pool) < POOL:
-            checkpoint()
-            self._pool.append(self._make())
+        """Make directories until the pool is full, and flush them; ``checkpoint`` may raise between two of them."""
+        try:
+            self._pool_full = min(self._pool_size, self._pool_room())
+            while len(self._pool) + len(self._unflushed) < self._pool_full:
+                checkpoint()
+                self._unflushed.append(self._make())
+        except OSError:  # a full disk: what there is of it is used up
+            self._flush_made()
+            raise
+        self._flush_made()
+
+    def _pool_room(self) -> int:
+        """How many directories the pool may have: it is not to take what others need of a small disk."""
+        space = os.statvfs(self._pool_directory)
+        inodes = space.f_favail if space.f_files else POOL_MOST * POOL_SHARE  # btrfs doesn't count them
+        return max(POOL_LEAST, min(inodes, space.f_bavail) // POOL_SHARE)
+
+    def _flush_made(self) -> None:
+        if self.syncs:
+            placed, unmade = self._last_placed, self._unmade
+            self.sync()
+            with self._placing:
+                if unmade == self._unmade:  # else that id may have been given out again
+                    self.settled = placed
+        self._pool.extend(self._unflushed)
+        self._unflushed.clear()
+
+    def sync(self) -> None:
+        """Return when the directories of the pool, and those that were placed before, are on disk.  Raises OSError."""
+        for directory in (self._pool_directory, self.snapshots):
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def has_ready(self, name: str) -> bool:
+        """Whether the pool has a directory of this name, of this process or an earlier one."""
+        return os.path.isdir(f"{self._pool_directory}/{name}/fs") and "/" not in name
+
+    def clear_pool(self) -> None:
+        """Discard what an earlier process has left in the pool; raises OSError."""
+        ready = {os.path.basename(path) for path in (*self._pool, *self._unflushed)}
+        for leftover in os.listdir(self._pool_directory):
+            if leftover not in ready:
+                self._discard(f"{self._pool_directory}/{leftover}", _remove_empty)
 
     def promise(self, number: int) -> None:
         """Let snapshots/ bear, once in a while, an id that ``number`` and many after it don't exceed: whoever makes the records
@@ -210,18 +264,25 @@ class Layers:
             with suppress(FileNotFoundError, NotADirectoryError):
                 imprint.write(self.directory(number), said)
 
-    def place(self, number: int, kind: Kind, owner: tuple[int, int] | None) -> None:
-        """Put a fresh directory at snapshots/<number>, its ``fs`` owned by ``owner`` (uid, gid).
+    def place(self, number: int, kind: Kind, owner: tuple[int, int] | None, name: str | None = None) -> str | None:
+        """Put a fresh directory at snapshots/<number>, its ``fs`` owned by ``owner`` (uid, gid): that called ``name`` in the
+        pool, or any.  Which one, if it was on disk there, else None.
 
         It appears whole by one rename; raises OSError, having left nothing.
         """
-        try:
-            path = self._pool.popleft()
-        except IndexError:
-            path = self._make()
+        was_ready = self.syncs
+        if name is not None:
+            path = f"{self._pool_directory}/{name}"
+        else:
+            try:
+                path = self._pool.popleft()
+            except IndexError:
+                self._pool_size = min(2 * self._pool_size, POOL_MOST)
+                path, was_ready = self._make(), False
         try:
             if kind is Kind.VIEW:
-                os.rmdir(f"{path}/work")
+                with suppress(FileNotFoundError):
+                    os.rmdir(f"{path}/work")
             if owner is not None and owner != self._owner:
                 os.lchown(f"{path}/fs", *owner)
             if os.path.lexists(self.directory(number)):  # a crash left it before there was a record, or somebody put it there
@@ -230,9 +291,11 @@ class Layers:
         except OSError:
             _remove_empty(path)
             raise
+        self._last_placed = number
+        return os.path.basename(path) if was_ready else None
 
     def _make(self) -> str:
-        path = f"{self._pool_directory}/new-{os.getpid()}-{next(self._serials)}"
+        path = f"{self._pool_directory}/new-{self._tag}-{next(self._serials)}"
         os.mkdir(path, 0o700)
         try:
             for name, mode in (("fs", 0o755), ("work", 0o711)):
@@ -281,6 +344,9 @@ class Layers:
             with suppress(OSError):
                 os.unlink(f"{self.directory(number)}/{name}")
         _remove_empty(self.directory(number))
+        with self._placing:
+            self._unmade += 1
+            self._last_placed, self.settled = min(number - 1, self._last_placed), min(number - 1, self.settled)
 
     def leave(self, number: int) -> None:
         """Leave snapshots/<number>, whose record is gone, to the next ``sweep`` or ``empty_trash``."""

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from snapfs import placing
 from snapfs.errors import Damaged, Unavailable
 from snapfs.kernel import mounting, probe
 from snapfs.layers import Layers
@@ -51,6 +52,7 @@ async def open_snapshotter(
 
 def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshotter:
     layers = Layers.open(root)
+    layers.syncs = options.sync is Sync.FULL
     records, mounted = metastore, None
     try:
         mounted = Mounted(layers.snapshots)
@@ -167,6 +169,8 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
     whose directory is missing or none is reported as damaged, never guessed.  Raises Damaged where the records can't be this
     root's: without the right ones every layer would look abandoned.
     """
+    placing.finish(layers, records)
+    layers.clear_pool()
     with records.reading() as reader:
         known, last_id = reader.ids(), reader.last_id()
         present = layers.present()

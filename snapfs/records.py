@@ -9,6 +9,7 @@ Tables (keys are compared as bytes; ids are 8 bytes, big-endian, so byte order i
     children     parent id, kind's first letter, id -> name
     uncounted    id -> nothing                    committed, and its usage not yet known
     unflushed    id -> boot id                    committed, and its data not yet known to be on disk (``snapfs/flushing.py``)
+    placed       id -> name in ROOT/pool          its directory may still be there (``snapfs/placing.py``)
 
 Who opens, closes and synchronizes them is ``snapfs/metastore.py``.
 """
@@ -100,6 +101,7 @@ class Tables:
         self.children = env.open_db(b"children", txn)
         self.uncounted = env.open_db(b"uncounted", txn)
         self.unflushed = env.open_db(b"unflushed", txn)
+        self.placed = env.open_db(b"placed", txn)
         self.indexes = [self.names, *self.kinds.values(), self.children, self.uncounted]
         if txn.get(b"schema", db=self.meta) is None:
             txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)
@@ -246,6 +248,11 @@ class Reader:
         with self._txn.cursor(db=self._tables.unflushed) as cursor:
             return [(_number(key), boot.decode(errors="replace")) for key, boot in cursor if _is_id(key)]
 
+    def placed(self) -> list[tuple[int, str]]:
+        """The ids of snapshots whose directory may still be in the pool after a power cut, each with its name there."""
+        with self._txn.cursor(db=self._tables.placed) as cursor:
+            return [(_number(key), name.decode(errors="replace")) for key, name in cursor if _is_id(key)]
+
     def unflushed_since(self, number: int) -> str:
         """The boot in which snapshot ``number`` was committed, if its data may be in memory only; else ""."""
         return self._txn.get(_key(number), b"", db=self._tables.unflushed).decode()
@@ -351,10 +358,24 @@ class Writer(Reader):
         """An id that was never given out; given back if the operation fails, since then nobody has seen it."""
         last = self._txn.get(b"last_id", _key(0), db=self._tables.meta)
         number = int.from_bytes(last, "big") + 1
-        if len(last) != 8 or number >= IDS or next(self.numbers(number - 1), None) is not None:
-            raise Damaged(f"no new snapshot can be made: the records say that the last id is {number - 1}, which can't be")
+        if len(last) != 8 or number >= IDS:
+            raise self._wrong_last_id(number - 1)
         self._txn.put(b"last_id", _key(number), db=self._tables.meta)
         return number
+
+    def _wrong_last_id(self, number: int) -> Damaged:
+        return Damaged(f"no new snapshot can be made: the records say that the last id is {number}, which can't be")
+
+    def add(self, number: int, record: Record) -> None:
+        """Write ``record`` as snapshot ``number``, which was just given out, with all indexes; its name must be free."""
+        tables, txn, key, name = self._tables, self._txn, _key(number), record.name.encode()
+        # appending is quick, and refused where there is an id as high
+        added = txn.put(key, _encode(record), db=tables.snapshots, append=True)
+        if not (added and txn.put(key, name, db=tables.kinds[record.kind], append=True)):
+            raise self._wrong_last_id(number - 1)
+        txn.put(name, key, db=tables.names)
+        if record.parent:
+            txn.put(_key(record.parent) + record.kind[0].encode() + key, name, db=tables.children)
 
     def put(self, number: int, record: Record) -> None:
         """Write ``record`` as snapshot ``number``, in place of what that was, with all indexes."""
@@ -368,6 +389,16 @@ class Writer(Reader):
     def overwrite(self, number: int, record: Record) -> None:
         """Write ``record`` as snapshot ``number``, whatever that was, without any index."""
         self._txn.put(_key(number), _encode(record), db=self._tables.snapshots)
+
+    def mark_placed(self, number: int, name: str) -> None:
+        """Note that the directory of snapshot ``number`` was ``name`` in the pool, and is in its place in memory only."""
+        self._txn.put(_key(number), name.encode(), db=self._tables.placed)
+
+    def clear_placed(self, last: int) -> None:
+        """Note that the directories of all snapshots up to ``last`` are in their places on disk."""
+        with self._txn.cursor(db=self._tables.placed) as cursor:
+            while cursor.first() and cursor.key() <= _key(last) and cursor.delete():
+                pass
 
     def mark_unflushed(self, number: int, boot: str) -> None:
         """Note that the data of snapshot ``number`` may be in the memory of this boot only."""

@@ -41,6 +41,7 @@ from snapfs.metastore import MetaStore
 from snapfs.model import Change, Info, Kind, Mount, Usage
 from snapfs.mounted import Mounted
 from snapfs.options import Feature, Options, Sync
+from snapfs.placing import Placing
 from snapfs.records import Reader, Record, Writer
 from snapfs.rootfs import Rootfs, Stack
 from snapfs.sharing import Sharing
@@ -82,6 +83,7 @@ class Snapshotter:
         self.features = features
         self.counting = Counting(layers, records)
         self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._placing = Placing(layers, self._snapshots_fd)
         self.flushing = Flushing(layers, records, self._snapshots_fd, sync=options.sync is Sync.FULL)
         self.mounted = mounted
         self.rootfs = rootfs
@@ -182,21 +184,15 @@ class Snapshotter:
             number = writer.next_id()
             now = time.time_ns()
             record = Record(key, kind, above or 0, now, now, stored)
-            whose = owner
             if above:
                 self.layers.refuse_damaged(above)
             try:
-                if whose is None and above:
-                    layer = os.lstat(self.layers.fs(above))
-                    whose = layer.st_uid, layer.st_gid
                 self.layers.promise(number)
-                self.layers.place(number, kind, whose)
+                self._placing.place(writer, number, record)
             except OSError as error:
                 raise Unavailable.from_os(f'make the directories of snapshot "{key}"', error) from error
-            writer.on_failure(lambda: self.layers.unmake(number))
             self._imprint(number, record, "")
-            writer.sync_directory(self._snapshots_fd)
-            writer.put(number, record)
+            writer.add(number, record)
             writer.changed(None, writer.info(number, record))
             return answer(writer, number, record)
 

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,6 +156,16 @@ async def snapshotter(root: Path) -> AsyncIterator[Snapshotter]:
     """The library on a fresh root."""
     async with open_snapshotter(root) as opened:
         yield opened
+
+
+class DryPool(deque[str]):
+    """In place of a pool of ready-made directories: there are never any, so each Prepare makes and flushes its own."""
+
+    def popleft(self) -> str:
+        raise IndexError
+
+    def extend(self, _: object) -> None:
+        pass
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def write(snapshotter: Snapshotter, number: int) -> None:
 
 
 def holds(layer: str) -> bool:
-    return all(Path(layer, f"file{n}").read_bytes() == CONTENT for n in range(10))
+    files = [Path(layer, f"file{number}") for number in range(10)]
+    return all(file.exists() and file.read_bytes() == CONTENT for file in files)
 
 
 def marked(snapshotter: Snapshotter) -> list[int]:

@@ -1,0 +1,82 @@
+"""Placing: the directories of new snapshots on their way to the disk, without a flush of their own.
+
+A Prepare renames a directory of the pool to ROOT/snapshots/<id>, and a rename is on disk only when its file system's journal
+is: a flush more for each batch, as dear as all others together.  But the directories of the pool are on disk before anybody
+gets one.  So the record's transaction also says which one it was, and after a power cut, which may take the rename back, the
+next start does it again, with all that was done to the directory besides: that follows from the record.  When the pool is
+filled the journal is flushed in any case, and everything that was placed before is settled.
+
+Where the pool was empty a directory is made on the spot, and flushed with its batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+
+from snapfs import idmap
+from snapfs.errors import Damaged
+from snapfs.imprint import Imprint
+from snapfs.layers import Layers
+from snapfs.metastore import MetaStore
+from snapfs.model import Kind
+from snapfs.records import Record, Writer
+
+log = logging.getLogger(__name__)
+
+
+class Placing:
+    """Puts directories in place within write operations.  ``fd`` is open on ROOT/snapshots."""
+
+    def __init__(self, layers: Layers, fd: int) -> None:
+        self._layers = layers
+        self._fd = fd
+        self._cleared = 0
+
+    def place(self, writer: Writer, number: int, record: Record) -> None:
+        """Make the directory of the new snapshot ``number``; raises OSError, having left nothing.  It is on disk when the
+        batch is, or made again at the next start."""
+        layers, settled = self._layers, self._layers.settled
+        name = layers.place(number, record.kind, owner(layers, record))
+        writer.on_failure(lambda: layers.unmake(number))
+        if name is None:
+            writer.sync_directory(self._fd)
+        else:
+            writer.mark_placed(number, name)
+        if settled > self._cleared:
+            writer.clear_placed(settled)
+            writer.when_durable(lambda: self._note(settled))
+
+    def _note(self, settled: int) -> None:
+        self._cleared = max(settled, self._cleared)
+
+
+def owner(layers: Layers, record: Record) -> tuple[int, int] | None:
+    """To whom the layer of a new snapshot is to belong: uid and gid, None for whoever makes it.  Raises OSError."""
+    mapped = idmap.root_owner(record.labels)
+    if mapped is not None or not record.parent:
+        return mapped
+    layer = os.lstat(layers.fs(record.parent))
+    return layer.st_uid, layer.st_gid
+
+
+def finish(layers: Layers, records: MetaStore) -> None:
+    """Put in place what a power cut has put back into the pool; at a start, before the pool is emptied.  Raises OSError."""
+    with records.reading() as reader:
+        placed = reader.placed()
+        found: list[tuple[int, str, Record]] = []
+        for number, name in placed:
+            with suppress(Damaged):
+                record = reader.record(number)
+                if record is not None and not os.path.lexists(layers.directory(number)) and layers.has_ready(name):
+                    found.append((number, name, record))
+    if not placed:
+        return
+    for number, name, record in found:
+        kind = Kind.VIEW if record.kind is Kind.VIEW else Kind.ACTIVE
+        layers.place(number, kind, owner(layers, record), name)
+        layers.bear(number, Imprint(record))
+    log.info("%d directories were put in place that a power cut had put back", len(found))
+    layers.sync()
+    records.write_now(lambda writer: writer.clear_placed(placed[-1][0]), frees=True)

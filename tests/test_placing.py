@@ -1,0 +1,127 @@
+"""Directories of new snapshots that a power cut has put back into the pool."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from snapfs import Kind, Snapshotter, imprint, open_snapshotter
+from snapfs.checking import check
+from snapfs.layers import POOL
+from tests.conftest import DryPool, loop_mounted
+
+
+def placed(snapshotter: Snapshotter) -> dict[int, str]:
+    with snapshotter.records.reading() as reader:
+        return dict(reader.placed())
+
+
+async def filled(snapshotter: Snapshotter) -> None:
+    """Return when the pool is full: whoever fills it now finds it so."""
+    while snapshotter.layers.pool_is_low:
+        await snapshotter.prepare("wait")
+        await snapshotter.remove("wait")
+
+
+async def back_to_the_pool(root: Path) -> list[str]:
+    """Make four snapshots of different owners, and put their directories back to where they were."""
+    async with open_snapshotter(root) as snapshotter:
+        await filled(snapshotter)
+        mapped = {"containerd.io/snapshot/uidmapping": "0:1000:10", "containerd.io/snapshot/gidmapping": "0:2000:10"}
+        await snapshotter.prepare("a", labels=mapped)
+        await snapshotter.commit("base", "a", labels=mapped)
+        await snapshotter.prepare("web", "base", labels={"team": "blue"})
+        await snapshotter.view("peek", "base")
+        found = placed(snapshotter)
+        numbers = [info.id for info in await snapshotter.walk()]
+        assert set(numbers) <= set(found), "they came from the pool"
+    for number in numbers:
+        os.rename(root / f"snapshots/{number}", root / "pool" / found[number])
+    return [found[number] for number in numbers]
+
+
+async def in_place(root: Path) -> None:
+    async with open_snapshotter(root) as snapshotter:
+        for info in await snapshotter.walk():
+            directory = root / f"snapshots/{info.id}"
+            assert sorted(os.listdir(directory)) == (["fs"] if info.kind is Kind.VIEW else ["fs", "work"])
+            layer = (directory / "fs").stat()
+            assert (layer.st_uid, layer.st_gid) == (1000, 2000)
+            borne = imprint.read(str(directory))
+            assert borne is not None
+            assert (borne.record.name, borne.record.labels) == (info.name, info.labels)
+        assert placed(snapshotter) == {}
+        assert await snapshotter.mounts("web")
+
+
+async def test_a_start_puts_them_in_place_again(root: Path) -> None:
+    await back_to_the_pool(root)
+    await in_place(root)
+
+
+async def test_so_does_a_check(root: Path) -> None:
+    await back_to_the_pool(root)
+    assert list(check(str(root))) == []
+    await in_place(root)
+
+
+async def test_a_directory_that_is_nowhere_is_damage(root: Path) -> None:
+    for name in await back_to_the_pool(root):
+        shutil.rmtree(root / "pool" / name)
+    async with open_snapshotter(root) as snapshotter:
+        with pytest.raises(Exception, match=r"snapshots/\d+.* is missing"):
+            await snapshotter.mounts("web")
+
+
+async def test_what_was_placed_is_settled_when_the_pool_is_filled(root: Path) -> None:
+    async with open_snapshotter(root) as snapshotter:
+        for number in range(5 * POOL):
+            await snapshotter.prepare(f"k{number}")
+        assert len(placed(snapshotter)) < 4 * POOL
+
+
+async def test_an_id_that_was_given_back_is_not_settled_by_what_had_it(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await filled(snapshotter)
+    layers = snapshotter.layers
+    name = layers.place(90, Kind.ACTIVE, None)
+    assert name is not None
+    sync = layers.sync
+
+    def undone_meanwhile() -> None:
+        sync()
+        layers.unmake(90)
+
+    monkeypatch.setattr(layers, "sync", undone_meanwhile)
+    while not layers.pool_is_low:
+        layers._pool.pop()
+    layers.fill_pool(lambda: None)
+    assert layers.settled < 90
+
+
+@pytest.mark.parametrize("dry", [False, True])
+async def test_a_power_cut_takes_no_directory(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: bool
+) -> None:
+    """The image of the disk is copied the moment the calls return: what a power cut would leave."""
+    async with open_snapshotter(small_disk) as snapshotter:
+        await filled(snapshotter)
+        with monkeypatch.context() as patch:
+            if dry:
+                patch.setattr(snapshotter.layers, "_pool", DryPool())
+            for number in range(5):
+                await snapshotter.prepare(f"k{number}")
+            await snapshotter.view("peek")
+        made = {info.name: info.id for info in await snapshotter.walk()}
+        shutil.copyfile(tmp_path / "image", tmp_path / "copy")
+    with loop_mounted(tmp_path / "copy", tmp_path / "after") as disk:
+        present = set(os.listdir(disk / "snapshots"))
+        assert {str(number) for number in made.values()}.issubset(present) == dry, "the test means something"
+        async with open_snapshotter(disk) as survivor:
+            assert {info.name: info.id for info in await survivor.walk()} == made
+            for name in made:
+                await survivor.mounts(name)
