@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.bench import plot, prepare, table
+from tests.bench import calls, commit, listing, plot, prepare, remove, scans, table
 from tests.bench.place import Place
 from tests.bench.rows import Row
 from tests.conftest import own_mount_namespace
@@ -21,6 +21,16 @@ from tests.conftest import own_mount_namespace
 BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "prepare": prepare.one_client,
     "clients": prepare.many_clients,
+    "commit": commit.commit,
+    "meanwhile": commit.meanwhile,
+    "flush": commit.flushed,
+    "remove": remove.remove,
+    "scans": scans.scans,
+    "ls": listing.listing,
+    "calls": calls.calls,
+    "commands": calls.commands,
+    "requests": listing.repeated,
+    "layers": calls.chains,
 }
 
 HOME = Path(__file__).parents[2]

@@ -36,8 +36,10 @@ def verdict(row: Row) -> str:
         return ""
     if row.met:
         return "met"
-    beyond = row.figure / row.target.bound if row.target.sense == "at most" else row.target.bound / max(row.figure, 1e-9)
-    return "MISSED" if row.target.bound == 0 else f"MISSED by {beyond:.2f} x"
+    if row.target.bound == 0:
+        return "MISSED"
+    beyond = row.figure / row.target.bound if row.target.sense == "at most" else row.target.bound / row.figure
+    return f"MISSED by {beyond:.2f} x"
 
 
 def target(row: Row) -> str:
