@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.bench import calls, commit, listing, plot, prepare, remove, scans, table
+from tests.bench import calls, command, commit, listing, plot, prepare, remove, scans, start, table, throughput, walk
 from tests.bench.place import Place
 from tests.bench.rows import Row
 from tests.conftest import own_mount_namespace
@@ -31,6 +31,10 @@ BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "commands": calls.commands,
     "requests": listing.repeated,
     "layers": calls.chains,
+    "walk": walk.walk,
+    "start": start.start,
+    "fio": throughput.throughput,
+    "command": command.command,
 }
 
 HOME = Path(__file__).parents[2]

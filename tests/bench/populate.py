@@ -10,8 +10,9 @@ from pathlib import Path
 
 from snapfs import imprint
 from snapfs.layers import Layers
-from snapfs.metastore import MetaStore, Record, Writer
+from snapfs.metastore import MetaStore
 from snapfs.model import Kind, Usage
+from snapfs.records import Record, Writer
 from tests.bench.place import Place, settle
 
 BATCH = 20_000
