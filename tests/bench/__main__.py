@@ -92,7 +92,7 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "table.txt").write_text(text)
     (arguments.out / "table.md").write_text("\n".join(table.markdown(results)) + "\n")
-    (arguments.out / "figures.json").write_text(table.as_json(results, about))
+    (arguments.out / "figures.json").write_text(table.as_json(results, growths, about))
     for growth in growths:
         (arguments.out / f"{growth.file}.svg").write_text(plot.svg(growth))
     print(f"{', '.join(f'{key}: {value}' for key, value in about.items())}; table, JSON and plots are in {arguments.out}")

@@ -8,7 +8,7 @@ import statistics
 import textwrap
 from collections.abc import Iterable, Mapping
 
-from tests.bench.rows import Row
+from tests.bench.rows import Growth, Row
 
 _WIDTH = 150
 
@@ -86,7 +86,7 @@ def markdown(results: Mapping[str, Iterable[Row]]) -> Iterable[str]:
             yield f"| {' | '.join(cells)} |"
 
 
-def as_json(results: Mapping[str, Iterable[Row]], about: Mapping[str, object]) -> str:
+def as_json(results: Mapping[str, Iterable[Row]], growths: Iterable[Growth], about: Mapping[str, object]) -> str:
     """All figures, round by round, in each row's unit."""
     shown = {
         name: [
@@ -95,4 +95,9 @@ def as_json(results: Mapping[str, Iterable[Row]], about: Mapping[str, object]) -
         ]
         for name, rows in results.items()
     }
-    return json.dumps({**about, "results": shown}, indent=1, default=str) + "\n"
+    return (
+        json.dumps(
+            {**about, "results": shown, "growth": [dataclasses.asdict(growth) for growth in growths]}, indent=1, default=str
+        )
+        + "\n"
+    )

@@ -54,7 +54,7 @@ def throughput(place: Place) -> Iterator[Row]:
                 "the same overlay mounted by hand",
                 "MiB/s",
                 at_least(0.95),
-                "fio, psync, through the page cache, a file of 64 MiB, made anew each time; 1.0 is the aim, 0.95 what noise leaves of it; "
+                "fio, psync, page cache, a file of 64 MiB made anew each time; 1.0 is the aim, 0.95 what noise leaves of it; "
                 "not pinned",
             )
             yield in_turns(
