@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from tests.bench import populate
 from tests.bench.minimal import minimal
-from tests.bench.place import ONE_CPU, Place, on, run
+from tests.bench.place import ALL_CPUS, ONE_CPU, Place, on, run
 from tests.bench.rows import Row, at_most, p50
 
 Act = Callable[[str], object]
@@ -32,36 +32,45 @@ def _each(paths: list[str], act: Act) -> float:
 
 
 @contextmanager
-def _both(place: Place) -> Iterator[dict[str, str]]:
-    with place.snapfs("-o", "sync=none", cpus=ONE_CPU) as daemon, minimal(place, 0, ONE_CPU) as in_c, on(ONE_CPU):
+def _both(place: Place, cpus: set[int]) -> Iterator[dict[str, str]]:
+    with place.snapfs("-o", "sync=none", cpus=cpus) as daemon, minimal(place, 0, cpus) as in_c, on(cpus):
         yield {"ours": str(daemon.mnt), "theirs": str(in_c)}
 
 
-def _life(place: Place, steps: dict[str, tuple[str, Act]], calls: int, scale: float, unit: str, note: str) -> Iterator[Row]:
+def _life(place: Place, steps: dict[str, tuple[str, Act]], calls: int, cpus: set[int], rows: dict[str, Row]) -> None:
     """Take fresh snapshots through ``steps`` in turns: what it is called, (where the snapshot is, what is done there)."""
-    rows = {what: Row(what, "the file system in C", unit, at_most(1.6), note) for what in steps}
-    with _both(place) as mounts:
+    with _both(place, cpus) as mounts:
         for number in range(place.rounds + 1):  # the first does not count
             names = [place.name("call") for _ in range(calls)]
             for side in ("ours", "theirs") if number % 2 == 0 else ("theirs", "ours"):
                 for what, (where, act) in steps.items():
-                    figure = _each([f"{mounts[side]}/{where.format(name)}" for name in names], act) * scale
+                    figure = _each([f"{mounts[side]}/{where.format(name)}" for name in names], act)
                     if number:
                         getattr(rows[what], side).append(figure)
-    yield from rows.values()
+
+
+def _commit(path: str) -> str:
+    return path.replace("/active/", "/committed/")
 
 
 def calls(place: Place) -> Iterator[Row]:
-    """The system calls."""
+    """The system calls, on one processor, and without pinning."""
     steps: dict[str, tuple[str, Act]] = {
         "mkdir(2), sync=none": ("active/{}", os.mkdir),
         "cat mounts.json, first": ("active/{}/mounts.json", _read_file),
         "cat mounts.json, repeated": ("active/{}/mounts.json", _read_file),
-        "mv, rename(2), sync=none": ("active/{}", lambda path: os.rename(path, path.replace("/active/", "/committed/"))),
+        "mv, rename(2), sync=none": ("active/{}", lambda path: os.rename(path, _commit(path))),
         "rmdir(2), sync=none": ("committed/{}", os.rmdir),
     }
-    note = "from Python, one client; cat is open, read, close; first: of a fresh snapshot; daemon and client on one CPU; p50"
-    yield from _life(place, steps, place.size(200, 20), 1, "us", note)
+    timed = "from Python, one client, p50; cat is open, read, close; first: of a fresh snapshot; "
+    note = f"{timed}daemon and client on one CPU, both"
+    rows = {what: Row(what, "the file system in C", "us", at_most(1.6), note) for what in steps}
+    _life(place, steps, place.size(200, 20), ONE_CPU, rows)
+    yield from rows.values()
+    note = f"{timed}not pinned: wake-ups across processors are in it, on both sides"
+    rows = {what: Row(f"{what}, not pinned", "the file system in C", "us", None, note) for what in steps}
+    _life(place, steps, place.size(200, 20), ALL_CPUS, rows)
+    yield from rows.values()
 
 
 def commands(place: Place) -> Iterator[Row]:
@@ -70,11 +79,13 @@ def commands(place: Place) -> Iterator[Row]:
         "mkdir, the command, sync=none": ("active/{}", lambda path: run("mkdir", path)),
         "cat mounts.json, the command, first": ("active/{}/mounts.json", lambda path: run("cat", path)),
         "cat mounts.json, the command, repeated": ("active/{}/mounts.json", lambda path: run("cat", path)),
-        "mv, the command, sync=none": ("active/{}", lambda path: run("mv", path, path.replace("/active/", "/committed/"))),
+        "mv, the command, sync=none": ("active/{}", lambda path: run("mv", path, _commit(path))),
         "rmdir, the command, sync=none": ("committed/{}", lambda path: run("rmdir", path)),
     }
-    note = "the whole process, from fork to its end; daemon and client on one CPU, both; p50"
-    yield from _life(place, steps, place.size(40, 5), 1e-3, "ms", note)
+    note = "the whole process, from fork to its end, p50; daemon and client on one CPU, both"
+    rows = {what: Row(what, "the file system in C", "us", at_most(1.6), note) for what in steps}
+    _life(place, steps, place.size(40, 5), ONE_CPU, rows)
+    yield from rows.values()
 
 
 def chains(place: Place) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ def p50(values: Sequence[float]) -> float:
 
 def p99(values: Sequence[float]) -> float:
     """The value that one in a hundred exceeds; the greatest of fewer than a hundred."""
-    return sorted(values)[min(len(values) - 1, (len(values) * 99) // 100)]
+    return sorted(values)[math.ceil(len(values) * 0.99) - 1]
 
 
 @dataclass(frozen=True)

@@ -52,14 +52,14 @@ def target(row: Row) -> str:
 def lines(results: Mapping[str, Iterable[Row]]) -> Iterable[str]:
     """The table, a few lines a row."""
     indent = " " * 8
-    yield f"{'ratio':<24} {'target':>11}  {'reached?':17} what, against what"
+    yield f"{'ratio':<30} {'target':>11}  {'reached?':17} what, against what"
     for name, rows in results.items():
         yield f"-- {name} ".ljust(_WIDTH, "-")
         said = ""
         for row in rows:
             ratio = f"{spread(row.ratios)} x" if row.ratios else ""
             against = f" / {row.against}" if row.against else ""
-            yield f"{ratio:<24} {target(row):>11}  {verdict(row):17} {row.what}{against}"
+            yield f"{ratio:<30} {target(row):>11}  {verdict(row):17} {row.what}{against}"
             if row.ours:
                 theirs = f", the other {spread(row.theirs, row.unit)}" if row.theirs else ""
                 yield f"{indent}snapfs {spread(row.ours, row.unit)}{theirs}"
@@ -95,9 +95,5 @@ def as_json(results: Mapping[str, Iterable[Row]], growths: Iterable[Growth], abo
         ]
         for name, rows in results.items()
     }
-    return (
-        json.dumps(
-            {**about, "results": shown, "growth": [dataclasses.asdict(growth) for growth in growths]}, indent=1, default=str
-        )
-        + "\n"
-    )
+    plotted = [dataclasses.asdict(growth) for growth in growths]
+    return json.dumps({**about, "results": shown, "growth": plotted}, indent=1) + "\n"

@@ -58,7 +58,7 @@ def throughput(place: Place) -> Iterator[Row]:
                 "not pinned",
             )
             yield in_turns(
-                place.rounds,
+                2 * place.rounds,
                 row,
                 partial(_fio, place, rootfs, pattern, block),
                 partial(_fio, place, by_hand / "merged", pattern, block),
