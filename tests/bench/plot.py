@@ -9,7 +9,7 @@ from html import escape
 from tests.bench.rows import Curve, Growth
 
 _WIDTH, _HEIGHT = 720, 440
-_LEFT, _RIGHT, _TOP, _BOTTOM = 78, 24, 84, 52
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 76, 52
 
 _COLOURS = ("#2f81f7", "#e0702a", "#2ea043", "#a371f7", "#d6409f")
 _MARKS = ("circle", "square", "diamond", "triangle", "circle")  # for who can't tell the colours apart
@@ -62,7 +62,7 @@ def _step(value: float, *, down: bool) -> float:
 def _number(value: float) -> str:
     if value >= 1e6:
         return f"{value / 1e6:g}M"
-    return f"{value / 1e3:g}k" if value >= 1e4 else f"{value:,g}"
+    return f"{value / 1e3:g}k" if value >= 1e3 else f"{value:,g}"
 
 
 def _mark(kind: str, x: float, y: float, colour: str) -> str:
@@ -83,11 +83,10 @@ def svg(growth: Growth) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
             f'role="img" aria-label="{escape(growth.title)}">',
             f"<style>{_STYLE}</style>",
-            f'<text class="title" x="{_LEFT}" y="26">{escape(growth.title)}</text>',
+            f'<text class="title" x="{_LEFT}" y="26">{escape(growth.title)} ({escape(growth.unit)})</text>',
             *_legend(curves),
-            *_grid(horizontal, vertical),
+            *_grid(horizontal, vertical, sorted({x for curve in curves for x, _ in curve.points})),
             f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 10}" text-anchor="middle">{escape(growth.x)}</text>',
-            f'<text x="{_LEFT - 8}" y="{_TOP - 12}" text-anchor="end">{escape(growth.unit)}</text>',
             *_lines(curves, horizontal, vertical),
             "</svg>\n",
         ]
@@ -102,13 +101,13 @@ def _legend(curves: list[Curve]) -> Iterator[str]:
         x += 36 + 7.2 * len(curve.name)
 
 
-def _grid(horizontal: _Axis, vertical: _Axis) -> Iterator[str]:
+def _grid(horizontal: _Axis, vertical: _Axis, measured: list[float]) -> Iterator[str]:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     for value in vertical.ticks():
         y = vertical.at(value)
         yield f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>'
         yield f'<text x="{_LEFT - 8}" y="{y + 4.5:.1f}" text-anchor="end">{_number(value)}</text>'
-    for value in horizontal.ticks():
+    for value in measured:
         x = horizontal.at(value)
         yield f'<line class="grid" x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{bottom}"/>'
         yield f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{_number(value)}</text>'
