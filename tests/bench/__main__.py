@@ -103,4 +103,7 @@ if __name__ == "__main__":
     for needed in ("containerd", "fio", "gcc", "pkg-config"):
         if shutil.which(needed) is None:
             sys.exit(f"{needed} is missing: make bench installs what it takes")
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
