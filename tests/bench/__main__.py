@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.bench import calls, command, commit, listing, plot, prepare, remove, scans, start, table, throughput, walk
 from tests.bench.place import Place
-from tests.bench.rows import Row
+from tests.bench.rows import Growth, Row
 from tests.conftest import own_mount_namespace
 
 BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
@@ -79,13 +79,18 @@ def main() -> int:
                 failed = True
                 traceback.print_exc()
                 rows.append(Row(name, "", "", None, "", missing=f"FAILED: {error}"))
-        growths = [growth for growth in place.growths.values() if growth.curves]
-        place.say("done; removing what it made")
+        _report(arguments, results, [growth for growth in place.growths.values() if growth.curves], time.monotonic() - began)
+        place.say("removing what it made")
+    return int(failed)
+
+
+def _report(arguments: argparse.Namespace, results: dict[str, list[Row]], growths: list[Growth], seconds: float) -> None:
+    """Print the table, write all files."""
     about = {
         "machine": f"{os.cpu_count()} processors, Linux {platform.release()}, Python {platform.python_version()}",
         "rounds": arguments.rounds,
         "quick": arguments.quick,
-        "seconds": round(time.monotonic() - began),
+        "seconds": round(seconds),
     }
     text = "\n".join(table.lines(results)) + "\n"
     print(text, end="")
@@ -95,8 +100,8 @@ def main() -> int:
     (arguments.out / "figures.json").write_text(table.as_json(results, growths, about))
     for growth in growths:
         (arguments.out / f"{growth.file}.svg").write_text(plot.svg(growth))
-    print(f"{', '.join(f'{key}: {value}' for key, value in about.items())}; table, JSON and plots are in {arguments.out}")
-    return int(failed)
+    told = ", ".join(f"{key}: {value}" for key, value in about.items())
+    print(f"{told}; table, JSON and plots are in {arguments.out}", flush=True)
 
 
 if __name__ == "__main__":
