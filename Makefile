@@ -4,6 +4,7 @@
 # make crash  kill the daemon between any two of its system calls, some thousand times, and see what is left
 # make lint   check style and types
 # make fuzz   feed names, filters and records with whatever breaks them, SECONDS each (300)
+# make bench  measure everything beside what it is to be measured with: BENCH_ARGS="--only prepare --rounds 3" measures less
 # make powercut   cut the power of test disks some thousand times, and say what was lost
 #
 # Each installs what it needs first: Debian packages where missing (with sudo if not root), and Python packages into .venv.
@@ -13,11 +14,12 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
 TEST_PACKAGES := busybox-static dash ed e2fsprogs perl-base plocate procps rsync tar tree vim xfsprogs
+BENCH_PACKAGES := containerd fio
 
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
 
-.PHONY: run test lint crash soak fuzz powercut clean
+.PHONY: run test lint crash soak fuzz powercut bench clean
 
 run: .venv/ready
 	@mkdir -p run/root run/snap
@@ -41,6 +43,10 @@ soak: .venv/ready-for-tests
 
 powercut: .venv/ready-for-tests
 	$(SUDO) env POWER_CUTS=$${POWER_CUTS:-500} .venv/bin/python -m pytest -q -s tests/test_power.py $(PYTEST_ARGS)
+
+bench: .venv/ready-for-tests
+	@$(call install_packages,$(BENCH_PACKAGES))
+	$(SUDO) .venv/bin/python -m tests.bench $(BENCH_ARGS)
 
 crash: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m tests.crash

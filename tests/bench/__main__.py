@@ -1,0 +1,114 @@
+"""``python -m tests.bench``: measure, print the table, write JSON and plots.  ``--help`` says how to measure less."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.bench import calls, command, commit, listing, plot, prepare, remove, scans, start, table, throughput, walk
+from tests.bench.place import Place
+from tests.bench.rows import Growth, Row
+from tests.conftest import own_mount_namespace
+
+BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
+    "prepare": prepare.one_client,
+    "clients": prepare.many_clients,
+    "commit": commit.commit,
+    "meanwhile": commit.meanwhile,
+    "flush": commit.flushed,
+    "remove": remove.remove,
+    "scans": scans.scans,
+    "ls": listing.listing,
+    "calls": calls.calls,
+    "commands": calls.commands,
+    "requests": listing.repeated,
+    "layers": calls.chains,
+    "walk": walk.walk,
+    "start": start.start,
+    "fio": throughput.throughput,
+    "command": command.command,
+}
+
+HOME = Path(__file__).parents[2]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    names = ", ".join(BENCHMARKS)
+    parser.add_argument("--only", action="append", metavar="NAME", help=f"measure this only; may be repeated: {names}")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement (5); medians are of so many")
+    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not how fast it is")
+    parser.add_argument("--million", action="store_true", help="also start with 1,000,000 snapshots: takes minutes to make")
+    parser.add_argument("--where", type=Path, default=HOME / "run", help="a directory on the disk to measure on (run)")
+    parser.add_argument("--out", type=Path, default=HOME / "run/bench", help="where table, JSON and plots go (run/bench)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only or ()) - set(BENCHMARKS):
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    return arguments
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    arguments = _arguments()
+    own_mount_namespace()
+    signal.signal(signal.SIGTERM, _interrupted)
+    results: dict[str, list[Row]] = {}
+    failed = False
+    base = arguments.where.resolve() / f"bench-{os.getpid()}"
+    began = time.monotonic()
+    with Place(base, arguments.rounds, quick=arguments.quick, million=arguments.million) as place:
+        for name in arguments.only or BENCHMARKS:
+            place.say(name)
+            rows = results[name] = []
+            try:
+                for row in BENCHMARKS[name](place):
+                    rows.append(row)
+                    place.say(f"  {table.spread(row.ratios or row.ours)} {table.verdict(row)}: {row.what}")
+            except Exception as error:  # the others can be measured all the same
+                failed = True
+                traceback.print_exc()
+                rows.append(Row(name, "", "", None, "", missing=f"FAILED: {error}"))
+        _report(arguments, results, [growth for growth in place.growths.values() if growth.curves], time.monotonic() - began)
+        place.say("removing what it made")
+    return int(failed)
+
+
+def _report(arguments: argparse.Namespace, results: dict[str, list[Row]], growths: list[Growth], seconds: float) -> None:
+    """Print the table, write all files."""
+    about = {
+        "machine": f"{os.cpu_count()} processors, Linux {platform.release()}, Python {platform.python_version()}",
+        "rounds": arguments.rounds,
+        "quick": arguments.quick,
+        "seconds": round(seconds),
+    }
+    text = "\n".join(table.lines(results)) + "\n"
+    print(text, end="")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "table.txt").write_text(text)
+    (arguments.out / "table.md").write_text("\n".join(table.markdown(results)) + "\n")
+    (arguments.out / "figures.json").write_text(table.as_json(results, growths, about))
+    for growth in growths:
+        (arguments.out / f"{growth.file}.svg").write_text(plot.svg(growth))
+    told = ", ".join(f"{key}: {value}" for key, value in about.items())
+    print(f"{told}; table, JSON and plots are in {arguments.out}", flush=True)
+
+
+if __name__ == "__main__":
+    for needed in ("containerd", "fio", "gcc", "pkg-config"):
+        if shutil.which(needed) is None:
+            sys.exit(f"{needed} is missing: make bench installs what it takes")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

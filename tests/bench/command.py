@@ -1,0 +1,59 @@
+"""The command snapfs as a whole process, beside ctr."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from tests.bench import containerd
+from tests.bench.place import Place, run
+from tests.bench.rows import Row, at_most, in_turns, p50
+
+
+def command(place: Place) -> Iterator[Row]:
+    """snapfs prepare and ls, beside ctr snapshots prepare and ls."""
+    program = Path(sys.executable).with_name("snapfs")
+    calls, listed = place.size(10, 2), place.size(100, 10)
+    note = "whole processes, from fork to end, their output thrown away; durable; not pinned; median of some"
+    verbs = {
+        "prepare": Row("the command snapfs prepare", "ctr snapshots prepare", "ms", at_most(2), note),
+        "ls": Row(f"the command snapfs ls of {listed} snapshots", "ctr snapshots ls of as many", "ms", at_most(2), note),
+    }
+    for verb, row in list(verbs.items()):
+        if subprocess.run([program, verb, "--help"], capture_output=True, check=False).returncode:
+            row.missing = "not there yet"
+            yield verbs.pop(verb)
+    if not verbs:
+        return
+    opponent = containerd.shared(place)
+    ctr = ("ctr", "--address", opponent.address, "--namespace", "command", "snapshots")
+    with place.snapfs() as daemon:
+        at = ("--at", daemon.mnt)
+        for _ in range(listed):
+            os.mkdir(daemon.mnt / "active" / place.name("listed"))
+            run(*ctr, "prepare", place.name("listed"))
+
+        def some(*words: str | Path, fresh: bool) -> float:
+            took = []
+            for _ in range(calls):
+                took.append(run(*words, *([place.name("command")] if fresh else [])) * 1e3)
+            return p50(took)
+
+        if "ls" in verbs:
+            yield in_turns(
+                place.rounds,
+                verbs["ls"],
+                partial(some, program, "ls", *at, fresh=False),
+                partial(some, *ctr, "ls", fresh=False),
+            )
+        if "prepare" in verbs:
+            yield in_turns(
+                place.rounds,
+                verbs["prepare"],
+                partial(some, program, "prepare", *at, fresh=True),
+                partial(some, *ctr, "prepare", fresh=True),
+            )
