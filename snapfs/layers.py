@@ -315,8 +315,9 @@ class Layers:
             os.close(base)
         with closing(directories(self.fs(number))) as visited:
             for fd, entries in visited:
-                for name, entry in entries:
-                    _chown(fd, name, entry, owner)
+                for entry in entries:
+                    with suppress(FileNotFoundError):
+                        _chown(fd, entry.name, entry.stat(follow_symlinks=False), owner)
 
     def refuse_damaged(self, number: int, kind: Kind = Kind.COMMITTED) -> None:
         """Raise Damaged where a directory of snapshot ``number`` is missing or is none; links count as none."""
