@@ -53,7 +53,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_commit_of_the_records(place: Arena
     assert state["failed"]
     assert run.failed == {0}
     assert run.words
-    assert all("Input/output error" in words or "restart snapfs" in words for words in run.words), run.words
+    assert all("Input/output error" in words or "the next change tries again" in words for words in run.words), run.words
     assert run.problems == []
 
 
