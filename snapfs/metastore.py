@@ -419,7 +419,7 @@ class MetaStore:
             for request in batch.requests:
                 if request.error is None:
                     request.error = refusal
-            if self._is_panicking():
+            if self._is_panicking() or (isinstance(error, lmdb.Error) and getattr(error, "code", 0) == errno.EIO):
                 self._doubt = _Doubt(number, ran)
                 self._settle_soon()
             else:
@@ -443,7 +443,10 @@ class MetaStore:
         return False
 
     def _settle_soon(self) -> None:
-        """Settle what is in doubt, now if the disk allows it; else those who asked are told that it is in doubt."""
+        """Settle what is in doubt, now if the disk allows it; else those who asked are told that it is in doubt.
+
+        Also where LMDB has not given up: each of its descriptors would tell of this error once, and make a later batch fail.
+        """
         doubt = self._doubt
         assert doubt is not None
         try:
