@@ -33,7 +33,7 @@ BLOCK = 4096  # what a disk writes whole or not at all; ext4 and xfs don't survi
 
 _ENTRY = struct.Struct("=cQI")  # write or flush, offset, length; then the data
 _WRITE, _FLUSH = b"w", b"f"
-_FAULTS = struct.Struct("=iiiQQqq?")  # errno of reads, writes, flushes; bytes from, up to; spared, then failed; done anyway
+_FAULTS = struct.Struct("=iiiQQqqq")  # errno of reads, writes, flushes; bytes from, up to; spared, then failed, of these done
 
 _MAKE = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"],
@@ -75,12 +75,12 @@ class Disk:
         end: int = 1 << 62,
         spare: int = 0,
         times: int = 1 << 62,
-        done: bool = False,
+        done: int = 0,
     ) -> None:
         """From now on answer with these errors; reads and writes only between the bytes ``start`` and ``end``.  None: heal.
 
-        The first ``spare`` of the requests that would fail don't, and no more than ``times`` do.  ``done``: what
-        is said to have failed was written all the same.
+        The first ``spare`` of the requests that would fail don't, and no more than ``times`` do.  What the first
+        ``done`` of these would have written is written all the same.
         """
         with (self._directory / "faults").open("r+b", buffering=0) as faults:
             faults.write(_FAULTS.pack(read, write, flush, start, end, spare, times, done))
@@ -147,7 +147,7 @@ def disk(kind: str, image: Path | None = None) -> Iterator[Disk]:
             _copy(image, served.base)
         _copy(served.base, directory / "image")
         (directory / "journal").touch()
-        (directory / "faults").write_bytes(_FAULTS.pack(0, 0, 0, 0, 0, 0, 0, False))
+        (directory / "faults").write_bytes(_FAULTS.pack(0, 0, 0, 0, 0, 0, 0, 0))
         (directory / "fuse").mkdir()
         with _child(directory), loop_device(directory / "fuse/disk") as served.device:
             yield served
@@ -208,6 +208,10 @@ def mounted(device: str, kind: str, target: Path) -> Iterator[Path]:
 # -- the child
 
 
+class _RefusedTooLate(pyfuse3.FUSEError):
+    """An error in place of the acknowledgement of what was done."""
+
+
 class _Served(pyfuse3.Operations):
     """One file, ``disk``."""
 
@@ -243,9 +247,8 @@ class _Served(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         try:
             self._refuse(1, off, len(buf))
-        except pyfuse3.FUSEError:
-            if _FAULTS.unpack(self._faults)[-1]:
-                self._write(off, buf)
+        except _RefusedTooLate:
+            self._write(off, buf)
             raise
         return self._write(off, buf)
 
@@ -262,9 +265,10 @@ class _Served(pyfuse3.Operations):
         if not errors[what] or offset >= end or offset + size <= start:
             return
         if spare or times:
-            self._faults[:] = _FAULTS.pack(*errors, start, end, max(spare - 1, 0), times if spare else times - 1, done)
+            left = (spare - 1, times, done) if spare else (0, times - 1, max(done - 1, 0))
+            self._faults[:] = _FAULTS.pack(*errors, start, end, *left)
             if not spare:
-                raise pyfuse3.FUSEError(errors[what])
+                raise (_RefusedTooLate if done else pyfuse3.FUSEError)(errors[what])
 
 
 def _serve(directory: Path) -> None:
