@@ -17,22 +17,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from snapfs.errors import InvalidArgument
 from snapfs.model import Info
 
 Predicate = Callable[[Info], bool]
+
+Selection = set[tuple[str, str]]
+"""Fields (name, kind or parent) and values: what holds has one of these."""
+
+_INDEXED = ("name", "parent", "kind")  # the one that selects least comes first
 
 _OPERATOR_CHARACTERS = "=!~"
 _SIMPLE_ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\"}
 _HEX_ESCAPES = {"x": 2, "u": 4, "U": 8}
 
 
-def compile_filters(filters: Sequence[str]) -> Predicate:
-    """One predicate that holds where any of ``filters`` does; raises InvalidArgument that says where a bad one breaks."""
-    alternatives = [_Parser(text).selectors() for text in filters if text]
-    if len(alternatives) < len(filters) or not alternatives:
-        return lambda info: True
-    return lambda info: any(all(holds(info) for holds in selectors) for selectors in alternatives)
+class Filters:
+    """Filters, compiled: ``holds`` is a predicate that is true where any of them is.
+
+    ``selection``: all that it can hold for, as far as name, kind and parent tell; None where they don't.  Raises
+    InvalidArgument that says where a bad one breaks.
+    """
+
+    def __init__(self, filters: Sequence[str]) -> None:
+        alternatives = [_Parser(text).selectors() for text in filters if text]
+        self.holds: Predicate = lambda info: True
+        self.selection: Selection | None = None
+        if len(alternatives) < len(filters) or not alternatives:
+            return
+        predicates = [[selector.holds for selector in selectors] for selectors in alternatives]
+        self.holds = lambda info: any(all(holds(info) for holds in selectors) for selectors in predicates)
+        equal = [{selector.path[0]: selector.equal for selector in selectors} for selectors in alternatives]
+        selected = [next(((field, value) for field in _INDEXED if (value := fields.get(field))), None) for fields in equal]
+        if None not in selected:
+            self.selection = {one for one in selected if one is not None}
 
 
 def _field(info: Info, path: list[str]) -> str | None:
@@ -49,6 +69,14 @@ def _field(info: Info, path: list[str]) -> str | None:
     return None
 
 
+class _Selector(msgspec.Struct, frozen=True):
+    """One condition: the field's path, the value that it must be equal to (None: another condition), and the whole of it."""
+
+    path: list[str]
+    equal: str | None
+    holds: Predicate
+
+
 class _Parser:
     """A cursor over one filter; each method reads one production of the grammar and leaves the cursor behind it."""
 
@@ -56,7 +84,7 @@ class _Parser:
         self.text = text
         self.at = 0
 
-    def selectors(self) -> list[Predicate]:
+    def selectors(self) -> list[_Selector]:
         found = [self.selector()]
         while self.peek() == ",":
             self.at += 1
@@ -65,23 +93,23 @@ class _Parser:
             raise self.error(f"unexpected input: {self.peek()}")
         return found
 
-    def selector(self) -> Predicate:
+    def selector(self) -> _Selector:
         path = [self.field()]
         while self.peek() == ".":
             self.at += 1
             path.append(self.field())
         if self.peek() in ("", ","):
-            return lambda info: _field(info, path) is not None
+            return _Selector(path, None, lambda info: _field(info, path) is not None)
         self.blanks()
         operator = self.operator()
         self.blanks()
         value = self.value(quotes='"/|' if operator == "~=" else '"')
         match operator:
             case "==":
-                return lambda info: _field(info, path) == value
+                return _Selector(path, value, lambda info: _field(info, path) == value)
             case "!=":
-                return lambda info: _field(info, path) != value
-        return _matches(path, value)
+                return _Selector(path, None, lambda info: _field(info, path) != value)
+        return _Selector(path, None, _matches(path, value))
 
     def field(self) -> str:
         if self.peek() == '"':

@@ -233,16 +233,38 @@ class Reader:
         """The ids of all snapshots."""
         return set(self.numbers())
 
-    def walk(self) -> Iterator[Info]:
-        """All snapshots in the order of their keys' bytes.
+    def walk(self, selection: Iterable[tuple[str, str]] | None = None) -> Iterator[Info]:
+        """All snapshots in the order of their keys' bytes; or only those that have one of these names, kinds or parents
+        (``snapfs/filters.py``).
 
         They are collected at once and made out later, also after the block: while a reader of a large store is at it, the
         writer can't use any page again, and the file would grow all that time.
         """
-        with self._txn.cursor(db=self._tables.names) as cursor:
-            order = list(cursor)
+        if selection is None:
+            with self._txn.cursor(db=self._tables.names) as cursor:
+                order = list(cursor)
+            with self._txn.cursor(db=self._tables.snapshots) as cursor:
+                return _Collected(self._tables, dict(cursor)).infos(order)
+        order = sorted({entry for field, value in selection for entry in self._selected(field, value)})
         with self._txn.cursor(db=self._tables.snapshots) as cursor:
-            return _Collected(self._tables, dict(cursor)).infos(order)
+            found = dict(cursor.getmulti([key for _, key in order]))
+            parents = {record.parent for key, text in found.items() if (record := _decoded(_number(key), text)).parent}
+            found.update(cursor.getmulti([_key(parent) for parent in parents]))
+        return _Collected(self._tables, found).infos(order)
+
+    def _selected(self, field: str, value: str) -> Iterator[tuple[bytes, bytes]]:
+        """Name and key of all snapshots with this name, kind or parent."""
+        match field:
+            case "name":
+                if (number := self.id_of(value)) is not None:
+                    yield value.encode(), _key(number)
+            case "kind" if value in [*Kind]:
+                with self._txn.cursor(db=self._tables.kinds[Kind(value)]) as cursor:
+                    yield from ((name, key) for key, name in cursor)
+            case "parent":
+                if (parent := self.id_of(value)) is not None:
+                    for kind in Kind:
+                        yield from ((name.encode(), _key(number)) for number, name in self.children(parent, kind))
 
     def uncounted(self) -> list[int]:
         """The ids of committed snapshots whose usage is not yet known."""

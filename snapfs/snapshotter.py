@@ -30,7 +30,7 @@ from snapfs.errors import (
     Unavailable,
     WrongParent,
 )
-from snapfs.filters import compile_filters
+from snapfs.filters import Filters
 from snapfs.flushing import Flushing
 from snapfs.housekeeping import Housekeeping
 from snapfs.imprint import Imprint
@@ -486,12 +486,12 @@ class Snapshotter:
 
         Raises InvalidArgument for a bad filter.
         """
-        holds = compile_filters(filters)
+        compiled = Filters(filters)
 
         def collect() -> list[Info]:
             with self._reading(long=True) as reader:
-                found = reader.walk()
-            return [info for info in map(self.shown, found) if holds(info)]
+                found = reader.walk(compiled.selection)
+            return [info for info in map(self.shown, found) if compiled.holds(info)]
 
         return await trio.to_thread.run_sync(collect)
 

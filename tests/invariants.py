@@ -14,7 +14,7 @@ import msgspec
 
 from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument, NameTooLong, NotUtf8
-from snapfs.filters import compile_filters
+from snapfs.filters import Filters
 from snapfs.metastore import MetaStore
 from snapfs.model import Info, Kind, Usage
 from snapfs.records import Reader, Record
@@ -97,7 +97,7 @@ def check_filter(text: str, infos: list[Info] = INFOS) -> None:
     """``text`` gives a predicate that tells of any snapshot, or InvalidArgument, in time that its length bounds."""
     began = time.process_time()
     try:
-        holds: Callable[[Info], bool] = compile_filters([text])
+        holds: Callable[[Info], bool] = Filters([text]).holds
     except InvalidArgument as error:
         assert str(error).startswith("parse error: [")
     else:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapfs.errors import InvalidArgument
-from snapfs.filters import compile_filters
+from snapfs.filters import Filters
 from snapfs.model import Info, Kind
 
 
@@ -26,7 +26,7 @@ PEEK = Info(name="default/1/pe.ek", kind=Kind.VIEW, id=2, parent="base", labels=
 
 def selects(text: str, *more: str) -> str:
     """Which of the three snapshots the filters select, by their initials."""
-    holds = compile_filters([text, *more])
+    holds = Filters([text, *more]).holds
     return "".join(initial for initial, snapshot in (("w", WEB), ("b", BASE), ("p", PEEK)) if holds(snapshot))
 
 
@@ -124,8 +124,8 @@ def test_what_a_filter_selects(text: str, selected: str) -> None:
 
 
 def test_no_filter_at_all_holds_for_everything() -> None:
-    assert compile_filters([])(WEB)
-    assert compile_filters(())(BASE)
+    assert Filters([]).holds(WEB)
+    assert Filters(()).holds(BASE)
 
 
 @pytest.mark.parametrize(
@@ -166,10 +166,10 @@ def test_of_several_filters_any_may_hold(filters: tuple[str, ...], selected: str
     ],
 )
 def test_gos_escapes_in_double_quotes(literal: str, value: str) -> None:
-    assert compile_filters([f"name=={literal}"])(info(name=value))
-    assert not compile_filters([f"name=={literal}"])(info(name=value + "x"))
+    assert Filters([f"name=={literal}"]).holds(info(name=value))
+    assert not Filters([f"name=={literal}"]).holds(info(name=value + "x"))
     if value:
-        assert compile_filters([f"labels.{literal}==there"])(info(labels={value: "there"}))
+        assert Filters([f"labels.{literal}==there"]).holds(info(labels={value: "there"}))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_gos_escapes_in_double_quotes(literal: str, value: str) -> None:
 )
 def test_a_bad_filter_says_where(text: str, message: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        compile_filters(["name==fine", text])
+        Filters(["name==fine", text])
     assert str(caught.value) == f"parse error: {message}"
 
 
@@ -241,7 +241,7 @@ def test_a_bad_filter_says_where(text: str, message: str) -> None:
 )
 def test_more_bad_filters(text: str) -> None:
     with pytest.raises(InvalidArgument, match=r"^parse error: \["):
-        compile_filters([text])
+        Filters([text])
 
 
 pieces = st.sampled_from(
@@ -278,7 +278,7 @@ filters_text = st.lists(pieces, max_size=12).map("".join) | st.text(max_size=20)
 @given(filters_text)
 def test_the_parser_raises_nothing_but_invalid_argument(text: str) -> None:
     try:
-        holds: Callable[[Info], bool] = compile_filters([text])
+        holds: Callable[[Info], bool] = Filters([text]).holds
     except InvalidArgument as error:
         assert str(error).startswith("parse error: [")
         return
@@ -288,12 +288,12 @@ def test_the_parser_raises_nothing_but_invalid_argument(text: str) -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
 def test_any_value_can_be_quoted(value: str) -> None:
     quoted = '"' + re.sub(r'[\\"\n]', lambda m: {"\\": "\\\\", '"': '\\"', "\n": "\\n"}[m[0]], value) + '"'
-    assert compile_filters([f"name=={quoted}"])(info(name=value))
-    assert not compile_filters([f"name!={quoted}"])(info(name=value))
-    assert not compile_filters([f"name=={quoted}"])(info(name=value + "!"))
+    assert Filters([f"name=={quoted}"]).holds(info(name=value))
+    assert not Filters([f"name!={quoted}"]).holds(info(name=value))
+    assert not Filters([f"name=={quoted}"]).holds(info(name=value + "!"))
 
 
 @given(st.sampled_from(["name", "kind", "parent", "labels.gc", "other"]), st.from_regex(r"[a-z]{1,3}", fullmatch=True))
 def test_not_equal_is_the_opposite_of_equal(field: str, value: str) -> None:
-    same, other = compile_filters([f"{field}=={value}"]), compile_filters([f"{field}!={value}"])
+    same, other = Filters([f"{field}=={value}"]).holds, Filters([f"{field}!={value}"]).holds
     assert all(same(snapshot) is not other(snapshot) for snapshot in (WEB, BASE, PEEK))

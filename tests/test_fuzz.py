@@ -33,7 +33,7 @@ from snapfs.errors import (
     NotUtf8,
     SnapshotError,
 )
-from snapfs.filters import compile_filters
+from snapfs.filters import Filters
 from snapfs.labels import MAX
 from snapfs.model import Info, Kind
 from snapfs.options import Options, Sync
@@ -175,10 +175,10 @@ def test_a_filter_that_is_deep_or_huge_takes_no_longer_than_its_length(text: str
 @pytest.mark.parametrize(("digits", "is_taken"), [("41", True), ("٤١", False), ("４１", False), ("4_", False), ("+4", False)])
 def test_only_ascii_digits_make_an_escape(digits: str, is_taken: bool) -> None:
     if is_taken:
-        compile_filters([f'name=="\\x{digits}"'])
+        Filters([f'name=="\\x{digits}"'])
     else:
         with pytest.raises(InvalidArgument, match="illegal char escape"):
-            compile_filters([f'name=="\\x{digits}"'])
+            Filters([f'name=="\\x{digits}"'])
 
 
 # -- label writes

@@ -19,6 +19,7 @@ from snapfs import (
     AlreadyExists,
     Change,
     FailedPrecondition,
+    Info,
     InvalidArgument,
     Kind,
     Mount,
@@ -30,6 +31,7 @@ from snapfs import (
     open_snapshotter,
 )
 from snapfs.errors import Busy, HasChildren, LabelTooBig, NameTooLong, NotUtf8, WrongParent
+from snapfs.filters import Filters
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
 from snapfs.layers import POOL, POOL_LEAST
@@ -1132,3 +1134,43 @@ async def test_what_was_done_is_there_after_reopening(root: Path) -> None:
     async with open_snapshotter(root) as again:
         assert await again.walk() == before
         assert [await again.mounts(key) for key in ("web", "look")] == mounts
+
+
+@pytest.mark.parametrize(
+    ("filters", "selected"),
+    [
+        (["name==c1"], 1),
+        (["name==c1", "name==peek"], 2),
+        (["name==nobody"], 0),
+        (["kind==view"], 1),
+        (["kind==active,parent==base"], 5),
+        (["parent==base"], 6),
+        (["parent==nobody"], 0),
+        (["kind==other"], 0),
+        (["name==peek,kind==active"], 0),
+        (['parent==""'], 1),
+        (["parent==base", "labels.x"], 6),
+    ],
+)
+async def test_a_walk_reads_no_more_than_filters_select(
+    snapshotter: Snapshotter, filters: list[str], selected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await snapshotter.prepare("b")
+    await snapshotter.commit("base", "b")
+    for number in range(5):
+        await snapshotter.prepare(f"c{number}", "base", labels={"x": str(number)})
+    await snapshotter.view("peek", "base")
+    everything = await snapshotter.walk()
+    read: list[str] = []
+
+    def shown(info: Info) -> Info:
+        read.append(info.name)
+        return info
+
+    monkeypatch.setattr(snapshotter, "shown", shown)
+    found = await snapshotter.walk(*filters)
+    assert len(found) == selected
+    assert found == [info for info in everything if Filters(filters).holds(info)]
+    indexed = Filters(filters).selection is not None
+    assert indexed == all("labels" not in text and '""' not in text for text in filters)
+    assert len(read) <= (len(found) + 5 if indexed else 7)

@@ -47,8 +47,9 @@ class KernelCache:
         before, after = change.before, change.after
         info = after or before
         assert info is not None
-        for slot in _DIRECTORIES if change.counted else _SLOTS:
-            self.forget_attributes(pack(info.id, slot))
+        if before is not None:  # of a new one the kernel can't have heard
+            for slot in _DIRECTORIES if change.counted else _SLOTS:
+                self.forget_attributes(pack(info.id, slot))
         if change.counted or (before and after and (before.name, before.kind) == (after.name, after.kind)):
             return
         for kind in {shown.kind for shown in (before, after) if shown}:

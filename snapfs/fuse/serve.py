@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 FILE_SYSTEM = "snapfs"  # the mount table says fuse.snapfs
 
+IDLE_TASKS = 8  # that wait for a request: with fewer, each request that has to wait makes one, and its end is another's
+
 GRACE = 5.0  # seconds that requests under way have to end once the daemon is to stop
 
 
@@ -90,7 +92,7 @@ async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready:
             loop = trio.CancelScope()
             nursery.start_soon(_end_loop, loop, stop)
             with loop:
-                await pyfuse3.main()
+                await pyfuse3.main(min_tasks=IDLE_TASKS)
             nursery.cancel_scope.cancel()
     finally:
         for followed in (tree.events, tree.error_log):  # changes may still become durable after the mount is gone
