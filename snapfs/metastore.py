@@ -9,6 +9,11 @@ its own, and makes the batch durable with one sync (group commit).  An operation
 alone; if the sync fails, all of the batch do.  Where the map is full it is made larger in between, while nobody reads, and
 the batch is run anew (``snapfs/reserve.py``).
 
+**Failing disks.**  Where the disk refuses LMDB's meta page, the last step of a batch, nobody knows whether the batch is on the
+disk, and LMDB refuses everything from then on.  So the environment is opened anew, for reading at once.  The meta page is
+written again as the kernel has it, and not before the disk has taken that is anything else written: what the records then
+say is what happened, and the batch is finished or undone accordingly.  Until then nothing can be written.
+
 **Forking** is fine as long as the child leaves all of this alone: LMDB keeps its locks by process.  So each call is refused
 there, and what the child inherited is neither closed nor ended, since both would undo the parent's.  It must leave by exec
 or os._exit: unwinding trio in a child breaks the parent's loop, whatever it runs.
@@ -79,14 +84,19 @@ class _Reading(Reader):
         if store.refusal is not None:
             raise store.refusal()
         with store._guard:
+            if store._shut is not None:
+                raise Unavailable(
+                    f"cannot read the records: {store._shut}; the next change tries again", getattr(store._shut, "errno", None)
+                )
             while self._long and store.is_growing:  # or one after the other might keep the writer waiting for ever
                 store._idle.wait()
             store._readers += 1
         try:
             try:
                 self._txn = store._env.begin()
-            except (lmdb.ReadersFullError, lmdb.MapResizedError):
+            except (lmdb.ReadersFullError, lmdb.MapResizedError, lmdb.PanicError):
                 self._txn = store._begin_when_possible()
+            self._tables = store.tables
         except lmdb.Error as error:
             store._has_read()
             raise _refused("read the records", store.path, error) from error
@@ -129,6 +139,10 @@ class MetaStore:
         self._readers = 0
         self._writing = False
         self.is_growing = False
+        self._openings = 0
+        self._shut: Unavailable | Damaged | None = None  # why there is no environment
+        self._doubt: _Doubt | None = None
+        self._late: list[Change] = []
         try:
             self._open(map_size)
         except lmdb.Error as error:
@@ -147,20 +161,11 @@ class MetaStore:
                 map_size = max(map_size, os.path.getsize(path) - RESERVE)
             make_file(path)
             make_file(f"{path}-lock", 128 + 64 * READERS)  # what LMDB makes it, but with blocks on the disk
-            self._env = lmdb.open(
-                path,
-                subdir=False,
-                sync=self.sync,
-                map_size=map_size,
-                mode=0o600,
-                max_dbs=16,
-                max_spare_txns=1,
-                max_readers=READERS,
-            )
+            self._env = self._environment(map_size)
             undoing.callback(self._env.close)
-            _keep_from_children(path)
             self._env.reader_check()
             refuse_foreign(self._env, path)  # before anything is written
+            self._page_size: int = self._env.stat()["psize"]
             self._space = Space(path, self.map_size)
             undoing.callback(self._space.close)
             while True:
@@ -172,6 +177,25 @@ class MetaStore:
                     self._grow()
             self._refill()  # not before the file is known to be ours
             undoing.pop_all()
+
+    def _environment(self, map_size: int, *, readonly: bool = False) -> lmdb.Environment:
+        env = lmdb.open(
+            self.path,
+            subdir=False,
+            readonly=readonly,
+            sync=self.sync,
+            map_size=map_size,
+            mode=0o600,
+            max_dbs=16,
+            max_spare_txns=1,
+            max_readers=READERS,
+        )
+        try:
+            _keep_from_children(self.path)
+        except BaseException:
+            env.close()
+            raise
+        return env
 
     @property
     def map_size(self) -> int:
@@ -203,6 +227,9 @@ class MetaStore:
                 return self._env.begin()
             except lmdb.MapResizedError:
                 return self._begin_anew()
+            except lmdb.PanicError:
+                self._wait_for_opening()
+                return self._env.begin()
             except lmdb.ReadersFullError:
                 if time.monotonic() > deadline:
                     busy = f"cannot read the records in {self.path}: more than {READERS} others are reading them"
@@ -214,6 +241,17 @@ class MetaStore:
             self._readers -= 1
             if self.is_growing and not self._readers:
                 self._idle.notify_all()
+
+    def _wait_for_opening(self) -> None:
+        """Return when the writer, which has just met a disk that fails, has opened the environment anew."""
+        with self._idle:
+            if self._readers > 1:  # this thread may be one of them, and the writer waits for all to end
+                raise Unavailable(f"the disk has just failed under {self.path}: try again", errno.EAGAIN)
+            seen = self._openings
+            self._readers -= 1
+            self._idle.notify_all()
+            self._idle.wait_for(lambda: self._openings != seen or self._shut is not None, PATIENCE)
+            self._readers += 1
 
     def _begin_anew(self) -> lmdb.Transaction[bytes]:
         """A transaction after another process, which should have left the records alone, has made them larger than the map."""
@@ -310,19 +348,35 @@ class MetaStore:
                     request.error = request.error or error
                 raise
             finally:
-                loop.run_sync_soon(self._tell, batch)
+                late, self._late = self._late, []
+                loop.run_sync_soon(self._tell, late, batch)
+        if self._doubt is not None:  # the next start would find out, too, but has nothing to undo with
+            with suppress(lmdb.Error, OSError, SnapshotError):
+                loop.run_sync_soon(self._tell, self._settle(), None)
 
-    def _tell(self, batch: _Batch) -> None:
-        """Let the listeners, and then who asked, know that a batch is done; on the loop."""
-        self.batches[len(batch.requests)] += 1
-        for request in batch.requests:
-            for change in request.changes:
-                for listener in self.listeners:
-                    listener(change)
-            request.done.set()
+    def _tell(self, late: list[Change], batch: _Batch | None) -> None:
+        """Let the listeners, and then who asked, know what is done; on the loop."""
+        self._announce(late)
+        if batch is not None:
+            self.batches[len(batch.requests)] += 1
+            for request in batch.requests:
+                self._announce(request.changes)
+                request.done.set()
+
+    def _announce(self, changes: list[Change]) -> None:
+        for change in changes:
+            for listener in self.listeners:
+                listener(change)
 
     def _run(self, batch: _Batch) -> None:
         """Run a batch in the writer's thread; leaves each request with a result or an error."""
+        if self._doubt is not None:
+            try:
+                self._late += self._settle()
+            except (lmdb.Error, OSError, SnapshotError) as error:
+                for request in batch.requests:
+                    request.error = _refused("write the records", self.path, error)
+                return
         if self._space.is_short:
             self._refill()
         while not self._attempt(batch):
@@ -338,43 +392,122 @@ class MetaStore:
 
     def _attempt(self, batch: _Batch) -> bool:
         """Run a batch once; False where the map is too small for it: nothing has changed then."""
-        writers: list[Writer] = []
+        ran: list[tuple[_Request[Any], Writer]] = []
         batch.directories.clear()
         alone = len(batch.requests) == 1
+        number = 0
         with self._guard:
             self._writing = True
         try:
             with suppress(_NothingDone), self._env.begin(write=True) as txn:
+                number = txn.id()
                 for request in batch.requests:
                     request.error = None
                     writer = self._run_one(txn, batch, request, alone)
                     if writer is not None:
-                        writers.append(writer)
-                if not writers:
+                        ran.append((request, writer))
+                if not ran:
                     raise _NothingDone
                 for fd in batch.directories if self.sync else ():
                     os.fsync(fd)
         except (lmdb.Error, OSError) as error:
-            for writer in reversed(writers):
-                _undo(writer)
             if isinstance(error, (lmdb.MapFullError, lmdb.MapResizedError)):
+                _undo_all(ran)
                 return False
             refusal = _refused("write the records", self.path, error)
             log.error("%s", refusal)
             for request in batch.requests:
                 if request.error is None:
                     request.error = refusal
+            if self._is_panicking() or (isinstance(error, lmdb.Error) and getattr(error, "code", 0) == errno.EIO):
+                self._doubt = _Doubt(number, ran)
+                self._settle_soon()
+            else:
+                _undo_all(ran)
             return True
         finally:
             self._writing = False
-        for request, writer in zip((r for r in batch.requests if r.error is None), writers, strict=True):
-            request.changes = writer.changes
-            for act in writer.afters:
-                try:
-                    act()
-                except OSError as error:
-                    log.warning("after a change was made: %s", error)
+        _finish(ran)
         return True
+
+    # -- a disk that fails
+
+    def _is_panicking(self) -> bool:
+        """Whether LMDB has given up, since it doesn't know what is on the disk."""
+        try:
+            self._env.begin().abort()
+        except lmdb.PanicError:
+            return True
+        except lmdb.Error:
+            pass
+        return False
+
+    def _settle_soon(self) -> None:
+        """Settle what is in doubt, now if the disk allows it; else those who asked are told that it is in doubt.
+
+        Also where LMDB has not given up: each of its descriptors would tell of this error once, and make a later batch fail.
+        """
+        doubt = self._doubt
+        assert doubt is not None
+        try:
+            self._settle()
+        except (lmdb.Error, OSError, SnapshotError) as error:
+            log.error("%s", _refused("find out what the disk holds of the records", self.path, error))
+            for request, _ in doubt.ran:
+                if isinstance(request.error, Unavailable):
+                    said = f"{request.error}; whether it was done will be known when the disk takes writes again"
+                    request.error = Unavailable(said, request.error.errno)
+
+    def _settle(self) -> list[Change]:
+        """Find out whether the batch in doubt is on the disk, and finish or undo it; the changes made.
+
+        Raises lmdb.Error, OSError, Unavailable or Damaged where the disk still fails: it is in doubt then as it was, and what
+        could be read before can be read, if the environment can be opened at all.
+        """
+        doubt = self._doubt
+        assert doubt is not None
+        if self._shut is not None or self._is_panicking():
+            self._reopen()  # the disk may take its time, and nobody who reads waits for it
+        _write_page_anew(self.path, doubt.number & 1, self._page_size, sync=self.sync)
+        self._reopen(writable=True)
+        self._doubt = None
+        if self._env.info()["last_txnid"] < doubt.number:
+            _undo_all(doubt.ran)
+            return []
+        for request, _ in doubt.ran:
+            request.error = None
+        _finish(doubt.ran)
+        return [change for request, _ in doubt.ran for change in request.changes]
+
+    def _reopen(self, *, writable: bool = False) -> None:
+        """Open the environment anew, while nobody reads; for reading alone on a file system that is read-only by now."""
+        with self._idle:
+            self.is_growing = True
+            try:
+                while self._readers:
+                    self._idle.wait()
+                self._env.close()
+                try:
+                    self._open_anew(writable)
+                    self._shut = None
+                except (lmdb.Error, OSError, SnapshotError) as error:
+                    self._env.close()
+                    self._shut = error if isinstance(error, Damaged) else _refused("open the records anew", self.path, error)
+                    raise self._shut from error
+            finally:
+                self._openings += 1
+                self.is_growing = False
+                self._idle.notify_all()
+
+    def _open_anew(self, writable: bool) -> None:
+        try:
+            self._env = self._environment(self._space.size)
+        except lmdb.Error as error:
+            if writable or getattr(error, "code", 0) != errno.EROFS:
+                raise
+            self._env = self._environment(self._space.size, readonly=True)
+        refuse_foreign(self._env, self.path)
+        self.tables = Tables(self._env)
 
     def _run_one(self, txn: lmdb.Transaction[bytes], batch: _Batch, request: _Request[Any], alone: bool) -> Writer | None:
         """Run one operation: what it wrote, None if it failed.  Raises MapFullError.
@@ -419,6 +552,9 @@ class MetaStore:
 
     def _resize(self, size: int) -> None:
         """Give the map ``size`` bytes, or what is in use if that is more, while no transaction is open."""
+        if self._shut is not None:
+            self._space.size = size  # which it gets when it is opened
+            return
         refuse_without_address_space(size - self.map_size)
         with self._idle:
             self.is_growing = True
@@ -541,6 +677,44 @@ class _Batch:
         self.directories: set[int] = set()
 
 
+class _Doubt:
+    """The batch of transaction ``number``, with what its operations wrote, of which nobody knows whether it is on the disk."""
+
+    def __init__(self, number: int, ran: list[tuple[_Request[Any], Writer]]) -> None:
+        self.number = number
+        self.ran = ran
+
+
+def _finish(ran: list[tuple[_Request[Any], Writer]]) -> None:
+    """What is to be done after operations that are durable now."""
+    for request, writer in ran:
+        request.changes = writer.changes
+        for act in writer.afters:
+            try:
+                act()
+            except OSError as error:
+                log.warning("after a change was made: %s", error)
+
+
+def _undo_all(ran: list[tuple[_Request[Any], Writer]]) -> None:
+    for _, writer in reversed(ran):
+        _undo(writer)
+
+
+def _write_page_anew(path: str, page: int, size: int, *, sync: bool) -> None:
+    """Write a page of a file as the kernel has it in memory, so that the disk has the same.  Raises OSError.
+
+    The descriptor is a fresh one: an old one would tell of errors of the past.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.pwrite(fd, os.pread(fd, size, page * size), page * size)
+        if sync:
+            os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
 def _remove_files(path: str) -> None:
     for made in (path, f"{path}-lock"):
         with suppress(OSError):
@@ -562,12 +736,14 @@ def unreadable(path: str, error: lmdb.Error) -> Damaged | Unavailable:
     return _refused("open the records", path, error)
 
 
-def _refused(doing: str, path: str, error: lmdb.Error | OSError) -> Unavailable:
+def _refused(doing: str, path: str, error: lmdb.Error | OSError | SnapshotError) -> Unavailable:
     """The refusal of LMDB or of the operating system, while ``doing`` something with the records in ``path``, as a sentence."""
     if isinstance(error, OSError):
         return Unavailable.from_os(doing, error)
+    if isinstance(error, SnapshotError):
+        return Unavailable(f"cannot {doing}: {error}", getattr(error, "errno", None))
     if isinstance(error, lmdb.PanicError):
-        return Unavailable(f"cannot {doing}: the disk failed while they were written; see to it and restart snapfs", errno.EIO)
+        return Unavailable(f"cannot {doing}: the disk failed while they were written; the next change tries again", errno.EIO)
     code = getattr(error, "code", 0)  # LMDB's own codes are negative, the system's positive; py-lmdb's own errors have none
     if code == errno.EIO:  # also LMDB's word for a short write, which is how a full disk begins
         space = os.statvfs(os.path.dirname(path))

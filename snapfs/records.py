@@ -91,19 +91,25 @@ def _decoded(number: int, found: bytes) -> Record:
 
 
 class Tables:
-    """The tables of one environment, made where missing: py-lmdb's handles, which have no type to name."""
+    """The tables of one environment, made where missing: py-lmdb's handles, which have no type to name.
 
-    def __init__(self, env: lmdb.Environment, txn: lmdb.Transaction[bytes]) -> None:
-        self.meta = env.open_db(b"meta", txn)
-        self.snapshots = env.open_db(b"snapshots", txn)
-        self.names = env.open_db(b"names", txn)
-        self.kinds = {kind: env.open_db(kind.value.encode(), txn) for kind in Kind}
-        self.children = env.open_db(b"children", txn)
-        self.uncounted = env.open_db(b"uncounted", txn)
-        self.unflushed = env.open_db(b"unflushed", txn)
-        self.placed = env.open_db(b"placed", txn)
+    ``txn`` is a write transaction for making them, and none may be open in this thread otherwise.
+    """
+
+    def __init__(self, env: lmdb.Environment, txn: lmdb.Transaction[bytes] | None = None) -> None:
+        def table(name: str) -> Any:
+            return env.open_db(name.encode(), txn, create=txn is not None)
+
+        self.meta = table("meta")
+        self.snapshots = table("snapshots")
+        self.names = table("names")
+        self.kinds = {kind: table(kind.value) for kind in Kind}
+        self.children = table("children")
+        self.uncounted = table("uncounted")
+        self.unflushed = table("unflushed")
+        self.placed = table("placed")
         self.indexes = [self.names, *self.kinds.values(), self.children, self.uncounted]
-        if txn.get(b"schema", db=self.meta) is None:
+        if txn is not None and txn.get(b"schema", db=self.meta) is None:
             txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)
 
 

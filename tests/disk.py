@@ -33,7 +33,7 @@ BLOCK = 4096  # what a disk writes whole or not at all; ext4 and xfs don't survi
 
 _ENTRY = struct.Struct("=cQI")  # write or flush, offset, length; then the data
 _WRITE, _FLUSH = b"w", b"f"
-_FAULTS = struct.Struct("=iiiQQ")  # errno of reads, of writes, of flushes; the bytes of the disk that have them: from, up to
+_FAULTS = struct.Struct("=iiiQQqqq")  # errno of reads, writes, flushes; bytes from, up to; spared, then failed, of these done
 
 _MAKE = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"],
@@ -65,10 +65,25 @@ class Disk:
         """The clock of the disk: how much of its journal is written.  What has been acknowledged happened before."""
         return self._journal.stat().st_size
 
-    def fail(self, *, read: int = 0, write: int = 0, flush: int = 0, start: int = 0, end: int = 1 << 62) -> None:
-        """From now on answer with these errors; reads and writes only between the bytes ``start`` and ``end``.  None: heal."""
+    def fail(
+        self,
+        *,
+        read: int = 0,
+        write: int = 0,
+        flush: int = 0,
+        start: int = 0,
+        end: int = 1 << 62,
+        spare: int = 0,
+        times: int = 1 << 62,
+        done: int = 0,
+    ) -> None:
+        """From now on answer with these errors; reads and writes only between the bytes ``start`` and ``end``.  None: heal.
+
+        The first ``spare`` of the requests that would fail don't, and no more than ``times`` do.  What the first
+        ``done`` of these would have written is written all the same.
+        """
         with (self._directory / "faults").open("r+b", buffering=0) as faults:
-            faults.write(_FAULTS.pack(read, write, flush, start, end))
+            faults.write(_FAULTS.pack(read, write, flush, start, end, spare, times, done))
 
     def history(self) -> tuple[list[Write], list[int]]:
         """All writes so far, and when flushes had ended, by the disk's clock."""
@@ -132,7 +147,7 @@ def disk(kind: str, image: Path | None = None) -> Iterator[Disk]:
             _copy(image, served.base)
         _copy(served.base, directory / "image")
         (directory / "journal").touch()
-        (directory / "faults").write_bytes(_FAULTS.pack(0, 0, 0, 0, 0))
+        (directory / "faults").write_bytes(_FAULTS.pack(0, 0, 0, 0, 0, 0, 0, 0))
         (directory / "fuse").mkdir()
         with _child(directory), loop_device(directory / "fuse/disk") as served.device:
             yield served
@@ -193,6 +208,10 @@ def mounted(device: str, kind: str, target: Path) -> Iterator[Path]:
 # -- the child
 
 
+class _RefusedTooLate(pyfuse3.FUSEError):
+    """An error in place of the acknowledgement of what was done."""
+
+
 class _Served(pyfuse3.Operations):
     """One file, ``disk``."""
 
@@ -200,8 +219,8 @@ class _Served(pyfuse3.Operations):
         super().__init__()
         self._image = os.open(directory / "image", os.O_RDWR)
         self._journal = os.open(directory / "journal", os.O_WRONLY | os.O_APPEND)
-        faults = os.open(directory / "faults", os.O_RDONLY)
-        self._faults = mmap.mmap(faults, _FAULTS.size, prot=mmap.PROT_READ)
+        faults = os.open(directory / "faults", os.O_RDWR)
+        self._faults = mmap.mmap(faults, _FAULTS.size)
         self._size = os.fstat(self._image).st_size
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
@@ -226,18 +245,30 @@ class _Served(pyfuse3.Operations):
         return os.pread(self._image, size, off)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        self._refuse(1, off, len(buf))
-        os.writev(self._journal, [_ENTRY.pack(_WRITE, off, len(buf)), buf])
-        return os.pwrite(self._image, buf, off)
+        try:
+            self._refuse(1, off, len(buf))
+        except _RefusedTooLate:
+            self._write(off, buf)
+            raise
+        return self._write(off, buf)
+
+    def _write(self, offset: int, data: bytes) -> int:
+        os.writev(self._journal, [_ENTRY.pack(_WRITE, offset, len(data)), data])
+        return os.pwrite(self._image, data, offset)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         self._refuse(2, 0, 1 << 62)
         os.write(self._journal, _ENTRY.pack(_FLUSH, 0, 0))
 
     def _refuse(self, what: int, offset: int, size: int) -> None:
-        *errors, start, end = _FAULTS.unpack(self._faults)
-        if errors[what] and offset < end and offset + size > start:
-            raise pyfuse3.FUSEError(errors[what])
+        *errors, start, end, spare, times, done = _FAULTS.unpack(self._faults)
+        if not errors[what] or offset >= end or offset + size <= start:
+            return
+        if spare or times:
+            left = (spare - 1, times, done) if spare else (0, times - 1, max(done - 1, 0))
+            self._faults[:] = _FAULTS.pack(*errors, start, end, *left)
+            if not spare:
+                raise (_RefusedTooLate if done else pyfuse3.FUSEError)(errors[what])
 
 
 def _serve(directory: Path) -> None:
