@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 from typing import Annotated, Any
 
 import lmdb
@@ -28,6 +29,7 @@ from snapfs.errors import Damaged, InvalidArgument
 from snapfs.model import Change, Info, Kind, Usage
 
 SCHEMA = 1
+CHUNK = 128  # records that are read ahead: some more than one answer to a listing has room for
 IDS = 1 << 36  # ids are below this: so many an inode number has room for
 
 Undo = Callable[[], None]
@@ -204,6 +206,25 @@ class Reader:
                 for key, name in cursor:
                     if _is_id(key):
                         yield _number(key), name.decode(errors="replace")
+
+    def records(self, kind: Kind, after: int = 0) -> Iterator[tuple[int, str, Record | None]]:
+        """The same as ``listing``, with the records: None where it can't be read, or contradicts the index."""
+        with self._txn.cursor(db=self._tables.kinds[kind]) as index, self._txn.cursor(db=self._tables.snapshots) as cursor:
+            more = index.set_range(_key(after + 1))
+            while more:
+                listed = dict(islice(index.iternext(), CHUNK))
+                found = dict(cursor.getmulti(listed))
+                more = len(listed) == CHUNK and index.next()
+                for key, encoded in listed.items():
+                    name = encoded.decode(errors="replace")
+                    try:
+                        record = _decode(found[key])
+                        if record.name != name or record.kind is not kind:
+                            record = None
+                    except (KeyError, msgspec.MsgspecError, UnicodeDecodeError):
+                        record = None
+                    if _is_id(key):
+                        yield int.from_bytes(key, "big"), name, record
 
     def children(self, parent: int, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
         """The same for the children of snapshot ``parent``."""
