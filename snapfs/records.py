@@ -217,6 +217,7 @@ class Reader:
                 more = len(listed) == CHUNK and index.next()
                 for key, encoded in listed.items():
                     name = encoded.decode(errors="replace")
+                    record: Record | None
                     try:
                         record = _decode(found[key])
                         if record.name != name or record.kind is not kind:
