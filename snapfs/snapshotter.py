@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, closing
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -221,7 +222,7 @@ class Snapshotter:
         the data is flushed in the background: ``flush`` waits for it.  After a power cut before that, the snapshot is there
         but refused as parent and mount (Damaged), until it is removed or accepted.
 
-        The usage is counted right after, in the background: ``usage`` waits for it.
+        The usage is counted after that, in the background, or when somebody asks: ``usage`` waits for it.
 
         Raises NotFound: no such key, or no such parent to rebase onto; FailedPrecondition: the snapshot is not active, or
         that parent is not committed; Busy: somebody uses its rootfs; AlreadyExists: the name is in use (the key itself is
@@ -248,8 +249,7 @@ class Snapshotter:
 
         async with self._unmounted(key) as number:
             await self._write_record(operation)
-        self.flushing.flush_soon()
-        self.counting.count_soon(number)
+        self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless somebody asks for it before
         if wait:
             await self.flushing.flush()
             self.flushing.refuse_lost([number])  # another flush may have failed on it meanwhile
