@@ -69,8 +69,8 @@ async def serving(path: str, snapshotter: Snapshotter, settle: Settle = _nobody)
                 if refusal is None:
                     yield
             finally:
+                server.stop()
                 with trio.CancelScope(shield=True):
-                    server.stop()
                     await server.ended.wait()
                 nursery.cancel_scope.cancel()
     finally:

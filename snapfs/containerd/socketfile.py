@@ -65,6 +65,7 @@ class SocketFile:
             os.chmod(self.fresh, 0o600)
             found = os.lstat(self.fresh)
             os.rename(self.fresh, self.path)
+            os.rmdir(self._private)
         except OSError as error:
             raise Unavailable.from_os(f"make the socket {self.path}", error) from error
         self._identity = found.st_dev, found.st_ino
