@@ -39,13 +39,13 @@ class Client:
         path = f"/{SERVICE.full_name}/{name}"
         return make(path, request_serializer=request.SerializeToString, response_deserializer=response.FromString), request
 
-    def call(self, name: str, timeout: float = SECONDS, **fields: Any) -> Any:
-        call, request = self.method(name)
+    def call(self, method: str, /, *, timeout: float = SECONDS, **fields: Any) -> Any:
+        call, request = self.method(method)
         return call(request(snapshotter="snapfs", **fields), timeout=timeout)
 
-    def start(self, name: str, timeout: float = SECONDS, **fields: Any) -> Any:
+    def start(self, method: str, /, *, timeout: float = SECONDS, **fields: Any) -> Any:
         """The same, as a future."""
-        call, request = self.method(name)
+        call, request = self.method(method)
         return call.future(request(snapshotter="snapfs", **fields), timeout=timeout)
 
     def pages(self, *filters: str) -> list[list[wire.Info]]:
@@ -129,7 +129,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
             self.process.send_signal(how)
 
     def cleanup(self) -> None:
-        """Its shims outlive a containerd: they are in the mount table's state directory by pid."""
+        """End it and its containers, whose shims outlive it."""
         for pid in self.base.glob("state/io.containerd.runtime.v2.task/*/*/init.pid"):
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 os.kill(int(pid.read_text()), signal.SIGKILL)
@@ -139,6 +139,6 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
         if self.process is not None:
             with self.process:
                 self.process.kill()
-        for mount in reversed(mount_table()):
+        for mount in reversed(list(mount_table())):
             if mount.target.startswith(f"{self.base}/"):
                 subprocess.run(["umount", "-l", mount.target], check=False)
