@@ -73,6 +73,7 @@ class Containerd:
 
     def __init__(self, base: Path, snapfs: Path) -> None:
         self.base = base
+        self.namespace = f"snapfs-{os.getpid()}"  # part of the names of its cgroups, which all containerds share
         self.process: subprocess.Popen[bytes] | None = None
         base.mkdir()
         (base / "config.toml").write_text(
@@ -113,7 +114,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
         return (self.base / "log").read_text()
 
     def command(self, *arguments: str) -> list[str]:
-        return ["ctr", "--address", str(self.base / "c.sock"), *arguments]
+        return ["ctr", "--address", str(self.base / "c.sock"), "--namespace", self.namespace, *arguments]
 
     def ctr(self, *arguments: str, fails: bool = False) -> str:
         done = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=60, check=False)
@@ -130,9 +131,9 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
 
     def cleanup(self) -> None:
         """End it and its containers, whose shims outlive it."""
-        for pid in self.base.glob("state/io.containerd.runtime.v2.task/*/*/init.pid"):
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                os.kill(int(pid.read_text()), signal.SIGKILL)
+        runc = self.base / "runc" / self.namespace
+        for container in os.listdir(runc) if runc.is_dir() else ():
+            subprocess.run(["runc", "--root", str(runc), "delete", "--force", container], check=False)
         for pid in self.base.glob("state/io.containerd.runtime.v2.task/*/*/shim.pid"):
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 os.kill(int(pid.read_text()), signal.SIGKILL)
