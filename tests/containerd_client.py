@@ -134,12 +134,16 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
         runc = self.base / "runc" / self.namespace
         for container in os.listdir(runc) if runc.is_dir() else ():
             subprocess.run(["runc", "--root", str(runc), "delete", "--force", container], check=False)
-        for pid in self.base.glob("state/io.containerd.runtime.v2.task/*/*/shim.pid"):
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                os.kill(int(pid.read_text()), signal.SIGKILL)
+        for command in Path("/proc").glob("[0-9]*/cmdline"):  # the shims say whose they are
+            with contextlib.suppress(OSError):
+                if str(self.base / "c.sock").encode() in command.read_bytes().split(b"\0"):
+                    os.kill(int(command.parent.name), signal.SIGKILL)
         if self.process is not None:
             with self.process:
                 self.process.kill()
         for mount in reversed(list(mount_table())):
             if mount.target.startswith(f"{self.base}/"):
                 subprocess.run(["umount", "-l", mount.target], check=False)
+        for cgroup in Path("/sys/fs/cgroup").glob(f"**/{self.namespace}"):
+            with contextlib.suppress(OSError):
+                cgroup.rmdir()
