@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tarfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pytest
 from tests.conftest import Daemon
 from tests.containerd_client import SECONDS, Client, Containerd, connected
 
+EXAMPLES = Path(__file__).parent.parent / "examples/containerd"
 IMAGE = "test.local/layers:1"
 APPLETS = ("sh", "cat", "find", "md5sum", "sleep", "sort", "stat", "xargs", "touch", "rm", "mkdir")
 LOOK = """cd / && find bin data etc kept -print0 | xargs -0 stat -c '%n %f %u %g %h %N' | sort &&
@@ -245,7 +247,7 @@ def test_every_verb_of_ctr_snapshots(both: Both, tmp_path: Path) -> None:
     assert "cannot remove snapshot with child" in snapshots("rm", "base", fails=True)
     assert "already exists" in snapshots("prepare", "web", fails=True)
     assert "not found" in snapshots("info", "none", fails=True)
-    for key in ("web", "peek", "base"):
+    for key in ("peek", "web", "base"):
         snapshots("rm", key)
     both.load()
     (digest,) = {line.split()[2] for line in both.ctr("image", "ls").splitlines() if line.startswith(IMAGE)}
@@ -289,3 +291,18 @@ def test_a_collection_removes_bottom_up_what_containerd_does_not_know(both: Both
 def stranger(client: Client) -> None:
     for number in range(3):
         client.layer(f"stranger {number}", f"stranger {number - 1}" if number else "")
+
+
+@pytest.mark.parametrize("version", ["1.6", "1.7", "2"])
+def test_the_examples_configuration(version: str) -> None:
+    path = EXAMPLES / f"config-{version}.toml"
+    config = tomllib.loads(path.read_text())
+    assert config["version"] == (3 if version == "2" else 2)
+    proxy = config["proxy_plugins"]["snapfs"]
+    assert proxy == {"type": "snapshot", "address": "/run/snapfs/snapfs.sock"}, "and no capability: rebase is not for it"
+    assert f"--containerd {proxy['address']}" in (EXAMPLES / "snapfs.service").read_text()
+    if version == "1.6":
+        dumped = subprocess.run(["containerd", "--config", str(path), "config", "dump"], stdout=subprocess.PIPE, check=True)
+        merged = tomllib.loads(dumped.stdout.decode())
+        assert merged["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["snapshotter"] == "snapfs"
+        assert merged["proxy_plugins"]["snapfs"]["address"] == proxy["address"]
