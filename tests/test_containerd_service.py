@@ -218,10 +218,8 @@ def test_what_is_refused_says_why(client: Client) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         client.pages("name >|=|< la")
     assert caught.value.code() is code.INVALID_ARGUMENT
-    assert (
     where = "[name  >|>|< |=|< la]"
     assert caught.value.details() == f'parse error: {where}: expected an operator ("=="|"!="|"~="): invalid argument'
-    )
     unknown: Any = client.channel.unary_unary(f"/{SERVICE.full_name}/Nothing")
     with pytest.raises(grpc.RpcError) as caught:
         unknown(b"", timeout=5)
