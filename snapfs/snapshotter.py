@@ -497,6 +497,19 @@ class Snapshotter:
         with self._reading() as reader:
             return self.mounts_of(reader, *self._find(reader, key))
 
+    async def hand_over(self, key: Ref) -> list[Mount]:
+        """``mounts`` for who is about to mount them: two overlays must not share an upper layer, so that of ``mount`` goes.
+
+        Raises Busy while somebody uses that.
+        """
+        mounts = await self.mounts(key)
+        with self._reading() as reader:
+            number, record = self._find(reader, key)
+        if record.kind is Kind.ACTIVE and self.rootfs is not None and self.rootfs.holds(number):
+            async with self.rootfs.unmounted(number):
+                pass
+        return mounts
+
     async def find_layers(self, key: Ref) -> None:
         """Raise Damaged where a directory of the snapshot, or of one that it stands on, is not there; NotFound."""
         with self._reading() as reader:

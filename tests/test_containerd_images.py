@@ -239,6 +239,7 @@ def test_every_verb_of_ctr_snapshots(both: Both, tmp_path: Path) -> None:
     assert [line.split()[0] for line in snapshots("ls").splitlines()[1:]] == ["base", "peek", "web"]
     assert [line.strip(" \\_") for line in snapshots("tree").splitlines()] == ["base", "peek", "web"]
     assert "base" in snapshots("usage", "base")
+    snapshots("rm", "peek")  # containerd collects a view that nothing refers to, when it comes to that
     target = next((both.mnt / "active").iterdir()) / "rootfs"
     (target / "more").write_text("x")
     diff = both.containerd.command("snapshots", "--snapshotter", "snapfs", "diff", "web")
@@ -247,7 +248,7 @@ def test_every_verb_of_ctr_snapshots(both: Both, tmp_path: Path) -> None:
     assert "cannot remove snapshot with child" in snapshots("rm", "base", fails=True)
     assert "already exists" in snapshots("prepare", "web", fails=True)
     assert "not found" in snapshots("info", "none", fails=True)
-    for key in ("peek", "web", "base"):
+    for key in ("web", "base"):
         snapshots("rm", key)
     both.load()
     (digest,) = {line.split()[2] for line in both.ctr("image", "ls").splitlines() if line.startswith(IMAGE)}

@@ -264,6 +264,19 @@ def test_the_tree_forgets_what_went_over_the_socket(client: Client, mnt: Path) -
             os.stat(mnt / "committed" / name)
 
 
+def test_what_containerd_is_about_to_mount_is_not_mounted_twice(client: Client, mnt: Path) -> None:
+    client.layer("base")
+    client.call("Prepare", key="web", parent="base")
+    rootfs = mnt / "active/web/rootfs"
+    with (rootfs / "file").open("w"):
+        said = refused(client, grpc.StatusCode.FAILED_PRECONDITION, "Mounts", key="web")
+        assert f"its file system {os.readlink(rootfs)} is in use by process {os.getpid()}" in said
+    (mount,) = client.call("Mounts", key="web").mounts
+    upper = next(option.partition("=")[2] for option in mount.options if option.startswith("upperdir="))
+    assert os.listdir(upper) == ["file"]
+    assert json.loads((mnt / "active/web/info.json").read_text())["mounted"] == []
+
+
 def test_pages_of_a_hundred(client: Client) -> None:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda number: client.call("Prepare", key=f"{number:03}"), range(2 * PAGE + 50)))
@@ -392,6 +405,24 @@ def test_a_path_that_can_be_no_socket(make_daemon: Callable[..., Daemon], tmp_pa
         make_daemon("--containerd", str(path)).start()
     assert (tmp_path / "file").read_text() == "precious"
     assert not os.path.ismount(tmp_path / "mnt")
+
+
+def test_stopped_while_calls_are_under_way(served: Daemon, client: Client, tmp_path: Path) -> None:
+    client.layer("base")
+    calls = [client.start("Prepare", key=f"k{number}", parent="base") for number in range(200)]
+    assert served.stop() == 0
+    done = {call.code() for call in calls if not call.exception()}
+    assert done <= {grpc.StatusCode.OK}
+    assert {call.code() for call in calls} <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    assert len(served.said) == 1, served.said
+
+
+def test_without_grpc_a_sentence_says_what_to_install(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    (tmp_path / "grpc.py").write_text("raise ImportError('No module named grpc')")
+    daemon = make_daemon("--containerd", str(tmp_path / "s"))
+    daemon.prefix = ("env", f"PYTHONPATH={tmp_path}")
+    with pytest.raises(AssertionError, match=r"ended with 1: .*install it: pip install 'snapfs\[containerd\]'"):
+        daemon.start()
 
 
 def test_two_daemons_want_one_stale_socket(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:

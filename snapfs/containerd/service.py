@@ -40,7 +40,7 @@ class Service:
         return wire.ViewSnapshotResponse(mounts=mount_messages(mounts))
 
     async def mounts(self, request: wire.MountsRequest) -> wire.MountsResponse:
-        return wire.MountsResponse(mounts=mount_messages(await self._snapshotter.mounts(request.key)))
+        return wire.MountsResponse(mounts=mount_messages(await self._snapshotter.hand_over(request.key)))
 
     async def commit(self, request: wire.CommitSnapshotRequest) -> Empty:
         parent = request.parent or None
