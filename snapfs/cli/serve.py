@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import trio
@@ -72,6 +73,7 @@ def add_parser(verbs: Any) -> None:
         "--mount-option", action="append", default=[], metavar="OPT", help="an option for every overlay mount; may be repeated"
     )
     parser.add_argument("--sync", metavar="full|none", help="none: flush nothing; a power cut may take the whole root")
+    parser.add_argument("--containerd", metavar="SOCKET", help="serve containerd's snapshots service on SOCKET too")
     parser.set_defaults(run=run)
 
 
@@ -89,12 +91,14 @@ def run(given: argparse.Namespace) -> int:
             flags.add(name)
         elif name == "sync" and value:
             given.sync = value
+        elif name == "containerd" and value:
+            given.containerd = value
         elif name in _NUMBERS and value:
             numbers[name] = value
         elif name in _ACCESS and value:
             access[name] = value
         elif option not in _IGNORED:
-            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*_ACCESS, *_NUMBERS, "sync", "mount_option"))])
+            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*_ACCESS, *_NUMBERS, "sync", "containerd", "mount_option"))])
             raise InvalidArgument(f'unknown mount option "{option}"; there are {known}')
     if given.sync not in (None, *Sync):
         raise InvalidArgument(f"sync={given.sync}: there are {' and '.join(Sync)}")
@@ -126,8 +130,19 @@ def run(given: argparse.Namespace) -> int:
     os.umask(0o077)  # whatever it makes in ROOT, and above it, is its own
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # serve takes them; one that comes after its end is late
         signal.signal(number, signal.SIG_IGN)
-    trio.run(serve, given.root, os.path.abspath(given.mountpoint), options, mount, say_ready)
+    more = _containerd(given.containerd) if given.containerd else {}
+    trio.run(partial(serve, given.root, os.path.abspath(given.mountpoint), options, mount, say_ready, **more))
     return 0
+
+
+def _containerd(path: str) -> dict[str, Any]:
+    """What ``serve`` takes for serving containerd beside the tree."""
+    try:
+        from snapfs.containerd.server import serving
+    except ImportError as error:
+        raise Unavailable(f"gRPC can't be loaded ({error}); install it: pip install 'snapfs[containerd]'") from None
+    path = os.path.abspath(path)
+    return {"beside": partial(serving, path), "told": {"containerd": path}}
 
 
 def _access(given: dict[str, str]) -> dict[str, int]:
