@@ -219,7 +219,7 @@ class Layers:
         return max(POOL_LEAST, min(inodes, space.f_bavail) // POOL_SHARE)
 
     def _flush_made(self) -> None:
-        if self.syncs:
+        if self.syncs and self._unflushed:
             placed, unmade = self._last_placed, self._unmade
             self.sync()
             with self._placing:
