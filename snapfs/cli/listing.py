@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snapfs.cli.place import key_of
+from snapfs.cli.place import key_of, unquoted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Row:
         found = {}
         for item in self._labels.split(","):
             key, _, value = item.partition("=")
-            found[_decoded(key)] = _decoded(value)
+            found[unquoted(key)] = unquoted(value)
         return found
 
     def shown(self) -> dict[str, object]:
@@ -62,14 +62,6 @@ class Row:
 def _ns(text: str) -> int:
     seconds, _, fraction = text.partition(".")
     return int(seconds) * 1_000_000_000 + int(fraction)
-
-
-def _decoded(text: str) -> str:
-    if "%" not in text:
-        return text
-    from urllib.parse import unquote
-
-    return unquote(text, errors="surrogateescape")
 
 
 def rows(place: Place) -> list[Row]:

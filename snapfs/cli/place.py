@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 KINDS = ("active", "committed", "view")
 
-_PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_:@+,= ")
+_PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_:@+,=. ")
 
 
 class Place:
@@ -94,7 +94,7 @@ def _unlink(path: str) -> None:
 
 def file_name(key: str) -> str:
     """The file name of ``key``; raises SnapshotError."""
-    if key and _PLAIN.issuperset(key) and len(key) < 256:
+    if key and _PLAIN.issuperset(key) and len(key) < 256 and key not in (".", ".."):
         return key
     from snapfs import names
 
@@ -103,11 +103,15 @@ def file_name(key: str) -> str:
 
 def key_of(name: str) -> str:
     """The key whose file name is ``name``."""
-    if "%" not in name:
-        return name
-    from snapfs import names
+    return unquoted(name)
 
-    return names.decode(name)
+
+def unquoted(text: str) -> str:
+    """``text`` without its percent-encoding."""
+    if "%" not in text:
+        return text
+    first, *rest = text.encode(errors="surrogateescape").split(b"%")
+    return b"".join((first, *(bytes.fromhex(part[:2].decode()) + part[2:] for part in rest))).decode(errors="surrogateescape")
 
 
 def find_tree(at: str | None) -> Place:
