@@ -54,8 +54,8 @@ class Workspace:
         new, newest = self.names.get(NEW + self.key), next(reversed(self.checkpoints.values()), None)
         if new is not None:
             parent = self.names.get(new.parent or "")
-            labels = new.labels if parent is None or parent not in self.checkpoints.values() else parent.labels
-            self._move(parent.name if parent else None, labels)
+            whose = parent.labels if parent is not None and parent.labels.get(OF) == self.key else {}
+            self._move(parent.name if parent else None, {**whose, **new.labels})  # killed, it may lack some of them
         elif newest is not None:
             self._move(newest.name, newest.labels)
         else:

@@ -46,12 +46,17 @@ class MountOptions(msgspec.Struct, frozen=True):
 
 
 async def serve(
-    root: str, mountpoint: str, options: Options, mount: MountOptions, on_ready: Callable[[], None] = lambda: None
+    root: str,
+    mountpoint: str,
+    options: Options,
+    mount: MountOptions,
+    on_ready: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Mount the tree of ``root`` on ``mountpoint`` (an absolute path) and serve it until SIGINT, SIGTERM, SIGHUP or
     umount; then nothing is left mounted.
 
-    ``on_ready`` is called when requests are being answered.  Raises SnapshotError with a sentence where the root, the
+    ``on_ready`` is called when requests are being answered, ``on_stop`` when a signal is about to end that.  Raises SnapshotError with a sentence where the root, the
     mountpoint or FUSE can't be used.
     """
     _check_access(mount.access, options)
@@ -64,7 +69,7 @@ async def serve(
         refusal: SnapshotError | None = None
         async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
             stop = trio.Event()
-            nursery.start_soon(_set_on_signal, stop, signals)
+            nursery.start_soon(_set_on_signal, stop, signals, on_stop)
             try:
                 access = {**msgspec.structs.asdict(mount.access), "umask": f"{mount.access.umask:03o}"}
                 served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync}
@@ -102,8 +107,10 @@ async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready:
         pyfuse3.close(unmount=True)
 
 
-async def _set_on_signal(stop: trio.Event, signals: AsyncIterator[int]) -> None:
+async def _set_on_signal(stop: trio.Event, signals: AsyncIterator[int], on_stop: Callable[[], None]) -> None:
     async for _ in signals:
+        if not stop.is_set():
+            on_stop()
         stop.set()
 
 
