@@ -18,9 +18,12 @@ def commit(place: Place, key: str, name: str, parent: str | None = None) -> str:
         if refused.status == NOT_FOUND:
             kind = place.kind_of(key)
             if kind != "active":
-                raise Refusal(f'"{key}" is {kind}: only active snapshots can be committed' if kind else (
-                    f'snapshot "{key}" does not exist'
-                ), NOT_FOUND) from None
+                raise Refusal(
+                    f'"{key}" is {kind}: only active snapshots can be committed'
+                    if kind
+                    else (f'snapshot "{key}" does not exist'),
+                    NOT_FOUND,
+                ) from None
         if refused.status == TAKEN:
             raise Refusal(f'snapshot "{name}" already exists ({place.kind_of(name)})', TAKEN) from None
         raise
@@ -38,7 +41,7 @@ def sync(directory: str) -> None:
 
 def _commit(given: Given) -> int:
     place = find_tree(given.value("at"))
-    directory = commit(place, *given.arguments[:2], given.value("parent"))
+    directory = commit(place, given.arguments[0], given.arguments[1], given.value("parent"))
     if not given.has("no-sync"):
         place.do("wait for the disk", sync, directory)
     print(directory)
@@ -53,7 +56,7 @@ VERBS = {
             Option("parent", "put a snapshot that has no parent onto this one", "PARENT", short="-p"),
             Option("no-sync", "return before its data is on disk"),
         ),
-        "Commit the active snapshot KEY as NAME, and print its directory.  Its labels stay.  Returns when all of it is on disk.",
+        "Commit the active snapshot KEY as NAME, and print its directory.  Its labels stay.  Returns when it is on disk.",
         """
 snapfs commit web v1
 snapfs commit web web

@@ -1,4 +1,4 @@
-"""``snapfs completion``: scripts for bash, zsh and fish.  All three ask ``snapfs _complete WORD…``, which knows the snapshots."""
+"""``snapfs completion``: scripts for bash, zsh and fish.  All ask ``snapfs _complete WORD…``, which knows the snapshots."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ def candidates(words: list[str]) -> list[str]:
 def _argument(its: Verb, before: list[str]) -> str:
     """The name of the argument that comes after ``before``."""
     taking = {name for option in its.options if option.metavar for name in (f"--{option.name}", option.short)}
-    count = sum(
-        not word.startswith("-") and (n == 0 or before[n - 1] not in taking) for n, word in enumerate(before)
-    )
+    count = sum(not word.startswith("-") and (n == 0 or before[n - 1] not in taking) for n, word in enumerate(before))
     names = its.arguments
     if count < len(names):
         return names[count].strip("[]…")

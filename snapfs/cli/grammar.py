@@ -117,7 +117,9 @@ class Verb:
     def help(self) -> str:
         lines = [self.usage(), "", self.text, "", "options:"]
         for option in self.options:
-            words = (f"{option.short}, " if option.short else "") + f"--{option.name}" + f" {option.metavar}" * bool(option.metavar)
+            words = (
+                (f"{option.short}, " if option.short else "") + f"--{option.name}" + f" {option.metavar}" * bool(option.metavar)
+            )
             lines.append(f"  {words:<24}{option.text}" + "; may be repeated" * option.many)
         lines += ["", "examples:", *(f"  {example}" for example in self.examples.strip().splitlines())]
         return "\n".join(lines) + "\n"

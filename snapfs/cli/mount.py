@@ -68,7 +68,11 @@ def _umount(given: Given) -> int:
             from snapfs.kernel.processes import users
 
             by = ", ".join(f"{pid} ({name})" for pid, name in users(each))
-            words = f"{each} is in use" + f" by process {by}" * bool(by) if isinstance(error, OSError) and error.errno == 16 else error.strerror
+            words = (
+                f"{each} is in use" + f" by process {by}" * bool(by)
+                if isinstance(error, OSError) and error.errno == 16
+                else error.strerror
+            )
             raise Refusal(f"cannot unmount {each}: {words}", BUSY if error.errno == 16 else NOT_PERMITTED) from None
     return 0
 

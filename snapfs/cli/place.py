@@ -28,8 +28,10 @@ class Place:
 
     def made_at(self, kind: str, key: str, parent: str | None) -> str:
         """Where a snapshot is made on ``parent``."""
-        return f"{self.path}/{kind}/{file_name(key)}" if parent is None else (
-            f"{self.path}/committed/{file_name(parent)}/{kind}/{file_name(key)}"
+        return (
+            f"{self.path}/{kind}/{file_name(key)}"
+            if parent is None
+            else (f"{self.path}/committed/{file_name(parent)}/{kind}/{file_name(key)}")
         )
 
     def kind_of(self, key: str) -> str | None:
@@ -86,7 +88,7 @@ def _write(path: str, value: str) -> None:
 
 
 def _unlink(path: str) -> None:
-    try:
+    try:  # noqa: SIM105, for contextlib takes its time
         os.unlink(path)
     except FileNotFoundError:
         pass

@@ -34,8 +34,10 @@ def make(place: Place, kind: str, key: str, parent: str | None, labels: Sequence
     except Refusal as refused:
         if refused.status == NOT_FOUND and parent is not None:
             there = place.kind_of(parent)
-            why = f'"{parent}" is {there}: only a committed snapshot can be a parent' if there else (
-                f'parent snapshot "{parent}" does not exist'
+            why = (
+                f'"{parent}" is {there}: only a committed snapshot can be a parent'
+                if there
+                else (f'parent snapshot "{parent}" does not exist')
             )
             raise Refusal(why, NOT_FOUND) from None
         if refused.status == TAKEN:

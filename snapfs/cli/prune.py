@@ -91,7 +91,7 @@ VERBS = {
             Option("dry-run", "only say what would be removed", short="-n"),
             JSON,
         ),
-        "Remove the snapshots for which all that is given holds.  What bears the label pin stays, what is in use stays, and so does\n"
+        "Remove the snapshots for which all that is given holds.  What bears the label pin or is in use stays, and so does\n"
         "what they stand on.",
         """
 snapfs prune --expired --dry-run

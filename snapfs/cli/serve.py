@@ -50,7 +50,9 @@ _ACCESS = {
     "umask": ("OCTAL", "what modes lack (default 022: others may look)"),
 }
 
-_IGNORED = frozenset(("rw", "defaults", "auto", "noauto", "nofail", "_netdev", "nosuid", "nodev", "noatime", "dev", "suid", "exec"))
+_IGNORED = frozenset(
+    ("rw", "defaults", "auto", "noauto", "nofail", "_netdev", "nosuid", "nodev", "noatime", "dev", "suid", "exec")
+)
 """What /etc/fstab and mount(8) say of every file system, and what is so anyway."""
 
 

@@ -21,7 +21,9 @@ def _show(given: Given) -> int:
         info = json.loads(place.read(f"{directory}/info.json"))
         info["usage"] = json.loads(place.read(f"{directory}/usage.json"))
         if kind == "committed":
-            info["children"] = sorted(key_of(name) for each in ("active", "view", "committed") for name in os.listdir(f"{directory}/{each}"))
+            info["children"] = sorted(
+                key_of(name) for each in ("active", "view", "committed") for name in os.listdir(f"{directory}/{each}")
+            )
         else:
             info["mounts"] = json.loads(place.read(f"{directory}/mounts.json"))
         shown.append({**info, "directory": directory})
@@ -43,7 +45,9 @@ def _lines(value: object) -> list[str]:
     if isinstance(value, dict):
         return [table.printed(f"{key}={each}") for key, each in value.items()]
     if isinstance(value, list):
-        return [line for each in value for line in ([json.dumps(each)] if isinstance(each, dict) else [table.printed(str(each))])]
+        return [
+            line for each in value for line in ([json.dumps(each)] if isinstance(each, dict) else [table.printed(str(each))])
+        ]
     return [] if value is None else [table.printed(str(value))]
 
 

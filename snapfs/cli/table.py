@@ -32,9 +32,11 @@ def printed(text: str) -> str:
 
 def show_table(heads: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """Print columns, as wide as what is in them; those in ``right`` are flush right."""
-    widths = [max([len(head), *map(len, column)]) for head, column in zip(heads, zip(*lines, strict=True), strict=True)] if lines else [
-        len(head) for head in heads
-    ]
+    widths = (
+        [max([len(head), *map(len, column)]) for head, column in zip(heads, zip(*lines, strict=True), strict=True)]
+        if lines
+        else [len(head) for head in heads]
+    )
     form = "  ".join(f"{{:{'>' if n in right else '<'}{width}}}" for n, width in enumerate(widths))
     print(painted(form.format(*heads).rstrip(), "dim"))
     sys.stdout.write("".join(form.format(*line).rstrip() + "\n" for line in lines))

@@ -1,9 +1,9 @@
 """``snapfs checkpoint``, ``rollback`` and ``fork``: the state of a workspace, an active snapshot that keeps its path.
 
 A checkpoint of ``web`` is the committed snapshot ``web@3``, with the labels ``snapfs.workspace``, ``snapfs.checkpoint`` and
-``snapfs.message``.  The labels are set before the commit, which so makes the checkpoint whole at once.  The workspace comes back
-by one rename of a new active snapshot that has been prepared under another key (NEW) and already bears the labels.  Killed in between,
-the state is in the newest checkpoint and ``web`` is missing: whichever of the verbs comes next puts it there first.
+``snapfs.message``.  The labels are set before the commit, which so makes the checkpoint whole at once.  The workspace comes
+back by one rename of a new active snapshot that has been prepared under another key (NEW) and already bears the labels.  Killed
+in between, the state is in the newest checkpoint and ``web`` is missing: whichever of the verbs comes next puts it there first.
 """
 
 from __future__ import annotations
@@ -126,7 +126,13 @@ def _checkpoint(given: Given) -> int:
             print(json.dumps([{"checkpoint": n, **row.shown()} for n, row in found.items()], indent=2, ensure_ascii=False))
             return 0
         lines = [
-            (str(n), table.printed(row.name), table.said_size(row.size), table.said_age(row.created), table.printed(row.labels.get(MESSAGE, "")))
+            (
+                str(n),
+                table.printed(row.name),
+                table.said_size(row.size),
+                table.said_age(row.created),
+                table.printed(row.labels.get(MESSAGE, "")),
+            )
             for n, row in found.items()
         ]
         table.show_table(("NUMBER", "NAME", "SIZE", "AGE", "MESSAGE"), lines, right=(0, 2, 3))
@@ -144,7 +150,7 @@ def _rollback(given: Given) -> int:
             parent = next(iter(found.values())).parent
         elif word != "0":
             if not word.isdecimal() or int(word) not in found:
-                raise Refusal(f'"{workspace.key}" has no checkpoint {word}; snapfs checkpoint --list {workspace.key}', NOT_FOUND)
+                raise Refusal(f'"{workspace.key}" has no checkpoint {word}: see snapfs checkpoint --list', NOT_FOUND)
             parent = found[int(word)].name
     if given.has("keep"):
         kept = workspace.checkpoint(f"before it was rolled back to {parent or 'nothing'}")
@@ -181,7 +187,12 @@ VERBS = {
     "checkpoint": Verb(
         "checkpoint",
         "KEY",
-        (_MESSAGE, Option("list", "list the checkpoints there are", short="-l"), Option("sync", "return when it is on disk"), JSON),
+        (
+            _MESSAGE,
+            Option("list", "list the checkpoints there are", short="-l"),
+            Option("sync", "return when it is on disk"),
+            JSON,
+        ),
         "Keep the state of workspace KEY as the committed snapshot KEY@NUMBER, and go on where you were: same key, same path.\n"
         "Nobody may be in its rootfs meanwhile.",
         """
@@ -194,7 +205,7 @@ snapfs checkpoint --list web
         "rollback",
         "KEY [NUMBER]",
         (Option("keep", "make a checkpoint of the present state first"),),
-        "Put workspace KEY back to what it stands on: its last checkpoint, or the snapshot it was prepared on.  Or to checkpoint\n"
+        "Put workspace KEY back to what it stands on: its last checkpoint, or what it was prepared on.  Or to checkpoint\n"
         "NUMBER; 0 is what it was before the first.  What changed since is gone, unless you --keep it.",
         """
 snapfs rollback web
@@ -206,7 +217,7 @@ snapfs rollback --keep web 2
         "fork",
         "SOURCE KEY",
         (_MESSAGE,),
-        "Make the active snapshot KEY as a copy of SOURCE: on it, if it is committed; if it is active, by a checkpoint on which\n"
+        "Make the active snapshot KEY as a copy of SOURCE: on it, if it is committed; else by a checkpoint on which\n"
         "both go on.",
         """
 snapfs fork v1 experiment

@@ -56,8 +56,8 @@ async def serve(
     """Mount the tree of ``root`` on ``mountpoint`` (an absolute path) and serve it until SIGINT, SIGTERM, SIGHUP or
     umount; then nothing is left mounted.
 
-    ``on_ready`` is called when requests are being answered, ``on_stop`` when a signal is about to end that.  Raises SnapshotError with a sentence where the root, the
-    mountpoint or FUSE can't be used.
+    ``on_ready`` is called when requests are being answered, ``on_stop`` when a signal is about to end that.  Raises
+    SnapshotError with a sentence where the root, the mountpoint or FUSE can't be used.
     """
     _check_access(mount.access, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:

@@ -14,8 +14,8 @@ from snapfs.tree.kinds import KindDirectory
 from snapfs.tree.links import ByIdDirectory
 from snapfs.tree.listing import ListingFile
 from snapfs.tree.log import Log, OpenLog
-from snapfs.tree.node import Attributes, Directory, File, Handle, Node, OpenText, Slot, pack, pack_version
 from snapfs.tree.metrics import metrics
+from snapfs.tree.node import Attributes, Directory, File, Handle, Node, OpenText, Slot, pack, pack_version
 from snapfs.tree.stats import options_json, stats_json
 from snapfs.tree.texts import Text
 

@@ -24,7 +24,9 @@ def metrics(tree: Tree) -> str:
     space = snapshotter.space()
     batches = snapshotter.records.batches
     meters = sorted(tree.meters.items())
-    errors = [({"operation": name, "errno": errno}, float(n)) for name, meter in meters for errno, n in sorted(meter.errors.items())]
+    errors = [
+        ({"operation": name, "errno": errno}, float(n)) for name, meter in meters for errno, n in sorted(meter.errors.items())
+    ]
     families: list[tuple[str, str, str, list[Sample]]] = [
         ("build_info", "gauge", "The version, as a label.", [({"version": tree.version}, 1)]),
         ("start_time_seconds", "gauge", "When the daemon started, since the epoch.", [({}, tree.started / 1e9)]),
@@ -35,9 +37,19 @@ def metrics(tree: Tree) -> str:
         ("request_seconds_total", "counter", "Time spent answering.", [({"operation": n}, m.seconds) for n, m in meters]),
         ("batches_total", "counter", "Batches of changes that were made durable.", [({}, batches.total())]),
         ("changes_total", "counter", "Changes in those batches.", [({}, sum(size * n for size, n in batches.items()))]),
-        ("mounts", "gauge", "File systems held mounted as rootfs.", [({}, snapshotter.rootfs.count if snapshotter.rootfs else 0)]),
+        (
+            "mounts",
+            "gauge",
+            "File systems held mounted as rootfs.",
+            [({}, snapshotter.rootfs.count if snapshotter.rootfs else 0)],
+        ),
         ("trash", "gauge", "Removed layers that are not yet deleted.", [({}, snapshotter.layers.waiting)]),
-        ("unflushed", "gauge", "Committed snapshots whose data the disk may have lost.", [({}, len(snapshotter.flushing.lost))]),
+        (
+            "unflushed",
+            "gauge",
+            "Committed snapshots whose data the disk may have lost.",
+            [({}, len(snapshotter.flushing.lost))],
+        ),
         ("filesystem_size_bytes", "gauge", "Size of the file system under ROOT.", [({}, space.f_blocks * space.f_frsize)]),
         ("filesystem_avail_bytes", "gauge", "What is left of it.", [({}, space.f_bavail * space.f_frsize)]),
         ("cpu_seconds_total", "counter", "CPU time of the daemon.", [({}, time.process_time())]),

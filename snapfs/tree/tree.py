@@ -44,7 +44,8 @@ class Tree:
     ``hidden``: fixed entries that were unlinked, by snapshot id.  ``open_labels``: labels open for writing, by snapshot id.
     ``writers``: the inodes that were lately given to writers of labels, and their keys.
     ``committed_inside``: snapshots that were committed by a rename into their parent's listing.  ``versions``: texts that were
-    looked up lately.  ``changes``: how many there were; ``listed``: how many of them .snapfs/snapshots shows.  ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
+    looked up lately.  ``changes``: how many there were; ``listed``: how many of them .snapfs/snapshots shows.
+    ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
     """
 
     def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object] | None = None, *, dirsync: bool = False) -> None:
