@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -356,34 +355,9 @@ def test_events_follow_until_the_daemon_ends(daemon: Daemon) -> None:
         assert events.wait(timeout=30) == 7
 
 
-# -- which tree
-
-
 def run(*words: str, cwd: str | Path = "/", **environment: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key != "SNAPFS"} | {"PYTHONPATH": os.getcwd()} | environment
     return subprocess.run([*SNAPFS, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_which_tree(make_daemon: Make, tmp_path: Path) -> None:
-    assert run("ls").returncode == 7
-    assert "no snapfs tree is mounted" in run("ls").stderr
-    one = make_daemon(root=tmp_path / "r 1", mnt=tmp_path / "m 1").start()
-    (one.mnt / "active/one").mkdir()
-    assert run("ls", "-q").stdout == "one\n"
-    two = make_daemon(root=tmp_path / "r2", mnt=tmp_path / "m2").start()
-    several = run("ls")
-    assert several.returncode == 7
-    assert "--at" in several.stderr
-    assert str(one.mnt) in several.stderr
-    assert run("ls", "-q", cwd=one.mnt / "active").stdout == "one\n"
-    assert run("ls", "-q", "--at", str(one.mnt / "active/one")).stdout == "one\n"
-    assert run("ls", "-q", SNAPFS=str(two.mnt)).stdout == ""
-    nowhere = run("ls", "--at", "/proc")
-    assert (nowhere.returncode, nowhere.stderr) == (7, "snapfs: --at: no snapfs tree is mounted on /proc\n")
-    two.stop(signal.SIGKILL)
-    gone = run("ls", "--at", str(two.mnt))
-    assert gone.returncode == 7
-    assert "is gone" in gone.stderr
 
 
 # -- the terminal

@@ -47,7 +47,7 @@ def said_size(size: int) -> str:
     if size < 1024:
         return f"{size}B"
     amount = float(size)
-    for unit in "KMGTP":
+    for unit in "KMGTP":  # noqa: B007
         amount /= 1024
         if amount < 1024:
             break
