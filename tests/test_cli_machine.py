@@ -167,8 +167,8 @@ def test_snapshots_in_one_file(mnt: Path) -> None:
 
 
 def test_thousands(mnt: Path) -> None:
-    for n in range(3000):
+    for n in range(1000):
         os.mkdir(mnt / f"active/snapshot-{n}")
-    assert len((mnt / ".snapfs/snapshots").read_text().splitlines()) == 3000
+    assert len((mnt / ".snapfs/snapshots").read_text().splitlines()) == 1000
     done = subprocess.run([*SNAPFS, "ls", "-q", "--at", str(mnt)], capture_output=True, text=True, check=True)
-    assert len(done.stdout.splitlines()) == 3000
+    assert len(done.stdout.splitlines()) == 1000
