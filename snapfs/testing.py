@@ -9,8 +9,9 @@
     def test_it(shop, fresh_copy):
         directory = fresh_copy(shop)           # a pathlib.Path, to be written to at will
 
-A copy takes milliseconds and no space until it is written to.  The daemon is started when the first test wants it, on a
-temporary root that flushes nothing, and ends with the session, as do its mounts: this process gets a mount namespace of its own.
+A copy takes milliseconds, and no space until it is written to.  The daemon is started when the first test wants it, on a
+temporary root that flushes nothing, and ends with the session, as do its mounts: this process gets a mount namespace of
+its own.
 Run it as root; it takes /dev/fuse and overlayfs.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -478,7 +479,12 @@ def test_it_imports_nothing_heavy(snapfs: Command, words: tuple[str, ...]) -> No
 
 def test_grammar() -> None:
     its = grammar.Verb(
-        "x", "A [B…]", (grammar.Option("flag", "", short="-f"), grammar.Option("with", "", "V", short="-w")), "", "", len
+        "x",
+        "A [B…]",
+        (grammar.Option("flag", "", short="-f"), grammar.Option("with", "", "V", short="-w")),
+        "",
+        "",
+        lambda given: 0,
     )
     given = its.parse(["-fw1", "a", "--with=2", "--", "-b"])
     assert given.arguments == ["a", "-b"]
