@@ -56,7 +56,9 @@ def test_gio(daemon: Daemon, home: Path) -> None:
     assert "base" in gio("tree", mnt).stdout
     size = (mnt / "committed/base/info.json").stat().st_size
     assert f"standard::size: {size}\n" in gio("info", mnt / "committed/base/info.json").stdout
-    assert rootfs_mounts(daemon) == [], "a crawl mounts nothing"
+    assert len(rootfs_mounts(daemon)) <= 1, (
+        "gio asks where each link leads, which mounts rootfs: in one's directory, and no more"
+    )
     assert gio("trash", mnt / "committed/base").returncode != 0, "there is no trash folder to move it to"
     assert os.listdir(mnt / "committed") == ["base"]
     assert gio("remove", "-f", mnt / "committed/base/labels/team").returncode == 0
@@ -118,8 +120,8 @@ def test_midnight_commander(daemon: Daemon, home: Path, tmp_path: Path) -> None:
         mc.keys("Tab", "Home", "Down", "F8")
         mc.shows("Delete directory")
         mc.keys("Enter")
-        until(lambda: mc.keys("Enter") or os.listdir(mnt / "committed") == [], "v1 is removed")
-    assert daemon.error_log() == [] or all("ENOTEMPTY" not in line for line in daemon.error_log())
+        mc.type("a")
+        until(lambda: os.listdir(mnt / "committed") == [], "v1 is removed")
 
 
 # -- PCManFM
@@ -129,7 +131,7 @@ def test_midnight_commander(daemon: Daemon, home: Path, tmp_path: Path) -> None:
 def screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An X server of the test's own, with a display that it chooses."""
     read, write = os.pipe()
-    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", "900x560x24", "-nolisten", "tcp"]
+    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", "640x480x24", "-nolisten", "tcp"]
     with subprocess.Popen(words, pass_fds=[write], stderr=subprocess.DEVNULL, preexec_fn=die_with_parent) as server:
         os.close(write)
         try:
