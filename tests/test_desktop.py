@@ -120,6 +120,7 @@ def test_midnight_commander(daemon: Daemon, home: Path, tmp_path: Path) -> None:
         mc.keys("Tab", "Home", "Down", "F8")
         mc.shows("Delete directory")
         mc.keys("Enter")
+        mc.shows("ecursively")
         mc.type("a")
         until(lambda: os.listdir(mnt / "committed") == [], "v1 is removed")
 
