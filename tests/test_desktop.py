@@ -18,13 +18,13 @@ from tests.conftest import Daemon, die_with_parent
 PICTURE = Path(__file__).parent.parent / "examples/pcmanfm.png"
 
 
-def until(true: Callable[[], object], what: str) -> None:
-    """Wait for what a program does that can't tell when it has."""
-    for _ in range(1500):
+def until(true: Callable[[], object], what: str, shown: Callable[[], str] = str) -> None:
+    """Wait for what a program does that can't tell when it has; ``shown`` says what is to be seen instead."""
+    for _ in range(750):
         if true():
             return
         time.sleep(0.02)
-    raise AssertionError(f"it never came about: {what}")
+    raise AssertionError(f"it never came about: {what}{shown()}")
 
 
 def rootfs_mounts(daemon: Daemon) -> list[str]:
@@ -121,8 +121,8 @@ def test_midnight_commander(daemon: Daemon, home: Path, tmp_path: Path) -> None:
         mc.shows("Delete directory")
         mc.keys("Enter")
         mc.shows("ecursively")
-        mc.type("a")
-        until(lambda: os.listdir(mnt / "committed") == [], "v1 is removed")
+        mc.type("y")
+        until(lambda: os.listdir(mnt / "committed") == [], "v1 is removed", lambda: mc.run("capture-pane", "-p"))
 
 
 # -- PCManFM
