@@ -44,8 +44,9 @@ _Time = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 class Record(msgspec.Struct, frozen=True, array_like=True):
     """What the table ``snapshots`` holds, as MessagePack: an array in this order; new fields go to the end, with defaults.
 
-    ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted.  The
-    limits are for what is read: bytes that the disk has mangled must not become a snapshot.
+    ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted;
+    ``origin`` is as in ``model.Info``.  The limits are for what is read: bytes that the disk has mangled must not become a
+    snapshot.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     updated: _Time
     labels: dict[str, str]
     usage: Usage | None = None
+    origin: str = ""
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -181,6 +183,7 @@ class Reader:
             labels=record.labels,
             created=record.created,
             updated=record.updated,
+            origin=record.origin,
         )
 
     def chain(self, record: Record) -> list[int]:

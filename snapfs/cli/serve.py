@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import grp
 import logging
 import os
@@ -12,6 +11,7 @@ import pwd
 import re
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import trio
@@ -77,6 +77,7 @@ def add_parser(verbs: Any) -> None:
         "--mount-option", action="append", default=[], metavar="OPT", help="an option for every overlay mount; may be repeated"
     )
     parser.add_argument("--sync", metavar="full|none", help="none: flush nothing; a power cut may take the whole root")
+    parser.add_argument("--containerd", metavar="SOCKET", help="serve containerd's snapshots service on SOCKET too")
     parser.add_argument("--detach", action="store_true", help="return when it is mounted, and serve in the background")
     parser.set_defaults(run=run)
 
@@ -95,12 +96,14 @@ def run(given: argparse.Namespace) -> int:
             flags.add(name)
         elif name == "sync" and value:
             given.sync = value
+        elif name == "containerd" and value:
+            given.containerd = value
         elif name in _NUMBERS and value:
             numbers[name] = value
         elif name in _ACCESS and value:
             access[name] = value
         elif option not in _IGNORED and not option.startswith("x-"):
-            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*_ACCESS, *_NUMBERS, "sync", "mount_option"))])
+            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*_ACCESS, *_NUMBERS, "sync", "containerd", "mount_option"))])
             raise InvalidArgument(f'unknown mount option "{option}"; there are {known}')
     if given.sync not in (None, *Sync):
         raise InvalidArgument(f"sync={given.sync}: there are {' and '.join(Sync)}")
@@ -143,10 +146,22 @@ def run(given: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # serve takes them; one that comes after its end is late
         signal.signal(number, signal.SIG_IGN)
     root, mountpoint = os.path.abspath(given.root) if given.detach else given.root, os.path.abspath(given.mountpoint)
+    more = _containerd(given.containerd) if given.containerd else {}
     if detached is not None:
         os.chdir("/")
-    trio.run(serve, root, mountpoint, options, mount, say_ready, functools.partial(notify, "STOPPING=1"))
+    stopping = partial(notify, "STOPPING=1")
+    trio.run(partial(serve, root, mountpoint, options, mount, say_ready, stopping, **more))
     return 0
+
+
+def _containerd(path: str) -> dict[str, Any]:
+    """What ``serve`` takes for serving containerd beside the tree."""
+    try:
+        from snapfs.containerd.server import serving
+    except ImportError as error:
+        raise Unavailable(f"gRPC can't be loaded ({error}); install it: pip install 'snapfs[containerd]'") from None
+    path = os.path.abspath(path)
+    return {"beside": partial(serving, path), "told": {"containerd": path}}
 
 
 def _access(given: dict[str, str]) -> dict[str, int]:
