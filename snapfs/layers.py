@@ -231,6 +231,7 @@ class Layers:
     def sync(self) -> None:
         """Return when the directories of the pool, and those that were placed before, are on disk.  Raises OSError."""
         for directory in (self._pool_directory, self.snapshots):
+            os.utime(directory)  # xfs flushes what was done until its last change; what is in the last one made came after that
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(fd)
