@@ -197,12 +197,10 @@ def mounted(device: str, kind: str, target: Path) -> Iterator[Path]:
     mounting.mount(device, str(target), kind, 0, _OPTIONS[kind])
     try:
         yield target
-    finally:
-        try:
-            mounting.unmount(str(target))
-        except OSError:  # something is still open: the test says what, and the disk must not stay
-            mounting.unmount(str(target), mounting.MNT_DETACH)
-            raise
+        mounting.unmount(str(target))
+    except BaseException:  # of the test, or something is still open: it says what, and the disk must not stay
+        mounting.unmount(str(target), mounting.MNT_DETACH)
+        raise
 
 
 # -- the child
