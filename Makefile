@@ -13,7 +13,7 @@ PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
-TEST_PACKAGES := busybox-static dash ed e2fsprogs perl-base plocate procps rsync tar tree vim xfsprogs
+TEST_PACKAGES := btrfs-progs busybox-static dash ed e2fsprogs perl-base plocate procps rsync tar tree vim xfsprogs
 BENCH_PACKAGES := containerd fio
 
 SECONDS ?= 300

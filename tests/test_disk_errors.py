@@ -14,7 +14,7 @@ import pytest
 from snapfs import Damaged, Options, Unavailable, open_snapshotter
 from snapfs.kernel.mounttable import mount_table
 from tests.conftest import Daemon
-from tests.disk import Disk, disk, loop_device, mounted
+from tests.disk import Disk, disk, loop_device, make_file_system, mounted
 
 each_kind = pytest.mark.parametrize("kind", ["ext4", "xfs"])
 
@@ -121,9 +121,7 @@ def test_a_file_system_that_becomes_read_only(make_daemon: Callable[..., Daemon]
     """As ext4 does when it finds itself damaged.  Each change says EROFS, in words too, and changes nothing; reads go on, and
     the end is clean.  When it was checked and mounted again, all is there."""
     image = tmp_path / "image"
-    image.touch()
-    os.truncate(image, 16 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    make_file_system("ext4", image)
     with loop_device(image) as device:
         with mounted(device, "ext4", tmp_path / "disk") as mount:
             daemon = make_daemon(root=mount / "root").start()

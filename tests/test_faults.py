@@ -27,6 +27,7 @@ from snapfs.model import Kind
 from snapfs.records import Writer
 from snapfs.reserve import RESERVE
 from tests.conftest import Daemon
+from tests.disk import loop_device, make_file_system, mounted
 from tests.test_metastore import Held, adding, check_indexes
 
 Make = Callable[..., Daemon]
@@ -362,6 +363,45 @@ def test_removing_on_a_full_disk(make_daemon: Make, small_disk: Path) -> None:
     assert os.listdir(mnt / "active/web/rootfs/") == []
     assert daemon.stop() == 0
     assert not any("Traceback" in line for line in daemon.said)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+async def test_all_is_removed_from_a_disk_filled_to_the_last_block(kind: str, tmp_path: Path) -> None:
+    """Under a library that has it open, by somebody who takes what becomes free at once.  Each Remove is done, and in the end
+    there is room as before."""
+    make_file_system(kind, tmp_path / "image")
+    with loop_device(tmp_path / "image") as device, mounted(device, kind, tmp_path / "disk") as mount:
+        async with open_snapshotter(mount / "root") as snapshotter:
+            layers = snapshotter.layers
+            await snapshotter.prepare("giant")
+            big = Path(layers.fs(1), "big")
+            free = os.statvfs(mount).f_bavail
+            for n in range(40):
+                await snapshotter.prepare(f"k{n}", "base" if n > 20 else None)
+                for file in ("a", "b", "c"):
+                    Path(layers.fs(n + 2), file).write_bytes(bytes(5000))
+                if n in (19, 20):
+                    await snapshotter.commit(["base", "other"][n - 20], f"k{n}")
+            fill(big)
+            os.sync()
+            fill(big)
+            if kind != "btrfs":  # which keeps its names, and small files, where large ones don't go
+                with pytest.raises(Unavailable, match="No space left on device") as refused:
+                    for n in range(1000):
+                        await snapshotter.prepare(f"more{n}")
+                assert refused.value.errno == errno.ENOSPC
+            names = [info.name for info in await snapshotter.walk() if info.name not in ("giant", "base")]
+            assert len(names) >= 39
+            for name in (*names, "base"):
+                await snapshotter.remove(name)
+                fill(big)
+            assert [info.name for info in await snapshotter.walk()] == ["giant"]
+            await snapshotter.remove("giant")
+            assert os.listdir(layers.snapshots) == os.listdir(layers.trash) == []
+            os.sync()
+            assert os.statvfs(mount).f_bavail > 0.9 * free
+            for n in range(40):
+                await snapshotter.prepare(f"k{n}")
 
 
 def test_no_inode_left(make_daemon: Make, small_disk: Path) -> None:
