@@ -420,7 +420,7 @@ async def test_a_quota_that_is_used_up(tmp_path: Path) -> None:
                 Path(layers.fs(n + 2), "file").write_bytes(bytes(5000))
             fill(Path(layers.fs(1), "big"), "Disk quota exceeded")
             for make in (snapshotter.prepare("new"), snapshotter.view("new")):
-                with pytest.raises(Unavailable, match='cannot .* snapshot "new": Disk quota exceeded') as refused:
+                with pytest.raises(Unavailable, match=r'cannot .* snapshot "new": Disk quota exceeded') as refused:
                     await make
                 assert refused.value.errno == errno.EDQUOT
             assert len(await snapshotter.walk()) == 41
