@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from snapfs import Damaged, Options, Unavailable, open_snapshotter
+from snapfs.kernel import probe
 from snapfs.kernel.mounttable import mount_table
 from tests.conftest import Daemon
 from tests.disk import Disk, disk, loop_device, make_file_system, mounted
@@ -193,6 +195,45 @@ def test_a_file_system_that_becomes_read_only(make_daemon: Callable[..., Daemon]
             assert daemon.stop() == 0
             assert len(daemon.said) == 1
             assert os.listdir(mount / "root/snapshots") == os.listdir(mount / "root/rootfs") == []
+
+
+@each_kind
+async def test_what_a_disk_lost_that_could_not_be_told(failing: Disk, kind: str, tmp_path: Path) -> None:
+    """A disk that fails for good takes no note of what it loses.  Mounted anew in the same boot, it is not believed."""
+    with mounted(failing.device, kind, tmp_path / "disk") as mount:
+        async with open_snapshotter(mount / "root", Options(rootfs=False)) as snapshotter:
+            await snapshotter.prepare("a")
+            layer = Path(snapshotter.layers.fs(1))
+            (layer / "file").write_bytes(b"x" * 8192)
+            await snapshotter.commit("base", "a", wait=False)  # and the flush has not begun
+            failing.fail(write=errno.EIO, flush=errno.EIO)
+            with pytest.raises(Unavailable):
+                await snapshotter.flush()
+            with pytest.raises(Unavailable):
+                await snapshotter.prepare("b")
+    failing.fail()
+    with mounted(failing.device, kind, tmp_path / "disk") as mount:
+        assert not (layer / "file").exists() or (layer / "file").read_bytes() != b"x" * 8192, "the test means something"
+        async with open_snapshotter(mount / "root", Options(rootfs=False)) as snapshotter:
+            with pytest.raises(Damaged, match='"base" may be torn'):
+                await snapshotter.prepare("web", "base")
+            await snapshotter.remove("base")
+
+
+@each_kind
+def test_one_mount_is_told_from_the_next(failing: Disk, kind: str, tmp_path: Path) -> None:
+    """But not where it is seen: a daemon that was killed may be started again in another mount namespace."""
+    with mounted(failing.device, kind, tmp_path / "disk") as mount:
+        before = probe.mounted_as(str(mount))
+        asking = f"from snapfs.kernel import probe; print(probe.mounted_as({str(mount)!r}))"
+        elsewhere = subprocess.run(
+            ["unshare", "--mount", sys.executable, "-c", asking], check=True, stdout=subprocess.PIPE, text=True
+        )
+        assert elsewhere.stdout == f"{before}\n" != "\n"
+        subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
+        assert probe.mounted_as(str(mount)) == before
+    with mounted(failing.device, kind, tmp_path / "disk") as mount:
+        assert probe.mounted_as(str(mount)) not in ("", before)
 
 
 @each_kind
