@@ -48,10 +48,11 @@ class _Level:
 
     ``opaque``: what is below does not shine through, so what the layer lacks is deleted.  ``items``: what is still to be said,
     in order: names, and names with a slash for all that is in them.  ``verbs``: what to say of each name; "" of a directory
-    over a directory.  ``length``: of the path up to here, with its slash.
+    over a directory.  ``length``: of the path up to here, with its slash.  ``is_leaf``: it has
+    no directories, nothing lies below it, and no name is to be escaped.
     """
 
-    __slots__ = ("below", "directory", "entered", "items", "length", "opaque", "plain", "verbs")
+    __slots__ = ("below", "directory", "entered", "is_leaf", "items", "length", "opaque", "plain", "verbs")
 
     def __init__(self, directory: _Directory, below: Sequence[_Directory], opaque: bool) -> None:
         self.directory = directory
@@ -61,6 +62,7 @@ class _Level:
         self.items: Iterator[str] = iter(())
         self.verbs: dict[str, str] = {}
         self.plain = True
+        self.is_leaf = False
         self.length = 0
 
 
@@ -89,6 +91,12 @@ def changes(layers: Sequence[str], *, checkpoint: Callable[[], None] = lambda: N
         while stack:
             level = stack[-1]
             verbs, plain = level.verbs, level.plain
+            if level.is_leaf:  # most are, and all of their lines are made at once
+                stack.pop()
+                scan.descriptors.close(level.directory)
+                yield from [f"{verbs[name]} {path}{name}\n" for name in level.items]
+                path = path[: stack[-1].length] if stack else path
+                continue
             for item in level.items:
                 if verb := verbs.get(item):
                     yield f"{verb} {path}{item if plain else _shown(item)}\n"
@@ -139,6 +147,7 @@ class _Scan:
         text = "".join(verbs)
         ascii_only = text.isascii()
         level.plain = ascii_only and text.isprintable() and "\\" not in text
+        level.is_leaf = level.plain and not directories and not level.below
         level.items = iter(sorted([*verbs, *directories], key=None if ascii_only else os.fsencode))
         return level
 

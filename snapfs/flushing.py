@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import trio
@@ -55,9 +55,9 @@ class Flushing:
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """Flush whatever is asked for, until cancelled; begins with what a crashed daemon left."""
+        self._running = True
         if self._marked():
             self.flush_soon()
-        self._running = True
         task_status.started()
         try:
             while True:
@@ -142,11 +142,14 @@ class Flushing:
                 if record is not None:
                     self._layers.bear(number, Imprint(record))
 
-    def flush_soon(self) -> None:
-        """Flush in the background what was written so far."""
-        if self._sync:
+    def flush_soon(self, then: Callable[[], None] = lambda: None) -> None:
+        """Flush in the background what was written so far, and call ``then`` when that has ended, or if nothing is flushed."""
+        if self._sync and self._running:
             self._next = self._next or _Flush()
+            self._next.then.append(then)
             self._wakeup.set()
+        else:
+            then()
 
     async def flush(self) -> None:
         """Return when all that was written so far is on disk, and known to be.  Raises Unavailable where the disk fails."""
@@ -181,7 +184,10 @@ class _Flush:
     def __init__(self) -> None:
         self.ended = trio.Event()
         self.error: SnapshotError | None = None
+        self.then: list[Callable[[], None]] = []
 
     def end(self, error: SnapshotError | None) -> None:
         self.error = error
         self.ended.set()
+        for call in self.then:
+            call()

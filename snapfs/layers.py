@@ -219,7 +219,7 @@ class Layers:
         return max(POOL_LEAST, min(inodes, space.f_bavail) // POOL_SHARE)
 
     def _flush_made(self) -> None:
-        if self.syncs:
+        if self.syncs and self._unflushed:
             placed, unmade = self._last_placed, self._unmade
             self.sync()
             with self._placing:
@@ -315,8 +315,9 @@ class Layers:
             os.close(base)
         with closing(directories(self.fs(number))) as visited:
             for fd, entries in visited:
-                for name, entry in entries:
-                    _chown(fd, name, entry, owner)
+                for entry in entries:
+                    with suppress(FileNotFoundError):
+                        _chown(fd, entry.name, entry.stat(follow_symlinks=False), owner)
 
     def refuse_damaged(self, number: int, kind: Kind = Kind.COMMITTED) -> None:
         """Raise Damaged where a directory of snapshot ``number`` is missing or is none; links count as none."""

@@ -28,6 +28,7 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
 
     ``id`` is the number of its directory ``ROOT/snapshots/<id>``: from 1, kept by Commit and rename, never used
     twice.  ``parent`` is the parent's name, or None.  ``created`` equals ``updated`` until the first Update.
+    ``origin`` says at which door it was made, and got its name: "containerd" on the socket, "" in the tree or by the library.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     labels: Mapping[str, str]
     created: int
     updated: int
+    origin: str = ""
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]

@@ -71,7 +71,7 @@ def finish(layers: Layers, records: MetaStore) -> None:
                 record = reader.record(number)
                 if record is not None and not os.path.lexists(layers.directory(number)) and layers.has_ready(name):
                     found.append((number, name, record))
-    if not placed:
+    if not found:
         return
     for number, name, record in found:
         kind = Kind.VIEW if record.kind is Kind.VIEW else Kind.ACTIVE

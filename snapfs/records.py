@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 from typing import Annotated, Any
 
 import lmdb
@@ -28,6 +29,7 @@ from snapfs.errors import Damaged, InvalidArgument
 from snapfs.model import Change, Info, Kind, Usage
 
 SCHEMA = 1
+CHUNK = 128  # records that are read ahead: some more than one answer to a listing has room for
 IDS = 1 << 36  # ids are below this: so many an inode number has room for
 
 Undo = Callable[[], None]
@@ -42,8 +44,9 @@ _Time = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 class Record(msgspec.Struct, frozen=True, array_like=True):
     """What the table ``snapshots`` holds, as MessagePack: an array in this order; new fields go to the end, with defaults.
 
-    ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted.  The
-    limits are for what is read: bytes that the disk has mangled must not become a snapshot.
+    ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted;
+    ``origin`` is as in ``model.Info``.  The limits are for what is read: bytes that the disk has mangled must not become a
+    snapshot.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     updated: _Time
     labels: dict[str, str]
     usage: Usage | None = None
+    origin: str = ""
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -179,6 +183,7 @@ class Reader:
             labels=record.labels,
             created=record.created,
             updated=record.updated,
+            origin=record.origin,
         )
 
     def chain(self, record: Record) -> list[int]:
@@ -204,6 +209,26 @@ class Reader:
                 for key, name in cursor:
                     if _is_id(key):
                         yield _number(key), name.decode(errors="replace")
+
+    def records(self, kind: Kind, after: int = 0) -> Iterator[tuple[int, str, Record | None]]:
+        """The same as ``listing``, with the records: None where it can't be read, or contradicts the index."""
+        with self._txn.cursor(db=self._tables.kinds[kind]) as index, self._txn.cursor(db=self._tables.snapshots) as cursor:
+            more = index.set_range(_key(after + 1))
+            while more:
+                listed = dict(islice(index.iternext(), CHUNK))
+                found = dict(cursor.getmulti(listed))
+                more = len(listed) == CHUNK and index.next()
+                for key, encoded in listed.items():
+                    name = encoded.decode(errors="replace")
+                    record: Record | None
+                    try:
+                        record = _decode(found[key])
+                        if record.name != name or record.kind is not kind:
+                            record = None
+                    except (KeyError, msgspec.MsgspecError, UnicodeDecodeError):
+                        record = None
+                    if _is_id(key):
+                        yield int.from_bytes(key, "big"), name, record
 
     def children(self, parent: int, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
         """The same for the children of snapshot ``parent``."""
@@ -266,6 +291,13 @@ class Reader:
                     for kind in Kind:
                         yield from ((name.encode(), _key(number)) for number, name in self.children(parent, kind))
 
+    def dump(self) -> Iterator[tuple[int, Record]]:
+        """Id and record of all snapshots in the order of ids, collected and made out like ``walk``; what can't be read is left
+        out."""
+        with self._txn.cursor(db=self._tables.snapshots) as cursor:
+            found = [(_number(key), value) for key, value in cursor if _is_id(key)]
+        return _readable(found)
+
     def uncounted(self) -> list[int]:
         """The ids of committed snapshots whose usage is not yet known."""
         with self._txn.cursor(db=self._tables.uncounted) as cursor:
@@ -324,6 +356,12 @@ class Reader:
         """The highest id ever given out; where that can't be read, the highest that there is a record of."""
         found = self._txn.get(b"last_id", _key(0), db=self._tables.meta)
         return _number(found) if _is_id(found) else max(self.numbers(), default=0)
+
+
+def _readable(found: list[tuple[int, bytes]]) -> Iterator[tuple[int, Record]]:
+    for number, encoded in found:
+        with suppress(Damaged):
+            yield number, _decoded(number, encoded)
 
 
 class _Collected(Reader):

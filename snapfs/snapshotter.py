@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, closing
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -27,6 +28,7 @@ from snapfs.errors import (
     HasChildren,
     InvalidArgument,
     NotFound,
+    NotPermitted,
     Unavailable,
     WrongParent,
 )
@@ -150,24 +152,36 @@ class Snapshotter:
 
     # -- making
 
-    async def prepare(self, key: str, parent: Ref | None = None, labels: Labels | None = None) -> list[Mount]:
+    async def prepare(
+        self, key: str, parent: Ref | None = None, labels: Labels | None = None, *, origin: str = ""
+    ) -> list[Mount]:
         """Make the active snapshot ``key`` on the committed snapshot ``parent`` (None or "": on nothing); its mounts.
+
+        ``origin``, here as elsewhere, is the door at which the caller stands: "" for the tree and the library.
 
         Raises NotFound: no such parent; InvalidArgument: the parent is not committed, or key or labels are no good;
         AlreadyExists: the key is in use, by any kind.
         """
-        return await self._create(Kind.ACTIVE, key, parent, labels, self.mounts_of)
+        return await self._create(Kind.ACTIVE, key, parent, labels, origin, self.mounts_of)
 
-    async def view(self, key: str, parent: Ref | None = None, labels: Labels | None = None) -> list[Mount]:
+    async def view(self, key: str, parent: Ref | None = None, labels: Labels | None = None, *, origin: str = "") -> list[Mount]:
         """Make the read-only view ``key`` of ``parent``; as ``prepare`` otherwise."""
-        return await self._create(Kind.VIEW, key, parent, labels, self.mounts_of)
+        return await self._create(Kind.VIEW, key, parent, labels, origin, self.mounts_of)
 
-    async def create(self, kind: Kind, key: str, parent: Ref | None = None, labels: Labels | None = None) -> int:
+    async def create(
+        self, kind: Kind, key: str, parent: Ref | None = None, labels: Labels | None = None, *, origin: str = ""
+    ) -> int:
         """``prepare`` or ``view``, as ``kind`` says; the id of what was made."""
-        return await self._create(kind, key, parent, labels, lambda reader, number, record: number)
+        return await self._create(kind, key, parent, labels, origin, lambda reader, number, record: number)
 
     async def _create(
-        self, kind: Kind, key: str, parent: Ref | None, labels: Labels | None, answer: Callable[[Reader, int, Record], T]
+        self,
+        kind: Kind,
+        key: str,
+        parent: Ref | None,
+        labels: Labels | None,
+        origin: str,
+        answer: Callable[[Reader, int, Record], T],
     ) -> T:
         names.encode(key)
         stored = self._checked_labels(labels)
@@ -183,7 +197,7 @@ class Snapshotter:
             self._refuse_taken(writer, key)
             number = writer.next_id()
             now = time.time_ns()
-            record = Record(key, kind, above or 0, now, now, stored)
+            record = Record(key, kind, above or 0, now, now, stored, None, origin)
             if above:
                 self.layers.refuse_damaged(above)
             try:
@@ -210,6 +224,7 @@ class Snapshotter:
         keep_labels: bool = False,
         refuse_mounted: bool = False,
         wait: bool = True,
+        origin: str = "",
     ) -> None:
         """Make the active snapshot ``key`` the committed snapshot ``name``: the id stays, the key is gone.
 
@@ -221,7 +236,9 @@ class Snapshotter:
         the data is flushed in the background: ``flush`` waits for it.  After a power cut before that, the snapshot is there
         but refused as parent and mount (Damaged), until it is removed or accepted.
 
-        The usage is counted right after, in the background: ``usage`` waits for it.
+        The usage is counted after that, in the background, or when somebody asks: ``usage`` waits for it.
+
+        What was made at another door than ``origin`` belongs to the tree from now on, which has given it a name of its own.
 
         Raises NotFound: no such key, or no such parent to rebase onto; FailedPrecondition: the snapshot is not active, or
         that parent is not committed; Busy: somebody uses its rootfs; AlreadyExists: the name is in use (the key itself is
@@ -243,13 +260,13 @@ class Snapshotter:
                 raise Busy(f'snapshot "{record.name}" is mounted read-write at {places[0]}: unmount it first')
             now = time.time_ns()
             kept = record.labels if keep_labels else {}
-            after = Record(name, Kind.COMMITTED, above, now, now, {**kept, **given})
+            whose = origin if record.origin == origin else ""
+            after = Record(name, Kind.COMMITTED, above, now, now, {**kept, **given}, None, whose)
             self._put(writer, number, record, after)
 
         async with self._unmounted(key) as number:
             await self._write_record(operation)
-        self.flushing.flush_soon()
-        self.counting.count_soon(number)
+        self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless somebody asks for it before
         if wait:
             await self.flushing.flush()
             self.flushing.refuse_lost([number])  # another flush may have failed on it meanwhile
@@ -266,7 +283,7 @@ class Snapshotter:
 
     # -- changing
 
-    async def remove(self, key: Ref, *, wait: bool = True) -> None:
+    async def remove(self, key: Ref, *, wait: bool = True, origin: str = "") -> None:
         """Remove a snapshot of any kind: key, record and, right after, its files; with ``async_remove`` at Cleanup.
 
         The key is free before the files are gone.  ``wait`` returns when they are; a failure to delete them is logged
@@ -274,11 +291,14 @@ class Snapshotter:
 
         A snapshot whose record is damaged is removed too, if the indexes agree about which one it is.
 
-        Raises NotFound, HasChildren, or Busy: somebody uses its rootfs (both FailedPreconditions).
+        Raises NotFound; FailedPrecondition: HasChildren, Busy: somebody uses its rootfs, or it was made at another door than
+        ``origin``, unless that is "", which may remove all.
         """
 
         def operation(writer: Writer) -> None:
             before, record = self._last_seen(writer, number, key)
+            if origin and before.origin != origin:
+                raise FailedPrecondition(f'snapshot "{before.name}" was not made by {origin}: remove it in the tree')
             if child := writer.a_child(number):
                 raise HasChildren.of(before.name, child[1], child[0])
             if record is None:
@@ -319,16 +339,34 @@ class Snapshotter:
     async def rename(self, old: Ref, new: str) -> None:
         """Give a snapshot another key or name; its kind, id, children and times stay.  containerd lacks this.
 
-        Raises NotFound, or AlreadyExists: ``new`` is in use.
+        What was made at another door belongs to the tree from now on, which has given it a name of its own.
+
+        Raises NotFound; AlreadyExists: ``new`` is in use; NotPermitted: it has children that were made at another door too,
+        which would lose the parent that they know by this name.
         """
         names.encode(new)
 
         def operation(writer: Writer) -> None:
-            number, record = self._find(writer, old)
+            number, before = self._find(writer, old)
             self._refuse_taken(writer, new, number)
-            self._put(writer, number, record, msgspec.structs.replace(record, name=new))
+            record = before
+            if record.origin and new != record.name:
+                self._refuse_children_of(writer, number, record)
+                record = msgspec.structs.replace(record, origin="")
+            self._put(writer, number, before, msgspec.structs.replace(record, name=new))
 
         await self._write_record(operation)
+
+    def _refuse_children_of(self, writer: Writer, number: int, record: Record) -> None:
+        """Raise NotPermitted if snapshot ``number`` has a child of the same origin."""
+        for kind in Kind:
+            for child, name in writer.children(number, kind):
+                below = writer.record(child)
+                if below is not None and below.origin == record.origin:
+                    raise NotPermitted(
+                        f'snapshot "{record.name}" is {record.origin}\'s, and so is its child "{name}" ({kind}), '
+                        "which knows it by this name: make a child of it in the tree instead"
+                    )
 
     async def update(self, key: Ref, labels: Labels, fieldpaths: Sequence[str] = ()) -> Info:
         """Change labels; what Stat now shows.
@@ -459,6 +497,19 @@ class Snapshotter:
         with self._reading() as reader:
             return self.mounts_of(reader, *self._find(reader, key))
 
+    async def hand_over(self, key: Ref) -> list[Mount]:
+        """``mounts`` for who is about to mount them: two overlays must not share an upper layer, so that of ``mount`` goes.
+
+        Raises Busy while somebody uses that.
+        """
+        mounts = await self.mounts(key)
+        with self._reading() as reader:
+            number, record = self._find(reader, key)
+        if record.kind is Kind.ACTIVE and self.rootfs is not None and self.rootfs.holds(number):
+            async with self.rootfs.unmounted(number):
+                pass
+        return mounts
+
     async def find_layers(self, key: Ref) -> None:
         """Raise Damaged where a directory of the snapshot, or of one that it stands on, is not there; NotFound."""
         with self._reading() as reader:
@@ -481,8 +532,10 @@ class Snapshotter:
                 self._find(reader, number)
             raise
 
-    async def walk(self, *filters: str) -> list[Info]:
+    async def walk(self, *filters: str, origin: str = "") -> list[Info]:
         """All snapshots that ``filters`` select (``snapfs/filters.py``), ordered by the key's bytes, of one consistent state.
+
+        Only those that were made at the door ``origin``, unless that is "".
 
         Raises InvalidArgument for a bad filter.
         """
@@ -491,7 +544,7 @@ class Snapshotter:
         def collect() -> list[Info]:
             with self._reading(long=True) as reader:
                 found = reader.walk(compiled.selection)
-            return [info for info in map(self.shown, found) if compiled.holds(info)]
+            return [info for info in map(self.shown, found) if (not origin or info.origin == origin) and compiled.holds(info)]
 
         return await trio.to_thread.run_sync(collect)
 

@@ -7,20 +7,20 @@ import os
 from collections import OrderedDict
 from collections.abc import Generator
 
-Entries = list[tuple[str, os.stat_result]]
+Entries = list[os.DirEntry[str]]
 
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
-    """An open descriptor of ``top`` and then of each directory below it, parents first, with its entries: names, and what
-    lstat(2) says of each.
+    """An open descriptor of ``top`` and then of each directory below it, parents first, with its entries, of which nothing is
+    known yet but names and types.
 
-    The descriptor is valid until the next step.  What vanishes meanwhile is left out; no symbolic link is ever followed,
-    whatever is put in the way meanwhile.  Depth costs neither stack nor more than a few descriptors, and no path is too long.
-    Raises OSError where ``top`` is missing or the disk fails.  Blocks on the disk; close the generator to let go of what it
-    has open.
+    Descriptor and entries are valid until the next step.  What vanishes meanwhile is left out (and an entry's ``stat`` may
+    raise FileNotFoundError); no symbolic link is ever followed, whatever is put in the way meanwhile.  Depth costs neither
+    stack nor more than a few descriptors, and no path is too long.  Raises OSError where ``top`` is missing or the disk fails.
+    Blocks on the disk; close the generator to let go of what it has open.
     """
     with Descriptors() as descriptors:
         pending = [Directory(top)]
@@ -29,24 +29,13 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
             fd = descriptors.get(directory)
             if fd < 0:
                 continue
-            found: Entries = []
             with os.scandir(fd) as entries:
-                for entry in entries:
-                    try:
-                        stat = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    found.append((entry.name, stat))
-                    if is_directory(stat):
-                        pending.append(Directory(entry.name, directory))
-            yield fd, found
-            if not pending or pending[-1].parent is not directory:  # nothing below it is to be opened
+                found = list(entries)
+                below = [Directory(entry.name, directory) for entry in found if entry.is_dir(follow_symlinks=False)]
+                yield fd, found
+            pending += below
+            if not below:
                 descriptors.close(directory)
-
-
-def is_directory(stat: os.stat_result) -> bool:
-    """Whether ``stat`` is a directory's."""
-    return stat.st_mode & 0o170000 == 0o040000
 
 
 class Directory:

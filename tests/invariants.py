@@ -119,7 +119,7 @@ def make_records() -> dict[int, Record]:
     """Records of a small root: a chain of three with a view and two active snapshots on it, one apart."""
 
     def record(name: str, kind: Kind, parent: int = 0, usage: Usage | None = None) -> Record:
-        return Record(name, kind, parent, 1, 2, {"label": name}, usage)
+        return Record(name, kind, parent, 1, 2, {"label": name}, usage, "containerd" if name == "middle" else "")
 
     return {
         1: record("base", Kind.COMMITTED, 0, Usage(3, 4096)),

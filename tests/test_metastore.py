@@ -507,6 +507,8 @@ async def test_a_parent_without_a_record_is_damaged(store: MetaStore) -> None:
 def test_records_of_an_older_snapfs_may_lack_the_last_fields() -> None:
     old = msgspec.msgpack.encode(["web", "active", 0, 1, 2, {"a": "b"}])
     assert msgspec.msgpack.decode(old, type=Record) == Record("web", Kind.ACTIVE, 0, 1, 2, {"a": "b"})
+    counted = msgspec.msgpack.encode(["web", "committed", 0, 1, 2, {}, {"inodes": 3, "size": 4096}])
+    assert msgspec.msgpack.decode(counted, type=Record) == Record("web", Kind.COMMITTED, 0, 1, 2, {}, Usage(3, 4096), "")
 
 
 # -- the trash

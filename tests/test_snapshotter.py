@@ -30,12 +30,13 @@ from snapfs import (
     Usage,
     open_snapshotter,
 )
-from snapfs.errors import Busy, HasChildren, LabelTooBig, NameTooLong, NotUtf8, WrongParent
+from snapfs.errors import Busy, HasChildren, LabelTooBig, NameTooLong, NotPermitted, NotUtf8, WrongParent
 from snapfs.filters import Filters
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
 from snapfs.layers import POOL, POOL_LEAST
 from snapfs.metastore import BATCH
+from snapfs.rebuilding import rebuild
 from snapfs.records import Writer
 from tests.conftest import DryPool
 
@@ -690,6 +691,65 @@ async def test_rename_to_the_same_name_is_fine(filled: Snapshotter) -> None:
     before = await filled.walk()
     await filled.rename("web", "web")
     assert await filled.walk() == before
+
+
+# -- origins
+
+
+async def origins(snapshotter: Snapshotter, origin: str = "") -> dict[str, str]:
+    return {info.name: info.origin for info in await snapshotter.walk(origin=origin)}
+
+
+async def test_what_is_made_at_a_door_is_listed_and_removed_there(snapshotter: Snapshotter) -> None:
+    await snapshotter.prepare("k", origin="containerd")
+    await snapshotter.commit("layer", "k", origin="containerd")
+    await snapshotter.view("v", "layer", origin="containerd")
+    await snapshotter.prepare("mine", "layer")
+    assert await origins(snapshotter) == {"layer": "containerd", "mine": "", "v": "containerd"}
+    assert await origins(snapshotter, "containerd") == {"layer": "containerd", "v": "containerd"}
+    with pytest.raises(FailedPrecondition, match="was not made by containerd: remove it in the tree"):
+        await snapshotter.remove("mine", origin="containerd")
+    await snapshotter.remove("v", origin="containerd")
+    with pytest.raises(HasChildren):
+        await snapshotter.remove("layer", origin="containerd")
+    await snapshotter.remove("mine")
+    await snapshotter.remove("layer", origin="containerd")
+    assert await origins(snapshotter) == {}
+
+
+async def test_what_the_tree_gives_a_name_is_the_trees(snapshotter: Snapshotter) -> None:
+    for key in ("a", "b", "c"):
+        await snapshotter.prepare(key, origin="containerd")
+    await snapshotter.commit("saved", "a")
+    await snapshotter.rename("b", "kept")
+    await snapshotter.rename("c", "c")
+    await snapshotter.update("c", {"team": "blue"})
+    await snapshotter.prepare("mine")
+    await snapshotter.commit("over the socket", "mine", origin="containerd")
+    assert await origins(snapshotter) == {"c": "containerd", "kept": "", "over the socket": "", "saved": ""}
+
+
+async def test_a_parent_that_is_known_elsewhere_keeps_its_name(snapshotter: Snapshotter) -> None:
+    await snapshotter.prepare("k", origin="containerd")
+    await snapshotter.commit("layer", "k", origin="containerd")
+    await snapshotter.view("mine", "layer")
+    await snapshotter.prepare("web", "layer", origin="containerd")
+    with pytest.raises(NotPermitted, match='its child "web"'):
+        await snapshotter.rename("layer", "other")
+    await snapshotter.remove("web", origin="containerd")
+    await snapshotter.rename("layer", "other")
+    assert await origins(snapshotter) == {"mine": "", "other": ""}
+
+
+async def test_origins_survive_the_loss_of_the_records(root: Path) -> None:
+    async with open_snapshotter(root) as first:
+        await first.prepare("k", origin="containerd")
+        await first.commit("layer", "k", origin="containerd")
+        await first.prepare("mine", "layer")
+    (root / "metadata.mdb").unlink()
+    list(rebuild(str(root)))
+    async with open_snapshotter(root) as second:
+        assert await origins(second) == {"layer": "containerd", "mine": ""}
 
 
 # -- Walk

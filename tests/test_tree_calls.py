@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from snapfs.layers import POOL_LEAST
 from tests.conftest import Daemon
 
 AT_FDCWD = -100
@@ -823,7 +824,7 @@ def test_statfs_is_that_of_the_file_system_that_holds_the_root(make_daemon: Call
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m,nr_inodes=3000", "none", str(disk)], check=True)
     try:
         daemon = make_daemon(root=disk / "root").start()
-        until(lambda: len(os.listdir(disk / "root/pool")) == 32)
+        until(lambda: len(os.listdir(disk / "root/pool")) == POOL_LEAST)
         os.mkdir(daemon.mnt / "active/a")
         for size in (0, 1 << 20):
             (daemon.mnt / "active/a/diff/file").write_bytes(bytes(size))

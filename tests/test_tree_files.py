@@ -218,7 +218,7 @@ def test_json_keeps_text_as_it_is(tree: Path) -> None:
 
 
 def test_info_json(tree: Path) -> None:
-    fields = ["name", "kind", "id", "parent", "labels", "created", "updated", "mounted"]
+    fields = ["name", "kind", "id", "parent", "labels", "created", "updated", "origin", "mounted"]
     base, web, peek = (info(tree / path) for path in ("committed/base", "active/web", "view/peek"))
     for found in (base, web, peek):
         assert list(found) == fields

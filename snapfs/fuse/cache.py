@@ -8,9 +8,11 @@ the directory's lock for it, which the very request being answered may hold.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 
 import pyfuse3
+import trio
 
 from snapfs import names
 from snapfs.model import Change, Info
@@ -18,6 +20,8 @@ from snapfs.tree.attributes import ATTRIBUTES
 from snapfs.tree.node import KIND_SLOTS, Slot, pack
 
 TIMEOUT = 600.0  # seconds
+
+SETTLE = 1.0  # seconds that who waits for the kernel to forget a name waits: a request may hold the directory's lock
 
 _DIRECTORIES = (Slot.SNAPSHOT, Slot.SNAPSHOT | Slot.INSIDE)
 _FIXED = [attribute.slot for attribute in ATTRIBUTES if attribute.fixed]  # all others are looked up each time
@@ -32,6 +36,8 @@ class KernelCache:
 
     def __init__(self) -> None:
         self._asked_for: list[tuple[int, str]] = []
+        self._forgetting: deque[tuple[int, bytes]] = deque(maxlen=100)
+        self._settling = trio.Lock()
 
     @contextlib.contextmanager
     def asked_for(self, directory: int, name: str) -> Iterator[None]:
@@ -79,3 +85,19 @@ class KernelCache:
         its thread waits for that lock and can't be interrupted, and the client that has it waits for the daemon.
         """
         pyfuse3.invalidate_entry_async(directory, name.encode(), ignore_enoent=True)
+        self._forgetting.append((directory, name.encode()))
+
+    async def settle(self) -> None:
+        """Return when the kernel has forgotten all names that it was told to; not for requests, on which it may wait."""
+        async with self._settling:
+            told = list(self._forgetting)
+            self._forgetting.clear()
+            if told:  # once more, since nothing tells when the other thread has done so
+                with trio.move_on_after(SETTLE):
+                    await trio.to_thread.run_sync(_forget, told, abandon_on_cancel=True)
+
+
+def _forget(told: list[tuple[int, bytes]]) -> None:
+    for directory, name in told:
+        with contextlib.suppress(OSError):
+            pyfuse3.invalidate_entry(directory, name)

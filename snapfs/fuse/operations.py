@@ -144,19 +144,22 @@ class Operations(pyfuse3.Operations):
 
     def entry(self, node: Node) -> EntryAttributes:
         """What the kernel wants to know of ``node``, and for how long it may believe it."""
+        return self._describe(EntryAttributes(), node)
+
+    def _describe(self, entry: EntryAttributes, node: Node) -> EntryAttributes:
+        """The same in ``entry``, which may have served for another."""
         found = node.attributes()
-        entry = EntryAttributes()
-        entry.st_ino = node.inode
+        inode, time = node.inode, found.time
+        entry.st_ino = inode
         entry.st_mode = self.rights.mode(found)
-        entry.st_nlink = 1
         entry.st_uid, entry.st_gid = self.rights.owner(found)
         entry.st_size = found.size
         entry.st_blocks = found.blocks
-        entry.st_blksize = 4096
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = found.time
+        if entry.st_mtime_ns != time:
+            entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = time
         entry.entry_timeout = TIMEOUT if node.keep_entry else 0
         # the kernel takes the number that stat(2) shows from here too, unless it asks once more (``getattr``)
-        entry.attr_timeout = TIMEOUT if found.keep and node.inode == node.shown_inode else 0
+        entry.attr_timeout = TIMEOUT if found.keep and inode == node.shown_inode else 0
         return entry
 
     def log_refusal(self, number: int, operation: str, args: tuple[object, ...], error: Exception) -> None:
@@ -445,9 +448,11 @@ class Operations(pyfuse3.Operations):
                 dot.st_mode = 0o040755
                 if not pyfuse3.readdir_reply(token, name, dot, offset):
                     return
+        entry = EntryAttributes()  # one for all: what is told is copied, and making one costs as much as all else
+        reply, describe = pyfuse3.readdir_reply, self._describe
         with closing(node.entries(max(0, start_id - _DOTS))) as entries:  # type: ignore[type-var]
             for offset, text, child in entries:
-                if not pyfuse3.readdir_reply(token, text.encode(), self.entry(child), offset + _DOTS):
+                if not reply(token, text.encode(), describe(entry, child), offset + _DOTS):
                     return
 
     @answering

@@ -9,7 +9,8 @@ import os
 import signal
 import stat
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import msgspec
@@ -25,6 +26,7 @@ from snapfs.layers import is_abandoned
 from snapfs.mounted import origin
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
+from snapfs.snapshotter import Snapshotter
 from snapfs.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -45,14 +47,33 @@ class MountOptions(msgspec.Struct, frozen=True):
     dirsync: bool = False
 
 
+Beside = Callable[[Snapshotter, Callable[[], Awaitable[None]]], AbstractAsyncContextManager[None]]
+"""What serves the same snapshotter at another door while the tree is mounted.  It may await the second argument: that returns
+when the tree shows all changes so far."""
+
+
+@contextlib.asynccontextmanager
+async def _nothing(snapshotter: Snapshotter, settle: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    yield
+
+
 async def serve(
-    root: str, mountpoint: str, options: Options, mount: MountOptions, on_ready: Callable[[], None] = lambda: None
+    root: str,
+    mountpoint: str,
+    options: Options,
+    mount: MountOptions,
+    on_ready: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
+    *,
+    beside: Beside = _nothing,
+    told: Mapping[str, object] | None = None,
 ) -> None:
     """Mount the tree of ``root`` on ``mountpoint`` (an absolute path) and serve it until SIGINT, SIGTERM, SIGHUP or
     umount; then nothing is left mounted.
 
-    ``on_ready`` is called when requests are being answered.  Raises SnapshotError with a sentence where the root, the
-    mountpoint or FUSE can't be used.
+    ``on_ready`` is called when requests are being answered, ``on_stop`` when a signal is about to end that.  ``told`` is what
+    options.json says besides.  Raises SnapshotError with a sentence where the root, the mountpoint, FUSE or ``beside`` can't
+    be used.
     """
     _check_access(mount.access, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
@@ -64,12 +85,12 @@ async def serve(
         refusal: SnapshotError | None = None
         async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
             stop = trio.Event()
-            nursery.start_soon(_set_on_signal, stop, signals)
+            nursery.start_soon(_set_on_signal, stop, signals, on_stop)
             try:
                 access = {**msgspec.structs.asdict(mount.access), "umask": f"{mount.access.umask:03o}"}
-                served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync}
+                served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync, **(told or {})}
                 tree = Tree(snapshotter, served, dirsync=mount.dirsync)
-                await serve_tree(tree, mountpoint, mount, on_ready, stop)
+                await serve_tree(tree, mountpoint, mount, on_ready, stop, beside)
             except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group
                 refusal = error
             nursery.cancel_scope.cancel()
@@ -77,7 +98,14 @@ async def serve(
             raise refusal
 
 
-async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready: Callable[[], None], stop: trio.Event) -> None:
+async def serve_tree(
+    tree: Tree,
+    mountpoint: str,
+    mount: MountOptions,
+    on_ready: Callable[[], None],
+    stop: trio.Event,
+    beside: Beside = _nothing,
+) -> None:
     """Mount ``tree`` and answer requests until ``stop`` is set or somebody unmounts it.  One a process at a time."""
     operations = Operations(tree, mount.access, on_ready)
     try:
@@ -88,7 +116,7 @@ async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready:
             hint += ", and for allow_other the line user_allow_other in /etc/fuse.conf, which is root's to add"
         raise Unavailable(f"cannot mount on {mountpoint}: {error}; {hint}") from None
     try:
-        async with trio.open_nursery() as nursery:
+        async with beside(tree.snapshotter, operations.cache.settle), trio.open_nursery() as nursery:
             loop = trio.CancelScope()
             nursery.start_soon(_end_loop, loop, stop)
             with loop:
@@ -102,8 +130,10 @@ async def serve_tree(tree: Tree, mountpoint: str, mount: MountOptions, on_ready:
         pyfuse3.close(unmount=True)
 
 
-async def _set_on_signal(stop: trio.Event, signals: AsyncIterator[int]) -> None:
+async def _set_on_signal(stop: trio.Event, signals: AsyncIterator[int], on_stop: Callable[[], None]) -> None:
     async for _ in signals:
+        if not stop.is_set():
+            on_stop()
         stop.set()
 
 

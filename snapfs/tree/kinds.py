@@ -68,18 +68,17 @@ class KindDirectory(Directory):
         return SnapshotDirectory(self.tree, number, record, self.tree.bank(number, record))
 
     def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
-        with self.tree.reading() as reader:
-            for number, key in reader.listing(self.kind, after):
-                with contextlib.suppress(InvalidArgument):  # not even the name can be read: nothing is known of it
+        tree = self.tree
+        with tree.reading() as reader:
+            for number, key, record in reader.records(self.kind, after):
+                try:
                     name = names.encode(key)
-                    try:
-                        record = reader.record(number)
-                    except Damaged:
-                        record = None
-                    if record is not None and (record.name, record.kind) == (key, self.kind):
-                        yield number, name, SnapshotDirectory(self.tree, number, record, self.tree.bank(number, record))
-                    else:
-                        yield number, name, DamagedDirectory(self.tree, number, self.kind, key)
+                except InvalidArgument:  # not even the name can be read: nothing is known of it
+                    continue
+                if record is not None:
+                    yield number, name, SnapshotDirectory(tree, number, record, tree.bank(number, record))
+                else:
+                    yield number, name, DamagedDirectory(tree, number, self.kind, key)
 
     async def mkdir(self, name: str) -> Node:
         """Prepare or View."""

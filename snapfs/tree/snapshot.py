@@ -56,8 +56,9 @@ class SnapshotDirectory(Directory):
         return f"{self.record.kind}/{names.encode(self.record.name)}"
 
     def attributes(self) -> Attributes:
-        usage = self.tree.snapshotter.counting.last_known(self.number, self.record)
-        return Attributes(self.mode, usage.size, usage.size // 512, self.record.updated, keep=not self.must_settle())
+        record = self.record
+        size = (record.usage or self.tree.snapshotter.counting.last_known(self.number, record)).size
+        return Attributes(self.mode, size, size // 512, record.updated, not self.must_settle())
 
     def must_settle(self) -> bool:
         return self.record.kind is Kind.COMMITTED and self.record.usage is None

@@ -8,9 +8,11 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 from typing import BinaryIO
 
 MOST = 8 << 20  # bytes of texts that are remembered
+LINES = 500  # that are taken at once
 IN_MEMORY = 1 << 20  # bytes of one text that is made line by line; a longer one goes to the disk
 
 
@@ -46,8 +48,9 @@ class LongText(Text):
         self.size = self.checksum = 0
         buffer = bytearray()
         try:
-            for line in lines:
-                buffer += line.encode()
+            some = iter(lines)
+            while part := "".join(islice(some, LINES)):
+                buffer += part.encode()
                 if len(buffer) > IN_MEMORY:
                     if self._file is None:
                         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115

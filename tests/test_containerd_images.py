@@ -1,0 +1,309 @@
+"""Behind a real containerd: an image is imported, run, looked at, committed, removed and collected."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.conftest import Daemon
+from tests.containerd_client import SECONDS, Client, Containerd, connected
+
+EXAMPLES = Path(__file__).parent.parent / "examples/containerd"
+IMAGE = "test.local/layers:1"
+APPLETS = ("sh", "cat", "find", "md5sum", "sleep", "sort", "stat", "xargs", "touch", "rm", "mkdir")
+LOOK = """cd / && find bin data etc kept -print0 | xargs -0 stat -c '%n %f %u %g %h %N' | sort &&
+find data etc kept -type f | sort | xargs md5sum"""
+
+
+class Layer:
+    """One layer of an image, as a tar."""
+
+    def __init__(self) -> None:
+        self.buffer = io.BytesIO()
+        self.tar = tarfile.open(fileobj=self.buffer, mode="w")  # noqa: SIM115
+
+    def add(self, name: str, data: bytes | None = b"", mode: int = 0o644, **fields: object) -> Layer:
+        entry = tarfile.TarInfo(name)
+        entry.mode, entry.size = mode, len(data or b"")
+        if data is None:
+            entry.type = tarfile.DIRTYPE
+        for field, value in fields.items():
+            setattr(entry, field, value)
+        self.tar.addfile(entry, io.BytesIO(data or b""))
+        return self
+
+    def done(self) -> bytes:
+        self.tar.close()
+        return self.buffer.getvalue()
+
+
+def layers() -> list[bytes]:
+    busybox = shutil.which("busybox")
+    assert busybox is not None
+    first = Layer().add("bin", None, 0o755).add("bin/busybox", Path(busybox).read_bytes(), 0o755)
+    for applet in APPLETS:
+        first.add(f"bin/{applet}", type=tarfile.SYMTYPE, linkname="busybox")
+    first.add("etc", None, 0o755).add("etc/release", b"one\n").add("etc/secret", b"s", 0o600, uid=12, gid=34)
+    first.add("data", None, 0o1777).add("data/gone", b"x").add("data/old/deep", b"hidden").add("data/both", b"first")
+    first.add("data/twin", type=tarfile.LNKTYPE, linkname="data/both").add("whole/tree/of/files", b"x").add(
+        "kept/file", b"kept"
+    )
+    second = Layer().add("data/.wh.gone").add("data/old", None, 0o700).add("data/old/.wh..wh..opq").add("data/old/new", b"new")
+    second.add("etc/release", b"two\n").add(".wh.whole")
+    third = (
+        Layer().add("data/gone", b"back again", 0o4755).add("kept", None, 0o750, uid=7).add("etc/pipe", type=tarfile.FIFOTYPE)
+    )
+    third.add("data/old/.wh.new").add("data/old/newer", b"newer")
+    return [first.done(), second.done(), third.done()]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OCI layout in a tar."""
+    base = tmp_path_factory.mktemp("image")
+    blobs = base / "oci/blobs/sha256"
+    blobs.mkdir(parents=True)
+
+    def blob(data: bytes, kind: str) -> dict[str, object]:
+        digest = hashlib.sha256(data).hexdigest()
+        (blobs / digest).write_bytes(data)
+        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": f"sha256:{digest}", "size": len(data)}
+
+    def document(value: object) -> bytes:
+        return json.dumps(value).encode()
+
+    tars = layers()
+    ids = [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in tars]
+    arch = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+    settings = {"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"]}
+    config = {"architecture": arch, "os": "linux", "config": settings, "rootfs": {"type": "layers", "diff_ids": ids}}
+    stack = [blob(tar, "layer.v1.tar") for tar in tars]
+    manifest = {"schemaVersion": 2, "config": blob(document(config), "config.v1+json"), "layers": stack}
+    listed = {**blob(document(manifest), "manifest.v1+json"), "annotations": {"io.containerd.image.name": IMAGE}}
+    (base / "oci/index.json").write_bytes(document({"schemaVersion": 2, "manifests": [listed]}))
+    (base / "oci/oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    subprocess.run(["tar", "-C", str(base / "oci"), "-cf", str(base / "image.tar"), "."], check=True)
+    return base / "image.tar"
+
+
+class Both:
+    """A containerd and the snapfs that serves it."""
+
+    def __init__(self, base: Path, snapfs: Daemon, containerd: Containerd, image: Path) -> None:
+        self.snapfs = snapfs
+        self.containerd = containerd
+        self.image = image
+        self.socket = base / "snapfs.sock"
+        self.runc = ("--runc-root", str(containerd.base / "runc"))
+        self.ctr, self.snapshots, self.mnt = containerd.ctr, containerd.snapshots, snapfs.mnt
+
+    def load(self, snapshotter: str = "snapfs") -> None:
+        self.ctr("image", "import", "--snapshotter", snapshotter, str(self.image))
+
+    def run(self, *command: str, key: str = "web", snapshotter: str = "snapfs") -> str:
+        return self.ctr("run", "--rm", "--snapshotter", snapshotter, *self.runc, IMAGE, key, *command)
+
+    def shown(self) -> dict[str, list[str]]:
+        return {kind: sorted(os.listdir(self.mnt / kind)) for kind in ("active", "view", "committed")}
+
+    def collected(self) -> None:
+        """All images go, and what nobody needs any more with them."""
+        self.ctr("image", "rm", "--sync", IMAGE)
+
+
+EMPTY: dict[str, list[str]] = {"active": [], "view": [], "committed": []}
+
+
+@pytest.fixture
+def both(make_daemon: Callable[..., Daemon], tmp_path: Path, image: Path) -> Iterator[Both]:
+    snapfs = make_daemon("--containerd", str(tmp_path / "snapfs.sock")).start()
+    containerd = Containerd(tmp_path / "c", tmp_path / "snapfs.sock")
+    try:
+        yield Both(tmp_path, snapfs, containerd.start(), image)
+    finally:
+        containerd.cleanup()
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_container_sees_the_same_files_as_under_overlayfs(both: Both) -> None:
+    both.load()
+    both.load("overlayfs")
+    assert len(both.shown()["committed"]) == 3
+    found = both.run("/bin/sh", "-c", LOOK)
+    assert found == both.run("/bin/sh", "-c", LOOK, snapshotter="overlayfs")
+    lines = {line.split()[0]: line.split()[1:] for line in found.splitlines()}
+    assert "data/old/deep" not in lines
+    assert {"data/old", "data/old/newer", "data/gone", "etc/pipe", "kept/file", "data/twin"} <= set(lines)
+    assert lines["data/gone"][0] == f"{0o104755:x}"
+    assert lines["etc/secret"][:3] == [f"{0o100600:x}", "12", "34"]
+    assert lines["data/twin"][3] == "2"
+    assert hashlib.md5(b"two\n").hexdigest() + "  etc/release" in found
+    both.collected()
+    assert both.shown() == EMPTY
+    assert os.listdir(both.snapfs.root / "snapshots") == []
+
+
+def test_a_running_container_is_watched_in_the_tree(both: Both) -> None:
+    both.load()
+    both.ctr("run", "-d", "--snapshotter", "snapfs", *both.runc, IMAGE, "web", "/bin/sleep", "1000")
+    (key,) = both.shown()["active"]
+    assert key.endswith("%2Fweb")
+    web = both.mnt / "active" / key
+    both.ctr("task", "exec", "--exec-id", "e1", "web", "/bin/sh", "-c", "echo hello > /data/hello; rm /kept/file")
+    assert (web / "rootfs/data/hello").read_text() == "hello\n"
+    said = json.loads((web / "info.json").read_text())
+    assert said["origin"] == "containerd"
+    tasks = both.containerd.base / "state/io.containerd.runtime.v2.task"
+    assert said["mounted"] == [str(tasks / both.containerd.namespace / "web/rootfs")]
+    assert os.readlink(web / "rootfs") == said["mounted"][0], "nothing is mounted a second time"
+    assert {"A /data/hello", "D /kept/file"} < set((web / "changes").read_text().splitlines()), "and runc's mountpoints"
+    with pytest.raises(OSError, match="busy"):
+        web.rename(both.mnt / "committed/saved")
+    both.ctr("task", "kill", "--signal", "KILL", "web")
+    eventually(lambda: "STOPPED" in both.ctr("task", "ls"))
+    both.ctr("task", "rm", "web")
+    both.snapshots("commit", "saved", "web")
+    assert both.shown()["active"] == []
+    (saved,) = (name for name in both.shown()["committed"] if name.endswith("%2Fsaved"))
+    assert (both.mnt / "committed" / saved / "rootfs/data/hello").read_text() == "hello\n"
+    both.ctr("container", "rm", "web")
+    both.snapshots("rm", "saved")
+    both.collected()
+    assert both.shown() == EMPTY
+
+
+def test_collection_spares_what_the_tree_needs(both: Both) -> None:
+    """What the tree made is not seen; a layer of containerd's under it stays as long as it lives."""
+    both.load()
+    top = next(name for name in both.shown()["committed"] if not os.listdir(both.mnt / "committed" / name / "committed"))
+    (both.mnt / "active/mine").mkdir()
+    (both.mnt / "committed" / top / "active/web").mkdir()
+    (both.mnt / "active/web/rootfs/data/note").write_text("x")
+    both.collected()
+    assert both.shown()["active"] == ["mine", "web"]
+    assert len(both.shown()["committed"]) == 3
+    assert (both.mnt / "active/web/rootfs/etc/release").read_text() == "two\n"
+    assert "failed to remove snapshot" in both.containerd.log()
+    (both.mnt / "active/web").rmdir()
+    both.load()
+    assert both.run("/bin/sh", "-c", "cat /etc/release") == "two\n"
+    both.collected()
+    assert both.shown() == {**EMPTY, "active": ["mine"]}
+
+
+def test_what_was_saved_in_the_tree_is_not_collected(both: Both) -> None:
+    both.load()
+    both.ctr("container", "create", "--snapshotter", "snapfs", IMAGE, "web", "/bin/sh")
+    (key,) = both.shown()["active"]
+    (both.mnt / "active" / key / "rootfs/data/note").write_text("x")
+    os.rename(both.mnt / "active" / key, both.mnt / "committed/saved")
+    both.ctr("container", "rm", "web")
+    both.collected()
+    assert "saved" in both.shown()["committed"]
+    assert (both.mnt / "committed/saved/rootfs/data/note").read_text() == "x"
+
+
+def test_every_verb_of_ctr_snapshots(both: Both, tmp_path: Path) -> None:
+    snapshots = both.snapshots
+    snapshots("prepare", "b")
+    (name,) = both.shown()["active"]
+    (both.mnt / "active" / name / "diff/file").write_text("hello\n")
+    snapshots("commit", "base", "b")
+    said = snapshots("prepare", "--target", "/mnt/x", "web", "base")
+    assert "mount -t overlay overlay /mnt/x" in said
+    assert said == snapshots("mounts", "/mnt/x", "web")
+    assert f"{both.snapfs.root}/snapshots/1/fs" in snapshots("view", "--target", "/mnt/x", "peek", "base")
+    info = json.loads(snapshots("info", "web"))
+    assert (info["Kind"], info["Name"], info["Parent"]) == ("Active", "web", "base")
+    snapshots("label", "web", "containerd.io/snapshot/team=blue")
+    assert json.loads(snapshots("info", "web"))["Labels"]["containerd.io/snapshot/team"] == "blue"
+    assert [line.split()[0] for line in snapshots("ls").splitlines()[1:]] == ["base", "peek", "web"]
+    assert [line.strip(" \\_") for line in snapshots("tree").splitlines()] == ["base", "peek", "web"]
+    assert "base" in snapshots("usage", "base")
+    snapshots("rm", "peek")  # containerd collects a view that nothing refers to, when it comes to that
+    target = next((both.mnt / "active").iterdir()) / "rootfs"
+    (target / "more").write_text("x")
+    diff = both.containerd.command("snapshots", "--snapshotter", "snapfs", "diff", "web")
+    layer = subprocess.run(diff, stdout=subprocess.PIPE, check=True)
+    assert b"more" in subprocess.run(["tar", "-tz"], input=layer.stdout, stdout=subprocess.PIPE, check=True).stdout
+    assert "cannot remove snapshot with child" in snapshots("rm", "base", fails=True)
+    assert "already exists" in snapshots("prepare", "web", fails=True)
+    assert "not found" in snapshots("info", "none", fails=True)
+    for key in ("web", "base"):
+        snapshots("rm", key)
+    both.load()
+    (digest,) = {line.split()[2] for line in both.ctr("image", "ls").splitlines() if line.startswith(IMAGE)}
+    snapshots("unpack", digest)
+    both.collected()
+    assert both.shown() == EMPTY
+
+
+def test_either_may_restart_under_the_other(both: Both, make_daemon: Callable[..., Daemon]) -> None:
+    both.load()
+    both.ctr("run", "-d", "--snapshotter", "snapfs", *both.runc, IMAGE, "web", "/bin/sleep", "1000")
+    before = both.shown()
+    assert both.snapfs.stop() == 0
+    assert "unavailable" in both.snapshots("prepare", "k", fails=True).lower()
+    make_daemon("--containerd", str(both.socket)).start()
+    assert both.shown() == before
+    listing = both.containerd.command("snapshots", "--snapshotter", "snapfs", "ls")
+    eventually(lambda: subprocess.run(listing, capture_output=True, check=False).returncode == 0)
+    assert both.run("/bin/cat", "/etc/release", key="other") == "two\n"
+    both.containerd.stop(signal.SIGKILL)
+    both.containerd.start()
+    both.ctr("task", "exec", "--exec-id", "e1", "web", "/bin/touch", "/data/hello")
+    assert (both.mnt / "active" / before["active"][0] / "rootfs/data/hello").exists()
+    both.ctr("task", "rm", "--force", "web")
+    both.ctr("container", "rm", "web")
+    both.collected()
+    assert both.shown() == EMPTY
+
+
+def test_a_collection_removes_bottom_up_what_containerd_does_not_know(both: Both) -> None:
+    """As after a containerd that was killed between the socket and its own records."""
+    with connected(both.socket) as client:
+        stranger(client)
+        with pytest.raises(grpc.RpcError):
+            client.call("Remove", key="stranger 0")
+    both.load()
+    both.collected()
+    assert both.shown() == EMPTY
+
+
+def stranger(client: Client) -> None:
+    for number in range(3):
+        client.layer(f"stranger {number}", f"stranger {number - 1}" if number else "")
+
+
+@pytest.mark.parametrize("version", ["1.6", "1.7", "2"])
+def test_the_examples_configuration(version: str) -> None:
+    path = EXAMPLES / f"config-{version}.toml"
+    config = tomllib.loads(path.read_text())
+    assert config["version"] == (3 if version == "2" else 2)
+    proxy = config["proxy_plugins"]["snapfs"]
+    assert proxy == {"type": "snapshot", "address": "/run/snapfs/snapfs.sock"}, "and no capability: rebase is not for it"
+    assert f"--containerd {proxy['address']}" in (EXAMPLES / "snapfs.service").read_text()
+    if version == "1.6":
+        dumped = subprocess.run(["containerd", "--config", str(path), "config", "dump"], stdout=subprocess.PIPE, check=True)
+        merged = tomllib.loads(dumped.stdout.decode())
+        assert merged["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["snapshotter"] == "snapfs"
+        assert merged["proxy_plugins"]["snapfs"]["address"] == proxy["address"]
