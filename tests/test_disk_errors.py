@@ -197,23 +197,44 @@ def test_a_file_system_that_becomes_read_only(make_daemon: Callable[..., Daemon]
             assert os.listdir(mount / "root/snapshots") == os.listdir(mount / "root/rootfs") == []
 
 
+COMMIT = """
+import sys
+from pathlib import Path
+import trio
+from snapfs import Options, open_snapshotter
+
+async def main():
+    async with open_snapshotter(sys.argv[1], Options(rootfs=False)) as snapshotter:
+        await snapshotter.prepare("a")
+        Path(snapshotter.layers.fs(1), "file").write_bytes(b"x" * 8192)
+        await snapshotter.commit("base", "a", wait=False)
+        print("committed", flush=True)  # and the flush has not begun
+        sys.stdin.readline()
+        try:
+            await snapshotter.flush()
+        finally:
+            print("ended")
+
+trio.run(main)
+"""
+
+
 @each_kind
 async def test_what_a_disk_lost_that_could_not_be_told(failing: Disk, kind: str, tmp_path: Path) -> None:
     """A disk that fails for good takes no note of what it loses.  Mounted anew in the same boot, it is not believed."""
     with mounted(failing.device, kind, tmp_path / "disk") as mount:
-        async with open_snapshotter(mount / "root", Options(rootfs=False)) as snapshotter:
-            await snapshotter.prepare("a")
-            layer = Path(snapshotter.layers.fs(1))
-            (layer / "file").write_bytes(b"x" * 8192)
-            await snapshotter.commit("base", "a", wait=False)  # and the flush has not begun
+        command = [sys.executable, "-c", COMMIT, f"{mount}/root"]
+        # a process of its own: LMDB's lock file is a map of that disk as well, on which SIGBUS can be the end
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"committed\n"
             failing.fail(write=errno.EIO, flush=errno.EIO)
-            with pytest.raises(Unavailable):
-                await snapshotter.flush()
-            with pytest.raises(Unavailable):
-                await snapshotter.prepare("b")
+            child.communicate(b"\n", timeout=20)
+        assert child.returncode != 0
     failing.fail()
     with mounted(failing.device, kind, tmp_path / "disk") as mount:
-        assert not (layer / "file").exists() or (layer / "file").read_bytes() != b"x" * 8192, "the test means something"
+        file = mount / "root/snapshots/1/fs/file"
+        assert not file.exists() or file.read_bytes() != b"x" * 8192, "the test means something"
         async with open_snapshotter(mount / "root", Options(rootfs=False)) as snapshotter:
             with pytest.raises(Damaged, match='"base" may be torn'):
                 await snapshotter.prepare("web", "base")
