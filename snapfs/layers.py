@@ -560,9 +560,12 @@ def _remove_empty(path: str) -> None:
     for part in (f"{path}/fs", f"{path}/work", path):
         try:
             os.rmdir(part)
+        except FileNotFoundError:
+            pass
         except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                log.warning("cannot remove %s: %s", part, error)
+            level = logging.DEBUG if error.errno == errno.EROFS else logging.WARNING  # so it is with all: who asked is told
+            log.log(level, "cannot remove %s: %s", part, error.strerror)
+            return
 
 
 def _refuse_tree(root: str) -> None:
