@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,7 @@ from snapfs.errors import (
 )
 from snapfs.model import Info, Kind, rfc3339
 from tests.conftest import Daemon
-from tests.containerd_client import SERVICE, Client, connected
+from tests.containerd_client import SECONDS, SERVICE, Client, connected
 
 ROOT = Path(__file__).parent.parent
 EXTRACT = "default/11/extract-969002056-w-eF sha256:" + "ab" * 32
@@ -337,6 +338,54 @@ def test_a_deadline_or_a_cancelled_call_leaves_all_or_nothing(client: Client, mn
     for call in started:
         if not call.cancelled() and call.code() is grpc.StatusCode.OK:
             assert len(call.result().mounts) == 1
+
+
+ENDLESS = """
+from snapfs import counting
+from snapfs.cli import main
+
+def disk_usage(directory, checkpoint):
+    while os.path.exists(f"{directory}/endless"):
+        open(f"{directory}/begun", "w").close()
+        checkpoint()
+        time.sleep(0.001)
+    return counted(directory, checkpoint)
+
+import os, sys, time
+counted, counting.disk_usage = counting.disk_usage, disk_usage
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("how", ["deadline", "cancel", "disconnect"])
+def test_a_scan_ends_with_the_call_that_wants_it(make_daemon: Callable[..., Daemon], tmp_path: Path, how: str) -> None:
+    """Of a layer without an end, more than there are threads for scans: those who ask for others get one."""
+    daemon = make_daemon("--containerd", str(tmp_path / "s"))
+    daemon.program = ("-c", ENDLESS)
+    daemon.start()
+    with connected(tmp_path / "s") as client, connected(tmp_path / "s") as other:
+        for number in range(10):
+            client.call("Prepare", key=f"k{number}")
+            (daemon.root / f"snapshots/{number + 1}/fs/endless").touch()
+        client.call("Prepare", key="small")
+        scans = [client.start("Usage", key=f"k{number}", timeout=3 if how == "deadline" else 60) for number in range(10)]
+        deadline = time.monotonic() + SECONDS
+        while len(list(daemon.root.glob("snapshots/*/fs/begun"))) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        if how == "disconnect":
+            client.close()
+        for scan in scans:
+            if how == "deadline":
+                assert scan.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            else:
+                scan.cancel()
+        assert other.call("Usage", key="small").inodes == 1
+        for number in range(10):
+            other.call("Remove", key=f"k{number}")
+        assert other.names() == ["small"]
+    assert daemon.stop() == 0
+    assert len(daemon.said) == 1, daemon.said
 
 
 def test_slow_calls_keep_nobody_waiting(client: Client, served: Daemon) -> None:
