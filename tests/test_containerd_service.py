@@ -466,6 +466,40 @@ def test_stopped_while_calls_are_under_way(served: Daemon, client: Client, tmp_p
     assert len(served.said) == 1, served.said
 
 
+CHILDLESS = """
+import os, sys
+from resource import RUSAGE_CHILDREN, getrusage
+import snapfs.containerd.server, snapfs.fuse.serve
+from snapfs.cli import main
+
+before = getrusage(RUSAGE_CHILDREN).ru_minflt  # ctypes may have asked ldconfig
+status = main()
+try:
+    os.waitpid(-1, os.WNOHANG)
+    sys.exit("it has a child")
+except ChildProcessError:
+    sys.exit(status if getrusage(RUSAGE_CHILDREN).ru_minflt == before else "it had a child")
+"""
+
+
+def test_nothing_is_forked_beside_grpcs_threads(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """Neither by Python nor by a library: a child that was waited for left its page faults, any other is there."""
+    daemon = make_daemon("--containerd", str(tmp_path / "s"))
+    daemon.program = ("-c", CHILDLESS)
+    daemon.start()
+    with connected(tmp_path / "s") as client:
+        client.layer("base")
+        client.call("Prepare", key="web", parent="base")
+        assert os.listdir(daemon.mnt / "active/web/rootfs") == []
+        assert (daemon.mnt / "active/web/changes").read_text() == ""
+        client.call("Mounts", key="web")
+        client.call("Usage", key="web")
+        for key in ("web", "base"):
+            client.call("Remove", key=key)
+        client.call("Cleanup")
+    assert daemon.stop() == 0, daemon.said
+
+
 def test_without_grpc_a_sentence_says_what_to_install(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     (tmp_path / "grpc.py").write_text("raise ImportError('No module named grpc')")
     daemon = make_daemon("--containerd", str(tmp_path / "s"))
