@@ -13,7 +13,7 @@ PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
-TEST_PACKAGES := busybox-static containerd dash ed e2fsprogs perl-base plocate procps rsync runc tar tree vim xfsprogs
+TEST_PACKAGES := busybox-static containerd dash ed e2fsprogs perl-base plocate procps rsync runc systemd tar tree vim xfsprogs
 BENCH_PACKAGES := containerd fio
 
 SECONDS ?= 300
