@@ -5,26 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from snapfs.kernel.mounttable import mount_table
-from tests.conftest import Daemon, die_with_parent
+from tests.conftest import Daemon, die_with_parent, until
 
 PICTURE = Path(__file__).parent.parent / "examples/pcmanfm.png"
-
-
-def until(true: Callable[[], object], what: str, shown: Callable[[], str] = str) -> None:
-    """Wait for what a program does that can't tell when it has; ``shown`` says what is to be seen instead."""
-    for _ in range(750):
-        if true():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"it never came about: {what}{shown()}")
 
 
 def rootfs_mounts(daemon: Daemon) -> list[str]:
