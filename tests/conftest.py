@@ -53,7 +53,8 @@ def die_with_parent() -> None:
 
 def until(true: Callable[[], object], what: str, shown: Callable[[], str] = str) -> None:
     """Wait for what a program does that can't tell when it has; ``shown`` says what is to be seen instead."""
-    for _ in range(750):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
         if true():
             return
         time.sleep(0.02)
