@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,16 @@ def own_mount_namespace() -> None:
 def die_with_parent() -> None:
     """For ``preexec_fn``: the child is killed when the test run is."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def until(true: Callable[[], object], what: str, shown: Callable[[], str] = str) -> None:
+    """Wait for what a program does that can't tell when it has; ``shown`` says what is to be seen instead."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if true():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"it never came about: {what}{shown()}")
 
 
 class Daemon:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -16,13 +20,11 @@ import pytest
 from snapfs.cli import VERBS, grammar, verb
 from snapfs.cli.listing import Row, children_first
 from snapfs.cli.prune import seconds
-from tests.conftest import Daemon, die_with_parent
+from tests.conftest import Daemon, die_with_parent, until
 
 Make = Callable[..., Daemon]
 
 SNAPFS = [sys.executable, "-m", "snapfs.cli"]
-
-OWN = ("serve", "check", "backup")
 
 
 class Command:
@@ -389,6 +391,84 @@ def test_colours_only_where_they_are_wanted(snapfs: Command) -> None:
         assert ("\033[" in done.stdout) is coloured
 
 
+class OnATerminal:
+    """The command on a terminal of its own; ``stopped`` as if Ctrl-S had been pressed before."""
+
+    def __init__(self, *words: str, stopped: bool = False) -> None:
+        self.master, terminal = os.openpty()
+        if stopped:
+            os.write(self.master, b"\x13")
+        self.process = subprocess.Popen(
+            [*SNAPFS, *words],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+            preexec_fn=self._take,
+        )
+        os.close(terminal)
+
+    @staticmethod
+    def _take() -> None:
+        die_with_parent()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def writes(self) -> bool:
+        """Whether it waits for its standard error to take something."""
+        return Path(f"/proc/{self.process.pid}/syscall").read_text().split()[1:2] == ["0x2"]
+
+    def said(self) -> str:
+        """All that it says until it ends."""
+        said = b""
+        with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more
+            while more := os.read(self.master, 4096):
+                said += more
+        os.close(self.master)
+        self.process.wait(timeout=30)
+        return said.decode()
+
+
+@pytest.fixture
+def long_ones(daemon: Daemon) -> Callable[[str], tuple[str, ...]]:
+    """The command lines of what takes long, on a tree with something to do for them."""
+    for name in ("a", "b", "c"):
+        (daemon.mnt / "active/x").mkdir()
+        os.rename(daemon.mnt / "active/x", daemon.mnt / "committed" / name)
+
+    def words(verb: str) -> tuple[str, ...]:
+        if verb == "check":
+            assert daemon.stop() == 0
+            return ("check", str(daemon.root))
+        rest = {"rm": ("-r", "a", "b", "c"), "usage": (), "prune": ("--kind", "committed")}[verb]
+        return (verb, "--at", str(daemon.mnt), *rest)
+
+    return words
+
+
+LONG = {"rm": "removing", "prune": "removing", "usage": "counting", "check": "directory of committed"}
+
+
+@pytest.mark.parametrize("verb", LONG)
+def test_progress_on_a_terminal(long_ones: Callable[[str], tuple[str, ...]], verb: str) -> None:
+    shown = OnATerminal(*long_ones(verb))
+    said = shown.said()
+    assert shown.process.returncode == 0
+    bar, rest = said.split("\r", 2)[1:]
+    assert re.match(rf"\[\.{{20}}\] 1/3 {LONG[verb]} ", bar)
+    assert "[" not in said.rsplit("\r", 1)[1], "it is wiped out at the end"
+    assert rest
+
+
+@pytest.mark.parametrize("verb", LONG)
+def test_control_c(long_ones: Callable[[str], tuple[str, ...]], verb: str) -> None:
+    shown = OnATerminal(*long_ones(verb), stopped=True)
+    until(shown.writes, "it says how far it is")
+    os.write(shown.master, b"\x03")
+    said = shown.said()
+    assert shown.process.returncode == 130
+    assert "Traceback" not in said
+
+
 # -- help, completion, start
 
 
@@ -397,8 +477,7 @@ def test_help(word: str) -> None:
     shown = run(word, "--help")
     assert shown.returncode == 0
     assert f"snapfs {word}" in shown.stdout
-    if word not in OWN:
-        assert "examples:" in shown.stdout
+    assert "\nexamples:\n  " in shown.stdout
 
 
 def test_the_command_alone() -> None:
@@ -408,7 +487,7 @@ def test_the_command_alone() -> None:
     assert run("nope").returncode == 2
 
 
-@pytest.mark.parametrize("word", [word for word in VERBS if word not in OWN])
+@pytest.mark.parametrize("word", VERBS)
 def test_examples_in_help_are_options_that_there_are(word: str) -> None:
     its = verb(word)
     mine = [line for line in its.examples.strip().splitlines() if line.startswith(f"snapfs {word} ")]
@@ -427,6 +506,12 @@ def test_completion(snapfs: Command) -> None:
     assert snapfs("_complete", "prepare", "x", "--parent", "").split() == ["wobbly"]
     assert snapfs("_complete", "commit", "w").split() == ["web"]
     assert "--dry-run" in snapfs("_complete", "prune", "--").split()
+    assert snapfs("_complete", "serve", "root", "mnt", "--rootfs-").split() == ["--rootfs-idle", "--rootfs-max"]
+    assert snapfs("_complete", "serve", "root", "mnt", "--sync", "").split() == ["full", "none"]
+    assert snapfs("_complete", "check", "--re").split() == ["--repair", "--rebuild"]
+    assert snapfs("_complete", "backup", "--").split() == ["--help"]
+    for before in (("serve", ""), ("check", "w"), ("backup", "root", "w"), ("serve", "--containerd", "")):
+        assert snapfs("_complete", *before) == "", "a path, which the shell knows"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

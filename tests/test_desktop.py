@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from snapfs.kernel.mounttable import mount_table
-from tests.conftest import Daemon, die_with_parent
+from tests.conftest import Daemon, die_with_parent, until
 
 PICTURE = Path(__file__).parent.parent / "examples/pcmanfm.png"
-
-
-def until(true: Callable[[], object], what: str, shown: Callable[[], str] = str) -> None:
-    """Wait for what a program does that can't tell when it has; ``shown`` says what is to be seen instead."""
-    for _ in range(750):
-        if true():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"it never came about: {what}{shown()}")
 
 
 def rootfs_mounts(daemon: Daemon) -> list[str]:
@@ -143,32 +134,163 @@ def screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             server.terminate()
 
 
-def xdotool(*words: str) -> str:
-    return subprocess.run(["xdotool", *words], capture_output=True, text=True, timeout=30, check=False).stdout
+class Desktop:
+    """PCManFM on a screen, without a window manager: whoever is to hear the keyboard is given it."""
+
+    def window(self, name: str, other_than: str = "") -> str:
+        """Wait for a window that is called so, and give it the keyboard; its id."""
+
+        def shown() -> list[str]:
+            return [one for one in self.do("search", "--onlyvisible", "--name", f"^{name}$").split() if one != other_than]
+
+        until(shown, f"a window {name}", self.picture)
+        (found,) = shown()
+        self.do("windowfocus", "--sync", found)
+        return found
+
+    def do(self, *words: str) -> str:
+        return subprocess.run(["xdotool", *words], capture_output=True, text=True, timeout=30, check=False).stdout
+
+    def keys(self, *keys: str) -> None:
+        self.do("key", *keys)
+
+    def type(self, text: str) -> None:
+        self.do("type", text)
+
+    def folder(self, path: Path) -> None:
+        """Show this folder in the window that has the keyboard."""
+        self.keys("ctrl+l", "ctrl+a")
+        self.type(str(path))
+        self.keys("Return")
+        self.window(path.name)
+
+    def select(self, path: Path) -> None:
+        """Select the entry of the folder that is shown: what copying it puts on the clipboard says when it is."""
+        with os.scandir(path.parent) as entries:  # all links lead to directories, which come first
+            shown = sorted((entry.is_file(follow_symlinks=False), entry.name.lower(), entry.name) for entry in entries)
+        place = [name for *_, name in shown].index(path.name)
+
+        def selected() -> bool:
+            self.keys("Home", *["Right"] * place, "ctrl+c")
+            return self.clipboard("x-special/gnome-copied-files") == f"copy\n{path.as_uri()}"
+
+        until(selected, f"{path.name} selected", self.picture)
+
+    def properties(self, size: int) -> None:
+        """Show those of what is selected; they are to tell this size in bytes."""
+        self.keys("alt+Return")
+        self.window("File Properties")
+
+        def told() -> bool:
+            self.keys("shift+Tab", "ctrl+c")  # which copies one line
+            return f"({size} bytes)" in self.clipboard("UTF8_STRING")
+
+        until(told, f"a size of {size} bytes", self.picture)
+        self.keys("Escape")
+
+    def clipboard(self, target: str) -> str:
+        words = ["xclip", "-selection", "clipboard", "-target", target, "-out"]
+        return subprocess.run(words, capture_output=True, text=True, timeout=30, check=False).stdout.strip("\0\n")
+
+    def picture(self) -> str:
+        """For what never came about: where the picture is that shows what came instead."""
+        path = os.environ.get("SNAPFS_FAILURE")
+        if path:
+            subprocess.run(["import", "-window", "root", path], check=True)
+        names = self.do("search", "--onlyvisible", "--name", ".", "getwindowname", "%@").split("\n")
+        return f" among the windows {names}" + (f" (see {path})" if path else "; SNAPFS_FAILURE=FILE.png shows them")
 
 
-def test_pcmanfm(daemon: Daemon, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mnt = daemon.mnt
+@pytest.fixture
+def desktop(daemon: Daemon, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desktop]:
+    """A PCManFM that shows ``active``, with l3afpad for whatever is text."""
     for key in ("base", "v1"):
-        os.mkdir(mnt / "active" / key)
-        os.rename(mnt / "active" / key, mnt / "committed" / key)
-    os.mkdir(mnt / "committed/base/active/web")
+        os.mkdir(daemon.mnt / "active" / key)
+        (daemon.mnt / "active" / key / "diff/file").write_bytes(b"x" * 100_000)
+        os.rename(daemon.mnt / "active" / key, daemon.mnt / "committed" / key)
+    os.mkdir(daemon.mnt / "committed/base/active/web")
+    (home / ".config").mkdir()
+    opens = "".join(f"{kind}=l3afpad.desktop\n" for kind in ("application/json", "text/plain"))
+    (home / ".config/mimeapps.list").write_text(f"[Default Applications]\n{opens}[Added Associations]\n{opens}")
     with screen(tmp_path, monkeypatch):
-        words = ["dbus-run-session", "--", "pcmanfm", "--no-desktop", str(mnt / "active")]
+        words = ["dbus-run-session", "--", "pcmanfm", "--no-desktop", str(daemon.mnt / "active")]
         with subprocess.Popen(words, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent, start_new_session=True) as manager:
             try:
-                until(lambda: xdotool("search", "--onlyvisible", "--name", "^active$"), "a window")
-                xdotool("search", "--onlyvisible", "--name", "^active$", "windowfocus")
-                before = set(os.listdir(mnt / "active"))
-                xdotool("key", "ctrl+shift+n")
-                until(lambda: xdotool("search", "--onlyvisible", "--name", "Creating"), "a dialog")
-                xdotool("search", "--onlyvisible", "--name", "Creating", "windowfocus")
-                xdotool("key", "ctrl+a")
-                xdotool("type", "made")
-                xdotool("key", "Return")
-                until(lambda: set(os.listdir(mnt / "active")) == before | {"made"}, "made is prepared")
-                assert rootfs_mounts(daemon) == [], "no thumbnailer mounts anything"
-                if os.environ.get("SNAPFS_PICTURE"):
-                    subprocess.run(["import", "-window", "root", "-colors", "64", str(PICTURE)], check=True)
+                desktop = Desktop()
+                desktop.window("active")
+                yield desktop
             finally:
-                os.killpg(manager.pid, 15)
+                os.killpg(manager.pid, signal.SIGTERM)
+
+
+def test_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
+    active, committed = daemon.mnt / "active", daemon.mnt / "committed"
+    desktop.keys("ctrl+shift+n")
+    desktop.window("Creating.*")
+    desktop.keys("ctrl+a")
+    desktop.type("made")
+    desktop.keys("Return")
+    until(lambda: set(os.listdir(active)) == {"web", "made"}, "made is prepared", desktop.picture)
+    desktop.window("active")
+    if os.environ.get("SNAPFS_PICTURE"):
+        subprocess.run(["import", "-window", "root", "-colors", "64", str(PICTURE)], check=True)
+    desktop.select(active / "made")
+    desktop.keys("F2")
+    desktop.window("Rename.*")
+    desktop.keys("ctrl+a")
+    desktop.type("named")
+    desktop.keys("Return")
+    until(lambda: set(os.listdir(active)) == {"web", "named"}, "made is renamed", desktop.picture)
+    desktop.window("active")
+    desktop.select(active / "named")
+    desktop.keys("ctrl+x")
+    desktop.folder(committed)
+    desktop.keys("ctrl+v")
+    until(lambda: "named" in os.listdir(committed), "named is committed", desktop.picture)
+    assert os.listdir(active) == ["web"]
+    desktop.window("committed")
+    desktop.select(committed / "v1")
+    desktop.keys("Delete")
+    asked = desktop.window("Confirm")
+    desktop.keys("Return")
+    desktop.window("Confirm", other_than=asked)  # for there is no trash
+    desktop.keys("Return")
+    until(lambda: "v1" not in os.listdir(committed), "v1 is removed", desktop.picture)
+    desktop.window("committed")
+    assert rootfs_mounts(daemon) == [], "no thumbnailer mounts anything"
+
+
+def test_properties_in_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
+    committed = daemon.mnt / "committed"
+    desktop.folder(committed)
+    desktop.select(committed / "base")
+    size = json.loads((committed / "base/usage.json").read_text())["size"]
+    assert size > 100_000
+    desktop.properties(size)
+    assert rootfs_mounts(daemon) == []
+
+
+def test_editing_from_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
+    web = daemon.mnt / "active/web"
+    (web / "labels/team").write_text("blue\n")
+    desktop.folder(web)
+    assert len(rootfs_mounts(daemon)) <= 1, (
+        "it asks where each link leads, which mounts rootfs: in one's directory, and no more"
+    )
+    desktop.select(web / "info.json")
+    desktop.properties((web / "info.json").stat().st_size)
+    desktop.window("web")
+    desktop.keys("Return")
+    desktop.window("<info.json>")  # as it calls what can't be saved
+    desktop.keys("ctrl+q")
+    desktop.window("web")
+    desktop.folder(web / "labels")
+    desktop.select(web / "labels/team")
+    desktop.keys("Return")
+    desktop.window("team")
+    desktop.keys("ctrl+a")
+    desktop.type("green")
+    desktop.keys("ctrl+s")
+    until(lambda: (web / "labels/team").read_text() == "green\n", "the label is saved", desktop.picture)
+    assert os.listdir(web / "labels") == ["team"]
+    assert json.loads((web / "info.json").read_text())["labels"] == {"team": "green"}

@@ -526,7 +526,8 @@ def test_a_user_who_may_not_use_dev_fuse(open_path: Path) -> None:
 def test_wrong_usage(tmp_path: Path, arguments: list[str]) -> None:
     done = subprocess.run([*SERVE, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("usage: snapfs")
+    assert done.stderr.startswith("snapfs serve: ")
+    assert "usage: snapfs serve [OPTION…] ROOT MOUNTPOINT" in done.stderr
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []
 

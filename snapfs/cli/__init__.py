@@ -39,8 +39,6 @@ VERBS = {
 }
 """Module and summary of each verb."""
 
-_OWN_PARSER = ("serve", "check", "backup")
-
 HELP = """\
 usage: snapfs VERB …            snapfs VERB --help tells more
        snapfs ROOT MOUNTPOINT [-o opt,…]      as mount(8) calls it: serve in the background
@@ -109,29 +107,16 @@ def _run(given: list[str]) -> int:
         from snapfs.cli import completion
 
         return completion.complete(given[1:])
-    if word in _OWN_PARSER:
-        return _run_own(given)
     if word in VERBS:
         return verb(word).run(given[1:])
     if "/" in word and len(given) > 1:  # mount.fuse3, for mount(8) and /etc/fstab
-        return _run_own(["serve", "--detach", *given])
+        return verb("serve").run(["--detach", *given])
     print(f'snapfs: there is no verb "{word}"; snapfs --help lists them', file=sys.stderr)
     return 2
 
 
 def verb(word: str) -> Verb:
-    """The verb ``word``, none of those with a parser of their own."""
+    """The verb ``word``."""
     module = __import__(f"snapfs.cli.{VERBS[word][0]}", fromlist=["VERBS"])
     found: Verb = module.VERBS[word]
     return found
-
-
-def _run_own(given: list[str]) -> int:
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="snapfs")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-    __import__(f"snapfs.cli.{given[0]}", fromlist=["add_parser"]).add_parser(verbs)
-    found = parser.parse_args(given)
-    status: int = found.run(found)
-    return status

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
-
 from snapfs.backup import backup
+from snapfs.cli.grammar import Given, Verb
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb to the command's parsers."""
-    parser = verbs.add_parser(
-        "backup",
-        help="copy a root's records to a file, also while it is served",
-        description=(
-            "Write a copy of ROOT's records to FILE: names, kinds, parents, labels and usage of all snapshots, as of one "
-            "moment, while a daemon serves ROOT or while none does. The layers, ROOT/snapshots, are not in it. "
-            "FILE must not exist; it appears when it is whole."
-        ),
-        epilog=(
-            "To restore: stop the daemon, put FILE in place of ROOT/metadata.mdb, and remove ROOT/metadata.mdb-lock. "
-            "snapfs check ROOT then says what differs: snapshots made since the backup have layers that no record names, "
-            "and those removed since have records without layers."
-        ),
-    )
-    parser.add_argument("root", metavar="ROOT", help="where the layers and records are")
-    parser.add_argument("file", metavar="FILE", help="what to write, outside of ROOT")
-    parser.set_defaults(run=run)
-
-
-def run(given: argparse.Namespace) -> int:
-    """Write the backup and say what is in it; returns 0."""
-    made = backup(given.root, given.file)
+def _backup(given: Given) -> int:
+    root, file = given.arguments
+    made = backup(root, file)
     snapshots = f"{made.snapshots} snapshot" + "s" * (made.snapshots != 1)
-    print(f"snapfs: wrote the records of {snapshots} to {given.file}, {made.size} bytes; the layers are not in it")
+    print(f"snapfs: wrote the records of {snapshots} to {file}, {made.size} bytes; the layers are not in it")
     return 0
+
+
+VERBS = {
+    "backup": Verb(
+        "backup",
+        "ROOT FILE",
+        (),
+        "Write a copy of ROOT's records to FILE: names, kinds, parents, labels and usage of all snapshots, as of one\n"
+        "moment, while a daemon serves ROOT or while none does.  The layers, ROOT/snapshots, are not in it.\n"
+        "FILE must not exist, nor lie in ROOT; it appears when it is whole.\n\n"
+        "To restore: stop the daemon, put FILE in place of ROOT/metadata.mdb, and remove ROOT/metadata.mdb-lock.\n"
+        "snapfs check ROOT then says what differs: snapshots made since the backup have layers that no record names,\n"
+        "and those removed since have records without layers.",
+        """
+snapfs backup /srv/snapfs /backup/snapfs-records
+""",
+        _backup,
+        at=False,
+    )
+}

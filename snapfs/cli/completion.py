@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from snapfs.cli import VERBS as ALL
 from snapfs.cli import verb
-from snapfs.cli.grammar import NAMES, Given, Verb
+from snapfs.cli.grammar import AT, NAMES, Given, Verb
 from snapfs.cli.refusal import USAGE, Refusal
 
-OWN = ("serve", "check", "backup")
+CHOICES = {"KIND": ["active", "view", "committed"], "full|none": ["full", "none"]}
+"""What completes the value of an option, by its metavar."""
 
 SCRIPTS = {
     "bash": r"""
@@ -67,17 +68,17 @@ def candidates(words: list[str]) -> list[str]:
     *before, last = words
     if not before:
         return [*ALL, "--help", "--version"]
-    if before[0] not in ALL or before[0] in OWN:
+    if before[0] not in ALL:
         return []
     its = verb(before[0])
     option = next((o for o in its.options if before[-1] in (f"--{o.name}", o.short) and o.metavar), None)
     if option is not None:
-        return ["active", "view", "committed"] if option.metavar == "KIND" else _snapshots(option.metavar, before)
+        return CHOICES.get(option.metavar) or _snapshots(its, option.metavar, before)
     if last.startswith("-"):
         return [*(f"--{option.name}" for option in its.options), "--help"]
     if its.name == "completion":
         return list(SCRIPTS)
-    return _snapshots(_argument(its, before[1:]), before)
+    return _snapshots(its, _argument(its, before[1:]), before)
 
 
 def _argument(its: Verb, before: list[str]) -> str:
@@ -90,9 +91,9 @@ def _argument(its: Verb, before: list[str]) -> str:
     return names[-1].strip("[]…") if names and "…" in names[-1] else ""
 
 
-def _snapshots(argument: str, before: list[str]) -> list[str]:
+def _snapshots(its: Verb, argument: str, before: list[str]) -> list[str]:
     kinds = NAMES.get(argument.partition("|")[0], "").split()
-    if not kinds:
+    if not kinds or AT not in its.options:
         return []
     from snapfs.cli.listing import rows
     from snapfs.cli.place import find_tree

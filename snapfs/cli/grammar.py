@@ -50,14 +50,23 @@ class WrongUsage(Exception):
 
 
 class Verb:
-    """One verb: ``arguments`` as in ``"KEY NAME"``, ``"NAME…"`` (one or more), ``"[NAME…]"``; ``call`` does it."""
+    """One verb: ``arguments`` as in ``"KEY NAME"``, ``"NAME…"`` (one or more), ``"[NAME…]"``; ``call`` does it, on the tree
+    that ``--at`` names, where it works ``at`` one."""
 
     def __init__(
-        self, name: str, arguments: str, options: Sequence[Option], text: str, examples: str, call: Callable[[Given], int]
+        self,
+        name: str,
+        arguments: str,
+        options: Sequence[Option],
+        text: str,
+        examples: str,
+        call: Callable[[Given], int],
+        *,
+        at: bool = True,
     ) -> None:
         self.name = name
         self.arguments = arguments.split()
-        self.options = (*options, AT)
+        self.options = (*options, AT) if at else tuple(options)
         self.text = text
         self.examples = examples
         self.call = call
@@ -115,7 +124,9 @@ class Verb:
         return " ".join(["usage: snapfs", self.name, *(["[OPTION…]"] if self.options else []), *self.arguments])
 
     def help(self) -> str:
-        lines = [self.usage(), "", self.text, "", "options:"]
+        lines = [self.usage(), "", self.text]
+        if self.options:
+            lines += ["", "options:"]
         for option in self.options:
             words = (
                 (f"{option.short}, " if option.short else "") + f"--{option.name}" + f" {option.metavar}" * bool(option.metavar)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import grp
 import logging
@@ -18,6 +17,7 @@ import trio
 
 from snapfs.cli import logs
 from snapfs.cli.detach import Detached
+from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.notify import notify
 from snapfs.errors import InvalidArgument, Unavailable
 from snapfs.options import Options, Sync
@@ -56,57 +56,28 @@ _IGNORED = frozenset(
 """What /etc/fstab and mount(8) say of every file system, and what is so anyway."""
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb to the command's parsers."""
-    parser = verbs.add_parser(
-        "serve",
-        help="mount a root's tree and serve it in the foreground",
-        description="Mount the tree of ROOT on MOUNTPOINT and serve it until SIGINT, SIGTERM, SIGHUP or umount MOUNTPOINT.",
-        epilog="Each flag is a mount option too: -o allow_other,mount_option=volatile (write a comma in a value as \\,).",
-    )
-    parser.add_argument("root", metavar="ROOT", help="where the layers and records are; made if missing")
-    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
-    parser.add_argument(
-        "-o", dest="mount_options", action="append", default=[], metavar="opt,…", help="options as for mount(8)"
-    )
-    for name, text in _FLAGS.items():
-        parser.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
-    for name, (metavar, text) in (*_ACCESS.items(), *_NUMBERS.items()):
-        parser.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
-    parser.add_argument(
-        "--mount-option", action="append", default=[], metavar="OPT", help="an option for every overlay mount; may be repeated"
-    )
-    parser.add_argument("--sync", metavar="full|none", help="none: flush nothing; a power cut may take the whole root")
-    parser.add_argument("--containerd", metavar="SOCKET", help="serve containerd's snapshots service on SOCKET too")
-    parser.add_argument("--detach", action="store_true", help="return when it is mounted, and serve in the background")
-    parser.set_defaults(run=run)
-
-
-def run(given: argparse.Namespace) -> int:
+def _serve(given: Given) -> int:
     """Serve; returns 0 when it was ended cleanly."""
-    flags = {name for name in _FLAGS if getattr(given, name)}
-    access = {name: getattr(given, name) for name in _ACCESS if getattr(given, name) is not None}
-    numbers = {name: getattr(given, name) for name in _NUMBERS if getattr(given, name) is not None}
-    overlay = list(given.mount_option)
-    for option in _split(given.mount_options):
+    given_root, given_mountpoint = given.arguments
+    valued = (*_ACCESS, *_NUMBERS, "sync", "containerd")
+    flags = {name for name in _FLAGS if given.has(_dashed(name))}
+    values = {name: value for name in valued if (value := given.value(_dashed(name))) is not None}
+    overlay = given.all("mount-option")
+    for option in _split(given.all("options")):
         name, equals, value = option.partition("=")
         if name == "mount_option" and value:
             overlay.append(value)
         elif name in _FLAGS and not equals:
             flags.add(name)
-        elif name == "sync" and value:
-            given.sync = value
-        elif name == "containerd" and value:
-            given.containerd = value
-        elif name in _NUMBERS and value:
-            numbers[name] = value
-        elif name in _ACCESS and value:
-            access[name] = value
+        elif name in valued and value:
+            values[name] = value
         elif option not in _IGNORED and not option.startswith("x-"):
-            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*_ACCESS, *_NUMBERS, "sync", "containerd", "mount_option"))])
+            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*valued, "mount_option"))])
             raise InvalidArgument(f'unknown mount option "{option}"; there are {known}')
-    if given.sync not in (None, *Sync):
-        raise InvalidArgument(f"sync={given.sync}: there are {' and '.join(Sync)}")
+    access = {name: values[name] for name in _ACCESS if name in values}
+    sync = values.get("sync", Sync.FULL)
+    if sync not in tuple(Sync):
+        raise InvalidArgument(f"sync={sync}: there are {' and '.join(Sync)}")
     logs.set_up()
     options = Options(
         async_remove="async_remove" in flags,
@@ -114,10 +85,10 @@ def run(given: argparse.Namespace) -> int:
         mount_options=tuple(overlay),
         remap_ids="remap_ids" in flags,
         slow_chown="slow_chown" in flags,
-        sync=Sync(given.sync or Sync.FULL),
+        sync=Sync(sync),
         rootfs="no_rootfs" not in flags,
-        rootfs_idle=_number("rootfs_idle", numbers.get("rootfs_idle", _DEFAULTS.rootfs_idle), float, 0.0),
-        rootfs_max=_number("rootfs_max", numbers.get("rootfs_max", _DEFAULTS.rootfs_max), int, 1),
+        rootfs_idle=_number("rootfs_idle", values.get("rootfs_idle", _DEFAULTS.rootfs_idle), float, 0.0),
+        rootfs_max=_number("rootfs_max", values.get("rootfs_max", _DEFAULTS.rootfs_max), int, 1),
     )
     try:
         from snapfs.fuse.access import Access
@@ -125,12 +96,12 @@ def run(given: argparse.Namespace) -> int:
     except ImportError as error:
         raise Unavailable(f"pyfuse3 can't be loaded ({error}); install libfuse3 (Debian: apt-get install fuse3)") from None
 
-    detached = Detached(given.root, given.mountpoint) if given.detach else None
+    detached = Detached(given_root, given_mountpoint) if given.has("detach") else None
     if detached is not None and (status := detached.wait_in_parent()) is not None:
         return status
 
     def say_ready() -> None:
-        line = f"serving {given.root} on {given.mountpoint}"
+        line = f"serving {given_root} on {given_mountpoint}"
         if detached is not None:
             detached.ready()
             logs.to_syslog()
@@ -145,8 +116,8 @@ def run(given: argparse.Namespace) -> int:
     os.umask(0o077)  # whatever it makes in ROOT, and above it, is its own
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # serve takes them; one that comes after its end is late
         signal.signal(number, signal.SIG_IGN)
-    root, mountpoint = os.path.abspath(given.root) if given.detach else given.root, os.path.abspath(given.mountpoint)
-    more = _containerd(given.containerd) if given.containerd else {}
+    root, mountpoint = given_root if detached is None else os.path.abspath(given_root), os.path.abspath(given_mountpoint)
+    more = _containerd(values["containerd"]) if values.get("containerd") else {}
     if detached is not None:
         os.chdir("/")
     stopping = partial(notify, "STOPPING=1")
@@ -210,3 +181,34 @@ def _number(name: str, text: str | float, convert: Callable[[str | float], N], l
 def _split(lists: list[str]) -> list[str]:
     """The options of all ``-o``, split at commas that have no backslash before them."""
     return [option.replace("\\,", ",") for text in lists for option in re.split(r"(?<!\\),", text) if option]
+
+
+def _dashed(name: str) -> str:
+    """The flag of a mount option."""
+    return name.replace("_", "-")
+
+
+VERBS = {
+    "serve": Verb(
+        "serve",
+        "ROOT MOUNTPOINT",
+        (
+            Option("options", "options as mount(8) writes them: allow_other,rootfs_idle=5", "OPT,…", short="-o", many=True),
+            *(Option(_dashed(name), text) for name, text in _FLAGS.items()),
+            *(Option(_dashed(name), text, metavar) for name, (metavar, text) in (_ACCESS | _NUMBERS).items()),
+            Option("mount-option", "an option for every overlay mount", "OPT", many=True),
+            Option("sync", "none: flush nothing; a power cut may take the whole root", "full|none"),
+            Option("containerd", "serve containerd's snapshots service on SOCKET too", "SOCKET"),
+            Option("detach", "return when it is mounted, and serve in the background"),
+        ),
+        "Mount the tree of ROOT, where the layers and records are and which is made if missing, on the directory MOUNTPOINT.\n"
+        "Serve it until SIGINT, SIGTERM, SIGHUP or umount MOUNTPOINT.  In -o, write a comma in a value as \\,.",
+        """
+snapfs serve --detach /srv/snapfs /mnt/snapfs
+snapfs serve /srv/snapfs /mnt/snapfs -o allow_other,gid=staff,umask=002
+snapfs serve /srv/snapfs /mnt/snapfs --containerd /run/snapfs/snapfs.sock
+""",
+        _serve,
+        at=False,
+    )
+}
