@@ -10,7 +10,7 @@ import pytest
 
 from snapfs import Kind, Snapshotter, imprint, open_snapshotter
 from snapfs.checking import check
-from snapfs.layers import POOL
+from snapfs.layers import POOL, Layers
 from tests.conftest import DryPool, loop_mounted
 
 
@@ -19,17 +19,19 @@ def placed(snapshotter: Snapshotter) -> dict[int, str]:
         return dict(reader.placed())
 
 
-async def filled(snapshotter: Snapshotter) -> None:
-    """Return when the pool is full: whoever fills it now finds it so."""
-    while snapshotter.layers.pool_is_low:
-        await snapshotter.prepare("wait")
-        await snapshotter.remove("wait")
+FILL = Layers.fill_pool
+
+
+@pytest.fixture
+def nobody_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool is filled by whoever calls ``FILL``, and flushed with that, and not in the background."""
+    monkeypatch.setattr(Layers, "fill_pool", lambda layers, checkpoint: None)
 
 
 async def back_to_the_pool(root: Path) -> list[str]:
     """Make four snapshots of different owners, and put their directories back to where they were."""
     async with open_snapshotter(root) as snapshotter:
-        await filled(snapshotter)
+        FILL(snapshotter.layers, lambda: None)
         mapped = {"containerd.io/snapshot/uidmapping": "0:1000:10", "containerd.io/snapshot/gidmapping": "0:2000:10"}
         await snapshotter.prepare("a", labels=mapped)
         await snapshotter.commit("base", "a", labels=mapped)
@@ -56,11 +58,13 @@ async def in_place(root: Path) -> None:
         assert await snapshotter.mounts("web")
 
 
+@pytest.mark.usefixtures("nobody_fills")
 async def test_a_start_puts_them_in_place_again(root: Path) -> None:
     await back_to_the_pool(root)
     await in_place(root)
 
 
+@pytest.mark.usefixtures("nobody_fills")
 async def test_so_does_a_check(root: Path) -> None:
     await back_to_the_pool(root)
     assert list(check(str(root))) == []
@@ -68,6 +72,7 @@ async def test_so_does_a_check(root: Path) -> None:
     await in_place(root)
 
 
+@pytest.mark.usefixtures("nobody_fills")
 async def test_a_directory_that_is_nowhere_is_damage(root: Path) -> None:
     for name in await back_to_the_pool(root):
         shutil.rmtree(root / "pool" / name)
@@ -84,9 +89,9 @@ async def test_what_was_placed_is_settled_when_the_pool_is_filled(root: Path) ->
 
 
 async def test_an_id_that_was_given_back_is_not_settled_by_what_had_it(
-    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+    nobody_fills: None, snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await filled(snapshotter)
+    FILL(snapshotter.layers, lambda: None)
     layers = snapshotter.layers
     name = layers.place(90, Kind.ACTIVE, None)
     assert name is not None
@@ -99,17 +104,18 @@ async def test_an_id_that_was_given_back_is_not_settled_by_what_had_it(
     monkeypatch.setattr(layers, "sync", undone_meanwhile)
     while not layers.pool_is_low:
         layers._pool.pop()
-    layers.fill_pool(lambda: None)
+    FILL(layers, lambda: None)
     assert layers.settled < 90
 
 
+@pytest.mark.usefixtures("nobody_fills")
 @pytest.mark.parametrize("dry", [False, True])
 async def test_a_power_cut_takes_no_directory(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: bool
 ) -> None:
     """The image of the disk is copied the moment the calls return: what a power cut would leave."""
     async with open_snapshotter(small_disk) as snapshotter:
-        await filled(snapshotter)
+        FILL(snapshotter.layers, lambda: None)
         with monkeypatch.context() as patch:
             if dry:
                 patch.setattr(snapshotter.layers, "_pool", DryPool())
