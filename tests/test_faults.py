@@ -26,8 +26,7 @@ from snapfs.metastore import MetaStore
 from snapfs.model import Kind
 from snapfs.records import Writer
 from snapfs.reserve import RESERVE
-from tests.conftest import Daemon
-from tests. import until
+from tests.conftest import Daemon, until
 from tests.disk import loop_device, make_file_system, mounted
 from tests.test_metastore import Held, adding, check_indexes
 
@@ -343,7 +342,7 @@ def test_removing_on_a_full_disk(make_daemon: Make, small_disk: Path) -> None:
             (mnt / f"active/more{n}").mkdir()
     answers(daemon, "giant")
     (mnt / f"active/k{0}").rmdir()
-    until(lambda: os.listdir(small_disk / "trash") == [])
+    until(lambda: os.listdir(small_disk / "trash") == [], "what was removed is deleted")
     fill(big)
     assert daemon.stop() == 0
     assert not any("Traceback" in line for line in daemon.said)
