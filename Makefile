@@ -13,7 +13,7 @@ PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
-TEST_PACKAGES := busybox-static containerd dash ed e2fsprogs perl-base plocate procps rsync runc systemd tar tree vim xfsprogs
+TEST_PACKAGES := bsdutils btrfs-progs busybox-static containerd dash ed dbus e2fsprogs fish imagemagick libglib2.0-bin mc pcmanfm perl-base plocate procps rsync runc systemd tar tmux tree vim xdotool xfsprogs xvfb zsh
 BENCH_PACKAGES := containerd fio
 
 SECONDS ?= 300
@@ -70,6 +70,7 @@ clean:
 	@$(call install_packages,$(RUN_PACKAGES))
 	@$(call check_python)
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.2'  # its commands start faster
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 

@@ -7,7 +7,7 @@
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-snapfs=${SNAPFS:-$here/.venv/bin/snapfs}
+snapfs=${SNAPFS_COMMAND:-$here/.venv/bin/snapfs}
 work=$(mktemp -d)
 
 say() { printf '\n# %s\n' "$*"; }

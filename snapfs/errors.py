@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 from errno import ESTALE
 
-from snapfs.model import Kind
+TYPE_CHECKING = False  # typing's own would import typing, which takes the command longer than all that it does
+if TYPE_CHECKING:
+    from snapfs.model import Kind
 
 
 class SnapshotError(Exception):

@@ -291,6 +291,13 @@ class Reader:
                     for kind in Kind:
                         yield from ((name.encode(), _key(number)) for number, name in self.children(parent, kind))
 
+    def dump(self) -> Iterator[tuple[int, Record]]:
+        """Id and record of all snapshots in the order of ids, collected and made out like ``walk``; what can't be read is left
+        out."""
+        with self._txn.cursor(db=self._tables.snapshots) as cursor:
+            found = [(_number(key), value) for key, value in cursor if _is_id(key)]
+        return _readable(found)
+
     def uncounted(self) -> list[int]:
         """The ids of committed snapshots whose usage is not yet known."""
         with self._txn.cursor(db=self._tables.uncounted) as cursor:
@@ -349,6 +356,12 @@ class Reader:
         """The highest id ever given out; where that can't be read, the highest that there is a record of."""
         found = self._txn.get(b"last_id", _key(0), db=self._tables.meta)
         return _number(found) if _is_id(found) else max(self.numbers(), default=0)
+
+
+def _readable(found: list[tuple[int, bytes]]) -> Iterator[tuple[int, Record]]:
+    for number, encoded in found:
+        with suppress(Damaged):
+            yield number, _decoded(number, encoded)
 
 
 class _Collected(Reader):

@@ -111,13 +111,13 @@ def _depth(snapshot: Path) -> int:
 
 
 def test_tour(tmp_path: Path) -> None:
-    environment = {**os.environ, "SNAPFS": f"{sys.executable} -m snapfs.cli", "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
     snapfs = tmp_path / "snapfs"
     snapfs.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m snapfs.cli "$@"\n')
     snapfs.chmod(0o755)
     tour = subprocess.run(
         ["sh", str(EXAMPLES / "tour.sh")],
-        env={**environment, "SNAPFS": str(snapfs)},
+        env={**environment, "SNAPFS_COMMAND": str(snapfs)},
         capture_output=True,
         text=True,
         preexec_fn=die_with_parent,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+from snapfs.cli import VERBS
 from snapfs.cli.serve import _ACCESS, _FLAGS, _NUMBERS
+from tests.conftest import Daemon
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -24,6 +28,31 @@ def test_the_library_example_runs(tmp_path: Path) -> None:
     script.write_text(example.replace("/srv/snapfs", str(tmp_path / "root")))
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "['base']"
+
+
+def test_every_verb_is_told() -> None:
+    table = README.split("## The command")[1].split("## Recipes")[0]
+    assert all(re.search(rf"[`, ]{verb}[ `]", table) for verb in VERBS)
+
+
+def test_the_first_steps(daemon: Daemon) -> None:
+    steps = README.split("    cd run/snap\n")[1].split("\n\n")[0]
+    done = subprocess.run(["sh", "-euc", textwrap.dedent(steps)], cwd=daemon.mnt, capture_output=True, text=True, check=True)
+    assert done.stdout == "hostname\n"
+
+
+def test_the_upgrade_that_is_undone(daemon: Daemon, tmp_path: Path) -> None:
+    steps = README.split("`web@1`.\n\n")[1].split("\n\n")[0]
+    (tmp_path / "snapfs").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m snapfs.cli "$@"\n')
+    (tmp_path / "snapfs").chmod(0o755)
+    environment = {**os.environ, "SNAPFS": str(daemon.mnt), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-euc", textwrap.dedent(steps)], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "1"
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
 
 
 def test_make_targets_exist() -> None:

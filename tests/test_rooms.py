@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "__init__": LIBRARY,
     "tree": LIBRARY | {"tree"},
     "fuse": LIBRARY | {"tree", "fuse"},
+    "testing": {"kernel"},
     "containerd": LIBRARY | {"containerd"},
     "cli": LIBRARY | {"fuse", "containerd", "cli"},
 }

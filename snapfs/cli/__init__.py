@@ -1,27 +1,137 @@
-"""The command ``snapfs``.  Each verb has a module of its own, imported when it is called."""
+"""The command ``snapfs``.  Each verb has a module of its own, imported when it is called.
+
+Whoever lists or makes snapshots in a loop pays for each start, so what those verbs need imports no ``re``, ``json``,
+``argparse``, ``enum`` or ``typing``: each of them takes as long as the verb itself.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 
-import snapfs
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from snapfs.cli.grammar import Verb
+
+VERBS = {
+    "ls": ("ls", "list snapshots"),
+    "tree": ("tree", "show snapshots below the ones they stand on"),
+    "show": ("show", "tell all about a snapshot"),
+    "prepare": ("prepare", "make an active snapshot"),
+    "view": ("prepare", "make a read-only view"),
+    "commit": ("commit", "commit an active snapshot"),
+    "rm": ("rm", "remove snapshots"),
+    "mount": ("mount", "mount a snapshot's file system"),
+    "umount": ("mount", "unmount a snapshot's file system"),
+    "diff": ("diff", "show what a snapshot changed"),
+    "usage": ("usage", "count what snapshots take on disk"),
+    "label": ("label", "show, set and delete labels"),
+    "fork": ("workspace", "make a second workspace from a snapshot, as it is now"),
+    "checkpoint": ("workspace", "keep the state of a workspace"),
+    "rollback": ("workspace", "put a workspace back to a checkpoint"),
+    "events": ("events", "show, or follow, what happens"),
+    "prune": ("prune", "remove snapshots by label, age or kind"),
+    "completion": ("completion", "completion for bash, zsh and fish"),
+    "serve": ("serve", "mount a root's tree and serve it"),
+    "check": ("check", "look for damage in a root that is not in use, and mend it"),
+    "backup": ("backup", "copy a root's records to a file, also while it is served"),
+}
+"""Module and summary of each verb."""
+
+_OWN_PARSER = ("serve", "check", "backup")
+
+HELP = """\
+usage: snapfs VERB …            snapfs VERB --help tells more
+       snapfs ROOT MOUNTPOINT [-o opt,…]      as mount(8) calls it: serve in the background
+
+Copy-on-write snapshots for overlayfs, as a file system.
+
+{verbs}
+
+The tree is the one that --at or $SNAPFS names, or that you stand in, or the only one that is mounted.
+
+exit status:
+  0    done
+  1    refused, or failed: a sentence on standard error says why
+  2    wrong usage
+  3    there is no such snapshot, label or checkpoint
+  4    the key or name is taken
+  5    it is in use, or has children
+  6    not permitted
+  7    no tree is mounted, or its daemon is gone
+  130  interrupted
+
+examples:
+  snapfs serve --detach /srv/snapfs /mnt/snapfs
+  snapfs prepare base && cp -a site/. "$(snapfs show --path base)"/rootfs/ && snapfs commit base v1
+  snapfs prepare web --parent v1
+  snapfs tree
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status: 0 done, 1 refused (with a sentence on standard error), 2 wrong usage."""
-    from snapfs.cli import backup, check, serve
-
-    parser = argparse.ArgumentParser(prog="snapfs", description="Copy-on-write snapshots for overlayfs, as a file system.")
-    parser.add_argument("--version", action="version", version=f"snapfs {snapfs.__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (serve, check, backup):
-        verb.add_parser(verbs)
-    given = parser.parse_args(arguments)
+    """Run the command; the exit status, as ``snapfs --help`` tells it."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status: int = given.run(given)
-    except snapfs.SnapshotError as error:
+        status = _run(given)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        import os
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's last flush says nothing
+        return 141
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except Exception as error:
+        from snapfs.cli.refusal import Refusal
+        from snapfs.errors import SnapshotError
+
+        if not isinstance(error, (Refusal, SnapshotError)):
+            raise
         print(f"snapfs: {error}", file=sys.stderr)
-        return 1
+        return error.status if isinstance(error, Refusal) else 1
+
+
+def _run(given: list[str]) -> int:
+    word = given[0] if given else "--help"
+    if word in ("--help", "-h", "help"):
+        print(HELP.format(verbs="\n".join(f"  {verb:<12}{summary}" for verb, (_, summary) in VERBS.items())), end="")
+        return 0 if given else 2
+    if word == "--version":
+        import snapfs
+
+        print(f"snapfs {snapfs.__version__}")
+        return 0
+    if word == "_complete":
+        from snapfs.cli import completion
+
+        return completion.complete(given[1:])
+    if word in _OWN_PARSER:
+        return _run_own(given)
+    if word in VERBS:
+        return verb(word).run(given[1:])
+    if "/" in word and len(given) > 1:  # mount.fuse3, for mount(8) and /etc/fstab
+        return _run_own(["serve", "--detach", *given])
+    print(f'snapfs: there is no verb "{word}"; snapfs --help lists them', file=sys.stderr)
+    return 2
+
+
+def verb(word: str) -> Verb:
+    """The verb ``word``, none of those with a parser of their own."""
+    module = __import__(f"snapfs.cli.{VERBS[word][0]}", fromlist=["VERBS"])
+    found: Verb = module.VERBS[word]
+    return found
+
+
+def _run_own(given: list[str]) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="snapfs")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    __import__(f"snapfs.cli.{given[0]}", fromlist=["add_parser"]).add_parser(verbs)
+    found = parser.parse_args(given)
+    status: int = found.run(found)
     return status

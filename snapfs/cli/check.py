@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from itertools import chain
 from typing import Any
+
+from snapfs.cli.progress import Progress
 
 _FLAGS = {
     "repair": "mend what can be mended without guessing; what nobody knows goes to ROOT/lost+found",
@@ -58,24 +59,3 @@ def run(given: argparse.Namespace) -> int:
     words = ", ".join(f"{count} {problem}" for problem in Problem if (count := left[problem])) or "nothing is wrong"
     print(f"{given.root}: {words}" + f"; {mended} mended" * bool(mended))
     return 1 if left else 0
-
-
-class Progress:
-    """What is being looked at, in one line on standard error, if that is a terminal."""
-
-    def __init__(self) -> None:
-        self._on = sys.stderr.isatty()
-        self._width = 0
-
-    def show(self, what: str, done: int, total: int) -> None:
-        """Say that ``what`` is being looked at."""
-        if self._on:
-            line = f"{done + 1}/{total} {what}"[:100]
-            print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
-            self._width = len(line)
-
-    def clear(self) -> None:
-        """Make room for something else."""
-        if self._width:
-            print(f"\r{'':<{self._width}}\r", end="", file=sys.stderr, flush=True)
-            self._width = 0

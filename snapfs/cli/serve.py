@@ -10,13 +10,15 @@ import os
 import pwd
 import re
 import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import trio
 
+from snapfs.cli import logs
+from snapfs.cli.detach import Detached
+from snapfs.cli.notify import notify
 from snapfs.errors import InvalidArgument, Unavailable
 from snapfs.options import Options, Sync
 
@@ -48,7 +50,9 @@ _ACCESS = {
     "umask": ("OCTAL", "what modes lack (default 022: others may look)"),
 }
 
-_IGNORED = frozenset(("rw", "defaults", "auto", "noauto", "nofail", "_netdev", "nosuid", "nodev", "noatime"))
+_IGNORED = frozenset(
+    ("rw", "defaults", "auto", "noauto", "nofail", "_netdev", "nosuid", "nodev", "noatime", "dev", "suid", "exec")
+)
 """What /etc/fstab and mount(8) say of every file system, and what is so anyway."""
 
 
@@ -74,6 +78,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--sync", metavar="full|none", help="none: flush nothing; a power cut may take the whole root")
     parser.add_argument("--containerd", metavar="SOCKET", help="serve containerd's snapshots service on SOCKET too")
+    parser.add_argument("--detach", action="store_true", help="return when it is mounted, and serve in the background")
     parser.set_defaults(run=run)
 
 
@@ -97,12 +102,12 @@ def run(given: argparse.Namespace) -> int:
             numbers[name] = value
         elif name in _ACCESS and value:
             access[name] = value
-        elif option not in _IGNORED:
+        elif option not in _IGNORED and not option.startswith("x-"):
             known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*_ACCESS, *_NUMBERS, "sync", "containerd", "mount_option"))])
             raise InvalidArgument(f'unknown mount option "{option}"; there are {known}')
     if given.sync not in (None, *Sync):
         raise InvalidArgument(f"sync={given.sync}: there are {' and '.join(Sync)}")
-    logging.basicConfig(level=logging.WARNING, format="snapfs: %(message)s")
+    logs.set_up()
     options = Options(
         async_remove="async_remove" in flags,
         upperdir_label="upperdir_label" in flags,
@@ -120,8 +125,18 @@ def run(given: argparse.Namespace) -> int:
     except ImportError as error:
         raise Unavailable(f"pyfuse3 can't be loaded ({error}); install libfuse3 (Debian: apt-get install fuse3)") from None
 
+    detached = Detached(given.root, given.mountpoint) if given.detach else None
+    if detached is not None and (status := detached.wait_in_parent()) is not None:
+        return status
+
     def say_ready() -> None:
-        print(f"snapfs: serving {given.root} on {given.mountpoint}", file=sys.stderr, flush=True)
+        line = f"serving {given.root} on {given.mountpoint}"
+        if detached is not None:
+            detached.ready()
+            logs.to_syslog()
+        else:
+            logs.say(line)
+        notify(f"READY=1\nSTATUS={line}")
 
     wanted = Access(allow_other="allow_other" in flags, **_access(access))
     if access and not wanted.allow_other:
@@ -130,8 +145,12 @@ def run(given: argparse.Namespace) -> int:
     os.umask(0o077)  # whatever it makes in ROOT, and above it, is its own
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # serve takes them; one that comes after its end is late
         signal.signal(number, signal.SIG_IGN)
+    root, mountpoint = os.path.abspath(given.root) if given.detach else given.root, os.path.abspath(given.mountpoint)
     more = _containerd(given.containerd) if given.containerd else {}
-    trio.run(partial(serve, given.root, os.path.abspath(given.mountpoint), options, mount, say_ready, **more))
+    if detached is not None:
+        os.chdir("/")
+    stopping = partial(notify, "STOPPING=1")
+    trio.run(partial(serve, root, mountpoint, options, mount, say_ready, stopping, **more))
     return 0
 
 

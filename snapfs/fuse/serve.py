@@ -63,6 +63,7 @@ async def serve(
     options: Options,
     mount: MountOptions,
     on_ready: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
     *,
     beside: Beside = _nothing,
     told: Mapping[str, object] | None = None,
@@ -70,8 +71,9 @@ async def serve(
     """Mount the tree of ``root`` on ``mountpoint`` (an absolute path) and serve it until SIGINT, SIGTERM, SIGHUP or
     umount; then nothing is left mounted.
 
-    ``on_ready`` is called when requests are being answered.  ``told`` is what options.json says besides.  Raises SnapshotError
-    with a sentence where the root, the mountpoint, FUSE or ``beside`` can't be used.
+    ``on_ready`` is called when requests are being answered, ``on_stop`` when a signal is about to end that.  ``told`` is what
+    options.json says besides.  Raises SnapshotError with a sentence where the root, the mountpoint, FUSE or ``beside`` can't
+    be used.
     """
     _check_access(mount.access, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
@@ -83,7 +85,7 @@ async def serve(
         refusal: SnapshotError | None = None
         async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
             stop = trio.Event()
-            nursery.start_soon(_set_on_signal, stop, signals)
+            nursery.start_soon(_set_on_signal, stop, signals, on_stop)
             try:
                 access = {**msgspec.structs.asdict(mount.access), "umask": f"{mount.access.umask:03o}"}
                 served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync, **(told or {})}
@@ -128,8 +130,10 @@ async def serve_tree(
         pyfuse3.close(unmount=True)
 
 
-async def _set_on_signal(stop: trio.Event, signals: AsyncIterator[int]) -> None:
+async def _set_on_signal(stop: trio.Event, signals: AsyncIterator[int], on_stop: Callable[[], None]) -> None:
     async for _ in signals:
+        if not stop.is_set():
+            on_stop()
         stop.set()
 
 

@@ -12,7 +12,9 @@ from snapfs.errors import InvalidArgument, NotFound
 from snapfs.model import Kind
 from snapfs.tree.kinds import KindDirectory
 from snapfs.tree.links import ByIdDirectory
+from snapfs.tree.listing import ListingFile
 from snapfs.tree.log import Log, OpenLog
+from snapfs.tree.metrics import metrics
 from snapfs.tree.node import Attributes, Directory, File, Handle, Node, OpenText, Slot, pack, pack_version
 from snapfs.tree.stats import options_json, stats_json
 from snapfs.tree.texts import Text
@@ -151,6 +153,7 @@ _TEXTS: dict[Slot, tuple[str, Callable[[Tree], str], bool]] = {
     Slot.VERSION: (".snapfs/version", lambda tree: f"{tree.version}\n", True),
     Slot.OPTIONS: (".snapfs/options.json", options_json, True),
     Slot.STATS: (".snapfs/stats.json", stats_json, False),
+    Slot.METRICS: (".snapfs/metrics", metrics, False),
 }
 
 _LOGS: dict[Slot, tuple[str, Callable[[Tree], Log]]] = {
@@ -173,6 +176,8 @@ _DIRECTORIES: dict[Slot, tuple[str, dict[str, Slot]]] = {
             "cleanup": Slot.CLEANUP,
             "options.json": Slot.OPTIONS,
             "stats.json": Slot.STATS,
+            "snapshots": Slot.LISTING,
+            "metrics": Slot.METRICS,
         },
     ),
 }
@@ -194,6 +199,8 @@ def daemon_node(tree: Tree, slot: int, text: Text | None = None) -> Node:
         return FixedDirectory(tree, known, *_DIRECTORIES[known])
     if known in _TEXTS:
         return DaemonFile(tree, known, *_TEXTS[known], text)
+    if known is Slot.LISTING:
+        return ListingFile(tree, text)
     if known is Slot.CLEANUP:
         return CleanupFile(tree, pack(0, known))
     if known in _LOGS:

@@ -49,6 +49,8 @@ class Slot(enum.IntEnum):
     FIRST_ATTRIBUTE = 16
     OPTIONS = 16  # of id 0, whose slots from 16 on are no attributes'
     STATS = 17
+    LISTING = 18
+    METRICS = 19
     INSIDE = 128  # a bit: the same directory under another inode; see Tree.bank
     FIRST_LABEL = 256
     VERSION_OF = 1 << SLOT_BITS - 1  # a bit: one text of the file whose slot is in the lowest seven bits

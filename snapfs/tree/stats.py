@@ -25,11 +25,13 @@ class Meter:
     def __init__(self) -> None:
         self.count = 0
         self.errors: Counter[str] = Counter()
+        self.seconds = 0.0
         self._recent: deque[float] = deque(maxlen=RECENT)
 
     def note(self, seconds: float, error: str | None) -> None:
         """One request was answered, with errno ``error`` or well."""
         self.count += 1
+        self.seconds += seconds
         self._recent.append(seconds)
         if error is not None:
             self.errors[error] += 1

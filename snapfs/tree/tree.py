@@ -44,7 +44,8 @@ class Tree:
     ``hidden``: fixed entries that were unlinked, by snapshot id.  ``open_labels``: labels open for writing, by snapshot id.
     ``writers``: the inodes that were lately given to writers of labels, and their keys.
     ``committed_inside``: snapshots that were committed by a rename into their parent's listing.  ``versions``: texts that were
-    looked up lately.  ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
+    looked up lately.  ``changes``: how many there were; ``listed``: how many of them .snapfs/snapshots shows.
+    ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
     """
 
     def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object] | None = None, *, dirsync: bool = False) -> None:
@@ -64,6 +65,8 @@ class Tree:
         self.committed_inside: set[int] = set()
         self.changed = dict.fromkeys(Kind, self.started)
         self._tearing_down: dict[tuple[int, int], float] = {}
+        self.changes = 0
+        self.listed = -1
         snapshotter.subscribe(self._note)
 
     # -- finding
@@ -233,6 +236,7 @@ class Tree:
 
     def _note(self, change: Change) -> None:
         self.events.note(change)
+        self.changes += 1
         before, after = change.before, change.after
         if before is not None and (after is None or after.kind is not before.kind):
             self.versions.forget(last_changes(before.id))

@@ -1,0 +1,67 @@
+"""``snapfs commit``: mv into committed/, and a sync."""
+
+from __future__ import annotations
+
+import os
+
+from snapfs.cli.grammar import Given, Option, Verb
+from snapfs.cli.place import Place, find_tree
+from snapfs.cli.refusal import NOT_FOUND, TAKEN, Refusal
+
+
+def commit(place: Place, key: str, name: str, parent: str | None = None) -> str:
+    """Commit active ``key`` as ``name``; its directory.  Raises Refusal."""
+    target = place.made_at("committed", name, parent)
+    try:
+        place.do(f'commit "{key}"', os.rename, place.directory("active", key), target)
+    except Refusal as refused:
+        if refused.status == NOT_FOUND:
+            kind = place.kind_of(key)
+            if kind != "active":
+                raise Refusal(
+                    f'"{key}" is {kind}: only active snapshots can be committed'
+                    if kind
+                    else (f'snapshot "{key}" does not exist'),
+                    NOT_FOUND,
+                ) from None
+        if refused.status == TAKEN:
+            raise Refusal(f'snapshot "{name}" already exists ({place.kind_of(name)})', TAKEN) from None
+        raise
+    return place.directory("committed", name)
+
+
+def sync(directory: str) -> None:
+    """Return when the data of the snapshot in ``directory`` is on disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _commit(given: Given) -> int:
+    place = find_tree(given.value("at"))
+    directory = commit(place, given.arguments[0], given.arguments[1], given.value("parent"))
+    if not given.has("no-sync"):
+        place.do("wait for the disk", sync, directory)
+    print(directory)
+    return 0
+
+
+VERBS = {
+    "commit": Verb(
+        "commit",
+        "KEY NAME",
+        (
+            Option("parent", "put a snapshot that has no parent onto this one", "PARENT", short="-p"),
+            Option("no-sync", "return before its data is on disk"),
+        ),
+        "Commit the active snapshot KEY as NAME, and print its directory.  Its labels stay.  Returns when it is on disk.",
+        """
+snapfs commit web v1
+snapfs commit web web
+snapfs commit extra v2 --parent v1 --no-sync
+""",
+        _commit,
+    )
+}

@@ -1,0 +1,43 @@
+"""``snapfs diff``: changes."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from snapfs.cli import table
+from snapfs.cli.grammar import JSON, Given, Verb
+from snapfs.cli.place import find_tree
+from snapfs.cli.refusal import Refusal
+
+_COLOURS = {"A": "green", "C": "yellow", "D": "red"}
+
+
+def _diff(given: Given) -> int:
+    place = find_tree(given.value("at"))
+    kind, directory = place.find(given.arguments[0])
+    if kind == "view":
+        raise Refusal(f'"{given.arguments[0]}" is a view, which changes nothing')
+    lines = place.read(f"{directory}/changes").split("\n")[:-1]
+    if given.has("json"):
+        print(json.dumps([{"change": line[0], "path": line[2:]} for line in lines], indent=2, ensure_ascii=False))
+    else:
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+        for line in lines:
+            print(table.painted(line, _COLOURS[line[0]]))
+    return 0
+
+
+VERBS = {
+    "diff": Verb(
+        "diff",
+        "SOURCE",
+        (JSON,),
+        "Show what an active or committed snapshot changed against its parent: A added, C changed, D deleted.",
+        """
+snapfs diff web
+snapfs diff web | grep ^D
+""",
+        _diff,
+    )
+}

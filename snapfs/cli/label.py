@@ -1,0 +1,43 @@
+"""``snapfs label``: the files of labels/."""
+
+from __future__ import annotations
+
+import json
+
+from snapfs.cli import table
+from snapfs.cli.grammar import JSON, Given, Option, Verb
+from snapfs.cli.place import find_tree
+from snapfs.cli.prepare import read_labels
+
+
+def _label(given: Given) -> int:
+    place = find_tree(given.value("at"))
+    labels = read_labels(given.arguments[1:])
+    _, directory = place.find(given.arguments[0])
+    for key, value in [*labels, *((key, "") for key in given.all("delete"))]:
+        place.write_label(directory, key, value)
+    if labels or given.has("delete"):
+        return 0
+    now: dict[str, str] = json.loads(place.read(f"{directory}/info.json"))["labels"]
+    if given.has("json"):
+        print(json.dumps(now, indent=2, ensure_ascii=False))
+    else:
+        for key, value in sorted(now.items()):
+            print(table.printed(f"{key}={value}"))
+    return 0
+
+
+VERBS = {
+    "label": Verb(
+        "label",
+        "NAME [KEY=VALUE…]",
+        (Option("delete", "delete this label; so does KEY= with nothing after it", "KEY", short="-d", many=True), JSON),
+        "Show the labels of a snapshot, or set and delete some.",
+        """
+snapfs label v1
+snapfs label v1 team=blue ttl=7d
+snapfs label v1 --delete team
+""",
+        _label,
+    )
+}

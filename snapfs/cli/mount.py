@@ -1,0 +1,102 @@
+"""``snapfs mount`` and ``snapfs umount``: what mounts.json says, by the kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+from snapfs.cli.grammar import Given, Verb
+from snapfs.cli.place import find_tree
+from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, Refusal
+
+
+def _mount(given: Given) -> int:
+    from snapfs.kernel import mounting, overlay
+
+    place = find_tree(given.value("at"))
+    key, target = given.arguments[0], os.path.realpath(given.arguments[1])
+    kind, directory = place.find(key)
+    if kind == "committed":
+        raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {key}')
+    if (target + "/").startswith(place.path + "/"):
+        raise Refusal(f"{target} lies in the tree: mount it elsewhere")
+    if not os.path.isdir(target):
+        raise Refusal(f"{target} is no directory: make it first", NOT_FOUND)
+    for spec in json.loads(place.read(f"{directory}/mounts.json")):
+        options: list[str] = spec["options"]
+        if any(option.startswith(("uidmap=", "gidmap=")) for option in options):
+            raise Refusal(f'"{key}" wants its ids mapped, which a container runtime does from mounts.json')
+        try:
+            if spec["type"] == "bind":
+                mounting.mount_bind(spec["source"], target, read_only="ro" in options)
+                continue
+            found = dict(option.partition("=")[::2] for option in options)
+            lowers = [_plain(part) for part in re.findall(r"((?:[^\\:]|\\.)+)(?::|\Z)", found.pop("lowerdir"))]
+            upper, work = (_plain(found.pop(name)) if name in found else None for name in ("upperdir", "workdir"))
+            others = [f"{name}={value}" if value else name for name, value in found.items()]
+            overlay.mount_overlay(target, lowers, upper, work, others, read_only=upper is None)
+        except OSError as error:
+            status = NOT_PERMITTED if isinstance(error, PermissionError) else FAILED
+            raise Refusal(f'cannot mount "{key}" on {target}: {error.strerror}', status) from None
+    return 0
+
+
+def _plain(path: str) -> str:
+    return re.sub(r"\\(.)", r"\1", path)
+
+
+def _umount(given: Given) -> int:
+    from snapfs.kernel import mounting
+    from snapfs.kernel.mounttable import mount_table
+
+    word = given.arguments[0]
+    target = os.path.realpath(word)
+    places = [target] if any(mount.target == target for mount in mount_table()) else []
+    if not places:
+        place = find_tree(given.value("at"))
+        kind, directory = place.find(word)
+        root = json.loads(place.read(f"{place.path}/.snapfs/options.json"))["root"]
+        mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
+        places = [each for each in mounted if not each.startswith(f"{root}/rootfs/")]
+        if not places:
+            raise Refusal(f'"{word}" ({kind}) is not mounted, but perhaps as its rootfs, which needs no umount', NOT_FOUND)
+    for each in places:
+        try:
+            mounting.unmount(each, mounting.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            from snapfs.kernel.processes import users
+
+            by = ", ".join(f"{pid} ({name})" for pid, name in users(each))
+            words = (
+                f"{each} is in use" + f" by process {by}" * bool(by)
+                if isinstance(error, OSError) and error.errno == 16
+                else error.strerror
+            )
+            raise Refusal(f"cannot unmount {each}: {words}", BUSY if error.errno == 16 else NOT_PERMITTED) from None
+    return 0
+
+
+VERBS = {
+    "mount": Verb(
+        "mount",
+        "KEY TARGET",
+        (),
+        "Mount the file system of an active snapshot or a view on the directory TARGET, as its mounts.json says.",
+        """
+snapfs mount web /mnt/web
+""",
+        _mount,
+    ),
+    "umount": Verb(
+        "umount",
+        "KEY|TARGET",
+        (),
+        "Unmount a snapshot's file system from TARGET, or wherever the snapshot KEY is mounted.",
+        """
+snapfs umount /mnt/web
+snapfs umount web
+""",
+        _umount,
+    ),
+}

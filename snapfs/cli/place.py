@@ -1,0 +1,160 @@
+"""The mounted tree that a verb works on: where it is, and where a snapshot is in it."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from snapfs.cli.refusal import NO_TREE, NOT_FOUND, Refusal, refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KINDS = ("active", "committed", "view")
+
+_PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_:@+,=. ")
+
+
+class Place:
+    """A mounted tree.  Each call is what a shell could do."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def directory(self, kind: str, key: str) -> str:
+        """Where snapshot ``key`` of ``kind`` is or would be."""
+        return f"{self.path}/{kind}/{file_name(key)}"
+
+    def made_at(self, kind: str, key: str, parent: str | None) -> str:
+        """Where a snapshot is made on ``parent``."""
+        return (
+            f"{self.path}/{kind}/{file_name(key)}"
+            if parent is None
+            else (f"{self.path}/committed/{file_name(parent)}/{kind}/{file_name(key)}")
+        )
+
+    def kind_of(self, key: str) -> str | None:
+        """The kind of snapshot ``key``, None where there is none."""
+        for kind in KINDS:
+            try:
+                os.stat(self.directory(kind, key))
+                return kind
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise refusal(error, self.path, 0, f'cannot look for "{key}"') from None
+        return None
+
+    def find(self, key: str) -> tuple[str, str]:
+        """Kind and directory of snapshot ``key``; raises Refusal."""
+        kind = self.kind_of(key)
+        if kind is None:
+            raise Refusal(f'snapshot "{key}" does not exist; snapfs ls lists all', NOT_FOUND)
+        return kind, self.directory(kind, key)
+
+    def do(self, what: str, call: Callable[..., object], *arguments: object) -> None:
+        """``call`` with ``arguments``; raises Refusal with the tree's own words where it is refused."""
+        began = time.time_ns()
+        try:
+            call(*arguments)
+        except OSError as error:
+            raise refusal(error, self.path, began, f"cannot {what}") from None
+
+    def read(self, path: str) -> str:
+        """The text of a file of the tree; raises Refusal."""
+        began = time.time_ns()
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+                return file.read()
+        except OSError as error:
+            raise refusal(error, self.path, began, f"cannot read {path}") from None
+
+    def write_label(self, directory: str, key: str, value: str) -> None:
+        """Set a label, or delete it where ``value`` is empty."""
+        path = f"{directory}/labels/{file_name(key)}"
+        if not value:
+            self.do(f'delete label "{key}"', _unlink, path)
+        else:
+            self.do(f'set label "{key}"', _write, path, value)
+
+
+def _write(path: str, value: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.write(descriptor, value.encode() + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def _unlink(path: str) -> None:
+    try:  # noqa: SIM105, for contextlib takes its time
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def file_name(key: str) -> str:
+    """The file name of ``key``; raises SnapshotError."""
+    if key and _PLAIN.issuperset(key) and len(key) < 256 and key not in (".", ".."):
+        return key
+    from snapfs import names
+
+    return names.encode(key)
+
+
+def key_of(name: str) -> str:
+    """The key whose file name is ``name``."""
+    return unquoted(name)
+
+
+def unquoted(text: str) -> str:
+    """``text`` without its percent-encoding."""
+    if "%" not in text:
+        return text
+    first, *rest = text.encode(errors="surrogateescape").split(b"%")
+    return b"".join((first, *(bytes.fromhex(part[:2].decode()) + part[2:] for part in rest))).decode(errors="surrogateescape")
+
+
+def find_tree(at: str | None) -> Place:
+    """The tree that ``at`` or $SNAPFS names, or that the working directory is in, or else the only one that is mounted; raises
+    Refusal."""
+    for given, what in ((at, "--at"), (os.environ.get("SNAPFS"), "$SNAPFS")):
+        if given:
+            path = _above(os.path.abspath(given))
+            if path is None:
+                raise Refusal(f"{what}: no snapfs tree is mounted on {given}", NO_TREE)
+            return Place(path)
+    trees = mounted_trees()
+    if len(trees) > 1:
+        here = os.getcwd() + "/"
+        trees = [tree for tree in trees if here.startswith(tree + "/")] or trees
+    if not trees:
+        raise Refusal("no snapfs tree is mounted: snapfs serve ROOT MOUNTPOINT mounts one", NO_TREE)
+    if len(trees) > 1:
+        raise Refusal(f"several trees are mounted: say which with --at or $SNAPFS: {', '.join(sorted(trees))}", NO_TREE)
+    return Place(trees[0])
+
+
+def _above(path: str) -> str | None:
+    while True:
+        try:
+            os.stat(f"{path}/.snapfs/version")
+            return path
+        except OSError as error:
+            import errno
+
+            if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+                raise refusal(error, path, 0, "") from None
+        if path == "/":
+            return None
+        path = os.path.dirname(path)
+
+
+def mounted_trees() -> list[str]:
+    """Where trees are mounted, as this process sees it."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        targets = [line.split(" ", 5)[4] for line in table if " - fuse.snapfs " in line]
+    for escaped, meant in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        targets = [target.replace(escaped, meant) for target in targets]
+    return list(dict.fromkeys(targets))

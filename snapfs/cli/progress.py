@@ -1,0 +1,34 @@
+"""How far something is that takes long, in one line on standard error, if that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+WIDTH = 20  # of the bar
+EVERY = 0.05  # seconds between two pictures
+
+
+class Progress:
+    """One line, which is overwritten and at the end wiped out."""
+
+    def __init__(self) -> None:
+        self._on = sys.stderr.isatty()
+        self._width = 0
+        self._shown = 0.0
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Say that ``what`` is at hand after ``done`` of ``total``."""
+        now = time.monotonic()
+        if self._on and now - self._shown >= EVERY:
+            self._shown = now
+            full = WIDTH * done // max(total, 1)
+            line = f"[{'#' * full}{'.' * (WIDTH - full)}] {done + 1}/{total} {what}"[:100]
+            print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
+            self._width = len(line)
+
+    def clear(self) -> None:
+        """Make room for something else."""
+        if self._width:
+            print(f"\r{'':<{self._width}}\r", end="", file=sys.stderr, flush=True)
+            self._width, self._shown = 0, 0.0

@@ -1,0 +1,103 @@
+"""``snapfs prune``: remove what is old, expired or labelled so.  Nothing is ever pruned unasked."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+
+from snapfs.cli import table
+from snapfs.cli.grammar import JSON, Given, Option, Verb
+from snapfs.cli.listing import Row, children_first, rows
+from snapfs.cli.place import find_tree
+from snapfs.cli.refusal import USAGE, Refusal
+from snapfs.cli.rm import remove
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def seconds(text: str) -> float | None:
+    """``90``, ``30m``, ``2h``, ``7d`` or ``1w`` in seconds; None where it is none of these."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhdw]?)", text.strip())
+    return float(found[1]) * _UNITS[found[2]] if found else None
+
+
+def choose(everything: list[Row], given: Given, now: float) -> tuple[list[Row], list[tuple[Row, str]]]:
+    """What is to go, in an order in which it can; and what was asked for and stays, with the reason."""
+    age = given.value("older-than")
+    limit = seconds(age) if age is not None else 0.0
+    if limit is None:
+        raise Refusal(f'"{age}" is no age: write 90s, 30m, 2h, 7d or 1w', USAGE)
+    kinds = given.all("kind") or (["active", "view", "committed"] if given.has("expired") else ["committed"])
+    labels = [label.partition("=") for label in given.all("label")]
+    going, staying = {}, []
+    for row in everything:
+        own = row.labels
+        if row.kind not in kinds or now - row.created < limit:
+            continue
+        if any(key not in own or (equals and own[key] != value) for key, equals, value in labels):
+            continue
+        if given.has("expired"):
+            lives = seconds(own["ttl"]) if "ttl" in own else None
+            if "ttl" in own and lives is None:
+                staying.append((row, f'its ttl "{own["ttl"]}" is no time'))
+            if lives is None or now - row.updated < lives:
+                continue
+        if "pin" in own:
+            staying.append((row, "it is pinned"))
+            continue
+        going[row.name] = row
+    kept = [row for row in everything if row.name not in going]
+    while kept:  # what stands on something keeps it
+        row = kept.pop()
+        parent = going.pop(row.parent, None) if row.parent is not None else None
+        if parent is not None:
+            staying.append((parent, f'"{row.name}" stands on it'))
+            kept.append(parent)
+    return children_first(going.values()), staying
+
+
+def _prune(given: Given) -> int:
+    if not any(given.has(name) for name in ("label", "older-than", "expired", "kind")):
+        raise Refusal("say what to prune: --label, --older-than, --expired or --kind", USAGE)
+    place = find_tree(given.value("at"))
+    going, staying = choose(rows(place), given, time.time())
+    removed, refused = (going, []) if given.has("dry-run") else remove(place, going)
+    if given.has("json"):
+        shown = {"removed": [row.shown() for row in removed], "kept": [{"name": row.name, "why": why} for row, why in staying]}
+        print(json.dumps(shown, indent=2, ensure_ascii=False))
+    else:
+        verb = "would remove" if given.has("dry-run") else "removed"
+        for row in removed:
+            print(f"{verb} {table.printed(row.name)}")
+        for row, why in staying:
+            print(f"kept {table.printed(row.name)}: {table.printed(why)}")
+        print(f"{verb} {len(removed)}, {table.said_size(sum(row.size for row in removed))}")
+    for refusal in refused:
+        print(f"snapfs: {refusal}", file=sys.stderr)
+    return refused[-1].status if refused else 0
+
+
+VERBS = {
+    "prune": Verb(
+        "prune",
+        "",
+        (
+            Option("label", "with this label", "KEY[=VALUE]", short="-l", many=True),
+            Option("older-than", "made longer ago than this: 90s, 30m, 2h, 7d, 1w", "AGE"),
+            Option("expired", "whose label ttl (an age, from its last update on) is over"),
+            Option("kind", "of this kind; without it, committed ones, and with --expired all", "KIND", many=True),
+            Option("dry-run", "only say what would be removed", short="-n"),
+            JSON,
+        ),
+        "Remove the snapshots for which all that is given holds.  What bears the label pin or is in use stays, and so does\n"
+        "what they stand on.",
+        """
+snapfs prune --expired --dry-run
+snapfs prune --label ci --older-than 7d
+snapfs prune --kind view --older-than 1h
+""",
+        _prune,
+    )
+}

@@ -1,0 +1,60 @@
+"""What the command refuses, or was refused: the sentence and the exit status."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+FAILED, USAGE, NOT_FOUND, TAKEN, BUSY, NOT_PERMITTED, NO_TREE = range(1, 8)
+
+_STATUS = {
+    errno.ENOENT: NOT_FOUND,
+    errno.EEXIST: TAKEN,
+    errno.EBUSY: BUSY,
+    errno.ENOTEMPTY: BUSY,
+    errno.EPERM: NOT_PERMITTED,
+    errno.EACCES: NOT_PERMITTED,
+    errno.EROFS: NOT_PERMITTED,
+    errno.ENOTCONN: NO_TREE,
+    errno.ECONNABORTED: NO_TREE,
+}
+
+_TAIL = 65536  # bytes of error_log that are searched
+
+
+class Refusal(Exception):
+    """It was not done: ``str`` is the sentence, ``status`` the exit status."""
+
+    def __init__(self, sentence: str, status: int = FAILED) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def refusal(error: OSError, tree: str, began: int, otherwise: str) -> Refusal:
+    """What the tree at ``tree`` said of the call that failed with ``error`` and was begun at ``began`` (ns since the epoch);
+    where it said nothing, because the kernel refused by itself, ``otherwise`` and the kernel's words."""
+    number = error.errno or 0
+    status = _STATUS.get(number, FAILED)
+    if status == NO_TREE:
+        return Refusal(f"the daemon that served {tree} is gone: start it again (snapfs serve ROOT {tree})", NO_TREE)
+    words = _last_words(tree, errno.errorcode.get(number, str(number)), began)
+    return Refusal(words or f"{otherwise}: {os.strerror(number)}", status)
+
+
+def _last_words(tree: str, name: str, began: int) -> str:
+    """The reason in the last line of error_log with the errno ``name`` that is no older than ``began``."""
+    try:
+        with open(f"{tree}/.snapfs/error_log", "rb", buffering=0) as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL))
+            lines = (log.read(_TAIL) or b"").decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(began // 1_000_000_000)) + f".{began % 1_000_000_000:09d}Z"
+    for line in reversed(lines):
+        when, _, rest = line.partition(" ")
+        if when < since:
+            return ""
+        if rest.startswith(f"{name} "):
+            return rest.partition(": ")[2]
+    return ""

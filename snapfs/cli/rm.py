@@ -1,0 +1,84 @@
+"""``snapfs rm``: rmdir, the children first."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from snapfs.cli import table
+from snapfs.cli.grammar import Given, Option, Verb
+from snapfs.cli.listing import Row, children_first, rows, with_descendants
+from snapfs.cli.place import Place, find_tree
+from snapfs.cli.progress import Progress
+from snapfs.cli.refusal import NOT_FOUND, Refusal
+
+
+def remove(place: Place, wanted: Sequence[Row]) -> tuple[list[Row], list[Refusal]]:
+    """Remove ``wanted``, which stand in an order in which they can be; those removed, and what was refused."""
+    removed, refused = [], []
+    progress = Progress()
+    try:
+        for done, row in enumerate(wanted):
+            progress.show(f"removing {table.printed(row.name)}", done, len(wanted))
+            try:
+                place.do(f'remove "{row.name}"', os.rmdir, place.directory(row.kind, row.name))
+                removed.append(row)
+            except Refusal as refusal:
+                refused.append(Refusal(f"{row.name}: {refusal}", refusal.status))
+    finally:
+        progress.clear()
+    return removed, refused
+
+
+def _rm(given: Given) -> int:
+    place = find_tree(given.value("at"))
+    status = 0
+    if len(given.arguments) == 1 and not given.has("recursive") and not given.has("dry-run"):
+        kind = place.kind_of(given.arguments[0])
+        if kind is not None:
+            place.do(f'remove "{given.arguments[0]}"', os.rmdir, place.directory(kind, given.arguments[0]))
+            return 0
+    everything = rows(place)
+    known = {row.name: row for row in everything}
+    for name in given.arguments:
+        if name not in known and not given.has("force"):
+            print(f'snapfs: snapshot "{name}" does not exist', file=sys.stderr)
+            status = NOT_FOUND
+    if given.has("recursive"):
+        wanted = with_descendants(everything, given.arguments)
+    else:
+        wanted = [known[name] for name in dict.fromkeys(given.arguments) if name in known]
+    wanted = children_first(wanted)
+    if given.has("dry-run"):
+        for row in wanted:
+            print(table.printed(row.name))
+        return status
+    removed, refused = remove(place, wanted)
+    if given.has("recursive"):
+        for row in removed:
+            print(f"removed {table.printed(row.name)}")
+    for refusal in refused:
+        print(f"snapfs: {refusal}", file=sys.stderr)
+        status = refusal.status
+    return status
+
+
+VERBS = {
+    "rm": Verb(
+        "rm",
+        "NAME…",
+        (
+            Option("recursive", "also all that stand on it, children first", short="-r"),
+            Option("force", "what does not exist is no error", short="-f"),
+            Option("dry-run", "only say what would be removed", short="-n"),
+        ),
+        "Remove snapshots.  One that has children, or whose rootfs is in use, is refused, and the others are removed.",
+        """
+snapfs rm web
+snapfs rm -r base
+snapfs rm -rn base
+""",
+        _rm,
+    )
+}

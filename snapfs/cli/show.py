@@ -1,0 +1,67 @@
+"""``snapfs show``: info.json, usage.json and mounts.json of a snapshot."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from snapfs.cli import table
+from snapfs.cli.grammar import JSON, Given, Option, Verb
+from snapfs.cli.place import find_tree, key_of
+
+
+def _show(given: Given) -> int:
+    place = find_tree(given.value("at"))
+    shown = []
+    for key in given.arguments:
+        kind, directory = place.find(key)
+        if given.has("path"):
+            print(directory)
+            continue
+        info = json.loads(place.read(f"{directory}/info.json"))
+        info["usage"] = json.loads(place.read(f"{directory}/usage.json"))
+        if kind == "committed":
+            info["children"] = sorted(
+                key_of(name) for each in ("active", "view", "committed") for name in os.listdir(f"{directory}/{each}")
+            )
+        else:
+            info["mounts"] = json.loads(place.read(f"{directory}/mounts.json"))
+        shown.append({**info, "directory": directory})
+    if given.has("json"):
+        print(json.dumps(shown, indent=2, ensure_ascii=False))
+        return 0
+    for n, info in enumerate(shown):
+        if n:
+            print()
+        usage = info.pop("usage")
+        info["size"] = f"{table.said_size(usage['size'])} in {usage['inodes']} inodes"
+        for field, value in info.items():
+            for line in _lines(value):
+                print(f"{table.painted(f'{field:<10}', 'dim')} {line}")
+    return 0
+
+
+def _lines(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [table.printed(f"{key}={each}") for key, each in value.items()]
+    if isinstance(value, list):
+        return [
+            line for each in value for line in ([json.dumps(each)] if isinstance(each, dict) else [table.printed(str(each))])
+        ]
+    return [] if value is None else [table.printed(str(value))]
+
+
+VERBS = {
+    "show": Verb(
+        "show",
+        "NAME…",
+        (JSON, Option("path", "only its directory in the tree")),
+        "Tell all about snapshots: what they are, what they take (active ones are counted now), where they are mounted.",
+        """
+snapfs show web
+snapfs show --json v1 | jq -r '.[0].parent'
+cd "$(snapfs show --path web)"/rootfs
+""",
+        _show,
+    )
+}

@@ -1,0 +1,67 @@
+"""What people read: tables, sizes, ages and colours."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "dim": 2, "bold": 1}
+KIND_COLOURS = {"active": "green", "view": "blue", "committed": "bold"}
+
+
+def painted(text: str, colour: str) -> str:
+    """``text`` in ``colour``, where standard output is a terminal and NO_COLOR (no-color.org) is not set."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\033[{COLOURS[colour]}m{text}\033[0m"
+
+
+def printed(text: str) -> str:
+    """``text`` on one line, without what a terminal would obey."""
+    if text.isascii() and text.isprintable():
+        return text
+    from snapfs import names
+
+    return names.printable(text)
+
+
+def show_table(heads: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Print columns, as wide as what is in them; those in ``right`` are flush right."""
+    widths = (
+        [max([len(head), *map(len, column)]) for head, column in zip(heads, zip(*lines, strict=True), strict=True)]
+        if lines
+        else [len(head) for head in heads]
+    )
+    form = "  ".join(f"{{:{'>' if n in right else '<'}{width}}}" for n, width in enumerate(widths))
+    print(painted(form.format(*heads).rstrip(), "dim"))
+    sys.stdout.write("".join(form.format(*line).rstrip() + "\n" for line in lines))
+
+
+def said_size(size: int) -> str:
+    """Bytes as ls -h says them: ``3.4M``."""
+    if size < 1024:
+        return f"{size}B"
+    amount = float(size)
+    for unit in "KMGTP":  # noqa: B007
+        amount /= 1024
+        if amount < 1024:
+            break
+    return f"{amount:.1f}{unit}" if amount < 9.95 else f"{amount:.0f}{unit}"
+
+
+def said_age(since: float) -> str:
+    """Seconds since the epoch as an age: ``5m``, ``3h``, ``12d``."""
+    seconds = max(0, int(time.time() - since))
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"
+
+
+def said_labels(labels: dict[str, str]) -> str:
+    return printed(" ".join(f"{key}={value}" for key, value in sorted(labels.items())))

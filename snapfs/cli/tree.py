@@ -1,0 +1,56 @@
+"""``snapfs tree``: each snapshot below the one that it stands on."""
+
+from __future__ import annotations
+
+from snapfs.cli import table
+from snapfs.cli.grammar import JSON, Given, Verb
+from snapfs.cli.listing import Row, rows
+from snapfs.cli.place import find_tree
+from snapfs.cli.refusal import NOT_FOUND, Refusal
+
+
+def _tree(given: Given) -> int:
+    everything = rows(find_tree(given.value("at")))
+    below: dict[str | None, list[Row]] = {}
+    for row in sorted(everything, key=lambda row: row.name):
+        below.setdefault(row.parent, []).append(row)
+    tops = below.get(None, [])
+    if given.arguments:
+        tops = [row for row in everything if row.name == given.arguments[0]]
+        if not tops:
+            raise Refusal(f'snapshot "{given.arguments[0]}" does not exist', NOT_FOUND)
+    if given.has("json"):
+        import json
+
+        shown = {row.name: {**row.shown(), "children": []} for row in everything}
+        for row in everything:
+            children = shown[row.parent]["children"] if row.parent in shown else None
+            if isinstance(children, list):
+                children.append(shown[row.name])
+        print(json.dumps([shown[row.name] for row in tops], indent=2, ensure_ascii=False))
+        return 0
+    waiting = [(row, "", "", "") for row in reversed(tops)]
+    while waiting:  # chains are longer than the interpreter's stack
+        row, before, branch, after = waiting.pop()
+        name = table.painted(table.printed(row.name), table.KIND_COLOURS[row.kind])
+        facts = [row.kind, *([row.state] if row.state else []), table.said_size(row.size), table.said_age(row.created)]
+        print(f"{before}{branch}{name}  " + table.painted("  ".join([*facts, table.said_labels(row.labels)]).rstrip(), "dim"))
+        children = below.get(row.name, [])
+        for n, child in enumerate(reversed(children)):
+            waiting.append((child, before + after, "└── " if n == 0 else "├── ", "    " if n == 0 else "│   "))
+    return 0
+
+
+VERBS = {
+    "tree": Verb(
+        "tree",
+        "[NAME]",
+        (JSON,),
+        "Show all snapshots, or NAME and what stands on it, as a tree: kind, size on disk, age, labels.",
+        """
+snapfs tree
+snapfs tree base
+""",
+        _tree,
+    )
+}

@@ -1,0 +1,495 @@
+"""The command over a mounted tree: each verb, as a shell runs it, and what stands in its way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+from snapfs.cli import VERBS, grammar, verb
+from snapfs.cli.listing import Row, children_first
+from snapfs.cli.prune import seconds
+from tests.conftest import Daemon, die_with_parent
+
+Make = Callable[..., Daemon]
+
+SNAPFS = [sys.executable, "-m", "snapfs.cli"]
+
+OWN = ("serve", "check", "backup")
+
+
+class Command:
+    """The command on one tree."""
+
+    def __init__(self, mnt: Path) -> None:
+        self.mnt = mnt
+
+    def __call__(self, *arguments: str, status: int = 0) -> str:
+        """What it prints; with another ``status`` than 0 the sentence on standard error."""
+        done = subprocess.run(
+            [*SNAPFS, *arguments],
+            env={**os.environ, "SNAPFS": str(self.mnt)},
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        if status:
+            assert done.stderr.startswith("snapfs"), done.stderr
+            return done.stderr
+        assert done.stderr == ""
+        return done.stdout
+
+    def names(self, *arguments: str) -> list[str]:
+        return self("ls", "-0", *arguments).split("\0")[:-1]
+
+
+@pytest.fixture
+def snapfs(module_daemon: Daemon) -> Iterator[Command]:
+    """The command on a tree that is empty before and after."""
+    command = Command(module_daemon.mnt)
+    yield command
+    names = command.names()
+    if names:
+        command("rm", "-rf", "--", *names)
+    assert command.names() == []
+
+
+def active(snapfs: Command, key: str) -> Path:
+    return snapfs.mnt / "active" / key
+
+
+# -- making, committing, removing
+
+
+def test_a_whole_life(snapfs: Command) -> None:
+    directory = snapfs("prepare", "b").strip()
+    assert directory == str(snapfs.mnt / "active/b")
+    (Path(directory) / "rootfs/file").write_text("hello")
+    assert snapfs("commit", "b", "base").strip() == str(snapfs.mnt / "committed/base")
+    snapfs("prepare", "web", "--parent", "base", "-l", "team=blue", "--label=note=a=b, c")
+    snapfs("view", "peek", "-p", "base")
+    assert snapfs("tree").splitlines()[1].startswith("├── peek  view")
+    assert snapfs("tree").splitlines()[2].startswith("└── web  active")
+    assert json.loads(snapfs("label", "--json", "web")) == {"team": "blue", "note": "a=b, c"}
+    (active(snapfs, "web") / "rootfs/file").unlink()
+    assert snapfs("diff", "web") == "D /file\n"
+    shown = json.loads(snapfs("show", "--json", "base", "web"))
+    assert [each["children"] for each in shown if each["kind"] == "committed"] == [["peek", "web"]]
+    assert "has children" not in snapfs("show", "base")
+    assert 'its child "' in snapfs("rm", "base", status=5)
+    assert sorted(snapfs("rm", "-rn", "base").split()) == ["base", "peek", "web"]
+    assert snapfs.names() == ["base", "peek", "web"]
+    assert snapfs("rm", "-r", "base").splitlines()[-1] == "removed base"
+    assert snapfs.names() == []
+
+
+@pytest.mark.parametrize("key", ["default/12/sha256:ab", "-x", "a\nb", "with space", ".", "%", "é", "100%/"])
+def test_any_key(snapfs: Command, key: str) -> None:
+    snapfs("prepare", "--label", "k/1,=v,%\n=", "--", key)
+    assert snapfs.names() == [key]
+    (row,) = json.loads(snapfs("ls", "--json"))
+    assert (row["name"], row["labels"]) == (key, {"k/1,": "v,%\n="})
+    assert snapfs("ls").count("\n") == 2, "nothing breaks a line, nor obeys a terminal"
+    snapfs("commit", "--", key, "c" + key)
+    snapfs("rm", "--", "c" + key)
+
+
+def test_a_label_that_is_refused_leaves_nothing(snapfs: Command) -> None:
+    assert "at most 4096" in snapfs("prepare", "web", "-l", "a=1", "-l", f"big={'x' * 5000}", status=1)
+    assert snapfs.names() == []
+
+
+def test_refusals(snapfs: Command) -> None:
+    snapfs("prepare", "web")
+    assert 'snapshot "web" already exists (active)' in snapfs("prepare", "web", status=4)
+    assert 'snapshot "web" already exists (active)' in snapfs("view", "web", status=4)
+    assert 'parent snapshot "no" does not exist' in snapfs("prepare", "x", "-p", "no", status=3)
+    assert "only a committed snapshot can be a parent" in snapfs("prepare", "x", "-p", "web", status=3)
+    for words in (("show", "no"), ("rm", "no"), ("commit", "no", "n"), ("diff", "no"), ("label", "no"), ("usage", "no")):
+        assert 'snapshot "no" does not exist' in snapfs(*words, status=3)
+    snapfs("view", "peek")
+    assert "is view: only active" in snapfs("commit", "peek", "n", status=3)
+    assert "is a view" in snapfs("diff", "peek", status=1)
+    assert "write KEY=VALUE" in snapfs("label", "web", "x", status=2)
+    assert "KEY is missing" in snapfs("prepare", status=2)
+    assert "no option --nope" in snapfs("ls", "--nope", status=2)
+    assert "too much" in snapfs("ls", "x", status=2)
+    snapfs("rm", "-f", "no")
+    holder = subprocess.Popen(["sleep", "60"], cwd=active(snapfs, "web") / "rootfs", preexec_fn=die_with_parent)
+    with holder:
+        for words in (("rm", "web"), ("commit", "web", "v1"), ("checkpoint", "web"), ("rollback", "web")):
+            assert f"in use by process {holder.pid} (sleep)" in snapfs(*words, status=5)
+        assert snapfs.names() == ["peek", "web"]
+        assert snapfs("label", "web") == "", "a checkpoint that is refused leaves no labels"
+        holder.kill()
+
+
+def test_removing_many(snapfs: Command) -> None:
+    parent: tuple[str, ...] = ()
+    for n in range(5):
+        snapfs("prepare", "x", *parent)
+        snapfs("commit", "--no-sync", "x", f"layer{n}")
+        parent = ("-p", f"layer{n}")
+    assert snapfs("rm", "-rn", "layer1").split() == ["layer4", "layer3", "layer2", "layer1"]
+    snapfs("rm", "layer2", "layer4", "layer3")
+    assert snapfs.names() == ["layer0", "layer1"]
+
+
+def test_children_first_whatever_the_order() -> None:
+    rows = [
+        Row("\t".join([name, "committed", parent, "1", "0", "0", "0.0", "0.0", ".", "."]))
+        for name, parent in [("c", "b"), ("a", "."), ("b", "a"), ("d", "elsewhere")]
+    ]
+    order = [row.name for row in children_first(rows)]
+    assert order.index("c") < order.index("b") < order.index("a")
+    assert set(order) == {"a", "b", "c", "d"}
+
+
+# -- workspaces
+
+
+def test_checkpoints(snapfs: Command) -> None:
+    snapfs("prepare", "web", "-l", "team=blue")
+    file = active(snapfs, "web") / "rootfs/file"
+    for n in (1, 2):
+        file.write_text(str(n))
+        assert snapfs("checkpoint", "web", "-m", f"message {n}") == f"web@{n}\n"
+    file.write_text("3")
+    listed = json.loads(snapfs("checkpoint", "--list", "--json", "web"))
+    assert [(each["checkpoint"], each["labels"]["snapfs.message"]) for each in listed] == [(1, "message 1"), (2, "message 2")]
+    assert "message 2" in snapfs("checkpoint", "--list", "web")
+    snapfs("rollback", "web")
+    assert file.read_text() == "2"
+    snapfs("rollback", "web", "1")
+    assert file.read_text() == "1"
+    assert json.loads(snapfs("label", "--json", "web")) == {"team": "blue"}
+    file.write_text("4")
+    assert snapfs("rollback", "--keep", "web", "2").startswith("kept as web@3\n")
+    assert file.read_text() == "2"
+    snapfs("rollback", "web", "3")
+    assert file.read_text() == "4"
+    snapfs("rollback", "web", "0")
+    assert not file.exists()
+    assert "no checkpoint 9" in snapfs("rollback", "web", "9", status=3)
+    assert 'snapshot "no" does not exist' in snapfs("checkpoint", "no", status=3)
+
+
+def test_fork(snapfs: Command) -> None:
+    snapfs("prepare", "web")
+    (active(snapfs, "web") / "rootfs/file").write_text("both")
+    assert snapfs("fork", "web", "other").strip() == str(active(snapfs, "other"))
+    (active(snapfs, "other") / "rootfs/file").write_text("other")
+    assert (active(snapfs, "web") / "rootfs/file").read_text() == "both"
+    assert 'snapshot "other" already exists' in snapfs("fork", "web", "other", status=4)
+    snapfs("fork", "web@1", "third")
+    assert (active(snapfs, "third") / "rootfs/file").read_text() == "both"
+    assert len(snapfs.names("--kind", "committed")) == 1
+
+
+STEPS = """
+import os, sys
+from snapfs.cli import main
+left = int(sys.argv[1])
+def dying(call):
+    def do(*arguments, **keywords):
+        global left
+        left -= 1
+        if left < 0:
+            os._exit(99)
+        return call(*arguments, **keywords)
+    return do
+for name in ("mkdir", "rename", "rmdir", "write", "unlink"):
+    setattr(os, name, dying(getattr(os, name)))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [("checkpoint", "web"), ("fork", "web", "other"), ("rollback", "web"), ("rollback", "--keep", "web")]
+)
+def test_killed_between_any_two_steps(snapfs: Command, words: tuple[str, ...]) -> None:
+    """Nothing that is to stay is lost, and the verb given again completes it."""
+    environment = {**os.environ, "SNAPFS": str(snapfs.mnt)}
+    for step in range(40):
+        snapfs("prepare", "b")
+        (active(snapfs, "b") / "rootfs/base").write_text("base")
+        snapfs("commit", "--no-sync", "b", "base")
+        snapfs("prepare", "web", "-p", "base", "-l", "team=blue", "-l", "a=b")
+        (active(snapfs, "web") / "rootfs/file").write_text("kept")
+        killed = subprocess.run(
+            [sys.executable, "-c", STEPS, str(step), *words], env=environment, capture_output=True, check=False
+        )
+        if words[0] != "rollback":
+            layers = [each / "diff/file" for kind in ("active", "committed") for each in (snapfs.mnt / kind).iterdir()]
+            assert any(layer.exists() for layer in layers), f"lost at step {step}"
+        if killed.returncode != 0:
+            assert killed.returncode == 99, killed.stderr
+            snapfs(*words)
+        assert (active(snapfs, "web") / "rootfs/base").read_text() == "base"
+        if words[0] != "rollback":
+            assert (active(snapfs, "web") / "rootfs/file").read_text() == "kept"
+        assert json.loads(snapfs("label", "--json", "web")) == {"team": "blue", "a": "b"}
+        if words[0] == "fork":
+            assert (active(snapfs, "other") / "rootfs/file").read_text() == "kept"
+        assert not [name for name in snapfs.names() if name.startswith("snapfs.new/")]
+        snapfs("rm", "-r", "base")
+        if killed.returncode == 0:
+            assert step > 3, "it was killed at some of its steps"
+            return
+    raise AssertionError("it never came to its end")
+
+
+# -- pruning
+
+
+def test_prune(snapfs: Command) -> None:
+    for name, *labels in (
+        ("old", "ttl=0s"),
+        ("new", "ttl=1d"),
+        ("pinned", "ttl=0s", "pin=yes"),
+        ("bad", "ttl=soon"),
+        ("ci", "job=7"),
+    ):
+        snapfs("prepare", "x", *(word for label in labels for word in ("-l", label)))
+        snapfs("commit", "--no-sync", "x", name)
+    snapfs("prepare", "scratch", "-l", "ttl=0s", "-p", "ci")
+    assert "say what to prune" in snapfs("prune", status=2)
+    assert "is no age" in snapfs("prune", "--older-than", "x", status=2)
+    before = snapfs.names()
+    said = snapfs("prune", "--expired", "--dry-run")
+    assert "would remove old" in said
+    assert "kept pinned: it is pinned" in said
+    assert "kept bad: its ttl" in said
+    assert snapfs.names() == before
+    snapfs("prune", "--expired", "--kind", "committed")
+    assert snapfs.names() == ["bad", "ci", "new", "pinned", "scratch"]
+    assert 'kept ci: "scratch" stands on it' in snapfs("prune", "--label", "job=7")
+    assert snapfs.names("--kind", "committed") == ["bad", "ci", "new", "pinned"]
+    snapfs("prune", "--expired")
+    snapfs("prune", "--label", "job")
+    assert snapfs.names() == ["bad", "new", "pinned"]
+    assert snapfs("prune", "--older-than", "1h", "--kind", "committed").endswith("removed 0, 0B\n")
+
+
+def test_ages() -> None:
+    assert [seconds(text) for text in ("90", "30m", "2h", "1.5d", "1w", "soon", "")] == [
+        90,
+        1800,
+        7200,
+        129600,
+        604800,
+        None,
+        None,
+    ]
+
+
+# -- mounting, usage, events
+
+
+def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
+    for n, parent in enumerate(((), ("-p", "l0"), ("-p", "l1"))):
+        snapfs("prepare", "x", *parent)
+        (active(snapfs, "x") / f"rootfs/{n}").write_text("")
+        snapfs("commit", "--no-sync", "x", f"l{n}")
+    (tmp_path / "t").mkdir()
+    snapfs("prepare", "web", "-p", "l2")
+    snapfs("view", "peek", "-p", "l2")
+    for key, writable in (("web", True), ("peek", False)):
+        snapfs("mount", key, str(tmp_path / "t"))
+        assert sorted(os.listdir(tmp_path / "t")) == ["0", "1", "2"]
+        assert os.access(tmp_path / "t", os.W_OK) is writable
+        if key == "web":
+            assert "is mounted on" in snapfs("rollback", "web", status=5)
+        snapfs("umount", key)
+        assert os.listdir(tmp_path / "t") == []
+        assert "is not mounted" in snapfs("umount", key, status=3)
+    snapfs("mount", "web", str(tmp_path / "t"))
+    holder = subprocess.Popen(["sleep", "60"], cwd=tmp_path / "t", preexec_fn=die_with_parent)
+    with holder:
+        assert f"{holder.pid} (sleep)" in snapfs("umount", str(tmp_path / "t"), status=5)
+        holder.kill()
+    snapfs("umount", str(tmp_path / "t"))
+    assert "make a view" in snapfs("mount", "l0", str(tmp_path / "t"), status=1)
+    assert "make it first" in snapfs("mount", "web", str(tmp_path / "no"), status=3)
+    assert "lies in the tree" in snapfs("mount", "web", str(snapfs.mnt / "active"), status=1)
+
+
+def test_usage(snapfs: Command) -> None:
+    snapfs("prepare", "web")
+    (active(snapfs, "web") / "rootfs/file").write_bytes(b"x" * 100_000)
+    snapfs("prepare", "empty")
+    usage = {each["name"]: each for each in json.loads(snapfs("usage", "--json"))}
+    assert usage["web"]["inodes"] == 2
+    assert usage["web"]["size"] == json.loads((active(snapfs, "web") / "usage.json").read_text())["size"] > 100_000
+    assert snapfs("usage").splitlines()[-1].startswith("total")
+    assert snapfs("usage", "web").splitlines()[1].startswith("web")
+
+
+def test_events(snapfs: Command) -> None:
+    snapfs("prepare", "web")
+    snapfs("commit", "--no-sync", "web", "v1")
+    assert snapfs("events").splitlines()[-1].endswith("commit   web -> v1")
+    assert json.loads(snapfs("events", "--json").splitlines()[-1])["name"] == "v1"
+
+
+def test_events_follow_until_the_daemon_ends(daemon: Daemon) -> None:
+    words = [*SNAPFS, "events", "-f", "--at", str(daemon.mnt)]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+    ) as events:
+        assert events.stdout is not None
+        assert events.stderr is not None
+        (daemon.mnt / "active/a").mkdir()
+        assert events.stdout.readline().endswith(" prepare  a\n")
+        assert daemon.stop() == 0
+        assert "the daemon that served" in events.stderr.read()
+        assert events.wait(timeout=30) == 7
+
+
+def run(*words: str, cwd: str | Path = "/", **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if key != "SNAPFS"} | {"PYTHONPATH": os.getcwd()} | environment
+    return subprocess.run([*SNAPFS, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+# -- the terminal
+
+
+def test_standard_output_that_is_closed(snapfs: Command) -> None:
+    for n in range(50):
+        (snapfs.mnt / f"active/{n}").mkdir()
+    words = [*SNAPFS, "ls", "--json", "--at", str(snapfs.mnt)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=die_with_parent) as ls:
+        assert ls.stdout is not None
+        assert ls.stderr is not None
+        ls.stdout.close()
+        assert ls.stderr.read() == b""
+        assert ls.wait(timeout=30) == 141
+
+
+def test_colours_only_where_they_are_wanted(snapfs: Command) -> None:
+    snapfs("prepare", "web")
+    assert "\033[" not in snapfs("tree")
+    words = " ".join([*SNAPFS, "tree", "--at", str(snapfs.mnt)])
+    for variables, coloured in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+        environment = {**os.environ, "TERM": "xterm", **variables}
+        done = subprocess.run(
+            ["script", "-qec", words, "/dev/null"], env=environment, capture_output=True, text=True, check=True
+        )
+        assert ("\033[" in done.stdout) is coloured
+
+
+# -- help, completion, start
+
+
+@pytest.mark.parametrize("word", VERBS)
+def test_help(word: str) -> None:
+    shown = run(word, "--help")
+    assert shown.returncode == 0
+    assert f"snapfs {word}" in shown.stdout
+    if word not in OWN:
+        assert "examples:" in shown.stdout
+
+
+def test_the_command_alone() -> None:
+    assert run().returncode == 2
+    assert all(f"\n  {word} " in run("--help").stdout for word in VERBS)
+    assert run("--version").stdout.startswith("snapfs ")
+    assert run("nope").returncode == 2
+
+
+@pytest.mark.parametrize("word", [word for word in VERBS if word not in OWN])
+def test_examples_in_help_are_options_that_there_are(word: str) -> None:
+    its = verb(word)
+    mine = [line for line in its.examples.strip().splitlines() if line.startswith(f"snapfs {word} ")]
+    for line in mine:
+        its.parse(list(takewhile(lambda each: each not in ("|", ">", "#"), shlex.split(line)[2:])))
+    assert mine or word in ("completion",)
+
+
+def test_completion(snapfs: Command) -> None:
+    for key in ("web", "wobble", "other"):
+        snapfs("prepare", key)
+    snapfs("commit", "--no-sync", "wobble", "wobbly")
+    words = snapfs("_complete", "che")
+    assert set(words.split()) == {"check", "checkpoint"}
+    assert snapfs("_complete", "show", "w").split() == ["web", "wobbly"]
+    assert snapfs("_complete", "prepare", "x", "--parent", "").split() == ["wobbly"]
+    assert snapfs("_complete", "commit", "w").split() == ["web"]
+    assert "--dry-run" in snapfs("_complete", "prune", "--").split()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_in_the_shell(snapfs: Command, shell: str, tmp_path: Path) -> None:
+    snapfs("prepare", "web")
+    snapfs("prepare", "with space")
+    (tmp_path / "snapfs").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m snapfs.cli "$@"\n')
+    (tmp_path / "snapfs").chmod(0o755)
+    (tmp_path / "script").write_text(snapfs("completion", shell))
+    scripts = {
+        "bash": 'source script; COMP_WORDS=(snapfs show w); COMP_CWORD=2; _snapfs; printf "%s\\n" "${COMPREPLY[@]}"',
+        "fish": "source script; complete -C 'snapfs show w'",
+        "zsh": "compdef() { }; compadd() { shift; print -l -- $@; }; words=(snapfs show w); CURRENT=3; source script; _snapfs",
+    }
+    environment = {**os.environ, "SNAPFS": str(snapfs.mnt), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [shell, "-c", scripts[shell]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert [line.replace("\\", "") for line in done.stdout.splitlines()] == ["web", "with space"]
+
+
+@pytest.mark.parametrize("words", [("ls",), ("prepare", "fast")])
+def test_it_imports_nothing_heavy(snapfs: Command, words: tuple[str, ...]) -> None:
+    program = "import sys; before = set(sys.modules); from snapfs.cli import main; main(sys.argv[1:]); "
+    program += "print(*sorted(set(sys.modules) - before), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program, *words],
+        env={**os.environ, "SNAPFS": str(snapfs.mnt)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    heavy = {
+        "re",
+        "json",
+        "argparse",
+        "enum",
+        "typing",
+        "dataclasses",
+        "trio",
+        "lmdb",
+        "msgspec",
+        "pyfuse3",
+        "asyncio",
+        "signal",
+    }
+    assert not heavy & set(done.stderr.split())
+
+
+def test_grammar() -> None:
+    its = grammar.Verb(
+        "x",
+        "A [B…]",
+        (grammar.Option("flag", "", short="-f"), grammar.Option("with", "", "V", short="-w")),
+        "",
+        "",
+        lambda given: 0,
+    )
+    given = its.parse(["-fw1", "a", "--with=2", "--", "-b"])
+    assert given.arguments == ["a", "-b"]
+    assert given.all("with") == ["1", "2"]
+    assert given.has("flag")
+    for wrong in ([], ["--flag=1", "a"], ["a", "--with"], ["a", "-z"]):
+        with pytest.raises(grammar.WrongUsage):
+            its.parse(wrong)

@@ -1,0 +1,174 @@
+"""How the machine starts it: mount(8), fstab, systemd's protocol and units, the journal, Prometheus."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from snapfs.kernel import mounting
+from snapfs.kernel.mounttable import mount_table
+from tests.conftest import Daemon, die_with_parent
+from tests.test_cli import SNAPFS
+
+Make = Callable[..., Daemon]
+
+UNITS = Path(__file__).parent.parent / "examples/systemd"
+
+
+def is_mounted(path: Path) -> bool:
+    return any(mount.target == str(path) for mount in mount_table())
+
+
+def has_ended(root: Path) -> None:
+    """Wait until the daemon of ``root``, which is unmounted, has let go of it."""
+    subprocess.run(["flock", str(root / "lock"), "true"], timeout=30, check=True)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A directory with ``mnt`` in it, and the command in /usr/local/bin, where mount.fuse3 looks for it."""
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/snapfs").write_text(f'#!/bin/sh\nPYTHONPATH={os.getcwd()} exec "{sys.executable}" -m snapfs.cli "$@"\n')
+    (tmp_path / "bin/snapfs").chmod(0o755)
+    mounting.mount_bind(str(tmp_path / "bin"), "/usr/local/bin", read_only=True)
+    try:
+        yield tmp_path
+    finally:
+        if is_mounted(tmp_path / "mnt"):
+            subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
+            has_ended(tmp_path / "root")
+        mounting.unmount("/usr/local/bin")
+
+
+def test_mount(place: Path) -> None:
+    words = ["mount", "-t", "fuse.snapfs", str(place / "root"), str(place / "mnt"), "-o", "dirsync,rootfs_max=9,nofail,x-y=z"]
+    subprocess.run(words, timeout=60, check=True)
+    os.mkdir(place / "mnt/active/a")
+    assert '"rootfs_max": 9' in (place / "mnt/.snapfs/options.json").read_text()
+    again = subprocess.run(
+        ["mount", "-t", "fuse.snapfs", str(place / "root"), str(place / "bin")], capture_output=True, text=True, check=False
+    )
+    assert again.returncode != 0
+    assert "is in use by the process with pid" in again.stderr
+    subprocess.run(["umount", str(place / "mnt")], check=True)
+    has_ended(place / "root")
+    bad = subprocess.run([*words[:-1], "nonsense"], capture_output=True, text=True, check=False)
+    assert bad.returncode != 0
+    assert 'unknown mount option "nonsense"' in bad.stderr
+    assert not is_mounted(place / "mnt")
+
+
+def test_fstab(place: Path) -> None:
+    (place / "fstab").write_text(f"{place}/root {place}/mnt fuse.snapfs defaults,_netdev,nofail,x-systemd.automount 0 0\n")
+    subprocess.run(["mount", "--fstab", str(place / "fstab"), str(place / "mnt")], timeout=60, check=True)
+    assert is_mounted(place / "mnt")
+    os.mkdir(place / "mnt/active/a")
+
+
+def test_detach(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    words = [*SNAPFS, "serve", "--detach", str(tmp_path / "root"), str(tmp_path / "mnt")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    try:
+        assert done.stdout + done.stderr == "", "both are closed, or this would wait"
+        assert is_mounted(tmp_path / "mnt")
+    finally:
+        subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
+    has_ended(tmp_path / "root")
+
+
+# -- systemd
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_readiness_and_stop(tmp_path: Path, abstract: bool) -> None:
+    (tmp_path / "mnt").mkdir()
+    address = f"@snapfs-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind("\0" + address[1:] if abstract else address)
+        systemd.settimeout(30)
+        environment = {**os.environ, "NOTIFY_SOCKET": address}
+        words = [*SNAPFS, "serve", str(tmp_path / "root"), str(tmp_path / "mnt")]
+        with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, preexec_fn=die_with_parent) as daemon:
+            told = systemd.recv(4096).decode().splitlines()
+            assert told[0] == "READY=1"
+            assert told[1].startswith("STATUS=serving ")
+            assert is_mounted(tmp_path / "mnt")
+            daemon.terminate()
+            assert systemd.recv(4096) == b"STOPPING=1"
+            assert daemon.wait(timeout=30) == 0
+        assert not is_mounted(tmp_path / "mnt")
+
+
+@pytest.mark.parametrize("name", ["snapfs.service", "snapfs@srv-images.service"])
+def test_units(tmp_path: Path, name: str) -> None:
+    source = UNITS / re.sub("@.*[.]", "@.", name)
+    (tmp_path / name).write_text(source.read_text().replace("/usr/local/bin/snapfs", shutil.which("true") or ""))
+    done = subprocess.run(["systemd-analyze", "verify", str(tmp_path / name)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_lines_for_the_journal(tmp_path: Path) -> None:
+    """Each has its priority where standard error is the journal, and only there."""
+    program = "import logging; from snapfs.cli import logs; logs.set_up(); logs.say('up'); logging.getLogger().error('a\\nb')"
+    for right, wanted in ((True, "<6>up\n<3>a\n<3>b\n"), (False, "snapfs: up\nsnapfs: a\nb\n")):
+        with (tmp_path / "journal").open("w+") as journal:
+            found = os.fstat(journal.fileno())
+            environment = {**os.environ, "JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino + (not right)}"}
+            subprocess.run([sys.executable, "-c", program], env=environment, stderr=journal, check=True)
+        assert (tmp_path / "journal").read_text() == wanted
+
+
+# -- .snapfs/metrics and .snapfs/snapshots
+
+
+def test_metrics(mnt: Path) -> None:
+    os.mkdir(mnt / "active/a")
+    with pytest.raises(OSError, match="not permitted"):
+        os.mkdir(mnt / "committed/a")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = {family.name: family for family in text_string_to_metric_families((mnt / ".snapfs/metrics").read_text())}
+    snapshots = {sample.labels["kind"]: sample.value for sample in families["snapfs_snapshots"].samples}
+    assert snapshots == {"active": 1, "view": 0, "committed": 0}
+    errors = {(sample.labels["operation"], sample.labels["errno"]) for sample in families["snapfs_request_errors"].samples}
+    assert ("mkdir", "EPERM") in errors
+    assert all(family.documentation and family.samples for family in families.values())
+
+
+def test_snapshots_in_one_file(mnt: Path) -> None:
+    listing = mnt / ".snapfs/snapshots"
+    assert listing.read_text() == ""
+    os.mkdir(mnt / "active/a%2Fb")
+    (mnt / "active/a%2Fb/labels/k").write_text("1,2%")
+    os.rename(mnt / "active/a%2Fb", mnt / "committed/base")
+    os.mkdir(mnt / "committed/base/view/v")
+    for _ in range(2):
+        rows = [line.split("\t") for line in listing.read_text().splitlines()]
+        assert [(row[0], row[1], row[2], row[3], row[-2], row[-1]) for row in rows] == [
+            ("base", "committed", ".", "1", ".", "k=1%2C2%25"),
+            ("v", "view", "base", "2", ".", "."),
+        ]
+        assert listing.stat().st_size == len(listing.read_bytes())
+    assert subprocess.run(["busybox", "cat", str(listing)], capture_output=True, check=True).stdout == listing.read_bytes()
+    with listing.open() as opened:
+        os.rmdir(mnt / "view/v")
+        assert len(opened.readlines()) == 2, "who has it open reads what it opened"
+    assert len(listing.read_text().splitlines()) == 1
+
+
+def test_thousands(mnt: Path) -> None:
+    for n in range(1000):
+        os.mkdir(mnt / f"active/snapshot-{n}")
+    assert len((mnt / ".snapfs/snapshots").read_text().splitlines()) == 1000
+    done = subprocess.run([*SNAPFS, "ls", "-q", "--at", str(mnt)], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 1000
