@@ -279,6 +279,37 @@ def test_either_may_restart_under_the_other(both: Both, make_daemon: Callable[..
     assert both.shown() == EMPTY
 
 
+@pytest.mark.parametrize("layer", [1, 3])
+def test_the_daemon_is_killed_during_an_import(both: Both, layer: int) -> None:
+    """While a layer is being unpacked: the next import goes on from there, and nothing of the first is left in the end."""
+    load = both.containerd.command("image", "import", "--snapshotter", "snapfs", str(both.image))
+    with subprocess.Popen(load, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as importing:
+        eventually(lambda: f'"id": {layer}' in (both.mnt / ".snapfs/events").read_text())
+        both.snapfs.stop(signal.SIGKILL)
+        importing.wait(timeout=60)
+    both.snapfs.start()
+    eventually(lambda: subprocess.run(load, capture_output=True, check=False).returncode == 0)  # containerd dials once a second
+    assert both.run("/bin/cat", "/etc/release", "/data/old/newer") == "two\nnewer"
+    both.collected()
+    assert both.shown() == EMPTY
+
+
+def test_two_containers_at_once(both: Both) -> None:
+    both.load()
+    names = ("one", "two")
+    for name in names:
+        both.ctr("run", "-d", "--snapshotter", "snapfs", *both.runc, IMAGE, name, "/bin/sleep", "1000")
+        both.ctr("task", "exec", "--exec-id", "e", name, "/bin/sh", "-c", f"echo {name} > /data/both")
+    for key, name in zip(both.shown()["active"], names, strict=True):
+        assert (both.mnt / "active" / key / "rootfs/data/both").read_text() == f"{name}\n"
+        assert both.ctr("task", "exec", "--exec-id", "f", name, "/bin/cat", "/data/both") == f"{name}\n"
+    for name in names:
+        both.ctr("task", "rm", "--force", name)
+        both.ctr("container", "rm", name)
+    both.collected()
+    assert both.shown() == EMPTY
+
+
 def test_a_collection_removes_bottom_up_what_containerd_does_not_know(both: Both) -> None:
     """As after a containerd that was killed between the socket and its own records."""
     with connected(both.socket) as client:
