@@ -21,6 +21,8 @@ from snapfs.usage import disk_usage
 
 log = logging.getLogger(__name__)
 
+GATHER = 0.05  # seconds after a Commit in which others may come, so that a burst of them is counted and written together
+
 _threads = trio.CapacityLimiter(4)  # that walk layers, for all roots: disks gain little from more
 
 
@@ -33,6 +35,7 @@ class Counting:
         self._nursery: trio.Nursery | None = None
         self._scans: Sharing[Usage] = Sharing(_threads)
         self._pending: dict[int, _Count] = {}
+        self._gathered: list[_Count] = []
         self._last_known: dict[int, Usage] = {}
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
@@ -64,6 +67,7 @@ class Counting:
             pending = self._pending.get(number)
             if pending is None:
                 raise Closed()
+            pending.begin.set()
             await pending.ended.wait()
             if pending.error is not None:
                 raise pending.error
@@ -85,10 +89,20 @@ class Counting:
         self._last_known.pop(number, None)
 
     def count_soon(self, number: int) -> None:
-        """Count the committed snapshot ``number``, which nothing changes any more, and store what it takes."""
+        """Count the committed snapshot ``number``, which nothing changes any more, and store what it takes; with others that
+        come soon after it, unless somebody waits for it."""
         if number not in self._pending and self._nursery is not None:
+            if not self._gathered:
+                self._nursery.start_soon(self._gather, name="snapfs counts to come")
             self._pending[number] = _Count()
+            self._gathered.append(self._pending[number])
             self._nursery.start_soon(self._count, number, name=f"snapfs count {number}")
+
+    async def _gather(self) -> None:
+        await trio.sleep(GATHER)
+        for count in self._gathered:
+            count.begin.set()
+        self._gathered.clear()
 
     async def _count(self, number: int) -> None:
         def operation(writer: Writer) -> None:
@@ -99,6 +113,7 @@ class Counting:
                 writer.changed(info, info, counted=True)
 
         try:
+            await self._pending[number].begin.wait()
             usage = await self._scan(number)
             await self._records.write(operation)
         except (NotFound, Closed) as error:
@@ -140,5 +155,6 @@ class _Count:
     """The count of one committed snapshot, until it is stored or failed."""
 
     def __init__(self) -> None:
+        self.begin = trio.Event()
         self.ended = trio.Event()
         self.error: SnapshotError | None = None

@@ -2,8 +2,9 @@
 
 A Commit makes its record durable and returns; the files in the layer are still in the kernel's memory.  So the record is
 marked, and one syncfs(2) in the background serves all commits before it; then their marks are cleared, all in one write, so
-that no child is ever flushed before its parent.  A mark says in which boot of the machine the data was in memory: a daemon
-that merely crashed flushes again, but after a power cut nobody knows what is in those files.
+that no child is ever flushed before its parent.  A mark says in which boot of the machine the data was in memory, and for which
+mount of the disk: a daemon that merely crashed flushes again, but after a power cut, or where a disk that failed was mounted
+anew, nobody knows what is in those files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import trio
 
 from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
 from snapfs.imprint import Imprint
-from snapfs.kernel import mounting
+from snapfs.kernel import mounting, probe
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore
 from snapfs.model import Kind
@@ -45,7 +46,7 @@ class Flushing:
         self._layers = layers
         self._records = records
         self._sync = sync
-        self._boot = boot_id()
+        self._boot = f"{boot_id()} {probe.mounted_as(layers.snapshots)}"
         self._next: _Flush | None = None
         self._wakeup = trio.Event()
         self._running = False

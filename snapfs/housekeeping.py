@@ -11,6 +11,9 @@ from snapfs.layers import Layers
 log = logging.getLogger(__name__)
 
 
+GATHER = 0.02  # seconds after a Remove in which others may come, so that a burst of them costs few threads
+
+
 class Housekeeping:
     """Pool and trash of one root.  ``run`` must be running for what the others ask for to happen in the background."""
 
@@ -58,5 +61,6 @@ class Housekeeping:
     async def _empty_trash(self) -> None:
         while True:
             await self._trash_wakeup.wait()
+            await trio.sleep(GATHER)
             self._trash_wakeup = trio.Event()
             await self.empty_trash()

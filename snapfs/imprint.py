@@ -1,8 +1,8 @@
 """Imprints: the record that each snapshot's directory bears itself, so that a lost or broken database can be made anew.
 
 It is the extended attribute ``user.snapfs`` of ROOT/snapshots/<id>, beside the layer and not in it, so that no mount shows it
-and no container can change it.  It costs a few microseconds and no flush of its own: it reaches the disk with the directory at
-Prepare, and otherwise with the next flush of the file system, and nobody reads it while the database is whole.
+and no container can change it.  It costs a few microseconds and no flush of its own: it reaches the disk with the next flush of
+the file system (or a start writes it again: ``snapfs/placing.py``), and nobody reads it while the database is whole.
 
 What is too big for an attribute (ext4 has room for some 4,000 bytes) is in the file ``record`` beside ``fs`` instead.
 """

@@ -231,6 +231,7 @@ class Layers:
     def sync(self) -> None:
         """Return when the directories of the pool, and those that were placed before, are on disk.  Raises OSError."""
         for directory in (self._pool_directory, self.snapshots):
+            os.utime(directory)  # xfs flushes what was done until its last change; what is in the last one made came after that
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(fd)
@@ -559,9 +560,12 @@ def _remove_empty(path: str) -> None:
     for part in (f"{path}/fs", f"{path}/work", path):
         try:
             os.rmdir(part)
+        except FileNotFoundError:
+            pass
         except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                log.warning("cannot remove %s: %s", part, error)
+            level = logging.DEBUG if error.errno == errno.EROFS else logging.WARNING  # so it is with all: who asked is told
+            log.log(level, "cannot remove %s: %s", part, error.strerror)
+            return
 
 
 def _refuse_tree(root: str) -> None:

@@ -166,7 +166,7 @@ class MetaStore:
             self._env.reader_check()
             refuse_foreign(self._env, path)  # before anything is written
             self._page_size: int = self._env.stat()["psize"]
-            self._space = Space(path, self.map_size)
+            self._space = Space(path, self._mapped())
             undoing.callback(self._space.close)
             while True:
                 try:
@@ -200,6 +200,10 @@ class MetaStore:
     @property
     def map_size(self) -> int:
         """Bytes that the records may take before the map has to grow."""
+        return self._space.size
+
+    def _mapped(self) -> int:
+        """The same as LMDB has it, while no transaction is open."""
         size: int = self._env.info()["map_size"]
         return size
 
@@ -258,7 +262,7 @@ class MetaStore:
         with self._guard:
             if self._writing or self.is_growing or self._readers > 1:
                 raise Unavailable(f"another process has written to {self.path}: try again", errno.EAGAIN)
-            self._env.set_mapsize(self.map_size)  # or what is in use, if that is more
+            self._env.set_mapsize(self._mapped())  # or what is in use, if that is more
         return self._env.begin()
 
     async def write(self, operation: Callable[[Writer], T], *, frees: bool = False) -> T:
@@ -555,14 +559,14 @@ class MetaStore:
         if self._shut is not None:
             self._space.size = size  # which it gets when it is opened
             return
-        refuse_without_address_space(size - self.map_size)
+        refuse_without_address_space(size - self._mapped())
         with self._idle:
             self.is_growing = True
             try:
                 while self._readers:
                     self._idle.wait()
                 self._env.set_mapsize(size)
-                self._space.size = self.map_size
+                self._space.size = self._mapped()
             finally:
                 self.is_growing = False
                 self._idle.notify_all()

@@ -199,7 +199,7 @@ class Rootfs:
             layers.refuse_damaged(stack.upper, Kind.ACTIVE)
         try:
             layers.put_away(target)  # whoever knows the path can make a directory there
-            os.makedirs(target, mode=0o700)
+            os.makedirs(target, mode=0o700, exist_ok=True)  # on a disk that is read-only by now an old one can't be removed
             try:
                 if stack.upper is None and len(lowers) == 1:
                     mounting.mount_bind(lowers[0], target, read_only=True)
@@ -210,7 +210,7 @@ class Rootfs:
                     work = None if stack.upper is None else layers.work(stack.upper)
                     overlay.mount_overlay(target, lowers, upper, work, self._options, read_only=upper is None)
             except OSError:
-                os.rmdir(target)
+                layers.put_away(target)
                 raise
         except OSError as error:
             raise Unavailable(f"cannot mount the file system of snapshot {number}: {error.strerror}", error.errno) from error

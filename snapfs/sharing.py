@@ -17,6 +17,8 @@ class _Run(Generic[T]):
 
     def __init__(self) -> None:
         self.begun = False
+        self.waiting = 0  # who share it and have not given up
+        self.scope = trio.CancelScope()
         self.ended = trio.Event()
         self.error: Exception | None = None
         self.value: T
@@ -44,8 +46,8 @@ class Sharing(Generic[T]):
         """What ``work`` gives or raises.
 
         All who ask with the same key before it has begun share it.  One that is under way may have passed by what the caller
-        has just done, so it is waited for, and the next one shared.  Who gives up stops nobody else's.  ``work`` may call
-        ``trio.from_thread.check_cancelled``.  Raises Closed once ``serve`` has ended.
+        has just done, so it is waited for, and the next one shared.  Who gives up stops nobody else's; once all have, the work
+        is cancelled: it should call ``trio.from_thread.check_cancelled`` now and then.  Raises Closed once ``serve`` has ended.
         """
         running = self._runs.get(key)
         if running is not None and running.begun:
@@ -56,7 +58,14 @@ class Sharing(Generic[T]):
                 raise Closed()
             run = self._runs[key] = _Run()
             self._nursery.start_soon(self._perform, key, run, work, name=f"snapfs {key}")
-        await run.ended.wait()
+        run.waiting += 1
+        try:
+            await run.ended.wait()
+        finally:
+            run.waiting -= 1
+            if not run.waiting and not run.ended.is_set():
+                self._forget(key, run)  # who asks from now on gets another
+                run.scope.cancel()
         if run.error is not None:
             raise run.error
         return run.value
@@ -67,12 +76,17 @@ class Sharing(Generic[T]):
             return work()
 
         try:
-            run.value = await trio.to_thread.run_sync(begin, limiter=self._limiter)
+            with run.scope:
+                run.value = await trio.to_thread.run_sync(begin, limiter=self._limiter)
         except trio.Cancelled:
             run.error = Closed()
             raise
         except Exception as error:
             run.error = error
         finally:
-            del self._runs[key]
+            self._forget(key, run)
             run.ended.set()
+
+    def _forget(self, key: Hashable, run: _Run[T]) -> None:
+        if self._runs.get(key) is run:
+            del self._runs[key]

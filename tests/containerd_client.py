@@ -85,6 +85,8 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
   address = "{base}/c.sock"
 [ttrpc]
   address = "{base}/c.ttrpc"
+[plugins."io.containerd.gc.v1.scheduler"]
+  startup_delay = "1h"  # a view that nothing refers to is to stay until a test has it collected
 [proxy_plugins.snapfs]
   type = "snapshot"
   address = "{snapfs}"

@@ -38,9 +38,10 @@ _FAULTS = struct.Struct("=iiiQQqqq")  # errno of reads, writes, flushes; bytes f
 _MAKE = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"],
     "xfs": ["mkfs.xfs", "-q", "-f", "-K"],
+    "btrfs": ["mkfs.btrfs", "-q", "-f", "-K"],
 }
-_OPTIONS = {"ext4": "errors=remount-ro", "xfs": "nouuid"}  # xfs mounts nothing twice, and an image is it once more
-SIZES = {"ext4": 16 << 20, "xfs": 300 << 20}  # the least that xfs takes; what nobody writes costs nothing
+_OPTIONS = {"ext4": "errors=remount-ro", "xfs": "nouuid", "btrfs": ""}  # xfs mounts nothing twice, and an image is it once more
+SIZES = {"ext4": 16 << 20, "xfs": 300 << 20, "btrfs": 128 << 20}  # the least that they take; what nobody writes costs nothing
 
 
 class Write(NamedTuple):
@@ -140,9 +141,7 @@ def disk(kind: str, image: Path | None = None) -> Iterator[Disk]:
     try:
         served = Disk(kind, directory)
         if image is None:
-            with served.base.open("xb") as base:
-                base.truncate(SIZES[kind])
-            subprocess.run([*_MAKE[kind], str(served.base)], check=True)
+            make_file_system(kind, served.base)
         else:
             _copy(image, served.base)
         _copy(served.base, directory / "image")
@@ -153,6 +152,13 @@ def disk(kind: str, image: Path | None = None) -> Iterator[Disk]:
             yield served
     finally:
         shutil.rmtree(directory)
+
+
+def make_file_system(kind: str, image: Path) -> None:
+    """Make the file ``image``, with a new file system of ``kind`` in it."""
+    with image.open("xb") as made:
+        made.truncate(SIZES[kind])
+    subprocess.run([*_MAKE[kind], str(image)], check=True)
 
 
 def _copy(image: Path, copy: Path) -> None:
@@ -197,12 +203,10 @@ def mounted(device: str, kind: str, target: Path) -> Iterator[Path]:
     mounting.mount(device, str(target), kind, 0, _OPTIONS[kind])
     try:
         yield target
-    finally:
-        try:
-            mounting.unmount(str(target))
-        except OSError:  # something is still open: the test says what, and the disk must not stay
-            mounting.unmount(str(target), mounting.MNT_DETACH)
-            raise
+        mounting.unmount(str(target))
+    except BaseException:  # of the test, or something is still open: it says what, and the disk must not stay
+        mounting.unmount(str(target), mounting.MNT_DETACH)
+        raise
 
 
 # -- the child

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -305,10 +306,22 @@ def test_the_examples_configuration(version: str) -> None:
     config = tomllib.loads(path.read_text())
     assert config["version"] == (3 if version == "2" else 2)
     proxy = config["proxy_plugins"]["snapfs"]
-    assert proxy == {"type": "snapshot", "address": "/run/snapfs/snapfs.sock"}, "and no capability: rebase is not for it"
-    assert f"--containerd {proxy['address']}" in (EXAMPLES / "snapfs.service").read_text()
+    where = {"address": "/run/snapfs/snapfs.sock", "exports": {"root": "/var/lib/snapfs"}}
+    assert proxy == {"type": "snapshot", **where}, "and no capability: rebase is not for it"
+    unit = (EXAMPLES / "snapfs.service").read_text()
+    assert re.search(
+        rf"^ExecStart=\S+ serve {proxy['exports']['root']} \S+ --containerd {proxy['address']}$", unit, re.MULTILINE
+    )
     if version == "1.6":
         dumped = subprocess.run(["containerd", "--config", str(path), "config", "dump"], stdout=subprocess.PIPE, check=True)
         merged = tomllib.loads(dumped.stdout.decode())
         assert merged["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["snapshotter"] == "snapfs"
         assert merged["proxy_plugins"]["snapfs"]["address"] == proxy["address"]
+
+
+def test_the_examples_unit(tmp_path: Path) -> None:
+    unit = (EXAMPLES / "snapfs.service").read_text().replace("/usr/local/bin/snapfs", shutil.which("true") or "")
+    (tmp_path / "snapfs.service").write_text(unit)
+    command = ["systemd-analyze", "verify", str(tmp_path / "snapfs.service")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,7 @@ from snapfs.errors import (
 )
 from snapfs.model import Info, Kind, rfc3339
 from tests.conftest import Daemon
-from tests.containerd_client import SERVICE, Client, connected
+from tests.containerd_client import SECONDS, SERVICE, Client, connected
 
 ROOT = Path(__file__).parent.parent
 EXTRACT = "default/11/extract-969002056-w-eF sha256:" + "ab" * 32
@@ -339,6 +340,54 @@ def test_a_deadline_or_a_cancelled_call_leaves_all_or_nothing(client: Client, mn
             assert len(call.result().mounts) == 1
 
 
+ENDLESS = """
+from snapfs import counting
+from snapfs.cli import main
+
+def disk_usage(directory, checkpoint):
+    while os.path.exists(f"{directory}/endless"):
+        open(f"{directory}/begun", "w").close()
+        checkpoint()
+        time.sleep(0.001)
+    return counted(directory, checkpoint)
+
+import os, sys, time
+counted, counting.disk_usage = counting.disk_usage, disk_usage
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("how", ["deadline", "cancel", "disconnect"])
+def test_a_scan_ends_with_the_call_that_wants_it(make_daemon: Callable[..., Daemon], tmp_path: Path, how: str) -> None:
+    """Of a layer without an end, more than there are threads for scans: those who ask for others get one."""
+    daemon = make_daemon("--containerd", str(tmp_path / "s"))
+    daemon.program = ("-c", ENDLESS)
+    daemon.start()
+    with connected(tmp_path / "s") as client, connected(tmp_path / "s") as other:
+        for number in range(10):
+            client.call("Prepare", key=f"k{number}")
+            (daemon.root / f"snapshots/{number + 1}/fs/endless").touch()
+        client.call("Prepare", key="small")
+        scans = [client.start("Usage", key=f"k{number}", timeout=3 if how == "deadline" else 60) for number in range(10)]
+        deadline = time.monotonic() + SECONDS
+        while len(list(daemon.root.glob("snapshots/*/fs/begun"))) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        if how == "disconnect":
+            client.close()
+        for scan in scans:
+            if how == "deadline":
+                assert scan.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            else:
+                scan.cancel()
+        assert other.call("Usage", key="small").inodes == 1
+        for number in range(10):
+            other.call("Remove", key=f"k{number}")
+        assert other.names() == ["small"]
+    assert daemon.stop() == 0
+    assert len(daemon.said) == 1, daemon.said
+
+
 def test_slow_calls_keep_nobody_waiting(client: Client, served: Daemon) -> None:
     """More scans than any pool has threads: they queue, the others go on, and a deadline ends them."""
     for number in range(100):
@@ -415,6 +464,40 @@ def test_stopped_while_calls_are_under_way(served: Daemon, client: Client, tmp_p
     assert done <= {grpc.StatusCode.OK}
     assert {call.code() for call in calls} <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
     assert len(served.said) == 1, served.said
+
+
+CHILDLESS = """
+import os, sys
+from resource import RUSAGE_CHILDREN, getrusage
+import snapfs.containerd.server, snapfs.fuse.serve
+from snapfs.cli import main
+
+before = getrusage(RUSAGE_CHILDREN).ru_minflt  # ctypes may have asked ldconfig
+status = main()
+try:
+    os.waitpid(-1, os.WNOHANG)
+    sys.exit("it has a child")
+except ChildProcessError:
+    sys.exit(status if getrusage(RUSAGE_CHILDREN).ru_minflt == before else "it had a child")
+"""
+
+
+def test_nothing_is_forked_beside_grpcs_threads(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """Neither by Python nor by a library: a child that was waited for left its page faults, any other is there."""
+    daemon = make_daemon("--containerd", str(tmp_path / "s"))
+    daemon.program = ("-c", CHILDLESS)
+    daemon.start()
+    with connected(tmp_path / "s") as client:
+        client.layer("base")
+        client.call("Prepare", key="web", parent="base")
+        assert os.listdir(daemon.mnt / "active/web/rootfs") == []
+        assert (daemon.mnt / "active/web/changes").read_text() == ""
+        client.call("Mounts", key="web")
+        client.call("Usage", key="web")
+        for key in ("web", "base"):
+            client.call("Remove", key=key)
+        client.call("Cleanup")
+    assert daemon.stop() == 0, daemon.said
 
 
 def test_without_grpc_a_sentence_says_what_to_install(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:

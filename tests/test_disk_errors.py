@@ -6,14 +6,17 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from snapfs import Damaged, Options, Unavailable, open_snapshotter
+from snapfs.kernel import probe
+from snapfs.kernel.mounttable import mount_table
 from tests.conftest import Daemon
-from tests.disk import Disk, disk, mounted
+from tests.disk import Disk, disk, loop_device, make_file_system, mounted
 
 each_kind = pytest.mark.parametrize("kind", ["ext4", "xfs"])
 
@@ -108,6 +111,150 @@ def test_a_disk_that_takes_no_writes(failing: Disk, kind: str, make_daemon: Call
         assert set(os.listdir(tree / "active")) <= {"a", "z", "new"}
         (tree / "committed/base/active/web").mkdir()
         assert daemon.stop() == 0
+
+
+def shown(tree: Path) -> dict[Path, dict[str, object]]:
+    """What the tree says of each active snapshot and view, but for where it is mounted."""
+    texts = {path: json.loads(path.read_text()) for path in tree.glob("[av]*/*/*.json")}
+    return {path: {**dict(said), "mounted": 0} if path.name == "info.json" else {"": said} for path, said in texts.items()}
+
+
+def test_a_file_system_that_becomes_read_only(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """As ext4 does when it finds itself damaged.  Each change says EROFS, in words too, and changes nothing; reads go on, and
+    the end is clean.  When it was checked and mounted again, all is there."""
+    image = tmp_path / "image"
+    make_file_system("ext4", image)
+    with loop_device(image) as device:
+        with mounted(device, "ext4", tmp_path / "disk") as mount:
+            daemon = make_daemon(root=mount / "root").start()
+            tree = daemon.mnt
+            (tree / "active/a").mkdir()
+            (tree / "active/a/diff/file").write_text("x")
+            (tree / "active/a").rename(tree / "committed/base")
+            subprocess.run(["sync", str(tree / "committed/base")], check=True)
+            for name in ("web", "other"):
+                (tree / f"committed/base/active/{name}").mkdir()
+                (tree / f"active/{name}/labels/l").write_text("1")
+                assert (tree / f"active/{name}/rootfs/file").read_text() == "x"
+            (tree / "committed/base/view/peek").mkdir()
+            before = shown(tree)
+            assert len(before) == 9
+
+            Path(f"/sys/fs/ext4/{os.path.basename(device)}/trigger_fs_error").write_text("a test")
+            calls: list[tuple[str, Callable[[], object]]] = [
+                ("mkdir active/new", (tree / "active/new").mkdir),
+                ("mkdir committed/base/view/new", (tree / "committed/base/view/new").mkdir),
+                ("rename active/web committed/n", lambda: (tree / "active/web").rename(tree / "committed/n")),
+                ("rename active/web active/z", lambda: (tree / "active/web").rename(tree / "active/z")),
+                ("rmdir active/web", (tree / "active/web").rmdir),
+                ("rmdir view/peek", (tree / "view/peek").rmdir),
+                ("write active/web/labels/new", lambda: (tree / "active/web/labels/new").write_text("2")),
+                ("write active/web/labels/l", lambda: (tree / "active/web/labels/l").write_text("2")),
+                ("unlink active/web/labels/l", (tree / "active/web/labels/l").unlink),
+                ("readlink view/peek/rootfs", (tree / "view/peek/rootfs").readlink),  # which was never mounted
+            ]
+            for line, call in calls:
+                said = len(daemon.error_log())
+                with pytest.raises(OSError, match="Read-only file system") as refused:
+                    call()
+                assert refused.value.errno == errno.EROFS
+                told = daemon.error_log()[said]
+                assert f" EROFS {line}: cannot " in told
+                assert ": Read-only file system" in told
+            for name in ("web", "other"):
+                with pytest.raises(OSError, match="Read-only file system"):
+                    (tree / f"active/{name}/rootfs/new").write_text("2")
+                assert (tree / f"active/{name}/rootfs/file").read_text() == "x"
+                assert (tree / f"active/{name}/labels/l").read_text() == "1\n"
+                assert os.listdir(tree / f"active/{name}/labels") == ["l"]
+                assert (tree / f"active/{name}/changes").read_text() == ""
+            assert shown(tree) == before
+            assert sorted(os.listdir(tree / "active")) == ["other", "web"]
+            assert os.listdir(tree / "committed") == ["base"]
+            assert os.listdir(tree / "view") == ["peek"]
+            assert daemon.stop() == 0
+            assert not any("Traceback" in line for line in daemon.said)
+            assert [place.target for place in mount_table() if place.target.startswith(f"{tmp_path}/")] == [str(mount)]
+            daemon.said.clear()
+            with pytest.raises(AssertionError):
+                daemon.start()
+            assert daemon.ended() == 1
+            assert daemon.said == [f"snapfs: cannot use {mount}/root as root: Read-only file system ({mount}/root/lock)\n"]
+
+        assert subprocess.run(["fsck.ext4", "-fy", device], capture_output=True, check=False).returncode in (0, 1)
+        with mounted(device, "ext4", tmp_path / "disk"):
+            daemon.said.clear()
+            daemon.start()
+            assert os.listdir(tree / "committed") == ["base"]
+            assert os.listdir(tree / "view") == ["peek"]
+            assert shown(tree) == before
+            (tree / "active/web/rootfs/new").write_text("2")
+            (tree / "active/web").rename(tree / "committed/n")
+            for name in ("view/peek", "active/other", "committed/n", "committed/base"):
+                (tree / name).rmdir()
+            assert daemon.stop() == 0
+            assert len(daemon.said) == 1
+            assert os.listdir(mount / "root/snapshots") == os.listdir(mount / "root/rootfs") == []
+
+
+COMMIT = """
+import sys
+from pathlib import Path
+import trio
+from snapfs import Options, open_snapshotter
+
+async def main():
+    async with open_snapshotter(sys.argv[1], Options(rootfs=False)) as snapshotter:
+        await snapshotter.prepare("a")
+        Path(snapshotter.layers.fs(1), "file").write_bytes(b"x" * 8192)
+        await snapshotter.commit("base", "a", wait=False)
+        print("committed", flush=True)  # and the flush has not begun
+        sys.stdin.readline()
+        try:
+            await snapshotter.flush()
+        finally:
+            print("ended")
+
+trio.run(main)
+"""
+
+
+@each_kind
+async def test_what_a_disk_lost_that_could_not_be_told(failing: Disk, kind: str, tmp_path: Path) -> None:
+    """A disk that fails for good takes no note of what it loses.  Mounted anew in the same boot, it is not believed."""
+    with mounted(failing.device, kind, tmp_path / "disk") as mount:
+        command = [sys.executable, "-c", COMMIT, f"{mount}/root"]
+        # a process of its own: LMDB's lock file is a map of that disk as well, on which SIGBUS can be the end
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"committed\n"
+            failing.fail(write=errno.EIO, flush=errno.EIO)
+            child.communicate(b"\n", timeout=20)
+        assert child.returncode != 0
+    failing.fail()
+    with mounted(failing.device, kind, tmp_path / "disk") as mount:
+        file = mount / "root/snapshots/1/fs/file"
+        assert not file.exists() or file.read_bytes() != b"x" * 8192, "the test means something"
+        async with open_snapshotter(mount / "root", Options(rootfs=False)) as snapshotter:
+            with pytest.raises(Damaged, match='"base" may be torn'):
+                await snapshotter.prepare("web", "base")
+            await snapshotter.remove("base")
+
+
+@each_kind
+def test_one_mount_is_told_from_the_next(failing: Disk, kind: str, tmp_path: Path) -> None:
+    """But not where it is seen: a daemon that was killed may be started again in another mount namespace."""
+    with mounted(failing.device, kind, tmp_path / "disk") as mount:
+        before = probe.mounted_as(str(mount))
+        asking = f"from snapfs.kernel import probe; print(probe.mounted_as({str(mount)!r}))"
+        elsewhere = subprocess.run(
+            ["unshare", "--mount", sys.executable, "-c", asking], check=True, stdout=subprocess.PIPE, text=True
+        )
+        assert elsewhere.stdout == f"{before}\n" != "\n"
+        subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
+        assert probe.mounted_as(str(mount)) == before
+    with mounted(failing.device, kind, tmp_path / "disk") as mount:
+        assert probe.mounted_as(str(mount)) not in ("", before)
 
 
 @each_kind

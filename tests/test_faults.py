@@ -27,6 +27,7 @@ from snapfs.model import Kind
 from snapfs.records import Writer
 from snapfs.reserve import RESERVE
 from tests.conftest import Daemon
+from tests.disk import loop_device, make_file_system, mounted
 from tests.test_metastore import Held, adding, check_indexes
 
 Make = Callable[..., Daemon]
@@ -296,11 +297,11 @@ def test_a_new_store_on_a_full_disk_leaves_nothing(small_disk: Path) -> None:
 # -- a full disk
 
 
-def fill(file: Path) -> None:
-    """Append to ``file`` until the disk has not one block left."""
+def fill(file: Path, until: str = "No space left") -> None:
+    """Append to ``file`` until the disk, or the quota, has not one block left."""
     with file.open("ab", buffering=0) as out:
         for size in (1 << 20, 4096, 1):
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(OSError, match=until):
                 while True:
                     out.write(bytes(size))
 
@@ -362,6 +363,77 @@ def test_removing_on_a_full_disk(make_daemon: Make, small_disk: Path) -> None:
     assert os.listdir(mnt / "active/web/rootfs/") == []
     assert daemon.stop() == 0
     assert not any("Traceback" in line for line in daemon.said)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+async def test_all_is_removed_from_a_disk_filled_to_the_last_block(kind: str, tmp_path: Path) -> None:
+    """Under a library that has it open, by somebody who takes what becomes free at once.  Each Remove is done, and in the end
+    there is room as before."""
+    make_file_system(kind, tmp_path / "image")
+    with loop_device(tmp_path / "image") as device, mounted(device, kind, tmp_path / "disk") as mount:
+        async with open_snapshotter(mount / "root") as snapshotter:
+            layers = snapshotter.layers
+            await snapshotter.prepare("giant")
+            big = Path(layers.fs(1), "big")
+            free = os.statvfs(mount).f_bavail
+            for n in range(40):
+                await snapshotter.prepare(f"k{n}", "base" if n > 20 else None)
+                for file in ("a", "b", "c"):
+                    Path(layers.fs(n + 2), file).write_bytes(bytes(5000))
+                if n in (19, 20):
+                    await snapshotter.commit(["base", "other"][n - 20], f"k{n}")
+            fill(big)
+            os.sync()
+            fill(big)
+            if kind != "btrfs":  # which keeps its names, and small files, where large ones don't go
+                with pytest.raises(Unavailable, match="No space left on device") as refused:
+                    for n in range(1000):
+                        await snapshotter.prepare(f"more{n}")
+                assert refused.value.errno == errno.ENOSPC
+            names = [info.name for info in await snapshotter.walk() if info.name not in ("giant", "base")]
+            assert len(names) >= 39
+            for name in (*names, "base"):
+                await snapshotter.remove(name)
+                fill(big)
+            assert [info.name for info in await snapshotter.walk()] == ["giant"]
+            await snapshotter.remove("giant")
+            assert os.listdir(layers.snapshots) == os.listdir(layers.trash) == []
+            os.sync()
+            assert os.statvfs(mount).f_bavail > 0.9 * free
+            for n in range(40):
+                await snapshotter.prepare(f"k{n}")
+
+
+async def test_a_quota_that_is_used_up(tmp_path: Path) -> None:
+    """The layers' owner has no more: Prepare says EDQUOT in words, each Remove is done, and then there is room again."""
+    make_file_system("btrfs", tmp_path / "image")
+    with loop_device(tmp_path / "image") as device, mounted(device, "btrfs", tmp_path / "disk") as mount:
+        for command in (("quota", "enable", mount), ("subvolume", "create", mount / "own")):
+            subprocess.run(["btrfs", *command], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["btrfs", "qgroup", "limit", "24M", mount / "own"], check=True)
+        store = MetaStore(str(tmp_path / "records"))  # elsewhere: btrfs at its limit refuses to overwrite a file, even in place
+        async with open_snapshotter(mount / "own/root", metastore=store) as snapshotter:
+            layers = snapshotter.layers
+            await snapshotter.prepare("giant")
+            for n in range(40):
+                await snapshotter.prepare(f"k{n}")
+                Path(layers.fs(n + 2), "file").write_bytes(bytes(5000))
+            fill(Path(layers.fs(1), "big"), "Disk quota exceeded")
+            for make in (snapshotter.prepare("new"), snapshotter.view("new")):
+                with pytest.raises(Unavailable, match=r'cannot .* snapshot "new": Disk quota exceeded') as refused:
+                    await make
+                assert refused.value.errno == errno.EDQUOT
+            assert len(await snapshotter.walk()) == 41
+            assert (await snapshotter.usage("k1")).size >= 5000
+            for n in range(40):
+                await snapshotter.remove(f"k{n}")
+                fill(Path(layers.fs(1), "big"), "Disk quota exceeded")
+            await snapshotter.remove("giant")
+            assert os.listdir(layers.snapshots) == os.listdir(layers.trash) == []
+            os.sync()  # until then btrfs counts what is gone
+            await snapshotter.prepare("new")
+            Path(layers.fs((await snapshotter.stat("new")).id), "file").write_bytes(bytes(10 << 20))
+        store.close()
 
 
 def test_no_inode_left(make_daemon: Make, small_disk: Path) -> None:

@@ -325,6 +325,24 @@ async def test_one_who_gives_up_does_not_stop_the_others_scan(snapshotter: Snaps
     assert len(scanner.asked) == 1
 
 
+async def test_a_scan_for_which_nobody_waits_any_more_ends(
+    snapshotter: Snapshotter, scanner: Scanner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than there are threads for scans, and none would ever end: whoever asks then gets a thread."""
+    keys = [f"k{number}" for number in range(10)]
+    for key in keys:
+        await snapshotter.prepare(key)
+    async with trio.open_nursery() as nursery:
+        for key in [*keys, *keys]:
+            nursery.start_soon(snapshotter.usage, key)
+        await scanner.begun.wait()
+        nursery.cancel_scope.cancel()
+    monkeypatch.setattr("snapfs.counting.disk_usage", disk_usage)
+    with trio.fail_after(20):
+        for key in keys:
+            assert (await snapshotter.usage(key)).inodes == 1
+
+
 async def test_commit_does_not_wait_for_the_count_and_usage_does(snapshotter: Snapshotter, scanner: Scanner) -> None:
     await snapshotter.prepare("b")
     await snapshotter.commit("base", "b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from snapfs.errors import Busy, SnapshotError, Unavailable
 from snapfs.fuse.access import Access
 from tests.conftest import Daemon
+from tests.containerd_client import connected
 from tests.test_serve import is_mounted, refusal
 from tests.test_tree_calls import committed, listing
 
@@ -253,9 +256,13 @@ def test_what_the_kernel_is_told(make_daemon: Make) -> None:
     assert options_of(daemon.mnt) >= {"nosuid", "nodev"}
     assert not options_of(daemon.mnt) & {"allow_other", "default_permissions"}
     assert daemon.stop() == 0
-    daemon.arguments = ("-o", "allow_other,suid,dev")  # as mount.fuse3 always says
+    daemon.arguments = ("-o", "allow_other")
     daemon.start()
     assert options_of(daemon.mnt) >= {"nosuid", "nodev", "allow_other", "default_permissions"}
+    assert daemon.stop() == 0
+    daemon.arguments = ("-o", "suid,dev")  # mount.fuse3 says so of every file system that root mounts
+    daemon.start()
+    assert options_of(daemon.mnt) >= {"nosuid", "nodev"}
     assert daemon.stop() == 0
     for option in ("default_permissions", "user_id=0"):
         assert "unknown mount option" in refusal(daemon.root, daemon.mnt, "-o", option)
@@ -323,6 +330,39 @@ def alices(make_daemon: Make, tmp_path: Path) -> Iterator[Callable[..., Daemon]]
         bind(stack, tmp_path / "fuse", "/dev/fuse")
         bind(stack, tmp_path / "fuse.conf", "/etc/fuse.conf")
         yield make
+
+
+@pytest.mark.parametrize("end", ["stop", "unmount", "kill"])
+def test_an_ordinary_user_serves_containerd_too(alices: Callable[..., Daemon], end: str) -> None:
+    """fusermount3 mounts before there are gRPC's threads, and unmounts, a child of the daemon's, after their end."""
+    daemon = alices("")
+    path = daemon.root / "run/snapfs.sock"
+    daemon.arguments = ("--containerd", str(path))
+    for turn in range(2):
+        daemon.said.clear()
+        daemon.start()
+        assert path.stat().st_uid == ALICE
+        with connected(path) as client:
+            client.call("Prepare", key="k")
+            assert "k" in sh(alice, daemon.mnt, "ls active").stdout.split()
+            client.call("Remove", key="k")
+            calls = [client.start("Prepare", key=f"{turn}-{number}") for number in range(50)]
+            if end == "unmount":
+                assert run(alice, "fusermount3", "-u", "-z", daemon.mnt).returncode == 0
+                assert daemon.ended() == 0
+            elif end == "stop":
+                assert daemon.stop() == 0
+            else:
+                daemon.stop(signal.SIGKILL)  # the next one takes over the socket and the mountpoint
+            assert {call.code() for call in calls} <= {
+                grpc.StatusCode.OK,
+                grpc.StatusCode.UNAVAILABLE,
+                grpc.StatusCode.CANCELLED,
+            }
+        if end != "kill":
+            assert not path.exists()
+            assert not is_mounted(daemon.mnt)
+            assert len(daemon.said) == 1, daemon.said
 
 
 def test_an_ordinary_users_mount_is_that_users_alone(alices: Callable[..., Daemon]) -> None:

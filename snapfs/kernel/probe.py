@@ -19,6 +19,21 @@ def tells_types(directory: str) -> bool:
     return libc.directory_types(directory) != {0}
 
 
+def mounted_as(directory: str) -> str:
+    """What tells this time that the file system of ``directory`` is mounted from all others in this boot, in whatever mount
+    namespace; "" where the kernel shows nothing of the kind (btrfs, tmpfs …).
+
+    ext4, xfs and some others have a directory in sysfs from their first mount to their last unmount, and no two directories of
+    sysfs have ever had the same inode number.
+    """
+    device = os.stat(directory).st_dev
+    try:
+        name = os.path.basename(os.readlink(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"))
+    except OSError:
+        return ""
+    return next((str(shown.stat().st_ino) for shown in Path("/sys/fs").glob(f"*/{name}")), "")
+
+
 def in_user_namespace() -> bool:
     """Whether this process runs in another user namespace than the initial one (user_namespaces(7))."""
     try:
