@@ -117,6 +117,16 @@ def test_units(tmp_path: Path, name: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_units_under_systemd(place: Path) -> None:
+    """Started they are mounted, killed they are started again, stopped they are unmounted."""
+    words = ["unshare", "--fork", "--pid", "--kill-child", "--mount", "--mount-proc", "sh", "tests/systemd.sh", str(UNITS)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, preexec_fn=die_with_parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    status, *rest = done.stdout.split("\n")
+    assert status == "serving /var/lib/snapfs on /run/snapfs"
+    assert " ".join(rest).split() == ["a", "success", "success", "unmounted", "/run/snapfs"], done.stdout
+
+
 def test_lines_for_the_journal(tmp_path: Path) -> None:
     """Each has its priority where standard error is the journal, and only there."""
     program = "import logging; from snapfs.cli import logs; logs.set_up(); logs.say('up'); logging.getLogger().error('a\\nb')"

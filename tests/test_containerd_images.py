@@ -21,6 +21,7 @@ import pytest
 
 from tests.conftest import Daemon
 from tests.containerd_client import SECONDS, Client, Containerd, connected
+from tests.test_readme import recipe
 
 EXAMPLES = Path(__file__).parent.parent / "examples/containerd"
 IMAGE = "test.local/layers:1"
@@ -177,6 +178,10 @@ def test_a_running_container_is_watched_in_the_tree(both: Both) -> None:
     assert said["mounted"] == [str(tasks / both.containerd.namespace / "web/rootfs")]
     assert os.readlink(web / "rootfs") == said["mounted"][0], "nothing is mounted a second time"
     assert {"A /data/hello", "D /kept/file"} < set((web / "changes").read_text().splitlines()), "and runc's mountpoints"
+    done = subprocess.run(
+        ["sh", "-euc", recipe("Look into a running container")], cwd=both.mnt, capture_output=True, text=True, check=True
+    )
+    assert {key, "A /data/hello", "D /kept/file", "etc"} < set(done.stdout.splitlines())
     with pytest.raises(OSError, match="busy"):
         web.rename(both.mnt / "committed/saved")
     both.ctr("task", "kill", "--signal", "KILL", "web")

@@ -41,13 +41,26 @@ def test_the_first_steps(daemon: Daemon) -> None:
     assert done.stdout == "hostname\n"
 
 
-def test_the_upgrade_that_is_undone(daemon: Daemon, tmp_path: Path) -> None:
-    steps = README.split("`web@1`.\n\n")[1].split("\n\n")[0]
+def recipe(title: str) -> str:
+    """The commands of one of the recipes."""
+    return textwrap.dedent(README.split(f"**{title}.**")[1].split("\n\n")[1])
+
+
+def test_a_workspace(daemon: Daemon, tmp_path: Path) -> None:
     (tmp_path / "snapfs").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m snapfs.cli "$@"\n')
     (tmp_path / "snapfs").chmod(0o755)
     environment = {**os.environ, "SNAPFS": str(daemon.mnt), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["sh", "-euc", textwrap.dedent(steps)], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "1"
+
+    def run(title: str) -> list[str]:
+        words = ["sh", "-euc", recipe(title)]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    assert run("Try an upgrade, and undo it")[-1] == "1"
+    said = run("Checkpoint an agent's workspace")
+    assert [line.split()[1] for line in said[2:4]] == ["web@1", "web@2"]
+    assert said[3].endswith("the tests pass")
+    assert said[4] == "kept as web@3"
+    assert (daemon.mnt / "active/other/rootfs/version").read_text() == "1\n"
 
 
 def test_links_lead_somewhere() -> None:
