@@ -613,6 +613,12 @@ def test_a_trash_that_cannot_be_emptied_does_not_end_the_daemon(make_daemon: Mak
     (daemon.root / "trash").rename(daemon.root / "elsewhere")
     os.rmdir(daemon.mnt / "active/a")
     os.mkdir(daemon.mnt / "active/b")
+    assert daemon.process is not None
+    assert daemon.process.stderr is not None
+    for line in iter(daemon.process.stderr.readline, ""):  # it tries a moment later
+        daemon.said.append(line)
+        if "cannot empty the trash" in line:
+            break
     (daemon.root / "elsewhere").rename(daemon.root / "trash")
     os.rmdir(daemon.mnt / "active/b")
     assert os.listdir(daemon.mnt / "active") == []
