@@ -65,18 +65,21 @@ def finish(layers: Layers, records: MetaStore) -> None:
     """Put in place what a power cut has put back into the pool; at a start, before the pool is emptied.  Raises OSError."""
     with records.reading() as reader:
         placed = reader.placed()
-        found: list[tuple[int, str, Record]] = []
+        found: list[tuple[int, str, Imprint]] = []
         for number, name in placed:
             with suppress(Damaged):
                 record = reader.record(number)
                 if record is not None and not os.path.lexists(layers.directory(number)) and layers.has_ready(name):
-                    found.append((number, name, record))
+                    found.append((number, name, Imprint(record, reader.unflushed_since(number))))
     if not found:
         return
-    for number, name, record in found:
-        kind = Kind.VIEW if record.kind is Kind.VIEW else Kind.ACTIVE
-        layers.place(number, kind, owner(layers, record), name)
-        layers.bear(number, Imprint(record))
+    for number, name, said in found:
+        kind = Kind.VIEW if said.record.kind is Kind.VIEW else Kind.ACTIVE
+        whose = None
+        with suppress(FileNotFoundError):  # the parent's layer is missing, as whoever needs it will be told
+            whose = owner(layers, said.record)
+        layers.place(number, kind, whose, name)
+        layers.bear(number, said)
     log.info("%d directories were put in place that a power cut had put back", len(found))
     layers.sync()
     records.write_now(lambda writer: writer.clear_placed(placed[-1][0]), frees=True)

@@ -11,6 +11,7 @@ import pytest
 from snapfs import Kind, Snapshotter, imprint, open_snapshotter
 from snapfs.checking import check
 from snapfs.layers import POOL, Layers
+from snapfs.records import Writer
 from tests.conftest import DryPool, loop_mounted
 
 
@@ -79,6 +80,32 @@ async def test_a_directory_that_is_nowhere_is_damage(root: Path) -> None:
     async with open_snapshotter(root) as snapshotter:
         with pytest.raises(Exception, match=r"snapshots/\d+.* is missing"):
             await snapshotter.mounts("web")
+
+
+@pytest.mark.usefixtures("nobody_fills")
+async def test_what_is_unflushed_bears_that_again_and_a_missing_parent_stops_nothing(root: Path) -> None:
+    async with open_snapshotter(root) as snapshotter:
+        FILL(snapshotter.layers, lambda: None)
+        await snapshotter.prepare("a")
+        await snapshotter.commit("base", "a")
+        await snapshotter.prepare("web", "base")
+        names = placed(snapshotter)
+
+        def unflushed(writer: Writer) -> None:
+            writer.mark_unflushed(1, "another boot")
+
+        await snapshotter.records.write(unflushed)
+    os.rename(root / "snapshots/1", root / "pool" / names[1])
+    os.rename(root / "snapshots/2", root / "pool" / names[2])
+    async with open_snapshotter(root) as snapshotter:
+        borne = imprint.read(snapshotter.layers.directory(1))
+        assert borne is not None
+        assert borne.boot == "another boot"
+        await snapshotter.records.write(lambda writer: writer.mark_placed(2, "new-x-1"))
+    shutil.rmtree(root / "snapshots/1")
+    os.rename(root / "snapshots/2", root / "pool/new-x-1")
+    async with open_snapshotter(root) as snapshotter:
+        assert os.listdir(root / "snapshots") == ["2"]
 
 
 async def test_what_was_placed_is_settled_when_the_pool_is_filled(root: Path) -> None:
