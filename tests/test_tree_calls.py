@@ -266,9 +266,10 @@ def test_mkdir_on_a_full_disk_fails_whole_and_works_again_later(
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
+    daemon = make_daemon("--no-rootfs", root=disk / "root")  # a mount takes inodes too
     subprocess.run(["mount", "-t", "tmpfs", "-o", limit, "none", str(disk)], check=True)
     try:
-        daemon = make_daemon("--no-rootfs", root=disk / "root").start()  # a mount takes inodes too
+        daemon.start()
         os.mkdir(daemon.mnt / "active/first")
         fillers: list[Path] = []
 
@@ -289,15 +290,23 @@ def test_mkdir_on_a_full_disk_fails_whole_and_works_again_later(
             except OSError as error:
                 assert error.errno == errno.ENOSPC
                 break
+        else:
+            pytest.fail("a full disk took a thousand snapshots")
         assert re.search(rf"ENOSPC mkdir active/{number}: cannot .*No space left on device", daemon.error_log()[-1])
         known = os.listdir(daemon.mnt / "active")
         assert known == ["first", *map(str, range(number))]
         until(lambda: len(os.listdir(disk / "root/trash")) == 0)  # where the one that failed went
         assert len(os.listdir(disk / "root/snapshots")) == len(known)
-        before = listing(daemon.mnt)
-        fill()
-        with failing(errno.ENOSPC):
-            os.mkdir(daemon.mnt / "active/more")
+        for number in range(1000):  # what the daemon deletes is free a moment later, so that the next may find room
+            fill()
+            before = listing(daemon.mnt)
+            try:
+                os.mkdir(daemon.mnt / f"active/more{number}")
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                break
+        else:
+            pytest.fail("a full disk took a thousand snapshots")
         assert listing(daemon.mnt) == before
         for filler in fillers:
             filler.unlink(missing_ok=True)
@@ -305,6 +314,7 @@ def test_mkdir_on_a_full_disk_fails_whole_and_works_again_later(
         assert info(daemon.mnt / "active/after")["name"] == "after"
         assert daemon.stop() == 0
     finally:
+        daemon.cleanup()
         subprocess.run(["umount", str(disk)], check=True)
 
 
