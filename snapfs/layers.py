@@ -24,8 +24,8 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Collection
-from contextlib import closing, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager, suppress
 
 from snapfs import imprint
 from snapfs.errors import Damaged, Unavailable
@@ -44,7 +44,7 @@ POOL_SHARE = 300  # of how many free inodes and blocks, of which each takes thre
 PROMISED = 1000  # ids that one mark on snapshots/ covers
 DEPTH = 50  # directories deeper than this are deleted from the trash's top: bounds stack and descriptors
 
-_OURS = frozenset(("lock", "metadata.mdb", "metadata.mdb-lock", "snapshots", "pool", "trash", "lost+found", "rootfs"))
+_OURS = frozenset(("lock", "metadata.mdb", "snapshots", "pool", "trash", "lost+found", "rootfs"))
 
 
 class Layers:
@@ -596,6 +596,27 @@ def is_abandoned(root: str) -> bool:
         os.close(fd)
 
 
+@contextmanager
+def at_rest(root: str) -> Iterator[int | None]:
+    """The process that has ``root`` open (0 where it does not say so), or None where nobody has: then nobody can within the block,
+    apart from others who do the same."""
+    try:
+        fd = os.open(f"{root}/lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(fd)
+            yield int(holder) if holder.isdigit() else 0
+        else:
+            yield None
+    finally:
+        os.close(fd)
+
+
 def _holder(fd: int) -> str:
     return os.pread(fd, 20, 0).decode(errors="replace").strip()
 
@@ -609,7 +630,7 @@ def _is_dying(pid: str) -> bool:
         return False
 
 
-DYING = 2.0  # seconds that a killed process has to let go of its root
+DYING = 2.0  # seconds that a killed process has to let go of its root, and a backup to end
 
 
 _open_layers: weakref.WeakSet[Layers] = weakref.WeakSet()
@@ -633,12 +654,15 @@ def _lock(root: str) -> int:
             break
         except BlockingIOError:
             holder = _holder(fd)
-            if _is_dying(holder) and time.monotonic() < deadline:
+            gone = _is_dying(holder) or not os.path.exists(f"/proc/{holder}")
+            if gone and time.monotonic() < deadline:
                 time.sleep(0.01)
                 continue
             os.close(fd)
-            pid = holder or "unknown"
-            raise Unavailable(f"{root} is in use by the process with pid {pid}; stop that one first") from None
+            by = f"the process with pid {holder}; stop that one first"
+            if gone:
+                by = "a backup, or by a process that can't be seen from here: wait for it, or stop that one first"
+            raise Unavailable(f"{root} is in use by {by}") from None
         except BaseException:
             os.close(fd)
             raise

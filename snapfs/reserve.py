@@ -15,6 +15,8 @@ import mmap
 import os
 from contextlib import suppress
 
+from snapfs.errors import Unavailable
+
 RESERVE = 1 << 20
 STEP = 1 << 20  # bytes at least, while the disk has plenty, that are allocated at once
 MOST = 64 << 20  # and at most
@@ -32,15 +34,21 @@ _GET_FLAGS, _SET_FLAGS, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x00800000  
 
 
 class Space:
-    """The blocks of one file, which is there and not empty.  ``size`` of them LMDB may use, ``held`` are allocated.
+    """The blocks of one file, which is there.  ``size`` bytes of it LMDB may use, ``held`` are allocated.
 
-    ``is_short``: the reserve is not whole, for want of room.  All functions block on the disk.
+    ``is_short``: the reserve is not whole, for want of room.  All functions block on the disk.  Nobody else can have the file
+    meanwhile: raises Unavailable where another process, or another such object, has it.
     """
 
-    def __init__(self, path: str, size: int) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # kept: a full table of descriptors must not stop growth
-        self.size = size
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise Unavailable(f"the records in {path} are in use by another process; stop that one first") from None
+        self.size = 0
         self.held = os.fstat(self._fd).st_size
         self.is_short = True
 
@@ -85,29 +93,17 @@ def refuse_without_address_space(more: int) -> None:
         mmap.mmap(-1, more, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
 
 
-def make_file(path: str, size: int = 0) -> None:
-    """Make the file ``path``, unless it is there, and have blocks for all of its first ``size`` bytes.
-
-    What is written to a hole by way of a map, with no block left on the disk, kills the process (SIGBUS).  On btrfs everything
-    is such a hole, unless it is told to write in place.
-    """
+def make_file(path: str) -> None:
+    """Make the file ``path``, unless it is there; on btrfs one that is written in place, as far as blocks are allocated."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
-        now = os.stat(path)
-        if now.st_size >= size and now.st_blocks * 512 >= size:
-            return
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return
     try:
         with suppress(OSError):  # other file systems know no such flag, or write in place anyway
             flags = array.array("l", [0])
             fcntl.ioctl(fd, _GET_FLAGS, flags)
             flags[0] |= _NO_COPY_ON_WRITE
             fcntl.ioctl(fd, _SET_FLAGS, flags)
-        if size:
-            os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in _CANNOT_ALLOCATE:
-            raise OSError(error.errno, error.strerror, path) from None
     finally:
         os.close(fd)

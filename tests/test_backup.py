@@ -49,7 +49,6 @@ def names_in(file: Path) -> list[str]:
             return [info.name for info in reader.walk()]
     finally:
         store.close()
-        Path(f"{file}-lock").unlink()
 
 
 async def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -231,7 +230,6 @@ async def restored(root: Path, after: Callable[[Snapshotter], object]) -> AsyncI
     async with open_snapshotter(root) as snapshotter:
         await after(snapshotter)  # type: ignore[misc]
     shutil.copyfile(file, root / "metadata.mdb")
-    (root / "metadata.mdb-lock").unlink()
     async with open_snapshotter(root) as snapshotter:
         yield snapshotter
 
