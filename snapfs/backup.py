@@ -113,20 +113,19 @@ def _copy(root: str, records: str, fd: int) -> None:
                 os.lseek(fd, 0, os.SEEK_SET)
         if time.monotonic() > deadline:
             raise Unavailable(
-                f"cannot read the records: the process with pid {holder or 'unknown'} has them open, and can't be seen from here: "
-                "run this where that one runs"
+                f"cannot read the records: the process with pid {holder or 'unknown'} has them open, and can't be seen from "
+                "here: run this where that one runs"
             )
         time.sleep(0.01)  # it is being started or stopped
 
 
 def _copy_with(records: str, table: int | None, room: int, fd: int) -> None:
     """Copy ``records``, which somebody may be writing who has the lock table ``table``; nobody is where that is None."""
-    options = {"map_size": room, "readonly": True, "max_dbs": 16}
     try:
         if table is None:
-            environment = lmdb.open(records, subdir=False, lock=False, **options)
+            environment = lmdb.open(records, room, subdir=False, readonly=True, lock=False, max_dbs=16)
         else:
-            environment = open_environment(records, table, max_readers=READERS, **options)
+            environment = open_environment(records, table, map_size=room, readonly=True, max_dbs=16, max_readers=READERS)
         with environment as env:
             refuse_foreign(env, records)
             env.copyfd(fd, compact=True)

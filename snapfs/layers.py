@@ -598,8 +598,8 @@ def is_abandoned(root: str) -> bool:
 
 @contextmanager
 def at_rest(root: str) -> Iterator[int | None]:
-    """The process that has ``root`` open (0 where it does not say so), or None where nobody has: then nobody can within the block,
-    apart from others who do the same."""
+    """The process that has ``root`` open (0 where it does not say so), or None where nobody has: then nobody can within the
+    block, apart from others who do the same."""
     try:
         fd = os.open(f"{root}/lock", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

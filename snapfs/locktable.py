@@ -21,8 +21,8 @@ _MEMORY = "/dev/shm"  # where the system has it; any other directory does as wel
 
 
 def new_table(path: str) -> int:
-    """A lock table for the file ``path``, which is there: the descriptor of a memfd, to be kept as long as LMDB has it open, since
-    closing it would let go of LMDB's locks."""
+    """A lock table for the file ``path``, which is there: the descriptor of a memfd, to be kept as long as LMDB has it open,
+    since closing it would let go of LMDB's locks."""
     fd = os.memfd_create(_name(path), os.MFD_CLOEXEC)
     os.fchmod(fd, 0o600)
     return fd

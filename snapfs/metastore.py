@@ -41,7 +41,7 @@ from snapfs.errors import Closed, Damaged, Forked, SnapshotError, Unavailable
 from snapfs.locktable import new_table, open_environment
 from snapfs.model import Change
 from snapfs.records import SCHEMA, Reader, Tables, Writer
-from snapfs.reserve import RESERVE, Space, make_file, refuse_without_address_space
+from snapfs.reserve import FULL, RESERVE, Space, make_file, refuse_without_address_space
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +123,8 @@ class MetaStore:
 
     Open it (``MetaStore(path)``: the file), run ``serve`` in a nursery, ``close`` it.
     Without ``sync`` nothing is ever flushed: a power cut may take the whole store, a crash of the process takes nothing.
-    Raises Unavailable where the file can't be opened or another process has it, Damaged where it is none of ours or of a newer schema: it is not touched
-    then.  A file that is missing or empty becomes a new store.
+    Raises Unavailable where the file can't be opened or another process has it, Damaged where it is none of ours or of a
+    newer schema: it is not touched then.  A file that is missing or empty becomes a new store.
     """
 
     def __init__(self, path: str, map_size: int = MAP_SIZE, *, sync: bool = True) -> None:
@@ -366,6 +366,19 @@ class MetaStore:
 
     def _run(self, batch: _Batch) -> None:
         """Run a batch in the writer's thread; leaves each request with a result or an error."""
+        self._run_once(batch)
+        refused = [request for request in batch.requests if request.frees and getattr(request.error, "errno", None) in FULL]
+        if not refused or self._doubt is not None:
+            return
+        try:
+            given = self._space.give_up()
+        except OSError as error:
+            log.warning("cannot give up the reserve: %s", error)
+            return
+        for request in refused if given else ():
+            self._run_once(_Batch([request]))
+
+    def _run_once(self, batch: _Batch) -> None:
         if self._doubt is not None:
             try:
                 self._late += self._settle()
@@ -381,7 +394,7 @@ class MetaStore:
             except (lmdb.Error, OSError) as error:
                 if len(batch.requests) > 1:  # some may need no room
                     for request in batch.requests:
-                        self._run(_Batch([request]))
+                        self._run_once(_Batch([request]))
                 elif not (batch.requests[0].frees and self._attempt_with_reserve(batch)):
                     batch.requests[0].error = _refused("make room for the records", self.path, error)
                 return

@@ -4,6 +4,9 @@ LMDB writes each page that changes to another place: even a deletion takes new p
 is longer than what is in use: its blocks are allocated ahead, a step at a time, and LMDB may use them up to ``size``, which is
 the size of its map.  The last ``RESERVE`` bytes are for removing alone.  A full disk is thus met when more is to be allocated,
 where nothing has been changed yet, and what fills the disk can't take the reserve away.
+
+File systems that write nothing in place, where a quota is used up, refuse to write even what is allocated (EDQUOT), but still
+remove files.  So there is one to be removed there (``give_up``).
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ import os
 from contextlib import suppress
 
 from snapfs.errors import Unavailable
+from snapfs.kernel import mounting
 
 RESERVE = 1 << 20
 STEP = 1 << 20  # bytes at least, while the disk has plenty, that are allocated at once
 MOST = 64 << 20  # and at most
 
 _PAGE = mmap.PAGESIZE
+
+_NEVER_IN_PLACE = (0x9123683E, 0x2FC12FC1, 0xCA451A4E)  # statfs(2)'s types of btrfs, zfs, bcachefs
 
 _LEAST = 4 * _PAGE  # that it is worth while to go on for
 
@@ -51,6 +57,7 @@ class Space:
         self.size = 0
         self.held = os.fstat(self._fd).st_size
         self.is_short = True
+        self._spare = f"{path}-reserve" if mounting.file_system_magic(path) in _NEVER_IN_PLACE else None
 
     def close(self) -> None:
         """Let go of the file; twice is fine."""
@@ -61,7 +68,21 @@ class Space:
     def refill(self) -> None:
         """Make the reserve whole; raises OSError where there is no room for it."""
         self._hold(self.size + RESERVE)
+        if self._spare is not None:
+            _allocate(self._spare, RESERVE)
         self.is_short = False
+
+    def give_up(self) -> bool:
+        """Remove the file that is there to be removed: whether there was one.  Raises OSError."""
+        if self._spare is None:
+            return False
+        try:
+            os.unlink(self._spare)
+        except FileNotFoundError:
+            return False
+        self.is_short = True
+        mounting.sync_file_system(self._fd)  # until then what is gone counts
+        return True
 
     def more(self) -> int:
         """Make room for more than ``size``, with the reserve behind it: for how much.  Raises OSError where there is none."""
@@ -82,6 +103,18 @@ class Space:
                 os.ftruncate(self._fd, before)  # some blocks may have been had
                 raise OSError(error.errno, error.strerror, self._path) from None
         self.held = max(self.held, wanted)
+
+
+def _allocate(path: str, size: int) -> None:
+    """Have a file ``path`` of ``size`` bytes, or none."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
 
 
 def refuse_without_address_space(more: int) -> None:

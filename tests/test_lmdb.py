@@ -6,7 +6,6 @@ import ast
 import os
 import random
 import signal
-import stat
 import subprocess
 import sys
 import threading
