@@ -10,7 +10,6 @@ import resource
 import shutil
 import stat
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -24,7 +23,6 @@ from snapfs import Snapshotter, open_snapshotter
 from snapfs.backup import backup
 from snapfs.errors import AlreadyExists, Damaged, Unavailable
 from snapfs.metastore import MetaStore
-from snapfs.model import Kind
 from snapfs.records import Writer
 from snapfs.reserve import RESERVE
 from tests.conftest import Daemon, until
@@ -153,39 +151,6 @@ async def test_growing_waits_for_who_reads_and_nobody_else_waits(tmp_path: Path)
     assert sorted(order) == ["early", "grown", "late"]
     check_indexes(store)
     store.close()
-
-
-async def test_a_map_that_another_process_made_larger(tmp_path: Path) -> None:
-    """Reading and writing go on, whichever of them meets it first."""
-    store = MetaStore(str(tmp_path / "m"), map_size=TINY)
-
-    def enlarge(table: str) -> None:
-        subprocess.run([sys.executable, "-c", ENLARGE, store.path, table], check=True)
-
-    async with trio.open_nursery() as nursery:
-        await nursery.start(store.serve)
-        with store.reading():
-            enlarge("once")
-            with pytest.raises(Unavailable, match="try again"), store.reading():
-                pass  # a transaction of the old map keeps the new one from being had
-        with store.reading() as reader:
-            assert reader.count(Kind.ACTIVE) == 0
-        enlarge("twice")
-        await store.write(adding("ours"))
-        with store.reading() as reader:
-            assert reader.count(Kind.ACTIVE) == 1
-        store.stop()
-    store.close()
-
-
-ENLARGE = """
-import sys, lmdb
-with lmdb.open(sys.argv[1], subdir=False, max_dbs=32, map_size=1 << 26) as env:
-    with env.begin(write=True) as txn:
-        other = env.open_db(sys.argv[2].encode(), txn)
-        for n in range(1000):
-            txn.put(str(n).encode(), b"x" * 2000, db=other)
-"""
 
 
 def test_the_map_grows_for_who_serves_nobody_and_a_backup_holds_it_all(tmp_path: Path) -> None:
