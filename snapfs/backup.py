@@ -16,9 +16,9 @@ import msgspec
 
 from snapfs.errors import AlreadyExists, InvalidArgument, Unavailable
 from snapfs.kernel.mounttable import mount_table
-from snapfs.layers import at_rest
 from snapfs.locktable import open_environment, table_of
 from snapfs.metastore import READERS, refuse_foreign, unreadable
+from snapfs.rootlock import at_rest
 
 _NOT_WITHOUT_A_NAME = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 

@@ -136,7 +136,7 @@ def _put(part: dict[int, Imprint], writer: Writer) -> None:
 def _last_id(layers: Layers, numbers: list[int]) -> int:
     """An id that none ever given out exceeds."""
     seen = [*numbers, imprint.promised(layers.snapshots)]
-    for directory in (layers.trash, layers.lost):
+    for directory in (layers.trash.directory, layers.lost):
         with contextlib.suppress(FileNotFoundError):
             seen += [number for name in os.listdir(directory) if (number := parse_id(name.partition("-")[0].rstrip("~")))]
     return max(seen)

@@ -20,7 +20,7 @@ import snapfs.backup
 from snapfs import AlreadyExists, Damaged, InvalidArgument, MetaStore, Snapshotter, Unavailable, open_snapshotter
 from snapfs.backup import Backup, backup
 from snapfs.cli import main
-from snapfs.layers import at_rest
+from snapfs.rootlock import at_rest
 from tests.conftest import Daemon
 from tests.test_lmdb import readers
 from tests.test_metastore import check_indexes
@@ -241,11 +241,11 @@ def test_a_start_waits_for_a_backup_to_end(served: Path, monkeypatch: pytest.Mon
     (served / "lock").write_text(f"{ended.pid}\n")  # who had it last
     with ExitStack() as copying:
         assert copying.enter_context(at_rest(str(served))) is None
-        monkeypatch.setattr("snapfs.layers.DYING", 0.0)
+        monkeypatch.setattr("snapfs.rootlock.DYING", 0.0)
         with pytest.raises(Unavailable, match=r"is in use by a backup, .* wait for it"):
             trio.run(start)
-        monkeypatch.setattr("snapfs.layers.DYING", 60.0)
-        monkeypatch.setattr("snapfs.layers.time.sleep", wait)
+        monkeypatch.setattr("snapfs.rootlock.DYING", 60.0)
+        monkeypatch.setattr("snapfs.rootlock.time.sleep", wait)
         trio.run(start)
     assert len(waited) == 1
 

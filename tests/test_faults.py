@@ -364,7 +364,7 @@ async def test_all_is_removed_from_a_disk_filled_to_the_last_block(kind: str, tm
                 fill(big)
             assert [info.name for info in await snapshotter.walk()] == ["giant"]
             await snapshotter.remove("giant")
-            assert os.listdir(layers.snapshots) == os.listdir(layers.trash) == []
+            assert os.listdir(layers.snapshots) == os.listdir(layers.trash.directory) == []
             os.sync()
             assert os.statvfs(mount).f_bavail > 0.9 * free
             for n in range(40):
@@ -401,7 +401,7 @@ async def test_a_quota_that_is_used_up(where: str, tmp_path: Path) -> None:
                 if elsewhere is not None:
                     fill(Path(layers.fs(1), "big"), "Disk quota exceeded")
             await snapshotter.remove("giant")
-            assert os.listdir(layers.snapshots) == os.listdir(layers.trash) == []
+            assert os.listdir(layers.snapshots) == os.listdir(layers.trash.directory) == []
             os.sync()  # until then btrfs counts what is gone
             await snapshotter.prepare("new")
             Path(layers.fs((await snapshotter.stat("new")).id), "file").write_bytes(bytes(10 << 20))

@@ -21,7 +21,7 @@ from lmdb.verify import verify
 
 from snapfs import Damaged, Kind, MetaStore, NotFound, SnapshotError, Snapshotter, Unavailable, metastore, open_snapshotter
 from snapfs.errors import Forked
-from snapfs.layers import is_abandoned
+from snapfs.rootlock import is_abandoned
 from snapfs.tree import Tree
 from snapfs.tree.tree import ROOT_INODE
 from tests.conftest import die_with_parent
