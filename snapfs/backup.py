@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from contextlib import ExitStack
 
 import lmdb
@@ -15,12 +16,16 @@ import msgspec
 
 from snapfs.errors import AlreadyExists, InvalidArgument, Unavailable
 from snapfs.kernel.mounttable import mount_table
+from snapfs.locktable import open_environment, table_of
 from snapfs.metastore import READERS, refuse_foreign, unreadable
+from snapfs.rootlock import at_rest
 
 _NOT_WITHOUT_A_NAME = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 
 
 ROOM = 1 << 30  # address space, not memory or disk
+
+PATIENCE = 5.0  # seconds in which a daemon that is being started, or stopped, has or lets go of the records
 
 
 class Backup(msgspec.Struct, frozen=True):
@@ -50,7 +55,7 @@ def backup(root: str, file: str) -> Backup:
         raise AlreadyExists(f"{file} exists already, and a backup never replaces anything: give another name")
     _refuse_place(os.path.realpath(root), directory, file)
     try:
-        return _write(records, directory, name)
+        return _write(os.path.realpath(root), records, directory, name)
     except OSError as error:
         if error.errno == errno.EEXIST:
             raise AlreadyExists(f"{file} has just been made by somebody else: give another name") from None
@@ -68,7 +73,7 @@ def _refuse_place(root: str, directory: str, file: str) -> None:
         )
 
 
-def _write(records: str, directory: str, name: str) -> Backup:
+def _write(root: str, records: str, directory: str, name: str) -> Backup:
     """Copy ``records`` into a file that has no name yet, where the file system has such (else one that says what it is), and
     give it its own."""
     partial = ""
@@ -84,7 +89,7 @@ def _write(records: str, directory: str, name: str) -> Backup:
             fd = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=place)
             ended.callback(os.unlink, partial, dir_fd=place)
         ended.callback(os.close, fd)
-        _copy(records, fd)
+        _copy(root, records, fd)
         os.fsync(fd)
         made = Backup(_count(fd, records), os.fstat(fd).st_size)
         os.link(partial or f"/proc/self/fd/{fd}", name, src_dir_fd=place, dst_dir_fd=place, follow_symlinks=True)
@@ -92,10 +97,36 @@ def _write(records: str, directory: str, name: str) -> Backup:
         return made
 
 
-def _copy(records: str, fd: int) -> None:
+def _copy(root: str, records: str, fd: int) -> None:
     room = 2 * os.stat(records).st_size + ROOM  # it may grow before the copy begins
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with at_rest(root) as holder, ExitStack() as ended:
+            table = None if holder is None else table_of(holder, records)
+            if table is not None:
+                ended.callback(os.close, table)
+            if holder is None or table is not None:
+                _copy_with(records, table, room, fd)
+                if table is None or _is_of(holder, records, table):
+                    return
+                os.ftruncate(fd, 0)  # whoever has the root by now did not know that it was being read
+                os.lseek(fd, 0, os.SEEK_SET)
+        if time.monotonic() > deadline:
+            raise Unavailable(
+                f"cannot read the records: the process with pid {holder or 'unknown'} has them open, and can't be seen from "
+                "here: run this where that one runs"
+            )
+        time.sleep(0.01)  # it is being started or stopped
+
+
+def _copy_with(records: str, table: int | None, room: int, fd: int) -> None:
+    """Copy ``records``, which somebody may be writing who has the lock table ``table``; nobody is where that is None."""
     try:
-        with lmdb.open(records, room, subdir=False, readonly=True, mode=0o600, max_dbs=16, max_readers=READERS) as env:
+        if table is None:
+            environment = lmdb.open(records, room, subdir=False, readonly=True, lock=False, max_dbs=16)
+        else:
+            environment = open_environment(records, table, map_size=room, readonly=True, max_dbs=16, max_readers=READERS)
+        with environment as env:
             refuse_foreign(env, records)
             env.copyfd(fd, compact=True)
     except lmdb.Error as error:
@@ -103,6 +134,17 @@ def _copy(records: str, fd: int) -> None:
         if code > 0:
             raise OSError(code, os.strerror(code)) from error
         raise unreadable(records, error) from error
+
+
+def _is_of(holder: int | None, records: str, table: int) -> bool:
+    """Whether process ``holder`` still has this lock table."""
+    now = table_of(holder or 0, records)
+    if now is None:
+        return False
+    try:
+        return os.path.sameopenfile(now, table)
+    finally:
+        os.close(now)
 
 
 def _count(fd: int, records: str) -> int:

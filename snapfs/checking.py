@@ -267,8 +267,10 @@ class _Check:
                 text = f"{path}: {self._looks(path)}; {self._why(number)}"
                 mended = f"moved to {layers.lose(path)}" if self._repair else ""
                 yield Finding(Problem.ORPHANED, text, "--repair moves it to lost+found", mended)
-        if waiting := len(os.listdir(layers.trash)):
-            yield Finding(Problem.NOTE, f"{waiting} removed directories in {layers.trash} are deleted at the next start")
+        if waiting := len(os.listdir(layers.trash.directory)):
+            yield Finding(
+                Problem.NOTE, f"{waiting} removed directories in {layers.trash.directory} are deleted at the next start"
+            )
         if os.path.isdir(layers.lost):
             for name in sorted(os.listdir(layers.lost)):
                 path = f"{layers.lost}/{name}"

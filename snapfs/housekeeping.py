@@ -34,7 +34,7 @@ class Housekeeping:
 
     def fill_pool_if_low(self) -> None:
         """Have directories made if half of them are used up."""
-        if self._layers.pool_is_low:
+        if self._layers.pool.is_low:
             self._pool_wakeup.set()
 
     def empty_trash_soon(self) -> None:
@@ -54,7 +54,7 @@ class Housekeeping:
             await self._pool_wakeup.wait()
             self._pool_wakeup = trio.Event()
             try:
-                await trio.to_thread.run_sync(self._layers.fill_pool, trio.from_thread.check_cancelled)
+                await trio.to_thread.run_sync(self._layers.pool.fill, trio.from_thread.check_cancelled)
             except OSError as error:  # Prepare makes its own then, and tells its user
                 log.warning("cannot make directories ahead: %s", error)
 

@@ -38,9 +38,10 @@ import trio
 from lmdb.verify import VerifyError, verify
 
 from snapfs.errors import Closed, Damaged, Forked, SnapshotError, Unavailable
+from snapfs.locktable import new_table, open_environment
 from snapfs.model import Change
 from snapfs.records import SCHEMA, Reader, Tables, Writer
-from snapfs.reserve import RESERVE, Space, make_file, refuse_without_address_space
+from snapfs.reserve import FULL, RESERVE, Space, make_file, refuse_without_address_space
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class _Reading(Reader):
         try:
             try:
                 self._txn = store._env.begin()
-            except (lmdb.ReadersFullError, lmdb.MapResizedError, lmdb.PanicError):
+            except (lmdb.ReadersFullError, lmdb.PanicError):
                 self._txn = store._begin_when_possible()
             self._tables = store.tables
         except lmdb.Error as error:
@@ -120,10 +121,10 @@ class _Reading(Reader):
 class MetaStore:
     """One LMDB environment with one writer.
 
-    Open it (``MetaStore(path)``: the file, with ``path-lock`` beside it), run ``serve`` in a nursery, ``close`` it.
+    Open it (``MetaStore(path)``: the file), run ``serve`` in a nursery, ``close`` it.
     Without ``sync`` nothing is ever flushed: a power cut may take the whole store, a crash of the process takes nothing.
-    Raises Unavailable where the file can't be opened, Damaged where it is none of ours or of a newer schema: it is not touched
-    then.  A file that is missing or empty becomes a new store.
+    Raises Unavailable where the file can't be opened or another process has it, Damaged where it is none of ours or of a
+    newer schema: it is not touched then.  A file that is missing or empty becomes a new store.
     """
 
     def __init__(self, path: str, map_size: int = MAP_SIZE, *, sync: bool = True) -> None:
@@ -156,18 +157,19 @@ class MetaStore:
         path = self.path
         with ExitStack() as undoing:
             if not os.path.lexists(path):
-                undoing.callback(_remove_files, path)  # a database that was cut short could not be read the next time
+                undoing.callback(_remove, path)  # a database that was cut short could not be read the next time
             else:
                 map_size = max(map_size, os.path.getsize(path) - RESERVE)
             make_file(path)
-            make_file(f"{path}-lock", 128 + 64 * READERS)  # what LMDB makes it, but with blocks on the disk
+            self._space = Space(path)
+            undoing.callback(self._space.close)
+            self._table = new_table(path)
+            undoing.callback(os.close, self._table)
             self._env = self._environment(map_size)
             undoing.callback(self._env.close)
-            self._env.reader_check()
             refuse_foreign(self._env, path)  # before anything is written
             self._page_size: int = self._env.stat()["psize"]
-            self._space = Space(path, self._mapped())
-            undoing.callback(self._space.close)
+            self._space.size = self._mapped()
             while True:
                 try:
                     with self._env.begin(write=True) as txn:
@@ -179,9 +181,9 @@ class MetaStore:
             undoing.pop_all()
 
     def _environment(self, map_size: int, *, readonly: bool = False) -> lmdb.Environment:
-        env = lmdb.open(
+        env = open_environment(
             self.path,
-            subdir=False,
+            self._table,
             readonly=readonly,
             sync=self.sync,
             map_size=map_size,
@@ -212,6 +214,7 @@ class MetaStore:
         if self.refusal is None:
             self.refusal = Closed
             self._env.close()
+            os.close(self._table)
             self._space.close()
 
     def reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
@@ -222,15 +225,12 @@ class MetaStore:
         return _Reading(self, long=long)
 
     def _begin_when_possible(self) -> lmdb.Transaction[bytes]:
-        """A read transaction although all places were taken, by dead processes, or by others who read and are soon done; or
-        although the map was too small."""
+        """A read transaction although all places were taken, by dead processes, or by others who read and are soon done."""
         deadline = time.monotonic() + PATIENCE
         while True:
             self._env.reader_check()
             try:
                 return self._env.begin()
-            except lmdb.MapResizedError:
-                return self._begin_anew()
             except lmdb.PanicError:
                 self._wait_for_opening()
                 return self._env.begin()
@@ -256,14 +256,6 @@ class MetaStore:
             self._idle.notify_all()
             self._idle.wait_for(lambda: self._openings != seen or self._shut is not None, PATIENCE)
             self._readers += 1
-
-    def _begin_anew(self) -> lmdb.Transaction[bytes]:
-        """A transaction after another process, which should have left the records alone, has made them larger than the map."""
-        with self._guard:
-            if self._writing or self.is_growing or self._readers > 1:
-                raise Unavailable(f"another process has written to {self.path}: try again", errno.EAGAIN)
-            self._env.set_mapsize(self._mapped())  # or what is in use, if that is more
-        return self._env.begin()
 
     async def write(self, operation: Callable[[Writer], T], *, frees: bool = False) -> T:
         """Run ``operation`` in the writer's thread; returns its result when that is durable, or raises what it raised,
@@ -374,6 +366,19 @@ class MetaStore:
 
     def _run(self, batch: _Batch) -> None:
         """Run a batch in the writer's thread; leaves each request with a result or an error."""
+        self._run_once(batch)
+        refused = [request for request in batch.requests if request.frees and getattr(request.error, "errno", None) in FULL]
+        if not refused or self._doubt is not None:
+            return
+        try:
+            given = self._space.give_up()
+        except OSError as error:
+            log.warning("cannot give up the reserve: %s", error)
+            return
+        for request in refused if given else ():
+            self._run_once(_Batch([request]))
+
+    def _run_once(self, batch: _Batch) -> None:
         if self._doubt is not None:
             try:
                 self._late += self._settle()
@@ -389,7 +394,7 @@ class MetaStore:
             except (lmdb.Error, OSError) as error:
                 if len(batch.requests) > 1:  # some may need no room
                     for request in batch.requests:
-                        self._run(_Batch([request]))
+                        self._run_once(_Batch([request]))
                 elif not (batch.requests[0].frees and self._attempt_with_reserve(batch)):
                     batch.requests[0].error = _refused("make room for the records", self.path, error)
                 return
@@ -415,7 +420,7 @@ class MetaStore:
                 for fd in batch.directories if self.sync else ():
                     os.fsync(fd)
         except (lmdb.Error, OSError) as error:
-            if isinstance(error, (lmdb.MapFullError, lmdb.MapResizedError)):
+            if isinstance(error, lmdb.MapFullError):
                 _undo_all(ran)
                 return False
             refusal = _refused("write the records", self.path, error)
@@ -592,6 +597,7 @@ def _refuse_in_child() -> None:
     for store in _open_stores:
         if store.refusal is None:
             store.refusal = Forked
+            store._space.close()  # or the child would hold the file when its parent no longer does
 
 
 os.register_at_fork(after_in_child=_refuse_in_child)
@@ -719,10 +725,9 @@ def _write_page_anew(path: str, page: int, size: int, *, sync: bool) -> None:
         os.close(fd)
 
 
-def _remove_files(path: str) -> None:
-    for made in (path, f"{path}-lock"):
-        with suppress(OSError):
-            os.unlink(made)
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)
 
 
 def _undo(writer: Writer) -> None:

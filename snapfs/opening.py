@@ -52,7 +52,7 @@ async def open_snapshotter(
 
 def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshotter:
     layers = Layers.open(root)
-    layers.syncs = options.sync is Sync.FULL
+    layers.pool.syncs = options.sync is Sync.FULL
     records, mounted = metastore, None
     try:
         mounted = Mounted(layers.snapshots)

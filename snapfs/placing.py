@@ -37,7 +37,7 @@ class Placing:
     def place(self, writer: Writer, number: int, record: Record) -> None:
         """Make the directory of the new snapshot ``number``; raises OSError, having left nothing.  It is on disk when the
         batch is, or made again at the next start."""
-        layers, settled = self._layers, self._layers.settled
+        layers, settled = self._layers, self._layers.pool.settled
         name = layers.place(number, record.kind, owner(layers, record))
         writer.on_failure(lambda: layers.unmake(number))
         if name is None:
@@ -69,7 +69,7 @@ def finish(layers: Layers, records: MetaStore) -> None:
         for number, name in placed:
             with suppress(Damaged):
                 record = reader.record(number)
-                if record is not None and not os.path.lexists(layers.directory(number)) and layers.has_ready(name):
+                if record is not None and not os.path.lexists(layers.directory(number)) and layers.pool.has(name):
                     found.append((number, name, Imprint(record, reader.unflushed_since(number))))
     if not found:
         return
@@ -81,5 +81,5 @@ def finish(layers: Layers, records: MetaStore) -> None:
         layers.place(number, kind, whose, name)
         layers.bear(number, said)
     log.info("%d directories were put in place that a power cut had put back", len(found))
-    layers.sync()
+    layers.pool.sync()
     records.write_now(lambda writer: writer.clear_placed(placed[-1][0]), frees=True)

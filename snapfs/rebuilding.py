@@ -104,7 +104,8 @@ def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
 def _write(layers: Layers, found: dict[int, Imprint]) -> None:
     """Write the records beside the old ones, then put them in their place."""
     place, fresh = records_of(layers), f"{records_of(layers)}.new"
-    _unlink(fresh, f"{fresh}-lock")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(fresh)
     numbers = sorted(found)
     with closing(MetaStore(fresh)) as records:
         for start in range(0, len(numbers), BATCH):
@@ -114,7 +115,6 @@ def _write(layers: Layers, found: dict[int, Imprint]) -> None:
     try:
         if os.path.lexists(place):
             layers.lose(place)
-        _unlink(f"{place}-lock", f"{fresh}-lock")
         os.rename(fresh, place)
         for directory in (layers.root, layers.snapshots):
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -136,13 +136,7 @@ def _put(part: dict[int, Imprint], writer: Writer) -> None:
 def _last_id(layers: Layers, numbers: list[int]) -> int:
     """An id that none ever given out exceeds."""
     seen = [*numbers, imprint.promised(layers.snapshots)]
-    for directory in (layers.trash, layers.lost):
+    for directory in (layers.trash.directory, layers.lost):
         with contextlib.suppress(FileNotFoundError):
             seen += [number for name in os.listdir(directory) if (number := parse_id(name.partition("-")[0].rstrip("~")))]
     return max(seen)
-
-
-def _unlink(*paths: str) -> None:
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)

@@ -4,6 +4,9 @@ LMDB writes each page that changes to another place: even a deletion takes new p
 is longer than what is in use: its blocks are allocated ahead, a step at a time, and LMDB may use them up to ``size``, which is
 the size of its map.  The last ``RESERVE`` bytes are for removing alone.  A full disk is thus met when more is to be allocated,
 where nothing has been changed yet, and what fills the disk can't take the reserve away.
+
+File systems that write nothing in place, where a quota is used up, refuse to write even what is allocated (EDQUOT), but still
+remove files.  So there is one to be removed there (``give_up``).
 """
 
 from __future__ import annotations
@@ -15,11 +18,16 @@ import mmap
 import os
 from contextlib import suppress
 
+from snapfs.errors import Unavailable
+from snapfs.kernel import mounting
+
 RESERVE = 1 << 20
 STEP = 1 << 20  # bytes at least, while the disk has plenty, that are allocated at once
 MOST = 64 << 20  # and at most
 
 _PAGE = mmap.PAGESIZE
+
+_NEVER_IN_PLACE = (0x9123683E, 0x2FC12FC1, 0xCA451A4E)  # statfs(2)'s types of btrfs, zfs, bcachefs
 
 _LEAST = 4 * _PAGE  # that it is worth while to go on for
 
@@ -32,17 +40,24 @@ _GET_FLAGS, _SET_FLAGS, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x00800000  
 
 
 class Space:
-    """The blocks of one file, which is there and not empty.  ``size`` of them LMDB may use, ``held`` are allocated.
+    """The blocks of one file, which is there.  ``size`` bytes of it LMDB may use, ``held`` are allocated.
 
-    ``is_short``: the reserve is not whole, for want of room.  All functions block on the disk.
+    ``is_short``: the reserve is not whole, for want of room.  All functions block on the disk.  Nobody else can have the file
+    meanwhile: raises Unavailable where another process, or another such object, has it.
     """
 
-    def __init__(self, path: str, size: int) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # kept: a full table of descriptors must not stop growth
-        self.size = size
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise Unavailable(f"the records in {path} are in use by another process; stop that one first") from None
+        self.size = 0
         self.held = os.fstat(self._fd).st_size
         self.is_short = True
+        self._spare = f"{path}-reserve" if mounting.file_system_magic(path) in _NEVER_IN_PLACE else None
 
     def close(self) -> None:
         """Let go of the file; twice is fine."""
@@ -53,7 +68,21 @@ class Space:
     def refill(self) -> None:
         """Make the reserve whole; raises OSError where there is no room for it."""
         self._hold(self.size + RESERVE)
+        if self._spare is not None:
+            _allocate(self._spare, RESERVE)
         self.is_short = False
+
+    def give_up(self) -> bool:
+        """Remove the file that is there to be removed: whether there was one.  Raises OSError."""
+        if self._spare is None:
+            return False
+        try:
+            os.unlink(self._spare)
+        except FileNotFoundError:
+            return False
+        self.is_short = True
+        mounting.sync_file_system(self._fd)  # until then what is gone counts
+        return True
 
     def more(self) -> int:
         """Make room for more than ``size``, with the reserve behind it: for how much.  Raises OSError where there is none."""
@@ -76,6 +105,18 @@ class Space:
         self.held = max(self.held, wanted)
 
 
+def _allocate(path: str, size: int) -> None:
+    """Have a file ``path`` of ``size`` bytes, or none."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
 def refuse_without_address_space(more: int) -> None:
     """Raise OSError (ENOMEM) where the address space has no room for so many bytes more (RLIMIT_AS).
 
@@ -85,29 +126,17 @@ def refuse_without_address_space(more: int) -> None:
         mmap.mmap(-1, more, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
 
 
-def make_file(path: str, size: int = 0) -> None:
-    """Make the file ``path``, unless it is there, and have blocks for all of its first ``size`` bytes.
-
-    What is written to a hole by way of a map, with no block left on the disk, kills the process (SIGBUS).  On btrfs everything
-    is such a hole, unless it is told to write in place.
-    """
+def make_file(path: str) -> None:
+    """Make the file ``path``, unless it is there; on btrfs one that is written in place, as far as blocks are allocated."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
-        now = os.stat(path)
-        if now.st_size >= size and now.st_blocks * 512 >= size:
-            return
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return
     try:
         with suppress(OSError):  # other file systems know no such flag, or write in place anyway
             flags = array.array("l", [0])
             fcntl.ioctl(fd, _GET_FLAGS, flags)
             flags[0] |= _NO_COPY_ON_WRITE
             fcntl.ioctl(fd, _SET_FLAGS, flags)
-        if size:
-            os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in _CANNOT_ALLOCATE:
-            raise OSError(error.errno, error.strerror, path) from None
     finally:
         os.close(fd)

@@ -9,16 +9,18 @@ import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
+import snapfs.backup
 from snapfs import AlreadyExists, Damaged, InvalidArgument, MetaStore, Snapshotter, Unavailable, open_snapshotter
 from snapfs.backup import Backup, backup
 from snapfs.cli import main
+from snapfs.rootlock import at_rest
 from tests.conftest import Daemon
 from tests.test_lmdb import readers
 from tests.test_metastore import check_indexes
@@ -49,7 +51,6 @@ def names_in(file: Path) -> list[str]:
             return [info.name for info in reader.walk()]
     finally:
         store.close()
-        Path(f"{file}-lock").unlink()
 
 
 async def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -220,6 +221,65 @@ def test_a_newer_schema_is_not_copied(served: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "file").exists()
 
 
+# -- who has the root meanwhile
+
+
+def test_a_start_waits_for_a_backup_to_end(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would not be seen by what starts, and be given pages of two states."""
+    waited = list[float]()
+
+    async def start() -> None:
+        async with open_snapshotter(served) as snapshotter:
+            assert len(await snapshotter.walk()) == 3
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        copying.close()
+
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    (served / "lock").write_text(f"{ended.pid}\n")  # who had it last
+    with ExitStack() as copying:
+        assert copying.enter_context(at_rest(str(served))) is None
+        monkeypatch.setattr("snapfs.rootlock.DYING", 0.0)
+        with pytest.raises(Unavailable, match=r"is in use by a backup, .* wait for it"):
+            trio.run(start)
+        monkeypatch.setattr("snapfs.rootlock.DYING", 60.0)
+        monkeypatch.setattr("snapfs.rootlock.time.sleep", wait)
+        trio.run(start)
+    assert len(waited) == 1
+
+
+def test_a_daemon_that_came_while_it_was_copied(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It did not know of the copy, which is therefore made again."""
+    real, copies = snapfs.backup._copy_with, list[int | None]()
+    (daemon.mnt / "active/web").mkdir()
+
+    def copy(records: str, table: int | None, room: int, fd: int) -> None:
+        copies.append(table)
+        if len(copies) == 1:
+            daemon.stop()
+            daemon.start()
+            os.write(fd, b"torn" * 10_000)
+        else:
+            real(records, table, room, fd)
+
+    monkeypatch.setattr(snapfs.backup, "_copy_with", copy)
+    assert backup(str(daemon.root), str(tmp_path / "file")).snapshots == 1
+    assert len(copies) == 2
+    assert None not in copies
+    assert names_in(tmp_path / "file") == ["web"]
+
+
+def test_who_has_the_root_and_cannot_be_seen(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container of its own."""
+    monkeypatch.setattr(snapfs.backup, "PATIENCE", 0.0)
+    (daemon.root / "lock").write_text("1\n")
+    with pytest.raises(Unavailable, match="the process with pid 1 has them open, and can't be seen from here"):
+        backup(str(daemon.root), str(tmp_path / "file"))
+    assert not (tmp_path / "file").exists()
+
+
 # -- the way back
 
 
@@ -231,7 +291,6 @@ async def restored(root: Path, after: Callable[[Snapshotter], object]) -> AsyncI
     async with open_snapshotter(root) as snapshotter:
         await after(snapshotter)  # type: ignore[misc]
     shutil.copyfile(file, root / "metadata.mdb")
-    (root / "metadata.mdb-lock").unlink()
     async with open_snapshotter(root) as snapshotter:
         yield snapshotter
 

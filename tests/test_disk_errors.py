@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -113,9 +115,9 @@ def test_a_disk_that_takes_no_writes(failing: Disk, kind: str, make_daemon: Call
         assert daemon.stop() == 0
 
 
-def shown(tree: Path) -> dict[Path, dict[str, object]]:
+def shown(tree: Path, files: str = "*") -> dict[Path, dict[str, object]]:
     """What the tree says of each active snapshot and view, but for where it is mounted."""
-    texts = {path: json.loads(path.read_text()) for path in tree.glob("[av]*/*/*.json")}
+    texts = {path: json.loads(path.read_text()) for path in tree.glob(f"[av]*/*/{files}.json")}
     return {path: {**dict(said), "mounted": 0} if path.name == "info.json" else {"": said} for path, said in texts.items()}
 
 
@@ -195,6 +197,44 @@ def test_a_file_system_that_becomes_read_only(make_daemon: Callable[..., Daemon]
             assert daemon.stop() == 0
             assert len(daemon.said) == 1
             assert os.listdir(mount / "root/snapshots") == os.listdir(mount / "root/rootfs") == []
+
+
+SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN of linux/fs.h
+
+
+@each_kind
+def test_a_file_system_that_was_shut_down(kind: str, make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """As xfs does when its log fails: nothing can be written any more, nor what is mapped of it.  The daemon goes on to answer,
+    changes nothing, and ends as ever; mounted again, all is there."""
+    make_file_system(kind, tmp_path / "image")
+    with loop_device(tmp_path / "image") as device:
+        with mounted(device, kind, tmp_path / "disk") as mount:
+            daemon = make_daemon("-o", "no_rootfs", root=mount / "root").start()
+            tree = daemon.mnt
+            (tree / "active/a").mkdir()
+            (tree / "active/a").rename(tree / "committed/base")
+            (tree / "active/b").mkdir()
+            os.sync()  # from here on the kernel asks the file system before anything mapped is written to
+            fd = os.open(mount, os.O_RDONLY)
+            fcntl.ioctl(fd, SHUTDOWN, struct.pack("I", 2))
+            os.close(fd)
+            before = shown(tree, "[im]*")
+            for _ in range(2):
+                for call in ((tree / "active/new").mkdir, (tree / "active/b").rmdir):
+                    with pytest.raises(OSError, match="Input/output error"):
+                        call()
+                assert os.listdir(tree / "active") == ["b"]
+                assert os.listdir(tree / "committed") == ["base"]
+                assert shown(tree, "[im]*") == before
+            assert all(" EIO " in line for line in daemon.error_log())
+            assert daemon.stop() in (0, 1)
+            assert not any("Traceback" in line for line in daemon.said)
+        with mounted(device, kind, tmp_path / "disk"):
+            daemon.said.clear()
+            daemon.start()
+            assert shown(tree, "[im]*") == before
+            (tree / "active/b").rmdir()
+            assert daemon.stop() == 0
 
 
 COMMIT = """

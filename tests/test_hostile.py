@@ -22,8 +22,9 @@ from snapfs import names, open_snapshotter
 from snapfs.changes import changes
 from snapfs.errors import Unavailable
 from snapfs.kernel import mounting
-from snapfs.layers import DEPTH, Layers
+from snapfs.layers import Layers
 from snapfs.model import Kind
+from snapfs.trash import DEPTH
 from snapfs.usage import disk_usage
 from snapfs.walk import Descriptors, directories
 from tests.conftest import Daemon

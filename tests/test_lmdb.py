@@ -6,7 +6,6 @@ import ast
 import os
 import random
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from lmdb.verify import verify
 
 from snapfs import Damaged, Kind, MetaStore, NotFound, SnapshotError, Snapshotter, Unavailable, metastore, open_snapshotter
 from snapfs.errors import Forked
-from snapfs.layers import is_abandoned
+from snapfs.rootlock import is_abandoned
 from snapfs.tree import Tree
 from snapfs.tree.tree import ROOT_INODE
 from tests.conftest import die_with_parent
@@ -190,8 +189,9 @@ async def test_who_waits_too_long_for_a_place_is_told(store: MetaStore, monkeypa
 
 
 KILLED_READER = """
-import lmdb, os, signal, sys
-env = lmdb.open(sys.argv[1], subdir=False, readonly=True)
+import os, signal, sys
+from snapfs.locktable import open_environment, table_of
+env = open_environment(sys.argv[1], table_of(os.getppid(), sys.argv[1]), readonly=True)
 kept = [env.begin() for _ in range(int(sys.argv[2]))]
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -201,17 +201,25 @@ def kill_a_reader(path: str, places: int) -> None:
     assert subprocess.run([sys.executable, "-c", KILLED_READER, path, str(places)], check=False).returncode == -signal.SIGKILL
 
 
-def test_places_of_a_killed_process_are_free_at_start(tmp_path: Path) -> None:
+def test_nobody_else_can_open_what_is_open(tmp_path: Path) -> None:
     path = str(tmp_path / "m")
-    MetaStore(path).close()
-    held = lmdb.open(path, subdir=False, readonly=True)  # whoever opens it as the only one makes the table anew
-    kill_a_reader(path, 3)
-    assert len(readers(held)) == 3
-    script = "import sys; from snapfs import MetaStore; s = MetaStore(sys.argv[1]); print(s._env.readers())"
-    said = subprocess.run([sys.executable, "-c", script, path], check=True, capture_output=True, text=True).stdout
-    assert len(said.splitlines()) <= 3  # a heading, and its own
-    assert readers(held) == []
-    held.close()
+    store = MetaStore(path)
+    script = "import sys; from snapfs import *\ntry: MetaStore(sys.argv[1])\nexcept SnapshotError as error: print(error)"
+    command = [sys.executable, "-c", script, path]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert said == f"the records in {path} are in use by another process; stop that one first\n"
+    with pytest.raises(Unavailable, match="in use by another process"):
+        MetaStore(path)
+    store.close()
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == ""
+
+
+def test_nothing_is_beside_the_records_nor_left_in_memory(tmp_path: Path) -> None:
+    before = set(os.listdir("/dev/shm")), set(os.listdir("/proc/self/fd"))
+    store = MetaStore(str(tmp_path / "m"))
+    assert os.listdir(tmp_path) == ["m"]
+    store.close()
+    assert (set(os.listdir("/dev/shm")), set(os.listdir("/proc/self/fd"))) == before
 
 
 async def test_places_of_a_killed_process_are_free_while_running(store: MetaStore) -> None:
@@ -401,22 +409,6 @@ def test_an_empty_file_becomes_a_store_unless_there_are_layers(tmp_path: Path, r
             trio.run(use)
     assert os.listdir(root / "snapshots") == ["1"]
     assert (root / "metadata.mdb").stat().st_size == 0
-
-
-@pytest.mark.parametrize("lock", [b"", b"x", b"rubbish" * 10_000, b"\xde\xc0\xef\xbe\x63\x00\x00\x00" * 100, None])
-def test_whatever_the_lock_file_holds_it_is_made_anew(tmp_path: Path, lock: bytes | None) -> None:
-    path = tmp_path / "m"
-    a_store(path)
-    if lock is None:
-        (tmp_path / "m-lock").unlink()
-    else:
-        (tmp_path / "m-lock").write_bytes(lock)
-    store = MetaStore(str(path), map_size=1 << 24)
-    with store.reading() as reader:
-        assert reader.id_of("name 7") == 1
-    assert readers(store._env) == ["-"]
-    assert stat.S_IMODE((tmp_path / "m-lock").stat().st_mode) & 0o077 == 0
-    store.close()
 
 
 def test_records_that_one_may_not_read(tmp_path: Path) -> None:

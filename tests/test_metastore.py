@@ -17,9 +17,9 @@ import trio
 import trio.testing
 
 from snapfs import AlreadyExists, Change, Damaged, Kind, MetaStore, SnapshotError, Snapshotter, Unavailable, Usage
-from snapfs.layers import DEPTH
 from snapfs.metastore import BATCH
 from snapfs.records import SCHEMA, Reader, Record, Writer
+from snapfs.trash import DEPTH
 from tests.conftest import DryPool
 
 
@@ -273,7 +273,7 @@ async def test_if_the_sync_fails_all_of_its_batch_do_and_are_undone(
         assert go_on.wait(20)
 
     with monkeypatch.context() as patch:
-        patch.setattr(snapshotter.layers, "_pool", DryPool())
+        patch.setattr(snapshotter.layers.pool, "_ready", DryPool())
         patch.setattr(os, "fsync", refuse)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(snapshotter.records.write, hold)
@@ -301,7 +301,7 @@ async def test_an_undone_prepare_leaves_nothing(snapshotter: Snapshotter, root: 
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(snapshotter.layers, "_pool", DryPool())
+        patch.setattr(snapshotter.layers.pool, "_ready", DryPool())
         patch.setattr(os, "fsync", refuse)
         with pytest.raises(Unavailable):
             await snapshotter.prepare("web")

@@ -10,7 +10,7 @@ import pytest
 
 from snapfs import Kind, Snapshotter, imprint, open_snapshotter
 from snapfs.checking import check
-from snapfs.layers import POOL, Layers
+from snapfs.pool import POOL, Pool
 from snapfs.records import Writer
 from tests.conftest import DryPool, loop_mounted
 
@@ -20,19 +20,19 @@ def placed(snapshotter: Snapshotter) -> dict[int, str]:
         return dict(reader.placed())
 
 
-FILL = Layers.fill_pool
+FILL = Pool.fill
 
 
 @pytest.fixture
 def nobody_fills(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool is filled by whoever calls ``FILL``, and flushed with that, and not in the background."""
-    monkeypatch.setattr(Layers, "fill_pool", lambda layers, checkpoint: None)
+    monkeypatch.setattr(Pool, "fill", lambda pool, checkpoint: None)
 
 
 async def back_to_the_pool(root: Path) -> list[str]:
     """Make four snapshots of different owners, and put their directories back to where they were."""
     async with open_snapshotter(root) as snapshotter:
-        FILL(snapshotter.layers, lambda: None)
+        FILL(snapshotter.layers.pool, lambda: None)
         mapped = {"containerd.io/snapshot/uidmapping": "0:1000:10", "containerd.io/snapshot/gidmapping": "0:2000:10"}
         await snapshotter.prepare("a", labels=mapped)
         await snapshotter.commit("base", "a", labels=mapped)
@@ -85,7 +85,7 @@ async def test_a_directory_that_is_nowhere_is_damage(root: Path) -> None:
 @pytest.mark.usefixtures("nobody_fills")
 async def test_what_is_unflushed_bears_that_again_and_a_missing_parent_stops_nothing(root: Path) -> None:
     async with open_snapshotter(root) as snapshotter:
-        FILL(snapshotter.layers, lambda: None)
+        FILL(snapshotter.layers.pool, lambda: None)
         await snapshotter.prepare("a")
         await snapshotter.commit("base", "a")
         await snapshotter.prepare("web", "base")
@@ -118,21 +118,21 @@ async def test_what_was_placed_is_settled_when_the_pool_is_filled(root: Path) ->
 async def test_an_id_that_was_given_back_is_not_settled_by_what_had_it(
     nobody_fills: None, snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    FILL(snapshotter.layers, lambda: None)
+    FILL(snapshotter.layers.pool, lambda: None)
     layers = snapshotter.layers
     name = layers.place(90, Kind.ACTIVE, None)
     assert name is not None
-    sync = layers.sync
+    sync = layers.pool.sync
 
     def undone_meanwhile() -> None:
         sync()
         layers.unmake(90)
 
-    monkeypatch.setattr(layers, "sync", undone_meanwhile)
-    while not layers.pool_is_low:
-        layers._pool.pop()
-    FILL(layers, lambda: None)
-    assert layers.settled < 90
+    monkeypatch.setattr(layers.pool, "sync", undone_meanwhile)
+    while not layers.pool.is_low:
+        layers.pool._ready.pop()
+    FILL(layers.pool, lambda: None)
+    assert layers.pool.settled < 90
 
 
 @pytest.mark.usefixtures("nobody_fills")
@@ -142,10 +142,10 @@ async def test_a_power_cut_takes_no_directory(
 ) -> None:
     """The image of the disk is copied the moment the calls return: what a power cut would leave."""
     async with open_snapshotter(small_disk) as snapshotter:
-        FILL(snapshotter.layers, lambda: None)
+        FILL(snapshotter.layers.pool, lambda: None)
         with monkeypatch.context() as patch:
             if dry:
-                patch.setattr(snapshotter.layers, "_pool", DryPool())
+                patch.setattr(snapshotter.layers.pool, "_ready", DryPool())
             for number in range(5):
                 await snapshotter.prepare(f"k{number}")
             await snapshotter.view("peek")

@@ -34,8 +34,8 @@ from snapfs.errors import Busy, HasChildren, LabelTooBig, NameTooLong, NotPermit
 from snapfs.filters import Filters
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
-from snapfs.layers import POOL, POOL_LEAST
 from snapfs.metastore import BATCH
+from snapfs.pool import POOL, POOL_LEAST
 from snapfs.rebuilding import rebuild
 from snapfs.records import Writer
 from tests.conftest import DryPool
@@ -921,7 +921,7 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 async def test_one_sync_serves_all_that_wait(
     snapshotter: Snapshotter, syncs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshotter.layers, "_pool", DryPool())
+    monkeypatch.setattr(snapshotter.layers.pool, "_ready", DryPool())
     async with trio.open_nursery() as nursery, held_writer(snapshotter):
         for number in range(BATCH):
             nursery.start_soon(snapshotter.prepare, f"k{number}")

@@ -49,10 +49,9 @@ async def test_every_node_has_an_inode_of_its_own_that_leads_back_to_it(tree: Tr
         found = tree.node(node.inode)
         assert type(found) is type(node)
         shown = [other.attributes() for other in (found, node, tree.walk(path))]
-        assert shown == [structs.replace(shown[0], time=other.time) for other in shown]
-        assert len({other.time for other in shown}) == 1 or path in (".snapfs/stats.json", ".snapfs/metrics"), (
-            "which are always new"
-        )
+        if path in (".snapfs/stats.json", ".snapfs/metrics"):  # which are always new
+            shown = [structs.replace(other, size=0, time=0) for other in shown]
+        assert shown == [shown[0]] * 3
         assert found.path == node.path == path
         if isinstance(node, Link):
             assert found.target() == node.target() == tree.walk(path).target()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from snapfs import Kind, Options, SnapshotError, Snapshotter, layers, open_snapshotter
+from snapfs import Kind, Options, SnapshotError, Snapshotter, open_snapshotter, pool
 from snapfs.fuse.serve import MountOptions, serve
 from snapfs.options import Sync
 from tests.crash_invariants import Snapshot, State
@@ -198,7 +198,7 @@ _MOUNTED = [mount("web"), mount("top"), mount("peek"), mount("base")]
 WORKLOADS = [
     Workload("opening a fresh root", whole=True, fresh=True),
     Workload("opening and closing", whole=True),
-    Workload("opening with a full pool", whole=True, pool=layers.POOL),
+    Workload("opening with a full pool", whole=True, pool=pool.POOL),
     Workload(
         "opening after a crash",
         whole=True,
@@ -277,7 +277,7 @@ def lay_ground(channel: Channel, root: str) -> None:
 def go_before(channel: Channel, root: str, name: str) -> None:
     """Do what was done before, and wait to be killed."""
     workload = named(name)
-    layers.POOL = workload.pool
+    pool.POOL = workload.pool
 
     async def run() -> None:
         async with open_snapshotter(root, workload.options) as snapshotter:
@@ -303,7 +303,7 @@ def library(channel: Channel, root: str, name: str, probe: bool) -> None:
     Says ["done", actor] after each step, ["failed", actor, errno, words] where one is refused.
     """
     workload = named(name)
-    layers.POOL = workload.pool
+    pool.POOL = workload.pool
     if workload.whole:
         channel.watch(all_opens=probe)
 
@@ -320,7 +320,7 @@ def library(channel: Channel, root: str, name: str, probe: bool) -> None:
     async def run() -> None:
         async with open_snapshotter(root, workload.options) as snapshotter:
             if not workload.whole:
-                while len(snapshotter.layers._pool) < workload.pool:
+                while len(snapshotter.layers.pool._ready) < workload.pool:
                     await trio.sleep(0)
                 channel.watch(all_opens=probe)
             channel.say("opened")
@@ -350,7 +350,7 @@ async def _still_works(channel: Channel, snapshotter: Snapshotter) -> None:
 
 def daemon(channel: Channel, root: str, mountpoint: str, watch: bool) -> None:
     """What ``snapfs serve`` does; says ["ready"]."""
-    layers.POOL = 2
+    pool.POOL = 2
 
     def ready() -> None:
         if watch:

@@ -22,7 +22,7 @@ VERBS = {
         "Write a copy of ROOT's records to FILE: names, kinds, parents, labels and usage of all snapshots, as of one\n"
         "moment, while a daemon serves ROOT or while none does.  The layers, ROOT/snapshots, are not in it.\n"
         "FILE must not exist, nor lie in ROOT; it appears when it is whole.\n\n"
-        "To restore: stop the daemon, put FILE in place of ROOT/metadata.mdb, and remove ROOT/metadata.mdb-lock.\n"
+        "To restore: stop the daemon, put FILE in place of ROOT/metadata.mdb.\n"
         "snapfs check ROOT then says what differs: snapshots made since the backup have layers that no record names,\n"
         "and those removed since have records without layers.",
         """

@@ -1,0 +1,149 @@
+"""ROOT/pool: directories made and flushed ahead; a Prepare puts one in its place with one rename, and flushes nothing."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+POOL = 128  # directories that are kept ready, to begin with; refilled when half are gone, which may wait for a busy disk
+POOL_MOST = 512  # that a burst of Prepares, which finds none left, makes it
+POOL_LEAST = 16  # however small the disk is
+POOL_SHARE = 300  # of how many free inodes and blocks, of which each takes three, there may be one
+
+
+class Pool:
+    """The directories ready to be put into ``snapshots``.  All functions block on the disk."""
+
+    def __init__(self, directory: str, snapshots: str) -> None:
+        self.directory = directory
+        self.syncs = True
+        """Whether directories are flushed before they are ready."""
+        self.settled = 0
+        """All snapshots with ids up to this have their directories in place on disk."""
+        self._snapshots = snapshots
+        self._ready: deque[str] = deque()
+        self._unflushed: list[str] = []  # made, and not ready yet
+        self._wanted = self._full = POOL
+        self._placing = threading.Lock()  # of the next two
+        self._last_placed = 0
+        self._unmade = 0
+        self._tag = f"{time.time_ns():x}"  # so that no name in the pool is ever used again
+        self._serials = itertools.count(1)  # several threads take from it
+
+    def forget(self) -> None:
+        """In a process forked from the one that has the pool: leave it alone."""
+        self._ready.clear()
+        self._unflushed.clear()
+
+    def close(self) -> None:
+        """Remove what is ready; what doesn't go is left for the next start."""
+        while self._ready or self._unflushed:
+            remove_empty(self._ready.popleft() if self._ready else self._unflushed.pop())
+
+    def begin(self) -> str:
+        """Make the first directory: where.  Raises OSError."""
+        self._unflushed.append(self.make())
+        return self._unflushed[0]
+
+    @property
+    def is_low(self) -> bool:
+        return len(self._ready) <= self._full // 2
+
+    def fill(self, checkpoint: Callable[[], None]) -> None:
+        """Make directories until the pool is full, and flush them; ``checkpoint`` may raise between two of them."""
+        try:
+            self._full = min(self._wanted, self._room())
+            while len(self._ready) + len(self._unflushed) < self._full:
+                checkpoint()
+                self._unflushed.append(self.make())
+        except OSError:  # a full disk: what there is of it is used up
+            self._flush_made()
+            raise
+        self._flush_made()
+
+    def _room(self) -> int:
+        """How many directories the pool may have: it is not to take what others need of a small disk."""
+        space = os.statvfs(self.directory)
+        inodes = space.f_favail if space.f_files else POOL_MOST * POOL_SHARE  # btrfs doesn't count them
+        return max(POOL_LEAST, min(inodes, space.f_bavail) // POOL_SHARE)
+
+    def _flush_made(self) -> None:
+        if self.syncs and self._unflushed:
+            placed, unmade = self._last_placed, self._unmade
+            self.sync()
+            with self._placing:
+                if unmade == self._unmade:  # else that id may have been given out again
+                    self.settled = placed
+        self._ready.extend(self._unflushed)
+        self._unflushed.clear()
+
+    def sync(self) -> None:
+        """Return when the directories here, and those that were placed before, are on disk.  Raises OSError."""
+        for directory in (self.directory, self._snapshots):
+            os.utime(directory)  # xfs flushes what was done until its last change; what is in the last one made came after that
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def make(self) -> str:
+        """A fresh directory, flushed by nobody; raises OSError."""
+        path = f"{self.directory}/new-{self._tag}-{next(self._serials)}"
+        os.mkdir(path, 0o700)
+        try:
+            for name, mode in (("fs", 0o755), ("work", 0o711)):
+                os.mkdir(f"{path}/{name}")
+                os.chmod(f"{path}/{name}", mode)  # whatever the umask
+        except OSError:
+            remove_empty(path)
+            raise
+        return path
+
+    def take(self) -> tuple[str, bool]:
+        """A directory, and whether it is on disk; raises OSError."""
+        try:
+            return self._ready.popleft(), self.syncs
+        except IndexError:
+            self._wanted = min(2 * self._wanted, POOL_MOST)
+            return self.make(), False
+
+    def placed(self, number: int) -> None:
+        """Note that one was put in its place as snapshot ``number``."""
+        self._last_placed = number
+
+    def taken_back(self, number: int) -> None:
+        """Note that the directory of snapshot ``number`` is gone, and its id may be given out again."""
+        with self._placing:
+            self._unmade += 1
+            self._last_placed, self.settled = min(number - 1, self._last_placed), min(number - 1, self.settled)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a directory of this name, of this process or an earlier one."""
+        return os.path.isdir(f"{self.directory}/{name}/fs") and "/" not in name
+
+    def leftovers(self) -> list[str]:
+        """The paths of what an earlier process has left here; raises OSError."""
+        ready = {os.path.basename(path) for path in (*self._ready, *self._unflushed)}
+        return [f"{self.directory}/{name}" for name in os.listdir(self.directory) if name not in ready]
+
+
+def remove_empty(path: str) -> None:
+    """Remove a fresh directory; what doesn't go is left for the next start."""
+    for part in (f"{path}/fs", f"{path}/work", path):
+        try:
+            os.rmdir(part)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            level = logging.DEBUG if error.errno == errno.EROFS else logging.WARNING  # so it is with all: who asked is told
+            log.log(level, "cannot remove %s: %s", part, error.strerror)
+            return

@@ -1,0 +1,103 @@
+"""Who has a root open: one process at most, by a lock on ROOT/lock."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from snapfs.errors import Unavailable
+from snapfs.reserve import FULL
+
+log = logging.getLogger(__name__)
+
+DYING = 2.0  # seconds that a killed process has to let go of its root, and a backup to end
+
+
+def take(root: str) -> int:
+    """Take ROOT/lock for this process; the descriptor holds it until it is closed, by whatever end."""
+    fd = os.open(f"{root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + DYING
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = _holder(fd)
+            gone = _is_dying(holder) or not os.path.exists(f"/proc/{holder}")
+            if gone and time.monotonic() < deadline:
+                time.sleep(0.01)
+                continue
+            os.close(fd)
+            by = f"the process with pid {holder or 'unknown'}; stop that one first"
+            if gone:
+                by = "a backup, or by a process that can't be seen from here: wait for it, or stop that one first"
+            raise Unavailable(f"{root} is in use by {by}") from None
+        except BaseException:
+            os.close(fd)
+            raise
+    try:
+        line = f"{os.getpid()}\n".encode()
+        os.pwrite(fd, line, 0)  # over the last one's, for which there is room on a full disk too
+        os.ftruncate(fd, len(line))
+    except OSError as error:
+        if error.errno not in FULL:
+            os.close(fd)
+            raise
+        log.debug("the lock does not say whose it is: %s", error)
+    return fd
+
+
+def is_abandoned(root: str) -> bool:
+    """Whether no living process has ``root`` open.
+
+    One that was killed may still hold the lock, if a thread of it is stuck in the kernel: it counts as gone.
+    """
+    try:
+        fd = os.open(f"{root}/lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return not os.path.isdir(root)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return _is_dying(_holder(fd))
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def at_rest(root: str) -> Iterator[int | None]:
+    """The process that has ``root`` open (0 where it does not say so), or None where nobody has: then nobody can within the
+    block, apart from others who do the same."""
+    try:
+        fd = os.open(f"{root}/lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(fd)
+            yield int(holder) if holder.isdigit() else 0
+        else:
+            yield None
+    finally:
+        os.close(fd)
+
+
+def _holder(fd: int) -> str:
+    return os.pread(fd, 20, 0).decode(errors="replace").strip()
+
+
+def _is_dying(pid: str) -> bool:
+    """Whether process ``pid`` was killed and is not gone yet."""
+    try:
+        with open(f"/proc/{int(pid)}/stat") as file:
+            return file.read().rpartition(") ")[2][:1] in ("Z", "X")
+    except (OSError, ValueError):
+        return False
