@@ -20,6 +20,7 @@ from tests.conftest import own_mount_namespace
 
 BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "prepare": prepare.one_client,
+    "imprints": prepare.imprints,
     "clients": prepare.many_clients,
     "commit": commit.commit,
     "meanwhile": commit.meanwhile,

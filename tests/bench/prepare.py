@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 
 from snapfs import Snapshotter, open_snapshotter
+from snapfs.imprint import Imprint
 from tests.bench import containerd
 from tests.bench.clients import Together, together
 from tests.bench.place import ALL_CPUS, ONE_CPU, Place, move, on
@@ -71,6 +72,40 @@ def one_client(place: Place) -> Iterator[Row]:
 
             ours(), theirs()  # once before it counts
             yield in_turns(place.rounds, row, ours, theirs)
+
+
+def imprints(place: Place) -> Iterator[Row]:
+    """What it costs that each directory bears its record."""
+    calls = place.size(400, 20)
+    row = Row(
+        "the record that a Prepare leaves on its directory, p50",
+        "durable Prepare through the library, one task",
+        "us",
+        at_most(0.1),
+        "the extended attribute alone, on directories of Prepares just done without it; one CPU",
+    )
+
+    async def measure(root: Path) -> None:
+        async with open_snapshotter(root) as snapshots:
+            serial, layers = place.name("borne"), snapshots.layers
+            layers.bears_imprints = False
+            took = []
+            for number in range(calls):
+                began = time.perf_counter()
+                await snapshots.prepare(f"{serial}-{number}", labels={"containerd.io/gc.root": "2026-01-01T00:00:00Z"})
+                took.append(time.perf_counter() - began)
+            layers.bears_imprints = True
+            with snapshots.records.reading() as reader:
+                numbers = list(reader.numbers())[-calls:]
+                found = [(number, Imprint(record)) for number in numbers if (record := reader.record(number)) is not None]
+            row.theirs.append(p50(took) * 1e6)
+            borne = iter(found)
+            row.ours.append(p50(each_takes(len(found), lambda: layers.bear(*next(borne)))) * 1e6)
+
+    with place.directory("imprints") as own, on(ONE_CPU):
+        for _ in range(place.rounds):
+            trio.run(measure, own / "root")
+    yield row
 
 
 def _mkdirs(place: Place, directory: Path, clients: int, each: int) -> Together:
