@@ -28,7 +28,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from queue import SimpleQueue
 from typing import Any, Generic, NoReturn, TypeVar
@@ -170,6 +170,7 @@ class MetaStore:
             refuse_foreign(self._env, path)  # before anything is written
             self._page_size: int = self._env.stat()["psize"]
             self._space.size = self._mapped()
+            self._write_heads_anew()
             while True:
                 try:
                     with self._env.begin(write=True) as txn:
@@ -179,6 +180,15 @@ class MetaStore:
                     self._grow()
             self._refill()  # not before the file is known to be ours
             undoing.pop_all()
+
+    def _write_heads_anew(self) -> None:
+        """Have the disk hold what the records are by the kernel's word: the last process may have ended in doubt."""
+        try:
+            if self._env.info()["last_txnid"]:
+                _write_anew(self.path, (0, 1), self._page_size, sync=self.sync)
+        except OSError as error:
+            if error.errno not in FULL:  # btrfs at its quota refuses even this, and writes nothing in place anyway
+                raise
 
     def _environment(self, map_size: int, *, readonly: bool = False) -> lmdb.Environment:
         env = open_environment(
@@ -477,7 +487,7 @@ class MetaStore:
         assert doubt is not None
         if self._shut is not None or self._is_panicking():
             self._reopen()  # the disk may take its time, and nobody who reads waits for it
-        _write_page_anew(self.path, doubt.number & 1, self._page_size, sync=self.sync)
+        _write_anew(self.path, (doubt.number & 1,), self._page_size, sync=self.sync)
         self._reopen(writable=True)
         self._doubt = None
         if self._env.info()["last_txnid"] < doubt.number:
@@ -711,14 +721,15 @@ def _undo_all(ran: list[tuple[_Request[Any], Writer]]) -> None:
         _undo(writer)
 
 
-def _write_page_anew(path: str, page: int, size: int, *, sync: bool) -> None:
-    """Write a page of a file as the kernel has it in memory, so that the disk has the same.  Raises OSError.
+def _write_anew(path: str, pages: Iterable[int], size: int, *, sync: bool) -> None:
+    """Write pages of a file as the kernel has them in memory, so that the disk has the same.  Raises OSError.
 
     The descriptor is a fresh one: an old one would tell of errors of the past.
     """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        os.pwrite(fd, os.pread(fd, size, page * size), page * size)
+        for page in pages:
+            os.pwrite(fd, os.pread(fd, size, page * size), page * size)
         if sync:
             os.fdatasync(fd)
     finally:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import trio
 from snapfs import Kind, Options, SnapshotError, Snapshotter, Unavailable, open_snapshotter
 from snapfs import flushing as flushing_room
 from snapfs.kernel import mounting
-from tests.disk import Disk, Write, after_power_cut, disk, loop_device, mounted
+from tests.disk import BLOCK, Disk, Write, after_power_cut, disk, loop_device, mounted
 
 ROUNDS = 16
 SPARED = 4
@@ -176,3 +177,51 @@ def instants(batch: Batch, writes: list[Write]) -> list[int]:
     """When something was written since the batch began."""
     begun, *_, ended = batch.times
     return [write.at for write in writes if begun < write.at <= ended]
+
+
+DIES = """
+import os, sys
+import trio
+from snapfs import Options, SnapshotError, open_snapshotter
+
+async def main():
+    async with open_snapshotter(sys.argv[1], Options(rootfs=False)) as snapshotter:
+        print("open", flush=True)
+        sys.stdin.readline()
+        try:
+            await snapshotter.prepare("new")
+        except SnapshotError as error:
+            print(error, flush=True)
+        os._exit(0)
+
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+async def test_what_a_start_finds_is_on_the_disk(
+    failing: Disk, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last process ended in doubt: the disk may then have what it said it had not, and the kernel has not."""
+    with mounted(failing.device, kind, tmp_path / "disk") as mount:
+        async with open_snapshotter(mount / "root", Options(rootfs=False)) as snapshotter:
+            await snapshotter.prepare("reference")
+        command = [sys.executable, "-c", DIES, f"{mount}/root"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"open\n"
+            start, _ = beginning(mount / "root/metadata.mdb")
+            failing.fail(write=errno.EIO, start=start, end=start + 2 * BLOCK, done=1)
+            said, _ = child.communicate(b"\n", timeout=60)
+        assert b"whether it was done will be known when the disk takes writes again" in said
+        failing.fail()
+        async with open_snapshotter(mount / "root", Options(rootfs=False)) as snapshotter:
+            found, at = state(snapshotter), failing.now()
+    monkeypatch.setattr(flushing_room, "boot_id", lambda: "the next boot")
+    image, history = failing.base.with_name("cut"), failing.history()
+    writes, flushes = history
+    flushed = max(flush for flush in flushes if flush <= at)
+    after_power_cut(failing, ([write for write in writes if write.at <= flushed], flushes), at, random.Random(0), image)
+    with loop_device(image) as device, mounted(device, kind, tmp_path / "after") as mount:
+        async with open_snapshotter(mount / "root", Options(rootfs=False)) as snapshotter:
+            assert state(snapshotter) == found
