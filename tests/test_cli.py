@@ -436,16 +436,22 @@ def long_ones(daemon: Daemon) -> Callable[[str], tuple[str, ...]]:
         os.rename(daemon.mnt / "active/x", daemon.mnt / "committed" / name)
 
     def words(verb: str) -> tuple[str, ...]:
-        if verb == "check":
+        if verb.startswith("check"):
             assert daemon.stop() == 0
-            return ("check", str(daemon.root))
+            return (*verb.split(), str(daemon.root))
         rest = {"rm": ("-r", "a", "b", "c"), "usage": (), "prune": ("--kind", "committed")}[verb]
         return (verb, "--at", str(daemon.mnt), *rest)
 
     return words
 
 
-LONG = {"rm": "removing", "prune": "removing", "usage": "counting", "check": "directory of committed"}
+LONG = {
+    "rm": "removing",
+    "prune": "removing",
+    "usage": "counting",
+    "check": "directory of committed",
+    "check --rebuild": "reading what directory 1",
+}
 
 
 @pytest.mark.parametrize("verb", LONG)

@@ -19,7 +19,7 @@ def _check(given: Given) -> int:
     findings = check(root, repair=given.has("repair"), accept=given.all("accept"), progress=shown.show)
     left: Counter[Problem] = Counter()
     mended = 0
-    for finding in chain(rebuild(root), findings) if given.has("rebuild") else findings:
+    for finding in chain(rebuild(root, progress=shown.show), findings) if given.has("rebuild") else findings:
         shown.clear()
         print(f"{finding.problem}: {finding.text}")
         if finding.mended:
