@@ -104,7 +104,7 @@ def _serve(given: Given) -> int:
         line = f"serving {given_root} on {given_mountpoint}"
         if detached is not None:
             detached.ready()
-            logs.to_syslog()
+            logs.detach()
         else:
             logs.say(line)
         notify(f"READY=1\nSTATUS={line}")
