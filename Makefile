@@ -5,6 +5,7 @@
 # make lint   check style and types
 # make fuzz   feed names, filters and records with whatever breaks them, SECONDS each (300)
 # make bench  measure everything beside what it is to be measured with: BENCH_ARGS="--only prepare --rounds 3" measures less
+# make systemd   boot a machine in namespaces, with systemd, and see that units, fstab and journal do as the README says
 # make powercut   cut the power of test disks some thousand times, and say what was lost
 #
 # Each installs what it needs first: Debian packages where missing (with sudo if not root), and Python packages into .venv.
@@ -19,7 +20,7 @@ BENCH_PACKAGES := containerd fio
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
 
-.PHONY: run test lint crash soak fuzz powercut bench clean
+.PHONY: run test lint crash soak fuzz powercut systemd bench clean
 
 run: .venv/ready
 	@mkdir -p run/root run/snap
@@ -43,6 +44,9 @@ soak: .venv/ready-for-tests
 
 powercut: .venv/ready-for-tests
 	$(SUDO) env POWER_CUTS=$${POWER_CUTS:-500} .venv/bin/python -m pytest -q -s tests/test_power.py $(PYTEST_ARGS)
+
+systemd: .venv/ready-for-tests
+	$(SUDO) .venv/bin/python -m pytest -q tests/boot_systemd.py $(PYTEST_ARGS)
 
 bench: .venv/ready-for-tests
 	@$(call install_packages,$(BENCH_PACKAGES))

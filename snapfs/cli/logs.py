@@ -1,4 +1,4 @@
-"""Where the daemon's words go: the journal, with fields, where there is one for them; else standard error, and syslog once detached.
+"""Where the daemon's words go: the journal, if standard error leads there; else standard error, and syslog once detached.
 
 Sources: systemd's "Native Journal Protocol" and systemd.journal-fields(7); sd-daemon(3) for ``<3>`` before a line;
 systemd.exec(5) for $JOURNAL_STREAM.
@@ -93,6 +93,6 @@ def detach() -> None:
     root.setLevel(logging.INFO)
 
 
-def say(line: str) -> None:
-    """A line that is no complaint."""
-    print(f"<6>{line}" if is_journal() else f"snapfs: {line}", file=sys.stderr, flush=True)
+def say(line: str, level: int = logging.INFO) -> None:
+    """A line that is no complaint, unless ``level`` says so."""
+    print(f"<{priority(level)}>{line}" if is_journal() else f"snapfs: {line}", file=sys.stderr, flush=True)
