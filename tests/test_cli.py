@@ -7,10 +7,12 @@ import fcntl
 import json
 import os
 import re
+import select
 import shlex
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -520,24 +522,85 @@ def test_completion(snapfs: Command) -> None:
         assert snapfs("_complete", *before) == "", "a path, which the shell knows"
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_in_the_shell(snapfs: Command, shell: str, tmp_path: Path) -> None:
-    snapfs("prepare", "web")
-    snapfs("prepare", "with space")
-    (tmp_path / "snapfs").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m snapfs.cli "$@"\n')
-    (tmp_path / "snapfs").chmod(0o755)
-    (tmp_path / "script").write_text(snapfs("completion", shell))
-    scripts = {
-        "bash": 'source script; COMP_WORDS=(snapfs show w); COMP_CWORD=2; _snapfs; printf "%s\\n" "${COMPREPLY[@]}"',
-        "fish": "source script; complete -C 'snapfs show w'",
-        "zsh": "compdef() { }; compadd() { shift; print -l -- $@; }; words=(snapfs show w); CURRENT=3; source script; _snapfs",
+@contextlib.contextmanager
+def shell_at(home: Path, shell: str, mnt: Path) -> Iterator[int]:
+    """A shell on a terminal of its own, which has the completion and no other configuration; the terminal's master."""
+    (home / "snapfs").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m snapfs.cli "$@"\n')
+    (home / "snapfs").chmod(0o755)
+    start = {
+        "bash": ["bash", "--norc", "--noprofile", "-i"],
+        "zsh": ["zsh", "-f", "-i"],
+        "fish": ["fish", "--no-config", "--interactive"],
     }
-    environment = {**os.environ, "SNAPFS": str(snapfs.mnt), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    environment |= {"HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [shell, "-c", scripts[shell]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert [line.replace("\\", "") for line in done.stdout.splitlines()] == ["web", "with space"]
+    set_up = {"bash": "", "zsh": "PS1='$ '; autoload -U compinit; compinit -u; ", "fish": ""}
+    load = {
+        "bash": 'eval "$(snapfs completion bash)"',
+        "zsh": 'eval "$(snapfs completion zsh)"',
+        "fish": "snapfs completion fish | source",
+    }
+    environment = {**os.environ, "SNAPFS": str(mnt), "PATH": f"{home}:{os.environ['PATH']}", "PS1": "$ "}
+    environment |= {"HOME": str(home), "PYTHONPATH": os.getcwd(), "TERM": "xterm", "LANG": "C.UTF-8"}
+    master, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (50, 200))
+    with subprocess.Popen(
+        start[shell],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        cwd=home,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=OnATerminal._take,
+    ) as process:
+        os.close(terminal)
+        try:
+            os.write(master, f"{set_up[shell]}{load[shell]}; echo re''ady\n".encode())
+            heard(master, "ready")
+            yield master
+        finally:
+            process.kill()
+            os.close(master)
+
+
+def heard(master: int, wanted: str) -> str:
+    """What the terminal is told, until ``wanted`` comes, but for the escape sequences."""
+    said = b""
+    deadline = time.monotonic() + 30
+    while wanted not in (
+        plain := re.sub(r"\x1b(\[[0-9;?>]*[a-zA-Z]|[()].|\][^\a]*\a|[=>])|\r|\x08", "", said.decode(errors="ignore"))
+    ):
+        assert time.monotonic() < deadline, f"{wanted!r} is not in {said!r}"
+        if select.select([master], [], [], 0.1)[0]:
+            said += os.read(master, 4096)
+    return plain
+
+
+TABS = {
+    "snapfs show wo": "wobbly",
+    "snapfs show wi": "with\\ space",
+    "snapfs show with\\ s": "with\\ space",
+    "snapfs show --at . default/1/sha256:a": "sha256:abc",
+    "snapfs serve r m -o allow_other,dir": "dirsync",
+    "snapfs serve r m -o allow_other,sync=n": "sync=none",
+    "snapfs serve r m -o gid=sys,rootfs_m": "rootfs_max=",
+    "snapfs serve r m -o ro,uid=daem": "uid=daemon",
+    "snapfs ./r m -o no_ro": "no_rootfs",
+}
+"""What a line becomes by TAB."""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_tab_in_the_shell(snapfs: Command, shell: str, tmp_path: Path) -> None:
+    for key in ("web", "wobbly", "with space", "default/1/sha256:abc"):
+        snapfs("prepare", key)
+    with shell_at(tmp_path, shell, snapfs.mnt) as master:
+        for line, wanted in TABS.items():
+            line = line.replace("--at .", f"--at {snapfs.mnt}")
+            os.write(master, f"{line}\t".encode())
+            heard(master, wanted)
+            os.write(master, b"\x15")  # Ctrl-U
+        os.write(master, b"snapfs serve r m -o ro,sync=\t\t")
+        heard(master, "none")
 
 
 @pytest.mark.parametrize("words", [("ls",), ("prepare", "fast")])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from snapfs.backup import backup
 from snapfs.cli.grammar import Given, Verb
 
 
 def _backup(given: Given) -> int:
+    from snapfs.backup import backup
+
     root, file = given.arguments
     made = backup(root, file)
     snapshots = f"{made.snapshots} snapshot" + "s" * (made.snapshots != 1)
