@@ -71,7 +71,7 @@ clean:
 	rm -rf .fuzz .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/ready: pyproject.toml
-	@$(call install_packages,$(RUN_PACKAGES))
+	@$(call install_packages,$(RUN_PACKAGES) $$($(call python_packages)))
 	@$(call check_python)
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.2'  # its commands start faster
@@ -98,12 +98,14 @@ test -z "$$missing" || { echo "Installing$$missing"; \
   $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $$missing >/dev/null; }
 endef
 
-# Python 3.11 or later, with venv and the headers to compile pyfuse3
-define check_python
-command -v $(PYTHON) >/dev/null || { $(call install_packages,python3); }; \
-$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-  { echo "snapfs needs Python 3.11 or later; name one: make PYTHON=python3.12"; exit 1; }; \
+# What Debian's Python lacks: venv, and the headers to compile pyfuse3
+define python_packages
 $(PYTHON) -c 'import ensurepip, os, sys, sysconfig; \
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' 2>/dev/null || \
-  { $(call install_packages,python3-venv python3-dev); }
+  echo python3 python3-venv python3-dev
+endef
+
+define check_python
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "snapfs needs Python 3.11 or later; name one: make PYTHON=python3.12"; exit 1; }
 endef

@@ -126,6 +126,11 @@ def test_refusals(snapfs: Command) -> None:
     assert "is view: only active" in snapfs("commit", "peek", "n", status=3)
     assert "is a view" in snapfs("diff", "peek", status=1)
     assert "write KEY=VALUE" in snapfs("label", "web", "x", status=2)
+    assert 'has no label "x"' in snapfs("label", "web", "--delete", "x", status=3)
+    assert 'parent snapshot "no" does not exist' in snapfs("commit", "web", "n", "-p", "no", status=3)
+    assert "only a committed snapshot can be a parent" in snapfs("commit", "web", "n", "-p", "peek", status=3)
+    for word in ("ls", "prune"):
+        assert '"nope" is no kind of snapshot' in snapfs(word, "--kind", "nope", status=2)
     assert "KEY is missing" in snapfs("prepare", status=2)
     assert "no option --nope" in snapfs("ls", "--nope", status=2)
     assert "too much" in snapfs("ls", "x", status=2)
@@ -186,7 +191,8 @@ def test_checkpoints(snapfs: Command) -> None:
     snapfs("rollback", "web", "0")
     assert not file.exists()
     assert "no checkpoint 9" in snapfs("rollback", "web", "9", status=3)
-    assert 'snapshot "no" does not exist' in snapfs("checkpoint", "no", status=3)
+    for line in ("checkpoint no", "checkpoint --list no", "rollback no", "fork no x", "tree no"):
+        assert 'snapshot "no" does not exist' in snapfs(*line.split(), status=3)
 
 
 def test_fork(snapfs: Command) -> None:
@@ -326,7 +332,27 @@ def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
     snapfs("umount", str(tmp_path / "t"))
     assert "make a view" in snapfs("mount", "l0", str(tmp_path / "t"), status=1)
     assert "make it first" in snapfs("mount", "web", str(tmp_path / "no"), status=3)
+    assert "is no snapshot's file system" in snapfs("umount", "/proc", status=1)
     assert "lies in the tree" in snapfs("mount", "web", str(snapfs.mnt / "active"), status=1)
+
+
+def test_mounted_twice(snapfs: Command, tmp_path: Path) -> None:
+    """All places show one file system: the kernel answers for nothing where two overlays write to one layer."""
+    snapfs("prepare", "x")
+    snapfs("commit", "--no-sync", "x", "base")
+    snapfs("prepare", "web", "-p", "base")
+    rootfs = active(snapfs, "web") / "rootfs"
+    places = [tmp_path / "one", tmp_path / "two"]
+    os.listdir(f"{rootfs}/")
+    for place in places:
+        place.mkdir()
+        snapfs("mount", "web", str(place))
+        assert "already" in snapfs("mount", "web", str(place), status=5)
+        assert place.stat().st_dev == (rootfs / ".").stat().st_dev
+    (places[0] / "file").write_text("1")
+    assert (places[1] / "file").read_text() == "1"
+    snapfs("umount", "web")
+    assert [os.listdir(place) for place in places] == [[], []]
 
 
 def test_usage(snapfs: Command) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from snapfs.cli.grammar import Given, Verb
+from snapfs.cli.place import given_root
 
 
 def _backup(given: Given) -> int:
     from snapfs.backup import backup
 
-    root, file = given.arguments
+    root, file = given_root(given.arguments[0]), given.arguments[1]
     made = backup(root, file)
     snapshots = f"{made.snapshots} snapshot" + "s" * (made.snapshots != 1)
     print(f"snapfs: wrote the records of {snapshots} to {file}, {made.size} bytes; the layers are not in it")

@@ -153,8 +153,8 @@ def _access(given: dict[str, str]) -> dict[str, int]:
         try:
             found[name] = _READ[name](text)
         except (KeyError, ValueError):
-            wanted = "three octal digits" if name == "umask" else "a number, or a name that there is,"
-            raise InvalidArgument(f"{name}={text}: {wanted} is wanted") from None
+            wrong = {"uid": "there is no such user", "gid": "there is no such group", "umask": "write three octal digits: 027"}
+            raise InvalidArgument(f"{name}={text}: {wrong[name]}") from None
     return found
 
 
@@ -186,7 +186,7 @@ def _number(name: str, text: str | float, convert: Callable[[str | float], N], l
         value = convert(text)
         if least <= value <= 1_000_000:
             return value
-    raise InvalidArgument(f"{name}={text}: a number from {least} to a million is wanted")
+    raise InvalidArgument(f"{name}={text}: a number from {least:g} to a million is wanted")
 
 
 def _split(lists: list[str]) -> list[str]:

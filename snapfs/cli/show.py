@@ -27,6 +27,8 @@ def _show(given: Given) -> int:
         else:
             info["mounts"] = json.loads(place.read(f"{directory}/mounts.json"))
         shown.append({**info, "directory": directory})
+    if given.has("path"):
+        return 0
     if given.has("json"):
         print(json.dumps(shown, indent=2, ensure_ascii=False))
         return 0

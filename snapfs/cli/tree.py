@@ -6,7 +6,7 @@ from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Verb
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import find_tree
-from snapfs.cli.refusal import NOT_FOUND, Refusal
+from snapfs.cli.refusal import missing
 
 
 def _tree(given: Given) -> int:
@@ -18,7 +18,7 @@ def _tree(given: Given) -> int:
     if given.arguments:
         tops = [row for row in everything if row.name == given.arguments[0]]
         if not tops:
-            raise Refusal(f'snapshot "{given.arguments[0]}" does not exist', NOT_FOUND)
+            raise missing(given.arguments[0])
     if given.has("json"):
         import json
 
