@@ -75,7 +75,7 @@ clean:
 	@$(call check_python)
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.2'  # its commands start faster
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable .
+	CFLAGS="-g0 $$CFLAGS" .venv/bin/pip install --quiet --disable-pip-version-check --editable .  # compiles pyfuse3
 	@touch $@
 
 .venv/ready-for-tests: .venv/ready
