@@ -88,6 +88,9 @@ def test_a_whole_life(snapfs: Command) -> None:
     assert json.loads(snapfs("label", "--json", "web")) == {"team": "blue", "note": "a=b, c"}
     (active(snapfs, "web") / "rootfs/file").unlink()
     assert snapfs("diff", "web") == "D /file\n"
+    assert json.loads(snapfs("diff", "--json", "web")) == [{"change": "D", "path": "/file"}]
+    (drawn,) = json.loads(snapfs("tree", "--json", "base"))
+    assert [child["name"] for child in drawn["children"]] == ["peek", "web"]
     shown = json.loads(snapfs("show", "--json", "base", "web"))
     assert [each["children"] for each in shown if each["kind"] == "committed"] == [["peek", "web"]]
     assert "has children" not in snapfs("show", "base")
@@ -286,6 +289,8 @@ def test_prune(snapfs: Command) -> None:
     assert snapfs.names() == ["bad", "ci", "new", "pinned", "scratch"]
     assert 'kept ci: "scratch" stands on it' in snapfs("prune", "--label", "job=7")
     assert snapfs.names("--kind", "committed") == ["bad", "ci", "new", "pinned"]
+    pruned = json.loads(snapfs("prune", "--label", "job", "--dry-run", "--json"))
+    assert (pruned["removed"], pruned["kept"]) == ([], [{"name": "ci", "why": '"scratch" stands on it'}])
     snapfs("prune", "--expired")
     snapfs("prune", "--label", "job")
     assert snapfs.names() == ["bad", "new", "pinned"]

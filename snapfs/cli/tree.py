@@ -10,9 +10,9 @@ from snapfs.cli.refusal import missing
 
 
 def _tree(given: Given) -> int:
-    everything = rows(find_tree(given.value("at")))
+    everything = sorted(rows(find_tree(given.value("at"))), key=lambda row: row.name)
     below: dict[str | None, list[Row]] = {}
-    for row in sorted(everything, key=lambda row: row.name):
+    for row in everything:
         below.setdefault(row.parent, []).append(row)
     tops = below.get(None, [])
     if given.arguments:
