@@ -662,6 +662,24 @@ def test_it_imports_nothing_heavy(snapfs: Command, words: tuple[str, ...]) -> No
     assert not heavy & set(done.stderr.split())
 
 
+def test_no_verb_waits_for_what_only_the_daemon_needs(snapfs: Command, tmp_path: Path) -> None:
+    lines = """prepare x; commit --no-sync x base; prepare web -p base; view peek -p base; ls; tree; show web; usage
+    label web a=b; diff web; events; checkpoint web; rollback web; fork base other; prune --expired; rm other
+    mount peek TARGET; umount TARGET; completion bash; _complete show w; _complete serve -o a; help"""
+    program = f"""
+import sys
+from snapfs.cli import VERBS, main
+for line in {lines!r}.replace("TARGET", {str(tmp_path)!r}).replace(";", "\\n").splitlines():
+    assert main(line.split()) == 0, line
+for word in VERBS:
+    assert main([word, "--help"]) == 0, word
+print(*{{"trio", "pyfuse3", "lmdb", "grpc"}} & set(sys.modules), file=sys.stderr, end="")
+"""
+    environment = {**os.environ, "SNAPFS": str(snapfs.mnt)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_grammar() -> None:
     its = grammar.Verb(
         "x",
