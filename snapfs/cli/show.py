@@ -50,7 +50,7 @@ def _lines(value: object) -> list[str]:
         return [
             line for each in value for line in ([json.dumps(each)] if isinstance(each, dict) else [table.printed(str(each))])
         ]
-    return [] if value is None else [table.printed(str(value))]
+    return [] if value in (None, "") else [table.printed(str(value))]
 
 
 VERBS = {
