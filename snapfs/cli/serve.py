@@ -153,8 +153,8 @@ def _access(given: dict[str, str]) -> dict[str, int]:
         try:
             found[name] = _READ[name](text)
         except (KeyError, ValueError):
-            wrong = {"uid": "there is no such user", "gid": "there is no such group", "umask": "write three octal digits: 027"}
-            raise InvalidArgument(f"{name}={text}: {wrong[name]}") from None
+            to_do = "write three octal digits, as in 027" if name == "umask" else "give a number, or a name that there is"
+            raise InvalidArgument(f"{name}={text}: {to_do}") from None
     return found
 
 
