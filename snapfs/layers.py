@@ -90,7 +90,7 @@ class Layers:
         root = os.path.realpath(root)
         try:
             if not os.path.lexists(f"{root}/lock"):
-                raise Unavailable(f"{root} is no root of snapfs: give the one that snapfs serve was given")
+                raise Unavailable(f"{root} is no root of snapfs")
             return cls(root, _lock(root))
         except OSError as error:
             raise Unavailable.from_os(f"use {root} as root", error) from error
