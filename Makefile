@@ -5,6 +5,7 @@
 # make lint   check style and types
 # make fuzz   feed names, filters and records with whatever breaks them, SECONDS each (300)
 # make bench  measure everything beside what it is to be measured with: BENCH_ARGS="--only prepare --rounds 3" measures less
+# make systemd   boot a machine in namespaces, with systemd, and see that units, fstab and journal do as the README says
 # make powercut   cut the power of test disks some thousand times, and say what was lost
 #
 # Each installs what it needs first: Debian packages where missing (with sudo if not root), and Python packages into .venv.
@@ -19,7 +20,7 @@ BENCH_PACKAGES := containerd fio
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
 
-.PHONY: run test lint crash soak fuzz powercut bench clean
+.PHONY: run test lint crash soak fuzz powercut systemd bench clean
 
 run: .venv/ready
 	@mkdir -p run/root run/snap
@@ -44,6 +45,9 @@ soak: .venv/ready-for-tests
 powercut: .venv/ready-for-tests
 	$(SUDO) env POWER_CUTS=$${POWER_CUTS:-500} .venv/bin/python -m pytest -q -s tests/test_power.py $(PYTEST_ARGS)
 
+systemd: .venv/ready-for-tests
+	$(SUDO) .venv/bin/python -m pytest -q tests/boot_systemd.py $(PYTEST_ARGS)
+
 bench: .venv/ready-for-tests
 	@$(call install_packages,$(BENCH_PACKAGES))
 	$(SUDO) .venv/bin/python -m tests.bench $(BENCH_ARGS)
@@ -67,11 +71,11 @@ clean:
 	rm -rf .fuzz .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/ready: pyproject.toml
-	@$(call install_packages,$(RUN_PACKAGES))
+	@$(call install_packages,$(RUN_PACKAGES) $$($(call python_packages)))
 	@$(call check_python)
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.2'  # its commands start faster
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable .
+	CFLAGS="-g0 $$CFLAGS" .venv/bin/pip install --quiet --disable-pip-version-check --editable .  # compiles pyfuse3
 	@touch $@
 
 .venv/ready-for-tests: .venv/ready
@@ -94,12 +98,14 @@ test -z "$$missing" || { echo "Installing$$missing"; \
   $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $$missing >/dev/null; }
 endef
 
-# Python 3.11 or later, with venv and the headers to compile pyfuse3
-define check_python
-command -v $(PYTHON) >/dev/null || { $(call install_packages,python3); }; \
-$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-  { echo "snapfs needs Python 3.11 or later; name one: make PYTHON=python3.12"; exit 1; }; \
+# What Debian's Python lacks: venv, and the headers to compile pyfuse3
+define python_packages
 $(PYTHON) -c 'import ensurepip, os, sys, sysconfig; \
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' 2>/dev/null || \
-  { $(call install_packages,python3-venv python3-dev); }
+  echo python3 python3-venv python3-dev
+endef
+
+define check_python
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "snapfs needs Python 3.11 or later; name one: make PYTHON=python3.12"; exit 1; }
 endef

@@ -47,6 +47,8 @@ def backup(root: str, file: str) -> Backup:
     try:
         if os.stat(records).st_size == 0:
             raise Unavailable(f"there are no records in {root} yet: {records} is empty")
+    except (FileNotFoundError, NotADirectoryError):
+        raise Unavailable(f"{root} is no root of snapfs: give the one that snapfs serve was given") from None
     except OSError as error:
         raise Unavailable.from_os("read the records", error) from error
     directory, name = os.path.split(os.path.abspath(file))

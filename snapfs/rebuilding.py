@@ -14,7 +14,7 @@ from functools import partial
 import msgspec
 
 from snapfs import imprint
-from snapfs.checking import Finding, Problem, records_of
+from snapfs.checking import Finding, Problem, Progress, records_of
 from snapfs.errors import Damaged, Unavailable
 from snapfs.imprint import Imprint
 from snapfs.layers import Layers, parse_id
@@ -27,7 +27,7 @@ BATCH = 10_000  # records that one transaction writes
 UNKNOWN_BOOT = "unknown"  # of a snapshot that nobody can say to have been flushed
 
 
-def rebuild(root: str) -> Iterator[Finding]:
+def rebuild(root: str, *, progress: Progress = lambda what, done, total: None) -> Iterator[Finding]:
     """Make the records of ``root`` anew; what is worth knowing of it.
 
     A directory that says nothing goes to lost+found.  Of two snapshots of one name the one changed last keeps it.  A parent
@@ -36,7 +36,9 @@ def rebuild(root: str) -> Iterator[Finding]:
     """
     with closing(Layers.hold(root)) as layers:
         found = {}
-        for name in sorted(os.listdir(layers.snapshots)):
+        names = sorted(os.listdir(layers.snapshots))
+        for done, name in enumerate(names):
+            progress(f"reading what directory {name} says", done, len(names))
             number = parse_id(name)
             path = f"{layers.snapshots}/{name}"
             try:
@@ -51,7 +53,7 @@ def rebuild(root: str) -> Iterator[Finding]:
         yield from _break_circles(layers, found)
         yield from _put_parents(found)
         yield from _tell_apart(found)
-        _write(layers, found)
+        _write(layers, found, progress)
         yield Finding(Problem.NOTE, f"the records were made anew: {len(found)} snapshots")
 
 
@@ -101,7 +103,7 @@ def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
             yield Finding(Problem.DAMAGED, text, mended=f'number {number} is called "{name}"')
 
 
-def _write(layers: Layers, found: dict[int, Imprint]) -> None:
+def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> None:
     """Write the records beside the old ones, then put them in their place."""
     place, fresh = records_of(layers), f"{records_of(layers)}.new"
     with contextlib.suppress(FileNotFoundError):
@@ -109,6 +111,7 @@ def _write(layers: Layers, found: dict[int, Imprint]) -> None:
     numbers = sorted(found)
     with closing(MetaStore(fresh)) as records:
         for start in range(0, len(numbers), BATCH):
+            progress("writing records", start, len(numbers))
             part = {number: found[number] for number in numbers[start : start + BATCH]}
             records.write_now(partial(_put, part))
         records.write_now(lambda writer: writer.raise_last_id(_last_id(layers, numbers)))

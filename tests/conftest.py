@@ -44,6 +44,9 @@ def own_mount_namespace() -> None:
     if _libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None):  # in a chroot / is no mountpoint
         for mount in mount_table():
             _libc.mount(b"none", os.fsencode(mount.target), None, _MS_PRIVATE, None)
+    for mount in list(mount_table()):
+        if mount.type == "fuse.snapfs":  # somebody's outside; the command would find it
+            mounting.unmount(mount.target, mounting.MNT_DETACH)
 
 
 def die_with_parent() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
 import re
@@ -487,6 +488,9 @@ def test_the_command(daemon: Daemon) -> None:
     running = command(str(daemon.root))
     assert (running.returncode, running.stdout) == (1, "")
     assert f"is in use by the process with pid {daemon.pid}" in running.stderr
+    mistaken = command(str(daemon.mnt))
+    assert (mistaken.returncode, mistaken.stdout) == (2, "")
+    assert "where a tree is mounted, not its root" in mistaken.stderr
     assert daemon.stop() == 0
     assert command(str(daemon.root)).stdout == f"{daemon.root}: nothing is wrong\n"
     (daemon.root / "snapshots/1/work").rmdir()
@@ -495,6 +499,8 @@ def test_the_command(daemon: Daemon) -> None:
     seen = command(str(daemon.root))
     assert seen.returncode == 1
     assert seen.stdout.splitlines()[-1] == f"{daemon.root}: 1 orphaned, 1 miscounted"
+    for_programs = [json.loads(line) for line in command(str(daemon.root), "--json").stdout.splitlines()]
+    assert [each["problem"] for each in for_programs] == ["miscounted", "orphaned"]
     mended = command(str(daemon.root), "--repair")
     assert (mended.returncode, mended.stderr) == (0, "")
     assert mended.stdout.splitlines()[-1] == f"{daemon.root}: nothing is wrong; 2 mended"
@@ -505,7 +511,8 @@ def test_the_command(daemon: Daemon) -> None:
     assert os.listdir(daemon.mnt / "committed") == ["base"]
     assert daemon.stop() == 0
     nowhere = command(str(daemon.root / "none"))
-    assert (nowhere.returncode, nowhere.stderr) == (1, f"snapfs: {daemon.root}/none is no root of snapfs\n")
+    assert (nowhere.returncode, nowhere.stdout) == (1, "")
+    assert nowhere.stderr.startswith(f"snapfs: {daemon.root}/none is no root of snapfs: ")
 
 
 async def test_where_directories_can_bear_nothing_nobody_misses_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

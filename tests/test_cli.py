@@ -7,10 +7,12 @@ import fcntl
 import json
 import os
 import re
+import select
 import shlex
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -86,6 +88,9 @@ def test_a_whole_life(snapfs: Command) -> None:
     assert json.loads(snapfs("label", "--json", "web")) == {"team": "blue", "note": "a=b, c"}
     (active(snapfs, "web") / "rootfs/file").unlink()
     assert snapfs("diff", "web") == "D /file\n"
+    assert json.loads(snapfs("diff", "--json", "web")) == [{"change": "D", "path": "/file"}]
+    (drawn,) = json.loads(snapfs("tree", "--json", "base"))
+    assert [child["name"] for child in drawn["children"]] == ["peek", "web"]
     shown = json.loads(snapfs("show", "--json", "base", "web"))
     assert [each["children"] for each in shown if each["kind"] == "committed"] == [["peek", "web"]]
     assert "has children" not in snapfs("show", "base")
@@ -124,6 +129,11 @@ def test_refusals(snapfs: Command) -> None:
     assert "is view: only active" in snapfs("commit", "peek", "n", status=3)
     assert "is a view" in snapfs("diff", "peek", status=1)
     assert "write KEY=VALUE" in snapfs("label", "web", "x", status=2)
+    assert 'has no label "x"' in snapfs("label", "web", "--delete", "x", status=3)
+    assert 'parent snapshot "no" does not exist' in snapfs("commit", "web", "n", "-p", "no", status=3)
+    assert "only a committed snapshot can be a parent" in snapfs("commit", "web", "n", "-p", "peek", status=3)
+    for word in ("ls", "prune"):
+        assert '"nope" is no kind of snapshot' in snapfs(word, "--kind", "nope", status=2)
     assert "KEY is missing" in snapfs("prepare", status=2)
     assert "no option --nope" in snapfs("ls", "--nope", status=2)
     assert "too much" in snapfs("ls", "x", status=2)
@@ -184,7 +194,8 @@ def test_checkpoints(snapfs: Command) -> None:
     snapfs("rollback", "web", "0")
     assert not file.exists()
     assert "no checkpoint 9" in snapfs("rollback", "web", "9", status=3)
-    assert 'snapshot "no" does not exist' in snapfs("checkpoint", "no", status=3)
+    for line in ("checkpoint no", "checkpoint --list no", "rollback no", "fork no x", "tree no"):
+        assert 'snapshot "no" does not exist' in snapfs(*line.split(), status=3)
 
 
 def test_fork(snapfs: Command) -> None:
@@ -278,6 +289,8 @@ def test_prune(snapfs: Command) -> None:
     assert snapfs.names() == ["bad", "ci", "new", "pinned", "scratch"]
     assert 'kept ci: "scratch" stands on it' in snapfs("prune", "--label", "job=7")
     assert snapfs.names("--kind", "committed") == ["bad", "ci", "new", "pinned"]
+    pruned = json.loads(snapfs("prune", "--label", "job", "--dry-run", "--json"))
+    assert (pruned["removed"], pruned["kept"]) == ([], [{"name": "ci", "why": '"scratch" stands on it'}])
     snapfs("prune", "--expired")
     snapfs("prune", "--label", "job")
     assert snapfs.names() == ["bad", "new", "pinned"]
@@ -324,7 +337,27 @@ def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
     snapfs("umount", str(tmp_path / "t"))
     assert "make a view" in snapfs("mount", "l0", str(tmp_path / "t"), status=1)
     assert "make it first" in snapfs("mount", "web", str(tmp_path / "no"), status=3)
+    assert "is no snapshot's file system" in snapfs("umount", "/proc", status=1)
     assert "lies in the tree" in snapfs("mount", "web", str(snapfs.mnt / "active"), status=1)
+
+
+def test_mounted_twice(snapfs: Command, tmp_path: Path) -> None:
+    """All places show one file system: the kernel answers for nothing where two overlays write to one layer."""
+    snapfs("prepare", "x")
+    snapfs("commit", "--no-sync", "x", "base")
+    snapfs("prepare", "web", "-p", "base")
+    rootfs = active(snapfs, "web") / "rootfs"
+    places = [tmp_path / "one", tmp_path / "two"]
+    os.listdir(f"{rootfs}/")
+    for place in places:
+        place.mkdir()
+        snapfs("mount", "web", str(place))
+        assert "already" in snapfs("mount", "web", str(place), status=5)
+        assert place.stat().st_dev == (rootfs / ".").stat().st_dev
+    (places[0] / "file").write_text("1")
+    assert (places[1] / "file").read_text() == "1"
+    snapfs("umount", "web")
+    assert [os.listdir(place) for place in places] == [[], []]
 
 
 def test_usage(snapfs: Command) -> None:
@@ -436,16 +469,22 @@ def long_ones(daemon: Daemon) -> Callable[[str], tuple[str, ...]]:
         os.rename(daemon.mnt / "active/x", daemon.mnt / "committed" / name)
 
     def words(verb: str) -> tuple[str, ...]:
-        if verb == "check":
+        if verb.startswith("check"):
             assert daemon.stop() == 0
-            return ("check", str(daemon.root))
+            return (*verb.split(), str(daemon.root))
         rest = {"rm": ("-r", "a", "b", "c"), "usage": (), "prune": ("--kind", "committed")}[verb]
         return (verb, "--at", str(daemon.mnt), *rest)
 
     return words
 
 
-LONG = {"rm": "removing", "prune": "removing", "usage": "counting", "check": "directory of committed"}
+LONG = {
+    "rm": "removing",
+    "prune": "removing",
+    "usage": "counting",
+    "check": "directory of committed",
+    "check --rebuild": "reading what directory 1",
+}
 
 
 @pytest.mark.parametrize("verb", LONG)
@@ -514,24 +553,85 @@ def test_completion(snapfs: Command) -> None:
         assert snapfs("_complete", *before) == "", "a path, which the shell knows"
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_in_the_shell(snapfs: Command, shell: str, tmp_path: Path) -> None:
-    snapfs("prepare", "web")
-    snapfs("prepare", "with space")
-    (tmp_path / "snapfs").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m snapfs.cli "$@"\n')
-    (tmp_path / "snapfs").chmod(0o755)
-    (tmp_path / "script").write_text(snapfs("completion", shell))
-    scripts = {
-        "bash": 'source script; COMP_WORDS=(snapfs show w); COMP_CWORD=2; _snapfs; printf "%s\\n" "${COMPREPLY[@]}"',
-        "fish": "source script; complete -C 'snapfs show w'",
-        "zsh": "compdef() { }; compadd() { shift; print -l -- $@; }; words=(snapfs show w); CURRENT=3; source script; _snapfs",
+@contextlib.contextmanager
+def shell_at(home: Path, shell: str, mnt: Path) -> Iterator[int]:
+    """A shell on a terminal of its own, which has the completion and no other configuration; the terminal's master."""
+    (home / "snapfs").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m snapfs.cli "$@"\n')
+    (home / "snapfs").chmod(0o755)
+    start = {
+        "bash": ["bash", "--norc", "--noprofile", "-i"],
+        "zsh": ["zsh", "-f", "-i"],
+        "fish": ["fish", "--no-config", "--interactive"],
     }
-    environment = {**os.environ, "SNAPFS": str(snapfs.mnt), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    environment |= {"HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [shell, "-c", scripts[shell]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert [line.replace("\\", "") for line in done.stdout.splitlines()] == ["web", "with space"]
+    set_up = {"bash": "", "zsh": "PS1='$ '; autoload -U compinit; compinit -u; ", "fish": ""}
+    load = {
+        "bash": 'eval "$(snapfs completion bash)"',
+        "zsh": 'eval "$(snapfs completion zsh)"',
+        "fish": "snapfs completion fish | source",
+    }
+    environment = {**os.environ, "SNAPFS": str(mnt), "PATH": f"{home}:{os.environ['PATH']}", "PS1": "$ "}
+    environment |= {"HOME": str(home), "PYTHONPATH": os.getcwd(), "TERM": "xterm", "LANG": "C.UTF-8"}
+    master, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (50, 200))
+    with subprocess.Popen(
+        start[shell],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        cwd=home,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=OnATerminal._take,
+    ) as process:
+        os.close(terminal)
+        try:
+            os.write(master, f"{set_up[shell]}{load[shell]}; echo re''ady\n".encode())
+            heard(master, "ready")
+            yield master
+        finally:
+            process.kill()
+            os.close(master)
+
+
+def heard(master: int, wanted: str) -> str:
+    """What the terminal is told, until ``wanted`` comes, but for the escape sequences."""
+    said = b""
+    deadline = time.monotonic() + 30
+    while wanted not in (
+        plain := re.sub(r"\x1b(\[[0-9;?>]*[a-zA-Z]|[()].|\][^\a]*\a|[=>])|\r|\x08", "", said.decode(errors="ignore"))
+    ):
+        assert time.monotonic() < deadline, f"{wanted!r} is not in {said!r}"
+        if select.select([master], [], [], 0.1)[0]:
+            said += os.read(master, 4096)
+    return plain
+
+
+TABS = {
+    "snapfs show wo": "wobbly",
+    "snapfs show wi": "with\\ space",
+    "snapfs show with\\ s": "with\\ space",
+    "snapfs show --at . default/1/sha256:a": "sha256:abc",
+    "snapfs serve r m -o allow_other,dir": "dirsync",
+    "snapfs serve r m -o allow_other,sync=n": "sync=none",
+    "snapfs serve r m -o gid=sys,rootfs_m": "rootfs_max=",
+    "snapfs serve r m -o ro,uid=daem": "uid=daemon",
+    "snapfs ./r m -o no_ro": "no_rootfs",
+}
+"""What a line becomes by TAB."""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_tab_in_the_shell(snapfs: Command, shell: str, tmp_path: Path) -> None:
+    for key in ("web", "wobbly", "with space", "default/1/sha256:abc"):
+        snapfs("prepare", key)
+    with shell_at(tmp_path, shell, snapfs.mnt) as master:
+        for line, wanted in TABS.items():
+            line = line.replace("--at .", f"--at {snapfs.mnt}")
+            os.write(master, f"{line}\t".encode())
+            heard(master, wanted)
+            os.write(master, b"\x15")  # Ctrl-U
+        os.write(master, b"snapfs serve r m -o ro,sync=\t\t")
+        heard(master, "none")
 
 
 @pytest.mark.parametrize("words", [("ls",), ("prepare", "fast")])
@@ -560,6 +660,24 @@ def test_it_imports_nothing_heavy(snapfs: Command, words: tuple[str, ...]) -> No
         "signal",
     }
     assert not heavy & set(done.stderr.split())
+
+
+def test_no_verb_waits_for_what_only_the_daemon_needs(snapfs: Command, tmp_path: Path) -> None:
+    lines = """prepare x; commit --no-sync x base; prepare web -p base; view peek -p base; ls; tree; show web; usage
+    label web a=b; diff web; events; checkpoint web; rollback web; fork base other; prune --expired; rm other
+    mount peek TARGET; umount TARGET; completion bash; _complete show w; _complete serve -o a; help"""
+    program = f"""
+import sys
+from snapfs.cli import VERBS, main
+for line in {lines!r}.replace("TARGET", {str(tmp_path)!r}).replace(";", "\\n").splitlines():
+    assert main(line.split()) == 0, line
+for word in VERBS:
+    assert main([word, "--help"]) == 0, word
+print(*{{"trio", "pyfuse3", "lmdb", "grpc"}} & set(sys.modules), file=sys.stderr, end="")
+"""
+    environment = {**os.environ, "SNAPFS": str(snapfs.mnt)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_grammar() -> None:

@@ -127,15 +127,41 @@ def test_units_under_systemd(place: Path) -> None:
     assert " ".join(rest).split() == ["a", "success", "success", "unmounted", "/run/snapfs"], done.stdout
 
 
-def test_lines_for_the_journal(tmp_path: Path) -> None:
-    """Each has its priority where standard error is the journal, and only there."""
-    program = "import logging; from snapfs.cli import logs; logs.set_up(); logs.say('up'); logging.getLogger().error('a\\nb')"
-    for right, wanted in ((True, "<6>up\n<3>a\n<3>b\n"), (False, "snapfs: up\nsnapfs: a\nb\n")):
-        with (tmp_path / "journal").open("w+") as journal:
-            found = os.fstat(journal.fileno())
-            environment = {**os.environ, "JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino + (not right)}"}
-            subprocess.run([sys.executable, "-c", program], env=environment, stderr=journal, check=True)
-        assert (tmp_path / "journal").read_text() == wanted
+LOGS = """
+import logging, sys
+from snapfs.cli import logs
+logs.JOURNAL = sys.argv[1]
+logs.set_up()
+logs.say("up")
+logging.getLogger().info("refused", extra={"fields": {"ERRNO": 16}})
+logging.getLogger().error("a\\nb")
+"""
+
+
+@pytest.mark.parametrize(
+    ("journal", "takes", "wanted"),
+    [
+        (True, True, "<6>up\n"),
+        (True, False, "<6>up\n<3>a\n<3>b\n"),
+        (False, True, "snapfs: up\nsnapfs: a\nb\n"),
+    ],
+)
+def test_lines_for_the_journal(tmp_path: Path, journal: bool, takes: bool, wanted: str) -> None:
+    """Entries with fields where standard error is the journal; where it doesn't take them, lines with their priority."""
+    with (tmp_path / "stderr").open("w+") as stderr, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journald:
+        if takes:
+            journald.bind(str(tmp_path / "socket"))
+        found = os.fstat(stderr.fileno())
+        environment = {**os.environ, "JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino + (not journal)}"}
+        words = [sys.executable, "-c", LOGS, str(tmp_path / "socket")]
+        subprocess.run(words, env=environment, stderr=stderr, check=True)
+        assert (tmp_path / "stderr").read_text() == wanted
+        if journal and takes:
+            entries = [journald.recv(4096) for _ in range(2)]
+            assert b"MESSAGE\n\7\0\0\0\0\0\0\0refused\n" in entries[0]
+            assert b"ERRNO\n\2\0\0\0\0\0\0\00016\n" in entries[0]
+            assert b"PRIORITY\n\1\0\0\0\0\0\0\0003\n" in entries[1]
+            assert b"MESSAGE\n\3\0\0\0\0\0\0\0a\nb\n" in entries[1]
 
 
 # -- .snapfs/metrics and .snapfs/snapshots

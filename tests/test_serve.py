@@ -503,7 +503,7 @@ def test_without_dev_fuse(tmp_path: Path) -> None:
 
 AS_NOBODY = """
 import os, sys
-import snapfs.cli.serve, snapfs.fuse.serve
+import snapfs.cli.detach, snapfs.cli.logs, snapfs.cli.notify, snapfs.cli.serve, snapfs.fuse.serve
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)

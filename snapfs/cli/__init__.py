@@ -84,12 +84,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except Exception as error:
+        import os
+
         from snapfs.cli.refusal import Refusal
         from snapfs.errors import SnapshotError
 
         if not isinstance(error, (Refusal, SnapshotError)):
             raise
-        print(f"snapfs: {error}", file=sys.stderr)
+        if "JOURNAL_STREAM" in os.environ:
+            import logging
+
+            from snapfs.cli import logs
+
+            logs.say(str(error), logging.ERROR)
+        else:
+            print(f"snapfs: {error}", file=sys.stderr)
         return error.status if isinstance(error, Refusal) else 1
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from snapfs.backup import backup
 from snapfs.cli.grammar import Given, Verb
+from snapfs.cli.place import given_root
 
 
 def _backup(given: Given) -> int:
-    root, file = given.arguments
+    from snapfs.backup import backup
+
+    root, file = given_root(given.arguments[0]), given.arguments[1]
     made = backup(root, file)
     snapshots = f"{made.snapshots} snapshot" + "s" * (made.snapshots != 1)
     print(f"snapfs: wrote the records of {snapshots} to {file}, {made.size} bytes; the layers are not in it")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import chain
 
 from snapfs.cli.grammar import Given, Option, Verb
+from snapfs.cli.place import given_root
 from snapfs.cli.progress import Progress
 
 
@@ -14,22 +16,26 @@ def _check(given: Given) -> int:
     from snapfs.checking import Problem, check
     from snapfs.rebuilding import rebuild
 
-    (root,) = given.arguments
+    root = given_root(given.arguments[0])
     shown = Progress()
     findings = check(root, repair=given.has("repair"), accept=given.all("accept"), progress=shown.show)
     left: Counter[Problem] = Counter()
     mended = 0
-    for finding in chain(rebuild(root), findings) if given.has("rebuild") else findings:
+    for finding in chain(rebuild(root, progress=shown.show), findings) if given.has("rebuild") else findings:
         shown.clear()
-        print(f"{finding.problem}: {finding.text}")
-        if finding.mended:
-            mended += 1
-            print(f"  mended: {finding.mended}")
-        elif finding.remedy:
-            print(f"  to do: {finding.remedy}")
+        mended += bool(finding.mended)
+        if given.has("json"):
+            said = {"problem": finding.problem, "text": finding.text, "remedy": finding.remedy, "mended": finding.mended}
+            print(json.dumps(said, ensure_ascii=False))
+        else:
+            print(f"{finding.problem}: {finding.text}")
+            what = f"  mended: {finding.mended}" if finding.mended else f"  to do: {finding.remedy}"
+            print(f"{what}\n" * bool(finding.mended or finding.remedy), end="")
         if finding.problem is not Problem.NOTE and not finding.mended:
             left[finding.problem] += 1
     shown.clear()
+    if given.has("json"):
+        return 1 if left else 0
     words = ", ".join(f"{count} {problem}" for problem in Problem if (count := left[problem])) or "nothing is wrong"
     print(f"{root}: {words}" + f"; {mended} mended" * bool(mended))
     return 1 if left else 0
@@ -43,6 +49,7 @@ VERBS = {
             Option("repair", "mend what can be mended without guessing; what nobody knows goes to ROOT/lost+found"),
             Option("rebuild", "make the records anew from what each directory says; the old go to ROOT/lost+found"),
             Option("accept", "take this committed snapshot as it is, though a power cut may have torn it", "NAME", many=True),
+            Option("json", "for programs: an object a line for each that is found"),
         ),
         "Look for damaged, orphaned, miscounted and unflushed snapshots in ROOT, which no daemon may have open.\n"
         "The exit status is 0 where nothing is wrong or all was mended, 1 where something is left to do.",
@@ -50,6 +57,7 @@ VERBS = {
 snapfs check /srv/snapfs
 snapfs check /srv/snapfs --repair
 snapfs check /srv/snapfs --accept v1
+snapfs check /srv/snapfs --json | jq -r 'select(.problem != "note").text'
 """,
         _check,
         at=False,

@@ -6,7 +6,7 @@ import os
 
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import Place, find_tree
-from snapfs.cli.refusal import NOT_FOUND, TAKEN, Refusal
+from snapfs.cli.refusal import NOT_FOUND, TAKEN, Refusal, missing
 
 
 def commit(place: Place, key: str, name: str, parent: str | None = None) -> str:
@@ -17,13 +17,12 @@ def commit(place: Place, key: str, name: str, parent: str | None = None) -> str:
     except Refusal as refused:
         if refused.status == NOT_FOUND:
             kind = place.kind_of(key)
+            if kind is None:
+                raise missing(key) from None
             if kind != "active":
-                raise Refusal(
-                    f'"{key}" is {kind}: only active snapshots can be committed'
-                    if kind
-                    else (f'snapshot "{key}" does not exist'),
-                    NOT_FOUND,
-                ) from None
+                raise Refusal(f'"{key}" is {kind}: only active snapshots can be committed', NOT_FOUND) from None
+            if parent is not None:
+                raise place.wrong_parent(parent) from None
         if refused.status == TAKEN:
             raise Refusal(f'snapshot "{name}" already exists ({place.kind_of(name)})', TAKEN) from None
         raise

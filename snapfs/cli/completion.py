@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from snapfs.cli import VERBS as ALL
 from snapfs.cli import verb
 from snapfs.cli.grammar import AT, NAMES, Given, Verb
 from snapfs.cli.refusal import USAGE, Refusal
 
-CHOICES = {"KIND": ["active", "view", "committed"], "full|none": ["full", "none"]}
+
+def _users() -> list[str]:
+    import pwd
+
+    return sorted(user.pw_name for user in pwd.getpwall())
+
+
+def _groups() -> list[str]:
+    import grp
+
+    return sorted(group.gr_name for group in grp.getgrall())
+
+
+CHOICES: dict[str, Callable[[], list[str]]] = {
+    "KIND": lambda: ["active", "view", "committed"],
+    "full|none": lambda: ["full", "none"],
+    "USER": _users,
+    "GROUP": _groups,
+}
 """What completes the value of an option, by its metavar."""
 
 SCRIPTS = {
     "bash": r"""
 _snapfs() {
-    local IFS=$'\n' word
+    local IFS=$'\n' rest=$COMP_LINE words=() number word before breaks=${COMP_WORDBREAKS//[^=:]/}
+    for ((number = 0; number <= COMP_CWORD; number++)); do  # bash has split words at = and :
+        word=${COMP_WORDS[number]} before=${rest%%[^[:blank:]]*}
+        rest=${rest#"$before"} rest=${rest#"$word"} word=${word//\\/}
+        if ((number == 0)) || [[ $before ]]; then words+=("$word"); else words[-1]+=$word; fi
+    done
+    word=${words[-1]} before=
+    if [[ $breaks ]]; then before=${word%"${word##*[$breaks]}"}; fi
     COMPREPLY=()
-    while read -r word; do
-        case $word in "${COMP_WORDS[COMP_CWORD]}"*) COMPREPLY+=("$(printf %q "$word")") ;; esac
-    done < <(snapfs _complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+    while read -r number; do
+        case $number in "$word"*) COMPREPLY+=("$(printf %q "${number#"$before"}")") ;; esac
+    done < <(snapfs _complete "${words[@]:1}" 2>/dev/null)
+    case ${words[-2]} in -o | --options) compopt -o nospace ;; esac
     test ${#COMPREPLY[@]} -gt 0 || compopt -o default
 }
 complete -F _snapfs snapfs
@@ -27,16 +53,17 @@ complete -F _snapfs snapfs
     "zsh": r"""
 #compdef snapfs
 _snapfs() {
-    local -a found
-    found=("${(@f)$(snapfs _complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    local -a found list
+    found=("${(@f)$(snapfs _complete "${(@Q)words[2,CURRENT]}" 2>/dev/null)}")
     found=(${found:#})
-    if (( ${#found} )); then compadd -- "${found[@]}"; else _files; fi
+    [[ $words[CURRENT-1] != (-o|--options) ]] || list=(-S '')
+    if (( ${#found} )); then compadd $list -- "${found[@]}"; else _files; fi
 }
 if [[ $funcstack[1] == _snapfs ]]; then _snapfs "$@"; else compdef _snapfs snapfs; fi
 """,
     "fish": r"""
 function __snapfs_complete
-    set -l words (commandline -opc) (commandline -ct)
+    set -l words (commandline -opc) (string replace --all -- \\ '' (commandline -ct))
     snapfs _complete $words[2..-1] 2>/dev/null
 end
 complete -c snapfs -a '(__snapfs_complete)'
@@ -68,17 +95,39 @@ def candidates(words: list[str]) -> list[str]:
     *before, last = words
     if not before:
         return [*ALL, "--help", "--version"]
+    if "/" in before[0]:
+        before = ["serve", *before]  # as mount(8) calls it
     if before[0] not in ALL:
         return []
     its = verb(before[0])
     option = next((o for o in its.options if before[-1] in (f"--{o.name}", o.short) and o.metavar), None)
     if option is not None:
-        return CHOICES.get(option.metavar) or _snapshots(its, option.metavar, before)
+        if option.metavar == "OPT,…":
+            return _in_list(last)
+        if option.metavar in CHOICES:
+            return CHOICES[option.metavar]()
+        return _snapshots(its, option.metavar, before)
     if last.startswith("-"):
         return [*(f"--{option.name}" for option in its.options), "--help"]
     if its.name == "completion":
         return list(SCRIPTS)
     return _snapshots(its, _argument(its, before[1:]), before)
+
+
+def _in_list(text: str) -> list[str]:
+    """What the comma-separated list of mount options may become."""
+    import re
+
+    from snapfs.cli.serve import MOUNT_OPTIONS
+
+    *given, last = re.split(r"(?<!\\),", text)
+    head = text.removesuffix(last)
+    name, equals, _ = last.partition("=")
+    if equals:
+        values = CHOICES.get(MOUNT_OPTIONS.get(name, ""), list)()
+        return [f"{head}{name}={value}" for value in values]
+    had = {option.partition("=")[0] for option in given} - {"mount_option"}
+    return [head + name + "=" * bool(metavar) for name, metavar in MOUNT_OPTIONS.items() if name not in had]
 
 
 def _argument(its: Verb, before: list[str]) -> str:

@@ -76,7 +76,7 @@ class Verb:
         try:
             given = self.parse(words)
         except WrongUsage as wrong:
-            print(f"snapfs {self.name}: {wrong}\n{self.usage()}", file=sys.stderr)
+            print(f"snapfs {self.name}: {wrong}\n{self.usage()}; snapfs {self.name} --help tells more", file=sys.stderr)
             return 2
         if given.has("help"):
             print(self.help(), end="")

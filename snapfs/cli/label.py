@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 
 from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Option, Verb
-from snapfs.cli.place import find_tree
+from snapfs.cli.place import file_name, find_tree
 from snapfs.cli.prepare import read_labels
+from snapfs.cli.refusal import NOT_FOUND, Refusal
 
 
 def _label(given: Given) -> int:
-    place = find_tree(given.value("at"))
+    place, name = find_tree(given.value("at")), given.arguments[0]
     labels = read_labels(given.arguments[1:])
-    _, directory = place.find(given.arguments[0])
+    _, directory = place.find(name)
+    for key in given.all("delete"):
+        if not os.path.lexists(f"{directory}/labels/{file_name(key)}"):
+            raise Refusal(f'"{name}" has no label "{key}"; snapfs label {name} lists them', NOT_FOUND)
     for key, value in [*labels, *((key, "") for key in given.all("delete"))]:
         place.write_label(directory, key, value)
     if labels or given.has("delete"):

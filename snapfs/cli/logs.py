@@ -1,14 +1,18 @@
-"""Where the daemon's words go: standard error, with the priority of each line where that is the journal; syslog once detached.
+"""Where the daemon's words go: the journal, if standard error leads there; else standard error, and syslog once detached.
 
-Sources: sd-daemon(3) for ``<3>`` before a line, systemd.exec(5) for $JOURNAL_STREAM.
+Sources: systemd's "Native Journal Protocol" and systemd.journal-fields(7); sd-daemon(3) for ``<3>`` before a line;
+systemd.exec(5) for $JOURNAL_STREAM.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import syslog
+
+JOURNAL = "/run/systemd/journal/socket"
 
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 
@@ -27,7 +31,7 @@ def is_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
-class _ForJournal(logging.Formatter):
+class _Stream(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         lines = super().format(record).split("\n")  # a traceback would be as many entries, each with a priority of its own
         return "\n".join(f"<{priority(record.levelno)}>{line}" for line in lines)
@@ -39,22 +43,56 @@ class _Syslog(logging.Handler):
             syslog.syslog(priority(record.levelno), line)
 
 
+class _Journal(logging.Handler):
+    """Each record is one entry, whatever lines it has, with the ``fields`` that it brings.  Warnings and worse go to
+    ``instead`` where the journal does not take them; it is never waited for."""
+
+    def __init__(self, instead: logging.Handler) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(message)s"))
+        self._instead = instead
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = {
+            "MESSAGE": self.format(record),
+            "PRIORITY": priority(record.levelno),
+            "SYSLOG_IDENTIFIER": "snapfs",
+            "CODE_FILE": record.pathname,
+            "CODE_LINE": record.lineno,
+            "CODE_FUNC": record.funcName,
+            **getattr(record, "fields", {}),
+        }
+        entry = b""
+        for name, value in fields.items():
+            text = str(value).encode(errors="surrogateescape")
+            entry += b"%s\n%s%s\n" % (name.encode(), len(text).to_bytes(8, "little"), text)
+        try:
+            self._socket.sendto(entry, JOURNAL)
+        except OSError:
+            if record.levelno >= logging.WARNING:
+                self._instead.handle(record)
+
+
 def set_up() -> None:
-    """Warnings and worse to standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_ForJournal("%(message)s") if is_journal() else logging.Formatter("snapfs: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    """Warnings and worse to standard error; to the journal also what was refused."""
+    stream = logging.StreamHandler()
+    journal = is_journal()
+    stream.setFormatter(_Stream("%(message)s") if journal else logging.Formatter("snapfs: %(message)s"))
+    level = logging.INFO if journal else logging.WARNING
+    logging.basicConfig(level=level, handlers=[_Journal(stream) if journal else stream])
 
 
-def to_syslog() -> None:
-    """From now on to syslog: nobody reads standard error any more."""
+def detach() -> None:
+    """From now on to the journal, or syslog where there is none: nobody reads standard error any more."""
     syslog.openlog("snapfs", syslog.LOG_PID, syslog.LOG_DAEMON)
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    root.addHandler(_Syslog())
+    root.addHandler(_Journal(_Syslog()))
+    root.setLevel(logging.INFO)
 
 
-def say(line: str) -> None:
-    """A line that is no complaint."""
-    print(f"<6>{line}" if is_journal() else f"snapfs: {line}", file=sys.stderr, flush=True)
+def say(line: str, level: int = logging.INFO) -> None:
+    """A line that is no complaint, unless ``level`` says so."""
+    print(f"<{priority(level)}>{line}" if is_journal() else f"snapfs: {line}", file=sys.stderr, flush=True)

@@ -6,12 +6,12 @@ import sys
 
 from snapfs.cli import listing, table
 from snapfs.cli.grammar import JSON, Given, Option, Verb
-from snapfs.cli.place import find_tree
+from snapfs.cli.place import checked_kinds, find_tree
 
 
 def _ls(given: Given) -> int:
     wanted = [label.partition("=") for label in given.all("label")]
-    kinds = given.all("kind")
+    kinds = checked_kinds(given.all("kind"))
     found = [
         row
         for row in listing.rows(find_tree(given.value("at")))

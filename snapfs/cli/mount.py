@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from itertools import islice
 
 from snapfs.cli.grammar import Given, Verb
 from snapfs.cli.place import find_tree
 from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, Refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from snapfs.kernel.mounttable import MountPoint
 
 
 def _mount(given: Given) -> int:
@@ -22,7 +28,13 @@ def _mount(given: Given) -> int:
     if (target + "/").startswith(place.path + "/"):
         raise Refusal(f"{target} lies in the tree: mount it elsewhere")
     if not os.path.isdir(target):
-        raise Refusal(f"{target} is no directory: make it first", NOT_FOUND)
+        to_do = "give a directory" if os.path.lexists(target) else f"make it first: mkdir {target}"
+        raise Refusal(f"{target} is no directory: {to_do}", NOT_FOUND)
+    mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
+    if target in mounted:
+        raise Refusal(f'"{key}" is mounted on {target} already', BUSY)
+    if kind == "active" and mounted and _bind(mounted[0], target):
+        return 0
     for spec in json.loads(place.read(f"{directory}/mounts.json")):
         options: list[str] = spec["options"]
         if any(option.startswith(("uidmap=", "gidmap=")) for option in options):
@@ -42,8 +54,30 @@ def _mount(given: Given) -> int:
     return 0
 
 
+def _bind(source: str, target: str) -> bool:
+    """Show on ``target`` what is mounted on ``source``, if it still is: two overlays must not write to one layer."""
+    from snapfs.kernel import mounting
+    from snapfs.kernel.mounttable import mount_table
+
+    with contextlib.suppress(FileNotFoundError):
+        held = os.open(source, os.O_RDONLY | os.O_DIRECTORY)  # keeps the daemon from unmounting its rootfs meanwhile
+        try:
+            if any(mount.target == source for mount in mount_table()):
+                mounting.mount_bind(source, target, read_only=False)
+                return True
+        finally:
+            os.close(held)
+    return False
+
+
 def _plain(path: str) -> str:
     return re.sub(r"\\(.)", r"\1", path)
+
+
+def _is_ours(mount: MountPoint) -> bool:
+    """Whether it is a tree, or shows a snapshot's layers."""
+    layers = [mount.root] if mount.type != "overlay" else [each for each in mount.super_options if "dir" in each]
+    return mount.type == "fuse.snapfs" or any(re.search(r"(?:^|[=:/])[1-9][0-9]*/fs(?=[/:]|\Z)", each) for each in layers)
 
 
 def _umount(given: Given) -> int:
@@ -52,7 +86,10 @@ def _umount(given: Given) -> int:
 
     word = given.arguments[0]
     target = os.path.realpath(word)
-    places = [target] if any(mount.target == target for mount in mount_table()) else []
+    found = [mount for mount in mount_table() if mount.target == target]
+    if found and not _is_ours(found[-1]):
+        raise Refusal(f"{target} is no snapshot's file system: nothing for snapfs to unmount")
+    places = [target] if found else []
     if not places:
         place = find_tree(given.value("at"))
         kind, directory = place.find(word)
@@ -67,7 +104,7 @@ def _umount(given: Given) -> int:
         except OSError as error:
             from snapfs.kernel.processes import users
 
-            by = ", ".join(f"{pid} ({name})" for pid, name in users(each))
+            by = ", ".join(f"{pid} ({name})" for pid, name in islice(users(each), 5))
             words = (
                 f"{each} is in use" + f" by process {by}" * bool(by)
                 if isinstance(error, OSError) and error.errno == 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from snapfs.cli.refusal import NO_TREE, NOT_FOUND, Refusal, refusal
+from snapfs.cli.refusal import NO_TREE, NOT_FOUND, USAGE, Refusal, missing, refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Place:
         """Kind and directory of snapshot ``key``; raises Refusal."""
         kind = self.kind_of(key)
         if kind is None:
-            raise Refusal(f'snapshot "{key}" does not exist; snapfs ls lists all', NOT_FOUND)
+            raise missing(key)
         return kind, self.directory(kind, key)
 
     def do(self, what: str, call: Callable[..., object], *arguments: object) -> None:
@@ -69,6 +69,12 @@ class Place:
                 return file.read()
         except OSError as error:
             raise refusal(error, self.path, began, f"cannot read {path}") from None
+
+    def wrong_parent(self, parent: str) -> Refusal:
+        """Why nothing can stand on ``parent``, which is not found among the committed snapshots."""
+        there = self.kind_of(parent)
+        why = f'"{parent}" is {there}: only a committed snapshot can be a parent' if there else ""
+        return Refusal(why or f'parent snapshot "{parent}" does not exist; snapfs ls --kind committed lists all', NOT_FOUND)
 
     def write_label(self, directory: str, key: str, value: str) -> None:
         """Set a label, or delete it where ``value`` is empty."""
@@ -103,6 +109,14 @@ def file_name(key: str) -> str:
     return names.encode(key)
 
 
+def checked_kinds(words: list[str]) -> list[str]:
+    """``words``, if all are kinds of snapshots; raises Refusal."""
+    for word in words:
+        if word not in KINDS:
+            raise Refusal(f'"{word}" is no kind of snapshot: there are {", ".join(KINDS)}', USAGE)
+    return words
+
+
 def key_of(name: str) -> str:
     """The key whose file name is ``name``."""
     return unquoted(name)
@@ -123,7 +137,9 @@ def find_tree(at: str | None) -> Place:
         if given:
             path = _above(os.path.abspath(given))
             if path is None:
-                raise Refusal(f"{what}: no snapfs tree is mounted on {given}", NO_TREE)
+                others = ", ".join(mounted_trees())
+                to_do = f"give {others}" if others else "snapfs serve ROOT MOUNTPOINT mounts one"
+                raise Refusal(f"{what}: no snapfs tree is mounted on {given}: {to_do}", NO_TREE)
             return Place(path)
     trees = mounted_trees()
     if len(trees) > 1:
@@ -149,6 +165,15 @@ def _above(path: str) -> str | None:
         if path == "/":
             return None
         path = os.path.dirname(path)
+
+
+def given_root(path: str) -> str:
+    """``path``, which is to be a root; raises Refusal where it is none, such as the mounted tree of one."""
+    if os.path.realpath(path) in mounted_trees():
+        raise Refusal(f"{path} is where a tree is mounted, not its root: findmnt -no SOURCE {path} says which that is", USAGE)
+    if not any(os.path.lexists(f"{path}/{each}") for each in ("lock", "snapshots", "metadata.mdb")):
+        raise Refusal(f"{path} is no root of snapfs: give the one that snapfs serve was given")
+    return path
 
 
 def mounted_trees() -> list[str]:

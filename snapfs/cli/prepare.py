@@ -33,13 +33,7 @@ def make(place: Place, kind: str, key: str, parent: str | None, labels: Sequence
         place.do(f'make "{key}"', os.mkdir, place.made_at(kind, key, parent))
     except Refusal as refused:
         if refused.status == NOT_FOUND and parent is not None:
-            there = place.kind_of(parent)
-            why = (
-                f'"{parent}" is {there}: only a committed snapshot can be a parent'
-                if there
-                else (f'parent snapshot "{parent}" does not exist')
-            )
-            raise Refusal(why, NOT_FOUND) from None
+            raise place.wrong_parent(parent) from None
         if refused.status == TAKEN:
             raise Refusal(f'snapshot "{key}" already exists ({place.kind_of(key)})', TAKEN) from None
         raise

@@ -10,7 +10,7 @@ import time
 from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.listing import Row, children_first, rows
-from snapfs.cli.place import find_tree
+from snapfs.cli.place import checked_kinds, find_tree
 from snapfs.cli.refusal import USAGE, Refusal
 from snapfs.cli.rm import remove
 
@@ -29,7 +29,7 @@ def choose(everything: list[Row], given: Given, now: float) -> tuple[list[Row], 
     limit = seconds(age) if age is not None else 0.0
     if limit is None:
         raise Refusal(f'"{age}" is no age: write 90s, 30m, 2h, 7d or 1w', USAGE)
-    kinds = given.all("kind") or (["active", "view", "committed"] if given.has("expired") else ["committed"])
+    kinds = checked_kinds(given.all("kind")) or (["active", "view", "committed"] if given.has("expired") else ["committed"])
     labels = [label.partition("=") for label in given.all("label")]
     going, staying = {}, []
     for row in everything:

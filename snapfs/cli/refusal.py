@@ -31,6 +31,11 @@ class Refusal(Exception):
         self.status = status
 
 
+def missing(key: str) -> Refusal:
+    """There is no snapshot ``key``."""
+    return Refusal(f'snapshot "{key}" does not exist; snapfs ls lists all', NOT_FOUND)
+
+
 def refusal(error: OSError, tree: str, began: int, otherwise: str) -> Refusal:
     """What the tree at ``tree`` said of the call that failed with ``error`` and was begun at ``began`` (ns since the epoch);
     where it said nothing, because the kernel refused by itself, ``otherwise`` and the kernel's words."""

@@ -11,7 +11,7 @@ from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.listing import Row, children_first, rows, with_descendants
 from snapfs.cli.place import Place, find_tree
 from snapfs.cli.progress import Progress
-from snapfs.cli.refusal import NOT_FOUND, Refusal
+from snapfs.cli.refusal import NOT_FOUND, Refusal, missing
 
 
 def remove(place: Place, wanted: Sequence[Row]) -> tuple[list[Row], list[Refusal]]:
@@ -43,7 +43,7 @@ def _rm(given: Given) -> int:
     known = {row.name: row for row in everything}
     for name in given.arguments:
         if name not in known and not given.has("force"):
-            print(f'snapfs: snapshot "{name}" does not exist', file=sys.stderr)
+            print(f"snapfs: {missing(name)}", file=sys.stderr)
             status = NOT_FOUND
     if given.has("recursive"):
         wanted = with_descendants(everything, given.arguments)

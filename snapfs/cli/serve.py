@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import grp
-import logging
 import os
 import pwd
 import re
-import signal
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-import trio
-
-from snapfs.cli import logs
-from snapfs.cli.detach import Detached
 from snapfs.cli.grammar import Given, Option, Verb
-from snapfs.cli.notify import notify
 from snapfs.errors import InvalidArgument, Unavailable
 from snapfs.options import Options, Sync
-
-log = logging.getLogger(__name__)
 
 N = TypeVar("N", int, float)
 
@@ -50,6 +41,15 @@ _ACCESS = {
     "umask": ("OCTAL", "what modes lack (default 022: others may look)"),
 }
 
+MOUNT_OPTIONS = {
+    **dict.fromkeys(_FLAGS, ""),
+    **{name: metavar for name, (metavar, _) in (_ACCESS | _NUMBERS).items()},
+    "sync": "full|none",
+    "containerd": "SOCKET",
+    "mount_option": "OPT",
+}
+"""What -o takes: the metavar of the value of each, empty where it has none."""
+
 _IGNORED = frozenset(
     ("rw", "defaults", "auto", "noauto", "nofail", "_netdev", "nosuid", "nodev", "noatime", "dev", "suid", "exec")
 )
@@ -58,8 +58,17 @@ _IGNORED = frozenset(
 
 def _serve(given: Given) -> int:
     """Serve; returns 0 when it was ended cleanly."""
+    import logging  # who asks for help, or completes, waits for none of these
+    import signal
+
+    import trio
+
+    from snapfs.cli import logs
+    from snapfs.cli.detach import Detached
+    from snapfs.cli.notify import notify
+
     given_root, given_mountpoint = given.arguments
-    valued = (*_ACCESS, *_NUMBERS, "sync", "containerd")
+    valued = [name for name, metavar in MOUNT_OPTIONS.items() if metavar and name != "mount_option"]
     flags = {name for name in _FLAGS if given.has(_dashed(name))}
     values = {name: value for name in valued if (value := given.value(_dashed(name))) is not None}
     overlay = given.all("mount-option")
@@ -72,7 +81,7 @@ def _serve(given: Given) -> int:
         elif name in valued and value:
             values[name] = value
         elif option not in _IGNORED and not option.startswith("x-"):
-            known = ", ".join([*_FLAGS, *(f"{name}=…" for name in (*valued, "mount_option"))])
+            known = ", ".join(name + "=…" * bool(metavar) for name, metavar in MOUNT_OPTIONS.items())
             raise InvalidArgument(f'unknown mount option "{option}"; there are {known}')
     access = {name: values[name] for name in _ACCESS if name in values}
     sync = values.get("sync", Sync.FULL)
@@ -104,14 +113,16 @@ def _serve(given: Given) -> int:
         line = f"serving {given_root} on {given_mountpoint}"
         if detached is not None:
             detached.ready()
-            logs.to_syslog()
+            logs.detach()
         else:
             logs.say(line)
         notify(f"READY=1\nSTATUS={line}")
 
     wanted = Access(allow_other="allow_other" in flags, **_access(access))
     if access and not wanted.allow_other:
-        log.warning("without allow_other nobody but the owner gets in: %s only change what ls -l shows", ", ".join(access))
+        logging.getLogger(__name__).warning(
+            "without allow_other nobody but the owner gets in: %s only change what ls -l shows", ", ".join(access)
+        )
     mount = MountOptions(wanted, ro="ro" in flags, dirsync="dirsync" in flags)
     os.umask(0o077)  # whatever it makes in ROOT, and above it, is its own
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # serve takes them; one that comes after its end is late
@@ -142,8 +153,8 @@ def _access(given: dict[str, str]) -> dict[str, int]:
         try:
             found[name] = _READ[name](text)
         except (KeyError, ValueError):
-            wanted = "three octal digits" if name == "umask" else "a number, or a name that there is,"
-            raise InvalidArgument(f"{name}={text}: {wanted} is wanted") from None
+            to_do = "write three octal digits, as in 027" if name == "umask" else "give a number, or a name that there is"
+            raise InvalidArgument(f"{name}={text}: {to_do}") from None
     return found
 
 
@@ -175,7 +186,7 @@ def _number(name: str, text: str | float, convert: Callable[[str | float], N], l
         value = convert(text)
         if least <= value <= 1_000_000:
             return value
-    raise InvalidArgument(f"{name}={text}: a number from {least} to a million is wanted")
+    raise InvalidArgument(f"{name}={text}: a number from {least:g} to a million is wanted")
 
 
 def _split(lists: list[str]) -> list[str]:

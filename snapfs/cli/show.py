@@ -27,6 +27,8 @@ def _show(given: Given) -> int:
         else:
             info["mounts"] = json.loads(place.read(f"{directory}/mounts.json"))
         shown.append({**info, "directory": directory})
+    if given.has("path"):
+        return 0
     if given.has("json"):
         print(json.dumps(shown, indent=2, ensure_ascii=False))
         return 0
@@ -48,7 +50,7 @@ def _lines(value: object) -> list[str]:
         return [
             line for each in value for line in ([json.dumps(each)] if isinstance(each, dict) else [table.printed(str(each))])
         ]
-    return [] if value is None else [table.printed(str(value))]
+    return [] if value in (None, "") else [table.printed(str(value))]
 
 
 VERBS = {

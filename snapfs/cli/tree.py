@@ -6,19 +6,19 @@ from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Verb
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import find_tree
-from snapfs.cli.refusal import NOT_FOUND, Refusal
+from snapfs.cli.refusal import missing
 
 
 def _tree(given: Given) -> int:
-    everything = rows(find_tree(given.value("at")))
+    everything = sorted(rows(find_tree(given.value("at"))), key=lambda row: row.name)
     below: dict[str | None, list[Row]] = {}
-    for row in sorted(everything, key=lambda row: row.name):
+    for row in everything:
         below.setdefault(row.parent, []).append(row)
     tops = below.get(None, [])
     if given.arguments:
         tops = [row for row in everything if row.name == given.arguments[0]]
         if not tops:
-            raise Refusal(f'snapshot "{given.arguments[0]}" does not exist', NOT_FOUND)
+            raise missing(given.arguments[0])
     if given.has("json"):
         import json
 

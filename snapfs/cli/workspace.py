@@ -17,7 +17,7 @@ from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import Place, file_name, find_tree
 from snapfs.cli.prepare import make
-from snapfs.cli.refusal import BUSY, NOT_FOUND, TAKEN, Refusal
+from snapfs.cli.refusal import BUSY, NOT_FOUND, TAKEN, Refusal, missing
 
 OF, NUMBER, MESSAGE = OURS = ("snapfs.workspace", "snapfs.checkpoint", "snapfs.message")
 NEW = "snapfs.new/"  # before the key of a workspace: the active snapshot that is about to take its place
@@ -59,7 +59,7 @@ class Workspace:
         elif newest is not None:
             self._move(newest.name, newest.labels)
         else:
-            raise Refusal(f'snapshot "{self.key}" does not exist', NOT_FOUND)
+            raise missing(self.key)
         self.names = {row.name: row for row in rows(self.place)}
 
     def _prepare(self, parent: str | None, labels: dict[str, str]) -> None:
@@ -122,6 +122,8 @@ def _checkpoint(given: Given) -> int:
     place, key = find_tree(given.value("at")), given.arguments[0]
     if given.has("list"):
         found = checkpoints(rows(place), key)
+        if not found and place.kind_of(key) is None:
+            raise missing(key)
         if given.has("json"):
             print(json.dumps([{"checkpoint": n, **row.shown()} for n, row in found.items()], indent=2, ensure_ascii=False))
             return 0

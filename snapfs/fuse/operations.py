@@ -163,12 +163,14 @@ class Operations(pyfuse3.Operations):
         return entry
 
     def log_refusal(self, number: int, operation: str, args: tuple[object, ...], error: Exception) -> None:
-        """One line in error_log for a request with these arguments; what is not for all who may read that goes to the owner's
-        log alone."""
-        where, words = self._where(operation, args), self.rights.words(error)
-        if isinstance(error, SnapshotError | OSError) and words != str(error):
-            log.warning("%s %s: %s", operation, where, error)
-        self.tree.error_log.note(errno.errorcode.get(number, str(number)), operation, where, words)
+        """One line in error_log for a request with these arguments, and in the owner's log, where what is not for all who may
+        read the former is a warning."""
+        name, where, words = errno.errorcode.get(number, str(number)), self._where(operation, args), self.rights.words(error)
+        hidden = isinstance(error, SnapshotError | OSError) and words != str(error)
+        fields = {"ERRNO": number, "SNAPFS_ERROR": name, "SNAPFS_OPERATION": operation, "SNAPFS_PATH": where}
+        level = logging.WARNING if hidden else logging.INFO
+        log.log(level, "%s %s %s: %s", name, operation, where, error, extra={"fields": fields})
+        self.tree.error_log.note(name, operation, where, words)
 
     def _where(self, operation: str, args: tuple[object, ...]) -> str:
         """The paths that a request is about; told by the types of its arguments: inode, name, inode, name …"""
