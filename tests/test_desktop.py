@@ -15,6 +15,8 @@ import pytest
 from snapfs.kernel.mounttable import mount_table
 from tests.conftest import Daemon, die_with_parent, until
 
+WIDTH, HEIGHT = 640, 480  # of the screen
+MARKED = b"\xff\x00\xff"
 PICTURE = Path(__file__).parent.parent / "examples/pcmanfm.png"
 
 
@@ -123,7 +125,7 @@ def test_midnight_commander(daemon: Daemon, home: Path, tmp_path: Path) -> None:
 def screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An X server of the test's own, with a display that it chooses."""
     read, write = os.pipe()
-    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", "640x480x24", "-nolisten", "tcp"]
+    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp"]
     with subprocess.Popen(words, pass_fds=[write], stderr=subprocess.DEVNULL, preexec_fn=die_with_parent) as server:
         os.close(write)
         try:
@@ -167,7 +169,11 @@ class Desktop:
     def select(self, path: Path) -> None:
         """Select the entry of the folder that is shown: what copying it puts on the clipboard says when it is."""
         with os.scandir(path.parent) as entries:  # all links lead to directories, which come first
-            shown = sorted((entry.is_file(follow_symlinks=False), entry.name.lower(), entry.name) for entry in entries)
+            shown = sorted(
+                (entry.is_file(follow_symlinks=False), entry.name.lower(), entry.name)
+                for entry in entries
+                if not entry.name.startswith(".")
+            )
         place = [name for *_, name in shown].index(path.name)
 
         def selected() -> bool:
@@ -187,6 +193,35 @@ class Desktop:
 
         until(told, f"a size of {size} bytes", self.picture)
         self.keys("Escape")
+
+    def place(self, window: str, path: Path) -> tuple[str, str, str]:
+        """Select it, and look where in the window its icon is: above its name, which is MARKED then."""
+        window = self.window(window)
+        self.select(path)
+        place: list[int] = []
+
+        def marked() -> bool:
+            words = ["import", "-window", window, "-depth", "8", "ppm:-"]
+            seen = subprocess.run(words, capture_output=True, timeout=30, check=True).stdout
+            _, size, _, pixels = seen.split(b"\n", 3)
+            width = int(size.split()[0])
+            found = [at // 3 for at in range(0, len(pixels), 3) if pixels[at : at + 3] == MARKED]
+            place[:] = [sum(at % width for at in found) // len(found), found[0] // width - 20] if found else []
+            return bool(found)
+
+        until(marked, f"the name of {path.name} is marked", self.picture)
+        x, y = place
+        return window, str(x), str(y)
+
+    def drag(self, start: tuple[str, str, str], end: tuple[str, str, str]) -> None:
+        """Drag with the mouse.  PCManFM is to have handled each step before the next, for it finds out meanwhile what would
+        be dropped, and where; it has when it answers what is on the clipboard, which is its own."""
+        self.do("mousemove", "--window", *start, "mousedown", "1")
+        for step in (["mousemove_relative", "5", "5"], ["mousemove", "--window", *end], ["mousemove_relative", "1", "1"]):
+            for _ in range(4):
+                self.do(*step)
+                self.clipboard("x-special/gnome-copied-files")
+        self.do("mouseup", "1")
 
     def clipboard(self, target: str) -> str:
         words = ["xclip", "-selection", "clipboard", "-target", target, "-out"]
@@ -212,6 +247,7 @@ def desktop(daemon: Daemon, home: Path, tmp_path: Path, monkeypatch: pytest.Monk
     (home / ".config").mkdir()
     opens = "".join(f"{kind}=l3afpad.desktop\n" for kind in ("application/json", "text/plain"))
     (home / ".config/mimeapps.list").write_text(f"[Default Applications]\n{opens}[Added Associations]\n{opens}")
+    (home / ".gtkrc-2.0").write_text('style "x" { bg[SELECTED] = "#ff00ff" } widget_class "*" style "x"')
     with screen(tmp_path, monkeypatch):
         words = ["dbus-run-session", "--", "pcmanfm", "--no-desktop", str(daemon.mnt / "active")]
         with subprocess.Popen(words, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent, start_new_session=True) as manager:
@@ -258,6 +294,31 @@ def test_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
     until(lambda: "v1" not in os.listdir(committed), "v1 is removed", desktop.picture)
     desktop.window("committed")
     assert rootfs_mounts(daemon) == [], "no thumbnailer mounts anything"
+
+
+@pytest.fixture
+def window_manager(desktop: Desktop) -> Iterator[None]:
+    with subprocess.Popen(["openbox"], stderr=subprocess.DEVNULL, preexec_fn=die_with_parent) as manager:
+        try:
+            until(lambda: desktop.do("get_num_desktops"), "there is a window manager", desktop.picture)
+            yield
+        finally:
+            manager.terminate()
+
+
+@pytest.mark.usefixtures("window_manager")
+def test_dragging_in_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
+    active = desktop.window("active")
+    subprocess.run(["pcmanfm", "--new-win", str(daemon.mnt)], timeout=30, check=True)
+    top = desktop.window(daemon.mnt.name)
+    for window, y in ((active, "0"), (top, str(HEIGHT // 2))):
+        desktop.do("windowsize", window, str(WIDTH), str(HEIGHT // 2), "windowmove", window, "0", y)
+    committed = desktop.place(daemon.mnt.name, daemon.mnt / "committed")
+    web = desktop.place("active", daemon.mnt / "active/web")
+    desktop.drag(web, committed)
+    until(lambda: "web" in os.listdir(daemon.mnt / "committed"), "web is committed", desktop.picture)
+    assert os.listdir(daemon.mnt / "active") == []
+    assert daemon.error_log() == []
 
 
 def test_properties_in_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
