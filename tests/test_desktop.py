@@ -1,12 +1,14 @@
-"""File managers: gio, Midnight Commander in a terminal, PCManFM on a screen of its own.  What they do is seen in the tree."""
+"""File managers: gio, Midnight Commander in a terminal, PCManFM and Thunar on a screen of their own; and what makes thumbnails
+and indexes of files beside them.  What they do is seen in the tree."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +35,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, directory in (("HOME", "home"), ("XDG_RUNTIME_DIR", "run")):
         (tmp_path / directory).mkdir(mode=0o700)
         monkeypatch.setenv(name, str(tmp_path / directory))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "run"))  # in which nothing is indexed
+    monkeypatch.setenv("GSETTINGS_BACKEND", "keyfile")
     monkeypatch.delenv("DBUS_SESSION_BUS_ADDRESS", raising=False)
     return tmp_path / "home"
 
@@ -52,12 +56,118 @@ def test_gio(daemon: Daemon, home: Path) -> None:
     assert len(rootfs_mounts(daemon)) <= 1, (
         "gio asks where each link leads, which mounts rootfs: in one's directory, and no more"
     )
-    assert gio("trash", mnt / "committed/base").returncode != 0, "there is no trash folder to move it to"
+    for path in ("committed/base", "committed/base/labels/team", "committed/base/info.json"):
+        refused = gio("trash", mnt / path)
+        assert refused.returncode != 0
+        assert "rash" in refused.stderr, "it says that there is no trash folder"
     assert os.listdir(mnt / "committed") == ["base"]
+    assert os.listdir(mnt / "committed/base/labels") == ["team"]
+    assert os.listdir(home) == [], "nor has anything been copied to that at home"
     assert gio("remove", "-f", mnt / "committed/base/labels/team").returncode == 0
     os.mkdir(mnt / "committed/base/active/child")
     assert gio("move", mnt / "active/child", home).returncode != 0
     assert os.listdir(mnt / "active") == ["child"]
+
+
+# -- thumbnailers and indexers
+
+
+@pytest.fixture
+def bus(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A session bus, which starts what is asked for."""
+    words = ["dbus-daemon", "--session", "--nofork", "--print-address"]
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=die_with_parent,
+        start_new_session=True,
+    ) as daemon:
+        assert daemon.stdout is not None
+        try:
+            monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", daemon.stdout.readline().strip())
+            yield
+        finally:
+            os.killpg(daemon.pid, signal.SIGTERM)
+
+
+def with_picture(daemon: Daemon, key: str) -> Path:
+    """Prepare a snapshot with a picture in it; the picture."""
+    os.mkdir(daemon.mnt / "active" / key)
+    picture = daemon.mnt / "active" / key / "diff/picture.png"
+    subprocess.run(["convert", "-size", "300x200", "gradient:blue-red", str(picture)], check=True)
+    return picture
+
+
+class Tracker:
+    """Tracker, the indexer of GNOME, with an index of its own of all that is in ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        settings = {"index-recursive-directories": [str(path)], "index-single-directories": [], "initial-sleep": 0}
+        for key, value in settings.items():
+            subprocess.run(
+                ["gsettings", "set", "org.freedesktop.Tracker3.Miner.Files", key, str(value)], timeout=30, check=True
+            )
+
+    def run(self, *words: str) -> str:
+        return subprocess.run(["tracker3", *words], capture_output=True, text=True, timeout=30, check=False).stdout
+
+    def files(self) -> set[str]:
+        """All that is in the index, as URIs."""
+        query = "select ?uri { ?file a nfo:FileDataObject ; nie:url ?uri }"
+        shown = self.run("sparql", "--dbus-service=org.freedesktop.Tracker3.Miner.Files", "--query", query)
+        return {line.strip() for line in shown.splitlines() if line.startswith("  file:")}
+
+    def finds(self, path: Path) -> None:
+        """Wait until this file is in the index and nothing is left to be done."""
+
+        def found() -> bool:
+            return path.as_uri() in self.files() and "indexing complete" in self.run("status")
+
+        until(found, f"{path} in the index", lambda: f": {sorted(self.files())}, {self.run('status')}")
+
+
+@pytest.fixture
+def tracked(make_daemon: Callable[..., Daemon], tmp_path: Path, bus: None) -> Daemon:
+    """A tree in a folder with documents, and snapshots with a picture in it."""
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "letter").write_text("Dear reader\n")
+    daemon = make_daemon(mnt=documents / "snap").start()
+    for key in ("a", "b", "base"):
+        with_picture(daemon, key)
+    os.rename(daemon.mnt / "active/base", daemon.mnt / "committed/base")
+    os.mkdir(daemon.mnt / "committed/base/active/web")
+    os.mkdir(daemon.mnt / "committed/base/view/peek")
+    return daemon
+
+
+def use_and_remove_all(daemon: Daemon) -> None:
+    """Commit and remove every snapshot, and see that nothing was refused."""
+    for key in ("a", "web"):
+        os.rename(daemon.mnt / "active" / key, daemon.mnt / "committed" / key)
+    for path in ("committed/a", "committed/web", "active/b", "view/peek", "committed/base"):
+        os.rmdir(daemon.mnt / path)
+    assert daemon.error_log() == []
+
+
+def test_indexer(tracked: Daemon) -> None:
+    documents = tracked.mnt.parent
+    tracker = Tracker(documents)
+    tracker.finds(documents / "letter")
+    inside = [uri for uri in tracker.files() if uri.startswith(f"{tracked.mnt.as_uri()}/")]
+    assert inside == [], "the tree asks to be left out"
+    assert rootfs_mounts(tracked) == []
+    use_and_remove_all(tracked)
+
+
+def test_indexer_that_is_told_to_index_the_tree(tracked: Daemon) -> None:
+    """It asks where each link leads, which mounts rootfs, but is in nobody's way."""
+    tracker = Tracker(tracked.mnt)
+    tracker.finds(tracked.mnt / "view/peek/info.json")
+    use_and_remove_all(tracked)
+    until(lambda: rootfs_mounts(tracked) == [], "nothing is mounted any more")
 
 
 # -- Midnight Commander
@@ -355,3 +465,28 @@ def test_editing_from_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
     until(lambda: (web / "labels/team").read_text() == "green\n", "the label is saved", desktop.picture)
     assert os.listdir(web / "labels") == ["team"]
     assert json.loads((web / "info.json").read_text())["labels"] == {"team": "green"}
+
+
+# -- Thunar
+
+
+@pytest.mark.usefixtures("bus")
+def test_thumbnails_in_thunar(daemon: Daemon, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made by tumblerd, while it shows a layer."""
+    picture = with_picture(daemon, "web")
+    thumbnail = home / ".cache/thumbnails/normal" / f"{hashlib.md5(picture.as_uri().encode()).hexdigest()}.png"
+    desktop = Desktop()
+    with (
+        screen(tmp_path, monkeypatch),
+        subprocess.Popen(["thunar", daemon.mnt / "active"], stderr=subprocess.DEVNULL, preexec_fn=die_with_parent) as thunar,
+    ):
+        try:
+            desktop.window("active - Thunar")
+            subprocess.run(["thunar", picture.parent], timeout=30, check=True)
+            until(thumbnail.exists, "there is a thumbnail of the picture", desktop.picture)
+            assert rootfs_mounts(daemon) == []
+            os.rename(daemon.mnt / "active/web", daemon.mnt / "committed/v1")
+            os.rmdir(daemon.mnt / "committed/v1")
+            assert daemon.error_log() == []
+        finally:
+            thunar.terminate()
