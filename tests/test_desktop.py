@@ -235,7 +235,8 @@ def test_midnight_commander(daemon: Daemon, home: Path, tmp_path: Path) -> None:
 def screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An X server of the test's own, with a display that it chooses."""
     read, write = os.pipe()
-    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp"]
+    # without -noreset it starts anew when a client leaves that was the only one, and refuses who comes just then
+    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp", "-noreset"]
     with subprocess.Popen(words, pass_fds=[write], stderr=subprocess.DEVNULL, preexec_fn=die_with_parent) as server:
         os.close(write)
         try:
@@ -270,10 +271,10 @@ class Desktop:
         self.do("type", text)
 
     def folder(self, path: Path) -> None:
-        """Show this folder in the window that has the keyboard."""
-        self.keys("ctrl+l", "ctrl+a")
-        self.type(str(path))
-        self.keys("Return")
+        """Show this folder in the window that has the keyboard.  Its path is pasted: what is typed slowly is completed."""
+        words = ["xclip", "-selection", "clipboard", "-in"]
+        subprocess.run(words, input=str(path), stdout=subprocess.DEVNULL, text=True, timeout=30, check=True)
+        self.keys("ctrl+l", "ctrl+a", "ctrl+v", "Return")
         self.window(path.name)
 
     def select(self, path: Path) -> None:

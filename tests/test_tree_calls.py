@@ -737,6 +737,7 @@ NODES = [
     "active/a/labels",
     "by-id",
     "README",
+    ".nomedia",
     ".snapfs",
     ".snapfs/version",
 ]
@@ -994,7 +995,7 @@ def test_diff_is_the_real_directory(daemon: Daemon) -> None:
 
 
 def test_what_is_listed_of_each_kind(daemon: Daemon) -> None:
-    assert sorted(os.listdir(daemon.mnt)) == sorted([*KINDS, "README", "by-id", ".snapfs"])
+    assert sorted(os.listdir(daemon.mnt)) == sorted([*KINDS, "README", "by-id", ".snapfs", ".nomedia"])
     base = committed(daemon.mnt, "base")
     os.mkdir(base / "active/a")
     os.mkdir(base / "view/v")
