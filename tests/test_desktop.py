@@ -270,12 +270,10 @@ class Desktop:
     def type(self, text: str) -> None:
         self.do("type", text)
 
-    def folder(self, path: Path) -> None:
-        """Show this folder in the window that has the keyboard.  Its path is pasted: what is typed slowly is completed."""
-        words = ["xclip", "-selection", "clipboard", "-in"]
-        subprocess.run(words, input=str(path), stdout=subprocess.DEVNULL, text=True, timeout=30, check=True)
-        self.keys("ctrl+l", "ctrl+a", "ctrl+v", "Return")
-        self.window(path.name)
+    def folder(self, path: Path) -> str:
+        """Show this folder in a window of its own, and give it the keyboard; its id."""
+        subprocess.run(["pcmanfm", "--new-win", path], timeout=30, check=True)
+        return self.window(path.name)
 
     def select(self, path: Path) -> None:
         """Select the entry of the folder that is shown: what copying it puts on the clipboard says when it is."""
@@ -305,9 +303,16 @@ class Desktop:
         until(told, f"a size of {size} bytes", self.picture)
         self.keys("Escape")
 
+    def resize(self, window: str, y: int, height: int) -> None:
+        """Give a window the whole width of the screen, from ``y`` on."""
+        size = f"{WIDTH}x{height}"
+        self.do("windowmove", window, "0", str(y), "windowsize", window, *size.split("x"))
+        until(lambda: size in self.do("getwindowgeometry", window), f"a window of {size}", self.picture)
+
     def place(self, window: str, path: Path) -> tuple[str, str, str]:
-        """Select it, and look where in the window its icon is: above its name, which is MARKED then."""
-        window = self.window(window)
+        """Select the only entry of the folder, and look where in the window its icon is: above its name, which is MARKED then.
+        (Of several the one that was selected before may still be: PCManFM answers before it draws.)"""
+        self.window(path.parent.name)
         self.select(path)
         place: list[int] = []
 
@@ -389,9 +394,12 @@ def test_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
     desktop.keys("Return")
     until(lambda: set(os.listdir(active)) == {"web", "named"}, "made is renamed", desktop.picture)
     desktop.window("active")
+    desktop.folder(committed)
+    desktop.select(committed / "v1")
+    desktop.window("active")
     desktop.select(active / "named")
     desktop.keys("ctrl+x")
-    desktop.folder(committed)
+    desktop.window("committed")
     desktop.keys("ctrl+v")
     until(lambda: "named" in os.listdir(committed), "named is committed", desktop.picture)
     assert os.listdir(active) == ["web"]
@@ -419,14 +427,13 @@ def window_manager(desktop: Desktop) -> Iterator[None]:
 
 @pytest.mark.usefixtures("window_manager")
 def test_dragging_in_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
-    active = desktop.window("active")
-    subprocess.run(["pcmanfm", "--new-win", str(daemon.mnt)], timeout=30, check=True)
-    top = desktop.window(daemon.mnt.name)
-    for window, y in ((active, "0"), (top, str(HEIGHT // 2))):
-        desktop.do("windowsize", window, str(WIDTH), str(HEIGHT // 2), "windowmove", window, "0", y)
-    committed = desktop.place(daemon.mnt.name, daemon.mnt / "committed")
-    web = desktop.place("active", daemon.mnt / "active/web")
-    desktop.drag(web, committed)
+    active, half = desktop.window("active"), HEIGHT // 2
+    committed = desktop.folder(daemon.mnt / "committed")
+    desktop.resize(active, 0, half)
+    desktop.resize(committed, half, half)
+    desktop.select(daemon.mnt / "committed/base")  # when that is there, things can be dropped
+    web = desktop.place(active, daemon.mnt / "active/web")
+    desktop.drag(web, (committed, str(WIDTH - 100), str(half - 80)))
     until(lambda: "web" in os.listdir(daemon.mnt / "committed"), "web is committed", desktop.picture)
     assert os.listdir(daemon.mnt / "active") == []
     assert daemon.error_log() == []
