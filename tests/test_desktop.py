@@ -276,7 +276,7 @@ class Desktop:
         return self.window(path.name)
 
     def select(self, path: Path) -> None:
-        """Select the entry of the folder that is shown: what copying it puts on the clipboard says when it is."""
+        """Select it in the window that shows its folder: what copying it puts on the clipboard says when it is."""
         with os.scandir(path.parent) as entries:  # all links lead to directories, which come first
             shown = sorted(
                 (entry.is_file(follow_symlinks=False), entry.name.lower(), entry.name)
@@ -286,6 +286,7 @@ class Desktop:
         place = [name for *_, name in shown].index(path.name)
 
         def selected() -> bool:
+            self.window(path.parent.name)  # a window manager may have thought of another one meanwhile
             self.keys("Home", *["Right"] * place, "ctrl+c")
             return self.clipboard("x-special/gnome-copied-files") == f"copy\n{path.as_uri()}"
 
@@ -312,7 +313,6 @@ class Desktop:
     def place(self, window: str, path: Path) -> tuple[str, str, str]:
         """Select the only entry of the folder, and look where in the window its icon is: above its name, which is MARKED then.
         (Of several the one that was selected before may still be: PCManFM answers before it draws.)"""
-        self.window(path.parent.name)
         self.select(path)
         place: list[int] = []
 
@@ -393,17 +393,14 @@ def test_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
     desktop.type("named")
     desktop.keys("Return")
     until(lambda: set(os.listdir(active)) == {"web", "named"}, "made is renamed", desktop.picture)
-    desktop.window("active")
     desktop.folder(committed)
     desktop.select(committed / "v1")
-    desktop.window("active")
     desktop.select(active / "named")
     desktop.keys("ctrl+x")
     desktop.window("committed")
     desktop.keys("ctrl+v")
     until(lambda: "named" in os.listdir(committed), "named is committed", desktop.picture)
     assert os.listdir(active) == ["web"]
-    desktop.window("committed")
     desktop.select(committed / "v1")
     desktop.keys("Delete")
     asked = desktop.window("Confirm")

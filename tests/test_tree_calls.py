@@ -816,7 +816,7 @@ def test_what_is_computed_cannot_be_truncated(two: Daemon) -> None:
 # -- fsync, statfs
 
 
-@pytest.mark.parametrize("node", [node for node in NODES if not node.endswith(("json", "sh", "README", "version"))])
+@pytest.mark.parametrize("node", [node for node in NODES if not node.endswith(("json", "sh", "README", ".nomedia", "version"))])
 def test_fsync_of_any_directory(two: Daemon, node: str) -> None:
     lines = two.error_log()
     fd = os.open(two.mnt / node, os.O_RDONLY | os.O_DIRECTORY)

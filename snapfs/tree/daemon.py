@@ -1,4 +1,4 @@
-"""The root directory, and the nodes in it that belong to no snapshot: README and .snapfs/."""
+"""The root directory, and the nodes in it that belong to no snapshot: README, .nomedia and .snapfs/."""
 
 from __future__ import annotations
 
