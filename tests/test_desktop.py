@@ -235,8 +235,9 @@ def test_midnight_commander(daemon: Daemon, home: Path, tmp_path: Path) -> None:
 def screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An X server of the test's own, with a display that it chooses."""
     read, write = os.pipe()
-    # without -noreset it starts anew when a client leaves that was the only one, and refuses who comes just then
-    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp", "-noreset"]
+    # -noreset: or it starts anew when a client leaves that was the only one, and refuses who comes just then
+    # -r: or a key that is let go late, because the machine is busy, has been pressed many times
+    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp", "-noreset", "-r"]
     with subprocess.Popen(words, pass_fds=[write], stderr=subprocess.DEVNULL, preexec_fn=die_with_parent) as server:
         os.close(write)
         try:
