@@ -259,7 +259,7 @@ class Desktop:
 
         until(shown, f"a window {name}", self.picture)
         (found,) = shown()
-        self.do("windowfocus", "--sync", found)
+        self.do("windowraise", found, "windowfocus", "--sync", found)
         return found
 
     def do(self, *words: str) -> str:
@@ -287,11 +287,19 @@ class Desktop:
         place = [name for *_, name in shown].index(path.name)
 
         def selected() -> bool:
-            self.window(path.parent.name)  # a window manager may have thought of another one meanwhile
+            window = self.window(path.parent.name)  # a window manager may have thought of another one meanwhile
+            if not self.is_drawn(window):
+                return False
             self.keys("Home", *["Right"] * place, "ctrl+c")
             return self.clipboard("x-special/gnome-copied-files") == f"copy\n{path.as_uri()}"
 
         until(selected, f"{path.name} selected", self.picture)
+
+    def is_drawn(self, window: str) -> bool:
+        """Whether there are icons.  A key that comes after PCManFM has read a folder and before it has drawn it kills it."""
+        words = ["import", "-window", window, "-crop", "300x60+160+70", "-depth", "8", "rgb:-"]
+        seen = subprocess.run(words, capture_output=True, timeout=30, check=True).stdout
+        return len({seen[at : at + 3] for at in range(0, len(seen), 3)}) > 10
 
     def properties(self, size: int) -> None:
         """Show those of what is selected; they are to tell this size in bytes."""
