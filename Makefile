@@ -6,6 +6,7 @@
 # make fuzz   feed names, filters and records with whatever breaks them, SECONDS each (300)
 # make bench  measure everything beside what it is to be measured with: BENCH_ARGS="--only prepare --rounds 3" measures less
 # make systemd   boot a machine in namespaces, with systemd, and see that units, fstab and journal do as the README says
+# make desktop  the tests with file managers and indexers, also those that take too many packages for make test
 # make powercut   cut the power of test disks some thousand times, and say what was lost
 #
 # Each installs what it needs first: Debian packages where missing (with sudo if not root), and Python packages into .venv.
@@ -14,13 +15,14 @@ PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
-TEST_PACKAGES := bsdutils btrfs-progs busybox-static containerd dash dbus e2fsprogs ed fish imagemagick l3afpad libglib2.0-bin mc pcmanfm perl-base plocate procps rsync runc systemd tar tmux tree vim xclip xdotool xfsprogs xvfb zsh
+TEST_PACKAGES := bsdutils btrfs-progs busybox-static containerd dash dbus e2fsprogs ed fish imagemagick l3afpad libglib2.0-bin mc openbox pcmanfm perl-base plocate procps rsync runc systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler vim xclip xdotool xfsprogs xvfb zsh
+DESKTOP_PACKAGES := baloo-kf5
 BENCH_PACKAGES := containerd fio
 
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
 
-.PHONY: run test lint crash soak fuzz powercut systemd bench clean
+.PHONY: run test lint crash soak fuzz powercut systemd desktop bench clean
 
 run: .venv/ready
 	@mkdir -p run/root run/snap
@@ -47,6 +49,10 @@ powercut: .venv/ready-for-tests
 
 systemd: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m pytest -q tests/boot_systemd.py $(PYTEST_ARGS)
+
+desktop: .venv/ready-for-tests
+	@$(call install_packages,$(DESKTOP_PACKAGES))
+	$(SUDO) .venv/bin/python -m pytest tests/test_desktop.py tests/baloo.py $(PYTEST_ARGS)
 
 bench: .venv/ready-for-tests
 	@$(call install_packages,$(BENCH_PACKAGES))

@@ -1,12 +1,14 @@
-"""File managers: gio, Midnight Commander in a terminal, PCManFM on a screen of its own.  What they do is seen in the tree."""
+"""File managers: gio, Midnight Commander in a terminal, PCManFM and Thunar on a screen of their own; and what makes thumbnails
+and indexes of files beside them.  What they do is seen in the tree."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import pytest
 from snapfs.kernel.mounttable import mount_table
 from tests.conftest import Daemon, die_with_parent, until
 
+WIDTH, HEIGHT = 640, 480  # of the screen
+MARKED = b"\xff\x00\xff"
 PICTURE = Path(__file__).parent.parent / "examples/pcmanfm.png"
 
 
@@ -31,6 +35,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, directory in (("HOME", "home"), ("XDG_RUNTIME_DIR", "run")):
         (tmp_path / directory).mkdir(mode=0o700)
         monkeypatch.setenv(name, str(tmp_path / directory))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "run"))  # in which nothing is indexed
+    monkeypatch.setenv("GSETTINGS_BACKEND", "keyfile")
     monkeypatch.delenv("DBUS_SESSION_BUS_ADDRESS", raising=False)
     return tmp_path / "home"
 
@@ -50,12 +56,118 @@ def test_gio(daemon: Daemon, home: Path) -> None:
     assert len(rootfs_mounts(daemon)) <= 1, (
         "gio asks where each link leads, which mounts rootfs: in one's directory, and no more"
     )
-    assert gio("trash", mnt / "committed/base").returncode != 0, "there is no trash folder to move it to"
+    for path in ("committed/base", "committed/base/labels/team", "committed/base/info.json"):
+        refused = gio("trash", mnt / path)
+        assert refused.returncode != 0
+        assert "rash" in refused.stderr, "it says that there is no trash folder"
     assert os.listdir(mnt / "committed") == ["base"]
+    assert os.listdir(mnt / "committed/base/labels") == ["team"]
+    assert os.listdir(home) == [], "nor has anything been copied to that at home"
     assert gio("remove", "-f", mnt / "committed/base/labels/team").returncode == 0
     os.mkdir(mnt / "committed/base/active/child")
     assert gio("move", mnt / "active/child", home).returncode != 0
     assert os.listdir(mnt / "active") == ["child"]
+
+
+# -- thumbnailers and indexers
+
+
+@pytest.fixture
+def bus(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A session bus, which starts what is asked for."""
+    words = ["dbus-daemon", "--session", "--nofork", "--print-address"]
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=die_with_parent,
+        start_new_session=True,
+    ) as daemon:
+        assert daemon.stdout is not None
+        try:
+            monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", daemon.stdout.readline().strip())
+            yield
+        finally:
+            os.killpg(daemon.pid, signal.SIGTERM)
+
+
+def with_picture(daemon: Daemon, key: str) -> Path:
+    """Prepare a snapshot with a picture in it; the picture."""
+    os.mkdir(daemon.mnt / "active" / key)
+    picture = daemon.mnt / "active" / key / "diff/picture.png"
+    subprocess.run(["convert", "-size", "300x200", "gradient:blue-red", str(picture)], check=True)
+    return picture
+
+
+class Tracker:
+    """Tracker, the indexer of GNOME, with an index of its own of all that is in ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        settings = {"index-recursive-directories": [str(path)], "index-single-directories": [], "initial-sleep": 0}
+        for key, value in settings.items():
+            subprocess.run(
+                ["gsettings", "set", "org.freedesktop.Tracker3.Miner.Files", key, str(value)], timeout=30, check=True
+            )
+
+    def run(self, *words: str) -> str:
+        return subprocess.run(["tracker3", *words], capture_output=True, text=True, timeout=30, check=False).stdout
+
+    def files(self) -> set[str]:
+        """All that is in the index, as URIs."""
+        query = "select ?uri { ?file a nfo:FileDataObject ; nie:url ?uri }"
+        shown = self.run("sparql", "--dbus-service=org.freedesktop.Tracker3.Miner.Files", "--query", query)
+        return {line.strip() for line in shown.splitlines() if line.startswith("  file:")}
+
+    def finds(self, path: Path) -> None:
+        """Wait until this file is in the index and nothing is left to be done."""
+
+        def found() -> bool:
+            return path.as_uri() in self.files() and "indexing complete" in self.run("status")
+
+        until(found, f"{path} in the index", lambda: f": {sorted(self.files())}, {self.run('status')}")
+
+
+@pytest.fixture
+def tracked(make_daemon: Callable[..., Daemon], tmp_path: Path, bus: None) -> Daemon:
+    """A tree in a folder with documents, and snapshots with a picture in it."""
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "letter").write_text("Dear reader\n")
+    daemon = make_daemon(mnt=documents / "snap").start()
+    for key in ("a", "b", "base"):
+        with_picture(daemon, key)
+    os.rename(daemon.mnt / "active/base", daemon.mnt / "committed/base")
+    os.mkdir(daemon.mnt / "committed/base/active/web")
+    os.mkdir(daemon.mnt / "committed/base/view/peek")
+    return daemon
+
+
+def use_and_remove_all(daemon: Daemon) -> None:
+    """Commit and remove every snapshot, and see that nothing was refused."""
+    for key in ("a", "web"):
+        os.rename(daemon.mnt / "active" / key, daemon.mnt / "committed" / key)
+    for path in ("committed/a", "committed/web", "active/b", "view/peek", "committed/base"):
+        os.rmdir(daemon.mnt / path)
+    assert daemon.error_log() == []
+
+
+def test_indexer(tracked: Daemon) -> None:
+    documents = tracked.mnt.parent
+    tracker = Tracker(documents)
+    tracker.finds(documents / "letter")
+    inside = [uri for uri in tracker.files() if uri.startswith(f"{tracked.mnt.as_uri()}/")]
+    assert inside == [], "the tree asks to be left out"
+    assert rootfs_mounts(tracked) == []
+    use_and_remove_all(tracked)
+
+
+def test_indexer_that_is_told_to_index_the_tree(tracked: Daemon) -> None:
+    """It asks where each link leads, which mounts rootfs, but is in nobody's way."""
+    tracker = Tracker(tracked.mnt)
+    tracker.finds(tracked.mnt / "view/peek/info.json")
+    use_and_remove_all(tracked)
+    until(lambda: rootfs_mounts(tracked) == [], "nothing is mounted any more")
 
 
 # -- Midnight Commander
@@ -123,7 +235,9 @@ def test_midnight_commander(daemon: Daemon, home: Path, tmp_path: Path) -> None:
 def screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An X server of the test's own, with a display that it chooses."""
     read, write = os.pipe()
-    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", "640x480x24", "-nolisten", "tcp"]
+    # -noreset: or it starts anew when a client leaves that was the only one, and refuses who comes just then
+    # -r: or a key that is let go late, because the machine is busy, has been pressed many times
+    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp", "-noreset", "-r"]
     with subprocess.Popen(words, pass_fds=[write], stderr=subprocess.DEVNULL, preexec_fn=die_with_parent) as server:
         os.close(write)
         try:
@@ -145,7 +259,7 @@ class Desktop:
 
         until(shown, f"a window {name}", self.picture)
         (found,) = shown()
-        self.do("windowfocus", "--sync", found)
+        self.do("windowraise", found, "windowfocus", "--sync", found)
         return found
 
     def do(self, *words: str) -> str:
@@ -157,24 +271,35 @@ class Desktop:
     def type(self, text: str) -> None:
         self.do("type", text)
 
-    def folder(self, path: Path) -> None:
-        """Show this folder in the window that has the keyboard."""
-        self.keys("ctrl+l", "ctrl+a")
-        self.type(str(path))
-        self.keys("Return")
-        self.window(path.name)
+    def folder(self, path: Path) -> str:
+        """Show this folder in a window of its own, and give it the keyboard; its id."""
+        subprocess.run(["pcmanfm", "--new-win", path], timeout=30, check=True)
+        return self.window(path.name)
 
     def select(self, path: Path) -> None:
-        """Select the entry of the folder that is shown: what copying it puts on the clipboard says when it is."""
+        """Select it in the window that shows its folder: what copying it puts on the clipboard says when it is."""
         with os.scandir(path.parent) as entries:  # all links lead to directories, which come first
-            shown = sorted((entry.is_file(follow_symlinks=False), entry.name.lower(), entry.name) for entry in entries)
+            shown = sorted(
+                (entry.is_file(follow_symlinks=False), entry.name.lower(), entry.name)
+                for entry in entries
+                if not entry.name.startswith(".")
+            )
         place = [name for *_, name in shown].index(path.name)
 
         def selected() -> bool:
+            window = self.window(path.parent.name)  # a window manager may have thought of another one meanwhile
+            if not self.is_drawn(window):
+                return False
             self.keys("Home", *["Right"] * place, "ctrl+c")
             return self.clipboard("x-special/gnome-copied-files") == f"copy\n{path.as_uri()}"
 
         until(selected, f"{path.name} selected", self.picture)
+
+    def is_drawn(self, window: str) -> bool:
+        """Whether there are icons.  A key that comes after PCManFM has read a folder and before it has drawn it kills it."""
+        words = ["import", "-window", window, "-crop", "300x60+160+70", "-depth", "8", "rgb:-"]
+        seen = subprocess.run(words, capture_output=True, timeout=30, check=True).stdout
+        return len({seen[at : at + 3] for at in range(0, len(seen), 3)}) > 10
 
     def properties(self, size: int) -> None:
         """Show those of what is selected; they are to tell this size in bytes."""
@@ -187,6 +312,41 @@ class Desktop:
 
         until(told, f"a size of {size} bytes", self.picture)
         self.keys("Escape")
+
+    def resize(self, window: str, y: int, height: int) -> None:
+        """Give a window the whole width of the screen, from ``y`` on."""
+        size = f"{WIDTH}x{height}"
+        self.do("windowmove", window, "0", str(y), "windowsize", window, *size.split("x"))
+        until(lambda: size in self.do("getwindowgeometry", window), f"a window of {size}", self.picture)
+
+    def place(self, window: str, path: Path) -> tuple[str, str, str]:
+        """Select the only entry of the folder, and look where in the window its icon is: above its name, which is MARKED then.
+        (Of several the one that was selected before may still be: PCManFM answers before it draws.)"""
+        self.select(path)
+        place: list[int] = []
+
+        def marked() -> bool:
+            words = ["import", "-window", window, "-depth", "8", "ppm:-"]
+            seen = subprocess.run(words, capture_output=True, timeout=30, check=True).stdout
+            _, size, _, pixels = seen.split(b"\n", 3)
+            width = int(size.split()[0])
+            found = [at // 3 for at in range(0, len(pixels), 3) if pixels[at : at + 3] == MARKED]
+            place[:] = [sum(at % width for at in found) // len(found), found[0] // width - 20] if found else []
+            return bool(found)
+
+        until(marked, f"the name of {path.name} is marked", self.picture)
+        x, y = place
+        return window, str(x), str(y)
+
+    def drag(self, start: tuple[str, str, str], end: tuple[str, str, str]) -> None:
+        """Drag with the mouse.  PCManFM is to have handled each step before the next, for it finds out meanwhile what would
+        be dropped, and where; it has when it answers what is on the clipboard, which is its own."""
+        self.do("mousemove", "--window", *start, "mousedown", "1")
+        for step in (["mousemove_relative", "5", "5"], ["mousemove", "--window", *end], ["mousemove_relative", "1", "1"]):
+            for _ in range(4):
+                self.do(*step)
+                self.clipboard("x-special/gnome-copied-files")
+        self.do("mouseup", "1")
 
     def clipboard(self, target: str) -> str:
         words = ["xclip", "-selection", "clipboard", "-target", target, "-out"]
@@ -212,6 +372,7 @@ def desktop(daemon: Daemon, home: Path, tmp_path: Path, monkeypatch: pytest.Monk
     (home / ".config").mkdir()
     opens = "".join(f"{kind}=l3afpad.desktop\n" for kind in ("application/json", "text/plain"))
     (home / ".config/mimeapps.list").write_text(f"[Default Applications]\n{opens}[Added Associations]\n{opens}")
+    (home / ".gtkrc-2.0").write_text('style "x" { bg[SELECTED] = "#ff00ff" } widget_class "*" style "x"')
     with screen(tmp_path, monkeypatch):
         words = ["dbus-run-session", "--", "pcmanfm", "--no-desktop", str(daemon.mnt / "active")]
         with subprocess.Popen(words, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent, start_new_session=True) as manager:
@@ -241,14 +402,14 @@ def test_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
     desktop.type("named")
     desktop.keys("Return")
     until(lambda: set(os.listdir(active)) == {"web", "named"}, "made is renamed", desktop.picture)
-    desktop.window("active")
+    desktop.folder(committed)
+    desktop.select(committed / "v1")
     desktop.select(active / "named")
     desktop.keys("ctrl+x")
-    desktop.folder(committed)
+    desktop.window("committed")
     desktop.keys("ctrl+v")
     until(lambda: "named" in os.listdir(committed), "named is committed", desktop.picture)
     assert os.listdir(active) == ["web"]
-    desktop.window("committed")
     desktop.select(committed / "v1")
     desktop.keys("Delete")
     asked = desktop.window("Confirm")
@@ -258,6 +419,30 @@ def test_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
     until(lambda: "v1" not in os.listdir(committed), "v1 is removed", desktop.picture)
     desktop.window("committed")
     assert rootfs_mounts(daemon) == [], "no thumbnailer mounts anything"
+
+
+@pytest.fixture
+def window_manager(desktop: Desktop) -> Iterator[None]:
+    with subprocess.Popen(["openbox"], stderr=subprocess.DEVNULL, preexec_fn=die_with_parent) as manager:
+        try:
+            until(lambda: desktop.do("get_num_desktops"), "there is a window manager", desktop.picture)
+            yield
+        finally:
+            manager.terminate()
+
+
+@pytest.mark.usefixtures("window_manager")
+def test_dragging_in_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
+    active, half = desktop.window("active"), HEIGHT // 2
+    committed = desktop.folder(daemon.mnt / "committed")
+    desktop.resize(active, 0, half)
+    desktop.resize(committed, half, half)
+    desktop.select(daemon.mnt / "committed/base")  # when that is there, things can be dropped
+    web = desktop.place(active, daemon.mnt / "active/web")
+    desktop.drag(web, (committed, str(WIDTH - 100), str(half - 80)))
+    until(lambda: "web" in os.listdir(daemon.mnt / "committed"), "web is committed", desktop.picture)
+    assert os.listdir(daemon.mnt / "active") == []
+    assert daemon.error_log() == []
 
 
 def test_properties_in_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
@@ -294,3 +479,28 @@ def test_editing_from_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
     until(lambda: (web / "labels/team").read_text() == "green\n", "the label is saved", desktop.picture)
     assert os.listdir(web / "labels") == ["team"]
     assert json.loads((web / "info.json").read_text())["labels"] == {"team": "green"}
+
+
+# -- Thunar
+
+
+@pytest.mark.usefixtures("bus")
+def test_thumbnails_in_thunar(daemon: Daemon, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made by tumblerd, while it shows a layer."""
+    picture = with_picture(daemon, "web")
+    thumbnail = home / ".cache/thumbnails/normal" / f"{hashlib.md5(picture.as_uri().encode()).hexdigest()}.png"
+    desktop = Desktop()
+    with (
+        screen(tmp_path, monkeypatch),
+        subprocess.Popen(["thunar", daemon.mnt / "active"], stderr=subprocess.DEVNULL, preexec_fn=die_with_parent) as thunar,
+    ):
+        try:
+            desktop.window("active - Thunar")
+            subprocess.run(["thunar", picture.parent], timeout=30, check=True)
+            until(thumbnail.exists, "there is a thumbnail of the picture", desktop.picture)
+            assert rootfs_mounts(daemon) == []
+            os.rename(daemon.mnt / "active/web", daemon.mnt / "committed/v1")
+            os.rmdir(daemon.mnt / "committed/v1")
+            assert daemon.error_log() == []
+        finally:
+            thunar.terminate()

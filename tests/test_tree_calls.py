@@ -737,6 +737,7 @@ NODES = [
     "active/a/labels",
     "by-id",
     "README",
+    ".nomedia",
     ".snapfs",
     ".snapfs/version",
 ]
@@ -815,7 +816,7 @@ def test_what_is_computed_cannot_be_truncated(two: Daemon) -> None:
 # -- fsync, statfs
 
 
-@pytest.mark.parametrize("node", [node for node in NODES if not node.endswith(("json", "sh", "README", "version"))])
+@pytest.mark.parametrize("node", [node for node in NODES if not node.endswith(("json", "sh", "README", ".nomedia", "version"))])
 def test_fsync_of_any_directory(two: Daemon, node: str) -> None:
     lines = two.error_log()
     fd = os.open(two.mnt / node, os.O_RDONLY | os.O_DIRECTORY)
@@ -994,7 +995,7 @@ def test_diff_is_the_real_directory(daemon: Daemon) -> None:
 
 
 def test_what_is_listed_of_each_kind(daemon: Daemon) -> None:
-    assert sorted(os.listdir(daemon.mnt)) == sorted([*KINDS, "README", "by-id", ".snapfs"])
+    assert sorted(os.listdir(daemon.mnt)) == sorted([*KINDS, "README", "by-id", ".snapfs", ".nomedia"])
     base = committed(daemon.mnt, "base")
     os.mkdir(base / "active/a")
     os.mkdir(base / "view/v")

@@ -44,6 +44,7 @@ def tree(daemon: Daemon) -> Iterator[Path]:
 
 FILES = [
     "README",
+    ".nomedia",
     ".snapfs/version",
     "active/web/mounts.json",
     "active/web/mount.sh",

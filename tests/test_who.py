@@ -177,6 +177,7 @@ MODES = {
     ".snapfs/events": 0o444,
     ".snapfs/stats.json": 0o444,
     "README": 0o444,
+    ".nomedia": 0o444,
 }
 
 

@@ -1,4 +1,4 @@
-"""The root directory, and the nodes in it that belong to no snapshot: README and .snapfs/."""
+"""The root directory, and the nodes in it that belong to no snapshot: README, .nomedia and .snapfs/."""
 
 from __future__ import annotations
 
@@ -148,12 +148,15 @@ class OpenCleanup(Handle):
 
 README = (importlib.resources.files(__package__) / "README.txt").read_text()
 
+NO_MEDIA = "This file asks what indexes files to stay out of here: it would mount every snapshot's rootfs.\n"
+
 _TEXTS: dict[Slot, tuple[str, Callable[[Tree], str], bool]] = {
     Slot.README: ("README", lambda tree: README, True),
     Slot.VERSION: (".snapfs/version", lambda tree: f"{tree.version}\n", True),
     Slot.OPTIONS: (".snapfs/options.json", options_json, True),
     Slot.STATS: (".snapfs/stats.json", stats_json, False),
     Slot.METRICS: (".snapfs/metrics", metrics, False),
+    Slot.NO_MEDIA: (".nomedia", lambda tree: NO_MEDIA, True),
 }
 
 _LOGS: dict[Slot, tuple[str, Callable[[Tree], Log]]] = {
@@ -165,7 +168,13 @@ _LOGS: dict[Slot, tuple[str, Callable[[Tree], Log]]] = {
 _DIRECTORIES: dict[Slot, tuple[str, dict[str, Slot]]] = {
     Slot.ROOT: (
         "",
-        {**{kind.value: Slot[kind.name] for kind in Kind}, "README": Slot.README, "by-id": Slot.BY_ID, ".snapfs": Slot.DAEMON},
+        {
+            **{kind.value: Slot[kind.name] for kind in Kind},
+            "README": Slot.README,
+            "by-id": Slot.BY_ID,
+            ".snapfs": Slot.DAEMON,
+            ".nomedia": Slot.NO_MEDIA,
+        },
     ),
     Slot.DAEMON: (
         ".snapfs",

@@ -51,6 +51,7 @@ class Slot(enum.IntEnum):
     STATS = 17
     LISTING = 18
     METRICS = 19
+    NO_MEDIA = 20
     INSIDE = 128  # a bit: the same directory under another inode; see Tree.bank
     FIRST_LABEL = 256
     VERSION_OF = 1 << SLOT_BITS - 1  # a bit: one text of the file whose slot is in the lowest seven bits
