@@ -280,6 +280,18 @@ def test_who_has_the_root_and_cannot_be_seen(daemon: Daemon, tmp_path: Path, mon
     assert not (tmp_path / "file").exists()
 
 
+def test_whoever_has_the_records_though_nobody_has_the_lock(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody removed ROOT/lock: a copy that nobody knows of could be of two states."""
+    monkeypatch.setattr(snapfs.backup, "PATIENCE", 0.0)
+    (daemon.root / "lock").unlink()
+    with pytest.raises(Unavailable, match="the process with pid unknown has them open"):
+        backup(str(daemon.root), str(tmp_path / "file"))
+    daemon.stop()
+    assert backup(str(daemon.root), str(tmp_path / "file")).snapshots == 0
+
+
 # -- the way back
 
 
