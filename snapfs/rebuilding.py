@@ -104,8 +104,7 @@ def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
 def _write(layers: Layers, found: dict[int, Imprint]) -> None:
     """Write the records beside the old ones, then put them in their place."""
     place, fresh = records_of(layers), f"{records_of(layers)}.new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(fresh)
+    _remove(fresh)
     numbers = sorted(found)
     with closing(MetaStore(fresh)) as records:
         for start in range(0, len(numbers), BATCH):
@@ -116,6 +115,7 @@ def _write(layers: Layers, found: dict[int, Imprint]) -> None:
         if os.path.lexists(place):
             layers.lose(place)
         os.rename(fresh, place)
+        _remove(fresh)
         for directory in (layers.root, layers.snapshots):
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -124,6 +124,13 @@ def _write(layers: Layers, found: dict[int, Imprint]) -> None:
                 os.close(fd)
     except OSError as error:
         raise Unavailable.from_os("put the new records in place", error) from error
+
+
+def _remove(records: str) -> None:
+    """Remove the file ``records``, and what is given up beside it on a full disk, as far as they are there."""
+    for path in (records, f"{records}-reserve"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _put(part: dict[int, Imprint], writer: Writer) -> None:

@@ -31,6 +31,7 @@ from snapfs import (
     flushing,
     imprint,
     open_snapshotter,
+    reserve,
 )
 from snapfs.checking import Finding, Problem, check
 from snapfs.imprint import Imprint
@@ -441,6 +442,22 @@ async def test_what_says_nothing_or_nonsense_goes_to_lost_and_found(filled: Path
     ]
     assert sorted(os.listdir(filled / "lost+found")) == ["1", "2", "5", "foreign", "metadata.mdb"]
     assert (filled / "lost+found/1/fs/file").read_text() == "content"
+
+
+async def test_where_files_are_never_written_in_place_a_rebuild_leaves_nothing_beside(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on btrfs: both records have had a file beside them that could be given up."""
+    monkeypatch.setattr(reserve, "_NEVER_IN_PLACE", (mounting.file_system_magic(str(filled)),))
+    async with open_snapshotter(filled):
+        pass
+    for name in ("metadata.mdb.new", "metadata.mdb.new-reserve"):
+        (filled / name).touch()  # which one that was killed has left
+    assert [finding.problem for finding in rebuild(str(filled))] == [Problem.NOTE]
+    assert [name for name in os.listdir(filled) if name.startswith("metadata")] == ["metadata.mdb", "metadata.mdb-reserve"]
+    (filled / "lock").unlink()  # as a copy may leave it out
+    async with open_snapshotter(filled) as snapshotter:
+        assert await snapshotter.walk()
 
 
 async def test_what_was_not_flushed_when_the_power_went_is_known_after_a_rebuild(
