@@ -13,9 +13,9 @@ from functools import partial
 
 import msgspec
 
-from snapfs import imprint
+from snapfs import imprint, names
 from snapfs.checking import Finding, Problem, records_of
-from snapfs.errors import Damaged, Unavailable
+from snapfs.errors import Damaged, NameTooLong, Unavailable
 from snapfs.imprint import Imprint
 from snapfs.layers import Layers, parse_id
 from snapfs.metastore import MetaStore
@@ -93,12 +93,22 @@ def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
     for number, said in sorted(found.items(), key=lambda item: (item[1].record.updated, item[0]), reverse=True):
         name = said.record.name
         while name in taken:
-            name = f"{name[: 255 - len(str(number)) - 1]}~{number}"
+            name = _with_suffix(name, f"~{number}")
         taken.add(name)
         if name != said.record.name:
             found[number] = msgspec.structs.replace(said, record=msgspec.structs.replace(said.record, name=name))
             text = f'another snapshot is called "{said.record.name}" too, and changed later'
             yield Finding(Problem.DAMAGED, text, mended=f'number {number} is called "{name}"')
+
+
+def _with_suffix(name: str, suffix: str) -> str:
+    """``name``, cut as far as it must be, and ``suffix``."""
+    while True:
+        try:
+            names.encode(name + suffix)
+            return name + suffix
+        except NameTooLong:
+            name = name[:-1]
 
 
 def _write(layers: Layers, found: dict[int, Imprint]) -> None:
