@@ -68,8 +68,10 @@ class Layers:
         """
         root = os.path.realpath(root)
         try:
-            if not os.path.lexists(f"{root}/lock"):
-                raise Unavailable(f"{root} is no root of snapfs")
+            try:
+                os.lstat(f"{root}/lock")
+            except (FileNotFoundError, NotADirectoryError):
+                raise Unavailable(f"{root} is no root of snapfs") from None
             return cls(root, rootlock.take(root))
         except OSError as error:
             raise Unavailable.from_os(f"use {root} as root", error) from error
@@ -88,8 +90,9 @@ class Layers:
             raise Unavailable(f"the root {root!r} is not UTF-8; mount specs could not name it") from None
         try:
             _refuse_tree(root)
-            if os.path.lexists(root) and not os.path.isdir(root):
-                raise Unavailable(f"cannot use {root} as root: it is not a directory")
+            with suppress(FileNotFoundError):
+                if not stat.S_ISDIR(os.stat(root).st_mode):
+                    raise Unavailable(f"cannot use {root} as root: it is not a directory")
             os.makedirs(root, mode=0o700, exist_ok=True)
             present = os.listdir(root)
             if "lock" not in present and not _OURS.issuperset(present):
