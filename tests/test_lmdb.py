@@ -444,6 +444,8 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tables": (partial(somebody_elses, table=None), "LMDB file, but not of snapfs"),
     "a key called meta": (partial(somebody_elses, table=b"meta"), "LMDB file, but not of snapfs"),
     "directory": (lambda path: path.mkdir(), "Is a directory"),
+    "fifo": (os.mkfifo, "that is not a file"),
+    "device": (lambda path: path.symlink_to("/dev/null"), "that is not a file"),
     "dangling link": (lambda path: path.symlink_to("nowhere/x"), "No such file"),
 }
 
