@@ -113,6 +113,7 @@ class Layers:
             for directory in (layers.snapshots, layers.pool.directory, layers.trash.directory, layers.rootfs_directory):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.chmod(directory, 0o700)
+            layers._refuse_several_disks()
             layers.trash.look()
             layers._begin_pool()
             layers.bears_imprints = imprint.possible(layers.pool.directory)
@@ -124,6 +125,16 @@ class Layers:
             layers.close()
             raise
         return layers
+
+    def _refuse_several_disks(self) -> None:
+        """Directories are renamed from the pool to snapshots/ and on to the trash, which takes one mount, and one subvolume."""
+        for directory in (self.pool.directory, self.trash.directory):
+            first, second = ((os.stat(path).st_dev, mount_id(path)) for path in (self.snapshots, directory))
+            if first != second:
+                raise Unavailable(
+                    f"{self.snapshots} and {directory} are not in one mount: nothing but the whole of {self.root} can be "
+                    "mounted, or be a subvolume"
+                )
 
     def _begin_pool(self) -> None:
         """Make the first directory of the pool, by which the file system is judged.  A full disk has none for us; but then it
