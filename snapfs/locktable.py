@@ -2,8 +2,8 @@
 
 LMDB maps that file for writing, and the kernel ends a process that writes to a mapping of a file that the disk takes no more:
 on a file system that was shut down after an error, on btrfs at its quota.  Nothing in it outlives the processes, so it is a
-memfd here.  LMDB looks for it beside the data, under a name of its own: while it opens them, a directory in memory shows it
-both.
+memfd here.  LMDB looks for it beside the data, under a name of its own: while it opens them, a temporary directory shows it
+both, in memory if there is room.
 
 Another process finds the table among the descriptors of the one that has it (``table_of``).
 """
