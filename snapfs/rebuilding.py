@@ -13,13 +13,14 @@ from functools import partial
 
 import msgspec
 
-from snapfs import imprint, names
+from snapfs import imprint
 from snapfs.checking import Finding, Problem, records_of
 from snapfs.errors import Damaged, NameTooLong, Unavailable
 from snapfs.imprint import Imprint
 from snapfs.layers import Layers, parse_id
 from snapfs.metastore import MetaStore
 from snapfs.model import Kind
+from snapfs.names import encode
 from snapfs.records import Record, Writer
 
 BATCH = 10_000  # records that one transaction writes
@@ -101,16 +102,6 @@ def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
             yield Finding(Problem.DAMAGED, text, mended=f'number {number} is called "{name}"')
 
 
-def _with_suffix(name: str, suffix: str) -> str:
-    """``name``, cut as far as it must be, and ``suffix``."""
-    while True:
-        try:
-            names.encode(name + suffix)
-            return name + suffix
-        except NameTooLong:
-            name = name[:-1]
-
-
 def _write(layers: Layers, found: dict[int, Imprint]) -> None:
     """Write the records beside the old ones, then put them in their place."""
     place, fresh = records_of(layers), f"{records_of(layers)}.new"
@@ -148,6 +139,16 @@ def _put(part: dict[int, Imprint], writer: Writer) -> None:
         writer.put(number, said.record)
         if said.boot:
             writer.mark_unflushed(number, said.boot)
+
+
+def _with_suffix(name: str, suffix: str) -> str:
+    """``name``, cut as far as it must be, and ``suffix``."""
+    while True:
+        try:
+            encode(name + suffix)
+            return name + suffix
+        except NameTooLong:
+            name = name[:-1]
 
 
 def _last_id(layers: Layers, numbers: list[int]) -> int:
