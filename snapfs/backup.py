@@ -7,6 +7,7 @@ directories copies them.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import time
 from contextlib import ExitStack
@@ -55,8 +56,8 @@ def backup(root: str, file: str) -> Backup:
     directory = os.path.realpath(directory)
     if os.path.lexists(f"{directory}/{name}"):
         raise AlreadyExists(f"{file} exists already, and a backup never replaces anything: give another name")
-    _refuse_place(os.path.realpath(root), directory, file)
     try:
+        _refuse_place(os.path.realpath(root), directory, file)
         return _write(os.path.realpath(root), records, directory, name)
     except OSError as error:
         if error.errno == errno.EEXIST:
@@ -104,6 +105,8 @@ def _copy(root: str, records: str, fd: int) -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         with at_rest(root) as holder, ExitStack() as ended:
+            if holder is None and not _keep_unwritten(records, ended):
+                holder = 0  # ROOT/lock was removed
             table = None if holder is None else table_of(holder, records)
             if table is not None:
                 ended.callback(os.close, table)
@@ -119,6 +122,17 @@ def _copy(root: str, records: str, fd: int) -> None:
                 "here: run this where that one runs"
             )
         time.sleep(0.01)  # it is being started or stopped
+
+
+def _keep_unwritten(records: str, ended: ExitStack) -> bool:
+    """Have nobody open ``records`` until ``ended``; False where somebody has them open (``Space``)."""
+    fd = os.open(records, os.O_RDONLY | os.O_CLOEXEC)
+    ended.callback(os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _copy_with(records: str, table: int | None, room: int, fd: int) -> None:

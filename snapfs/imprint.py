@@ -16,7 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from snapfs.errors import Damaged
+from snapfs import names
+from snapfs.errors import Damaged, InvalidArgument
 from snapfs.records import Record
 
 ATTRIBUTE = "user.snapfs"
@@ -81,9 +82,11 @@ def read(directory: str) -> Imprint | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
     try:
-        return _decode(value)
-    except msgspec.MsgspecError as error:
+        said = _decode(value)
+        names.encode(said.record.name)
+    except (msgspec.MsgspecError, UnicodeDecodeError, InvalidArgument) as error:
         raise Damaged(f"what {directory} says of its snapshot can't be read: {error}") from error
+    return said
 
 
 def promise(directory: str, number: int) -> None:

@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 
 PROMISED = 1000  # ids that one mark on snapshots/ covers
 
-_OURS = frozenset(("lock", "metadata.mdb", "snapshots", "pool", "trash", "lost+found", "rootfs"))
+_OURS = frozenset(("lock", "metadata.mdb", "metadata.mdb-reserve", "snapshots", "pool", "trash", "lost+found", "rootfs"))
+
+_PARTS = frozenset(("fs", "work", imprint.FILE, f"{imprint.FILE}.new"))
 
 
 class Layers:
@@ -66,8 +68,10 @@ class Layers:
         """
         root = os.path.realpath(root)
         try:
-            if not os.path.lexists(f"{root}/lock"):
-                raise Unavailable(f"{root} is no root of snapfs")
+            try:
+                os.lstat(f"{root}/lock")
+            except (FileNotFoundError, NotADirectoryError):
+                raise Unavailable(f"{root} is no root of snapfs") from None
             return cls(root, rootlock.take(root))
         except OSError as error:
             raise Unavailable.from_os(f"use {root} as root", error) from error
@@ -86,8 +90,9 @@ class Layers:
             raise Unavailable(f"the root {root!r} is not UTF-8; mount specs could not name it") from None
         try:
             _refuse_tree(root)
-            if os.path.lexists(root) and not os.path.isdir(root):
-                raise Unavailable(f"cannot use {root} as root: it is not a directory")
+            with suppress(FileNotFoundError):
+                if not stat.S_ISDIR(os.stat(root).st_mode):
+                    raise Unavailable(f"cannot use {root} as root: it is not a directory")
             os.makedirs(root, mode=0o700, exist_ok=True)
             present = os.listdir(root)
             if "lock" not in present and not _OURS.issuperset(present):
@@ -108,6 +113,7 @@ class Layers:
             for directory in (layers.snapshots, layers.pool.directory, layers.trash.directory, layers.rootfs_directory):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.chmod(directory, 0o700)
+            layers._refuse_several_disks()
             layers.trash.look()
             layers._begin_pool()
             layers.bears_imprints = imprint.possible(layers.pool.directory)
@@ -119,6 +125,16 @@ class Layers:
             layers.close()
             raise
         return layers
+
+    def _refuse_several_disks(self) -> None:
+        """Directories are renamed from the pool to snapshots/ and on to the trash, which takes one mount, and one subvolume."""
+        for directory in (self.pool.directory, self.trash.directory):
+            first, second = ((os.stat(path).st_dev, mount_id(path)) for path in (self.snapshots, directory))
+            if first != second:
+                raise Unavailable(
+                    f"{self.snapshots} and {directory} are not in one mount: nothing but the whole of {self.root} can be "
+                    "mounted, or be a subvolume"
+                )
 
     def _begin_pool(self) -> None:
         """Make the first directory of the pool, by which the file system is judged.  A full disk has none for us; but then it
@@ -211,7 +227,7 @@ class Layers:
             if owner is not None and owner != self._owner:
                 os.lchown(f"{path}/fs", *owner)
             if os.path.lexists(self.directory(number)):  # a crash left it before there was a record, or somebody put it there
-                self._put_aside(number)
+                self._put_aside(number, discard=self.is_empty(number))
             os.rename(path, self.directory(number))
         except OSError:
             remove_empty(path)
@@ -268,7 +284,7 @@ class Layers:
     def retire(self, number: int) -> None:
         """Move snapshots/<number>, whose record is gone, into the trash, or leave it where it is on a disk too full for that.
 
-        What is no directory goes to lost+found.  Raises OSError.
+        What snapfs can't have made goes to lost+found.  Raises OSError.
         """
         try:
             self._put_aside(number)
@@ -280,13 +296,21 @@ class Layers:
             else:
                 raise
 
-    def _put_aside(self, number: int) -> None:
+    def _put_aside(self, number: int, *, discard: bool = True) -> None:
         path = self.directory(number)
-        if stat.S_ISDIR(os.lstat(path).st_mode):
+        if discard and self._is_ours(number):
             self.trash.take(path)
         else:
-            log.warning("%s is not a directory; moved to %s", path, self.lose(path))
+            log.warning("%s is none of snapfs's directories; moved to %s", path, self.lose(path))
         self._left.discard(number)
+
+    def _is_ours(self, number: int) -> bool:
+        """Whether snapshots/<number> is such a directory as a Prepare makes, or what is left of one."""
+        path = self.directory(number)
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            return False
+        found = os.listdir(path)
+        return "fs" in found or _PARTS.issuperset(found)
 
     def sweep(self, known: Collection[int], last_id: int) -> None:
         """Move what stands in snapshots/ without a record into the trash: ids up to ``last_id`` that are not in ``known``, and
@@ -346,6 +370,8 @@ class Layers:
             return not os.listdir(self.fs(number))
         except FileNotFoundError:
             return True
+        except NotADirectoryError:
+            return False
 
     def present(self) -> set[int]:
         """The ids that have a directory."""
@@ -361,7 +387,7 @@ class Layers:
             checkpoint()
             try:
                 self.retire(number)
-                if number in self._left and stat.S_ISDIR(os.lstat(self.directory(number)).st_mode):
+                if number in self._left and self._is_ours(number):
                     self.trash.delete(self.directory(number), checkpoint)
                     self._left.discard(number)
             except OSError as error:

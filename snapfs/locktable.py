@@ -2,8 +2,8 @@
 
 LMDB maps that file for writing, and the kernel ends a process that writes to a mapping of a file that the disk takes no more:
 on a file system that was shut down after an error, on btrfs at its quota.  Nothing in it outlives the processes, so it is a
-memfd here.  LMDB looks for it beside the data, under a name of its own: while it opens them, a directory in memory shows it
-both.
+memfd here.  LMDB looks for it beside the data, under a name of its own: while it opens them, a temporary directory shows it
+both, in memory if there is room.
 
 Another process finds the table among the descriptors of the one that has it (``table_of``).
 """
@@ -12,12 +12,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lmdb
 
-_MEMORY = "/dev/shm"  # where the system has it; any other directory does as well
+from snapfs.errors import Unavailable
+
+_MEMORY = "/dev/shm"  # any other directory does as well, for that moment
+
+_PREFIX = "snapfs-records-"
+
+_ABANDONED = 60.0  # seconds, after which whoever made such a directory is gone: it has it for a millisecond
 
 
 def new_table(path: str) -> int:
@@ -43,20 +51,57 @@ def table_of(pid: int, path: str) -> int | None:
 
 def open_environment(path: str, table: int, **options: Any) -> lmdb.Environment:
     """``lmdb.open`` of the one file ``path``, with the lock table ``table``.  Raises lmdb.Error, OSError."""
-    directory = tempfile.mkdtemp(prefix="snapfs-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None)
-    seen = f"{directory}/records"
-    try:
-        os.symlink(os.path.abspath(path), seen)
-        os.symlink(f"/proc/self/fd/{table}", f"{seen}-lock")
-        return lmdb.open(seen, subdir=False, **options)
-    except lmdb.Error as error:
-        error.args = tuple(argument.replace(seen, path) if isinstance(argument, str) else argument for argument in error.args)
-        raise
-    finally:
-        for name in (seen, f"{seen}-lock"):
-            with suppress(OSError):
-                os.unlink(name)
+    with _side_by_side(path, table) as seen:
+        try:
+            return lmdb.open(seen, subdir=False, **options)
+        except lmdb.Error as error:
+            error.args = tuple(part.replace(seen, path) if isinstance(part, str) else part for part in error.args)
+            raise
+
+
+@contextmanager
+def _side_by_side(path: str, table: int) -> Iterator[str]:
+    """A name for the file ``path``, beside which LMDB finds the lock table; in the first directory that takes both."""
+    refusals = []
+    for place in (_MEMORY, os.environ.get("TMPDIR", "/tmp"), os.path.dirname(os.path.abspath(path))):
+        directory = ""
+        try:
+            _clear_abandoned(place)
+            directory = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
+            seen = f"{directory}/records"
+            for name, target in ((seen, os.path.abspath(path)), (f"{seen}-lock", f"/proc/self/fd/{table}")):
+                os.symlink(target, name)
+                os.stat(name)  # where links are not followed (nosymfollow) LMDB would find nothing
+        except OSError as error:
+            _clear(directory)
+            refusals.append(error)
+            continue
+        try:
+            yield seen
+        finally:
+            _clear(directory)
+        return
+    said = "; ".join(f"{refusal.strerror}: {refusal.filename}" for refusal in refusals)
+    raise Unavailable(f"a directory is needed for a moment, in {_MEMORY}, $TMPDIR or /tmp: {said}", refusals[0].errno)
+
+
+def _clear(directory: str) -> None:
+    for name in ("records", "records-lock"):
+        with suppress(OSError):
+            os.unlink(f"{directory}/{name}")
+    with suppress(OSError):
         os.rmdir(directory)
+
+
+def _clear_abandoned(place: str) -> None:
+    """Remove what processes that were killed in just that moment have left in ``place``."""
+    with os.scandir(place) as entries:
+        for entry in entries:
+            if entry.name.startswith(_PREFIX):
+                with suppress(FileNotFoundError):
+                    found = entry.stat(follow_symlinks=False)
+                    if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _ABANDONED:
+                        _clear(entry.path)
 
 
 def _name(path: str) -> str:

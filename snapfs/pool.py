@@ -144,6 +144,8 @@ def remove_empty(path: str) -> None:
         except FileNotFoundError:
             pass
         except OSError as error:
-            level = logging.DEBUG if error.errno == errno.EROFS else logging.WARNING  # so it is with all: who asked is told
+            level = (
+                logging.DEBUG if error.errno in (errno.EROFS, errno.EIO) else logging.WARNING
+            )  # so it is with all: who asked is told
             log.log(level, "cannot remove %s: %s", part, error.strerror)
             return

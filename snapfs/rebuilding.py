@@ -15,11 +15,12 @@ import msgspec
 
 from snapfs import imprint
 from snapfs.checking import Finding, Problem, Progress, records_of
-from snapfs.errors import Damaged, Unavailable
+from snapfs.errors import Damaged, NameTooLong, Unavailable
 from snapfs.imprint import Imprint
 from snapfs.layers import Layers, parse_id
 from snapfs.metastore import MetaStore
 from snapfs.model import Kind
+from snapfs.names import encode
 from snapfs.records import Record, Writer
 
 BATCH = 10_000  # records that one transaction writes
@@ -95,7 +96,7 @@ def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
     for number, said in sorted(found.items(), key=lambda item: (item[1].record.updated, item[0]), reverse=True):
         name = said.record.name
         while name in taken:
-            name = f"{name[: 255 - len(str(number)) - 1]}~{number}"
+            name = _with_suffix(name, f"~{number}")
         taken.add(name)
         if name != said.record.name:
             found[number] = msgspec.structs.replace(said, record=msgspec.structs.replace(said.record, name=name))
@@ -106,8 +107,7 @@ def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
 def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> None:
     """Write the records beside the old ones, then put them in their place."""
     place, fresh = records_of(layers), f"{records_of(layers)}.new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(fresh)
+    _remove(fresh)
     numbers = sorted(found)
     with closing(MetaStore(fresh)) as records:
         for start in range(0, len(numbers), BATCH):
@@ -119,6 +119,7 @@ def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> Non
         if os.path.lexists(place):
             layers.lose(place)
         os.rename(fresh, place)
+        _remove(fresh)
         for directory in (layers.root, layers.snapshots):
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -129,11 +130,28 @@ def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> Non
         raise Unavailable.from_os("put the new records in place", error) from error
 
 
+def _remove(records: str) -> None:
+    """Remove the file ``records``, and what is given up beside it on a full disk, as far as they are there."""
+    for path in (records, f"{records}-reserve"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
 def _put(part: dict[int, Imprint], writer: Writer) -> None:
     for number, said in part.items():
         writer.put(number, said.record)
         if said.boot:
             writer.mark_unflushed(number, said.boot)
+
+
+def _with_suffix(name: str, suffix: str) -> str:
+    """``name``, cut as far as it must be, and ``suffix``."""
+    while True:
+        try:
+            encode(name + suffix)
+            return name + suffix
+        except NameTooLong:
+            name = name[:-1]
 
 
 def _last_id(layers: Layers, numbers: list[int]) -> int:

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from contextlib import suppress
 
 from snapfs.errors import Unavailable
@@ -43,12 +44,15 @@ class Space:
     """The blocks of one file, which is there.  ``size`` bytes of it LMDB may use, ``held`` are allocated.
 
     ``is_short``: the reserve is not whole, for want of room.  All functions block on the disk.  Nobody else can have the file
-    meanwhile: raises Unavailable where another process, or another such object, has it.
+    meanwhile: raises Unavailable where another process, or another such object, has it, or it is none.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # kept: a full table of descriptors must not stop growth
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):  # LMDB would wait for what a fifo has to say
+            os.close(self._fd)
+            raise Unavailable(f"the records in {path} can't be used: that is not a file")
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -61,7 +61,7 @@ def is_abandoned(root: str) -> bool:
     except OSError:
         return not os.path.isdir(root)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as a backup has it, which is no daemon
         return True
     except BlockingIOError:
         return _is_dying(_holder(fd))

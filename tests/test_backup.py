@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,8 +22,9 @@ import snapfs.backup
 from snapfs import AlreadyExists, Damaged, InvalidArgument, MetaStore, Snapshotter, Unavailable, open_snapshotter
 from snapfs.backup import Backup, backup
 from snapfs.cli import main
+from snapfs.kernel.mounttable import mount_table
 from snapfs.rootlock import at_rest
-from tests.conftest import Daemon
+from tests.conftest import Daemon, until
 from tests.test_lmdb import readers
 from tests.test_metastore import check_indexes
 
@@ -250,6 +253,23 @@ def test_a_start_waits_for_a_backup_to_end(served: Path, monkeypatch: pytest.Mon
     assert len(waited) == 1
 
 
+def test_a_mountpoint_is_recovered_while_a_backup_is_made(daemon: Daemon) -> None:
+    """The daemon was killed: its mount is dead, whoever reads the records meanwhile."""
+    (daemon.mnt / "active/web").mkdir()
+    daemon.stop(signal.SIGKILL)
+    with ExitStack() as copying, ThreadPoolExecutor() as pool:
+        assert copying.enter_context(at_rest(str(daemon.root))) is None
+
+        def end() -> None:
+            with copying:
+                until(lambda: all(mount.target != str(daemon.mnt) for mount in mount_table()), "the dead mount goes")
+
+        ended = pool.submit(end)
+        daemon.start()
+        ended.result()
+    assert os.listdir(daemon.mnt / "active") == ["web"]
+
+
 def test_a_daemon_that_came_while_it_was_copied(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It did not know of the copy, which is therefore made again."""
     real, copies = snapfs.backup._copy_with, list[int | None]()
@@ -278,6 +298,18 @@ def test_who_has_the_root_and_cannot_be_seen(daemon: Daemon, tmp_path: Path, mon
     with pytest.raises(Unavailable, match="the process with pid 1 has them open, and can't be seen from here"):
         backup(str(daemon.root), str(tmp_path / "file"))
     assert not (tmp_path / "file").exists()
+
+
+def test_whoever_has_the_records_though_nobody_has_the_lock(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody removed ROOT/lock: a copy that nobody knows of could be of two states."""
+    monkeypatch.setattr(snapfs.backup, "PATIENCE", 0.0)
+    (daemon.root / "lock").unlink()
+    with pytest.raises(Unavailable, match="the process with pid unknown has them open"):
+        backup(str(daemon.root), str(tmp_path / "file"))
+    daemon.stop()
+    assert backup(str(daemon.root), str(tmp_path / "file")).snapshots == 0
 
 
 # -- the way back

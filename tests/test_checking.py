@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -32,6 +33,7 @@ from snapfs import (
     flushing,
     imprint,
     open_snapshotter,
+    reserve,
 )
 from snapfs.checking import Finding, Problem, check
 from snapfs.imprint import Imprint
@@ -442,6 +444,41 @@ async def test_what_says_nothing_or_nonsense_goes_to_lost_and_found(filled: Path
     ]
     assert sorted(os.listdir(filled / "lost+found")) == ["1", "2", "5", "foreign", "metadata.mdb"]
     assert (filled / "lost+found/1/fs/file").read_text() == "content"
+
+
+@pytest.mark.parametrize("name", ["", "n" * 256, "é" * 200, "n" * 1000, None])
+async def test_who_has_no_name_that_there_can_be_goes_there_too(filled: Path, name: str | None) -> None:
+    """One directory whose attribute is broken must not stop the others from coming back."""
+    written = msgspec.msgpack.encode(Imprint(Record("torn" if name is None else name, Kind.ACTIVE, 0, 1, 1, {})))
+    os.setxattr(filled / "snapshots/5", imprint.ATTRIBUTE, written.replace(b"torn", b"\xff\xfern"))
+    assert any("does not bear its record" in finding.text for finding in check(str(filled)))
+    findings = list(rebuild(str(filled)))
+    assert findings[0].text.startswith(f"{filled}/snapshots/5 can't be read: ")
+    assert sorted(os.listdir(filled / "lost+found")) == ["5", "metadata.mdb"]
+    assert {info.id for info in await walked(filled)} == {1, 2, 3, 4}
+
+
+async def test_the_other_name_of_two_fits(filled: Path) -> None:
+    says(filled, 2, Record("é" * 127, Kind.ACTIVE, 0, 5, 5, {}))
+    says(filled, 5, Record("é" * 127, Kind.ACTIVE, 0, 6, 6, {}))
+    list(rebuild(str(filled)))
+    assert {info.name for info in await walked(filled) if info.id in (2, 5)} == {"é" * 127, "é" * 126 + "~2"}
+
+
+async def test_where_files_are_never_written_in_place_a_rebuild_leaves_nothing_beside(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on btrfs: both records have had a file beside them that could be given up."""
+    monkeypatch.setattr(reserve, "_NEVER_IN_PLACE", (mounting.file_system_magic(str(filled)),))
+    async with open_snapshotter(filled):
+        pass
+    for name in ("metadata.mdb.new", "metadata.mdb.new-reserve"):
+        (filled / name).touch()  # which one that was killed has left
+    assert [finding.problem for finding in rebuild(str(filled))] == [Problem.NOTE]
+    assert [name for name in os.listdir(filled) if name.startswith("metadata")] == ["metadata.mdb", "metadata.mdb-reserve"]
+    (filled / "lock").unlink()  # as a copy may leave it out
+    async with open_snapshotter(filled) as snapshotter:
+        assert await snapshotter.walk()
 
 
 async def test_what_was_not_flushed_when_the_power_went_is_known_after_a_rebuild(

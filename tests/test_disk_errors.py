@@ -17,6 +17,7 @@ import pytest
 from snapfs import Damaged, Options, Unavailable, open_snapshotter
 from snapfs.kernel import probe
 from snapfs.kernel.mounttable import mount_table
+from snapfs.layers import Layers
 from tests.conftest import Daemon
 from tests.disk import Disk, disk, loop_device, make_file_system, mounted
 
@@ -229,6 +230,10 @@ def test_a_file_system_that_was_shut_down(kind: str, make_daemon: Callable[..., 
             assert all(" EIO " in line for line in daemon.error_log())
             assert daemon.stop() in (0, 1)
             assert not any("Traceback" in line for line in daemon.said)
+            assert len(daemon.said) < 20, "one line for each directory of the pool"
+            for use in (Layers.hold, Layers.open):
+                with pytest.raises(Unavailable, match="Input/output error"):
+                    use(str(mount / "root"))
         with mounted(device, kind, tmp_path / "disk"):
             daemon.said.clear()
             daemon.start()

@@ -643,6 +643,44 @@ async def test_a_parent_that_went_missing(snapshotter: Snapshotter, root: Path) 
     await snapshotter.view("k", "base")
 
 
+async def test_a_directory_of_others_where_a_snapshot_belongs_or_was(root: Path) -> None:
+    """It goes to lost+found with all that is in it, and not the way of a removed layer."""
+
+    def put(number: int, name: str) -> None:
+        (root / f"snapshots/{number}/{name}").mkdir(parents=True)
+        (root / f"snapshots/{number}/{name}/precious").write_text("x")
+
+    async with open_snapshotter(root) as snapshotter:
+        for key in ("a", "b"):
+            await snapshotter.prepare(key)
+        put(3, "fs")  # a layer that was copied here, say
+        put(4, "mine")
+        for key in ("c", "d"):
+            await snapshotter.prepare(key)
+        await snapshotter.remove("a")
+        put(1, "mine")
+        await snapshotter.cleanup()
+        assert sorted(os.listdir(root / "snapshots")) == ["2", "3", "4"]
+        await snapshotter.remove("b")
+    put(2, "mine")
+    put(9, "mine")
+    async with open_snapshotter(root) as snapshotter:
+        await snapshotter.cleanup()
+        assert sorted(os.listdir(root / "snapshots")) == ["3", "4"]
+    lost = {path.relative_to(root / "lost+found") for path in root.rglob("precious")}
+    assert lost == {Path(path, "precious") for path in ("1/mine", "2/mine", "3/fs", "4/mine", "9/mine")}
+    assert os.listdir(root / "trash") == []
+
+
+async def test_a_file_of_others_in_place_of_the_layer_of_the_next_snapshot(root: Path) -> None:
+    async with open_snapshotter(root) as snapshotter:
+        (root / "snapshots/1").mkdir()
+        (root / "snapshots/1/fs").write_text("precious")
+        await snapshotter.prepare("a")
+    assert (root / "lost+found/1/fs").read_text() == "precious"
+    assert (root / "snapshots/1/fs").is_dir()
+
+
 async def test_what_stands_where_the_next_snapshot_belongs(root: Path, tmp_path: Path) -> None:
     """Links are never followed, and nothing of others is deleted unseen."""
     (outside := tmp_path / "outside").mkdir()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +19,20 @@ import pytest
 import trio
 from lmdb.verify import verify
 
-from snapfs import Damaged, Kind, MetaStore, NotFound, SnapshotError, Snapshotter, Unavailable, metastore, open_snapshotter
+from snapfs import (
+    Damaged,
+    Kind,
+    MetaStore,
+    NotFound,
+    SnapshotError,
+    Snapshotter,
+    Unavailable,
+    locktable,
+    metastore,
+    open_snapshotter,
+)
 from snapfs.errors import Forked
+from snapfs.kernel import mounting
 from snapfs.rootlock import is_abandoned
 from snapfs.tree import Tree
 from snapfs.tree.tree import ROOT_INODE
@@ -222,6 +234,63 @@ def test_nothing_is_beside_the_records_nor_left_in_memory(tmp_path: Path) -> Non
     assert (set(os.listdir("/dev/shm")), set(os.listdir("/proc/self/fd"))) == before
 
 
+@pytest.mark.parametrize("options", ["ro", "nr_inodes=1", "size=4k", "nosymfollow", None])
+def test_memory_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str | None) -> None:
+    """/dev/shm may be full of what others put there, as in a small container, or not be there: another directory does."""
+    memory, elsewhere, beside = tmp_path / "memory", tmp_path / "elsewhere", tmp_path / ("long" * 50)
+    for directory in (memory, elsewhere, beside):
+        directory.mkdir()
+    monkeypatch.setattr(locktable, "_MEMORY", str(memory if options else tmp_path / "none"))
+    for name in (str(elsewhere), str(memory), ""):  # at last the records' own directory is what is left
+        monkeypatch.setenv("TMPDIR", name)
+        with ExitStack() as ended:
+            if options:
+                subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(memory)], check=True)
+                ended.callback(mounting.unmount, str(memory), mounting.MNT_DETACH)
+                with suppress(OSError), (memory / "fill").open("wb", buffering=0) as fill:
+                    fill.write(bytes(1 << 20))
+            store = MetaStore(str(beside / "m"))
+            store.write_now(adding(f"in {name}"))
+            store.close()
+            assert set(os.listdir(memory)) <= {"fill"}
+        assert os.listdir(elsewhere) == []
+        assert os.listdir(beside) == ["m"]
+
+
+def test_no_directory_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locktable, "_MEMORY", "/proc/none")
+    monkeypatch.setenv("TMPDIR", "/proc")
+    MetaStore(str(tmp_path / "file")).close()
+    shut = tmp_path / "shut"
+    shut.mkdir()
+    (shut / "m").touch()
+    with ExitStack() as ended:
+        for options, source, target in (("ro", shut, shut), ("rw", tmp_path / "file", shut / "m")):
+            subprocess.run(["mount", "--bind", "-o", options, str(source), str(target)], check=True)
+            ended.callback(mounting.unmount, str(target), mounting.MNT_DETACH)
+        with pytest.raises(Unavailable, match=r"needed for a moment, in /proc/none, \$TMPDIR or /tmp: .*Read-only file system"):
+            MetaStore(str(shut / "m"))
+
+
+def test_what_a_killed_process_left_in_memory_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of no use, and nobody else would remove it before the machine starts anew."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(locktable, "_MEMORY", str(memory))
+    killed = (
+        "import os, signal, sys, lmdb; from snapfs import MetaStore, locktable; locktable._MEMORY = sys.argv[2]\n"
+        "lmdb.open = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\nMetaStore(sys.argv[1])"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", killed, str(tmp_path / "m"), str(memory)], check=False)
+    first, second = os.listdir(memory)
+    os.utime(memory / first, (0, 0))
+    (memory / "snapfs-of-somebody").mkdir()
+    os.utime(memory / "snapfs-of-somebody", (0, 0))
+    MetaStore(str(tmp_path / "n")).close()
+    assert sorted(os.listdir(memory)) == sorted([second, "snapfs-of-somebody"])  # the second may be at it
+
+
 async def test_places_of_a_killed_process_are_free_while_running(store: MetaStore) -> None:
     """Else no page that it was reading would be used again, and the file grow for ever."""
     kill_a_reader(store.path, 3)
@@ -375,6 +444,8 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tables": (partial(somebody_elses, table=None), "LMDB file, but not of snapfs"),
     "a key called meta": (partial(somebody_elses, table=b"meta"), "LMDB file, but not of snapfs"),
     "directory": (lambda path: path.mkdir(), "Is a directory"),
+    "fifo": (os.mkfifo, "that is not a file"),
+    "device": (lambda path: path.symlink_to("/dev/null"), "that is not a file"),
     "dangling link": (lambda path: path.symlink_to("nowhere/x"), "No such file"),
 }
 

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from snapfs.checking import check
 from snapfs.cli import VERBS
 from snapfs.cli.serve import _ACCESS, _FLAGS, _NUMBERS
 from tests.conftest import Daemon
@@ -61,6 +62,27 @@ def test_a_workspace(daemon: Daemon, tmp_path: Path) -> None:
     assert said[3].endswith("the tests pass")
     assert said[4] == "kept as web@3"
     assert (daemon.mnt / "active/other/rootfs/version").read_text() == "1\n"
+
+
+def test_a_whole_backup(daemon: Daemon, tmp_path: Path) -> None:
+    """The daemon ends a moment after umount: until then file systems are mounted in ROOT, and the records are written."""
+    line = re.findall(r"^    (umount /snap && .*)$", README, re.MULTILINE)[0]
+    for given, here in (
+        ("/snap ", f"{daemon.mnt} "),
+        ("/srv/snapfs", str(daemon.root)),
+        ("/backup/snapfs", str(tmp_path / "copy")),
+    ):
+        line = line.replace(given, here)
+    for number in range(5):
+        (daemon.mnt / f"active/{number}").mkdir()
+        (daemon.mnt / f"active/{number}/rootfs/file").write_text("x")
+    (daemon.mnt / "active/0/rootfs/big").write_bytes(os.urandom(64 << 20))  # to be flushed at the end
+    (daemon.mnt / "active/0").rename(daemon.mnt / "committed/base")
+    subprocess.run(["sh", "-euc", line], check=True)
+    assert daemon.ended() == 0
+    assert os.listdir(tmp_path / "copy/rootfs") == []
+    assert os.listdir(tmp_path / "copy/pool") == []
+    assert list(check(str(tmp_path / "copy"))) == []
 
 
 def test_links_lead_somewhere() -> None:

@@ -169,6 +169,21 @@ async def test_a_root_on_a_read_only_file_system(tmp_path: Path) -> None:
         mounting.unmount(str(tmp_path))
 
 
+@pytest.mark.parametrize("part", ["snapshots", "pool", "trash"])
+@pytest.mark.parametrize("how", ["tmpfs", "bind"])
+async def test_a_root_of_several_mounts(root: Path, part: str, how: str) -> None:
+    """No directory could be moved from one to the other."""
+    (root / part).mkdir(parents=True)
+    words = ["-t", "tmpfs", "tmpfs"] if how == "tmpfs" else ["--bind", str(root / part)]
+    subprocess.run(["mount", *words, str(root / part)], check=True)
+    try:
+        with pytest.raises(Unavailable, match=f"{root}/snapshots and {root}/.* are not in one mount: nothing but the whole"):
+            await use(root)
+    finally:
+        mounting.unmount(str(root / part))
+    await use(root)
+
+
 async def test_a_refused_root_is_let_go(root: Path) -> None:
     await use(root)
     (root / "metadata.mdb").write_bytes(b"x" * 9000)
