@@ -47,6 +47,8 @@ def own_mount_namespace() -> None:
     for mount in list(mount_table()):
         if mount.type == "fuse.snapfs":  # somebody's outside; the command would find it
             mounting.unmount(mount.target, mounting.MNT_DETACH)
+    if os.path.isdir("/dev/shm"):  # what killed processes leave there goes with the namespace
+        mounting.mount("none", "/dev/shm", "tmpfs", 0, "mode=1777")
 
 
 def die_with_parent() -> None:
