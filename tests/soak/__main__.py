@@ -21,7 +21,8 @@ from pathlib import Path
 from tests.conftest import Daemon, die_with_parent, own_mount_namespace
 from tests.soak import verdict
 from tests.soak.client import Board, Client, Event, Excused, Report, Violation
-from tests.soak.private import BASE, BASE_FILES, Private
+from tests.soak.model import BASE, BASE_FILES
+from tests.soak.private import Private
 from tests.soak.shared import Shared
 from tests.soak.watch import Followed, Moment, Sample, Trend, follow, measure, sample, trends
 
@@ -51,11 +52,11 @@ def work(number: int, root: str, seed: int, board: Board, base: int, until: floa
                 operation()
             time.sleep(client.pick.random() * pause)
         if not board.stopped:
-            private.check_all()
+            private.look.check_all()
     except Violation as violation:
         client.report.violation = violation.name, f"client {number}, {operation.__name__}: {violation.sentence}"
         board.stop()
-    for its in private.snapshots.values():
+    for its in private.model.snapshots.values():
         client.report.holds[its.number] = its.key, str(its.kind), its.parent, its.labels
     return client.ended()
 
