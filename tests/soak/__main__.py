@@ -24,7 +24,7 @@ from tests.soak.client import Board, Client, Event, Excused, Report, Violation
 from tests.soak.model import BASE, BASE_FILES
 from tests.soak.private import Private
 from tests.soak.shared import Shared
-from tests.soak.watch import Followed, Moment, Sample, Trend, follow, measure, sample, trends
+from tests.soak.watch import MOST, WARM, Followed, Moment, Sample, Trend, follow, measure, sample, trends
 
 CRAWLS = 1 / 1500  # of the operations; each is thousands of calls
 
@@ -121,6 +121,7 @@ class Soak:
         self.seconds = seconds
         self.seed = seed
         self.pause = pause
+        self.step = max(2.0, seconds / 60)  # seconds between two counts of objects
         self.board = Board(clients)
         self.watching = Board(0)  # stops when all clients have
         self.samples: list[Sample] = []
@@ -178,7 +179,7 @@ class Soak:
                 next_sample += 1
             if now >= next_count:
                 os.kill(daemon.pid, signal.SIGUSR1)
-                next_count += max(2.0, self.seconds / 30)
+                next_count += self.step
             for n, helper in list(running.items()):
                 if helper.has_ended():
                     del running[n]
@@ -246,13 +247,13 @@ class Soak:
 
     def count_objects(self) -> None:
         lines = (self.place / "objects").read_text().splitlines()
-        step = max(2.0, self.seconds / 30)
         self.counts = [Counter(json.loads(line)) for line in lines]
         for n, count in enumerate(self.counts):
-            self.samples.append(Sample(self.began + 1 + n * step, {"objects": count.total()}))
+            self.samples.append(Sample(self.began + 1 + n * self.step, {"objects": count.total()}))
 
     def trends(self) -> list[Trend]:
-        return trends(self.samples, self.began, self.ended)
+        calls = sum(report.outcomes.total() for report in self.reports)
+        return trends(self.samples, self.began, self.ended, calls)
 
     def say(self) -> bool:
         latencies: dict[str, array[float]] = {}
@@ -277,9 +278,11 @@ class Soak:
             overslept = 1000 * max(its.overslept for its in self.moments)
             fsync = 1000 * max(its.fsync for its in self.moments)
             print(f"\nthe machine: a sleeper overslept at most {overslept:.0f} ms, an fsync took at most {fsync:.0f} ms")
-        print(f"\n{'the daemon':16} {'2nd fifth':>9} {'last':>9} {'bound':>9} {'most':>9}")
-        for trend in self.trends():
-            print(f"{trend.name:16} {trend.early:9.0f} {trend.late:9.0f} {trend.bound:9.0f} {trend.most:9.0f}")
+        print(f"\n{'the daemon':16} {'half-time':>9} {'end':>9} {'bound':>9} {'most':>9} {'bound':>9}")
+        for name, middle, end, bound, most in self.trends():
+            print(f"{name:16} {middle:9.0f} {end:9.0f} {bound:9.0f} {most:9.0f} {MOST[name]:9.0f}")
+        if total // 2 < WARM:
+            print(f"in fewer than {2 * WARM:,} calls nobody can tell what leaks from what warms up: only the most is judged")
         print(f"\n{'in the daemon':16} {'p50':>9} {'p99':>9} {'max':>9}  of the last thousand, in milliseconds")
         for operation, meter in self.answered.items():
             took = meter["milliseconds"]
