@@ -5,6 +5,6 @@
 Each client (``client``) has names of its own: it knows exactly what must be there (``model``) and what each call must answer
 that makes, moves or removes a snapshot (``private``) or is about what is inside (``labels``, ``files``), and looks whether that
 is so (``look``).  It meets all others at names that they share, where it knows what may happen (``shared``).  Meanwhile the
-daemon's memory, descriptors, threads and objects are sampled (``watch``), and at the end all that the clients know, what
+daemon's memory, descriptors and threads are sampled (``watch``), and at the end all that the clients know, what
 ``events`` and ``error_log`` told, the records and the directories on disk have to agree (``verdict``).
 """

@@ -94,7 +94,7 @@ class Helper:
 def served(place: Path, clients: int) -> Iterator[Daemon]:
     """A daemon for so many clients, each of whom may be in one rootfs at a time."""
     daemon = Daemon(place / "root", place / "mnt", f"--rootfs-idle={IDLE}", f"--rootfs-max={16 + clients * 3 // 2}")
-    daemon.program = ("-m", "tests.soak.served", str(place / "objects"))
+    daemon.program = ("-m", "tests.soak.served", str(place / "used"))
     try:
         yield daemon.start()
     finally:
@@ -121,7 +121,6 @@ class Soak:
         self.seconds = seconds
         self.seed = seed
         self.pause = pause
-        self.step = max(2.0, seconds / 60)  # seconds between two counts of objects
         self.board = Board(clients)
         self.watching = Board(0)  # stops when all clients have
         self.samples: list[Sample] = []
@@ -169,17 +168,15 @@ class Soak:
 
     def watch(self, daemon: Daemon, clients: dict[int, Helper]) -> None:
         """Sample the daemon until all clients have ended."""
-        next_sample = next_count = time.monotonic() + 1
+        next_sample = time.monotonic() + 1
         running = dict(clients)
         while running:
             time.sleep(0.05)
             now = time.monotonic()
             if now >= next_sample:
                 self.samples.append(sample(daemon.pid, daemon.root))
-                next_sample += 1
-            if now >= next_count:
                 os.kill(daemon.pid, signal.SIGUSR1)
-                next_count += self.step
+                next_sample += 1
             for n, helper in list(running.items()):
                 if helper.has_ended():
                     del running[n]
@@ -226,7 +223,7 @@ class Soak:
             self.wrong += verdict.same_records(self.place / "root", history, self.reports)
             self.wrong += verdict.same_contents(self.place / "root", history, self.reports)
         self.wrong += verdict.too_slow(self.reports, self.moments)
-        self.count_objects()
+        self.samples += [Sample(*json.loads(line)) for line in (self.place / "used").read_text().splitlines()]
         self.wrong += [f"not flat: {trend}" for trend in self.trends() if not trend.is_flat]
 
     def tell_of(self, path: str) -> list[str]:
@@ -244,12 +241,6 @@ class Soak:
         told = [f"  event: {line}" for line in self.followed.events if quoted in line]
         errors = [f"  error_log: {line}" for line in self.followed.errors if name in line]
         return [f"what is known of {name}:", *lines[-60:], *told[-20:], *errors[-20:]]
-
-    def count_objects(self) -> None:
-        lines = (self.place / "objects").read_text().splitlines()
-        self.counts = [Counter(json.loads(line)) for line in lines]
-        for n, count in enumerate(self.counts):
-            self.samples.append(Sample(self.began + 1 + n * self.step, {"objects": count.total()}))
 
     def trends(self) -> list[Trend]:
         calls = sum(report.outcomes.total() for report in self.reports)

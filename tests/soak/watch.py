@@ -15,22 +15,24 @@ from typing import NamedTuple
 from tests.soak.client import Board
 
 A_CALL = {  # how much of each may come to stay with a call, on average
-    "anonymous KiB": 1 / 2048,  # half a byte
-    "resident KiB": 1 / 1024,
+    "blocks": 1 / 200,  # of up to 512 bytes each, most around 60: a third of a byte
+    "heap KiB": 1 / 2048,  # half a byte of all larger ones, and of what others than the interpreter take
+    "anonymous KiB": 1 / 1024,  # what it costs to hold them; a byte, for this comes in steps of up to half a MiB
+    "resident KiB": 1 / 512,
     "descriptors": 1 / 50_000,
     "threads": 1 / 50_000,
     "maps": 1 / 20_000,
-    "objects": 1 / 500,
     "records KiB": 1 / 2048,
 }
 
 MOST = {  # at any time
+    "blocks": 500_000,
+    "heap KiB": 16 << 10,
     "anonymous KiB": 48 << 10,
     "resident KiB": 80 << 10,
     "descriptors": 250,
     "threads": 80,
     "maps": 500,
-    "objects": 80_000,
     "records KiB": 8 << 10,
 }
 
