@@ -17,8 +17,8 @@ from tests.soak.client import Board
 A_CALL = {  # how much of each may come to stay with a call, on average
     "blocks": 1 / 200,  # of up to 512 bytes each, most around 60: a third of a byte
     "heap KiB": 1 / 2048,  # half a byte of all larger ones, and of what others than the interpreter take
-    "anonymous KiB": 1 / 1024,  # what it costs to hold them; a byte, for this comes in steps of up to half a MiB
-    "resident KiB": 1 / 512,
+    "anonymous KiB": 1 / 400,  # what it takes to hold these
+    "resident KiB": 1 / 400,
     "descriptors": 1 / 50_000,
     "threads": 1 / 50_000,
     "maps": 1 / 20_000,
@@ -83,6 +83,9 @@ def trends(samples: list[Sample], began: float, ended: float, calls: int) -> lis
     No value may ever be above MOST.  And in the second half of the time it may grow by A_CALL for each of the ``calls`` that
     were made in it: a leak goes on for ever, caches are full by then.  Where the first half had fewer calls than WARM nobody
     can tell one from the other, so only MOST counts.
+
+    A leak of a byte a call shows in what the allocators say is in use.  What the kernel says is coarser: the pages of arenas
+    that are there for a peak are touched one by one, for half an hour.
 
     The line is the one of Theil and Sen: of the slopes between any two samples the median, so that peaks don't count.
     """
