@@ -84,8 +84,8 @@ def trends(samples: list[Sample], began: float, ended: float, calls: int) -> lis
     were made in it: a leak goes on for ever, caches are full by then.  Where the first half had fewer calls than WARM nobody
     can tell one from the other, so only MOST counts.
 
-    A leak of a byte a call shows in what the allocators say is in use.  What the kernel says is coarser: the pages of arenas
-    that are there for a peak are touched one by one, for half an hour.
+    A leak of a byte a call shows in what the allocators say is in use.  What the kernel says is coarser: it grows in steps of
+    up to a MiB, when an allocator takes another piece of memory for a peak of what is in use, and keeps some of it.
 
     The line is the one of Theil and Sen: of the slopes between any two samples the median, so that peaks don't count.
     """
