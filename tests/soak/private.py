@@ -88,10 +88,10 @@ class Private:
                 expected = errno.ENOENT
             elif parent is not None and other is not None and (other.kind, other.parent) == (Kind.COMMITTED, parent):
                 expected = errno.ENOTDIR  # rename(2) of a directory onto a link
-            elif held:
-                expected = errno.EBUSY
             elif other not in (None, its):
                 expected = errno.EEXIST
+            elif held:
+                expected = errno.EBUSY
             elif parent is not None and its.parent not in (None, parent):
                 expected = errno.EPERM
             logged = expected == errno.EEXIST
