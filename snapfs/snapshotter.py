@@ -582,9 +582,11 @@ class Snapshotter:
 
         try:
             result: T = await self._scans.run((number, consume), scan)
-        except OSError as error:
-            with self._reading() as reader:
+        except (Damaged, OSError) as error:
+            with self._reading() as reader:  # it may have been removed meanwhile
                 self._find(reader, number)
+            if isinstance(error, Damaged):
+                raise
             if isinstance(error, FileNotFoundError):
                 raise Damaged(f'the layer {error.filename} of snapshot "{record.name}" or of a parent is missing') from None
             raise Unavailable.from_os(f'compare snapshot "{record.name}" with its parents', error) from error

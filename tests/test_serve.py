@@ -682,3 +682,45 @@ def test_killed_between_a_commit_and_its_answer(make_daemon: Make, how: str) -> 
         assert info(daemon.mnt / "committed/n")["parent"] == "base", "it was durable"
         assert daemon.stop() == 0
     assert killed.returncode == -signal.SIGKILL
+
+
+WEIGHED = """
+import atexit, ctypes, sys
+from snapfs.cli import main
+
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+def weigh():
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Mallinfo
+    found = mallinfo2()
+    print(found.arena, found.fordblks, file=sys.stderr)
+
+atexit.register(weigh)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_heap_is_not_full_of_holes(make_daemon: Make) -> None:
+    """Many changes at once share a transaction, in which each has a nested one, for which LMDB takes and frees 3 MiB."""
+    daemon = make_daemon()
+    daemon.program = ("-c", WEIGHED)
+    daemon.start()
+    parents = [committed(daemon.mnt, f"base{n}") for n in range(16)]
+
+    def prepare(parent: Path) -> None:
+        for n in range(20):
+            os.mkdir(parent / f"active/{parent.name}.{n}")
+
+    threads = [threading.Thread(target=prepare, args=[parent]) for parent in parents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    batches = json.loads((daemon.mnt / ".snapfs/stats.json").read_text())["batches"]
+    assert batches["operations"] - batches["by_size"]["1"] > 50, "most were made alone"
+    assert daemon.stop() == 0
+    heap, unused = map(int, daemon.said[-1].split())
+    assert unused < 2 << 20, f"{unused} of {heap} bytes"

@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -1234,3 +1234,27 @@ async def test_a_walk_reads_no_more_than_filters_select(
     indexed = Filters(filters).selection is not None
     assert indexed == all("labels" not in text and '""' not in text for text in filters)
     assert len(read) <= (len(found) + 5 if indexed else 7)
+
+
+async def test_changes_of_what_is_removed_before_the_scan_begins(snapshotter: Snapshotter) -> None:
+    """The scans run two at a time: the third begins when its layer is gone, and that is no damage."""
+    for key in ("a", "b", "web"):
+        await snapshotter.prepare(key)
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def wait(lines: Iterable[str]) -> None:
+        begun.release()
+        go_on.wait(10)
+
+    async def refused() -> None:
+        with pytest.raises(NotFound):
+            await snapshotter.changes("web", list)
+
+    async with trio.open_nursery() as nursery:
+        for key in ("a", "b"):
+            nursery.start_soon(snapshotter.changes, key, wait)
+            await trio.to_thread.run_sync(begun.acquire)
+        nursery.start_soon(refused)
+        await trio.testing.wait_all_tasks_blocked()
+        await snapshotter.remove("web")
+        go_on.set()

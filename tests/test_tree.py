@@ -66,6 +66,21 @@ async def test_links_lead_to_nodes(tree: Tree) -> None:
             assert isinstance(tree.walk("/".join(parts)), Directory)
 
 
+async def test_a_name_that_is_in_use_is_refused_without_waiting_for_the_disk(tree: Tree) -> None:
+    active, committed = tree.walk("active"), tree.walk("committed")
+    batches = tree.snapshotter.records.batches.total()
+    for attempt in (
+        active.mkdir("peek"),
+        tree.walk("committed/base/view").mkdir("web"),
+        tree.rename(active, "web", active, "peek"),
+        tree.rename(active, "web", committed, "base"),
+    ):
+        with pytest.raises(errors.AlreadyExists):
+            await attempt
+    assert tree.snapshotter.records.batches.total() == batches
+    await tree.rename(active, "web", committed, "web")  # its own name is not in its way
+
+
 async def test_an_inode_means_the_same_through_rename_and_commit(tree: Tree) -> None:
     inode = tree.walk("active/web").inode
     diff = tree.walk("active/web/diff").inode

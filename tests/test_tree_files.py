@@ -450,3 +450,52 @@ def test_readers_of_a_file_that_changes_all_the_time_see_one_text_each(daemon: D
     while any(reader.poll() is None for reader in running):
         (tree / "active/web/labels/team").write_text("x" * lengths.choice((1, 40, 3000)))
     are_content(running)
+
+
+REPLACING = """
+import errno, sys
+from pyfuse3 import FUSEError
+from snapfs.cli import main
+from snapfs.fuse.operations import Operations
+
+opened = Operations.open
+
+async def replacing(self, *args):
+    try:
+        return await opened(self, *args)
+    except FUSEError as error:
+        if error.errno == errno.ESTALE and not hasattr(self, "replaced"):
+            self.replaced = True
+            await self.tree.snapshotter.remove("web", wait=False)
+            await self.tree.snapshotter.prepare("web", labels={"team": "red"})
+        raise
+
+Operations.open = replacing
+sys.exit(main(sys.argv[1:]))
+"""
+"""A daemon in which another snapshot has the name "web" when the kernel looks up again who has it."""
+
+
+@pytest.fixture
+def replaced(make_daemon: Callable[..., Daemon]) -> Path:
+    """An active snapshot with one file and a label, which is another one, with another label, when it is looked at twice."""
+    daemon = make_daemon()
+    daemon.program = ("-c", REPLACING)
+    web = daemon.start().mnt / "active/web"
+    os.mkdir(web)
+    (web / "diff/file").write_text("old")
+    return web
+
+
+def test_who_reads_a_file_while_its_snapshot_is_replaced_reads_that_of_the_new_one(replaced: Path) -> None:
+    assert (replaced / "changes").read_text() == ""
+    assert info(replaced)["labels"] == {"team": "red"}
+
+
+def test_who_writes_a_label_while_its_snapshot_is_replaced_writes_that_of_the_new_one(replaced: Path) -> None:
+    (replaced / "labels/team").write_text("blue")  # made: nobody had to look twice
+    assert info(replaced)["id"] == 1
+    with open(replaced / "labels/team", "a") as label:
+        label.write("green")
+    assert info(replaced)["id"] == 2
+    assert info(replaced)["labels"] == {"team": "red\ngreen"}

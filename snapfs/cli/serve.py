@@ -102,6 +102,7 @@ def _serve(given: Given) -> int:
     try:
         from snapfs.fuse.access import Access
         from snapfs.fuse.serve import MountOptions, serve
+        from snapfs.kernel.allocator import keep_heap_small
     except ImportError as error:
         raise Unavailable(f"pyfuse3 can't be loaded ({error}); install libfuse3 (Debian: apt-get install fuse3)") from None
 
@@ -124,6 +125,7 @@ def _serve(given: Given) -> int:
             "without allow_other nobody but the owner gets in: %s only change what ls -l shows", ", ".join(access)
         )
     mount = MountOptions(wanted, ro="ro" in flags, dirsync="dirsync" in flags)
+    keep_heap_small()
     os.umask(0o077)  # whatever it makes in ROOT, and above it, is its own
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # serve takes them; one that comes after its end is late
         signal.signal(number, signal.SIG_IGN)

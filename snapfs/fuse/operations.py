@@ -132,8 +132,8 @@ class Operations(pyfuse3.Operations):
         self._open: dict[int, OpenFile] = {}  # by handle
         self._open_inodes: dict[int, list[OpenFile]] = {}
         self._emptying: list[tuple[int, trio.Event]] = []  # snapshots with a label that was closed empty, until it is deleted
-        self._writers: Told[tuple[int, int, str], int] = Told()  # inodes for writers of labels
-        self._refreshed: Told[tuple[int, int, int], Node] = Told()  # files with another text than was looked up
+        self._writers: Told[tuple[int, str], int] = Told()  # inodes for writers of labels, by process and label
+        self._refreshed: Told[tuple[int, int], Node] = Told()  # files with another text than was looked up, by process, slot
         self._handles = count(1)
         tree.snapshotter.subscribe(self.cache.note)
 
@@ -198,9 +198,8 @@ class Operations(pyfuse3.Operations):
             raise NameTooLong(f"the name is longer than {names.NAME_MAX} bytes")
         try:
             node = directory.lookup(name.decode())
-            if isinstance(node, Label):
-                inode = self._writers.get((ctx.pid, node.number, node.key))
-                node = self.tree.node(inode) if inode in self.tree.writers else node
+            if isinstance(node, Label) and self._writers.get(_writer(node, ctx.pid)) is not None:
+                node = self.tree.node(self._inode_for_writing(node, ctx.pid))
             return self.entry(node)
         except (NotFound, UnicodeDecodeError):
             raise FUSEError(errno.ENOENT) from None  # never cached: names may appear by what happens elsewhere
@@ -345,37 +344,45 @@ class Operations(pyfuse3.Operations):
 
         Processes in pid namespaces that can't be seen from here all have the pid 0: they share one inode, which stays theirs.
         """
-        writer = pid, node.number, node.key
         if node.text is None:
             if pid:
-                self._writers.pop(writer)
+                self._writers.pop(_writer(node, pid))
             return
-        inode = self._writers.get(writer)
-        self._writers.tell(writer, inode if inode in self.tree.writers else node.for_writing().inode)
+        self._inode_for_writing(node, pid)
         raise Stale(node.path)
+
+    def _inode_for_writing(self, node: Label, pid: int) -> int:
+        """The inode that the writer ``pid`` was told of, or a new one: the name may be another snapshot's by now."""
+        inode = self._writers.get(_writer(node, pid))
+        if inode is None or inode not in self.tree.writers or unpack(inode)[0] != node.number:
+            inode = node.for_writing().inode
+        self._writers.tell(_writer(node, pid), inode)
+        return inode
 
     async def _refreshed_node(self, inode: int, pid: int) -> Node:
         """What is to be read by who opens ``inode``: the node as it is now; raises Stale if that has another inode.
 
         Who has the size and pages of one inode can't be given another text.  So the kernel is made to look the name up again:
         then the new text's inode is opened, for which nothing more is to be found out.  It does so once: who comes back with
-        an inode that won't do, because many texts have come since or no name was looked up, gets the text past the pages.
+        an inode that won't do, because many texts have come since, the name is another snapshot's by now or none was looked
+        up, gets the text past the pages.
         """
         number, slot = unpack(inode)
-        asker = number, slot & 0x7F if slot & Slot.VERSION_OF else slot, pid
+        asker = pid, slot & 0x7F if slot & Slot.VERSION_OF else slot
         told = self._refreshed.pop(asker)
         try:
             node = self.tree.node(inode)
         except Stale:
             node = self.tree.now(inode)
-        if told is not None:
+        if told is not None and unpack(told.inode)[0] == number:
             return node if node.inode == inode and node.is_known else told
         if not isinstance(node, File):
             return node
         now = await node.refresh()
         if isinstance(node, AttributeFile) and now is not node:  # the directory shows what was found out
             self.cache.forget_directory(node.number)
-        if now.inode != inode and pid:  # 0: a process that can't be seen from here, so it would not be known again
+        # pid 0: a process that can't be seen from here, so it would not be known again
+        if now.inode != inode and told is None and pid:
             self._refreshed.tell(asker, now)
             raise Stale(node.path)
         return now
@@ -478,6 +485,11 @@ class Operations(pyfuse3.Operations):
 
 
 _ROOT_DIRECTORIES = frozenset(range(ROOT_INODE, 16))
+
+
+def _writer(node: Label, pid: int) -> tuple[int, str]:
+    """Who writes the label, as far as can be known: a process, or (0) some of the snapshot's."""
+    return pid or -node.number, node.key
 
 
 def _notify(poll_handle: pyfuse3.PollHandle) -> None:

@@ -85,6 +85,7 @@ class KindDirectory(Directory):
         if self.kind is Kind.COMMITTED:
             raise NotPermitted("committed snapshots can't be made by mkdir: rename an active one into committed/")
         key = names.decode(name)
+        self.tree.refuse_taken(key)
         number = await self.tree.snapshotter.create(self.kind, key, self.parent or None)
         return SnapshotDirectory(self.tree, number, self.tree.record(number))
 

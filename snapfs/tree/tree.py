@@ -157,6 +157,17 @@ class Tree:
             del self.writers[next(iter(self.writers))]
         return inode
 
+    def refuse_taken(self, key: str, by: int | None = None) -> None:
+        """Raise AlreadyExists if ``key`` is in use, unless by snapshot ``by``.
+
+        Whoever writes the records refuses that too, but not before the writes under way are on disk and a rootfs is unmounted,
+        and for all that time the kernel would hold the locks that others wait for.
+        """
+        with self.reading() as reader:
+            taken = reader.find(key)
+        if taken is not None and taken[0] != by:
+            raise AlreadyExists.snapshot(key, taken[1].kind)
+
     # -- renaming, the one operation on two directories
 
     async def rename(self, source: Node, name: str, target: Node, new_name: str, *, replace: bool = True) -> None:
@@ -181,12 +192,14 @@ class Tree:
             raise NotPermitted(str(error)) from None  # mv misreports EINVAL
         try:
             if source.kind is Kind.ACTIVE and target.kind is Kind.COMMITTED:
+                self.refuse_taken(new_key, number)
                 await self._commit(number, new_key, target.parent or None)
             elif source.kind is Kind.VIEW and target.kind is Kind.COMMITTED:
                 raise NotPermitted(f'snapshot "{record.name}" is a view: only active snapshots can be committed')
             elif target.parent:
                 raise NotPermitted(f"{target.path} lists children: rename the snapshot in {source.path} itself")
             else:
+                self.refuse_taken(new_key, number)
                 await self.snapshotter.rename(number, new_key)
         except NotFound:
             raise NotFound.snapshot(record.name) from None

@@ -2,8 +2,9 @@
 
     python -m tests.soak --seconds 600 --clients 64 --seed 1
 
-Each client has names of its own, of which its model knows exactly what must be there and what each call must answer
-(``private``), and meets all others at names that they share, where it knows what may happen (``shared``).  Meanwhile the
-daemon's memory, descriptors, threads and objects are sampled (``watch``), and at the end all that the clients know, what
+Each client (``client``) has names of its own: it knows exactly what must be there (``model``) and what each call must answer
+that makes, moves or removes a snapshot (``private``) or is about what is inside (``labels``, ``files``), and looks whether that
+is so (``look``).  It meets all others at names that they share, where it knows what may happen (``shared``).  Meanwhile the
+daemon's memory, descriptors and threads are sampled (``watch``), and at the end all that the clients know, what
 ``events`` and ``error_log`` told, the records and the directories on disk have to agree (``verdict``).
 """

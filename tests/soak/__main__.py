@@ -21,9 +21,10 @@ from pathlib import Path
 from tests.conftest import Daemon, die_with_parent, own_mount_namespace
 from tests.soak import verdict
 from tests.soak.client import Board, Client, Event, Excused, Report, Violation
-from tests.soak.private import BASE, BASE_FILES, Private
+from tests.soak.model import BASE, BASE_FILES
+from tests.soak.private import Private
 from tests.soak.shared import Shared
-from tests.soak.watch import Followed, Moment, Sample, Trend, follow, measure, sample, trends
+from tests.soak.watch import MOST, WARM, Followed, Moment, Sample, Trend, follow, measure, sample, trends
 
 CRAWLS = 1 / 1500  # of the operations; each is thousands of calls
 
@@ -51,11 +52,11 @@ def work(number: int, root: str, seed: int, board: Board, base: int, until: floa
                 operation()
             time.sleep(client.pick.random() * pause)
         if not board.stopped:
-            private.check_all()
+            private.look.check_all()
     except Violation as violation:
         client.report.violation = violation.name, f"client {number}, {operation.__name__}: {violation.sentence}"
         board.stop()
-    for its in private.snapshots.values():
+    for its in private.model.snapshots.values():
         client.report.holds[its.number] = its.key, str(its.kind), its.parent, its.labels
     return client.ended()
 
@@ -93,7 +94,7 @@ class Helper:
 def served(place: Path, clients: int) -> Iterator[Daemon]:
     """A daemon for so many clients, each of whom may be in one rootfs at a time."""
     daemon = Daemon(place / "root", place / "mnt", f"--rootfs-idle={IDLE}", f"--rootfs-max={16 + clients * 3 // 2}")
-    daemon.program = ("-m", "tests.soak.served", str(place / "objects"))
+    daemon.program = ("-m", "tests.soak.served", str(place / "used"))
     try:
         yield daemon.start()
     finally:
@@ -167,17 +168,15 @@ class Soak:
 
     def watch(self, daemon: Daemon, clients: dict[int, Helper]) -> None:
         """Sample the daemon until all clients have ended."""
-        next_sample = next_count = time.monotonic() + 1
+        next_sample = time.monotonic() + 1
         running = dict(clients)
         while running:
             time.sleep(0.05)
             now = time.monotonic()
             if now >= next_sample:
                 self.samples.append(sample(daemon.pid, daemon.root))
-                next_sample += 1
-            if now >= next_count:
                 os.kill(daemon.pid, signal.SIGUSR1)
-                next_count += max(2.0, self.seconds / 30)
+                next_sample += 1
             for n, helper in list(running.items()):
                 if helper.has_ended():
                     del running[n]
@@ -224,7 +223,7 @@ class Soak:
             self.wrong += verdict.same_records(self.place / "root", history, self.reports)
             self.wrong += verdict.same_contents(self.place / "root", history, self.reports)
         self.wrong += verdict.too_slow(self.reports, self.moments)
-        self.count_objects()
+        self.samples += [Sample(*json.loads(line)) for line in (self.place / "used").read_text().splitlines()]
         self.wrong += [f"not flat: {trend}" for trend in self.trends() if not trend.is_flat]
 
     def tell_of(self, path: str) -> list[str]:
@@ -243,15 +242,9 @@ class Soak:
         errors = [f"  error_log: {line}" for line in self.followed.errors if name in line]
         return [f"what is known of {name}:", *lines[-60:], *told[-20:], *errors[-20:]]
 
-    def count_objects(self) -> None:
-        lines = (self.place / "objects").read_text().splitlines()
-        step = max(2.0, self.seconds / 30)
-        self.counts = [Counter(json.loads(line)) for line in lines]
-        for n, count in enumerate(self.counts):
-            self.samples.append(Sample(self.began + 1 + n * step, {"objects": count.total()}))
-
     def trends(self) -> list[Trend]:
-        return trends(self.samples, self.began, self.ended)
+        calls = sum(report.outcomes.total() for report in self.reports)
+        return trends(self.samples, self.began, self.ended, calls)
 
     def say(self) -> bool:
         latencies: dict[str, array[float]] = {}
@@ -276,9 +269,11 @@ class Soak:
             overslept = 1000 * max(its.overslept for its in self.moments)
             fsync = 1000 * max(its.fsync for its in self.moments)
             print(f"\nthe machine: a sleeper overslept at most {overslept:.0f} ms, an fsync took at most {fsync:.0f} ms")
-        print(f"\n{'the daemon':16} {'2nd fifth':>9} {'last':>9} {'bound':>9} {'most':>9}")
-        for trend in self.trends():
-            print(f"{trend.name:16} {trend.early:9.0f} {trend.late:9.0f} {trend.bound:9.0f} {trend.most:9.0f}")
+        print(f"\n{'the daemon':16} {'half-time':>9} {'end':>9} {'bound':>9} {'most':>9} {'bound':>9}")
+        for name, middle, end, bound, most in self.trends():
+            print(f"{name:16} {middle:9.0f} {end:9.0f} {bound:9.0f} {most:9.0f} {MOST[name]:9.0f}")
+        if total // 2 < WARM:
+            print(f"in fewer than {2 * WARM:,} calls nobody can tell what leaks from what warms up: only the most is judged")
         print(f"\n{'in the daemon':16} {'p50':>9} {'p99':>9} {'max':>9}  of the last thousand, in milliseconds")
         for operation, meter in self.answered.items():
             took = meter["milliseconds"]

@@ -182,16 +182,34 @@ class Client:
 
     # -- what consists of several calls
 
-    def read(self, path: str, *excuses: int) -> bytes:
-        """What the file holds, as most programs read it: to its end, wherever stat(2) says that is."""
-        fd = self.may("open", path, lambda: os.open(path, os.O_RDONLY), *excuses)
+    @contextmanager
+    def opened(self, path: str, flags: int, *excuses: int) -> Iterator[int]:
+        """A descriptor of ``path``."""
+        fd = self.may("open", path, lambda: os.open(path, flags, 0o644), *excuses)
         try:
-            parts = []
-            while part := self.may("read", path, lambda: os.read(fd, 1 << 16)):
-                parts.append(part)
+            yield fd
         finally:
             self.must("close", path, lambda: os.close(fd))
+
+    def read(self, path: str, *excuses: int) -> bytes:
+        """What the file holds, as most programs read it: to its end, wherever stat(2) says that is."""
+        parts = []
+        with self.opened(path, os.O_RDONLY, *excuses) as fd:
+            while part := self.may("read", path, lambda: os.read(fd, 1 << 16)):
+                parts.append(part)
         return b"".join(parts)
+
+    def read_on(self, fd: int, path: str, offset: int) -> bytes:
+        """What a file that grows holds from ``offset`` on."""
+        told = b""
+        while part := self.must("read", path, partial(os.pread, fd, 1 << 16, offset + len(told))):
+            told += part
+        return told
+
+    def flush(self, path: str, *excuses: int) -> None:
+        """fsync of a directory."""
+        with self.opened(path, os.O_RDONLY | os.O_DIRECTORY, *excuses) as fd:
+            self.may("fsync", path, lambda: os.fsync(fd), *excuses)
 
     def list_long(self, directory: str) -> list[str]:
         """ls -l: the names, each with its attributes; those that went meanwhile are left out."""
@@ -245,7 +263,11 @@ class Client:
         if not holds:
             raise Violation(name, sentence)
 
-    # -- its end
+    # -- its report
+
+    def tell(self, operation: str, key: str, name: str | None = None) -> None:
+        """It was told that this change is done."""
+        self.report.events[Event(operation, key, name)] += 1
 
     def ended(self) -> Report:
         self.report.history = list(self.history)

@@ -14,8 +14,8 @@ from contextlib import suppress
 from functools import partial
 
 from snapfs.model import Kind
-from tests.soak.client import Client, Event, Excused
-from tests.soak.private import BASE
+from tests.soak.client import Client, Excused
+from tests.soak.model import BASE, inside
 
 NAMES = tuple(f"s{n}" for n in range(14))
 _LABELS = ("x", "shared")
@@ -67,39 +67,36 @@ class Shared:
         chance = self.pick.random()
         return None if chance < 0.4 else BASE if chance < 0.7 else self.name()
 
-    def tell(self, operation: str, key: str, name: str | None = None) -> None:
-        self.client.report.events[Event(operation, key, name)] += 1
-
     # -- changing
 
     def make(self) -> None:
         kind, name, parent = self.pick.choice((Kind.ACTIVE, Kind.ACTIVE, Kind.VIEW)), self.name(), self.parent()
         path, excuses = f"{kind}/{name}", [errno.EEXIST]
         if parent is not None:
-            path, excuses = f"committed/{parent}/{path}", [errno.EEXIST, GONE]
+            path, excuses = inside(parent, path), [errno.EEXIST, GONE]
         self.client.may("mkdir", path, lambda: os.mkdir(path), *excuses)
-        self.tell("view" if kind is Kind.VIEW else "prepare", name)
+        self.client.tell("view" if kind is Kind.VIEW else "prepare", name)
 
     def commit(self) -> None:
         key, name = self.name(), self.name()
         source, target = f"active/{key}", f"committed/{name}"
         excuses = [GONE, errno.EEXIST, errno.EBUSY]
         if self.pick.random() < 0.3:
-            target = f"committed/{self.pick.choice((BASE, self.name()))}/committed/{name}"
+            target = inside(self.pick.choice((BASE, self.name())), target)
             excuses += [errno.EPERM, errno.ENOTDIR]  # another parent; a directory onto a link
         self.client.may("rename", f"{source} {target}", lambda: os.rename(source, target), *excuses)
-        self.tell("commit", key, name)
+        self.client.tell("commit", key, name)
 
     def rename(self) -> None:
         kind, old, new = self.pick.choice(list(Kind)), *self.pick.sample(NAMES, 2)
         source, target = f"{kind}/{old}", f"{kind}/{new}"
         self.client.may("rename", f"{source} {target}", lambda: os.rename(source, target), GONE, errno.EEXIST)
-        self.tell("rename", old, new)
+        self.client.tell("rename", old, new)
 
     def remove(self) -> None:
         path = self.path()
         self.client.may("rmdir", path, lambda: os.rmdir(path), GONE, errno.ENOTEMPTY, errno.EBUSY)
-        self.tell("remove", os.path.basename(path))
+        self.client.tell("remove", os.path.basename(path))
 
     def remove_as_a_file_manager(self) -> None:
         """rm -r, whoever does what with the snapshot meanwhile."""
@@ -117,20 +114,17 @@ class Shared:
 
         delete(path)
         self.client.may("rmdir", path, lambda: os.rmdir(path), *excuses, errno.EBUSY)
-        self.tell("remove", os.path.basename(path))
+        self.client.tell("remove", os.path.basename(path))
 
     def label(self) -> None:
         """Written or extended by a shell; now and then nothing is written after all."""
         path = f"{self.path()}/labels/{self.pick.choice(_LABELS)}"
         flags = os.O_WRONLY | os.O_CREAT | self.pick.choice((os.O_TRUNC, os.O_TRUNC, os.O_APPEND))
-        fd = self.client.may("open", path, lambda: os.open(path, flags, 0o644), GONE)
-        try:
+        with self.client.opened(path, flags, GONE) as fd:
             if self.pick.random() < 0.9:
                 value = f"{self.client.number} {self.pick.random()}\n".encode()
                 with suppress(Excused):
                     self.client.may("write", path, lambda: os.write(fd, value), GONE, errno.E2BIG)
-        finally:
-            self.client.must("close", path, lambda: os.close(fd))
 
     def unlink_label(self) -> None:
         path = f"{self.path()}/labels/{self.pick.choice(_LABELS)}"
@@ -244,12 +238,9 @@ class Shared:
         if name != "error_log":
             self.whole(path, self.client.read(path))
             return
-        fd = self.client.must("open", path, lambda: os.open(path, os.O_RDONLY))
-        try:
+        with self.client.opened(path, os.O_RDONLY) as fd:
             end = self.client.must("fstat", path, lambda: os.fstat(fd)).st_size
             text = self.client.must("read", path, lambda: os.pread(fd, 1 << 16, max(0, end - 10_000)))
-        finally:
-            self.client.must("close", path, lambda: os.close(fd))
         self.client.check(text == b"" or text.endswith(b"\n") or len(text) == 1 << 16, path, f"{path} ends in {text[-100:]!r}")
 
     def space(self) -> None:
@@ -259,32 +250,20 @@ class Shared:
 
     def cleanup(self) -> None:
         path = ".snapfs/cleanup"
-        fd = self.client.must("open", path, lambda: os.open(path, os.O_WRONLY | os.O_TRUNC))
-        try:
+        with self.client.opened(path, os.O_WRONLY | os.O_TRUNC) as fd:
             self.client.must("cleanup", path, lambda: os.write(fd, b"1\n"))
-        finally:
-            self.client.must("close", path, lambda: os.close(fd))
 
     def flush(self) -> None:
-        path = self.path()
-        fd = self.client.may("open", path, lambda: os.open(path, os.O_RDONLY | os.O_DIRECTORY), GONE)
-        try:
-            self.client.may("fsync", path, lambda: os.fsync(fd), GONE)
-        finally:
-            self.client.must("close", path, lambda: os.close(fd))
+        self.client.flush(self.path(), GONE)
 
     def wait_for_others(self) -> None:
         """Who has read all sleeps until there is more; with so many at work that is soon."""
         path = ".snapfs/events"
-        fd = self.client.must("open", path, lambda: os.open(path, os.O_RDONLY))
-        try:
+        with self.client.opened(path, os.O_RDONLY) as fd:
             end = os.fstat(fd).st_size
-            while part := self.client.must("read", path, partial(os.pread, fd, 1 << 16, end)):
-                end += len(part)
+            end += len(self.client.read_on(fd, path, end))
             waiting = select.poll()
             waiting.register(fd, select.POLLIN)
             ready = waiting.poll(3000)
             after = os.fstat(fd).st_size
             self.client.check(bool(ready) or after == end, path, f"{path} has grown from {end} to {after}, and poll slept on")
-        finally:
-            self.client.must("close", path, lambda: os.close(fd))
