@@ -20,9 +20,10 @@ from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
 from snapfs.flushing import Flushing
 from snapfs.imprint import Imprint
 from snapfs.layers import Layers, parse_id
-from snapfs.metastore import MetaStore, broken_pages
+from snapfs.metastore import MetaStore
 from snapfs.model import Kind, Usage
 from snapfs.records import Record, Writer
+from snapfs.soundness import broken_pages
 from snapfs.usage import disk_usage
 
 Progress = Callable[[str, int, int], None]

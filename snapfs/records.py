@@ -11,7 +11,7 @@ Tables (keys are compared as bytes; ids are 8 bytes, big-endian, so byte order i
     unflushed    id -> boot id                    committed, and its data not yet known to be on disk (``snapfs/flushing.py``)
     placed       id -> name in ROOT/pool          its directory may still be there (``snapfs/placing.py``)
 
-Who opens, closes and synchronizes them is ``snapfs/metastore.py``.
+Who opens and closes them is ``snapfs/environment.py``, who writes them ``snapfs/metastore.py``.
 """
 
 from __future__ import annotations

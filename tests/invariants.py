@@ -212,11 +212,11 @@ class Mangled:
 
     def __init__(self, path: Path) -> None:
         self.store = MetaStore(str(path), sync=False, map_size=1 << 24)
-        fill(self.store._env)
+        fill(self.store.environment.env)
 
     def check(self, puts: list[Put]) -> None:
         """Check all reads as they are after ``puts``, and forget those."""
-        env = self.store._env
+        env = self.store.environment.env
         with env.begin(write=True) as txn:
             mangle(env, txn, puts)
             reader = Reader(self.store.tables)

@@ -128,7 +128,7 @@ async def test_under_a_heavy_load_it_holds_all_that_was_acknowledged(
         over.set()
     assert sizes == sorted(set(sizes))
     await snapshotter.prepare("last")
-    assert readers(snapshotter.records._env) == ["-"]
+    assert readers(snapshotter.records.environment.env) == ["-"]
 
 
 def test_what_is_there_is_never_replaced(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_places_that_make_no_sense(served: Path, tmp_path: Path) -> None:
 
 def test_a_newer_schema_is_not_copied(served: Path, tmp_path: Path) -> None:
     store = MetaStore(str(served / "metadata.mdb"))
-    with store._env.begin(write=True) as txn:
+    with store.environment.env.begin(write=True) as txn:
         txn.put(b"schema", b"7", db=store.tables.meta)
     store.close()
     with pytest.raises(Damaged, match=r"newer snapfs \(schema 7"):

@@ -136,14 +136,14 @@ async def test_growing_waits_for_who_reads_and_nobody_else_waits(tmp_path: Path)
             both.start_soon(read_early)
             await begun.wait()
             both.start_soon(grow)
-            while not store.is_growing:
+            while not store.environment.is_growing:
                 await trio.sleep(0.001)
             both.start_soon(read_late)
             for _ in range(100):
                 await trio.sleep(0.001)
                 with store.reading() as outer, store.reading() as inner:
                     assert outer.last_id() == inner.last_id() < 399
-            assert store.is_growing
+            assert store.environment.is_growing
             assert not late_begun.is_set()
             go_on.set()
         store.stop()
@@ -480,7 +480,7 @@ async def test_no_address_space_to_grow_into(tmp_path: Path, monkeypatch: pytest
     async with trio.open_nursery() as nursery:
         await nursery.start(store.serve)
         with monkeypatch.context() as patch:
-            patch.setattr("snapfs.metastore.refuse_without_address_space", refuse)
+            patch.setattr("snapfs.environment.refuse_without_address_space", refuse)
             with pytest.raises(Unavailable, match="Cannot allocate memory") as caught:
                 for n in range(1000):
                     await store.write(adding(f"{n:0200d}"))

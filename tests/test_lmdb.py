@@ -27,6 +27,7 @@ from snapfs import (
     SnapshotError,
     Snapshotter,
     Unavailable,
+    environment,
     locktable,
     metastore,
     open_snapshotter,
@@ -91,17 +92,17 @@ async def test_what_is_read_after_the_block_is_an_error(store: MetaStore) -> Non
     for call in calls:
         with pytest.raises(RuntimeError, match="after the block"):
             call()
-    assert readers(store._env) == ["-"]
+    assert readers(store.environment.env) == ["-"]
     await store.write(adding("d"))
     assert [info.name for info in walked] == ["a", "b", "c"]
 
 
 async def test_errors_and_generators_that_are_kept_take_no_place(snapshotter: Snapshotter) -> None:
     """An error's traceback refers to all that stood in the frames that it passed, and so did each to a transaction."""
-    env = snapshotter.records._env
+    env = snapshotter.records.environment.env
     await snapshotter.prepare("a")
     kept: list[object] = []
-    for number in range(2 * metastore.READERS):
+    for number in range(2 * environment.READERS):
         with pytest.raises(NotFound) as caught:
             await snapshotter.stat(f"nobody {number}")
         kept.append(caught.value)
@@ -111,13 +112,13 @@ async def test_errors_and_generators_that_are_kept_take_no_place(snapshotter: Sn
             next(listing)
             kept.append(listing)
             kept.append(reader)
-    assert len(kept) == 2 * metastore.READERS + 200
+    assert len(kept) == 2 * environment.READERS + 200
     assert readers(env) == ["-"]
     assert env.info()["num_readers"] < 5
 
 
 async def test_a_mixed_load_leaves_no_reader(snapshotter: Snapshotter) -> None:
-    env = snapshotter.records._env
+    env = snapshotter.records.environment.env
     tree = Tree(snapshotter)
     met = crawled = 0
 
@@ -158,9 +159,9 @@ async def test_a_mixed_load_leaves_no_reader(snapshotter: Snapshotter) -> None:
 
 
 async def test_more_readers_than_places_wait_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metastore, "READERS", 4)
+    monkeypatch.setattr(environment, "READERS", 4)
     store = MetaStore(str(tmp_path / "m"), map_size=1 << 20)
-    assert store._env.info()["max_readers"] == 4
+    assert store.environment.env.info()["max_readers"] == 4
     all_there, refused, met = threading.Barrier(64), list[BaseException](), list[int]()
 
     def read() -> None:
@@ -168,7 +169,7 @@ async def test_more_readers_than_places_wait_for_one(tmp_path: Path, monkeypatch
         try:
             for _ in range(20):
                 with store.reading() as reader:
-                    met.append(len(readers(store._env)))
+                    met.append(len(readers(store.environment.env)))
                     reader.ids()
         except BaseException as error:
             refused.append(error)
@@ -185,14 +186,14 @@ async def test_more_readers_than_places_wait_for_one(tmp_path: Path, monkeypatch
 
 
 async def test_who_waits_too_long_for_a_place_is_told(store: MetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metastore, "PATIENCE", 0.0)
+    monkeypatch.setattr(environment, "PATIENCE", 0.0)
     held = []
     while True:
         try:
-            held.append(store._env.begin())
+            held.append(store.environment.env.begin())
         except lmdb.ReadersFullError:
             break
-    assert len(held) == metastore.READERS
+    assert len(held) == environment.READERS
     with pytest.raises(Unavailable, match="more than 1024 others are reading"), store.reading():
         pass
     del held
@@ -294,12 +295,12 @@ def test_what_a_killed_process_left_in_memory_goes(tmp_path: Path, monkeypatch: 
 async def test_places_of_a_killed_process_are_free_while_running(store: MetaStore) -> None:
     """Else no page that it was reading would be used again, and the file grow for ever."""
     kill_a_reader(store.path, 3)
-    assert len(readers(store._env)) == 4
+    assert len(readers(store.environment.env)) == 4
     await store.write(adding("a"))
-    assert readers(store._env) == ["-"]
-    kill_a_reader(store.path, metastore.READERS - 1)
+    assert readers(store.environment.env) == ["-"]
+    kill_a_reader(store.path, environment.READERS - 1)
     with store.reading(), store.reading():  # the second one finds no place
-        assert len(readers(store._env)) == 2
+        assert len(readers(store.environment.env)) == 2
 
 
 # -- forks
@@ -351,10 +352,10 @@ async def test_a_forked_process_is_refused_and_harms_nothing(snapshotter: Snapsh
     assert in_fork(lambda: snapshotter._reading().__enter__()) == REFUSED
     with store.reading() as reader:
         assert reader.id_of("web") == 1
-        before = readers(store._env)
+        before = readers(store.environment.env)
         assert in_fork(store.close) == "None"
         assert in_fork(snapshotter.layers.close) == "None"
-        assert readers(store._env) == before
+        assert readers(store.environment.env) == before
         assert reader.id_of("web") == 1
     assert set(os.listdir(root / "pool")) >= pool
     await snapshotter.prepare("more")
@@ -367,11 +368,11 @@ async def test_a_fork_within_a_block_that_reads_leaves_the_parents_transaction(s
     reader = block.__enter__()
     listing = reader.listing(Kind.ACTIVE)
     next(listing)
-    before = readers(store._env)
+    before = readers(store.environment.env)
     assert in_fork(lambda: block.__exit__(None, None, None)) == "None"
-    assert readers(store._env) == before != ["-"]
+    assert readers(store.environment.env) == before != ["-"]
     block.__exit__(None, None, None)
-    assert readers(store._env) == ["-"]
+    assert readers(store.environment.env) == ["-"]
 
 
 HOLDER = """
@@ -423,7 +424,7 @@ def somebody_elses(path: Path, table: bytes | None = b"things") -> None:
 
 def a_store(path: Path) -> None:
     store = MetaStore(str(path), map_size=1 << 24)
-    with store._env.begin(write=True) as txn:
+    with store.environment.env.begin(write=True) as txn:
         for number in range(3000):
             txn.put(f"name {number}".encode(), (1).to_bytes(8, "big"), db=store.tables.names)
     store.close()

@@ -51,7 +51,7 @@ def check_indexes(store: MetaStore) -> None:
 
 def entries(store: MetaStore, table: str) -> int:
     database = {"children": store.tables.children, "names": store.tables.names}[table]
-    with store._env.begin() as txn:
+    with store.environment.env.begin() as txn:
         return int(txn.stat(database)["entries"])
 
 
@@ -463,7 +463,7 @@ async def test_reading_and_writing_after_the_end(tmp_path: Path) -> None:
 def test_another_schema_is_refused(tmp_path: Path, schema: object, words: str) -> None:
     path = str(tmp_path / "m")
     store = MetaStore(path, map_size=1 << 20)
-    with store._env.begin(write=True) as txn:
+    with store.environment.env.begin(write=True) as txn:
         txn.put(b"schema", str(schema).encode(), db=store.tables.meta)
     store.close()
     with pytest.raises(Damaged, match=words):
@@ -484,7 +484,7 @@ def test_a_store_that_can_not_be_opened_is_unavailable(tmp_path: Path) -> None:
 
 async def test_a_record_that_can_not_be_read_is_damaged(store: MetaStore) -> None:
     await store.write(adding("a"))
-    with store._env.begin(write=True) as txn:
+    with store.environment.env.begin(write=True) as txn:
         txn.put((1).to_bytes(8, "big"), b"\xc1nonsense", db=store.tables.snapshots)
     with store.reading() as reader, pytest.raises(Damaged, match="snapshot 1"):
         reader.record(1)

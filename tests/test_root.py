@@ -441,7 +441,7 @@ async def test_a_newer_schema_is_refused_and_nothing_is_touched(root: Path) -> N
         await snapshotter.prepare("web")
     (root / "snapshots/2").mkdir()
     store = MetaStore(str(root / "metadata.mdb"))
-    with store._env.begin(write=True) as txn:
+    with store.environment.env.begin(write=True) as txn:
         txn.put(b"schema", b"2", db=store.tables.meta)
     store.close()
     with pytest.raises(Damaged, match=r"newer snapfs \(schema 2; this one reads 1\): use that one"):

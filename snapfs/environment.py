@@ -1,0 +1,355 @@
+"""One LMDB environment that can be made larger, and opened anew, while others read.
+
+**Reading** takes an LMDB read transaction of its own for each call: about a microsecond, no lock, no thread, one
+consistent state.  It ends with its block and lets go of its place in LMDB's table of readers, whoever still holds the
+``Reader`` (an error that somebody keeps does, by its traceback).
+
+**Forking** is fine as long as the child leaves all of this alone: LMDB keeps its locks by process.  So each call is refused
+there, and what the child inherited is neither closed nor ended, since both would undo the parent's.  It must leave by exec
+or os._exit: unwinding trio in a child breaks the parent's loop, whatever it runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+import weakref
+from contextlib import AbstractContextManager, ExitStack, suppress
+from typing import Any, NoReturn
+
+import lmdb
+
+from snapfs.errors import Closed, Damaged, Forked, SnapshotError, Unavailable
+from snapfs.locktable import new_table, open_environment
+from snapfs.records import Reader, Tables
+from snapfs.reserve import FULL, RESERVE, Space, make_file, refuse_without_address_space
+from snapfs.soundness import refuse_foreign, refused, unreadable
+
+log = logging.getLogger(__name__)
+
+READERS = 1024  # that may read at once, in all processes: 64 bytes of the lock file each, and far more than there are threads
+PATIENCE = 2.0  # seconds that one more than these waits for a place
+
+_NONSENSE = (lmdb.Error, UnicodeDecodeError, OverflowError)  # what reading gives where pages of the file are not what they were
+
+
+class _Ended:
+    """The transaction of a reader whose block has ended."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError("the records were read after the block that reads them had ended")
+
+
+_ended: Any = _Ended()
+
+
+class _Reading(Reader):
+    """A reader with a transaction of its own, for one ``with`` block.
+
+    Its place in LMDB's table of readers is free only when no object refers to the transaction any more, so that none may be
+    left behind in the frames of an error's traceback.
+    """
+
+    def __init__(self, environment: Environment, *, long: bool) -> None:
+        super().__init__(environment.tables)
+        self._environment = environment
+        self._long = long
+
+    def __enter__(self) -> Reader:
+        environment = self._environment
+        if environment.refusal is not None:
+            raise environment.refusal()
+        with environment._guard:
+            if environment.shut is not None:
+                raise Unavailable(
+                    f"cannot read the records: {environment.shut}; the next change tries again",
+                    getattr(environment.shut, "errno", None),
+                )
+            while self._long and environment.is_growing:  # or one after the other might keep the writer waiting for ever
+                environment._idle.wait()
+            environment._readers += 1
+        try:
+            try:
+                self._txn = environment.env.begin()
+            except (lmdb.ReadersFullError, lmdb.PanicError):
+                self._txn = environment._begin_when_possible()
+            self._tables = environment.tables
+        except lmdb.Error as error:
+            environment._has_read()
+            raise refused("read the records", environment.path, error) from error
+        except BaseException:
+            environment._has_read()
+            raise
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        txn, self._txn = self._txn, _ended
+        if self._environment.refusal is Forked:
+            return  # it is the parent's, and py-lmdb leaves it alone as long as nobody ends it here
+        try:
+            txn.abort()
+        finally:
+            self._environment._has_read()
+        if isinstance(error, _NONSENSE):
+            raise Damaged(
+                f"the records in {self._environment.path} can't be read: {error}; put them back from a backup"
+            ) from error
+
+
+class Environment:
+    """One LMDB environment, which many read and one writer writes to: ``env`` is LMDB's, ``tables`` are its tables, ``space``
+    are its blocks on the disk.
+
+    Raises Unavailable where the file can't be opened or another process has it, Damaged where it is none of ours or of a
+    newer schema: it is not touched then.  A file that is missing or empty becomes a new one.
+    """
+
+    def __init__(self, path: str, map_size: int, *, sync: bool) -> None:
+        self.path = path
+        self.sync = sync
+        self.refusal: type[Closed] | None = None
+        """What every call raises: Closed after ``close``, Forked in a child of the process that opened it, else None."""
+        self.shut: Unavailable | Damaged | None = None
+        """Why it could not be opened anew."""
+        self.is_growing = False
+        """It is made larger, or opened anew, or is about to be."""
+        self._guard = threading.Lock()  # of what follows: a map can't change its size while anybody uses it
+        self._idle = threading.Condition(self._guard)
+        self._readers = 0
+        self._openings = 0
+        try:
+            self._open(map_size)
+        except lmdb.Error as error:
+            raise unreadable(path, error) from error
+        except OSError as error:
+            raise refused("open the records", path, error) from error
+        _open_environments.add(self)
+
+    def _open(self, map_size: int) -> None:
+        path = self.path
+        with ExitStack() as undoing:
+            if not os.path.lexists(path):
+                undoing.callback(_remove, path)  # a database that was cut short could not be read the next time
+            else:
+                map_size = max(map_size, os.path.getsize(path) - RESERVE)
+            make_file(path)
+            self.space = Space(path)
+            undoing.callback(self.space.close)
+            self._table = new_table(path)
+            undoing.callback(os.close, self._table)
+            self.env = self._opened(map_size)
+            undoing.callback(self.env.close)
+            refuse_foreign(self.env, path)  # before anything is written
+            self._page_size: int = self.env.stat()["psize"]
+            self.space.size = self._mapped()
+            self._write_heads_anew()
+            while True:
+                try:
+                    with self.env.begin(write=True) as txn:
+                        self.tables = Tables(self.env, txn)
+                    break
+                except lmdb.MapFullError:
+                    self.grow()
+            self.refill()  # not before the file is known to be ours
+            undoing.pop_all()
+
+    def _write_heads_anew(self) -> None:
+        """Have the disk hold what the records are by the kernel's word: the last process may have ended in doubt."""
+        try:
+            if self.env.info()["last_txnid"]:
+                self.write_anew(0, 1)
+        except OSError as error:
+            if error.errno not in FULL:  # btrfs at its quota refuses even this, and writes nothing in place anyway
+                raise
+
+    def _opened(self, map_size: int, *, readonly: bool = False) -> lmdb.Environment:
+        env = open_environment(
+            self.path,
+            self._table,
+            readonly=readonly,
+            sync=self.sync,
+            map_size=map_size,
+            mode=0o600,
+            max_dbs=16,
+            max_spare_txns=1,
+            max_readers=READERS,
+        )
+        try:
+            _keep_from_children(self.path)
+        except BaseException:
+            env.close()
+            raise
+        return env
+
+    @property
+    def map_size(self) -> int:
+        """Bytes that the records may take before the map has to grow."""
+        return self.space.size
+
+    def _mapped(self) -> int:
+        """The same as LMDB has it, while no transaction is open."""
+        size: int = self.env.info()["map_size"]
+        return size
+
+    def close(self) -> None:
+        """Close it; twice is fine.  Nobody may be writing."""
+        if self.refusal is None:
+            self.refusal = Closed
+            self.env.close()
+            os.close(self._table)
+            self.space.close()
+
+    def reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
+        """One consistent state, for a block that must be short and must not await anything.
+
+        In a worker thread, outside of any other such block, it may be ``long``.
+        """
+        return _Reading(self, long=long)
+
+    def _begin_when_possible(self) -> lmdb.Transaction[bytes]:
+        """A read transaction although all places were taken, by dead processes, or by others who read and are soon done."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            self.env.reader_check()
+            try:
+                return self.env.begin()
+            except lmdb.PanicError:
+                self._wait_for_opening()
+                return self.env.begin()
+            except lmdb.ReadersFullError:
+                if time.monotonic() > deadline:
+                    busy = f"cannot read the records in {self.path}: more than {READERS} others are reading them"
+                    raise Unavailable(busy, errno.EAGAIN) from None
+            time.sleep(0.001)
+
+    def _has_read(self) -> None:
+        with self._guard:
+            self._readers -= 1
+            if self.is_growing and not self._readers:
+                self._idle.notify_all()
+
+    def _wait_for_opening(self) -> None:
+        """Return when the writer, which has just met a disk that fails, has opened the environment anew."""
+        with self._idle:
+            if self._readers > 1:  # this thread may be one of them, and the writer waits for all to end
+                raise Unavailable(f"the disk has just failed under {self.path}: try again", errno.EAGAIN)
+            seen = self._openings
+            self._readers -= 1
+            self._idle.notify_all()
+            self._idle.wait_for(lambda: self._openings != seen or self.shut is not None, PATIENCE)
+            self._readers += 1
+
+    # -- a disk that fails
+
+    def is_panicking(self) -> bool:
+        """Whether LMDB has given up, since it doesn't know what is on the disk."""
+        try:
+            self.env.begin().abort()
+        except lmdb.PanicError:
+            return True
+        except lmdb.Error:
+            pass
+        return False
+
+    def write_anew(self, *pages: int) -> None:
+        """Write pages as the kernel has them in memory, so that the disk has the same.  Raises OSError.
+
+        The descriptor is a fresh one: an old one would tell of errors of the past.
+        """
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for page in pages:
+                os.pwrite(fd, os.pread(fd, self._page_size, page * self._page_size), page * self._page_size)
+            if self.sync:
+                os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    def reopen(self, *, writable: bool = False) -> None:
+        """Open the environment anew, while nobody reads; for reading alone on a file system that is read-only by now."""
+        with self._idle:
+            self.is_growing = True
+            try:
+                while self._readers:
+                    self._idle.wait()
+                self.env.close()
+                try:
+                    self._open_anew(writable)
+                    self.shut = None
+                except (lmdb.Error, OSError, SnapshotError) as error:
+                    self.env.close()
+                    self.shut = error if isinstance(error, Damaged) else refused("open the records anew", self.path, error)
+                    raise self.shut from error
+            finally:
+                self._openings += 1
+                self.is_growing = False
+                self._idle.notify_all()
+
+    def _open_anew(self, writable: bool) -> None:
+        try:
+            self.env = self._opened(self.space.size)
+        except lmdb.Error as error:
+            if writable or getattr(error, "code", 0) != errno.EROFS:
+                raise
+            self.env = self._opened(self.space.size, readonly=True)
+        refuse_foreign(self.env, self.path)
+        self.tables = Tables(self.env)
+
+    # -- room for the records
+
+    def refill(self) -> None:
+        try:
+            self.space.refill()
+        except OSError as error:  # what is there of it may do
+            log.debug("no room for the whole reserve: %s", error)
+
+    def grow(self) -> None:
+        """Make the map larger; raises OSError where the disk, or the address space, has no room for that."""
+        self.resize(self.space.more())
+
+    def resize(self, size: int) -> None:
+        """Give the map ``size`` bytes, or what is in use if that is more, while no transaction is open."""
+        if self.shut is not None:
+            self.space.size = size  # which it gets when it is opened
+            return
+        refuse_without_address_space(size - self._mapped())
+        with self._idle:
+            self.is_growing = True
+            try:
+                while self._readers:
+                    self._idle.wait()
+                self.env.set_mapsize(size)
+                self.space.size = self._mapped()
+            finally:
+                self.is_growing = False
+                self._idle.notify_all()
+
+
+_open_environments: weakref.WeakSet[Environment] = weakref.WeakSet()
+
+
+def _refuse_in_child() -> None:
+    for environment in _open_environments:
+        if environment.refusal is None:
+            environment.refusal = Forked
+            environment.space.close()  # or the child would hold the file when its parent no longer does
+
+
+os.register_at_fork(after_in_child=_refuse_in_child)
+
+
+def _keep_from_children(path: str) -> None:
+    """Close on exec what LMDB has open of the file: it forgets that of one descriptor."""
+    mine = os.stat(path)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(fd), mine):
+                os.set_inheritable(fd, False)
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)
