@@ -184,13 +184,8 @@ class Environment:
             raise
         return env
 
-    @property
-    def map_size(self) -> int:
-        """Bytes that the records may take before the map has to grow."""
-        return self.space.size
-
     def _mapped(self) -> int:
-        """The same as LMDB has it, while no transaction is open."""
+        """The size of the map as LMDB has it, while no transaction is open."""
         size: int = self.env.info()["map_size"]
         return size
 
