@@ -21,6 +21,7 @@ NAME_MAX = 255
 """Bytes that a file name may have: ``statvfs().f_namemax`` of Linux's file systems."""
 
 _ENCODED = re.compile("[%/\x00-\x1f\x7f-\x9f]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _DECODED = re.compile("(?:%[0-9A-F]{2})+")
 _SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
@@ -56,7 +57,8 @@ def decode(file_name: str) -> str:
         raise NameTooLong(f'the name "{printable(file_name[:40])}…" is longer than {NAME_MAX} bytes')
     canonical = encode(key)
     if canonical != file_name:
-        raise InvalidArgument(f'"{printable(file_name)}" is no key\'s file name; write "{printable(canonical)}"')
+        seen = _CONTROL.sub(lambda m: repr(m[0])[1:-1], file_name)  # not as it is to be written
+        raise InvalidArgument(f'"{printable(seen)}" is no key\'s file name; write "{printable(canonical)}"')
     return key
 
 
@@ -64,4 +66,4 @@ def printable(text: str) -> str:
     """``text`` on one line for a log: control characters percent-encoded, bytes that are not UTF-8 as ``\\xNN``."""
     text = _SURROGATES.sub(lambda m: f"\\u{ord(m[0]):04x}", text)  # which stand for no byte, so no file name has them
     text = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return re.sub("[\x00-\x1f\x7f-\x9f]", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)
+    return _CONTROL.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)

@@ -157,3 +157,9 @@ def test_nothing_but_invalid_argument_comes_back(text: str) -> None:
 )
 def test_printable_keeps_a_log_on_one_line(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_what_is_wrong_is_not_shown_as_it_is_to_be_written() -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        decode("a\nb")
+    assert str(refused.value) == '"a\\nb" is no key\'s file name; write "a%0Ab"'
