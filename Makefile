@@ -84,9 +84,13 @@ clean:
 	CFLAGS="-g0 $$CFLAGS" .venv/bin/pip install --quiet --disable-pip-version-check --editable .  # compiles pyfuse3
 	@touch $@
 
-.venv/ready-for-tests: .venv/ready
+.venv/ready-for-tests: .venv/ready .venv/containerd/ready
 	@$(call install_packages,$(TEST_PACKAGES))
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.venv/containerd/ready: tests/containerds.py | .venv/ready
+	.venv/bin/python -m tests.containerds
 	@touch $@
 
 .venv/ready-for-fuzzing: .venv/ready

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,50 @@ from google.protobuf.message_factory import GetMessageClass
 from snapfs.containerd import snapshots_pb2 as wire
 from snapfs.kernel.mounttable import mount_table
 from tests.conftest import die_with_parent
+from tests.containerds import binaries, version
 
 SERVICE = wire.DESCRIPTOR.services_by_name["Snapshots"]
 SECONDS = 20.0
 
+CONFIG_1 = """version = 2
+root = "{base}/root"
+state = "{base}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+  address = "{base}/c.sock"
+[ttrpc]
+  address = "{base}/c.ttrpc"
+[plugins."io.containerd.gc.v1.scheduler"]
+  startup_delay = "1h"  # a view that nothing refers to is to stay until a test has it collected
+[proxy_plugins.snapfs]
+  type = "snapshot"
+  address = "{snapfs}"
+  capabilities = {capabilities}
+"""
+
+CONFIG_2 = """version = 3
+root = "{base}/root"
+state = "{base}/state"
+disabled_plugins = [
+  "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt",
+]
+[grpc]
+  address = "{base}/c.sock"
+[ttrpc]
+  address = "{base}/c.ttrpc"
+[plugins."io.containerd.gc.v1.scheduler"]
+  startup_delay = "1h"
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux"
+  snapshotter = "snapfs"
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux"
+  snapshotter = "overlayfs"
+[proxy_plugins.snapfs]
+  type = "snapshot"
+  address = "{snapfs}"
+  capabilities = {capabilities}
+"""
 
 class Client:
     """Every method of the service by its name, with the request's fields as arguments."""
@@ -69,37 +110,32 @@ def connected(path: Path) -> Iterator[Client]:
 
 
 class Containerd:
-    """A containerd on directories and a socket of its own, with snapfs as a proxy snapshotter."""
+    """The containerd of a Debian suite, on directories and a socket of its own, with snapfs as a proxy snapshotter.
 
-    def __init__(self, base: Path, snapfs: Path) -> None:
+    ``capabilities`` are declared for it.
+    """
+
+    def __init__(self, base: Path, suite: str, snapfs: Path, capabilities: Sequence[str] = ()) -> None:
         self.base = base
+        self.binaries = binaries(suite)
+        self.environment = {**os.environ, "PATH": f"{self.binaries}:{os.environ['PATH']}"}  # so that it finds its own shim
         self.namespace = f"snapfs-{os.getpid()}"  # part of the names of its cgroups, which all containerds share
         self.process: subprocess.Popen[bytes] | None = None
         base.mkdir()
         (base / "config.toml").write_text(
-            f"""version = 2
-root = "{base}/root"
-state = "{base}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
-[grpc]
-  address = "{base}/c.sock"
-[ttrpc]
-  address = "{base}/c.ttrpc"
-[plugins."io.containerd.gc.v1.scheduler"]
-  startup_delay = "1h"  # a view that nothing refers to is to stay until a test has it collected
-[proxy_plugins.snapfs]
-  type = "snapshot"
-  address = "{snapfs}"
-"""
+            (CONFIG_2 if version(suite).startswith("2.") else CONFIG_1).format(
+                base=base, snapfs=snapfs, capabilities=json.dumps(list(capabilities))
+            )
         )
 
     def start(self) -> Containerd:
         log = (self.base / "log").open("ab")
         with log:
             self.process = subprocess.Popen(
-                ["containerd", "--config", str(self.base / "config.toml")],
+                [self.binaries / "containerd", "--config", str(self.base / "config.toml")],
                 stdout=log,
                 stderr=log,
+                env=self.environment,
                 preexec_fn=die_with_parent,
             )
         deadline = time.monotonic() + SECONDS
@@ -116,7 +152,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
         return (self.base / "log").read_text()
 
     def command(self, *arguments: str) -> list[str]:
-        return ["ctr", "--address", str(self.base / "c.sock"), "--namespace", self.namespace, *arguments]
+        return [str(self.binaries / "ctr"), "--address", str(self.base / "c.sock"), "--namespace", self.namespace, *arguments]
 
     def ctr(self, *arguments: str, fails: bool = False) -> str:
         done = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=60, check=False)
