@@ -11,6 +11,9 @@ Labels = Mapping[str, str]
 UPPERDIR = "containerd.io/snapshot/overlay.upperdir"
 """The path of the snapshot's layer; shown where the option ``upperdir_label`` asks for it, never stored."""
 
+PARENT_CHAIN = "containerd.io/snapshot/parent-chain-id"
+"""The name of the layer below: on a snapshot without a parent, the parent that its Commit is going to name."""
+
 MAX = 4096
 """Bytes that a label's key and value may take together."""
 

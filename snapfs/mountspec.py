@@ -23,18 +23,22 @@ def mounts(
     *,
     options: Sequence[str] = (),
     remap: Mapping[str, str] | None = None,
+    alone: bool = False,
 ) -> list[Mount]:
     """The mount spec of an active snapshot or a view.
 
     ``directory`` is its own ``ROOT/snapshots/<id>``, ``parents`` those of its chain, the nearest first; ``options`` go on
     overlay mounts only; ``remap`` holds the labels whose mappings become ``uidmap=`` and ``gidmap=``.
+
+    ``alone``: an active snapshot without a parent is an overlay all the same, of its own layer and no lower directory.  No
+    kernel mounts that: it tells containerd's applier, which writes straight into ``upperdir=``, to write whiteouts.
     """
     remapped = [
         f"{option}={remap[label]}"
         for option, label in (("uidmap", UID_MAPPING), ("gidmap", GID_MAPPING))
         if remap and label in remap
     ]
-    if not parents:
+    if not parents and not (alone and kind is Kind.ACTIVE):
         return [Mount("bind", f"{directory}/fs", (*remapped, "rw" if kind is Kind.ACTIVE else "ro", "rbind"))]
     if kind is Kind.ACTIVE:
         own = [f"workdir={escape(directory)}/work", f"upperdir={escape(directory)}/fs"]
@@ -42,8 +46,8 @@ def mounts(
         return [Mount("bind", f"{parents[0]}/fs", (*remapped, "ro", "rbind"))]
     else:
         own = []
-    lower = ":".join(f"{escape(parent)}/fs" for parent in parents)
-    return [Mount("overlay", "overlay", (*remapped, *own, f"lowerdir={lower}", *options))]
+    lower = [f"lowerdir={':'.join(f'{escape(parent)}/fs' for parent in parents)}"] if parents else []
+    return [Mount("overlay", "overlay", (*remapped, *own, *lower, *options))]
 
 
 def escape(path: str) -> str:

@@ -37,7 +37,7 @@ from snapfs.flushing import Flushing
 from snapfs.housekeeping import Housekeeping
 from snapfs.imprint import Imprint
 from snapfs.kernel import cached
-from snapfs.labels import UPPERDIR, Labels, check_label
+from snapfs.labels import PARENT_CHAIN, UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore
 from snapfs.model import Change, Info, Kind, Mount, Usage
@@ -162,7 +162,7 @@ class Snapshotter:
         Raises NotFound: no such parent; InvalidArgument: the parent is not committed, or key or labels are no good;
         AlreadyExists: the key is in use, by any kind.
         """
-        return await self._create(Kind.ACTIVE, key, parent, labels, origin, self.mounts_of)
+        return await self._create(Kind.ACTIVE, key, parent, labels, origin, self._handed_over)
 
     async def view(self, key: str, parent: Ref | None = None, labels: Labels | None = None, *, origin: str = "") -> list[Mount]:
         """Make the read-only view ``key`` of ``parent``; as ``prepare`` otherwise."""
@@ -502,9 +502,11 @@ class Snapshotter:
 
         Raises Busy while somebody uses that.
         """
-        mounts = await self.mounts(key)
+        await trio.lowlevel.checkpoint()
+        await self.find_layers(key)
         with self._reading() as reader:
             number, record = self._find(reader, key)
+            mounts = self._handed_over(reader, number, record)
         if record.kind is Kind.ACTIVE and self.rootfs is not None and self.rootfs.holds(number):
             async with self.rootfs.unmounted(number):
                 pass
@@ -748,8 +750,18 @@ class Snapshotter:
                 self.layers.refuse_damaged(number)
                 self._damaged.discard(number)  # it was put back
 
-    def mounts_of(self, reader: Reader, number: int, record: Record) -> list[Mount]:
-        """``mounts`` of a snapshot whose record is at hand."""
+    def _handed_over(self, reader: Reader, number: int, record: Record) -> list[Mount]:
+        """``mounts`` of a snapshot for the door at which it was made.
+
+        containerd 2.2 and later unpacks an image's layers at once where its configuration says ``rebase``: each is prepared
+        without a parent, which its Commit names.  What the layer deletes is written down only if the answer is an overlay,
+        and containerd makes one of a bind for its own overlayfs alone.  The tree and the library keep the bind, which can
+        be mounted.
+        """
+        return self.mounts_of(reader, number, record, alone=bool(record.origin) and PARENT_CHAIN in record.labels)
+
+    def mounts_of(self, reader: Reader, number: int, record: Record, *, alone: bool = False) -> list[Mount]:
+        """``mounts`` of a snapshot whose record is at hand; ``alone`` as in ``mountspec.mounts``."""
         if record.kind is Kind.COMMITTED:
             raise FailedPrecondition(f'snapshot "{record.name}" is committed: mount an active snapshot or a view on it')
         chain = reader.chain(record)
@@ -763,6 +775,7 @@ class Snapshotter:
             [self.layers.directory(parent) for parent in chain],
             options=self.overlay_options,
             remap=record.labels if self._maps_ids else None,
+            alone=alone,
         )
 
     def shown(self, info: Info) -> Info:

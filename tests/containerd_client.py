@@ -64,6 +64,7 @@ disabled_plugins = [
   capabilities = {capabilities}
 """
 
+
 class Client:
     """Every method of the service by its name, with the request's fields as arguments."""
 

@@ -46,8 +46,8 @@ def main() -> None:
             fetch(missing, Path(base))
     except subprocess.CalledProcessError as error:
         raise SystemExit(
-            f"{error.stderr or error}\nThe tests run with the containerd of Debian's {', '.join(missing)}, and it is not to be had: "
-            "see that apt reaches Debian's archive"
+            f"{error.stderr or error}\nThe tests run with the containerd of Debian's {', '.join(missing)}, "
+            "and it is not to be had: see that apt reaches Debian's archive"
         ) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -193,6 +194,91 @@ def test_a_life_over_the_socket_as_the_tree_shows_it(client: Client, served: Dae
     events = [json.loads(line) for line in (mnt / ".snapfs/events").read_text().splitlines()]
     operations = [event["operation"] for event in events]
     assert operations == ["prepare", "commit", "view", "prepare", "update", "update", "remove", "remove", "remove"]
+
+
+# -- layers that are unpacked at once, each before its parent is there (containerd 2.2 and later, where "rebase" is declared)
+
+LAYERS: list[dict[str, str]] = [
+    {"data/gone": "x", "data/old/deep": "hidden", "data/both": "first", "whole/tree/of/files": "x", "kept": "kept"},
+    {"data/.wh.gone": "", "data/old/.wh..wh..opq": "", "data/old/new": "new", ".wh.whole": ""},
+    {"data/gone": "back", "data/old/.wh.new": "", "data/old/newer": "newer"},
+]
+LEFT = {"data/gone": "back", "data/both": "first", "data/old/newer": "newer", "kept": "kept"}
+PARENT_CHAIN = "containerd.io/snapshot/parent-chain-id"
+
+
+def applied(mounts: Any, layer: dict[str, str]) -> None:
+    """What containerd's applier does: into an overlay's upper directory with overlayfs's whiteouts; elsewhere it deletes."""
+    (mount,) = mounts
+    options = dict(option.partition("=")[::2] for option in mount.options)
+    overlay = mount.type == "overlay"
+    top = Path(options["upperdir"] if overlay else mount.source)
+    for path, content in layer.items():
+        directory, name = (top / path).parent, (top / path).name
+        directory.mkdir(parents=True, exist_ok=True)
+        if name == ".wh..wh..opq":
+            if overlay:
+                os.setxattr(directory, "trusted.overlay.opaque", b"y")
+        elif name.startswith(".wh."):
+            if overlay:
+                os.mknod(directory / name[4:], stat.S_IFCHR, 0)
+            else:
+                shutil.rmtree(directory / name[4:], ignore_errors=True)
+        else:
+            (directory / name).write_text(content)
+
+
+def files(mount: Any, target: Path) -> dict[str, str]:
+    """All files of what ``mount`` mounts."""
+    target.mkdir(exist_ok=True)
+    command = ["mount", "-t", mount.type, "-o", ",".join(mount.options), mount.source, str(target)]
+    subprocess.run(command, check=True)
+    try:
+        return {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def test_layers_that_are_unpacked_at_once_keep_their_deletions(client: Client, tmp_path: Path) -> None:
+    """Each is prepared without its parent, and committed onto it in turn: the same files as one after the other."""
+    for number, layer in enumerate(LAYERS):
+        mounts = client.call("Prepare", key=f"extract {number}", parent=f"one {number - 1}" if number else "").mounts
+        applied(mounts, layer)
+        client.call("Commit", key=f"extract {number}", name=f"one {number}")
+    prepared = []
+    for number in range(len(LAYERS)):
+        labels = {"containerd.io/snapshot.ref": f"{number}", **({PARENT_CHAIN: f"{number - 1}"} if number else {})}
+        prepared.append(client.call("Prepare", key=f"extract {number}", labels=labels).mounts)
+    for mounts, layer in reversed([*zip(prepared, LAYERS, strict=True)]):
+        applied(mounts, layer)
+    for number in range(len(LAYERS)):
+        parent = f"{number - 1}" if number else ""
+        client.call("Commit", key=f"extract {number}", name=f"{number}", parent=parent)
+        assert client.call("Stat", key=f"{number}").info.parent == parent
+    last = len(LAYERS) - 1
+    for method in ("View", "Prepare"):
+        found = [client.call(method, key=f"{method} {name}", parent=name).mounts[0] for name in (f"one {last}", f"{last}")]
+        assert [files(mount, tmp_path / "target") for mount in found] == [LEFT, LEFT]
+
+
+def test_a_layer_that_gets_its_parent_later_is_an_overlay_over_the_socket(client: Client, served: Daemon) -> None:
+    """And a bind for everybody else, who can mount that."""
+    labels = {PARENT_CHAIN: "sha256:ab"}
+    client.layer("base")
+    (ordinary,) = client.call("Prepare", key="on a parent", parent="base", labels=labels).mounts
+    configured = list(ordinary.options)[3:]
+    assert ordinary.options[2].startswith("lowerdir=")
+    (mount,) = client.call("Prepare", key="web", labels=labels).mounts
+    own = f"{served.root}/snapshots/3"
+    assert (mount.type, mount.source) == ("overlay", "overlay")
+    assert list(mount.options) == [f"workdir={own}/work", f"upperdir={own}/fs", *configured]
+    assert list(client.call("Mounts", key="web").mounts) == [mount]
+    shown = json.loads((served.mnt / "active/web/mounts.json").read_text())
+    assert [(mount["type"], mount["source"]) for mount in shown] == [("bind", f"{own}/fs")]
+    assert [mount.type for mount in client.call("View", key="peek", labels=labels).mounts] == ["bind"]
+    assert [mount.type for mount in client.call("Prepare", key="first", labels={}).mounts] == ["bind"]
+    (served.mnt / "active/web").rename(served.mnt / "active/mine")
+    assert [mount.type for mount in client.call("Mounts", key="mine").mounts] == ["bind"], "it is the tree's now"
 
 
 def test_what_is_refused_says_why(client: Client) -> None:

@@ -86,6 +86,18 @@ def test_the_mounts(
     assert mounts(kind, "/r/9", parents, options=options, remap=remap) == [expected]
 
 
+def test_a_layer_that_gets_its_parent_later_is_an_overlay_of_itself_alone() -> None:
+    """Where containerd's applier finds its directory, and the reason to write whiteouts; only an active one is written."""
+    own = ("workdir=/r/9/work", "upperdir=/r/9/fs")
+    assert mounts(A, "/r/9", [], alone=True) == [Mount("overlay", "overlay", own)]
+    options = ("userxattr", "index=off")
+    assert mounts(A, "/r/9", [], options=options, alone=True) == [Mount("overlay", "overlay", (*own, *options))]
+    mapped = ("uidmap=0:1000:10", "gidmap=0:2000:10")
+    assert mounts(A, "/r/9", [], remap=BOTH, alone=True) == [Mount("overlay", "overlay", (*mapped, *own))]
+    assert mounts(V, "/r/9", [], alone=True) == mounts(V, "/r/9", [])
+    assert mounts(A, "/r/9", ["/r/1"], alone=True) == mounts(A, "/r/9", ["/r/1"])
+
+
 @pytest.mark.parametrize(
     ("path", "escaped"),
     [
