@@ -160,7 +160,7 @@ class Snapshotter:
         ``origin``, here as elsewhere, is the door at which the caller stands: "" for the tree and the library.
 
         Raises NotFound: no such parent; InvalidArgument: the parent is not committed, or key or labels are no good;
-        AlreadyExists: the key is in use, by any kind.
+        AlreadyExists: the key is in use, by any kind; FailedPrecondition: the mapping labels can't be followed.
         """
         return await self._create(Kind.ACTIVE, key, parent, labels, origin, self._handed_over)
 
@@ -200,6 +200,7 @@ class Snapshotter:
             record = Record(key, kind, above or 0, now, now, stored, None, origin)
             if above:
                 self.layers.refuse_damaged(above)
+                self._refuse_mapped_twice(writer, above, owner)
             try:
                 self.layers.promise(number)
                 self._placing.place(writer, number, record)
@@ -419,7 +420,9 @@ class Snapshotter:
     def _relabel(self, writer: Writer, number: int, record: Record, labels: dict[str, str]) -> Info:
         mapped = (idmap.UID_MAPPING, idmap.GID_MAPPING)
         if any(record.labels.get(label) != labels.get(label) for label in mapped):
-            idmap.root_owner(labels)
+            owner = idmap.root_owner(labels)
+            if record.kind is not Kind.COMMITTED and record.parent:
+                self._refuse_mapped_twice(writer, record.parent, owner)
             if record.kind is Kind.ACTIVE and self.options.remap_ids and self.options.slow_chown and not self._maps_ids:
                 self.layers.refuse_damaged(number)
                 self._shift_owners(writer, number, record.labels, labels)
@@ -759,6 +762,32 @@ class Snapshotter:
         be mounted.
         """
         return self.mounts_of(reader, number, record, alone=bool(record.origin) and PARENT_CHAIN in record.labels)
+
+    def _refuse_mapped_twice(self, reader: Reader, parent: int, owner: tuple[int, int] | None) -> None:
+        """Raise FailedPrecondition if a mount on snapshot ``parent`` would map ids that are the host's already.
+
+        ``owner`` is what the mapping labels make of the container's ids 0.  A containerd that was not told that this
+        snapshotter maps ids (the capability ``remap-ids``) does it by itself: it makes a copy of the image with the host's
+        ids, commits it and prepares the container on that, with the same labels.  With ``remap_ids`` the mount would map the
+        copy's ids once more, and all files would be nobody's.  The top directory tells such a copy from an image.
+
+        Whatever has such a top is refused: what was itself prepared with these labels, too, has the host's ids in its layer.
+        Nothing is where the labels do not reach the mount, without ``remap_ids`` or where layers can't be mounted idmapped:
+        there such copies are right.  Nor where the container's root is the host's, since that is every image's top.
+        """
+        if not self._maps_ids or owner is None or owner == (0, 0):
+            return
+        try:
+            top = os.lstat(self.layers.fs(parent))
+        except OSError as error:
+            raise Unavailable.from_os(f"look at the layer of snapshot {parent}", error) from error
+        if (top.st_uid, top.st_gid) == owner:
+            record = reader.record(parent)
+            raise FailedPrecondition(
+                f'snapshot "{record.name if record else parent}" has the host\'s ids already (its top directory belongs to '
+                f"{owner[0]}:{owner[1]}), and the mapping labels would map them again: declare "
+                'capabilities = ["remap-ids"] for snapfs in containerd\'s configuration, or serve without remap_ids'
+            )
 
     def mounts_of(self, reader: Reader, number: int, record: Record, *, alone: bool = False) -> list[Mount]:
         """``mounts`` of a snapshot whose record is at hand; ``alone`` as in ``mountspec.mounts``."""

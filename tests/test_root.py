@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -618,6 +618,61 @@ async def test_without_slow_chown_and_idmapped_mounts_only_mapped_snapshots_are_
             with pytest.raises(FailedPrecondition, match="slow_chown"):
                 await call
         await snapshotter.prepare("k", "base", {UID_MAPPING: ""})
+
+
+MAPPED = {UID_MAPPING: "0:1000:65536", GID_MAPPING: "0:2000:65536"}
+OTHERS = {UID_MAPPING: "0:5000:65536", GID_MAPPING: "0:2000:65536"}
+
+
+async def shifted_base(snapshotter: Snapshotter, labels: Mapping[str, str] | None = None) -> None:
+    """``shifted``: a copy of ``base`` whose files have the host's ids, as a containerd makes it that maps ids by itself."""
+    await committed_base(snapshotter)
+    await snapshotter.prepare("copy", "base", labels)
+    os.chown(Path(snapshotter.layers.fs(2)), 1000, 2000)
+    await snapshotter.commit("shifted", "copy")
+
+
+async def test_what_has_the_hosts_ids_already_is_not_mapped_again(root: Path) -> None:
+    """As where remap_ids is served and containerd was not told so: all files would be nobody's."""
+    async with open_snapshotter(root, Options(remap_ids=True)) as snapshotter:
+        await shifted_base(snapshotter)
+        before = await snapshotter.walk()
+        words = r"\"shifted\" has the host's ids already .*\"remap-ids\".* without remap_ids"
+        for make in (snapshotter.prepare, snapshotter.view):
+            with pytest.raises(FailedPrecondition, match=words):
+                await make("k", "shifted", MAPPED)
+        assert await snapshotter.walk() == before
+        await snapshotter.prepare("k", "shifted")
+        with pytest.raises(FailedPrecondition, match='"remap-ids"'):
+            await snapshotter.update("k", MAPPED)
+        assert (await snapshotter.stat("k")).labels == {}
+        for key, parent, labels in (("on base", "base", MAPPED), ("others", "shifted", OTHERS), ("lone", None, MAPPED)):
+            assert (await snapshotter.prepare(key, parent, labels))[0].options[0].startswith("uidmap=")
+        await snapshotter.update("shifted", MAPPED)  # it is no longer mounted
+        await snapshotter.update("on base", {**MAPPED, "a": "b"})
+
+
+async def test_root_that_is_root_is_what_any_image_has(root: Path) -> None:
+    async with open_snapshotter(root, Options(remap_ids=True)) as snapshotter:
+        await committed_base(snapshotter)
+        (mount,) = await snapshotter.prepare("web", "base", {UID_MAPPING: "0:0:10", GID_MAPPING: "0:0:1,1:5000:9"})
+        assert mount.options[:2] == ("uidmap=0:0:10", "gidmap=0:0:1,1:5000:9")
+
+
+@pytest.mark.parametrize("options", [Options(), Options(slow_chown=True), Options(remap_ids=True, slow_chown=True)])
+async def test_where_no_mount_maps_ids_such_a_copy_is_what_is_wanted(
+    root: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounting, "maps_ids", lambda directory: False)
+    async with open_snapshotter(root, options) as snapshotter:
+        await shifted_base(snapshotter, MAPPED)
+        await snapshotter.view("v", "shifted", MAPPED)
+        (mount,) = await snapshotter.prepare("web", "shifted", MAPPED)
+        assert mount.options[0].startswith("workdir=")
+        layer = os.stat(snapshotter.layers.fs((await snapshotter.stat("web")).id))
+        assert (layer.st_uid, layer.st_gid) == (1000, 2000)
+        await snapshotter.commit("child", "web")
+        await snapshotter.prepare("again", "child", MAPPED)
 
 
 async def test_opening_is_cancelled_cleanly(root: Path) -> None:
