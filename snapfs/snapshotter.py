@@ -786,7 +786,7 @@ class Snapshotter:
             raise FailedPrecondition(
                 f'snapshot "{record.name if record else parent}" has the host\'s ids already (its top directory belongs to '
                 f"{owner[0]}:{owner[1]}), and the mapping labels would map them again: declare "
-                'capabilities = ["remap-ids"] for snapfs in containerd\'s configuration, or serve without remap_ids'
+                'capabilities = ["remap-ids"] for snapfs in the configuration of containerd 2.x, or serve without remap_ids'
             )
 
     def mounts_of(self, reader: Reader, number: int, record: Record, *, alone: bool = False) -> list[Mount]:
