@@ -19,28 +19,12 @@ from google.protobuf.message_factory import GetMessageClass
 from snapfs.containerd import snapshots_pb2 as wire
 from snapfs.kernel.mounttable import mount_table
 from tests.conftest import die_with_parent
-from tests.containerds import binaries, version
+from tests.containerds import binaries
 
 SERVICE = wire.DESCRIPTOR.services_by_name["Snapshots"]
 SECONDS = 20.0
 
-CONFIG_1 = """version = 2
-root = "{base}/root"
-state = "{base}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
-[grpc]
-  address = "{base}/c.sock"
-[ttrpc]
-  address = "{base}/c.ttrpc"
-[plugins."io.containerd.gc.v1.scheduler"]
-  startup_delay = "1h"  # a view that nothing refers to is to stay until a test has it collected
-[proxy_plugins.snapfs]
-  type = "snapshot"
-  address = "{snapfs}"
-  capabilities = {capabilities}
-"""
-
-CONFIG_2 = """version = 3
+CONFIG = """version = 2
 root = "{base}/root"
 state = "{base}/state"
 disabled_plugins = [
@@ -51,7 +35,7 @@ disabled_plugins = [
 [ttrpc]
   address = "{base}/c.ttrpc"
 [plugins."io.containerd.gc.v1.scheduler"]
-  startup_delay = "1h"
+  startup_delay = "1h"  # a view that nothing refers to is to stay until a test has it collected
 [[plugins."io.containerd.transfer.v1.local".unpack_config]]
   platform = "linux"
   snapshotter = "snapfs"
@@ -123,11 +107,8 @@ class Containerd:
         self.namespace = f"snapfs-{os.getpid()}"  # part of the names of its cgroups, which all containerds share
         self.process: subprocess.Popen[bytes] | None = None
         base.mkdir()
-        (base / "config.toml").write_text(
-            (CONFIG_2 if version(suite).startswith("2.") else CONFIG_1).format(
-                base=base, snapfs=snapfs, capabilities=json.dumps(list(capabilities))
-            )
-        )
+        config = CONFIG.format(base=base, snapfs=snapfs, capabilities=json.dumps(list(capabilities)))
+        (base / "config.toml").write_text(config)
 
     def start(self) -> Containerd:
         log = (self.base / "log").open("ab")
