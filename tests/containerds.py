@@ -68,6 +68,7 @@ def fetch(suites: list[str], base: Path) -> None:
         "Dir::State::status": base / "status",
         "Dir::State::lists": base / "lists",
         "Dir::Cache": base / "cache",
+        "APT::Sandbox::User": "root",  # its own user may not enter this folder; of no account for other callers
         "APT::Update::Error-Mode": "any",
         "Acquire::Check-Valid-Until": "false",  # an archive that is a copy may be older than its list allows
     }

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import tarfile
 import time
@@ -201,8 +202,8 @@ def in_a_user_namespace(both: Both, *, fails: bool = False) -> str:
 )
 def test_ids_are_mapped_once(make_both: MakeBoth, remap_ids: bool, tmp_path: Path) -> None:
     """By containerd, in a copy of the image, or by the mount: a container in a user namespace sees what any other does."""
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o755)  # the container's root is another user here, and enters its own
+    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):  # the container's root is another user here
+        directory.chmod(stat.S_IMODE(directory.stat().st_mode) | 0o055)  # it may be /tmp: nothing is taken away
     both = make_both("-o", "remap_ids", capabilities=["remap-ids"]) if remap_ids else make_both()
     both.load()
     expected = both.run("/bin/sh", "-c", LOOK_AT_OWNERS)
