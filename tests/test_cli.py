@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from snapfs import Options, open_snapshotter
 from snapfs.cli import VERBS, grammar, verb
 from snapfs.cli.listing import Row, children_first
 from snapfs.cli.prune import seconds
+from snapfs.options import Sync
 from tests.conftest import Daemon, die_with_parent, until
 
 Make = Callable[..., Daemon]
@@ -310,6 +312,23 @@ def test_ages() -> None:
 
 
 # -- mounting, usage, events
+
+
+async def test_mounting_400_layers(make_daemon: Make, root: Path, tmp_path: Path) -> None:
+    async with open_snapshotter(root, Options(sync=Sync.NONE)) as snapshotter:
+        for n in range(400):
+            await snapshotter.prepare("x", f"l{n - 1}" if n else "")
+            Path(snapshotter.layers.fs(n + 1), f"file{n}").touch()
+            await snapshotter.commit(f"l{n}", "x", wait=False)
+        await snapshotter.prepare("web", "l399")
+        await snapshotter.view("peek", "l399")
+    snapfs = Command(make_daemon("-o", "sync=none").start().mnt)
+    (target := tmp_path / "t").mkdir()
+    for key in ("web", "peek"):
+        snapfs("mount", key, str(target))
+        assert {each.name for each in target.iterdir()} == {f"file{n}" for n in range(400)}
+        snapfs("umount", key)
+        assert os.listdir(target) == []
 
 
 def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
