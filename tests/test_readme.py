@@ -37,7 +37,7 @@ def test_every_verb_is_told() -> None:
 
 
 def test_the_first_steps(daemon: Daemon) -> None:
-    steps = README.split("    cd run/snap\n")[1].split("\n\n")[0]
+    steps = README.split("    cd /tmp/snapfs/snap\n")[1].split("\n\n")[0]
     done = subprocess.run(["sh", "-euc", textwrap.dedent(steps)], cwd=daemon.mnt, capture_output=True, text=True, check=True)
     assert done.stdout == "hostname\n"
 
