@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Verb
@@ -22,7 +21,6 @@ def _diff(given: Given) -> int:
     if given.has("json"):
         print(json.dumps([{"change": line[0], "path": line[2:]} for line in lines], indent=2, ensure_ascii=False))
     else:
-        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         for line in lines:
             print(table.painted(line, _COLOURS[line[0]]))
     return 0

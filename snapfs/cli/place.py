@@ -88,7 +88,7 @@ class Place:
 def _write(path: str, value: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        os.write(descriptor, value.encode() + b"\n")
+        os.write(descriptor, value.encode(errors="surrogateescape") + b"\n")
     finally:
         os.close(descriptor)
 
