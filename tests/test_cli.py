@@ -347,7 +347,7 @@ def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
             assert "is mounted on" in snapfs("rollback", "web", status=5)
         snapfs("umount", key)
         assert os.listdir(tmp_path / "t") == []
-        assert "is not mounted" in snapfs("umount", key, status=3)
+        assert "is not mounted" in snapfs("umount", key, status=1)
     snapfs("mount", "web", str(tmp_path / "t"))
     holder = subprocess.Popen(["sleep", "60"], cwd=tmp_path / "t", preexec_fn=die_with_parent)
     with holder:
@@ -355,7 +355,8 @@ def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
         holder.kill()
     snapfs("umount", str(tmp_path / "t"))
     assert "make a view" in snapfs("mount", "l0", str(tmp_path / "t"), status=1)
-    assert "make it first" in snapfs("mount", "web", str(tmp_path / "no"), status=3)
+    assert "make it first: mkdir" in snapfs("mount", "web", str(tmp_path / "no"), status=1)
+    assert 'snapshot "no" does not exist in ' in snapfs("mount", "no", str(tmp_path / "t"), status=3)
     assert "is no snapshot's file system" in snapfs("umount", "/proc", status=1)
     assert "lies in the tree" in snapfs("mount", "web", str(snapfs.mnt / "active"), status=1)
 

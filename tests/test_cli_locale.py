@@ -111,7 +111,7 @@ REFUSED = [
     ("label web X=k", 1),
     ("label web -d X", 1),
     ("mount X /", 1),
-    ("mount web /X", 3),
+    ("mount web /X", 1),
     ("umount /X", 1),
     ("fork web X", 1),
     ("rollback web X", 3),

@@ -14,9 +14,10 @@ _COLOURS = {"A": "green", "C": "yellow", "D": "red"}
 
 def _diff(given: Given) -> int:
     place = find_tree(given.value("at"))
-    kind, directory = place.find(given.arguments[0])
+    key = place.key(given.arguments[0])
+    kind, directory = place.find(key)
     if kind == "view":
-        raise Refusal(f'"{given.arguments[0]}" is a view, which changes nothing')
+        raise Refusal(f'"{key}" is a view, which changes nothing')
     lines = place.read(f"{directory}/changes").split("\n")[:-1]
     if given.has("json"):
         print(json.dumps([{"change": line[0], "path": line[2:]} for line in lines], indent=2, ensure_ascii=False))
