@@ -1,4 +1,4 @@
-# make run    mount a tree on run/snap and show what to type
+# make run    mount a tree on /tmp/snapfs/snap (make run DEMO=/elsewhere: on /elsewhere/snap) and show what to type
 # make test   run every test (as root; mounts for real, in a mount namespace of its own)
 # make soak   64 clients do everything at once for ten minutes: make soak SOAK_ARGS="--clients 16 --seconds 60"
 # make crash  kill the daemon between any two of its system calls, some thousand times, and see what is left
@@ -15,9 +15,12 @@ PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
-TEST_PACKAGES := bsdutils btrfs-progs busybox-static containerd dash dbus e2fsprogs ed fish imagemagick l3afpad libglib2.0-bin mc openbox pcmanfm perl-base plocate procps rsync runc systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler vim xclip xdotool xfsprogs xvfb zsh
+TEST_PACKAGES := bsdutils btrfs-progs busybox-static containerd dash dbus e2fsprogs ed fish imagemagick l3afpad libglib2.0-bin locales mc openbox pcmanfm perl-base plocate procps rsync runc systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler vim xclip xdotool xfsprogs xvfb zsh
 DESKTOP_PACKAGES := baloo-kf5
 BENCH_PACKAGES := containerd fio
+
+# Not in the clone: pip, pytest, grep and git would walk through all that is mounted there
+DEMO ?= /tmp/snapfs
 
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
@@ -25,18 +28,20 @@ FUZZ_TARGETS := names filters records
 .PHONY: run test lint crash soak fuzz powercut systemd desktop bench clean
 
 run: .venv/ready
-	@mkdir -p run/root run/snap
+	@mkdir -p -m 700 '$(DEMO)'
+	@test -O '$(DEMO)' && test ! -L '$(DEMO)' || { echo "$(DEMO) is somebody else's; name another: make run DEMO=/tmp/mine"; exit 1; }
+	@mkdir '$(DEMO)/snap' 2>/dev/null || :  # it may be there, and dead
 	@echo
-	@echo "The tree will be at $(CURDIR)/run/snap until you press Ctrl-C here. In another shell:"
+	@echo "The tree will be at $(DEMO)/snap until you press Ctrl-C here. In another shell:"
 	@echo
-	@echo "  cd $(CURDIR)/run/snap && cat README"
+	@echo "  cd $(DEMO)/snap && cat README"
 	@echo "  mkdir active/b                       # prepare a snapshot"
 	@echo "  cp /etc/hostname active/b/rootfs/    # its files"
 	@echo "  mv active/b committed/base           # commit it"
 	@echo "  mkdir committed/base/active/web      # another one on top"
 	@echo "  cd active/web/rootfs                 # the two together, copy-on-write"
 	@echo
-	@exec .venv/bin/snapfs serve run/root run/snap
+	@exec .venv/bin/snapfs serve '$(DEMO)/root' '$(DEMO)/snap'
 
 test: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m pytest $(PYTEST_ARGS)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A database fixture: filled once, and each test gets a writable copy of its own within milliseconds.
 
-After `make run` has mounted a tree on run/snap, as root:
+After `make run` has mounted a tree on /tmp/snapfs/snap, as root:
 
-    python3 examples/database_fixture.py run/snap
+    python3 examples/database_fixture.py /tmp/snapfs/snap
 
 The first run fills a SQLite data directory and commits it; every later one finds it there.  The tests then drop tables, delete
 the database, write junk over it, and don't see each other.  It is the same with any database that has a data directory.
@@ -12,15 +12,15 @@ Look at `writable_copy`: mkdir, use, rmdir.  As a fixture of pytest it is
 
     @pytest.fixture
     def data():
-        with writable_copy(Path("run/snap"), fill_once(Path("run/snap"))) as directory:
+        with writable_copy(Path("/tmp/snapfs/snap"), fill_once(Path("/tmp/snapfs/snap"))) as directory:
             yield directory
 
 A copy takes no space until it is written to; then the kernel copies the file that is written, whole (where the disk's file
 system has reflinks, not even that).  So what many files share costs less than one big file.
 
-    ls run/snap/committed/shop-1/rootfs      # the data directory, read-only
-    rmdir run/snap/committed/shop-1          # forget it
-    rmdir run/snap/active/test-*             # what tests left that were killed
+    ls /tmp/snapfs/snap/committed/shop-1/rootfs      # the data directory, read-only
+    rmdir /tmp/snapfs/snap/committed/shop-1          # forget it
+    rmdir /tmp/snapfs/snap/active/test-*             # what tests left that were killed
 """
 
 import json
@@ -130,10 +130,10 @@ class ShopTest(unittest.TestCase):
 
 def main() -> None:
     if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} TREE, such as run/snap")
+        sys.exit(f"usage: {sys.argv[0]} TREE, such as /tmp/snapfs/snap")
     tree = ShopTest.tree = Path(sys.argv[1])
     if not (tree / ".snapfs").is_dir():
-        sys.exit(f"no snapfs tree is mounted on {tree}; `make run` mounts one on run/snap")
+        sys.exit(f"no snapfs tree is mounted on {tree}; `make run` mounts one on /tmp/snapfs/snap")
     rootfs = json.loads((tree / ".snapfs/options.json").read_text())["features"]["rootfs"]
     if not rootfs["on"]:
         sys.exit(f"the tree has no rootfs: {rootfs['why']}")

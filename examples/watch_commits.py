@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """Say each commit as it happens: what a notifier, an uploader or an index of layers would begin with.
 
-After `make run` has mounted a tree on run/snap, as root:
+After `make run` has mounted a tree on /tmp/snapfs/snap, as root:
 
-    python3 examples/watch_commits.py run/snap          # Ctrl-C ends it
-    python3 examples/watch_commits.py run/snap --all    # begins with what the tree still remembers
+    python3 examples/watch_commits.py /tmp/snapfs/snap          # Ctrl-C ends it
+    python3 examples/watch_commits.py /tmp/snapfs/snap --all    # begins with what the tree still remembers
 
 and in another shell:
 
-    mkdir run/snap/active/b && echo hello > run/snap/active/b/rootfs/hello && mv run/snap/active/b run/snap/committed/base
+    cd /tmp/snapfs/snap && mkdir active/b && echo hello > active/b/rootfs/hello && mv active/b committed/base
 
 which it tells as `b was committed as base (on nothing), 8192 bytes`.  Where a line of JSON will do, so does
 
-    tail -n 0 -f run/snap/.snapfs/events | grep '"operation": "commit"'
+    tail -n 0 -f /tmp/snapfs/snap/.snapfs/events | grep '"operation": "commit"'
 
 Look at `follow`: no read of `events` ever blocks, an empty one means that this is all for now, and poll(2) sleeps until there
 is more.  What is read may end within a line.  Whoever falls thousands of lines behind reads `{"missed": 12}` in their place.
@@ -60,7 +60,7 @@ def size(tree: Path, number: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Say each commit in a snapfs tree as it happens.")
-    parser.add_argument("tree", type=Path, help="where the tree is mounted, such as run/snap")
+    parser.add_argument("tree", type=Path, help="where the tree is mounted, such as /tmp/snapfs/snap")
     parser.add_argument("--all", action="store_true", help="begin with what the tree still remembers")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -75,7 +75,7 @@ def main() -> None:
     except KeyboardInterrupt:
         pass
     except (FileNotFoundError, NotADirectoryError):
-        sys.exit(f"no snapfs tree is mounted on {given.tree}; `make run` mounts one on run/snap")
+        sys.exit(f"no snapfs tree is mounted on {given.tree}; `make run` mounts one on /tmp/snapfs/snap")
     except OSError as error:
         sys.exit(f"the daemon of {given.tree} has ended" if error.errno == errno.ENOTCONN else str(error))
 

@@ -2,9 +2,9 @@
 # A workspace for a script that nobody trusts (a stranger's, or a language model's): it is checkpointed, rolled back after
 # damage, reviewed and accepted.
 #
-# After `make run` has mounted a tree on run/snap, as root (it needs busybox, unshare and chroot):
+# After `make run` has mounted a tree on /tmp/snapfs/snap, as root (it needs busybox, unshare and chroot):
 #
-#     sh examples/workspace.sh run/snap
+#     sh examples/workspace.sh /tmp/snapfs/snap
 #
 # Look at the five functions: a few lines each, and that is all there is to it.  What it leaves for you to look at it
 # names at the end, with the command that removes it.
@@ -14,7 +14,7 @@
 set -eu
 
 test $# -eq 1 || { echo "usage: $0 TREE" >&2; exit 2; }
-test -d "$1/.snapfs" || { echo "$0: no snapfs tree is mounted on $1; \`make run\` mounts one on run/snap" >&2; exit 1; }
+test -d "$1/.snapfs" || { echo "$0: no snapfs tree is mounted on $1; \`make run\` mounts one on /tmp/snapfs/snap" >&2; exit 1; }
 busybox=$(command -v busybox) || { echo "$0: busybox is missing (Debian: apt-get install busybox-static)" >&2; exit 1; }
 cd "$1"
 

@@ -56,10 +56,10 @@ def escape(path: str) -> str:
 
 
 def script(spec: Sequence[Mount], snapshots: str, number: int) -> str:
-    """The ``mount`` commands of ``spec`` as a POSIX shell script with the target as ``$1``.
+    """The ``mount`` commands of ``spec`` as a POSIX shell script with the target as ``$1``, for mount(8) of any version and
+    for busybox's.
 
-    ``snapshots`` is ROOT/snapshots: where the layers' paths together exceed a page they are written relative to it, which
-    the kernel resolves from the working directory.
+    ``snapshots`` is ROOT/snapshots.
     """
     lines = [
         "#!/bin/sh",
@@ -68,7 +68,6 @@ def script(spec: Sequence[Mount], snapshots: str, number: int) -> str:
         'target=$(cd -- "$1" && pwd -P && echo .) && target=${target%??} || exit',  # absolute, newlines and all
     ]
     for mount in spec:
-        options = ",".join(mount.options)
         if any(option.startswith(("uidmap=", "gidmap=")) for option in mount.options):
             lines.append('echo "mount.sh: mount(8) does not remap ids; let a container runtime mount mounts.json" >&2; exit 1')
         elif mount.type == "bind":
@@ -78,11 +77,48 @@ def script(spec: Sequence[Mount], snapshots: str, number: int) -> str:
             if "ro" in mount.options:  # a bind takes its ro in a second step: the kernel ignores it in the first
                 lines.append('mount -o remount,bind,ro "$target" || { umount "$target"; exit 1; }')
         else:
-            if len(options.encode()) >= PAGE:
-                lines.append(f"cd {shlex.quote(snapshots)} || exit")
-                options = ",".join(
-                    option.replace(escape(snapshots) + "/", "") if option.startswith("lowerdir=") else option
-                    for option in mount.options
-                )
-            lines.append(f'mount -t {mount.type} -o {shlex.quote(options)} {shlex.quote(mount.source)} "$target"')
+            lines += _overlay_script(mount, snapshots)
     return "\n".join(lines) + "\n"
+
+
+def _overlay_script(mount: Mount, snapshots: str) -> list[str]:
+    """The lines that mount an overlay by mount(2), whose options have to fit a page.
+
+    LIBMOUNT_FORCE_MOUNT2 makes util-linux take mount(2); from 2.39 on it would hand each option to fsconfig(2), whose values
+    end at 255 bytes.  Where the paths of all layers don't fit a page, they are relative to ``snapshots``; where those don't
+    either, they are links with short names, which overlayfs follows once, when it mounts.  The upper directory always has its
+    whole path, by which the mount table says whose file system it is.
+
+    util-linux keeps options together between two double quotes, and refuses an odd number of these: the work directory and
+    the upper directory have an even one.
+    """
+    lower = next(option for option in mount.options if option.startswith("lowerdir="))
+    layers = lower.removeprefix("lowerdir=").replace(escape(snapshots) + "/", "").split(":")
+    links = [str(n) for n in range(len(layers))]
+    whole, relative, linked = (
+        ",".join(option if option is not lower else text for option in mount.options)
+        for text in (lower, "lowerdir=" + ":".join(layers), "lowerdir=" + ":".join(links))
+    )
+    ways = (relative, linked) if '"' in lower else (whole, relative, linked)
+    options = next((text for text in ways if len(text.encode()) < PAGE), None)
+    if options is None:
+        return ['echo "mount.sh: the paths of the layers are too long for mount(8); snapfs mount takes them" >&2; exit 1']
+    lines = []
+    if options is not whole:
+        lines.append(f"cd {shlex.quote(snapshots)} || exit")
+    if options is linked:
+        lines += [
+            "links=$(mktemp -d) || exit",
+            "trap 'rm -r \"$links\"' EXIT",
+            "trap 'exit 1' HUP INT TERM",
+            "count=0",
+            f"for layer in {' '.join(layers)}; do",
+            '    ln -s "$PWD/$layer" "$links/$count" || exit',
+            "    count=$((count + 1))",
+            "done",
+            'cd "$links" || exit',
+        ]
+    lines.append(
+        f'LIBMOUNT_FORCE_MOUNT2=always mount -t {mount.type} -o {shlex.quote(options)} {shlex.quote(mount.source)} "$target"'
+    )
+    return lines

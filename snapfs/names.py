@@ -41,7 +41,7 @@ def encode(key: str) -> str:
             name = _ENCODED.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), key)
         length = len(name.encode())
     except UnicodeEncodeError:
-        raise NotUtf8(f"the key {key!r} is not UTF-8") from None
+        raise NotUtf8(f'the key "{printable(key)}" is not UTF-8') from None
     if length > NAME_MAX:
         raise NameTooLong(f'the key "{key[:40]}…" takes {length} bytes as a file name; at most {NAME_MAX} fit')
     return name

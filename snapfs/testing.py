@@ -17,6 +17,7 @@ Run it as root; it takes /dev/fuse and overlayfs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -55,19 +56,27 @@ def snapfs_tree() -> Iterator[Path]:
     except OSError:
         pass  # then the mounts are seen by others, and go at the end all the same
     base = Path(tempfile.mkdtemp(prefix="snapfs-testing-"))
-    (base / "tree").mkdir()
-    words = [sys.executable, "-m", "snapfs.cli", "serve", "--sync=none", str(base / "root"), str(base / "tree")]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=_die_with_parent) as daemon:
-        assert daemon.stderr is not None
-        try:
-            said = daemon.stderr.readline()
-            if not said.startswith("snapfs: serving "):
-                pytest.fail(f"the daemon did not start: {said}{daemon.stderr.read()}", pytrace=False)
-            yield base / "tree"
-        finally:
-            daemon.send_signal(signal.SIGTERM)
-            daemon.stderr.read()
-    shutil.rmtree(base)
+    try:
+        (base / "tree").mkdir()
+        words = [sys.executable, "-m", "snapfs.cli", "serve", "--sync=none", str(base / "root"), str(base / "tree")]
+        with subprocess.Popen(
+            words,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,  # Ctrl-C is for this process, which needs the daemon to throw copies away
+            preexec_fn=_die_with_parent,
+        ) as daemon:
+            assert daemon.stderr is not None
+            try:
+                said = daemon.stderr.readline()
+                if not said.startswith("snapfs: serving "):
+                    pytest.fail(f"the daemon did not start: {said}{daemon.stderr.read()}", pytrace=False)
+                yield base / "tree"
+            finally:
+                daemon.send_signal(signal.SIGTERM)
+                daemon.stderr.read()
+    finally:
+        shutil.rmtree(base)
 
 
 def _die_with_parent() -> None:
@@ -93,7 +102,8 @@ def snapshot_of(snapfs_tree: Path) -> SnapshotOf:
                 target = snapfs_tree / "committed" / f"base-{next(_numbers)}"
                 _do(snapfs_tree, lambda: active.rename(target))
             except BaseException:
-                active.rmdir()
+                with contextlib.suppress(OSError):  # who fills it may still have a file open, and has a reason of its own
+                    active.rmdir()
                 raise
             made[known] = target
         return made[known]
@@ -102,7 +112,7 @@ def snapshot_of(snapfs_tree: Path) -> SnapshotOf:
 
 
 @pytest.fixture
-def fresh_copy(snapfs_tree: Path) -> Iterator[FreshCopy]:
+def fresh_copy(snapfs_tree: Path, request: pytest.FixtureRequest) -> Iterator[FreshCopy]:
     """``fresh_copy(base)``: a directory that begins as the snapshot ``base`` and is thrown away after the test.
 
     Whatever has a file open in it must have closed it by then.
@@ -116,6 +126,8 @@ def fresh_copy(snapfs_tree: Path) -> Iterator[FreshCopy]:
         return Path(os.readlink(made[-1] / "rootfs"))
 
     yield fresh_copy
+    if request.session.exitstatus == pytest.ExitCode.INTERRUPTED:
+        return  # the test was cut short with whatever it has open, and the tree goes at once
     for active in made:
         _do(snapfs_tree, active.rmdir)
 

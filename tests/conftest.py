@@ -51,9 +51,9 @@ def own_mount_namespace() -> None:
         mounting.mount("none", "/dev/shm", "tmpfs", 0, "mode=1777")
 
 
-def die_with_parent() -> None:
+def die_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
     """For ``preexec_fn``: the child is killed when the test run is."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _libc.prctl(_PR_SET_PDEATHSIG, how)
 
 
 def until(true: Callable[[], object], what: str, shown: Callable[[], str] = str) -> None:

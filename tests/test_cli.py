@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from snapfs import Options, open_snapshotter
 from snapfs.cli import VERBS, grammar, verb
 from snapfs.cli.listing import Row, children_first
 from snapfs.cli.prune import seconds
+from snapfs.options import Sync
 from tests.conftest import Daemon, die_with_parent, until
 
 Make = Callable[..., Daemon]
@@ -312,6 +314,23 @@ def test_ages() -> None:
 # -- mounting, usage, events
 
 
+async def test_mounting_400_layers(make_daemon: Make, root: Path, tmp_path: Path) -> None:
+    async with open_snapshotter(root, Options(sync=Sync.NONE)) as snapshotter:
+        for n in range(400):
+            await snapshotter.prepare("x", f"l{n - 1}" if n else "")
+            Path(snapshotter.layers.fs(n + 1), f"file{n}").touch()
+            await snapshotter.commit(f"l{n}", "x", wait=False)
+        await snapshotter.prepare("web", "l399")
+        await snapshotter.view("peek", "l399")
+    snapfs = Command(make_daemon("-o", "sync=none").start().mnt)
+    (target := tmp_path / "t").mkdir()
+    for key in ("web", "peek"):
+        snapfs("mount", key, str(target))
+        assert {each.name for each in target.iterdir()} == {f"file{n}" for n in range(400)}
+        snapfs("umount", key)
+        assert os.listdir(target) == []
+
+
 def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
     for n, parent in enumerate(((), ("-p", "l0"), ("-p", "l1"))):
         snapfs("prepare", "x", *parent)
@@ -328,7 +347,7 @@ def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
             assert "is mounted on" in snapfs("rollback", "web", status=5)
         snapfs("umount", key)
         assert os.listdir(tmp_path / "t") == []
-        assert "is not mounted" in snapfs("umount", key, status=3)
+        assert "is not mounted" in snapfs("umount", key, status=1)
     snapfs("mount", "web", str(tmp_path / "t"))
     holder = subprocess.Popen(["sleep", "60"], cwd=tmp_path / "t", preexec_fn=die_with_parent)
     with holder:
@@ -336,7 +355,8 @@ def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
         holder.kill()
     snapfs("umount", str(tmp_path / "t"))
     assert "make a view" in snapfs("mount", "l0", str(tmp_path / "t"), status=1)
-    assert "make it first" in snapfs("mount", "web", str(tmp_path / "no"), status=3)
+    assert "make it first: mkdir" in snapfs("mount", "web", str(tmp_path / "no"), status=1)
+    assert 'snapshot "no" does not exist in ' in snapfs("mount", "no", str(tmp_path / "t"), status=3)
     assert "is no snapshot's file system" in snapfs("umount", "/proc", status=1)
     assert "lies in the tree" in snapfs("mount", "web", str(snapfs.mnt / "active"), status=1)
 

@@ -1,13 +1,17 @@
-"""Which tree the command works on."""
+"""Which tree the command works on, and which snapshot a path names."""
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Daemon
-from tests.test_cli import run
+from tests.test_cli import OnATerminal, run
 
 Make = Callable[..., Daemon]
 
@@ -33,3 +37,119 @@ def test_which_tree(make_daemon: Make, tmp_path: Path) -> None:
     gone = run("ls", "--at", str(two.mnt))
     assert gone.returncode == 7
     assert "is gone" in gone.stderr
+
+
+def name_of(shown: str) -> str:
+    name: str = json.loads(shown)[0]["name"]
+    return name
+
+
+@pytest.fixture
+def tree(daemon: Daemon, tmp_path: Path) -> Path:
+    """A tree with some snapshots, and a link to where it is mounted."""
+    for words in ("prepare x", "commit x base", "prepare x -p base", "commit x w/1", "prepare web -p base"):
+        assert run(*words.split()).returncode == 0
+    (tmp_path / "link").symlink_to(daemon.mnt)
+    return daemon.mnt
+
+
+@pytest.mark.parametrize(
+    ("path", "cwd", "name"),
+    [
+        ("committed/base", "/", "base"),
+        ("committed/base/", "/", "base"),
+        ("active/web", "/", "web"),
+        ("committed/w%2F1", "/", "w/1"),
+        ("committed/base/active/web", "/", "web"),
+        ("committed/base/committed/w%2F1", "/", "w/1"),
+        ("by-id/1", "/", "base"),
+        ("{tree}/active/web", "/", "web"),
+        ("{tree}/committed/base/active/web/", "/", "web"),
+        ("{tree}/../link/active/web", "/", "web"),
+        ("./web", "{tree}/active", "web"),
+        ("web/", "{tree}/active", "web"),
+        ("../active/web", "{tree}/committed", "web"),
+        ("active/web", "{tree}", "web"),
+    ],
+)
+def test_a_path_is_the_snapshot_that_is_there(tree: Path, path: str, cwd: str, name: str) -> None:
+    done = run("show", "--json", path.format(tree=tree), cwd=cwd.format(tree=tree))
+    assert done.returncode == 0, done.stderr
+    assert name_of(done.stdout) == name
+
+
+def test_no_path_of_a_snapshot(tree: Path) -> None:
+    for word in (
+        "active/base",
+        "committed/web",
+        "active/no",
+        "active/web/labels",
+        "active",
+        "/",
+        "/active/web",
+        f"{tree}/active/{'n' * 300}",
+    ):
+        done = run("show", word)
+        assert done.returncode in (1, 3), word
+        assert "Traceback" not in done.stderr
+        assert "does not exist in" in done.stderr or "at most 255" in done.stderr
+    done = run("show", "active/no")
+    assert done.stderr == f'snapfs: snapshot "active/no" does not exist in {tree}; snapfs ls lists all\n'
+    assert os.listdir(tree.parent / "root/rootfs") == [], "nothing was mounted by looking"
+
+
+def test_a_key_that_looks_like_a_path_is_meant_first(tree: Path) -> None:
+    (tree / "active/committed%2Fbase").mkdir()
+    assert name_of(run("show", "--json", "committed/base").stdout) == "committed/base"
+    assert run("rm", "committed/base").returncode == 0
+    assert name_of(run("show", "--json", "committed/base").stdout) == "base"
+
+
+def test_each_verb_takes_a_path(tree: Path, tmp_path: Path) -> None:
+    (target := tmp_path / "t").mkdir()
+    for words in (
+        "label active/web k=v",
+        "diff active/web",
+        "usage active/web committed/base",
+        "tree committed/base",
+        f"mount active/web {target}",
+        "umount active/web",
+        "checkpoint active/web -m one",
+        "checkpoint --list active/web",
+        "rollback active/web",
+        "fork active/web active/other",
+        "prepare active/more --parent committed/base",
+        f"view {tree}/view/peek -p {tree}/committed/base",
+        f"commit active/more {tree}/committed/more%2F1 --parent committed/base",
+        "rm active/other view/peek",
+        "rm -r committed/more%2F1",
+    ):
+        done = run(*words.split())
+        assert (done.returncode, done.stderr) == (0, ""), words
+    assert sorted(os.listdir(tree / "active")) == ["web"]
+    assert sorted(os.listdir(tree / "committed")) == ["base", "w%2F1", "web@1", "web@2"]
+    assert "write " in run("prepare", "active/a%2fb").stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("rm web", True),
+        ("label web k=v", True),
+        ("checkpoint web", True),
+        ("ls", False),
+        ("label web", False),
+        ("show web", False),
+    ],
+)
+def test_somebody_at_a_terminal_is_told_which_tree_is_changed(
+    tree: Path, words: str, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"snapfs: working in {tree}, the only tree that is mounted\r\n"
+    assert (line in OnATerminal(*words.split()).said()) is told
+    (tree / "active/web").mkdir(exist_ok=True)
+    assert "snapfs: working" not in OnATerminal(*words.split(), "--at", str(tree)).said()
+    (tree / "active/web").mkdir(exist_ok=True)
+    monkeypatch.chdir(tree)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    assert "snapfs: working" not in OnATerminal(*words.split()).said()

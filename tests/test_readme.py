@@ -9,6 +9,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from snapfs.checking import check
 from snapfs.cli import VERBS
 from snapfs.cli.serve import _ACCESS, _FLAGS, _NUMBERS
@@ -37,7 +39,7 @@ def test_every_verb_is_told() -> None:
 
 
 def test_the_first_steps(daemon: Daemon) -> None:
-    steps = README.split("    cd run/snap\n")[1].split("\n\n")[0]
+    steps = README.split("    cd /tmp/snapfs/snap\n")[1].split("\n\n")[0]
     done = subprocess.run(["sh", "-euc", textwrap.dedent(steps)], cwd=daemon.mnt, capture_output=True, text=True, check=True)
     assert done.stdout == "hostname\n"
 
@@ -64,9 +66,17 @@ def test_a_workspace(daemon: Daemon, tmp_path: Path) -> None:
     assert (daemon.mnt / "active/other/rootfs/version").read_text() == "1\n"
 
 
-def test_a_whole_backup(daemon: Daemon, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["cp", "tar", "rsync"])
+def test_a_whole_backup(daemon: Daemon, tmp_path: Path, program: str) -> None:
     """The daemon ends a moment after umount: until then file systems are mounted in ROOT, and the records are written."""
     line = re.findall(r"^    (umount /snap && .*)$", README, re.MULTILINE)[0]
+    if program != "cp":
+        options = re.findall(rf"`{program} (-[^`]*)`", README.split("Instead of `cp -a`")[1])[0]
+        how = {
+            "tar": f'sh -c "mkdir /backup/snapfs && tar {options} -C /srv/snapfs -c . | tar {options} -C /backup/snapfs -x"',
+            "rsync": f"rsync {options} /srv/snapfs/ /backup/snapfs",
+        }
+        line = line.replace("cp -a /srv/snapfs /backup/snapfs", how[program])
     for given, here in (
         ("/snap ", f"{daemon.mnt} "),
         ("/srv/snapfs", str(daemon.root)),
@@ -77,12 +87,19 @@ def test_a_whole_backup(daemon: Daemon, tmp_path: Path) -> None:
         (daemon.mnt / f"active/{number}").mkdir()
         (daemon.mnt / f"active/{number}/rootfs/file").write_text("x")
     (daemon.mnt / "active/0/rootfs/big").write_bytes(os.urandom(64 << 20))  # to be flushed at the end
+    with open(daemon.mnt / "active/0/rootfs/sparse", "wb") as sparse:
+        sparse.truncate(1 << 30)
+        sparse.seek(1 << 29)
+        sparse.write(b"x")
     (daemon.mnt / "active/0").rename(daemon.mnt / "committed/base")
     subprocess.run(["sh", "-euc", line], check=True)
     assert daemon.ended() == 0
     assert os.listdir(tmp_path / "copy/rootfs") == []
     assert os.listdir(tmp_path / "copy/pool") == []
     assert list(check(str(tmp_path / "copy"))) == []
+    (copied,) = (tmp_path / "copy/snapshots").glob("*/fs/sparse")
+    assert copied.stat().st_size == 1 << 30
+    assert copied.stat().st_blocks * 512 < 1 << 20
 
 
 def test_links_lead_somewhere() -> None:

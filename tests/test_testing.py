@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from snapfs.kernel.mounttable import mount_table
+from tests.conftest import until
 
 EXAMPLE = Path(__file__).parent.parent / "examples/pytest"
 
 
-def run(directory: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """pytest on ``directory``, which leaves nothing mounted, and nothing in its temporary directory."""
+def run(directory: Path, tmp_path: Path, *, interrupted_at: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """pytest on ``directory``, which leaves nothing mounted, and nothing in its temporary directory; with ``interrupted_at`` it
+    is ended as Ctrl-C does in a terminal, once that file is there: with SIGINT to its whole process group."""
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": os.getcwd(), "PYTHONDONTWRITEBYTECODE": "1"}
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(directory),
-        "-c",
-        os.devnull,
-        str(directory),
-    ]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(directory), "-c", os.devnull]
+    words = [sys.executable, "-m", "pytest", *options, str(directory)]
+    with subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+    ) as pytest_run:
+        try:
+            if interrupted_at is not None:
+                until(interrupted_at.exists, "the test has come so far")
+                os.killpg(pytest_run.pid, signal.SIGINT)
+            said, _ = pytest_run.communicate(timeout=120)
+        finally:
+            pytest_run.kill()
     assert not [mount.target for mount in mount_table() if str(tmp_path) in mount.target]
     assert [path for path in (tmp_path / "tmp").iterdir() if path.name.startswith("snapfs-testing")] == []
-    return done
+    return subprocess.CompletedProcess(words, pytest_run.returncode, said)
 
 
 def test_the_example(tmp_path: Path) -> None:
@@ -79,3 +82,48 @@ def test_a_directory(tmp_path: Path) -> None:
     )
     done = run(tests, tmp_path)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "def test_it(snapshot_of, fresh_copy):\n    copy = fresh_copy(snapshot_of(fill))\n    wait(copy)\n",
+        "def test_it(snapshot_of, fresh_copy):\n    file = open(fresh_copy(snapshot_of(fill)) / 'file')\n    wait()\n",
+        "def test_it(snapshot_of):\n    snapshot_of(wait)\n",
+        "def hold(directory):\n    file = open(directory / 'file', 'w')\n    wait()\n"
+        "def test_it(snapshot_of):\n    snapshot_of(hold)\ndef test_next():\n    pass\n",
+        "@pytest.fixture\ndef after(fresh_copy, snapshot_of):\n    yield fresh_copy(snapshot_of(fill))\n    wait()\n"
+        "def test_it(after):\n    pass\n",
+    ],
+    ids=["in a test", "in a test with a file open", "in a base", "in a base with a file open", "in a fixture's end"],
+)
+def test_ctrl_c_ends_it_in_order(test: str, tmp_path: Path) -> None:
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "conftest.py").write_text('pytest_plugins = "snapfs.testing"\n')
+    (tests / "test_it.py").write_text(
+        "import pathlib, pytest, time\n"
+        "def fill(directory):\n    (directory / 'file').write_text('x')\n"
+        f"def wait(directory=None):\n    pathlib.Path({str(tmp_path / 'here')!r}).touch()\n    time.sleep(60)\n" + test
+    )
+    done = run(tests, tmp_path, interrupted_at=tmp_path / "here")
+    assert done.returncode == pytest.ExitCode.INTERRUPTED
+    assert "KeyboardInterrupt" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "not connected" not in done.stdout
+    assert len(done.stdout.splitlines()) < 15, done.stdout
+
+
+def test_ctrl_c_while_the_daemon_starts(tmp_path: Path) -> None:
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    here = tmp_path / "here"
+    (tests / "conftest.py").write_text('pytest_plugins = "snapfs.testing"\n')
+    (tests / "slow").write_text(f'#!/bin/sh\ntouch "{here}"\nexec sleep 60\n')
+    (tests / "slow").chmod(0o755)
+    (tests / "test_it.py").write_text(
+        f"import sys\nsys.executable = {str(tests / 'slow')!r}\ndef test_it(snapfs_tree):\n    pass\n"
+    )
+    done = run(tests, tmp_path, interrupted_at=here)
+    assert done.returncode == pytest.ExitCode.INTERRUPTED
+    assert len(done.stdout.splitlines()) < 15, done.stdout

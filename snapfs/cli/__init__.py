@@ -6,6 +6,7 @@ Whoever lists or makes snapshots in a loop pays for each start, so what those ve
 
 from __future__ import annotations
 
+import os
 import sys
 
 TYPE_CHECKING = False
@@ -48,6 +49,7 @@ Copy-on-write snapshots for overlayfs, as a file system.
 {verbs}
 
 The tree is the one that --at or $SNAPFS names, or that you stand in, or the only one that is mounted.
+A snapshot is given by its name, or by its path in the tree: active/web, ./web, /mnt/snapfs/committed/v1.
 
 exit status:
   0    done
@@ -70,22 +72,23 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status, as ``snapfs --help`` tells it."""
+    if arguments is None and sys.getfilesystemencoding() != "utf-8":  # the names in a tree are UTF-8 in every locale
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if stream is not None:
+            stream.reconfigure(encoding="utf-8", errors=errors)  # type: ignore[union-attr]
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = _run(given)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        import os
-
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's last flush says nothing
         return 141
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except Exception as error:
-        import os
-
         from snapfs.cli.refusal import Refusal
         from snapfs.errors import SnapshotError
 

@@ -18,7 +18,7 @@ def commit(place: Place, key: str, name: str, parent: str | None = None) -> str:
         if refused.status == NOT_FOUND:
             kind = place.kind_of(key)
             if kind is None:
-                raise missing(key) from None
+                raise missing(key, place.path) from None
             if kind != "active":
                 raise Refusal(f'"{key}" is {kind}: only active snapshots can be committed', NOT_FOUND) from None
             if parent is not None:
@@ -39,8 +39,9 @@ def sync(directory: str) -> None:
 
 
 def _commit(given: Given) -> int:
-    place = find_tree(given.value("at"))
-    directory = commit(place, given.arguments[0], given.arguments[1], given.value("parent"))
+    place = find_tree(given.value("at"), changes=True)
+    key, name, parent = given.arguments[0], given.arguments[1], given.value("parent")
+    directory = commit(place, place.key(key), place.new_key(name, "committed"), None if parent is None else place.key(parent))
     if not given.has("no-sync"):
         place.do("wait for the disk", sync, directory)
     print(directory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Verb
@@ -15,14 +14,14 @@ _COLOURS = {"A": "green", "C": "yellow", "D": "red"}
 
 def _diff(given: Given) -> int:
     place = find_tree(given.value("at"))
-    kind, directory = place.find(given.arguments[0])
+    key = place.key(given.arguments[0])
+    kind, directory = place.find(key)
     if kind == "view":
-        raise Refusal(f'"{given.arguments[0]}" is a view, which changes nothing')
+        raise Refusal(f'"{key}" is a view, which changes nothing')
     lines = place.read(f"{directory}/changes").split("\n")[:-1]
     if given.has("json"):
         print(json.dumps([{"change": line[0], "path": line[2:]} for line in lines], indent=2, ensure_ascii=False))
     else:
-        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         for line in lines:
             print(table.painted(line, _COLOURS[line[0]]))
     return 0

@@ -13,8 +13,9 @@ from snapfs.cli.refusal import NOT_FOUND, Refusal
 
 
 def _label(given: Given) -> int:
-    place, name = find_tree(given.value("at")), given.arguments[0]
     labels = read_labels(given.arguments[1:])
+    place = find_tree(given.value("at"), changes=bool(labels) or given.has("delete"))
+    name = place.key(given.arguments[0])
     _, directory = place.find(name)
     for key in given.all("delete"):
         if not os.path.lexists(f"{directory}/labels/{file_name(key)}"):

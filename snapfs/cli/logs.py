@@ -39,7 +39,8 @@ class _Stream(logging.Formatter):
 
 class _Syslog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        for line in self.format(record).split("\n"):
+        text = self.format(record).encode(errors="surrogateescape").decode(errors="backslashreplace")
+        for line in text.split("\n"):
             syslog.syslog(priority(record.levelno), line)
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 
 from snapfs.cli.grammar import Given, Verb
 from snapfs.cli.place import find_tree
-from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, Refusal
+from snapfs.cli.refusal import BUSY, FAILED, NOT_PERMITTED, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def _mount(given: Given) -> int:
     from snapfs.kernel import mounting, overlay
 
-    place = find_tree(given.value("at"))
-    key, target = given.arguments[0], os.path.realpath(given.arguments[1])
+    place = find_tree(given.value("at"), changes=True)
+    key, target = place.key(given.arguments[0]), os.path.realpath(given.arguments[1])
     kind, directory = place.find(key)
     if kind == "committed":
         raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {key}')
@@ -29,7 +29,7 @@ def _mount(given: Given) -> int:
         raise Refusal(f"{target} lies in the tree: mount it elsewhere")
     if not os.path.isdir(target):
         to_do = "give a directory" if os.path.lexists(target) else f"make it first: mkdir {target}"
-        raise Refusal(f"{target} is no directory: {to_do}", NOT_FOUND)
+        raise Refusal(f"{target}, where it is to be mounted, is no directory: {to_do}")
     mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
     if target in mounted:
         raise Refusal(f'"{key}" is mounted on {target} already', BUSY)
@@ -91,13 +91,14 @@ def _umount(given: Given) -> int:
         raise Refusal(f"{target} is no snapshot's file system: nothing for snapfs to unmount")
     places = [target] if found else []
     if not places:
-        place = find_tree(given.value("at"))
+        place = find_tree(given.value("at"), changes=True)
+        word = place.key(word)
         kind, directory = place.find(word)
         root = json.loads(place.read(f"{place.path}/.snapfs/options.json"))["root"]
         mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
         places = [each for each in mounted if not each.startswith(f"{root}/rootfs/")]
         if not places:
-            raise Refusal(f'"{word}" ({kind}) is not mounted, but perhaps as its rootfs, which needs no umount', NOT_FOUND)
+            raise Refusal(f'"{word}" ({kind}) is not mounted, but perhaps as its rootfs, which needs no umount')
     for each in places:
         try:
             mounting.unmount(each, mounting.UMOUNT_NOFOLLOW)

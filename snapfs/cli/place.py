@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 from snapfs.cli.refusal import NO_TREE, NOT_FOUND, USAGE, Refusal, missing, refusal
@@ -46,11 +47,45 @@ class Place:
                 raise refusal(error, self.path, 0, f'cannot look for "{key}"') from None
         return None
 
+    def key(self, word: str) -> str:
+        """The key that ``word`` means: the key itself, or the path of a snapshot, from the root of the tree or from where the
+        command was called.  A snapshot whose key looks like a path is meant before the one that is there."""
+        found = self._at(word) if "/" in word else None
+        if found is None:
+            return word
+        from snapfs.errors import SnapshotError
+
+        try:
+            return word if self.kind_of(word) else found
+        except SnapshotError:  # it is too long for a key
+            return found
+
+    def _at(self, path: str) -> str | None:
+        """The key of the snapshot at ``path``."""
+        tree = os.path.realpath(self.path)
+        for place in (os.path.normpath(os.path.join(tree, path)), os.path.abspath(path)):
+            if place.split("/")[-2] in (*KINDS, "by-id"):  # nothing else is looked at: rootfs would be mounted
+                directory, name = os.path.split(os.path.realpath(place))
+                if directory in [f"{tree}/{kind}" for kind in KINDS] and os.path.lexists(f"{directory}/{name}"):
+                    return key_of(name)
+        return None
+
+    def new_key(self, word: str, kind: str) -> str:
+        """The key that ``word`` means for a snapshot of ``kind`` that is to be made: the key itself, or the path where it will
+        be, likewise."""
+        tree = os.path.realpath(self.path)
+        directory, name = os.path.split(word.rstrip("/"))
+        if name and (directory == kind or (directory and os.path.realpath(directory) == f"{tree}/{kind}")):
+            from snapfs import names
+
+            return names.decode(name)
+        return word
+
     def find(self, key: str) -> tuple[str, str]:
         """Kind and directory of snapshot ``key``; raises Refusal."""
         kind = self.kind_of(key)
         if kind is None:
-            raise missing(key)
+            raise missing(key, self.path)
         return kind, self.directory(kind, key)
 
     def do(self, what: str, call: Callable[..., object], *arguments: object) -> None:
@@ -74,7 +109,8 @@ class Place:
         """Why nothing can stand on ``parent``, which is not found among the committed snapshots."""
         there = self.kind_of(parent)
         why = f'"{parent}" is {there}: only a committed snapshot can be a parent' if there else ""
-        return Refusal(why or f'parent snapshot "{parent}" does not exist; snapfs ls --kind committed lists all', NOT_FOUND)
+        lost = f'parent snapshot "{parent}" does not exist in {self.path}; snapfs ls --kind committed lists all'
+        return Refusal(why or lost, NOT_FOUND)
 
     def write_label(self, directory: str, key: str, value: str) -> None:
         """Set a label, or delete it where ``value`` is empty."""
@@ -88,7 +124,7 @@ class Place:
 def _write(path: str, value: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        os.write(descriptor, value.encode() + b"\n")
+        os.write(descriptor, value.encode(errors="surrogateescape") + b"\n")
     finally:
         os.close(descriptor)
 
@@ -130,9 +166,9 @@ def unquoted(text: str) -> str:
     return b"".join((first, *(bytes.fromhex(part[:2].decode()) + part[2:] for part in rest))).decode(errors="surrogateescape")
 
 
-def find_tree(at: str | None) -> Place:
+def find_tree(at: str | None, *, changes: bool = False) -> Place:
     """The tree that ``at`` or $SNAPFS names, or that the working directory is in, or else the only one that is mounted; raises
-    Refusal."""
+    Refusal.  Somebody at a terminal who has something changed in the only one, and stands elsewhere, is told which it is."""
     for given, what in ((at, "--at"), (os.environ.get("SNAPFS"), "$SNAPFS")):
         if given:
             path = _above(os.path.abspath(given))
@@ -142,13 +178,15 @@ def find_tree(at: str | None) -> Place:
                 raise Refusal(f"{what}: no snapfs tree is mounted on {given}: {to_do}", NO_TREE)
             return Place(path)
     trees = mounted_trees()
+    here = f"{os.getcwd()}/" if len(trees) > 1 or changes else ""
     if len(trees) > 1:
-        here = os.getcwd() + "/"
         trees = [tree for tree in trees if here.startswith(tree + "/")] or trees
     if not trees:
         raise Refusal("no snapfs tree is mounted: snapfs serve ROOT MOUNTPOINT mounts one", NO_TREE)
     if len(trees) > 1:
         raise Refusal(f"several trees are mounted: say which with --at or $SNAPFS: {', '.join(sorted(trees))}", NO_TREE)
+    if changes and not here.startswith(trees[0] + "/") and sys.stderr.isatty():
+        print(f"snapfs: working in {trees[0]}, the only tree that is mounted", file=sys.stderr)
     return Place(trees[0])
 
 

@@ -48,9 +48,10 @@ def make(place: Place, kind: str, key: str, parent: str | None, labels: Sequence
 
 
 def _make(kind: str, given: Given) -> int:
-    place = find_tree(given.value("at"))
+    place = find_tree(given.value("at"), changes=True)
     labels = read_labels(given.all("label"))
-    print(make(place, kind, given.arguments[0], given.value("parent"), labels))
+    parent = given.value("parent")
+    print(make(place, kind, place.new_key(given.arguments[0], kind), None if parent is None else place.key(parent), labels))
     return 0
 
 

@@ -61,7 +61,7 @@ def choose(everything: list[Row], given: Given, now: float) -> tuple[list[Row], 
 def _prune(given: Given) -> int:
     if not any(given.has(name) for name in ("label", "older-than", "expired", "kind")):
         raise Refusal("say what to prune: --label, --older-than, --expired or --kind", USAGE)
-    place = find_tree(given.value("at"))
+    place = find_tree(given.value("at"), changes=True)
     going, staying = choose(rows(place), given, time.time())
     removed, refused = (going, []) if given.has("dry-run") else remove(place, going)
     if given.has("json"):

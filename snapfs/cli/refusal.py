@@ -31,9 +31,9 @@ class Refusal(Exception):
         self.status = status
 
 
-def missing(key: str) -> Refusal:
-    """There is no snapshot ``key``."""
-    return Refusal(f'snapshot "{key}" does not exist; snapfs ls lists all', NOT_FOUND)
+def missing(key: str, tree: str) -> Refusal:
+    """There is no snapshot ``key`` in the tree at ``tree``."""
+    return Refusal(f'snapshot "{key}" does not exist in {tree}; snapfs ls lists all', NOT_FOUND)
 
 
 def refusal(error: OSError, tree: str, began: int, otherwise: str) -> Refusal:

@@ -32,23 +32,24 @@ def remove(place: Place, wanted: Sequence[Row]) -> tuple[list[Row], list[Refusal
 
 
 def _rm(given: Given) -> int:
-    place = find_tree(given.value("at"))
+    place = find_tree(given.value("at"), changes=True)
+    names = [place.key(word) for word in given.arguments]
     status = 0
-    if len(given.arguments) == 1 and not given.has("recursive") and not given.has("dry-run"):
-        kind = place.kind_of(given.arguments[0])
+    if len(names) == 1 and not given.has("recursive") and not given.has("dry-run"):
+        kind = place.kind_of(names[0])
         if kind is not None:
-            place.do(f'remove "{given.arguments[0]}"', os.rmdir, place.directory(kind, given.arguments[0]))
+            place.do(f'remove "{names[0]}"', os.rmdir, place.directory(kind, names[0]))
             return 0
     everything = rows(place)
     known = {row.name: row for row in everything}
-    for name in given.arguments:
+    for name in names:
         if name not in known and not given.has("force"):
-            print(f"snapfs: {missing(name)}", file=sys.stderr)
+            print(f"snapfs: {missing(name, place.path)}", file=sys.stderr)
             status = NOT_FOUND
     if given.has("recursive"):
-        wanted = with_descendants(everything, given.arguments)
+        wanted = with_descendants(everything, names)
     else:
-        wanted = [known[name] for name in dict.fromkeys(given.arguments) if name in known]
+        wanted = [known[name] for name in dict.fromkeys(names) if name in known]
     wanted = children_first(wanted)
     if given.has("dry-run"):
         for row in wanted:

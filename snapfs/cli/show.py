@@ -13,7 +13,7 @@ from snapfs.cli.place import find_tree, key_of
 def _show(given: Given) -> int:
     place = find_tree(given.value("at"))
     shown = []
-    for key in given.arguments:
+    for key in map(place.key, given.arguments):
         kind, directory = place.find(key)
         if given.has("path"):
             print(directory)

@@ -10,15 +10,17 @@ from snapfs.cli.refusal import missing
 
 
 def _tree(given: Given) -> int:
-    everything = sorted(rows(find_tree(given.value("at"))), key=lambda row: row.name)
+    place = find_tree(given.value("at"))
+    everything = sorted(rows(place), key=lambda row: row.name)
     below: dict[str | None, list[Row]] = {}
     for row in everything:
         below.setdefault(row.parent, []).append(row)
     tops = below.get(None, [])
     if given.arguments:
-        tops = [row for row in everything if row.name == given.arguments[0]]
+        name = place.key(given.arguments[0])
+        tops = [row for row in everything if row.name == name]
         if not tops:
-            raise missing(given.arguments[0])
+            raise missing(name, place.path)
     if given.has("json"):
         import json
 

@@ -15,7 +15,7 @@ from snapfs.cli.refusal import NOT_FOUND, Refusal
 def _usage(given: Given) -> int:
     place = find_tree(given.value("at"))
     if given.arguments:
-        wanted = [(name, *place.find(name)) for name in given.arguments]
+        wanted = [(name, *place.find(name)) for name in map(place.key, given.arguments)]
     else:
         wanted = [(row.name, row.kind, place.directory(row.kind, row.name)) for row in rows(place)]
     found: list[dict[str, object]] = []

@@ -59,7 +59,7 @@ class Workspace:
         elif newest is not None:
             self._move(newest.name, newest.labels)
         else:
-            raise missing(self.key)
+            raise missing(self.key, self.place.path)
         self.names = {row.name: row for row in rows(self.place)}
 
     def _prepare(self, parent: str | None, labels: dict[str, str]) -> None:
@@ -119,11 +119,12 @@ class Workspace:
 
 
 def _checkpoint(given: Given) -> int:
-    place, key = find_tree(given.value("at")), given.arguments[0]
+    place = find_tree(given.value("at"), changes=not given.has("list"))
+    key = place.key(given.arguments[0])
     if given.has("list"):
         found = checkpoints(rows(place), key)
         if not found and place.kind_of(key) is None:
-            raise missing(key)
+            raise missing(key, place.path)
         if given.has("json"):
             print(json.dumps([{"checkpoint": n, **row.shown()} for n, row in found.items()], indent=2, ensure_ascii=False))
             return 0
@@ -144,7 +145,8 @@ def _checkpoint(given: Given) -> int:
 
 
 def _rollback(given: Given) -> int:
-    workspace = Workspace(find_tree(given.value("at")), given.arguments[0])
+    place = find_tree(given.value("at"), changes=True)
+    workspace = Workspace(place, place.key(given.arguments[0]))
     parent = workspace.row.parent
     if len(given.arguments) > 1:
         word, found = given.arguments[1], workspace.checkpoints
@@ -164,8 +166,8 @@ def _rollback(given: Given) -> int:
 
 
 def _fork(given: Given) -> int:
-    place = find_tree(given.value("at"))
-    source, key = given.arguments
+    place = find_tree(given.value("at"), changes=True)
+    source, key = place.key(given.arguments[0]), place.new_key(given.arguments[1], "active")
     if place.kind_of(source) == "committed":
         print(make(place, "active", key, source))
         return 0
