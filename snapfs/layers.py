@@ -18,15 +18,16 @@ import logging
 import os
 import stat
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing, suppress
+from typing import NamedTuple
 
 from snapfs import imprint, rootlock
 from snapfs.errors import Damaged, Unavailable
 from snapfs.kernel import probe
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.model import Kind, Usage
-from snapfs.pool import Pool, remove_empty
+from snapfs.pool import FS_MODE, Pool, remove_empty
 from snapfs.reserve import FULL
 from snapfs.trash import NOT_EMPTY, Checkpoint, Trash
 from snapfs.walk import directories
@@ -38,6 +39,15 @@ PROMISED = 1000  # ids that one mark on snapshots/ covers
 _OURS = frozenset(("lock", "metadata.mdb", "metadata.mdb-reserve", "snapshots", "pool", "trash", "lost+found", "rootfs"))
 
 _PARTS = frozenset(("fs", "work", imprint.FILE, f"{imprint.FILE}.new"))
+
+
+class Top(NamedTuple):
+    """What the directory ``fs`` of a new snapshot is to be like: owner (uid, gid; None for whoever makes it), mode, and
+    extended attributes."""
+
+    owner: tuple[int, int] | None = None
+    mode: int = FS_MODE
+    attributes: Sequence[tuple[str, bytes]] = ()
 
 
 class Layers:
@@ -113,6 +123,8 @@ class Layers:
             for directory in (layers.snapshots, layers.pool.directory, layers.trash.directory, layers.rootfs_directory):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.chmod(directory, 0o700)
+            with suppress(OSError):  # one of ROOT's own would be the access ACL of each layer
+                os.removexattr(layers.pool.directory, "system.posix_acl_default")
             layers._refuse_several_disks()
             layers.trash.look()
             layers._begin_pool()
@@ -213,9 +225,9 @@ class Layers:
             with suppress(FileNotFoundError, NotADirectoryError):
                 imprint.write(self.directory(number), said)
 
-    def place(self, number: int, kind: Kind, owner: tuple[int, int] | None, name: str | None = None) -> str | None:
-        """Put a fresh directory at snapshots/<number>, its ``fs`` owned by ``owner`` (uid, gid): that called ``name`` in the
-        pool, or any.  Which one, if it was on disk there, else None.
+    def place(self, number: int, kind: Kind, top: Top, name: str | None = None) -> str | None:
+        """Put a fresh directory at snapshots/<number>, its ``fs`` as ``top`` says: that called ``name`` in the pool, or any.
+        Which one, if it was on disk there, else None.
 
         It appears whole by one rename; raises OSError, having left nothing.
         """
@@ -224,8 +236,12 @@ class Layers:
             if kind is Kind.VIEW:
                 with suppress(FileNotFoundError):
                     os.rmdir(f"{path}/work")
-            if owner is not None and owner != self._owner:
-                os.lchown(f"{path}/fs", *owner)
+            if top.owner is not None and top.owner != self._owner:
+                os.lchown(f"{path}/fs", *top.owner)
+            for attribute, value in top.attributes:
+                os.setxattr(f"{path}/fs", attribute, value)
+            if top.mode != FS_MODE or top.attributes:  # last: an ACL changes the mode, and who lacks it may set no attribute
+                os.chmod(f"{path}/fs", top.mode)
             if os.path.lexists(self.directory(number)):  # a crash left it before there was a record, or somebody put it there
                 self._put_aside(number, discard=self.is_empty(number))
             os.rename(path, self.directory(number))
