@@ -70,6 +70,10 @@ class NotPermitted(FailedPrecondition):
     """The tree has no meaning for this operation at this place."""
 
 
+class TooDeep(FailedPrecondition):
+    """A snapshot would stand on more layers than the kernel can mount together."""
+
+
 class InvalidArgument(SnapshotError):
     """The request makes no sense, whatever the state of the store."""
 

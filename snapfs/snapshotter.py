@@ -29,6 +29,7 @@ from snapfs.errors import (
     InvalidArgument,
     NotFound,
     NotPermitted,
+    TooDeep,
     Unavailable,
     WrongParent,
 )
@@ -160,7 +161,7 @@ class Snapshotter:
         ``origin``, here as elsewhere, is the door at which the caller stands: "" for the tree and the library.
 
         Raises NotFound: no such parent; InvalidArgument: the parent is not committed, or key or labels are no good;
-        AlreadyExists: the key is in use, by any kind.
+        AlreadyExists: the key is in use, by any kind; TooDeep: nothing that stands on so many layers could be mounted.
         """
         return await self._create(Kind.ACTIVE, key, parent, labels, origin, self.mounts_of)
 
@@ -200,6 +201,7 @@ class Snapshotter:
             record = Record(key, kind, above or 0, now, now, stored, None, origin)
             if above:
                 self.layers.refuse_damaged(above)
+                self._refuse_too_deep(writer, number, record)
             try:
                 self.layers.promise(number)
                 self._placing.place(writer, number, record)
@@ -241,8 +243,9 @@ class Snapshotter:
         What was made at another door than ``origin`` belongs to the tree from now on, which has given it a name of its own.
 
         Raises NotFound: no such key, or no such parent to rebase onto; FailedPrecondition: the snapshot is not active, or
-        that parent is not committed; Busy: somebody uses its rootfs; AlreadyExists: the name is in use (the key itself is
-        fine); InvalidArgument: another parent than its own, or itself.
+        that parent is not committed; Busy: somebody uses its rootfs; TooDeep: its layer would be one too many for the kernel to
+        mount; AlreadyExists: the name is in use (the key itself is fine); InvalidArgument: another parent than its own, or
+        itself.
         """
         names.encode(name)
         given = self._checked_labels(labels)
@@ -262,6 +265,8 @@ class Snapshotter:
             kept = record.labels if keep_labels else {}
             whose = origin if record.origin == origin else ""
             after = Record(name, Kind.COMMITTED, above, now, now, {**kept, **given}, None, whose)
+            if above:
+                self._refuse_too_deep(writer, number, after)
             self._put(writer, number, record, after)
 
         async with self._unmounted(key) as number:
@@ -741,6 +746,19 @@ class Snapshotter:
         taken = reader.find(name)
         if taken is not None and taken[0] != by:
             raise AlreadyExists.snapshot(name, taken[1].kind)
+
+    def _refuse_too_deep(self, reader: Reader, number: int, record: Record) -> None:
+        """Raise TooDeep if snapshot ``number``, which is to become ``record``, could not be mounted."""
+        try:
+            layers = len(reader.lowers(number, record))
+        except Damaged:  # whoever needs the chain will be told
+            return
+        if layers > mountspec.MOST_LOWERS:
+            raise TooDeep(
+                f'snapshot "{record.name}" would stand on {layers} layers, more than the kernel can mount together '
+                f"({mountspec.MOST_LOWERS}): copy what its rootfs shows (cp -a) into a new snapshot without a parent, and go "
+                "on with that"
+            )
 
     def _refuse_damaged(self, *numbers: int) -> None:
         for number in numbers:
