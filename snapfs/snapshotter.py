@@ -238,7 +238,8 @@ class Snapshotter:
         the data is flushed in the background: ``flush`` waits for it.  After a power cut before that, the snapshot is there
         but refused as parent and mount (Damaged), until it is removed or accepted.
 
-        The usage is counted after that, in the background, or when somebody asks: ``usage`` waits for it.
+        The usage is counted after that, in the background, or when somebody asks: ``usage`` waits for it, and says what is
+        counted of what is written meanwhile by those who go on after the Commit.
 
         What was made at another door than ``origin`` belongs to the tree from now on, which has given it a name of its own.
 
@@ -540,7 +541,8 @@ class Snapshotter:
     async def walk(self, *filters: str, origin: str = "") -> list[Info]:
         """All snapshots that ``filters`` select (``snapfs/filters.py``), ordered by the key's bytes, of one consistent state.
 
-        Only those that were made at the door ``origin``, unless that is "".
+        Only those that were made at the door ``origin``, unless that is "".  Filters see labels as they are stored, as in
+        containerd: not the one that ``upperdir_label`` adds.
 
         Raises InvalidArgument for a bad filter.
         """
@@ -549,12 +551,16 @@ class Snapshotter:
         def collect() -> list[Info]:
             with self._reading(long=True) as reader:
                 found = reader.walk(compiled.selection)
-            return [info for info in map(self.shown, found) if (not origin or info.origin == origin) and compiled.holds(info)]
+            return [self.shown(info) for info in found if (not origin or info.origin == origin) and compiled.holds(info)]
 
         return await trio.to_thread.run_sync(collect)
 
     async def usage(self, key: Ref) -> Usage:
-        """What the snapshot alone takes: an active one is scanned now, a committed one was at its Commit, a view takes nothing.
+        """What the snapshot alone takes: an active one is scanned now, a committed one was once, a view takes nothing.
+
+        A committed one is counted once: in the background as soon as its data is flushed, or when this is first called, if that
+        is sooner.  What somebody writes into its layer between Commit and count (through ``mounts``, or ``diff``) is counted;
+        what comes later never is, until ``snapfs check --repair`` counts anew.
 
         Raises NotFound, or Damaged where the layer is missing.
         """
