@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, closing
+from contextlib import AbstractContextManager, asynccontextmanager, closing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from snapfs.errors import (
     InvalidArgument,
     NotFound,
     NotPermitted,
+    Pinned,
     TooDeep,
     Unavailable,
     WrongParent,
@@ -38,7 +39,7 @@ from snapfs.flushing import Flushing
 from snapfs.housekeeping import Housekeeping
 from snapfs.imprint import Imprint
 from snapfs.kernel import cached
-from snapfs.labels import UPPERDIR, Labels, check_label
+from snapfs.labels import PIN, UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore
 from snapfs.model import Change, Info, Kind, Mount, Usage
@@ -297,14 +298,16 @@ class Snapshotter:
 
         A snapshot whose record is damaged is removed too, if the indexes agree about which one it is.
 
-        Raises NotFound; FailedPrecondition: HasChildren, Busy: somebody uses its rootfs, or it was made at another door than
-        ``origin``, unless that is "", which may remove all.
+        Raises NotFound; FailedPrecondition: HasChildren, Busy: somebody uses its rootfs, Pinned, or it was made at another door
+        than ``origin``, unless that is "", which may remove all.
         """
 
         def operation(writer: Writer) -> None:
             before, record = self._last_seen(writer, number, key)
             if origin and before.origin != origin:
                 raise FailedPrecondition(f'snapshot "{before.name}" was not made by {origin}: remove it in the tree')
+            if PIN in before.labels:
+                raise Pinned.of(before.name)
             if child := writer.a_child(number):
                 raise HasChildren.of(before.name, child[1], child[0])
             if record is None:
@@ -314,6 +317,10 @@ class Snapshotter:
             writer.changed(before, None)
             writer.when_durable(lambda: (self.layers.leave if self.options.async_remove else self.layers.retire)(number))
 
+        with suppress(Damaged), self._reading() as reader:  # before its rootfs is unmounted
+            _, found = self._find(reader, key)
+            if PIN in found.labels:
+                raise Pinned.of(found.name)
         async with self._unmounted(key) as number:
             await self._write_record(operation, frees=True)
         if self.options.async_remove:
