@@ -395,10 +395,10 @@ class Layers:
             found = ((parse_id(entry.name), entry) for entry in entries)
             return {number for number, entry in found if number is not None and entry.is_dir(follow_symlinks=False)}
 
-    def empty_trash(self, checkpoint: Checkpoint = lambda: None) -> None:
-        """Delete what is in the trash, and what a full disk kept out of it.  What can't be deleted is logged and stays for the
-        next time."""
-        self.trash.empty(checkpoint)
+    def empty_trash(self, checkpoint: Checkpoint = lambda: None) -> list[OSError]:
+        """Delete what is in the trash, and what a full disk kept out of it; what can't be deleted, and stays for the next time,
+        each with its path in the error.  It is logged, too."""
+        refused = self.trash.empty(checkpoint)
         for number in list(self._left):
             checkpoint()
             try:
@@ -407,7 +407,10 @@ class Layers:
                     self.trash.delete(self.directory(number), checkpoint)
                     self._left.discard(number)
             except OSError as error:
-                log.warning("cannot delete %s: %s", self.directory(number), error)
+                error.filename = error.filename or self.directory(number)
+                refused.append(error)
+                self.trash.mark(self.directory(number), error)
+        return refused
 
 
 def parse_id(name: str) -> int | None:

@@ -49,6 +49,7 @@ from snapfs.placing import Placing
 from snapfs.records import Reader, Record, Writer
 from snapfs.rootfs import Rootfs, Stack
 from snapfs.sharing import Sharing
+from snapfs.trash import undeletable
 
 T = TypeVar("T")
 
@@ -475,6 +476,8 @@ class Snapshotter:
         """Delete the files of all that was removed, and ``new-…`` directories that a crash left; returns when they are gone.
 
         Better than containerd: what snapfs can't have made is moved to ROOT/lost+found, never deleted unseen.
+
+        Raises Unavailable where some of it can't be deleted, with a path and what to do; all else is deleted then.
         """
 
         refused: list[OSError] = []
@@ -488,9 +491,11 @@ class Snapshotter:
 
         # in the writer, so that no directory is just being made, and of what is removed for good only
         await self._write_record(lambda writer: writer.when_durable(sweep), frees=True)
-        await self._housekeeping.empty_trash()
+        left = await self._housekeeping.empty_trash()
         if refused:
             raise Unavailable.from_os("clean up", refused[0]) from refused[0]
+        if left:
+            raise undeletable(left) from left[0]
 
     # -- reading
 
