@@ -53,8 +53,10 @@ class Top(NamedTuple):
 class Layers:
     """One root's directories.  Made by ``open``; ``close`` gives up the lock and the pool, and may be called twice."""
 
-    def __init__(self, root: str, lock: int) -> None:
+    def __init__(self, root: str, lock: int, found_note: str = "") -> None:
         self.root = root
+        self.found_note = found_note
+        """What the process that had the root before has noted at its end."""
         self.empty = Usage()
         """What a layer with nothing in it takes: its directory."""
         self.snapshots = f"{root}/snapshots"
@@ -82,7 +84,7 @@ class Layers:
                 os.lstat(f"{root}/lock")
             except (FileNotFoundError, NotADirectoryError):
                 raise Unavailable(f"{root} is no root of snapfs") from None
-            return cls(root, rootlock.take(root))
+            return cls(root, *rootlock.take(root))
         except OSError as error:
             raise Unavailable.from_os(f"use {root} as root", error) from error
 
@@ -115,10 +117,10 @@ class Layers:
                 )
             if stat.S_IMODE(found.st_mode) & 0o077:
                 os.chmod(root, 0o700)
-            lock = rootlock.take(root)
+            lock, note = rootlock.take(root)
         except OSError as error:
             raise Unavailable.from_os(f"use {root} as root", error) from error
-        layers = cls(root, lock)
+        layers = cls(root, lock, note)
         try:
             for directory in (layers.snapshots, layers.pool.directory, layers.trash.directory, layers.rootfs_directory):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -171,6 +173,11 @@ class Layers:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def note(self, text: str) -> None:
+        """Leave ``text`` to whoever has the root next; what can't be written is not there then."""
+        with suppress(OSError):
+            rootlock.write(self._lock, text)
 
     def leave_to_parent(self) -> None:
         """In a process forked from the one that holds the root: hold it no longer than that one does, and touch nothing."""

@@ -17,6 +17,7 @@ import msgspec
 import trio
 
 from snapfs import idmap, mountspec, names
+from snapfs.agreeing import Agreeing
 from snapfs.changes import changes
 from snapfs.counting import Counting
 from snapfs.errors import (
@@ -90,6 +91,7 @@ class Snapshotter:
         self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._placing = Placing(layers, self._snapshots_fd)
         self.flushing = Flushing(layers, records, self._snapshots_fd, sync=options.sync is Sync.FULL)
+        self.agreeing = Agreeing(layers, records, self.flushing.boot)
         self.mounted = mounted
         self.rootfs = rootfs
         self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
@@ -118,6 +120,7 @@ class Snapshotter:
                 if self.rootfs is not None:
                     await nursery.start(self.rootfs.run, name="snapfs rootfs")
                 await nursery.start(self._housekeeping.run, name="snapfs housekeeping")
+                nursery.start_soon(self.agreeing.run, name="snapfs agreeing")
                 if not self.options.async_remove:
                     self._housekeeping.empty_trash_soon()
                 task_status.started()
@@ -141,6 +144,7 @@ class Snapshotter:
                 await trio.to_thread.run_sync(self._close_files)
 
     def _close_files(self) -> None:
+        self.agreeing.note_end()
         self.mounted.close()
         os.close(self._snapshots_fd)
         for listener in self._listeners:
@@ -460,7 +464,7 @@ class Snapshotter:
         since = writer.unflushed_since(number)
         if before.kind is not after.kind:
             self.flushing.mark(writer, number)
-        writer.on_failure(lambda: self._imprint(number, before, since))
+        writer.on_failure(lambda: self._imprint_again(number, before, since))
         self._imprint(number, after, writer.unflushed_since(number))
         writer.put(number, after)
         info = writer.info(number, after)
@@ -471,6 +475,14 @@ class Snapshotter:
         """Let the directory of snapshot ``number`` bear ``record``; raises OSError."""
         if number not in self._damaged:
             self.layers.bear(number, Imprint(record, unflushed_since))
+
+    def _imprint_again(self, number: int, record: Record, unflushed_since: str) -> None:
+        """The same, where it bears more by now than has happened; if that fails, too, the next start mends it."""
+        try:
+            self._imprint(number, record, unflushed_since)
+        except OSError:
+            self.agreeing.is_known = False
+            raise
 
     async def cleanup(self) -> None:
         """Delete the files of all that was removed, and ``new-…`` directories that a crash left; returns when they are gone.

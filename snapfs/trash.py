@@ -1,8 +1,8 @@
 """ROOT/trash: directories whose records are gone, on their way out.
 
 A directory that may not be written to gets the mode 0700 first, and the flags immutable and append-only (chattr(1)) are cleared
-where the daemon may do that.  Nothing but what is deleted is changed: a file that has another name elsewhere gets its flags back.
-What can't be deleted all the same is marked with the reason.
+where the daemon may do that.  Nothing else is changed for it: a file that has another name elsewhere gets its flags back.  What
+can't be deleted all the same is marked with the reason.
 """
 
 from __future__ import annotations
@@ -100,7 +100,11 @@ class Trash:
             self._told.add(sentence)
             log.warning("%s", sentence)
         with suppress(OSError):
-            os.setxattr(path, STUCK, os.fsencode(sentence))
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.setxattr(fd, STUCK, os.fsencode(sentence))
+            finally:
+                os.close(fd)
 
     def delete(self, path: str, checkpoint: Checkpoint) -> None:
         """Delete the directory ``path`` where it is; raises OSError when all of it that can be deleted is."""
