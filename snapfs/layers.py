@@ -1,7 +1,7 @@
 """The directories on disk: ROOT/snapshots/<id>/{fs,work}, from a pool of ready-made ones into the trash.
 
     ROOT/            0700
-      lock           held by the process that has the root open; says its pid
+      lock           held by the process that has the root open; says its pid, or a note of its end (``snapfs/agreeing.py``)
       metadata.mdb   the records (``snapfs/metastore.py``), and after them a megabyte that is kept for removing on a full disk
       snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots; <id> bears its record (``snapfs/imprint.py``)
       pool/          new-… directories, made beforehand, so that Prepare costs one rename
@@ -305,7 +305,8 @@ class Layers:
             self._left.add(number)
 
     def retire(self, number: int) -> None:
-        """Move snapshots/<number>, whose record is gone, into the trash, or leave it where it is on a disk too full for that.
+        """Move snapshots/<number>, whose record is gone, into the trash.  Where the disk is too full for that, or it may not be
+        moved, it is left to ``empty_trash``.
 
         What snapfs can't have made goes to lost+found.  Raises OSError.
         """
@@ -314,7 +315,7 @@ class Layers:
         except OSError as error:
             if not os.path.lexists(self.directory(number)):
                 self._left.discard(number)
-            elif error.errno in FULL:
+            elif error.errno in FULL or isinstance(error, PermissionError):  # it is immutable, say
                 self._left.add(number)
             else:
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -82,6 +83,38 @@ async def test_all_of_it_and_deeper_than_the_stack(disk: Path) -> None:
         subprocess.run(["chattr", "-R", "+i", layer], check=True)
         await snapshotter.remove("k")
         assert os.listdir(disk / "root/trash") == []
+
+
+async def test_the_whole_directory(disk: Path) -> None:
+    """Which can't even be moved to the trash."""
+    async with open_snapshotter(disk / "root") as snapshotter:
+        for _ in range(2):
+            await snapshotter.prepare("k")
+            directory = Path(snapshotter.layers.directory((await snapshotter.stat("k")).id))
+            subprocess.run(["chattr", "-R", "+i", directory], check=True)
+            await snapshotter.remove("k")
+            assert not directory.exists()
+        assert snapshotter.layers.waiting == 0
+
+
+def test_the_whole_directory_where_it_may_not_be_changed(disk: Path, make_daemon: Make) -> None:
+    daemon = make_daemon(root=disk / "root")
+    daemon.prefix = WITHOUT
+    daemon.start()
+    os.mkdir(daemon.mnt / "active/k")
+    directory = daemon.root / "snapshots/1"
+    subprocess.run(["chattr", "-R", "+i", directory], check=True)
+    os.rmdir(daemon.mnt / "active/k")
+    for _ in range(2):
+        with pytest.raises(PermissionError):
+            clean_up(daemon)
+        assert re.search(r"snapshots/1\S* can't be deleted: .*as root: chattr -i -a ", daemon.error_log()[-1])
+        assert daemon.stop() == 0
+        daemon.start()
+    subprocess.run(["chattr", "-R", "-i", directory], check=True)
+    clean_up(daemon)
+    assert not directory.exists()
+    assert daemon.stop() == 0
 
 
 async def test_a_file_that_has_another_name_elsewhere_keeps_its_flags(disk: Path) -> None:
