@@ -24,6 +24,7 @@ from snapfs.metastore import MetaStore
 from snapfs.model import Kind, Usage
 from snapfs.records import Record, Writer
 from snapfs.soundness import broken_pages
+from snapfs.trash import STUCK
 from snapfs.usage import disk_usage
 
 Progress = Callable[[str, int, int], None]
@@ -268,7 +269,15 @@ class _Check:
                 text = f"{path}: {self._looks(path)}; {self._why(number)}"
                 mended = f"moved to {layers.lose(path)}" if self._repair else ""
                 yield Finding(Problem.ORPHANED, text, "--repair moves it to lost+found", mended)
-        if waiting := len(os.listdir(layers.trash.directory)):
+        waiting = 0
+        for name in sorted(os.listdir(layers.trash.directory)):
+            try:
+                text = os.fsdecode(os.getxattr(f"{layers.trash.directory}/{name}", STUCK, follow_symlinks=False))
+            except OSError:
+                waiting += 1
+            else:
+                yield Finding(Problem.ORPHANED, f"of a removed snapshot: {text}", "then the next start, or Cleanup, deletes it")
+        if waiting:
             yield Finding(
                 Problem.NOTE, f"{waiting} removed directories in {layers.trash.directory} are deleted at the next start"
             )

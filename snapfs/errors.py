@@ -70,6 +70,20 @@ class NotPermitted(FailedPrecondition):
     """The tree has no meaning for this operation at this place."""
 
 
+class Pinned(NotPermitted):
+    """A snapshot that bears the label ``pin`` was to be removed."""
+
+    @classmethod
+    def of(cls, name: str) -> Pinned:
+        return cls(
+            f'snapshot "{name}" has the label pin, which keeps it: take that away first (snapfs label {name} --delete pin)'
+        )
+
+
+class TooDeep(FailedPrecondition):
+    """A snapshot would stand on more layers than the kernel can mount together."""
+
+
 class InvalidArgument(SnapshotError):
     """The request makes no sense, whatever the state of the store."""
 

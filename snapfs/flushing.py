@@ -38,7 +38,8 @@ class Flushing:
     """The flushes of one root.  ``run`` must be running; without ``sync`` nothing is ever flushed, marked or waited for.
 
     ``fd`` is open on the layers' file system, from the start on: what the disk refuses is told once to each that has it open.
-    ``lost`` holds the ids of the snapshots whose data was in memory when the power went, or the disk refused it.
+    ``boot`` tells this boot of the machine, and this mount of the disk, from others.  ``lost`` holds the ids of the snapshots
+    whose data was in memory when the power went, or the disk refused it.
     """
 
     def __init__(self, layers: Layers, records: MetaStore, fd: int = -1, *, sync: bool = True) -> None:
@@ -46,12 +47,12 @@ class Flushing:
         self._layers = layers
         self._records = records
         self._sync = sync
-        self._boot = f"{boot_id()} {probe.mounted_as(layers.snapshots)}"
+        self.boot = f"{boot_id()} {probe.mounted_as(layers.snapshots)}"
         self._next: _Flush | None = None
         self._wakeup = trio.Event()
         self._running = False
         with records.reading() as reader:
-            self.lost = {number for number, boot in reader.unflushed() if boot != self._boot}
+            self.lost = {number for number, boot in reader.unflushed() if boot != self.boot}
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """Flush whatever is asked for, until cancelled; begins with what a crashed daemon left."""
@@ -79,7 +80,7 @@ class Flushing:
 
     def _marked(self) -> list[int]:
         with self._records.reading() as reader:
-            return [number for number, boot in reader.unflushed() if boot == self._boot and number not in self.lost]
+            return [number for number, boot in reader.unflushed() if boot == self.boot and number not in self.lost]
 
     def _suspect(self) -> list[int]:
         """Whose data a disk that fails may just have lost: all that is marked, and what is still being written."""
@@ -131,7 +132,7 @@ class Flushing:
     def mark(self, writer: Writer, number: int) -> None:
         """Within the operation that commits snapshot ``number``."""
         if self._sync and not writer.unflushed_since(number):
-            writer.mark_unflushed(number, self._boot)
+            writer.mark_unflushed(number, self.boot)
 
     def settle(self, writer: Writer, numbers: Iterable[int]) -> None:
         """Within an operation: the data of these snapshots is on disk, or is taken as it is."""

@@ -41,13 +41,16 @@ class Housekeeping:
         """Have what is in the trash deleted."""
         self._trash_wakeup.set()
 
-    async def empty_trash(self) -> None:
-        """Delete what is in the trash; returns when it is gone.  What can't be deleted is logged."""
+    async def empty_trash(self) -> list[OSError]:
+        """Delete what is in the trash; returns when it is gone: what can't be deleted, which is logged too.  It is tried again
+        after the next Remove and at the next start."""
         async with self.trash_lock:
             try:
-                await trio.to_thread.run_sync(self._layers.empty_trash, trio.from_thread.check_cancelled)
-            except OSError as error:  # it is tried again after the next Remove, and at the next start
+                return await trio.to_thread.run_sync(self._layers.empty_trash, trio.from_thread.check_cancelled)
+            except OSError as error:
+                error.filename = error.filename or self._layers.trash.directory
                 log.warning("cannot empty the trash: %s", error)
+                return [error]
 
     async def _fill_pool(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""Labels: what may be stored as one, and which have a meaning of their own.  The names are containerd's."""
+"""Labels: what may be stored as one, and which have a meaning of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from snapfs.errors import InvalidArgument, LabelTooBig, NotUtf8
 Labels = Mapping[str, str]
 
 UPPERDIR = "containerd.io/snapshot/overlay.upperdir"
-"""The path of the snapshot's layer; shown where the option ``upperdir_label`` asks for it, never stored."""
+"""containerd's name: the path of the snapshot's layer; shown where the option ``upperdir_label`` asks for it, never stored."""
+
+PIN = "pin"
+"""What bears it, with whatever value, is not removed at any door."""
 
 PARENT_CHAIN = "containerd.io/snapshot/parent-chain-id"
 """The name of the layer below: on a snapshot without a parent, the parent that its Commit is going to name."""

@@ -1,7 +1,7 @@
 """The directories on disk: ROOT/snapshots/<id>/{fs,work}, from a pool of ready-made ones into the trash.
 
     ROOT/            0700
-      lock           held by the process that has the root open; says its pid
+      lock           held by the process that has the root open; says its pid, or a note of its end (``snapfs/agreeing.py``)
       metadata.mdb   the records (``snapfs/metastore.py``), and after them a megabyte that is kept for removing on a full disk
       snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots; <id> bears its record (``snapfs/imprint.py``)
       pool/          new-… directories, made beforehand, so that Prepare costs one rename
@@ -18,15 +18,16 @@ import logging
 import os
 import stat
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing, suppress
+from typing import NamedTuple
 
 from snapfs import imprint, rootlock
 from snapfs.errors import Damaged, Unavailable
 from snapfs.kernel import probe
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.model import Kind, Usage
-from snapfs.pool import Pool, remove_empty
+from snapfs.pool import FS_MODE, Pool, remove_empty
 from snapfs.reserve import FULL
 from snapfs.trash import NOT_EMPTY, Checkpoint, Trash
 from snapfs.walk import directories
@@ -40,11 +41,22 @@ _OURS = frozenset(("lock", "metadata.mdb", "metadata.mdb-reserve", "snapshots", 
 _PARTS = frozenset(("fs", "work", imprint.FILE, f"{imprint.FILE}.new"))
 
 
+class Top(NamedTuple):
+    """What the directory ``fs`` of a new snapshot is to be like: owner (uid, gid; None for whoever makes it), mode, and
+    extended attributes."""
+
+    owner: tuple[int, int] | None = None
+    mode: int = FS_MODE
+    attributes: Sequence[tuple[str, bytes]] = ()
+
+
 class Layers:
     """One root's directories.  Made by ``open``; ``close`` gives up the lock and the pool, and may be called twice."""
 
-    def __init__(self, root: str, lock: int) -> None:
+    def __init__(self, root: str, lock: int, found_note: str = "") -> None:
         self.root = root
+        self.found_note = found_note
+        """What the process that had the root before has noted at its end."""
         self.empty = Usage()
         """What a layer with nothing in it takes: its directory."""
         self.snapshots = f"{root}/snapshots"
@@ -72,7 +84,7 @@ class Layers:
                 os.lstat(f"{root}/lock")
             except (FileNotFoundError, NotADirectoryError):
                 raise Unavailable(f"{root} is no root of snapfs") from None
-            return cls(root, rootlock.take(root))
+            return cls(root, *rootlock.take(root))
         except OSError as error:
             raise Unavailable.from_os(f"use {root} as root", error) from error
 
@@ -105,14 +117,16 @@ class Layers:
                 )
             if stat.S_IMODE(found.st_mode) & 0o077:
                 os.chmod(root, 0o700)
-            lock = rootlock.take(root)
+            lock, note = rootlock.take(root)
         except OSError as error:
             raise Unavailable.from_os(f"use {root} as root", error) from error
-        layers = cls(root, lock)
+        layers = cls(root, lock, note)
         try:
             for directory in (layers.snapshots, layers.pool.directory, layers.trash.directory, layers.rootfs_directory):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.chmod(directory, 0o700)
+            with suppress(OSError):  # one of ROOT's own would be the access ACL of each layer
+                os.removexattr(layers.pool.directory, "system.posix_acl_default")
             layers._refuse_several_disks()
             layers.trash.look()
             layers._begin_pool()
@@ -159,6 +173,11 @@ class Layers:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def note(self, text: str) -> None:
+        """Leave ``text`` to whoever has the root next; what can't be written is not there then."""
+        with suppress(OSError):
+            rootlock.write(self._lock, text)
 
     def leave_to_parent(self) -> None:
         """In a process forked from the one that holds the root: hold it no longer than that one does, and touch nothing."""
@@ -213,9 +232,9 @@ class Layers:
             with suppress(FileNotFoundError, NotADirectoryError):
                 imprint.write(self.directory(number), said)
 
-    def place(self, number: int, kind: Kind, owner: tuple[int, int] | None, name: str | None = None) -> str | None:
-        """Put a fresh directory at snapshots/<number>, its ``fs`` owned by ``owner`` (uid, gid): that called ``name`` in the
-        pool, or any.  Which one, if it was on disk there, else None.
+    def place(self, number: int, kind: Kind, top: Top, name: str | None = None) -> str | None:
+        """Put a fresh directory at snapshots/<number>, its ``fs`` as ``top`` says: that called ``name`` in the pool, or any.
+        Which one, if it was on disk there, else None.
 
         It appears whole by one rename; raises OSError, having left nothing.
         """
@@ -224,8 +243,12 @@ class Layers:
             if kind is Kind.VIEW:
                 with suppress(FileNotFoundError):
                     os.rmdir(f"{path}/work")
-            if owner is not None and owner != self._owner:
-                os.lchown(f"{path}/fs", *owner)
+            if top.owner is not None and top.owner != self._owner:
+                os.lchown(f"{path}/fs", *top.owner)
+            for attribute, value in top.attributes:
+                os.setxattr(f"{path}/fs", attribute, value)
+            if top.mode != FS_MODE or top.attributes:  # last: an ACL changes the mode, and who lacks it may set no attribute
+                os.chmod(f"{path}/fs", top.mode)
             if os.path.lexists(self.directory(number)):  # a crash left it before there was a record, or somebody put it there
                 self._put_aside(number, discard=self.is_empty(number))
             os.rename(path, self.directory(number))
@@ -282,7 +305,8 @@ class Layers:
             self._left.add(number)
 
     def retire(self, number: int) -> None:
-        """Move snapshots/<number>, whose record is gone, into the trash, or leave it where it is on a disk too full for that.
+        """Move snapshots/<number>, whose record is gone, into the trash.  Where the disk is too full for that, or it may not be
+        moved, it is left to ``empty_trash``.
 
         What snapfs can't have made goes to lost+found.  Raises OSError.
         """
@@ -291,7 +315,7 @@ class Layers:
         except OSError as error:
             if not os.path.lexists(self.directory(number)):
                 self._left.discard(number)
-            elif error.errno in FULL:
+            elif error.errno in FULL or isinstance(error, PermissionError):  # it is immutable, say
                 self._left.add(number)
             else:
                 raise
@@ -379,10 +403,10 @@ class Layers:
             found = ((parse_id(entry.name), entry) for entry in entries)
             return {number for number, entry in found if number is not None and entry.is_dir(follow_symlinks=False)}
 
-    def empty_trash(self, checkpoint: Checkpoint = lambda: None) -> None:
-        """Delete what is in the trash, and what a full disk kept out of it.  What can't be deleted is logged and stays for the
-        next time."""
-        self.trash.empty(checkpoint)
+    def empty_trash(self, checkpoint: Checkpoint = lambda: None) -> list[OSError]:
+        """Delete what is in the trash, and what a full disk kept out of it; what can't be deleted, and stays for the next time,
+        each with its path in the error.  It is logged, too."""
+        refused = self.trash.empty(checkpoint)
         for number in list(self._left):
             checkpoint()
             try:
@@ -391,7 +415,10 @@ class Layers:
                     self.trash.delete(self.directory(number), checkpoint)
                     self._left.discard(number)
             except OSError as error:
-                log.warning("cannot delete %s: %s", self.directory(number), error)
+                error.filename = error.filename or self.directory(number)
+                refused.append(error)
+                self.trash.mark(self.directory(number), error)
+        return refused
 
 
 def parse_id(name: str) -> int | None:

@@ -69,6 +69,11 @@ class MetaStore:
         return self.environment.refusal
 
     @property
+    def is_in_doubt(self) -> bool:
+        """Whether nobody knows if the last changes are on the disk, which fails."""
+        return self._doubt is not None
+
+    @property
     def tables(self) -> Tables:
         return self.environment.tables
 

@@ -15,6 +15,9 @@ from snapfs.model import Kind, Mount
 PAGE = 4096
 """Bytes of options that mount(2) takes, the closing NUL among them; it cuts longer ones without a word."""
 
+MOST_LOWERS = 500
+"""Lower layers that the kernel mounts together (OVL_MAX_STACK of its ``fs/overlayfs/params.h``), an upper layer besides."""
+
 
 def mounts(
     kind: Kind,

@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from contextlib import suppress
 
 from snapfs import idmap
+from snapfs.changes import is_shown, xattrs
 from snapfs.errors import Damaged
 from snapfs.imprint import Imprint
-from snapfs.layers import Layers
+from snapfs.layers import Layers, Top
 from snapfs.metastore import MetaStore
 from snapfs.model import Kind
 from snapfs.records import Record, Writer
 
 log = logging.getLogger(__name__)
+
+_INHERITED = ("user.", "system.posix_acl_")
 
 
 class Placing:
@@ -38,7 +42,7 @@ class Placing:
         """Make the directory of the new snapshot ``number``; raises OSError, having left nothing.  It is on disk when the
         batch is, or made again at the next start."""
         layers, settled = self._layers, self._layers.pool.settled
-        name = layers.place(number, record.kind, owner(layers, record))
+        name = layers.place(number, record.kind, top(layers, record))
         writer.on_failure(lambda: layers.unmake(number))
         if name is None:
             writer.sync_directory(self._fd)
@@ -52,13 +56,21 @@ class Placing:
         self._cleared = max(settled, self._cleared)
 
 
-def owner(layers: Layers, record: Record) -> tuple[int, int] | None:
-    """To whom the layer of a new snapshot is to belong: uid and gid, None for whoever makes it.  Raises OSError."""
-    mapped = idmap.root_owner(record.labels)
-    if mapped is not None or not record.parent:
-        return mapped
-    layer = os.lstat(layers.fs(record.parent))
-    return layer.st_uid, layer.st_gid
+def top(layers: Layers, record: Record) -> Top:
+    """What the layer of a new snapshot is to be like: as its parent's, so that it changes nothing of what is below it.
+
+    Ids that are mapped have another owner, and containerd's snapshots have containerd's mode.  Raises OSError.
+    """
+    owner = idmap.root_owner(record.labels)
+    if not record.parent:
+        return Top(owner)
+    below = layers.fs(record.parent)
+    found = os.lstat(below)
+    owner = owner or (found.st_uid, found.st_gid)
+    if record.origin:
+        return Top(owner)
+    names = [name for name in xattrs(below) if name.startswith(_INHERITED) and is_shown(name)]
+    return Top(owner, stat.S_IMODE(found.st_mode), [(name, os.getxattr(below, name)) for name in names])
 
 
 def finish(layers: Layers, records: MetaStore) -> None:
@@ -75,10 +87,10 @@ def finish(layers: Layers, records: MetaStore) -> None:
         return
     for number, name, said in found:
         kind = Kind.VIEW if said.record.kind is Kind.VIEW else Kind.ACTIVE
-        whose = None
+        like = Top()
         with suppress(FileNotFoundError):  # the parent's layer is missing, as whoever needs it will be told
-            whose = owner(layers, said.record)
-        layers.place(number, kind, whose, name)
+            like = top(layers, said.record)
+        layers.place(number, kind, like, name)
         layers.bear(number, said)
     log.info("%d directories were put in place that a power cut had put back", len(found))
     layers.pool.sync()

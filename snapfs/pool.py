@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 POOL = 128  # directories that are kept ready, to begin with; refilled when half are gone, which may wait for a busy disk
 POOL_MOST = 512  # that a burst of Prepares, which finds none left, makes it
 POOL_LEAST = 16  # however small the disk is
+FS_MODE = 0o755  # of an empty layer, as in containerd; its parent may ask for another
 POOL_SHARE = 300  # of how many free inodes and blocks, of which each takes three, there may be one
 
 
@@ -100,7 +101,7 @@ class Pool:
         path = f"{self.directory}/new-{self._tag}-{next(self._serials)}"
         os.mkdir(path, 0o700)
         try:
-            for name, mode in (("fs", 0o755), ("work", 0o711)):
+            for name, mode in (("fs", FS_MODE), ("work", 0o711)):
                 os.mkdir(f"{path}/{name}")
                 os.chmod(f"{path}/{name}", mode)  # whatever the umask
         except OSError:

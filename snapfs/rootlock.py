@@ -17,8 +17,9 @@ log = logging.getLogger(__name__)
 DYING = 2.0  # seconds that a killed process has to let go of its root, and a backup to end
 
 
-def take(root: str) -> int:
-    """Take ROOT/lock for this process; the descriptor holds it until it is closed, by whatever end."""
+def take(root: str) -> tuple[int, str]:
+    """Take ROOT/lock for this process: a descriptor that holds it until it is closed, by whatever end, and what the last holder
+    has left in it: its pid, or its note."""
     fd = os.open(f"{root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + DYING
     while True:
@@ -40,15 +41,24 @@ def take(root: str) -> int:
             os.close(fd)
             raise
     try:
-        line = f"{os.getpid()}\n".encode()
-        os.pwrite(fd, line, 0)  # over the last one's, for which there is room on a full disk too
+        left = os.pread(fd, 4096, 0).decode(errors="replace").strip()
+        write(fd, str(os.getpid()))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd, left
+
+
+def write(fd: int, text: str) -> None:
+    """Let the lock open as ``fd`` say ``text``, unless the disk is full; raises OSError."""
+    line = f"{text}\n".encode()
+    try:
+        os.pwrite(fd, line, 0)  # over what was there, for which there is room on a full disk too
         os.ftruncate(fd, len(line))
     except OSError as error:
         if error.errno not in FULL:
-            os.close(fd)
             raise
-        log.debug("the lock does not say whose it is: %s", error)
-    return fd
+        log.debug("the lock does not say %s: %s", text, error)
 
 
 def is_abandoned(root: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, closing
+from contextlib import AbstractContextManager, asynccontextmanager, closing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import msgspec
 import trio
 
 from snapfs import idmap, mountspec, names
+from snapfs.agreeing import Agreeing
 from snapfs.changes import changes
 from snapfs.counting import Counting
 from snapfs.errors import (
@@ -29,6 +30,8 @@ from snapfs.errors import (
     InvalidArgument,
     NotFound,
     NotPermitted,
+    Pinned,
+    TooDeep,
     Unavailable,
     WrongParent,
 )
@@ -37,7 +40,7 @@ from snapfs.flushing import Flushing
 from snapfs.housekeeping import Housekeeping
 from snapfs.imprint import Imprint
 from snapfs.kernel import cached
-from snapfs.labels import PARENT_CHAIN, UPPERDIR, Labels, check_label
+from snapfs.labels import PARENT_CHAIN, PIN, UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore
 from snapfs.model import Change, Info, Kind, Mount, Usage
@@ -47,6 +50,7 @@ from snapfs.placing import Placing
 from snapfs.records import Reader, Record, Writer
 from snapfs.rootfs import Rootfs, Stack
 from snapfs.sharing import Sharing
+from snapfs.trash import undeletable
 
 T = TypeVar("T")
 
@@ -87,6 +91,7 @@ class Snapshotter:
         self._snapshots_fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._placing = Placing(layers, self._snapshots_fd)
         self.flushing = Flushing(layers, records, self._snapshots_fd, sync=options.sync is Sync.FULL)
+        self.agreeing = Agreeing(layers, records, self.flushing.boot)
         self.mounted = mounted
         self.rootfs = rootfs
         self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
@@ -115,6 +120,7 @@ class Snapshotter:
                 if self.rootfs is not None:
                     await nursery.start(self.rootfs.run, name="snapfs rootfs")
                 await nursery.start(self._housekeeping.run, name="snapfs housekeeping")
+                nursery.start_soon(self.agreeing.run, name="snapfs agreeing")
                 if not self.options.async_remove:
                     self._housekeeping.empty_trash_soon()
                 task_status.started()
@@ -138,6 +144,7 @@ class Snapshotter:
                 await trio.to_thread.run_sync(self._close_files)
 
     def _close_files(self) -> None:
+        self.agreeing.note_end()
         self.mounted.close()
         os.close(self._snapshots_fd)
         for listener in self._listeners:
@@ -160,7 +167,8 @@ class Snapshotter:
         ``origin``, here as elsewhere, is the door at which the caller stands: "" for the tree and the library.
 
         Raises NotFound: no such parent; InvalidArgument: the parent is not committed, or key or labels are no good;
-        AlreadyExists: the key is in use, by any kind; FailedPrecondition: the mapping labels can't be followed.
+        AlreadyExists: the key is in use, by any kind; TooDeep: nothing that stands on so many layers could be mounted;
+        FailedPrecondition: the mapping labels can't be followed.
         """
         return await self._create(Kind.ACTIVE, key, parent, labels, origin, self._handed_over)
 
@@ -201,6 +209,7 @@ class Snapshotter:
             if above:
                 self.layers.refuse_damaged(above)
                 self._refuse_mapped_twice(writer, above, owner)
+                self._refuse_too_deep(writer, number, record)
             try:
                 self.layers.promise(number)
                 self._placing.place(writer, number, record)
@@ -237,13 +246,15 @@ class Snapshotter:
         the data is flushed in the background: ``flush`` waits for it.  After a power cut before that, the snapshot is there
         but refused as parent and mount (Damaged), until it is removed or accepted.
 
-        The usage is counted after that, in the background, or when somebody asks: ``usage`` waits for it.
+        The usage is counted after that, in the background, or when somebody asks: ``usage`` waits for it, and says what is
+        counted of what is written meanwhile by those who go on after the Commit.
 
         What was made at another door than ``origin`` belongs to the tree from now on, which has given it a name of its own.
 
         Raises NotFound: no such key, or no such parent to rebase onto; FailedPrecondition: the snapshot is not active, or
-        that parent is not committed; Busy: somebody uses its rootfs; AlreadyExists: the name is in use (the key itself is
-        fine); InvalidArgument: another parent than its own, or itself.
+        that parent is not committed; Busy: somebody uses its rootfs; TooDeep: its layer would be one too many for the kernel to
+        mount; AlreadyExists: the name is in use (the key itself is fine); InvalidArgument: another parent than its own, or
+        itself.
         """
         names.encode(name)
         given = self._checked_labels(labels)
@@ -263,6 +274,8 @@ class Snapshotter:
             kept = record.labels if keep_labels else {}
             whose = origin if record.origin == origin else ""
             after = Record(name, Kind.COMMITTED, above, now, now, {**kept, **given}, None, whose)
+            if above:
+                self._refuse_too_deep(writer, number, after)
             self._put(writer, number, record, after)
 
         async with self._unmounted(key) as number:
@@ -292,14 +305,16 @@ class Snapshotter:
 
         A snapshot whose record is damaged is removed too, if the indexes agree about which one it is.
 
-        Raises NotFound; FailedPrecondition: HasChildren, Busy: somebody uses its rootfs, or it was made at another door than
-        ``origin``, unless that is "", which may remove all.
+        Raises NotFound; FailedPrecondition: HasChildren, Busy: somebody uses its rootfs, Pinned, or it was made at another door
+        than ``origin``, unless that is "", which may remove all.
         """
 
         def operation(writer: Writer) -> None:
             before, record = self._last_seen(writer, number, key)
             if origin and before.origin != origin:
                 raise FailedPrecondition(f'snapshot "{before.name}" was not made by {origin}: remove it in the tree')
+            if PIN in before.labels:
+                raise Pinned.of(before.name)
             if child := writer.a_child(number):
                 raise HasChildren.of(before.name, child[1], child[0])
             if record is None:
@@ -309,6 +324,10 @@ class Snapshotter:
             writer.changed(before, None)
             writer.when_durable(lambda: (self.layers.leave if self.options.async_remove else self.layers.retire)(number))
 
+        with suppress(Damaged), self._reading() as reader:  # before its rootfs is unmounted
+            _, found = self._find(reader, key)
+            if PIN in found.labels:
+                raise Pinned.of(found.name)
         async with self._unmounted(key) as number:
             await self._write_record(operation, frees=True)
         if self.options.async_remove:
@@ -449,7 +468,7 @@ class Snapshotter:
         since = writer.unflushed_since(number)
         if before.kind is not after.kind:
             self.flushing.mark(writer, number)
-        writer.on_failure(lambda: self._imprint(number, before, since))
+        writer.on_failure(lambda: self._imprint_again(number, before, since))
         self._imprint(number, after, writer.unflushed_since(number))
         writer.put(number, after)
         info = writer.info(number, after)
@@ -461,10 +480,20 @@ class Snapshotter:
         if number not in self._damaged:
             self.layers.bear(number, Imprint(record, unflushed_since))
 
+    def _imprint_again(self, number: int, record: Record, unflushed_since: str) -> None:
+        """The same, where it bears more by now than has happened; if that fails, too, the next start mends it."""
+        try:
+            self._imprint(number, record, unflushed_since)
+        except OSError:
+            self.agreeing.is_known = False
+            raise
+
     async def cleanup(self) -> None:
         """Delete the files of all that was removed, and ``new-…`` directories that a crash left; returns when they are gone.
 
         Better than containerd: what snapfs can't have made is moved to ROOT/lost+found, never deleted unseen.
+
+        Raises Unavailable where some of it can't be deleted, with a path and what to do; all else is deleted then.
         """
 
         refused: list[OSError] = []
@@ -478,9 +507,11 @@ class Snapshotter:
 
         # in the writer, so that no directory is just being made, and of what is removed for good only
         await self._write_record(lambda writer: writer.when_durable(sweep), frees=True)
-        await self._housekeeping.empty_trash()
+        left = await self._housekeeping.empty_trash()
         if refused:
             raise Unavailable.from_os("clean up", refused[0]) from refused[0]
+        if left:
+            raise undeletable(left) from left[0]
 
     # -- reading
 
@@ -540,7 +571,8 @@ class Snapshotter:
     async def walk(self, *filters: str, origin: str = "") -> list[Info]:
         """All snapshots that ``filters`` select (``snapfs/filters.py``), ordered by the key's bytes, of one consistent state.
 
-        Only those that were made at the door ``origin``, unless that is "".
+        Only those that were made at the door ``origin``, unless that is "".  Filters see labels as they are stored, as in
+        containerd: not the one that ``upperdir_label`` adds.
 
         Raises InvalidArgument for a bad filter.
         """
@@ -549,12 +581,16 @@ class Snapshotter:
         def collect() -> list[Info]:
             with self._reading(long=True) as reader:
                 found = reader.walk(compiled.selection)
-            return [info for info in map(self.shown, found) if (not origin or info.origin == origin) and compiled.holds(info)]
+            return [self.shown(info) for info in found if (not origin or info.origin == origin) and compiled.holds(info)]
 
         return await trio.to_thread.run_sync(collect)
 
     async def usage(self, key: Ref) -> Usage:
-        """What the snapshot alone takes: an active one is scanned now, a committed one was at its Commit, a view takes nothing.
+        """What the snapshot alone takes: an active one is scanned now, a committed one was once, a view takes nothing.
+
+        A committed one is counted once: in the background as soon as its data is flushed, or when this is first called, if that
+        is sooner.  What somebody writes into its layer between Commit and count (through ``mounts``, or ``diff``) is counted;
+        what comes later never is, until ``snapfs check --repair`` counts anew.
 
         Raises NotFound, or Damaged where the layer is missing.
         """
@@ -746,6 +782,19 @@ class Snapshotter:
         taken = reader.find(name)
         if taken is not None and taken[0] != by:
             raise AlreadyExists.snapshot(name, taken[1].kind)
+
+    def _refuse_too_deep(self, reader: Reader, number: int, record: Record) -> None:
+        """Raise TooDeep if snapshot ``number``, which is to become ``record``, could not be mounted."""
+        try:
+            layers = len(reader.lowers(number, record))
+        except Damaged:  # whoever needs the chain will be told
+            return
+        if layers > mountspec.MOST_LOWERS:
+            raise TooDeep(
+                f'snapshot "{record.name}" would stand on {layers} layers, more than the kernel can mount together '
+                f"({mountspec.MOST_LOWERS}): copy what its rootfs shows (cp -a) into a new snapshot without a parent, and go "
+                "on with that"
+            )
 
     def _refuse_damaged(self, *numbers: int) -> None:
         for number in numbers:

@@ -1,19 +1,40 @@
-"""ROOT/trash: directories whose records are gone, on their way out."""
+"""ROOT/trash: directories whose records are gone, on their way out.
+
+A directory that may not be written to gets the mode 0700 first, and the flags immutable and append-only (chattr(1)) are cleared
+where the daemon may do that.  Nothing else is changed for it: a file that has another name elsewhere gets its flags back.  What
+can't be deleted all the same is marked with the reason.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import logging
 import os
+import shlex
+import stat
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import TypeVar
 
+from snapfs.errors import Unavailable
 from snapfs.reserve import FULL
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
+
+STUCK = "user.snapfs.stuck"
+"""The extended attribute of a directory that could not be deleted: why, and what to do."""
+
+_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS of <linux/fs.h>
+_KEPT = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
 
 DEPTH = 50  # directories deeper than this are deleted from the trash's top: bounds stack and descriptors
 
@@ -32,6 +53,7 @@ class Trash:
         """How many directories are in it."""
         self._counting = threading.Lock()
         self._serials = itertools.count(1)  # for names; several threads take from it
+        self._told: set[str] = set()
 
     def look(self) -> None:
         """Count what an earlier process has left in it; raises OSError."""
@@ -50,9 +72,10 @@ class Trash:
         os.rename(path, target)
         self._add(1)
 
-    def empty(self, checkpoint: Checkpoint) -> None:
-        """Delete what is in it.  What can't be deleted is logged and stays for the next time."""
+    def empty(self, checkpoint: Checkpoint) -> list[OSError]:
+        """Delete what is in it; what can't be deleted, and stays for the next time, each with its path in the error."""
         tries: Counter[str] = Counter()
+        refused: list[OSError] = []
         fd = self._open()
         try:
             while names := [name for name in os.listdir(fd) if tries[name] < 2]:
@@ -64,9 +87,24 @@ class Trash:
                     except OSError as error:
                         tries[name] += 1 if error.errno in FULL else 2  # there may be room when the others are gone
                         if tries[name] == 2:
-                            log.warning("cannot delete %s/%s: %s", self.directory, name, error)
+                            refused.append(error)
+                            self.mark(f"{self.directory}/{name}", error)
         finally:
             os.close(fd)
+        return refused
+
+    def mark(self, path: str, error: OSError) -> None:
+        """Let the directory ``path`` say why it can't be deleted, and, the first time, the log."""
+        sentence = why_not(error)
+        if sentence not in self._told:
+            self._told.add(sentence)
+            log.warning("%s", sentence)
+        with suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.setxattr(fd, STUCK, os.fsencode(sentence))
+            finally:
+                os.close(fd)
 
     def delete(self, path: str, checkpoint: Checkpoint) -> None:
         """Delete the directory ``path`` where it is; raises OSError when all of it that can be deleted is."""
@@ -84,25 +122,39 @@ class Trash:
         return os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _delete(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> None:
-        """Delete ``name`` in the directory ``parent`` and all below it; what lies too deep is moved to the top of ``trash``."""
+        """Delete ``name`` in the directory ``parent`` and all below it; what lies too deep is moved to the top of ``trash``.
+
+        Raises OSError, with the path of what can't be deleted.
+        """
         try:
-            os.unlink(name, dir_fd=parent)
+            self._take_apart(parent, name, trash, depth, checkpoint)
+        except OSError as error:
+            if not os.path.isabs(error.filename or ""):
+                error.filename = f"{os.readlink(f'/proc/self/fd/{parent}')}/{name}"
+            raise
+
+    def _take_apart(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> None:
+        insist = partial(_insist, parent, name, depth > 0)
+        try:
+            insist(lambda: os.unlink(name, dir_fd=parent))
             return
         except FileNotFoundError:
             return
-        except (IsADirectoryError, PermissionError):  # Linux says the former of directories, POSIX the latter
+        except IsADirectoryError:
             pass
         try:
-            os.rmdir(name, dir_fd=parent)
+            insist(lambda: os.rmdir(name, dir_fd=parent))
             return
         except OSError as error:
             if error.errno not in NOT_EMPTY:
                 raise
         if depth == DEPTH:
-            os.rename(name, f"deep-{time.time_ns()}-{next(self._serials)}", src_dir_fd=parent, dst_dir_fd=trash)
+            moved = f"deep-{time.time_ns()}-{next(self._serials)}"
+            insist(lambda: os.rename(name, moved, src_dir_fd=parent, dst_dir_fd=trash))
             self._add(1)
             return
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = insist(lambda: os.open(name, flags, dir_fd=parent))
         refused: OSError | None = None
         try:
             for child in os.listdir(fd):
@@ -115,4 +167,104 @@ class Trash:
             os.close(fd)
         if refused is not None:  # but all the rest is gone, and has made room
             raise refused
-        os.rmdir(name, dir_fd=parent)
+        insist(lambda: os.rmdir(name, dir_fd=parent))
+
+
+def _insist(parent: int, name: str, inside: bool, act: Callable[[], T]) -> T:
+    """``act`` on ``name`` in the directory ``parent``; if that is not permitted, once more when what forbids it is gone.
+
+    ``inside``: ``parent`` is to be deleted too, and may be changed for that.
+    """
+    try:
+        return act()
+    except PermissionError:
+        with ExitStack() as stack:
+            changed = inside and _free(parent, stack)
+            with suppress(OSError):
+                fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+                stack.callback(os.close, fd)
+                changed |= _free(fd, stack)
+            if not changed:
+                raise
+            return act()
+
+
+def _free(fd: int, stack: ExitStack) -> bool:
+    """Take away what keeps the file or directory ``fd``, and what is in it, from being deleted; whether anything did.  A file
+    that is still there when ``stack`` ends, by another name, gets its flags back."""
+    found = os.fstat(fd)
+    changed = False
+    if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):  # to open anything else may do something
+        with suppress(OSError):
+            changed = _clear_flags(fd, stack)
+    if stat.S_ISDIR(found.st_mode) and found.st_mode & 0o700 != 0o700:
+        with suppress(OSError):
+            os.chmod(f"/proc/self/fd/{fd}", 0o700)
+            changed = True
+    return changed
+
+
+def _clear_flags(fd: int, stack: ExitStack) -> bool:
+    file = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    stack.callback(os.close, file)
+    flags = _flags(file)
+    if not flags & _KEPT:
+        return False
+    _set_flags(file, flags & ~_KEPT)
+    found = os.fstat(file)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+
+        def restore() -> None:
+            with suppress(OSError):
+                if os.fstat(file).st_nlink:
+                    _set_flags(file, flags)
+
+        stack.callback(restore)
+    return True
+
+
+def _flags(file: int) -> int:
+    """The flags of chattr(1)."""
+    return int.from_bytes(fcntl.ioctl(file, _GET_FLAGS, bytes(8))[:4], sys.byteorder)
+
+
+def _set_flags(file: int, flags: int) -> None:
+    fcntl.ioctl(file, _SET_FLAGS, flags.to_bytes(4, sys.byteorder) + bytes(4))
+
+
+def why_not(error: OSError) -> str:
+    """The sentence that says why what ``error`` names can't be deleted, and what to do."""
+    path, reason = str(error.filename), os.strerror(error.errno or 0)
+    if error.errno == errno.EBUSY:
+        return f"{path} can't be deleted: something is mounted there; unmount that first"
+    if isinstance(error, PermissionError):
+        for place in (path, os.path.dirname(path)):
+            if _is_kept(place):
+                which = "it" if place == path else place
+                return (
+                    f"{path} can't be deleted: {which} is immutable or append-only, and this daemon may not change that; do it "
+                    f"as root: chattr -i -a {shlex.quote(place)}"
+                )
+        return f"{path} can't be deleted: {reason}; do it as its owner or as root: rm -rf {shlex.quote(path)}"
+    return f"{path} can't be deleted: {reason}"
+
+
+def _is_kept(path: str) -> bool:
+    try:
+        found = os.lstat(path)
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            return False
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return bool(_flags(file) & _KEPT)
+        finally:
+            os.close(file)
+    except OSError:
+        return False
+
+
+def undeletable(refused: Sequence[OSError]) -> Unavailable:
+    """What a Cleanup says that could not delete these."""
+    more = f" (and so it is with {len(refused) - 1} more, which the daemon has logged)" if len(refused) > 1 else ""
+    public = f"files of {len(refused)} removed snapshots can't be deleted; the daemon's log says which and what to do"
+    return Unavailable(f"{why_not(refused[0])}; then clean up again{more}", refused[0].errno, public=public)

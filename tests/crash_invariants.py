@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import lmdb
+import msgspec
+import trio
 
 from snapfs import Kind, Options, Snapshotter, Usage, imprint, open_snapshotter
 from snapfs.kernel.mounttable import mount_table
@@ -53,6 +55,8 @@ async def examine(
     found = Found()
     options = options or Options()
     async with open_snapshotter(root, options) as snapshotter:
+        with trio.fail_after(60):
+            await snapshotter.agreeing.settled.wait()
         _tables(found, snapshotter.records)
         _state(found, snapshotter)
         _mounts(found, root, in_use)
@@ -62,6 +66,7 @@ async def examine(
         _directories(found, snapshotter)
         await _works(found, snapshotter, given_out)
         await snapshotter.flush()
+        _imprints(found, snapshotter)
         with snapshotter.records.reading() as reader:
             if marks := reader.unflushed():
                 found.problems.append(f"flushed, and still marked: {marks}")
@@ -155,6 +160,17 @@ def _directories(found: Found, snapshotter: Snapshotter) -> None:
         path = f"{snapshotter.layers.root}/{directory}"
         if left := os.listdir(path) if os.path.isdir(path) else []:
             found.problems.append(f"{directory}/ holds {left}")
+
+
+def _imprints(found: Found, snapshotter: Snapshotter) -> None:
+    """Each directory bears the record of its snapshot, and nothing that was never acknowledged."""
+    with snapshotter.records.reading() as reader:
+        for number in reader.ids():
+            record = reader.record(number)
+            assert record is not None
+            borne = imprint.read(snapshotter.layers.directory(number))
+            if borne != imprint.Imprint(msgspec.structs.replace(record, usage=None), reader.unflushed_since(number)):
+                found.problems.append(f"the directory {number} says {borne}, its record {record}")
 
 
 def _mounts(found: Found, root: Path, in_use: Collection[str]) -> None:

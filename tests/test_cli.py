@@ -297,6 +297,7 @@ def test_prune(snapfs: Command) -> None:
     snapfs("prune", "--label", "job")
     assert snapfs.names() == ["bad", "new", "pinned"]
     assert snapfs("prune", "--older-than", "1h", "--kind", "committed").endswith("removed 0, 0B\n")
+    snapfs("label", "pinned", "--delete", "pin")
 
 
 def test_ages() -> None:

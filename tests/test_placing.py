@@ -10,6 +10,7 @@ import pytest
 
 from snapfs import Kind, Snapshotter, imprint, open_snapshotter
 from snapfs.checking import check
+from snapfs.layers import Top
 from snapfs.pool import POOL, Pool
 from snapfs.records import Writer
 from tests.conftest import DryPool, loop_mounted
@@ -120,7 +121,7 @@ async def test_an_id_that_was_given_back_is_not_settled_by_what_had_it(
 ) -> None:
     FILL(snapshotter.layers.pool, lambda: None)
     layers = snapshotter.layers
-    name = layers.place(90, Kind.ACTIVE, None)
+    name = layers.place(90, Kind.ACTIVE, Top())
     assert name is not None
     sync = layers.pool.sync
 

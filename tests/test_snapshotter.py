@@ -34,6 +34,7 @@ from snapfs.errors import Busy, HasChildren, LabelTooBig, NameTooLong, NotPermit
 from snapfs.filters import Filters
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
+from snapfs.layers import Top
 from snapfs.metastore import BATCH
 from snapfs.pool import POOL, POOL_LEAST
 from snapfs.rebuilding import rebuild
@@ -1006,10 +1007,10 @@ async def test_a_call_cancelled_under_way_is_done(
     place = snapshotter.layers.place
     results: list[object] = []
 
-    def slowly(number: int, kind: Kind, whose: tuple[int, int] | None) -> None:
+    def slowly(number: int, kind: Kind, top: Top) -> None:
         trio.from_thread.run_sync(begun.set)
         assert go_on.wait(20)
-        place(number, kind, whose)
+        place(number, kind, top)
 
     async def prepare() -> None:
         results.append(await snapshotter.prepare("k"))

@@ -125,8 +125,12 @@ async def test_a_listing_goes_on_where_it_was_whatever_comes_and_goes(tree: Tree
 
 
 async def test_children_come_first(tree: Tree) -> None:
-    """So that what deletes a whole directory meets them before it has touched anything."""
-    assert [name for _, name, _ in tree.walk("committed/base").entries(0)][:4] == ["active", "view", "committed", "labels"]
+    """So that what deletes a whole directory meets them before it has touched anything.  And labels neither first nor last, so
+    that it has met something of the snapshot's own before it deletes a label."""
+    for path in ("committed/base", "active/web", "view/peek"):
+        names = [name for _, name, _ in tree.walk(path).entries(0)]
+        assert "labels" in names[1:-1]
+        assert path != "committed/base" or names[:3] == ["active", "view", "committed"]
 
 
 def test_colliding_labels_get_slots_of_their_own() -> None:

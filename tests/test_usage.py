@@ -228,6 +228,21 @@ async def test_active_is_scanned_now_committed_is_stored_and_a_view_takes_nothin
     assert await snapshotter.usage("alone") == Usage(0, 0)
 
 
+async def test_what_is_written_after_a_commit_is_counted_until_somebody_asks(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snapfs.counting.GATHER", 3600.0)  # the background would count as late as that
+    await snapshotter.prepare("k")
+    layer = Path(snapshotter.layers.fs((await snapshotter.stat("k")).id))
+    await snapshotter.commit("c", "k")
+    (layer / "late").write_bytes(b"x" * 5000)
+    counted = await snapshotter.usage("c")
+    assert counted == disk_usage(str(layer))
+    assert counted.inodes == 2
+    (layer / "later").write_bytes(b"x" * 5000)
+    assert await snapshotter.usage("c") == counted
+
+
 async def test_usage_is_of_the_snapshot_alone(snapshotter: Snapshotter, root: Path) -> None:
     await snapshotter.prepare("b")
     (root / "snapshots/1/fs/file").write_bytes(b"x" * 50_000)

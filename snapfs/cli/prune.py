@@ -13,6 +13,7 @@ from snapfs.cli.listing import Row, children_first, rows
 from snapfs.cli.place import checked_kinds, find_tree
 from snapfs.cli.refusal import USAGE, Refusal
 from snapfs.cli.rm import remove
+from snapfs.labels import PIN
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -44,7 +45,7 @@ def choose(everything: list[Row], given: Given, now: float) -> tuple[list[Row], 
                 staying.append((row, f'its ttl "{own["ttl"]}" is no time'))
             if lives is None or now - row.updated < lives:
                 continue
-        if "pin" in own:
+        if PIN in own:
             staying.append((row, "it is pinned"))
             continue
         going[row.name] = row

@@ -4,6 +4,8 @@ A checkpoint of ``web`` is the committed snapshot ``web@3``, with the labels ``s
 ``snapfs.message``.  The labels are set before the commit, which so makes the checkpoint whole at once.  The workspace comes
 back by one rename of a new active snapshot that has been prepared under another key (NEW) and already bears the labels.  Killed
 in between, the state is in the newest checkpoint and ``web`` is missing: whichever of the verbs comes next puts it there first.
+
+A workspace with the label ``pin`` is never rolled back; its checkpoints are not pinned by that, and can be by themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import Place, file_name, find_tree
 from snapfs.cli.prepare import make
-from snapfs.cli.refusal import BUSY, NOT_FOUND, TAKEN, Refusal, missing
+from snapfs.cli.refusal import BUSY, NOT_FOUND, NOT_PERMITTED, TAKEN, Refusal, missing
+from snapfs.errors import Pinned
+from snapfs.labels import PIN
 
 OF, NUMBER, MESSAGE = OURS = ("snapfs.workspace", "snapfs.checkpoint", "snapfs.message")
 NEW = "snapfs.new/"  # before the key of a workspace: the active snapshot that is about to take its place
@@ -65,7 +69,9 @@ class Workspace:
     def _prepare(self, parent: str | None, labels: dict[str, str]) -> None:
         """Have a new active snapshot on ``parent`` under the key NEW."""
         if self.place.kind_of(NEW + self.key):
-            self.place.do("remove what was left", os.rmdir, self.place.directory("active", NEW + self.key))
+            left = self.place.directory("active", NEW + self.key)
+            self.place.write_label(left, PIN, "")
+            self.place.do("remove what was left", os.rmdir, left)
         make(self.place, "active", NEW + self.key, parent, [item for item in labels.items() if item[0] not in OURS])
 
     def _take_place(self) -> None:
@@ -99,7 +105,14 @@ class Workspace:
         if fork is not None:
             make(self.place, "active", fork, name)
         self._move(name, before)
+        if PIN in before:  # it is the workspace that is pinned; last, for from the checkpoint come the labels of one cut short
+            self.place.write_label(self.place.directory("committed", name), PIN, "")
         return name
+
+    def refuse_pinned(self) -> None:
+        """Refuse to throw the state away if it bears the label for that."""
+        if PIN in self.row.labels:
+            raise Refusal(str(Pinned.of(self.key)), NOT_PERMITTED)
 
     def rollback(self, parent: str | None) -> None:
         """Throw the state away and begin anew on ``parent``."""
@@ -147,6 +160,7 @@ def _checkpoint(given: Given) -> int:
 def _rollback(given: Given) -> int:
     place = find_tree(given.value("at"), changes=True)
     workspace = Workspace(place, place.key(given.arguments[0]))
+    workspace.refuse_pinned()
     parent = workspace.row.parent
     if len(given.arguments) > 1:
         word, found = given.arguments[1], workspace.checkpoints

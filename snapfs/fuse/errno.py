@@ -11,6 +11,7 @@ _ERRNO: tuple[tuple[type[errors.SnapshotError], int], ...] = (  # the first that
     (errors.AlreadyExists, errno.EEXIST),
     (errors.NotEmpty, errno.ENOTEMPTY),
     (errors.Busy, errno.EBUSY),
+    (errors.TooDeep, errno.EMLINK),
     (errors.FailedPrecondition, errno.EPERM),
     (errors.NameTooLong, errno.ENAMETOOLONG),
     (errors.NotUtf8, errno.EILSEQ),

@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 
 LABELS = "labels"
 
+# The order of the listing: the children first, and something that each snapshot has before and behind the labels.  There what
+# deletes a whole directory, from either end, is refused if it has children or is pinned; at the labels it is known then.
+_OFFSETS = dict(
+    sorted(
+        [(kind.value, 2 * slot) for kind, slot in KIND_SLOTS.items()]
+        + [(attribute.name, 2 * attribute.slot) for attribute in ATTRIBUTES]
+        + [(LABELS, 2 * BY_NAME["info.json"].slot + 1)],
+        key=lambda entry: entry[1],
+    )
+)
+
 SETTLE = 1.0  # seconds that stat waits for a count under way: the caller can't be interrupted, so no longer
 
 
@@ -76,10 +87,9 @@ class SnapshotDirectory(Directory):
         return node
 
     def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
-        # the children first: what deletes a whole directory then meets them before it has touched anything
-        for name in (*Kind, LABELS, *(attribute.name for attribute in ATTRIBUTES)):
-            node = self._entry(name)
-            if node is not None and (offset := node.inode & 0x7F) > after:
+        for name, offset in _OFFSETS.items():
+            node = self._entry(name) if offset > after else None
+            if node is not None:
                 yield offset, name, node
 
     def _entry(self, name: str) -> Node | None:

@@ -13,7 +13,18 @@ from contextlib import AbstractContextManager
 
 import snapfs
 from snapfs import names
-from snapfs.errors import AlreadyExists, HasChildren, InvalidArgument, NameTooLong, NotFound, NotPermitted, Stale, WrongParent
+from snapfs.errors import (
+    AlreadyExists,
+    HasChildren,
+    InvalidArgument,
+    NameTooLong,
+    NotFound,
+    NotPermitted,
+    Pinned,
+    Stale,
+    WrongParent,
+)
+from snapfs.labels import PIN
 from snapfs.model import Change, Kind
 from snapfs.records import Reader, Record
 from snapfs.snapshotter import Snapshotter
@@ -222,24 +233,24 @@ class Tree:
         self.hidden.setdefault(number, set()).add(name)
 
     def refuse_with_children(self, number: int, pid: int) -> None:
-        """Raise HasChildren if snapshot ``number`` has any: nothing of it is to be deleted then."""
+        """Raise HasChildren if snapshot ``number`` has any, or Pinned: nothing of it is to be deleted then."""
         with self.reading() as reader:
             child = reader.a_child(number)
             record = reader.record(number)
-        if child is not None and record is not None:
+        if record is not None and (child is not None or PIN in record.labels):
             self.tearing_down(pid, number)
-            raise HasChildren.of(record.name, child[1], child[0])
+            raise HasChildren.of(record.name, child[1], child[0]) if child else Pinned.of(record.name)
 
     def tearing_down(self, pid: int, number: int) -> None:
-        """Process ``pid`` has just been refused to delete snapshot ``number``, or an entry of it, because of its children."""
+        """Process ``pid`` has just been refused to delete snapshot ``number``, or an entry of it."""
         now = time.monotonic()
         for key in [key for key, when in self._tearing_down.items() if when < now - TEARDOWN]:
             del self._tearing_down[key]
         self._tearing_down[pid, number] = now
 
     def refuse_torn_down(self, number: int, pid: int) -> None:
-        """Raise HasChildren if ``pid`` has met the children of snapshot ``number`` and goes on deleting: ``rm -r`` does.  A
-        label on its own can be deleted whether there are children or not."""
+        """Raise HasChildren or Pinned if ``pid`` was refused an entry of snapshot ``number`` for that, and goes on deleting, as
+        ``rm -r`` does.  A label on its own, pin too, can be deleted in any case."""
         if self._tearing_down.get((pid, number), 0.0) > time.monotonic() - TEARDOWN:
             self.refuse_with_children(number, pid)
 

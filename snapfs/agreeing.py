@@ -1,0 +1,109 @@
+"""Agreeing: what each directory bears (``snapfs/imprint.py``) is what the records say, whatever ended the process before.
+
+An imprint is written before the record's transaction is durable, and taken back if that fails.  A process that is killed in
+between takes nothing back, and a power cut may keep the record and lose the imprint.  So a process that has left all of them
+right notes that in ROOT/lock at its end, with what tells this boot of the machine and this mount of the disk from others: in
+these nothing that was written is lost.  A start that does not find the note compares them all, in the background, and writes
+anew what disagrees with the records.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+from itertools import islice
+
+import msgspec
+import trio
+
+from snapfs import imprint
+from snapfs.errors import Damaged, SnapshotError
+from snapfs.imprint import Imprint
+from snapfs.layers import Layers
+from snapfs.metastore import MetaStore
+from snapfs.records import Reader, Writer
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1000  # snapshots that are compared in one transaction
+
+
+class Agreeing:
+    """Imprints and records of one root.  ``boot`` tells this boot and mount from others (``Flushing``)."""
+
+    def __init__(self, layers: Layers, records: MetaStore, boot: str) -> None:
+        self._layers = layers
+        self._records = records
+        self._note = f"agreed {boot}"
+        self.is_known = not layers.bears_imprints or layers.found_note == self._note
+        """Whether all agree, as far as this process can tell."""
+        self.settled = trio.Event()
+        """Set when they have been compared, if they had to be."""
+
+    async def run(self) -> None:
+        """Compare them, if the last process can't have left them right."""
+        try:
+            if not self.is_known:
+                self.is_known = await self._compare()
+        except SnapshotError as error:  # the next start tries again
+            log.warning("not all directories could be compared with their records: %s", error)
+        finally:
+            self.settled.set()
+
+    def note_end(self) -> None:
+        """Leave word for the next start that they agree, if they do: when nothing is written any more."""
+        if self.is_known and not self._records.is_in_doubt:
+            self._layers.note(self._note)
+
+    async def _compare(self) -> bool:
+        """Compare all, and mend what disagrees; whether they agree now."""
+        mended, agreed = 0, True
+        numbers = iter(await trio.to_thread.run_sync(self._numbers))
+        while chunk := list(islice(numbers, CHUNK)):
+            wrong = await trio.to_thread.run_sync(self._disagreeing, chunk)
+            if wrong:
+                done = await self._records.write(partial(self._mend, wrong), frees=True)
+                mended += done
+                agreed &= done == len(wrong)
+        if mended:
+            log.info("%d directories did not say what the records say of them, as a crash may leave it: mended", mended)
+        return agreed
+
+    def _numbers(self) -> list[int]:
+        with self._records.reading(long=True) as reader:
+            return list(reader.numbers())
+
+    def _disagreeing(self, numbers: Iterable[int]) -> list[int]:
+        """Those of ``numbers`` that seem to disagree: nobody is kept from changing them meanwhile."""
+        with self._records.reading(long=True) as reader:
+            return [number for number in numbers if self._wanted(reader, number) is not None]
+
+    def _wanted(self, reader: Reader, number: int) -> Imprint | None:
+        """What the directory of snapshot ``number`` is to bear, if it does not, and if that is known."""
+        try:
+            record = reader.record(number)
+        except Damaged:
+            return None
+        if record is None:
+            return None
+        expected = Imprint(msgspec.structs.replace(record, usage=None), reader.unflushed_since(number))
+        try:
+            return expected if imprint.read(self._layers.directory(number)) != expected else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (Damaged, OSError):
+            return expected
+
+    def _mend(self, numbers: list[int], writer: Writer) -> int:
+        """Within an operation, so that nothing else changes them; how many agree now."""
+        agreed = 0
+        for number in numbers:
+            wanted = self._wanted(writer, number)
+            try:
+                if wanted is not None:
+                    self._layers.bear(number, wanted)
+                agreed += 1
+            except OSError as error:
+                log.warning("%s can't be told what its record says: %s", self._layers.directory(number), error)
+        return agreed
