@@ -6,7 +6,6 @@ Whether it is in use is not decided here: looking takes long, may find nobody, a
 from __future__ import annotations
 
 import os
-import re
 from itertools import islice
 
 from snapfs.kernel.processes import name_of, users, users_of_device
@@ -26,17 +25,14 @@ def elsewhere(mounted: Mounted, number: int, rootfs: str, device: str = "") -> s
 
     Its ``rootfs``, a path, is not meant, if that is mounted; ``device`` is that of it, if it was mounted a moment ago.  Blocks.
     """
-    spelled = re.compile(rf"(?:\A|/){number}/fs/*\Z")
 
     def is_it(place: Place) -> bool:
-        return (
-            number in (place.upper, place.bound, *place.lowers)
-            or place.device == device
-            or spelled.search(place.upperdir) is not None
-        )
+        return number in (place.upper, place.bound, *place.lowers) or place.device == device
 
     here, there = [], []
-    for pid, place in mounted.by_process(is_it):
+    for pid, place in mounted.by_process(lambda place: is_it(place) or bool(place.upperdir)):
+        if not is_it(place) and not mounted.is_spelled(place.upperdir, number, pid):
+            continue
         if pid == os.getpid():
             if place.target != rootfs:
                 here.append(place.target)

@@ -89,6 +89,17 @@ class Mounted:
         """The same, each with the pid of a process that is in its namespace.  Takes longer."""
         return self._everywhere.by_process(wanted)
 
+    def is_spelled(self, upperdir: str, number: int, pid: int) -> bool:
+        """Whether ``upperdir`` may be how somebody wrote the layer of snapshot ``number``, for process ``pid``: by way of
+        links or bind mounts, relative to a directory that is not known, or where ROOT was at that time.  It may ask a server
+        that does not answer."""
+        if not re.search(rf"(?:\A|/){number}/fs/*\Z", upperdir):
+            return False
+        try:
+            return os.path.samefile(f"/proc/{pid}/root{upperdir}", f"{self._snapshots}/{number}/fs")
+        except OSError:
+            return True
+
     def _refresh(self) -> None:
         if not self._table.has_changed():
             return

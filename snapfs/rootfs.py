@@ -37,9 +37,10 @@ from snapfs.errors import Busy, Closed, Unavailable
 from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.mounttable import mount_id, mount_table
+from snapfs.kernel.processes import users_of_device
 from snapfs.layers import Layers, parse_id
 from snapfs.model import Kind
-from snapfs.mounted import Mounted
+from snapfs.mounted import Mounted, Place
 from snapfs.reserve import FULL
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ GRACE = 0.25  # seconds after it was asked for in which a mount is not taken for
 PASSING = 0.02  # seconds that whoever was told the path may need until they are in: Commit and Remove wait for them so long
 
 FLUSHING = 1.0  # seconds that whoever needs to know waits to see what the close of a copy is: a flush, or nothing
+
+MUCH = 16 << 20  # bytes in memory that are yet to be written, from which on nobody may wait for that
 
 SEARCH = 0.5  # seconds for which it is looked who uses what is in use: the kernel may hold locks meanwhile
 
@@ -301,7 +304,6 @@ class Rootfs:
         try:
             self._clear(directory)  # whoever knows the path can make something there
             os.makedirs(directory, mode=0o700, exist_ok=True)  # on a disk that is read-only by now an old one can't be removed
-            shelter.close_off(directory, True)
             try:
                 if held is not None and held.copy is not None:
                     self._attach_again(held, directory)
@@ -375,26 +377,46 @@ class Rootfs:
         Raises Busy where that can't be had, and OSError.
         """
 
-        def is_it(number_of: Mounted) -> list[tuple[int, str]]:
-            found = number_of.by_process(lambda place: number in (place.upper, place.bound) and not place.inside)
-            return [(pid, place.target) for pid, place in found]
+        def is_whole(place: Place) -> bool:
+            return number in (place.upper, place.bound) and not place.inside
 
-        used = self._mounted.everywhere(lambda place: number in (place.upper, place.bound))
+        used = any(
+            place.writable for place in self._mounted.everywhere(is_whole)
+        )  # a bind of a part, or to read, is no hindrance
         if not used and not self.is_in_use(number):
             return None
-        for pid, target in is_it(self._mounted):
+        for pid, place in self._mounted.by_process(is_whole):
             with suppress(OSError):
-                tree = mountapi.open_tree(target) if pid == os.getpid() else _copy_of_another(pid, target)
-                unwanted = (
-                    mountapi.MOUNT_ATTR_RDONLY
-                    | mountapi.MOUNT_ATTR_NOSUID
-                    | mountapi.MOUNT_ATTR_NODEV
-                    | mountapi.MOUNT_ATTR_NOEXEC
-                )
-                with suppress(OSError):
-                    mountapi.mount_setattr(tree, 0, clear=unwanted)
-                return tree
+                return self._copy_of_another(pid, place)
         raise Busy(f"snapshot {number} {holders.elsewhere(self._mounted, number, self._layers.rootfs(number))}")
+
+    def _copy_of_another(self, pid: int, place: Place) -> int:
+        """The descriptor of a detached copy of the mount at ``place`` in the mount namespace of process ``pid``, to be written
+        to.  Raises OSError."""
+        there = os.open(f"/proc/{pid}/root{place.target}", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            found = os.fstat(there)
+            if place.bound is not None:
+                is_it = os.path.samestat(found, os.stat(self._layers.fs(place.bound)))
+            else:
+                is_it = place.device == f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}"
+            if not is_it:  # something else is mounted over it
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), place.target)
+
+            def copy() -> int:
+                namespaces.enter(pid)  # this thread, which ends after this
+                return mountapi.copy_tree(there)
+
+            with ThreadPoolExecutor(1) as own_thread:
+                tree = own_thread.submit(copy).result()
+        finally:
+            os.close(there)
+        unwanted = (
+            mountapi.MOUNT_ATTR_RDONLY | mountapi.MOUNT_ATTR_NOSUID | mountapi.MOUNT_ATTR_NODEV | mountapi.MOUNT_ATTR_NOEXEC
+        )
+        with suppress(OSError):
+            mountapi.mount_setattr(tree, 0, clear=unwanted)
+        return tree
 
     def is_in_use(self, number: int) -> bool:
         """Whether an overlay has the layer of snapshot ``number`` as its upper layer, wherever, as far as the kernel tells.
@@ -433,6 +455,7 @@ class Rootfs:
                     async with self._locked(number):
                         if self._held.get(number) is held:
                             await self._release(held)
+                            self._let_go(held)
                         return
         if not waiting and not self._coming:
             raise Busy(f"{self.most} file systems are mounted and all in use: leave some, or raise rootfs_max")
@@ -455,19 +478,43 @@ class Rootfs:
             await trio.sleep_until(held.asked + PASSING)
             try:
                 await self._release(held)
-                if bool(held.device) and await trio.to_thread.run_sync(self.is_in_use, number, limiter=_threads):
-                    raise await self._elsewhere(held)
+                free = bool(held.device) and await self._is_free(held)
             except OSError as error:
                 raise Unavailable.from_os("unmount its file system", error) from error
-            yield bool(held.device)
+            try:
+                yield free
+            finally:  # not before: a journal that is made durable meanwhile waits for what is being flushed
+                self._let_go(held)
+
+    async def _is_free(self, held: _Held) -> bool:
+        """Whether nobody has the overlay that was unmounted here a moment ago, and is mounted nowhere else: True, or Busy is
+        raised.
+
+        Only a mount that is attached nowhere can have it, or a descriptor.  The kernel says so once our own copy is closed,
+        which flushes the disk.  Where that would take long, it is looked for a process that has it, as far as /proc shows
+        them."""
+        if _unwritten() < MUCH:
+            self._let_go(held)
+            if await trio.to_thread.run_sync(self.is_in_use, held.number, limiter=_threads):
+                raise await self._elsewhere(held)
+            return True
+        with trio.move_on_after(FLUSHING):
+            users = functools.partial(next, users_of_device(held.device, longest=math.inf), None)
+            found = await trio.to_thread.run_sync(users, abandon_on_cancel=True)
+            if found is None:
+                return True
+        await trio.to_thread.run_sync(self._bring_back, held, limiter=_threads)
+        raise await self._elsewhere(held)
 
     async def _release(self, held: _Held) -> None:
-        """Unmount what is held, whose lock is held.  Raises Busy if anybody uses it, and OSError; then it is as it was."""
+        """Unmount what is held, whose lock is held, and hold it no more.
+
+        Raises Busy if anybody uses it, and OSError; then it is held as before.
+        """
         target = self._layers.rootfs(held.number)
         try:
             if await trio.to_thread.run_sync(self._give_up, held, limiter=_threads):
                 del self._held[held.number]
-                self._let_go(held)
                 return
         except OSError as error:
             if error.errno != errno.EBUSY:
@@ -495,6 +542,13 @@ class Rootfs:
         self._clear(self._layers.shelter(held.number))
         return True
 
+    def _bring_back(self, held: _Held) -> None:
+        """Hold again what was given up.  Blocks."""
+        directory = self._layers.shelter(held.number)
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        self._attach_again(held, directory)
+        self._held[held.number] = held
+
     def _unmount(self, target: str) -> None:
         try:
             mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
@@ -509,7 +563,6 @@ class Rootfs:
         """
         shelter.remove(directory)
         if not self._mounted.everywhere(lambda place: place.target == f"{directory}/{shelter.INSIDE}"):
-            shelter.close_off(directory, False)
             self._layers.put_away(directory)
 
     async def _expire(self, number: int) -> None:
@@ -517,8 +570,6 @@ class Rootfs:
 
         def expire(held: _Held) -> bool:
             target = self._layers.rootfs(number)
-            if held.device and len(self._mounted.everywhere(lambda place: place.device == held.device)) > 1:
-                return False
             try:
                 if not mounting.expire(target):
                     return False
@@ -535,14 +586,16 @@ class Rootfs:
                 if await trio.to_thread.run_sync(expire, held, limiter=_threads):
                     del self._held[number]
                     self._let_go(held)
+                else:
+                    held.asked = max(held.asked, trio.current_time() - self.idle / 2)
             except OSError as error:
                 log.warning("cannot unmount %s: %s", self._layers.rootfs(number), error)
 
     def _let_go(self, held: _Held) -> None:
-        """Close the copy, which may flush the disk, in the background."""
+        """Close the copy, which may flush the disk, in the background; once."""
         if held.copy is None:
             return
-        closing = _Closing(held.copy)
+        closing, held.copy = _Closing(held.copy), None
         if self._nursery is None:
             closing.run()
         else:
@@ -594,13 +647,7 @@ def _by(target: str) -> str:
     return f" by what is mounted at {below}" if below else ""
 
 
-def _copy_of_another(pid: int, target: str) -> int:
-    """The descriptor of a detached copy of the mount at ``target`` in the mount namespace of process ``pid``.  Raises
-    OSError."""
-
-    def copy() -> int:
-        namespaces.enter(pid)  # this thread, which ends after this
-        return mountapi.open_tree(target)
-
-    with ThreadPoolExecutor(1) as own_thread:
-        return own_thread.submit(copy).result()
+def _unwritten() -> int:
+    """Bytes that the kernel has yet to write to disks."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(words[1]) << 10 for words in lines if words[0] in ("Dirty:", "Writeback:"))

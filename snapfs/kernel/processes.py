@@ -28,13 +28,14 @@ def users(directory: str) -> Iterator[tuple[int, str]]:
     return _search(by(_places), by(_files), by(_mappings))
 
 
-def users_of_device(device: str) -> Iterator[tuple[int, str]]:
-    """The same of the file system ``device`` (``major:minor``), by whatever path and in whatever mount namespace.
+def users_of_device(device: str, *, longest: float = LONGEST) -> Iterator[tuple[int, str]]:
+    """The same of the file system ``device`` (``major:minor``), by whatever path and in whatever mount namespace; not this
+    process.  The search is given up after ``longest`` seconds.
 
     It asks for the device of all that processes have open, for which a server that does not answer can take any time.
     """
     major, minor = map(int, device.split(":"))
-    number, shown = os.makedev(major, minor), f"{major:02x}:{minor:02x}"
+    number, shown = os.makedev(major, minor), f" {major:02x}:{minor:02x} ".encode()
 
     def stands_there(process: str) -> bool:
         return any(os.stat(f"{process}/{link}").st_dev == number for link in ("cwd", "root", "exe"))
@@ -47,10 +48,9 @@ def users_of_device(device: str) -> Iterator[tuple[int, str]]:
         return False
 
     def has_mapped(process: str) -> bool:
-        with open(f"{process}/maps", encoding="utf-8", errors="surrogateescape") as maps:
-            return any(line.split(" ", 4)[3] == shown for line in maps)
+        return shown in Path(f"{process}/maps").read_bytes()
 
-    return _search(stands_there, has_open, has_mapped)
+    return _search(stands_there, has_open, has_mapped, longest=longest)
 
 
 def name_of(pid: int) -> str:
@@ -61,15 +61,15 @@ def name_of(pid: int) -> str:
         return "?"
 
 
-def _search(*ways: Callable[[str], bool]) -> Iterator[tuple[int, str]]:
-    """Pid and name of each process for whose directory in /proc one of ``ways`` is true."""
+def _search(*ways: Callable[[str], bool], longest: float = LONGEST) -> Iterator[tuple[int, str]]:
+    """Pid and name of each other process for whose directory in /proc one of ``ways`` is true."""
     began = time.monotonic()
     found: set[str] = set()
     for uses in ways:
         for entry in os.listdir("/proc"):
-            if not entry.isdigit() or entry in found:
+            if not entry.isdigit() or entry in found or int(entry) == os.getpid():
                 continue
-            if time.monotonic() - began > (ENOUGH if found else LONGEST):
+            if time.monotonic() - began > (ENOUGH if found else longest):
                 return
             try:
                 if uses(f"/proc/{entry}"):

@@ -7,18 +7,12 @@ of reading and writing the directory beneath the mount."""
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import struct
 from collections.abc import Callable
-from contextlib import suppress
 
 from snapfs.kernel import mountapi, mounting
 
 INSIDE = "fs"
-
-_IMMUTABLE = 0x10  # FS_IMMUTABLE_FL of linux/fs.h
-_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS
 
 
 def put(tree: int, directory: str) -> None:
@@ -68,21 +62,8 @@ def remove(directory: str) -> None:
         while True:
             mounting.unmount(directory, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOENT):
+        if error.errno not in (errno.EINVAL, errno.ENOENT, errno.EPERM):  # a process that may not unmount has mounted nothing
             raise
-
-
-def close_off(directory: str, closed: bool) -> None:
-    """Let nobody make anything in the empty ``directory``, not even root, who may know the path that leads on from there; or
-    let them again.  File systems without such a flag leave it as it is, and so do those who may not set it."""
-    with suppress(OSError):
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            (flags,) = struct.unpack("l", fcntl.ioctl(fd, _GET_FLAGS, struct.pack("l", 0)))
-            if bool(flags & _IMMUTABLE) is not closed:
-                fcntl.ioctl(fd, _SET_FLAGS, struct.pack("l", flags ^ _IMMUTABLE))
-        finally:
-            os.close(fd)
 
 
 def _make() -> int:
