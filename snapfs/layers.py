@@ -24,7 +24,7 @@ from contextlib import closing, suppress
 
 from snapfs import imprint, rootlock
 from snapfs.errors import Damaged, Unavailable
-from snapfs.kernel import probe, shelter
+from snapfs.kernel import mounting, probe, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.model import Kind, Usage
 from snapfs.pool import Pool, remove_empty
@@ -365,6 +365,17 @@ class Layers:
                 log.warning("%s is not empty; moved to %s", path, self.lose(path))
             except OSError as failure:
                 log.warning("cannot remove %s: %s", path, failure)
+
+    def may_be_mounted(self, number: int) -> bool:
+        """Whether an overlay may ever have had the layer of snapshot ``number`` as upper layer; False if certainly none had.
+
+        A mount makes a directory in the working directory, and since Linux 6.6 marks the upper one, unless it is told otherwise
+        (``uuid=off``).  Raises OSError.
+        """
+        if not self.bears_imprints or mounting.kernel_version() < (6, 6):
+            return True
+        marked = any(".overlay." in name for name in os.listxattr(self.fs(number), follow_symlinks=False))
+        return marked or bool(os.listdir(self.work(number)))
 
     def empty_layer(self) -> str:
         """ROOT/empty, made where missing.  Raises OSError."""

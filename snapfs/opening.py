@@ -13,6 +13,7 @@ import trio
 
 from snapfs import placing
 from snapfs.errors import Damaged, Unavailable
+from snapfs.inuse import InUse
 from snapfs.kernel import mounting, probe
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.overlay import Lacking, make_overlay
@@ -57,7 +58,7 @@ async def open_snapshotter(
 def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshotter:
     layers = Layers.open(root)
     layers.pool.syncs = options.sync is Sync.FULL
-    records, mounted, uppers = metastore, None, None
+    records, mounted, in_use = metastore, None, None
     try:
         mounted = Mounted(layers.snapshots)
         if records is None:
@@ -65,7 +66,7 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
             records = MetaStore(f"{layers.root}/metadata.mdb", sync=options.sync is Sync.FULL)
         features = {"imprints": _imprints(layers)}
         overlay_options = _overlay_options(options.mount_options, layers.snapshots, features)
-        uppers = _upper_layers(layers, overlay_options, features)
+        in_use = InUse(layers, _upper_layers(layers, overlay_options, features))
         return Snapshotter(
             options,
             layers,
@@ -74,8 +75,8 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
             overlay_options=overlay_options,
             maps_ids=_maps_ids(options, layers.snapshots, features),
             mounted=mounted,
-            uppers=uppers,
-            rootfs=_rootfs(options, layers, records, mounted, uppers, overlay_options, features),
+            in_use=in_use,
+            rootfs=_rootfs(options, layers, records, mounted, in_use, overlay_options, features),
             features=features,
             damaged=_recover(layers, records, retire=not options.async_remove),
         )
@@ -84,8 +85,8 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
             records.close()
         if mounted is not None:
             mounted.close()
-        if uppers is not None:
-            uppers.close()
+        if in_use is not None:
+            in_use.close()
         layers.close()
         if isinstance(error, OSError):  # no descriptors left, say
             raise Unavailable.from_os(f"use {root} as root", error) from error
@@ -167,7 +168,7 @@ def _rootfs(
     layers: Layers,
     records: MetaStore,
     mounted: Mounted,
-    uppers: UpperLayers,
+    in_use: InUse,
     overlay_options: Sequence[str],
     features: dict[str, Feature],
 ) -> Rootfs | None:
@@ -177,7 +178,7 @@ def _rootfs(
     keys = _keys(own)
     if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
-    rootfs = Rootfs(layers, mounted, uppers, own, idle=options.rootfs_idle, most=options.rootfs_max)
+    rootfs = Rootfs(layers, mounted, in_use, own, idle=options.rootfs_idle, most=options.rootfs_max)
     refusal = rootfs.trial() if options.rootfs else "it was started with no_rootfs"
 
     def right(number: int) -> bool:

@@ -22,8 +22,6 @@ import logging
 import math
 import os
 import shutil
-import threading
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -34,8 +32,8 @@ import trio
 
 from snapfs import holders
 from snapfs.errors import Busy, Closed, Unavailable
+from snapfs.inuse import Closing, InUse
 from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
-from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.kernel.processes import users_of_device
 from snapfs.layers import Layers, parse_id
@@ -48,8 +46,6 @@ log = logging.getLogger(__name__)
 GRACE = 0.25  # seconds after it was asked for in which a mount is not taken for another: whoever asked is about to go there
 
 PASSING = 0.02  # seconds that whoever was told the path may need until they are in: Commit and Remove wait for them so long
-
-FLUSHING = 1.0  # seconds that whoever needs to know waits to see what the close of a copy is: a flush, or nothing
 
 MUCH = 16 << 20  # bytes in memory that are yet to be written, from which on nobody may wait for that
 
@@ -87,56 +83,21 @@ class _Held:
         self.device = mounting.overlay_device(target)
 
 
-class _Closing:
-    """The close of the copy of an overlay that is mounted here no more.
-
-    If nobody else has the overlay, that writes all that the file system below has in memory, and until then the kernel says
-    that the layers are in use, though nobody can get there any more."""
-
-    def __init__(self, copy: int) -> None:
-        self._copy = copy
-        self._thread = 0
-        self._done = threading.Event()
-
-    def run(self) -> None:
-        """Close it; blocks on the disk."""
-        self._thread = threading.get_native_id()
-        try:
-            os.close(self._copy)
-        finally:
-            self._done.set()
-
-    def is_flush(self) -> bool:
-        """Whether it was the last of the overlay, which is being flushed; False once the close is done, for whatever reason.
-
-        The kernel tells by what the closing thread is at.  Raises Busy where it doesn't within FLUSHING.
-        """
-        deadline = time.monotonic() + FLUSHING
-        while not self._done.wait(0.001):
-            with suppress(OSError):
-                if "generic_shutdown_super" in Path(f"/proc/self/task/{self._thread}/stack").read_text():
-                    return True
-            if time.monotonic() > deadline:
-                raise Busy("it was unmounted a moment ago, and is still being written to the disk: try again")
-        return False
-
-
 class Rootfs:
     """The mounts of one root.  ``run`` must be running; ``options`` go on each overlay."""
 
     def __init__(
-        self, layers: Layers, mounted: Mounted, uppers: UpperLayers, options: Sequence[str], *, idle: float, most: int
+        self, layers: Layers, mounted: Mounted, in_use: InUse, options: Sequence[str], *, idle: float, most: int
     ) -> None:
         self.idle = idle
         self.most = most
         self._layers = layers
         self._mounted = mounted
-        self._uppers = uppers
+        self._in_use = in_use
         self._options = options
         self._directory = layers.rootfs_directory
         self._held: dict[int, _Held] = {}
         self._recovered: dict[int, _Held] = {}  # what ``recover`` took over
-        self._closings: dict[int, _Closing] = {}
         self._locks: dict[int, trio.Lock] = {}
         self._making_room = trio.Lock()
         self._coming = 0  # mounts that room was made for
@@ -383,7 +344,7 @@ class Rootfs:
         used = any(
             place.writable for place in self._mounted.everywhere(is_whole)
         )  # a bind of a part, or to read, is no hindrance
-        if not used and not self.is_in_use(number):
+        if not used and not self._in_use.has_overlay(number):
             return None
         for pid, place in self._mounted.by_process(is_whole):
             with suppress(OSError):
@@ -417,14 +378,6 @@ class Rootfs:
         with suppress(OSError):
             mountapi.mount_setattr(tree, 0, clear=unwanted)
         return tree
-
-    def is_in_use(self, number: int) -> bool:
-        """Whether an overlay has the layer of snapshot ``number`` as its upper layer, wherever, as far as the kernel tells.
-
-        Raises OSError where it doesn't, and Busy where it will in a moment.  Blocks.
-        """
-        closing = self._closings.get(number)
-        return not (closing is not None and closing.is_flush()) and self._uppers.in_use(self._layers.fs(number))
 
     @asynccontextmanager
     async def _room(self) -> AsyncIterator[None]:
@@ -495,10 +448,10 @@ class Rootfs:
         them."""
         if _unwritten() < MUCH:
             self._let_go(held)
-            if await trio.to_thread.run_sync(self.is_in_use, held.number, limiter=_threads):
+            if await trio.to_thread.run_sync(self._in_use.has_overlay, held.number, limiter=_threads):
                 raise await self._elsewhere(held)
             return True
-        with trio.move_on_after(FLUSHING):
+        with trio.move_on_after(SEARCH):
             users = functools.partial(next, users_of_device(held.device, longest=math.inf), None)
             found = await trio.to_thread.run_sync(users, abandon_on_cancel=True)
             if found is None:
@@ -595,18 +548,18 @@ class Rootfs:
         """Close the copy, which may flush the disk, in the background; once."""
         if held.copy is None:
             return
-        closing, held.copy = _Closing(held.copy), None
+        closing, held.copy = Closing(held.copy), None
         if self._nursery is None:
             closing.run()
         else:
-            self._closings[held.number] = closing
+            self._in_use.closings[held.number] = closing
             self._nursery.start_soon(self._close, held.number, closing)
 
-    async def _close(self, number: int, closing: _Closing) -> None:
+    async def _close(self, number: int, closing: Closing) -> None:
         with trio.CancelScope(shield=True):  # or the descriptor would stay open when the library is closed
             await trio.to_thread.run_sync(closing.run, limiter=_closing)
-        if self._closings.get(number) is closing:
-            del self._closings[number]
+        if self._in_use.closings.get(number) is closing:
+            del self._in_use.closings[number]
 
     @asynccontextmanager
     async def _locked(self, number: int) -> AsyncIterator[None]:

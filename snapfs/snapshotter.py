@@ -36,8 +36,8 @@ from snapfs.filters import Filters
 from snapfs.flushing import Flushing
 from snapfs.housekeeping import Housekeeping
 from snapfs.imprint import Imprint
+from snapfs.inuse import InUse
 from snapfs.kernel import cached
-from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.namespaces import is_neighbour
 from snapfs.labels import UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
@@ -86,7 +86,7 @@ class Snapshotter:
         overlay_options: Sequence[str],
         maps_ids: bool,
         mounted: Mounted,
-        uppers: UpperLayers,
+        in_use: InUse,
         rootfs: Rootfs | None,
         features: Mapping[str, Feature],
         damaged: frozenset[int],
@@ -100,7 +100,7 @@ class Snapshotter:
         self._placing = Placing(layers, self._snapshots_fd)
         self.flushing = Flushing(layers, records, self._snapshots_fd, sync=options.sync is Sync.FULL)
         self.mounted = mounted
-        self._uppers = uppers
+        self._in_use = in_use
         self.rootfs = rootfs
         self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
         self._owns_records = owns_records
@@ -152,7 +152,7 @@ class Snapshotter:
 
     def _close_files(self) -> None:
         self.mounted.close()
-        self._uppers.close()
+        self._in_use.close()
         os.close(self._snapshots_fd)
         for listener in self._listeners:
             self.records.listeners.remove(listener)
@@ -754,20 +754,11 @@ class Snapshotter:
                 used = bool(self.mounted.everywhere(lambda place: place.bound == number or number in place.lowers))
             else:
                 found = self.mounted.everywhere(lambda place: number in (place.upper, place.bound))
-                used = any(place.writable for place in found) or not (free or self._is_free(number))
+                used = any(place.writable for place in found) or (not free and self._in_use.has_overlay(number))
         except OSError as error:
             raise Unavailable.from_os(f'find out whether snapshot "{record.name}" is in use', error) from error
         if used:
             raise _InUse(record.name)
-
-    def _is_free(self, number: int) -> bool:
-        """Whether no overlay has the layer of snapshot ``number`` to write to, as far as the kernel tells.  Raises OSError."""
-        try:
-            if self.rootfs is not None:
-                return not self.rootfs.is_in_use(number)
-            return not self._uppers.in_use(self.layers.fs(number))
-        except (FileNotFoundError, NotADirectoryError):  # it was damaged behind our back: nobody can have it any more
-            return True
 
     @asynccontextmanager
     async def _told_by_whom(self, number: int) -> AsyncIterator[None]:

@@ -674,6 +674,7 @@ def test_who_sat_inside_at_the_end_cannot_change_what_is_committed_later(make_da
         try:
             assert daemon.stop() == 0
             daemon.start()
+            usage(mnt / "active" / name)  # which the listings then show as last known
             with refused(daemon, errno.EBUSY, "rename", f"active/{name} committed/{name}", "is in use elsewhere"):
                 os.rename(mnt / "active" / name, mnt / "committed" / name)
         finally:
