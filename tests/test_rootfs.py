@@ -1101,7 +1101,8 @@ def test_no_request_waits_for_the_flush(make_daemon: Make, tmp_path: Path, how: 
             else:
                 until_held(daemon, [])
             between = written()
-            assert between - before < 32, f"{between - before} MiB were written meanwhile"
+            if how != "expired":  # which nobody waits for: the flush has begun when it can be seen
+                assert between - before < 32, f"{between - before} MiB were written meanwhile"
             if how in ("committed", "removed"):
                 assert held(daemon) == []
             if how != "removed":
