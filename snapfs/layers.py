@@ -6,7 +6,8 @@
       snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots; <id> bears its record (``snapfs/imprint.py``)
       pool/          new-… directories, made beforehand, so that Prepare costs one rename
       trash/         what was removed and is being deleted
-      rootfs/        <id>: the merged file systems, while they are mounted (``snapfs/rootfs.py``)
+      rootfs/        <id>/fs: the merged file systems, while they are mounted (``snapfs/rootfs.py``)
+      empty/         what a snapshot without a parent stands on where it is mounted as rootfs; never holds anything
       lost+found/    what stood in snapshots/ and nobody knows
 
 All functions block on the disk: they are for worker threads.  Nothing here knows what is in records.
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 from snapfs import imprint, rootlock
 from snapfs.errors import Damaged, Unavailable
-from snapfs.kernel import probe
+from snapfs.kernel import mounting, probe, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.model import Kind, Usage
 from snapfs.pool import FS_MODE, Pool, remove_empty
@@ -36,7 +37,9 @@ log = logging.getLogger(__name__)
 
 PROMISED = 1000  # ids that one mark on snapshots/ covers
 
-_OURS = frozenset(("lock", "metadata.mdb", "metadata.mdb-reserve", "snapshots", "pool", "trash", "lost+found", "rootfs"))
+_OURS = frozenset(
+    ("lock", "metadata.mdb", "metadata.mdb-reserve", "snapshots", "pool", "trash", "lost+found", "rootfs", "empty")
+)
 
 _PARTS = frozenset(("fs", "work", imprint.FILE, f"{imprint.FILE}.new"))
 
@@ -64,6 +67,7 @@ class Layers:
         self.pool = Pool(f"{root}/pool", self.snapshots)
         self.trash = Trash(f"{root}/trash")
         self.lost = f"{root}/lost+found"
+        self._empty = f"{root}/empty"
         self._left: set[int] = set()
         self._lock = lock
         self.bears_imprints = True
@@ -196,13 +200,17 @@ class Layers:
         """ROOT/snapshots/<id>/work: overlayfs's, of an active snapshot."""
         return f"{self.snapshots}/{number}/work"
 
-    def rootfs(self, number: int) -> str:
-        """ROOT/rootfs/<id>: where its merged file system is mounted."""
+    def shelter(self, number: int) -> str:
+        """ROOT/rootfs/<id>: what its merged file system is mounted in (``snapfs/kernel/shelter.py``)."""
         return f"{self.rootfs_directory}/{number}"
+
+    def rootfs(self, number: int) -> str:
+        """ROOT/rootfs/<id>/fs: where its merged file system is mounted."""
+        return f"{self.shelter(number)}/{shelter.INSIDE}"
 
     def is_rootfs(self, path: str) -> bool:
         """Whether ``path`` is such a place."""
-        return os.path.dirname(path) == self.rootfs_directory
+        return os.path.basename(path) == shelter.INSIDE and os.path.dirname(os.path.dirname(path)) == self.rootfs_directory
 
     # -- making
 
@@ -381,6 +389,28 @@ class Layers:
                 log.warning("%s is not empty; moved to %s", path, self.lose(path))
             except OSError as failure:
                 log.warning("cannot remove %s: %s", path, failure)
+
+    def may_be_mounted(self, number: int) -> bool:
+        """Whether an overlay may ever have had the layer of snapshot ``number`` as upper layer; False if certainly none had.
+
+        A mount makes a directory in the working directory, and since Linux 6.6 marks the upper one, unless it is told otherwise
+        (``uuid=off``).  Raises OSError.
+        """
+        if not self.bears_imprints or mounting.kernel_version() < (6, 6):
+            return True
+        marked = any(".overlay." in name for name in os.listxattr(self.fs(number), follow_symlinks=False))
+        return marked or bool(os.listdir(self.work(number)))
+
+    def empty_layer(self) -> str:
+        """ROOT/empty, made where missing.  Raises OSError."""
+        try:
+            if os.listdir(self._empty):
+                self.put_away(self._empty)
+        except FileNotFoundError:
+            pass
+        with suppress(FileExistsError):
+            os.mkdir(self._empty, 0o555)
+        return self._empty
 
     def make_trial(self) -> str:
         """A directory with ``fs``, ``work`` and ``lower``, for trying what can be mounted; remove it."""

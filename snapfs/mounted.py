@@ -1,4 +1,4 @@
-"""Where the snapshots of a root are mounted in this mount namespace, by whomever: what the mount table says of its layers."""
+"""Where the snapshots of a root are mounted, by whomever: what the kernel's mount tables say of its layers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from snapfs.kernel.mounttable import MountPoint, MountTable, mount_id, mount_table, parse
+from snapfs.kernel.namespaces import Namespaces
 from snapfs.layers import parse_id
 
 _LAYER = re.compile(r"/([1-9][0-9]*)/fs")
@@ -20,19 +21,32 @@ _COLON = re.compile(r"((?:[^\\:]|\\.)*)(?::|\Z)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One mount: its target, whether it can be written, and which directory in the layer it shows ("": the layer itself)."""
+    """One mount: its target, whether it can be written, and which directory of what it mounts it shows ("": the whole).
+
+    ``device`` is that of the mounted file system, as ``major:minor``.  ``upper`` and ``lowers`` are the snapshots whose
+    layers an overlay has, ``bound`` is the one whose layer is bound; ``upperdir`` is what the kernel says of the upper layer.
+    """
 
     target: str
     writable: bool
-    inside: str = ""
+    inside: str
+    device: str
+    upper: int | None = None
+    lowers: tuple[int, ...] = ()
+    bound: int | None = None
+    upperdir: str = ""
 
 
 class Mounted:
-    """The mounts of the layers ``snapshots``/<id>/fs.  Each call tells of this moment; threads may share it."""
+    """The mounts of the layers ``snapshots``/<id>/fs.  Each call tells of this moment; threads may share it.
+
+    Those of this mount namespace are told by what the kernel says in words, which is enough to show them.  What is in use is
+    asked of the kernel itself (``snapfs/inuse.py``)."""
 
     def __init__(self, snapshots: str) -> None:
         self._snapshots = snapshots
         self._table = MountTable()
+        self._everywhere = Namespaces(self._place)
         self._lock = threading.Lock()
         self._origin = origin(snapshots)
         self._upper: dict[int, list[Place]] = {}
@@ -66,6 +80,26 @@ class Mounted:
                 return [place.target for place in self._bound.get(layers[0], ()) if not place.inside]
             return [place.target for place in self._stacked.get(tuple(layers), ()) if not place.inside]
 
+    def everywhere(self, wanted: Callable[[Place], bool]) -> list[Place]:
+        """The ``wanted`` mounts of all mount namespaces that this process may see; ``Namespaces.find`` says what may be
+        asked."""
+        return self._everywhere.find(wanted)
+
+    def by_process(self, wanted: Callable[[Place], bool]) -> Iterator[tuple[int, Place]]:
+        """The same, each with the pid of a process that is in its namespace.  Takes longer."""
+        return self._everywhere.by_process(wanted)
+
+    def is_spelled(self, upperdir: str, number: int, pid: int) -> bool:
+        """Whether ``upperdir`` may be how somebody wrote the layer of snapshot ``number``, for process ``pid``: by way of
+        links or bind mounts, relative to a directory that is not known, or where ROOT was at that time.  It may ask a server
+        that does not answer."""
+        if not re.search(rf"(?:\A|/){number}/fs/*\Z", upperdir):
+            return False
+        try:
+            return os.path.samefile(f"/proc/{pid}/root{upperdir}", f"{self._snapshots}/{number}/fs")
+        except OSError:
+            return True
+
     def _refresh(self) -> None:
         if not self._table.has_changed():
             return
@@ -73,21 +107,27 @@ class Mounted:
         bound: defaultdict[int, list[Place]] = defaultdict(list)
         stacked: defaultdict[tuple[int, ...], list[Place]] = defaultdict(list)
         for line in self._table.lines():
-            if "/fs" not in line:
+            if "/fs" not in line or (place := self._place(parse(line))) is None:
                 continue
-            mount = parse(line)
-            writable = "rw" in mount.options
-            if mount.type == "overlay":
-                above = [n for option in mount.super_options if (n := self._number(option.removeprefix("upperdir=")))]
-                inside = "" if mount.root == "/" else mount.root  # a part of it that is bound there
-                if above:
-                    upper[above[0]].append(Place(mount.target, writable, inside))
-                elif below := self._lowers(mount):
-                    stacked[below].append(Place(mount.target, writable, inside))
-            elif found := self._bound_layer(mount):
-                number, inside = found
-                bound[number].append(Place(mount.target, writable, inside))
+            if place.upper is not None:
+                upper[place.upper].append(place)
+            elif place.lowers and not place.upperdir:
+                stacked[place.lowers].append(place)
+            elif place.bound is not None:
+                bound[place.bound].append(place)
         self._upper, self._bound, self._stacked = upper, bound, stacked
+
+    def _place(self, mount: MountPoint) -> Place | None:
+        """What ``mount`` has to do with layers; None if nothing.  Of any overlay that can't be told by its words alone."""
+        writable = "rw" in mount.options
+        if mount.type == "overlay":
+            inside = "" if mount.root == "/" else mount.root  # a part of it that is bound there
+            texts = [option[9:] for option in mount.super_options if option.startswith("upperdir=")]
+            above = self._number(texts[0]) if texts else None
+            return Place(mount.target, writable, inside, mount.device, above, self._lowers(mount), None, "".join(texts))
+        if found := self._bound_layer(mount):
+            return Place(mount.target, writable, found[1], mount.device, bound=found[0])
+        return None
 
     def _lowers(self, mount: MountPoint) -> tuple[int, ...]:
         numbers: list[int | None] = []

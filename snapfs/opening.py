@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -11,7 +13,10 @@ import trio
 
 from snapfs import placing
 from snapfs.errors import Damaged, Unavailable
+from snapfs.inuse import InUse
 from snapfs.kernel import mounting, probe
+from snapfs.kernel.inuse import UpperLayers
+from snapfs.kernel.overlay import Lacking, make_overlay
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore
 from snapfs.model import Kind
@@ -53,7 +58,7 @@ async def open_snapshotter(
 def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshotter:
     layers = Layers.open(root)
     layers.pool.syncs = options.sync is Sync.FULL
-    records, mounted = metastore, None
+    records, mounted, in_use = metastore, None, None
     try:
         mounted = Mounted(layers.snapshots)
         if records is None:
@@ -61,6 +66,7 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
             records = MetaStore(f"{layers.root}/metadata.mdb", sync=options.sync is Sync.FULL)
         features = {"imprints": _imprints(layers)}
         overlay_options = _overlay_options(options.mount_options, layers.snapshots, features)
+        in_use = InUse(layers, _upper_layers(layers, overlay_options, features))
         return Snapshotter(
             options,
             layers,
@@ -69,7 +75,8 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
             overlay_options=overlay_options,
             maps_ids=_maps_ids(options, layers.snapshots, features),
             mounted=mounted,
-            rootfs=_rootfs(options, layers, records, mounted, overlay_options, features),
+            in_use=in_use,
+            rootfs=_rootfs(options, layers, records, mounted, in_use, overlay_options, features),
             features=features,
             damaged=_recover(layers, records, retire=not options.async_remove),
         )
@@ -78,6 +85,8 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
             records.close()
         if mounted is not None:
             mounted.close()
+        if in_use is not None:
+            in_use.close()
         layers.close()
         if isinstance(error, OSError):  # no descriptors left, say
             raise Unavailable.from_os(f"use {root} as root", error) from error
@@ -103,6 +112,34 @@ def _overlay_options(given: Sequence[str], directory: str, features: dict[str, F
     else:
         features["index=off"] = Feature(False, "this kernel's overlayfs has no index")
     return tuple(found)
+
+
+def _upper_layers(layers: Layers, options: Sequence[str], features: dict[str, Feature]) -> UpperLayers:
+    """What asks the kernel whether a layer is in use, having been tried here."""
+    try:
+        trial = layers.make_trial()
+    except OSError:  # a full disk, or no descriptors left: the one that most kernels have
+        trial = ""
+    own = [option for option in options if option.partition("=")[0] in ("userxattr", "index")] + ["volatile"]
+
+    def mounted() -> int:
+        try:
+            return make_overlay([f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", own, read_only=False)
+        except Lacking:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+
+    try:
+        uppers = UpperLayers.choose(f"{trial}/fs", mounted)
+    finally:
+        if trial:
+            shutil.rmtree(trial, ignore_errors=True)
+    if uppers.works:
+        features["in_use"] = Feature(True, "the kernel says whether a layer is mounted, wherever it is")
+    else:
+        features["in_use"] = Feature(
+            False, "the kernel can't be asked here: what is mounted is known by the mount tables alone"
+        )
+    return uppers
 
 
 def _imprints(layers: Layers) -> Feature:
@@ -131,6 +168,7 @@ def _rootfs(
     layers: Layers,
     records: MetaStore,
     mounted: Mounted,
+    in_use: InUse,
     overlay_options: Sequence[str],
     features: dict[str, Feature],
 ) -> Rootfs | None:
@@ -140,7 +178,7 @@ def _rootfs(
     keys = _keys(own)
     if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
-    rootfs = Rootfs(layers, own, idle=options.rootfs_idle, most=options.rootfs_max)
+    rootfs = Rootfs(layers, mounted, in_use, own, idle=options.rootfs_idle, most=options.rootfs_max)
     refusal = rootfs.trial() if options.rootfs else "it was started with no_rootfs"
 
     def right(number: int) -> bool:

@@ -1,12 +1,17 @@
-"""The merged file systems, mounted by the kernel at ROOT/rootfs/<id> for as long as somebody uses them.
+"""The merged file systems, mounted by the kernel at ROOT/rootfs/<id>/fs for as long as somebody uses them.
 
 A mount costs a worker thread some hundred microseconds when it is first asked for, nothing afterwards.  It goes when it was
 not used for ``idle`` seconds, when there are more than ``most`` and it is the one that was asked for longest ago, when its
 snapshot is committed or removed, and at the end.  Nothing but mounting and unmounting happens here: which layers, and
 whether they may be mounted, is the caller's to say.
 
-Its directory is made with each mount and removed right after it: who comes too late meets ENOENT.  Only who was told the path
-and then stood still for long enough (PASSING, GRACE) can meet the empty directory in between.
+No upper layer is ever mounted a second time, whoever has it mounted and in whichever mount namespace: a process that was made
+with a namespace of its own, a sandbox, has a copy of each mount that it saw, and goes on writing there.  So whatever is
+unmounted here is looked for everywhere else before it is given up, and before anything is mounted the kernel is asked
+(``snapfs/kernel/inuse.py``).
+
+<id> is made with each mount and removed right after it: a process that comes too late meets ENOENT, and so does one in a mount
+namespace that lacks the mount (``snapfs/kernel/shelter.py``).
 """
 
 from __future__ import annotations
@@ -14,21 +19,26 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import math
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from itertools import islice
+from pathlib import Path
 
 import msgspec
 import trio
 
+from snapfs import holders
 from snapfs.errors import Busy, Closed, Unavailable
-from snapfs.kernel import mounting, overlay
+from snapfs.inuse import Closing, InUse
+from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
-from snapfs.kernel.processes import users
+from snapfs.kernel.processes import users_of_device
 from snapfs.layers import Layers, parse_id
 from snapfs.model import Kind
+from snapfs.mounted import Mounted, Place
 from snapfs.reserve import FULL
 
 log = logging.getLogger(__name__)
@@ -37,11 +47,15 @@ GRACE = 0.25  # seconds after it was asked for in which a mount is not taken for
 
 PASSING = 0.02  # seconds that whoever was told the path may need until they are in: Commit and Remove wait for them so long
 
+MUCH = 16 << 20  # bytes in memory that are yet to be written, from which on nobody may wait for that
+
+SEARCH = 0.5  # seconds for which it is looked who uses what is in use: the kernel may hold locks meanwhile
+
 _GONE = (errno.EINVAL, errno.ENOENT)
 """What umount2(2) says where somebody else has unmounted it, and perhaps removed the directory."""
 
 _threads = trio.CapacityLimiter(8)
-_closing = trio.CapacityLimiter(8)  # apart from all others: each may wait for the disk, and nothing else may wait for them
+_closing = trio.CapacityLimiter(math.inf)  # each may wait for the disk, and nothing may wait for them
 
 
 class Stack(msgspec.Struct, frozen=True):
@@ -55,29 +69,40 @@ class _Held:
     """One mount of ours: when it was last asked for, and a detached copy of it.
 
     The last unmount of an overlay flushes the whole file system that holds its upper directory, which may take minutes.  The
-    copy makes that the close of the copy instead, in the background: a Commit must not wait for it.
+    copy makes that the close of the copy instead, in the background: a Commit must not wait for it.  It can also be mounted
+    again.
+
+    ``number`` is the snapshot's id, ``mount`` the mount's; ``device`` that of the overlay (``major:minor``), "" of a bind.
     """
 
-    def __init__(self, copy: int | None) -> None:
-        self.copy = copy
-        self.asked = trio.current_time()
+    def __init__(self, number: int, target: str) -> None:
+        self.number = number
+        self.asked = 0.0
+        self.copy = mounting.copy_of(target)
+        self.mount = mount_id(target)
+        self.device = mounting.overlay_device(target)
 
 
 class Rootfs:
     """The mounts of one root.  ``run`` must be running; ``options`` go on each overlay."""
 
-    def __init__(self, layers: Layers, options: Sequence[str], *, idle: float, most: int) -> None:
+    def __init__(
+        self, layers: Layers, mounted: Mounted, in_use: InUse, options: Sequence[str], *, idle: float, most: int
+    ) -> None:
         self.idle = idle
         self.most = most
         self._layers = layers
+        self._mounted = mounted
+        self._in_use = in_use
         self._options = options
         self._directory = layers.rootfs_directory
         self._held: dict[int, _Held] = {}
-        self._recovered: dict[int, int | None] = {}  # what ``recover`` took over, and their copies
+        self._recovered: dict[int, _Held] = {}  # what ``recover`` took over
         self._locks: dict[int, trio.Lock] = {}
         self._making_room = trio.Lock()
         self._coming = 0  # mounts that room was made for
         self._nursery: trio.Nursery | None = None
+        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)  # given up at the end, which needs one
 
     @property
     def count(self) -> int:
@@ -97,42 +122,61 @@ class Rootfs:
         except OSError as error:
             return _refusal(error)
         options = [*self._options, "volatile"] if mounting.kernel_version() >= (5, 10) else self._options  # so: no flush
-        target = f"{self._directory}/trial"
+        directory = f"{self._directory}/trial"
         try:
-            os.makedirs(target, mode=0o700, exist_ok=True)
-            overlay.mount_overlay(target, [f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", options, read_only=False)
-            mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            self._put(directory, [f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", options)
+            mounting.unmount(f"{directory}/{shelter.INSIDE}", mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
             return _refusal(error)
         finally:
-            self._layers.put_away(target)
+            self._clear(directory)
             shutil.rmtree(trial, ignore_errors=True)
         return None
 
     def recover(self, right: Callable[[int], bool]) -> None:
         """Unmount what a crashed daemon left, and remove its directories.
 
-        What is in use and ``right`` for its snapshot is taken over; anything else that is in use is detached.  Blocks on the
-        disk.
-        """
-        kept = self._recovered
-        below = [mount.target for mount in mount_table() if os.path.dirname(mount.target) == self._directory]
-        for target in reversed(below):
-            number = parse_id(os.path.basename(target))
+        What is in use, here or in another mount namespace, and ``right`` for its snapshot is taken over; anything else that
+        is in use here is detached.  Blocks on the disk."""
+        targets = [mount.target for mount in mount_table() if mount.target.startswith(self._directory + "/")]
+        names = {target[len(self._directory) + 1 :].partition("/")[0] for target in targets}
+        for name in sorted(names):
+            directory, number = f"{self._directory}/{name}", parse_id(name)
+            target = f"{directory}/{shelter.INSIDE}"
+            try:
+                if target in targets:
+                    self._recover(number, target, right)
+                else:  # somebody else's, or of a version that had no shelters
+                    mounting.unmount(directory, mounting.UMOUNT_NOFOLLOW)
+            except OSError:
+                _detach(target if target in targets else directory)
+        for name in os.listdir(self._directory):
+            if parse_id(name) not in self._recovered:
+                self._clear(f"{self._directory}/{name}")
+
+    def _recover(self, number: int | None, target: str, right: Callable[[int], bool]) -> None:
+        """Unmount ``target``, or take it over.  Raises OSError, also where it is in use and not ``right``."""
+        held: _Held | None = _Held(number or 0, target)
+        assert held is not None
+        try:
+            is_right = number is not None and right(number)
             try:
                 mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
+                if not is_right or held.copy is None or not self._is_elsewhere(held):
+                    return
+                self._attach_again(held)
             except OSError as error:
-                if error.errno == errno.EBUSY and number is not None and number not in kept and right(number):
-                    kept[number] = mounting.copy_of(target)
-                else:
-                    _detach(target)
-        for name in os.listdir(self._directory):
-            if parse_id(name) not in kept:
-                self._layers.put_away(f"{self._directory}/{name}")
+                if not is_right or error.errno != errno.EBUSY:
+                    raise
+            self._recovered[held.number], held = held, None
+        finally:
+            if held is not None and held.copy is not None:
+                os.close(held.copy)
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """Unmount what is not used, until cancelled; then everything."""
-        self._held = {number: _Held(copy) for number, copy in self._recovered.items()}
+        self._held = self._recovered
         try:
             async with trio.open_nursery() as self._nursery:
                 task_status.started()
@@ -142,29 +186,49 @@ class Rootfs:
                         await self._expire(number)
         finally:
             self._nursery = None  # from here on nothing more is mounted
+            self._give_spare_up()
             with trio.CancelScope(shield=True):
                 for number in {*self._held, *self._locks}:
                     async with self._locked(number):
                         if number in self._held:
-                            await trio.to_thread.run_sync(self._end, number, self._held.pop(number))
+                            await trio.to_thread.run_sync(self._end, self._held.pop(number))
 
-    def _end(self, number: int, held: _Held) -> None:
+    def close(self) -> None:
+        """For one that never ran."""
+        self._give_spare_up()
+        for held in self._recovered.values():
+            if held.copy is not None:
+                os.close(held.copy)
+
+    def _give_spare_up(self) -> None:
+        if self._spare >= 0:
+            os.close(self._spare)
+        self._spare = -1
+
+    def _end(self, held: _Held) -> None:
+        target = self._layers.rootfs(held.number)
         try:
-            self._unmount(number)
+            self._unmount(target)
         except OSError:
-            _detach(self._layers.rootfs(number))
-            self._layers.put_away(self._layers.rootfs(number))
-        if held.copy is not None:
-            os.close(held.copy)
+            _detach(target)
+        try:
+            self._clear(self._layers.shelter(held.number))
+        except OSError as error:
+            log.warning("cannot remove %s: %s", self._layers.shelter(held.number), error)
+        finally:
+            if held.copy is not None:
+                os.close(held.copy)
 
     # -- mounting
 
     async def mount(self, number: int, stack: Callable[[], Stack]) -> str:
         """Have the file system of snapshot ``number`` mounted: where.
 
-        ``stack`` is asked for what to mount when that is to be done; it may raise.  Raises Damaged where a layer is
-        missing, Unavailable where the kernel refuses (with its words), Busy where ``most`` others are mounted and all in use.
-        """
+        ``stack`` is asked for what to mount when that is to be done; it may raise.  What somebody else has mounted is shown
+        there too, and not mounted a second time.
+
+        Raises Damaged where a layer is missing, Unavailable where the kernel refuses (with its words), Busy where ``most``
+        others are mounted and all in use, or the upper layer is in use where it can't be got from."""
         if number not in self._locks and self._is_there(number):  # with the lock somebody may be unmounting it
             return self._layers.rootfs(number)
         async with self._locked(number):
@@ -173,10 +237,10 @@ class Rootfs:
         # room may take a while, so without the lock: a Commit or Remove would wait for it, and the whole tree for that
         async with self._room(), self._locked(number):
             if not self._is_there(number):
-                if number in self._held:
-                    self._let_go(self._held.pop(number))
-                work = functools.partial(self._mount, number, stack())
-                self._held[number] = _Held(await trio.to_thread.run_sync(work, limiter=_threads))
+                work = functools.partial(self._mount, number, stack(), self._held.get(number))
+                held = await trio.to_thread.run_sync(work, limiter=_threads)
+                held.asked = trio.current_time()
+                self._held[number] = held
         return self._layers.rootfs(number)
 
     def _is_there(self, number: int) -> bool:
@@ -186,35 +250,134 @@ class Rootfs:
             return False
         held.asked = trio.current_time()
         try:
-            return mount_id(self._layers.rootfs(number)) != mount_id(self._directory)
+            return mount_id(self._layers.rootfs(number)) == held.mount
         except OSError:
             return False
 
-    def _mount(self, number: int, stack: Stack) -> int | None:
-        target, layers = self._layers.rootfs(number), self._layers
-        lowers = [layers.fs(below) for below in stack.lower]
+    def _mount(self, number: int, stack: Stack, held: _Held | None) -> _Held:
+        """Mount it, or again what was unmounted by hand."""
+        layers = self._layers
         for below in stack.lower:
             layers.refuse_damaged(below)
         if stack.upper is not None:
             layers.refuse_damaged(stack.upper, Kind.ACTIVE)
+        directory, target = layers.shelter(number), layers.rootfs(number)
         try:
-            layers.put_away(target)  # whoever knows the path can make a directory there
-            os.makedirs(target, mode=0o700, exist_ok=True)  # on a disk that is read-only by now an old one can't be removed
+            self._clear(directory)  # whoever knows the path can make something there
+            os.makedirs(directory, mode=0o700, exist_ok=True)  # on a disk that is read-only by now an old one can't be removed
             try:
-                if stack.upper is None and len(lowers) == 1:
-                    mounting.mount_bind(lowers[0], target, read_only=True)
-                elif stack.upper is not None and not lowers:
-                    mounting.mount_bind(layers.fs(stack.upper), target, read_only=False)
+                if held is not None and held.copy is not None:
+                    self._attach_again(held, directory)
+                    return held
+                tree = self._taken_over(number) if stack.upper is not None else None
+                if tree is not None:
+                    shelter.put(tree, directory)
+                elif stack.upper is None and len(stack.lower) == 1:
+                    self._put_bind(directory, layers.fs(stack.lower[0]))
                 else:
+                    lowers = [layers.fs(below) for below in stack.lower] or [layers.empty_layer()]
                     upper = None if stack.upper is None else layers.fs(stack.upper)
                     work = None if stack.upper is None else layers.work(stack.upper)
-                    overlay.mount_overlay(target, lowers, upper, work, self._options, read_only=upper is None)
-            except OSError:
-                layers.put_away(target)
+                    self._put(directory, lowers, upper, work, self._options)
+                return _Held(number, target)
+            except BaseException:
+                self._clear(directory)
                 raise
         except OSError as error:
             raise Unavailable(f"cannot mount the file system of snapshot {number}: {error.strerror}", error.errno) from error
-        return mounting.copy_of(target)
+
+    def _put(self, directory: str, lowers: Sequence[str], upper: str | None, work: str | None, options: Sequence[str]) -> None:
+        read_only = upper is None
+        try:
+            tree = overlay.make_overlay(lowers, upper, work, options, read_only=read_only)
+        except overlay.Lacking:
+
+            def mount(target: str) -> None:
+                overlay.mount_overlay_classic(target, lowers, upper, work, options, read_only=read_only)
+
+            shelter.put_classic(mount, directory)
+        else:
+            shelter.put(tree, directory)
+
+    def _put_bind(self, directory: str, layer: str) -> None:
+        try:
+            tree = mounting.make_bind(layer, read_only=True)
+        except OSError as error:
+            if error.errno not in mounting.LACKING:
+                raise
+            shelter.put_classic(lambda target: mounting.mount_bind_classic(layer, target, read_only=True), directory)
+        else:
+            shelter.put(tree, directory)
+
+    def _attach_again(self, held: _Held, directory: str | None = None) -> None:
+        """Mount what was unmounted here, and somebody else may still have: the same, not a second one.  Raises OSError.
+
+        With ``directory`` in a shelter that is made there, otherwise in the one that is still there.
+        """
+        assert held.copy is not None
+        target = self._layers.rootfs(held.number)
+        try:
+            tree = mountapi.copy_tree(held.copy)
+        except OSError:
+            tree, held.copy = held.copy, None
+        if directory is None:
+            mounting.attach(tree, target)
+        else:
+            shelter.put(tree, directory)
+        if held.copy is None:
+            held.copy = mounting.copy_of(target)
+        held.mount = mount_id(target)
+
+    def _is_elsewhere(self, held: _Held) -> bool:
+        """Whether the overlay that was unmounted here is mounted in another place, in whatever namespace.  Raises OSError."""
+        return bool(held.device) and bool(self._mounted.everywhere(lambda place: place.device == held.device))
+
+    def _taken_over(self, number: int) -> int | None:
+        """The descriptor of a copy of the mount by which somebody else has the active snapshot ``number``; None if nobody has.
+
+        Raises Busy where that can't be had, and OSError.
+        """
+
+        def is_whole(place: Place) -> bool:
+            return number in (place.upper, place.bound) and not place.inside
+
+        used = any(
+            place.writable for place in self._mounted.everywhere(is_whole)
+        )  # a bind of a part, or to read, is no hindrance
+        if not used and not self._in_use.has_overlay(number):
+            return None
+        for pid, place in self._mounted.by_process(is_whole):
+            with suppress(OSError):
+                return self._copy_of_another(pid, place)
+        raise Busy(f"snapshot {number} {holders.elsewhere(self._mounted, number, self._layers.rootfs(number))}")
+
+    def _copy_of_another(self, pid: int, place: Place) -> int:
+        """The descriptor of a detached copy of the mount at ``place`` in the mount namespace of process ``pid``, to be written
+        to.  Raises OSError."""
+        there = os.open(f"/proc/{pid}/root{place.target}", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            found = os.fstat(there)
+            if place.bound is not None:
+                is_it = os.path.samestat(found, os.stat(self._layers.fs(place.bound)))
+            else:
+                is_it = place.device == f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}"
+            if not is_it:  # something else is mounted over it
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), place.target)
+
+            def copy() -> int:
+                namespaces.enter(pid)  # this thread, which ends after this
+                return mountapi.copy_tree(there)
+
+            with ThreadPoolExecutor(1) as own_thread:
+                tree = own_thread.submit(copy).result()
+        finally:
+            os.close(there)
+        unwanted = (
+            mountapi.MOUNT_ATTR_RDONLY | mountapi.MOUNT_ATTR_NOSUID | mountapi.MOUNT_ATTR_NODEV | mountapi.MOUNT_ATTR_NOEXEC
+        )
+        with suppress(OSError):
+            mountapi.mount_setattr(tree, 0, clear=unwanted)
+        return tree
 
     @asynccontextmanager
     async def _room(self) -> AsyncIterator[None]:
@@ -241,9 +404,11 @@ class Rootfs:
                 await trio.sleep(held.asked + GRACE - now)
                 return
             else:
-                with suppress(OSError):
+                with suppress(OSError, Busy):
                     async with self._locked(number):
-                        self._let_go(await self._release(number))
+                        if self._held.get(number) is held:
+                            await self._release(held)
+                            self._let_go(held)
                         return
         if not waiting and not self._coming:
             raise Busy(f"{self.most} file systems are mounted and all in use: leave some, or raise rootfs_max")
@@ -252,71 +417,149 @@ class Rootfs:
     # -- unmounting
 
     @asynccontextmanager
-    async def unmounted(self, number: int) -> AsyncIterator[None]:
-        """For a block in which snapshot ``number`` must not be mounted here; raises Busy, having unmounted nothing, while
-        somebody uses it."""
+    async def unmounted(self, number: int) -> AsyncIterator[bool]:
+        """For a block in which snapshot ``number`` must not be mounted here; gives whether it was, and then nobody has it.
+
+        Raises Busy while somebody uses it, wherever; then it is mounted as before, or in use where it can't be got from.
+        """
         async with self._locked(number):
             held = self._held.get(number)
-            if held is not None:  # nobody is told the path from here on; in between they would find the directory beneath
-                await trio.sleep_until(held.asked + PASSING)
+            if held is None:
+                yield False
+                return
+            # nobody is told the path from here on; in between they would find the directory beneath
+            await trio.sleep_until(held.asked + PASSING)
             try:
-                released = await self._release(number)
+                await self._release(held)
+                free = bool(held.device) and await self._is_free(held)
             except OSError as error:
-                target = self._layers.rootfs(number)
-                if error.errno != errno.EBUSY:
-                    raise Unavailable.from_os("unmount its file system", error) from error
-                by = await trio.to_thread.run_sync(_by, target)
-                raise Busy(f"its file system {target} is in use{by}: leave it first") from None
+                raise Unavailable.from_os("unmount its file system", error) from error
             try:
-                yield
+                yield free
             finally:  # not before: a journal that is made durable meanwhile waits for what is being flushed
-                self._let_go(released)
+                self._let_go(held)
 
-    async def _release(self, number: int) -> _Held | None:
-        """Unmount ``number``, whose lock is held: what is to be let go then, None where it is not mounted.  Raises OSError."""
-        if number not in self._held:
-            return None
-        await trio.to_thread.run_sync(self._unmount, number, limiter=_threads)
-        return self._held.pop(number)
+    async def _is_free(self, held: _Held) -> bool:
+        """Whether nobody has the overlay that was unmounted here a moment ago, and is mounted nowhere else: True, or Busy is
+        raised.
 
-    def _unmount(self, number: int) -> None:
+        Only a mount that is attached nowhere can have it, or a descriptor.  The kernel says so once our own copy is closed,
+        which flushes the disk.  Where that would take long, it is looked for a process that has it, as far as /proc shows
+        them."""
+        if _unwritten() < MUCH:
+            self._let_go(held)
+            if await trio.to_thread.run_sync(self._in_use.has_overlay, held.number, limiter=_threads):
+                raise await self._elsewhere(held)
+            return True
+        with trio.move_on_after(SEARCH):
+            users = functools.partial(next, users_of_device(held.device, longest=math.inf), None)
+            found = await trio.to_thread.run_sync(users, abandon_on_cancel=True)
+            if found is None:
+                return True
+        await trio.to_thread.run_sync(self._bring_back, held, limiter=_threads)
+        raise await self._elsewhere(held)
+
+    async def _release(self, held: _Held) -> None:
+        """Unmount what is held, whose lock is held, and hold it no more.
+
+        Raises Busy if anybody uses it, and OSError; then it is held as before.
+        """
+        target = self._layers.rootfs(held.number)
         try:
-            mounting.unmount(self._layers.rootfs(number), mounting.UMOUNT_NOFOLLOW)
+            if await trio.to_thread.run_sync(self._give_up, held, limiter=_threads):
+                del self._held[held.number]
+                return
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            by = await trio.to_thread.run_sync(_by, target)
+            raise Busy(f"its file system {target} is in use{by}: leave it first") from None
+        raise await self._elsewhere(held)
+
+    async def _elsewhere(self, held: _Held) -> Busy:
+        """The refusal where somebody else has the overlay that was unmounted here."""
+        with trio.move_on_after(SEARCH):  # it may take any time to find out who
+            words = functools.partial(
+                holders.elsewhere, self._mounted, held.number, self._layers.rootfs(held.number), held.device
+            )
+            return Busy(f"its file system {await trio.to_thread.run_sync(words, abandon_on_cancel=True)}")
+        return Busy("its file system is in use elsewhere: end what uses it first")
+
+    def _give_up(self, held: _Held) -> bool:
+        """Unmount ``held`` if nobody uses it in another namespace, either: whether that is so.  Raises OSError: EBUSY while
+        it is in use here.  Where it isn't unmounted nothing has changed."""
+        self._unmount(self._layers.rootfs(held.number))
+        if held.copy is not None and self._is_elsewhere(held):
+            self._attach_again(held)
+            return False
+        self._clear(self._layers.shelter(held.number))
+        return True
+
+    def _bring_back(self, held: _Held) -> None:
+        """Hold again what was given up.  Blocks."""
+        directory = self._layers.shelter(held.number)
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        self._attach_again(held, directory)
+        self._held[held.number] = held
+
+    def _unmount(self, target: str) -> None:
+        try:
+            mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
             if error.errno not in _GONE:
                 raise
-        self._layers.put_away(self._layers.rootfs(number))
+
+    def _clear(self, directory: str) -> None:
+        """Remove ROOT/rootfs/<id>, and what is mounted there; what somebody has put in is kept.
+
+        It stays where something is mounted on it in another namespace: the kernel would take that away together with it.
+        """
+        shelter.remove(directory)
+        if not self._mounted.everywhere(lambda place: place.target == f"{directory}/{shelter.INSIDE}"):
+            self._layers.put_away(directory)
 
     async def _expire(self, number: int) -> None:
         """Unmount ``number`` if it was not asked for, nor used by who asked earlier, for ``idle`` seconds."""
 
-        def expire() -> bool:
+        def expire(held: _Held) -> bool:
+            target = self._layers.rootfs(number)
             try:
-                if not mounting.expire(self._layers.rootfs(number)):
+                if not mounting.expire(target):
                     return False
             except OSError as error:
                 if error.errno not in _GONE:
                     return False
-            self._layers.put_away(self._layers.rootfs(number))
-            return True
+            return self._give_up(held)
 
         async with self._locked(number):
             held = self._held.get(number)
-            if (
-                held is not None
-                and trio.current_time() - held.asked >= max(self.idle, GRACE)
-                and await trio.to_thread.run_sync(expire, limiter=_threads)
-            ):
-                self._let_go(self._held.pop(number))
+            if held is None or trio.current_time() - held.asked < max(self.idle, GRACE):
+                return
+            try:
+                if await trio.to_thread.run_sync(expire, held, limiter=_threads):
+                    del self._held[number]
+                    self._let_go(held)
+                else:
+                    held.asked = max(held.asked, trio.current_time() - self.idle / 2)
+            except OSError as error:
+                log.warning("cannot unmount %s: %s", self._layers.rootfs(number), error)
 
-    def _let_go(self, held: _Held | None) -> None:
-        """Close the copy, which may flush the disk, in the background."""
-        if held is None or held.copy is None:
+    def _let_go(self, held: _Held) -> None:
+        """Close the copy, which may flush the disk, in the background; once."""
+        if held.copy is None:
             return
-        if self._nursery is not None:
-            self._nursery.start_soon(_close, held.copy)
+        closing, held.copy = Closing(held.copy), None
+        if self._nursery is None:
+            closing.run()
         else:
-            os.close(held.copy)
+            self._in_use.closings[held.number] = closing
+            self._nursery.start_soon(self._close, held.number, closing)
+
+    async def _close(self, number: int, closing: Closing) -> None:
+        with trio.CancelScope(shield=True):  # or the descriptor would stay open when the library is closed
+            await trio.to_thread.run_sync(closing.run, limiter=_closing)
+        if self._in_use.closings.get(number) is closing:
+            del self._in_use.closings[number]
 
     @asynccontextmanager
     async def _locked(self, number: int) -> AsyncIterator[None]:
@@ -340,7 +583,10 @@ def _detach(target: str) -> None:
     The mount table does not show it any more, so nothing would keep its snapshot from being committed: it is made read-only,
     unless somebody has a file open for writing.
     """
-    log.warning("%s is still in use%s; detaching it", target, _by(target))
+    by = ""
+    with suppress(OSError):  # no descriptors left
+        by = _by(target)
+    log.warning("%s is still in use%s; detaching it", target, by)
     with suppress(OSError):
         mounting.make_read_only(target)
     with suppress(OSError):
@@ -348,13 +594,13 @@ def _detach(target: str) -> None:
 
 
 def _by(target: str) -> str:
-    found = [f"{pid} ({name})" for pid, name in islice(users(target), 3)]
-    if found:
-        return f" by process {', '.join(found)}"
+    if found := holders.by_users(target):
+        return found
     below = next((mount.target for mount in mount_table() if mount.target.startswith(target + "/")), None)
     return f" by what is mounted at {below}" if below else ""
 
 
-async def _close(copy: int) -> None:
-    with trio.CancelScope(shield=True):  # or the descriptor would stay open when the library is closed
-        await trio.to_thread.run_sync(os.close, copy, limiter=_closing)
+def _unwritten() -> int:
+    """Bytes that the kernel has yet to write to disks."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(words[1]) << 10 for words in lines if words[0] in ("Dirty:", "Writeback:"))

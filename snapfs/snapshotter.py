@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
-from snapfs import idmap, mountspec, names
+from snapfs import holders, idmap, mountspec, names
 from snapfs.agreeing import Agreeing
 from snapfs.changes import changes
 from snapfs.counting import Counting
@@ -39,7 +39,9 @@ from snapfs.filters import Filters
 from snapfs.flushing import Flushing
 from snapfs.housekeeping import Housekeeping
 from snapfs.imprint import Imprint
+from snapfs.inuse import InUse
 from snapfs.kernel import cached
+from snapfs.kernel.namespaces import is_neighbour
 from snapfs.labels import PARENT_CHAIN, PIN, UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore
@@ -55,6 +57,15 @@ from snapfs.trash import undeletable
 T = TypeVar("T")
 
 _FEW = 50  # layers that are looked at without a thread, if that takes no disk: a microsecond or two each
+
+
+class _InUse(Busy):
+    """The layer of snapshot ``name`` is in use; who uses it is yet to be found out."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f'snapshot "{name}" is in use')
+        self.name = name
+
 
 Ref = str | int
 """A snapshot by its key or name, or by its id, which stays right while others rename and replace."""
@@ -79,6 +90,7 @@ class Snapshotter:
         overlay_options: Sequence[str],
         maps_ids: bool,
         mounted: Mounted,
+        in_use: InUse,
         rootfs: Rootfs | None,
         features: Mapping[str, Feature],
         damaged: frozenset[int],
@@ -93,6 +105,7 @@ class Snapshotter:
         self.flushing = Flushing(layers, records, self._snapshots_fd, sync=options.sync is Sync.FULL)
         self.agreeing = Agreeing(layers, records, self.flushing.boot)
         self.mounted = mounted
+        self._in_use = in_use
         self.rootfs = rootfs
         self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
         self._owns_records = owns_records
@@ -146,6 +159,7 @@ class Snapshotter:
     def _close_files(self) -> None:
         self.agreeing.note_end()
         self.mounted.close()
+        self._in_use.close()
         os.close(self._snapshots_fd)
         for listener in self._listeners:
             self.records.listeners.remove(listener)
@@ -238,9 +252,10 @@ class Snapshotter:
     ) -> None:
         """Make the active snapshot ``key`` the committed snapshot ``name``: the id stays, the key is gone.
 
-        The labels are those given here and no others, unless ``keep_labels``; created and updated are now.  ``parent`` is
-        the parent that it has, or one to rebase it onto if it has none.  ``refuse_mounted`` asks for Busy while it is mounted
-        read-write in this mount namespace: containerd commits even then, and trusts its client not to write any more.
+        The labels are those given here and no others, unless ``keep_labels``; created and updated are now.  ``parent`` is the
+        parent that it has, or one to rebase it onto if it has none.  ``refuse_mounted`` asks for Busy while its layer can be
+        written through a mount of whomever, in whatever mount namespace, attached or held open: containerd commits even then,
+        and trusts its client not to write any more.
 
         ``wait`` returns when the data in the layer is on disk; without it the snapshot is committed for everybody at once, and
         the data is flushed in the background: ``flush`` waits for it.  After a power cut before that, the snapshot is there
@@ -268,8 +283,8 @@ class Snapshotter:
                 raise InvalidArgument(f'snapshot "{name}" cannot be its own parent')
             self._refuse_taken(writer, name, number)
             above = self._new_parent(writer, record, parent) if parent else record.parent
-            if refuse_mounted and (places := self.mounted.writers(number)):
-                raise Busy(f'snapshot "{record.name}" is mounted read-write at {places[0]}: unmount it first')
+            if refuse_mounted:
+                self._refuse_used(number, record, free)
             now = time.time_ns()
             kept = record.labels if keep_labels else {}
             whose = origin if record.origin == origin else ""
@@ -278,7 +293,7 @@ class Snapshotter:
                 self._refuse_too_deep(writer, number, after)
             self._put(writer, number, record, after)
 
-        async with self._unmounted(key) as number:
+        async with self._unmounted(key) as (number, free), self._told_by_whom(number):
             await self._write_record(operation)
         self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless somebody asks for it before
         if wait:
@@ -297,11 +312,12 @@ class Snapshotter:
 
     # -- changing
 
-    async def remove(self, key: Ref, *, wait: bool = True, origin: str = "") -> None:
+    async def remove(self, key: Ref, *, refuse_mounted: bool = False, wait: bool = True, origin: str = "") -> None:
         """Remove a snapshot of any kind: key, record and, right after, its files; with ``async_remove`` at Cleanup.
 
-        The key is free before the files are gone.  ``wait`` returns when they are; a failure to delete them is logged
-        and never brings the snapshot back.
+        The key is free before the files are gone.  ``wait`` returns when they are; a failure to delete them is logged and
+        never brings the snapshot back.  ``refuse_mounted`` asks for Busy while its layer is mounted by whomever, wherever, as
+        ``commit`` does; containerd removes even then.
 
         A snapshot whose record is damaged is removed too, if the indexes agree about which one it is.
 
@@ -317,6 +333,8 @@ class Snapshotter:
                 raise Pinned.of(before.name)
             if child := writer.a_child(number):
                 raise HasChildren.of(before.name, child[1], child[0])
+            if refuse_mounted and record is not None:
+                self._refuse_used(number, record, free)
             if record is None:
                 writer.delete_unreadable(number, before.kind, before.name)
             else:
@@ -328,7 +346,7 @@ class Snapshotter:
             _, found = self._find(reader, key)
             if PIN in found.labels:
                 raise Pinned.of(found.name)
-        async with self._unmounted(key) as number:
+        async with self._unmounted(key) as (number, free), self._told_by_whom(number):
             await self._write_record(operation, frees=True)
         if self.options.async_remove:
             return
@@ -633,21 +651,22 @@ class Snapshotter:
             raise Unavailable.from_os(f'compare snapshot "{record.name}" with its parents', error) from error
         return result
 
-    async def mount(self, key: Ref) -> str:
+    async def mount(self, key: Ref, pid: int | None = None) -> str:
         """Have the merged file system of a snapshot mounted by the kernel, read-only unless the snapshot is active: where.
 
         It is unmounted when nobody has used it, nor called this, for ``rootfs_idle`` seconds.  An active snapshot that somebody
-        else has mounted is not mounted a second time: the answer is that place.
+        else has mounted is not mounted a second time: the answer is that place, or the same mount at the usual one, where it is
+        asked for by a process ``pid`` that may not see that place, since it isn't known to be in this mount namespace.
 
-        Raises NotFound; Unavailable: mounting is not permitted, or the kernel's words; Busy: too many are in use; Damaged;
-        FailedPrecondition: the snapshot's ids are remapped, which is left to container runtimes.
-        """
+        Raises NotFound; Unavailable: mounting is not permitted, or the kernel's words; Busy: too many are in use, or its
+        layer is in use where its mount can't be got from; Damaged; FailedPrecondition: the snapshot's ids are remapped, which
+        is left to container runtimes."""
         await trio.lowlevel.checkpoint()
         with self._reading() as reader:
             number, record = self._find(reader, key)
         if self.rootfs is None:
             raise Unavailable("the merged file systems can't be mounted here")
-        if not self.rootfs.holds(number) and (places := self._elsewhere(number, record)):
+        if not self.rootfs.holds(number) and (places := self._elsewhere(number, record)) and (pid is None or is_neighbour(pid)):
             return places[0]
         return await self.rootfs.mount(number, lambda: self._stack(number))
 
@@ -747,8 +766,9 @@ class Snapshotter:
         return record
 
     @asynccontextmanager
-    async def _unmounted(self, key: Ref) -> AsyncIterator[int]:
-        """For a block in which ``key``, whose id this gives, must not be mounted as rootfs."""
+    async def _unmounted(self, key: Ref) -> AsyncIterator[tuple[int, bool]]:
+        """For a block in which ``key`` must not be mounted as rootfs: its id, and whether it was a moment ago, in which case
+        the kernel has said that nobody else has that."""
         with self._reading() as reader:
             try:
                 number, _ = self._find(reader, key)
@@ -758,10 +778,37 @@ class Snapshotter:
                     raise
                 number = found
         if self.rootfs is None:
-            yield number
+            yield number, False
         else:
-            async with self.rootfs.unmounted(number):
-                yield number
+            async with self.rootfs.unmounted(number) as free:
+                yield number, free
+
+    def _refuse_used(self, number: int, record: Record, free: bool) -> None:
+        """Raise _InUse if an active snapshot can be written through a mount, or a committed one's files are in one, anywhere.
+
+        ``free``: the kernel has said that no overlay has it.  In the writer, for nobody is to mount it meanwhile.
+        """
+        if record.kind is Kind.VIEW:
+            return
+        try:
+            if record.kind is Kind.COMMITTED:
+                used = bool(self.mounted.everywhere(lambda place: place.bound == number or number in place.lowers))
+            else:
+                found = self.mounted.everywhere(lambda place: number in (place.upper, place.bound))
+                used = any(place.writable for place in found) or (not free and self._in_use.has_overlay(number))
+        except OSError as error:
+            raise Unavailable.from_os(f'find out whether snapshot "{record.name}" is in use', error) from error
+        if used:
+            raise _InUse(record.name)
+
+    @asynccontextmanager
+    async def _told_by_whom(self, number: int) -> AsyncIterator[None]:
+        """Say in words who has snapshot ``number``, which the writer has found in use: finding that out takes longer."""
+        try:
+            yield
+        except _InUse as used:
+            words = await trio.to_thread.run_sync(holders.elsewhere, self.mounted, number, self.layers.rootfs(number))
+            raise Busy(f'snapshot "{used.name}" {words}') from None
 
     def _committed(self, reader: Reader, parent: Ref, wrong_kind: type[InvalidArgument | FailedPrecondition]) -> int:
         """The id of ``parent``, which is to get a child."""

@@ -23,7 +23,9 @@ PICTURE = Path(__file__).parent.parent / "examples/pcmanfm.png"
 
 
 def rootfs_mounts(daemon: Daemon) -> list[str]:
-    return [mount.target for mount in mount_table() if mount.target.startswith(f"{daemon.root}/rootfs/")]
+    return [
+        mount.target for mount in mount_table() if mount.target.startswith(f"{daemon.root}/rootfs/") and mount.type != "tmpfs"
+    ]
 
 
 def gio(*words: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:

@@ -620,7 +620,7 @@ async def crawl(node: Node) -> int:
             child = node.lookup(name)
             child.attributes()
             if isinstance(child, Link):
-                (await child.follow()).encode(errors="surrogateescape")
+                (await child.follow(0)).encode(errors="surrogateescape")
             elif isinstance(child, Directory):
                 damaged += await crawl(node.tree.node(child.inode))
             elif isinstance(child, File):

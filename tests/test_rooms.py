@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "snapfs"
 PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec", "options"}
 DISK = {"metastore", "records", "layers", "walk", "usage", "changes", "sharing", "counting", "mounted", "rootfs", "kernel"}
 DISK |= {"housekeeping", "agreeing", "flushing", "backup", "imprint", "checking", "rebuilding", "reserve", "placing"}
-DISK |= {"environment", "soundness", "locktable", "rootlock", "pool", "trash"}
+DISK |= {"holders", "inuse", "environment", "soundness", "locktable", "rootlock", "pool", "trash"}
 LIBRARY = PURE | DISK | {"snapshotter", "opening"}
 
 MAY_IMPORT = {

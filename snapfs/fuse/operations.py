@@ -255,7 +255,7 @@ class Operations(pyfuse3.Operations):
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         node = self.tree.node(inode)
         # a file system for who can't get there would only push out another
-        target = await node.follow() if self.rights.may_enter_root(ctx.uid) else node.target()
+        target = await node.follow(ctx.pid) if self.rights.may_enter_root(ctx.uid) else node.target()
         return target.encode(errors="surrogateescape")
 
     # -- changing

@@ -14,6 +14,9 @@ import os
 from snapfs.kernel import libc
 
 MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_IDMAP = 0x100000
 
 STRING_MAX = 255
@@ -108,10 +111,16 @@ def open_tree(path: str, *, recursive: bool = False) -> int:
     return libc.call("syscall", _SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
 
 
-def mount_setattr(tree: int, attributes: int, *, recursive: bool = False, namespace: int = 0) -> None:
-    """Set MOUNT_ATTR_* on the mount ``tree``, with those below it if ``recursive``; ``namespace`` is the descriptor of the
-    user namespace that MOUNT_ATTR_IDMAP needs."""
-    wanted = _MountAttr(attr_set=attributes, userns_fd=namespace)
+def copy_tree(tree: int) -> int:
+    """A descriptor of another detached copy of the mount ``tree``; of a detached one the kernel makes copies since 6.15 (EINVAL
+    before)."""
+    return libc.call("syscall", _SYS_OPEN_TREE, tree, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH)
+
+
+def mount_setattr(tree: int, attributes: int, *, clear: int = 0, recursive: bool = False, namespace: int = 0) -> None:
+    """Set MOUNT_ATTR_* on the mount ``tree`` and ``clear`` others, with those below it if ``recursive``; ``namespace`` is the
+    descriptor of the user namespace that MOUNT_ATTR_IDMAP needs."""
+    wanted = _MountAttr(attr_set=attributes, attr_clr=clear, userns_fd=namespace)
     flags = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
     size = ctypes.c_size_t(ctypes.sizeof(wanted))
     libc.call("syscall", _SYS_MOUNT_SETATTR, tree, b"", flags, ctypes.byref(wanted), size)

@@ -22,6 +22,8 @@ _MS_BIND = 0x1000
 _MS_REC = 0x4000
 _KEPT_FLAGS = 2 | 4 | 8 | 1024 | 2048  # nosuid, nodev, noexec, noatime, nodiratime: the same in f_flag of statvfs and in MS_*
 
+_OVERLAYFS_MAGIC = 0x794C7630
+
 LACKING = (errno.ENOSYS, errno.EPERM)
 """How a kernel without the mount API answers, or a container runtime's filter that doesn't know it.  EPERM may mean what it
 says too; then mount(2) is not permitted either and says so."""
@@ -46,17 +48,33 @@ def mount_bind(source: str, target: str, *, read_only: bool) -> None:
     ``mount_bind_classic``.
     """
     try:
-        tree = mountapi.open_tree(source, recursive=True)
-        try:
-            if read_only:
-                mountapi.mount_setattr(tree, mountapi.MOUNT_ATTR_RDONLY, recursive=True)
-            mountapi.move_mount(tree, target)
-        finally:
-            os.close(tree)
+        attach(make_bind(source, read_only=read_only), target)
     except OSError as error:
         if error.errno not in LACKING:
             raise OSError(error.errno, error.strerror, source, None, target) from None
         mount_bind_classic(source, target, read_only=read_only)
+
+
+def make_bind(source: str, *, read_only: bool) -> int:
+    """The descriptor of such a mount as ``mount_bind`` makes, attached nowhere yet; raises OSError."""
+    tree = mountapi.open_tree(source, recursive=True)
+    try:
+        if read_only:
+            mountapi.mount_setattr(tree, mountapi.MOUNT_ATTR_RDONLY, recursive=True)
+    except OSError:
+        os.close(tree)
+        raise
+    return tree
+
+
+def attach(tree: int, target: str) -> None:
+    """Attach the mount ``tree`` at ``target`` and close the descriptor; raises OSError, and then the mount is gone."""
+    try:
+        mountapi.move_mount(tree, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, target) from None
+    finally:
+        os.close(tree)
 
 
 def mount_bind_classic(source: str, target: str, *, read_only: bool) -> None:
@@ -102,6 +120,15 @@ def copy_of(target: str) -> int | None:
         return mountapi.open_tree(target)
     except OSError:
         return None
+
+
+def overlay_device(target: str) -> str:
+    """The device of the overlay that is mounted at ``target``, as ``major:minor``; "" if that is no overlay.  Raises
+    OSError."""
+    if file_system_magic(target) != _OVERLAYFS_MAGIC:
+        return ""
+    device = os.stat(target).st_dev
+    return f"{os.major(device)}:{os.minor(device)}"
 
 
 def expire(target: str) -> bool:

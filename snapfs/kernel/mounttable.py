@@ -51,12 +51,12 @@ def parse(line: str) -> MountPoint:
     return MountPoint(
         id=int(number),
         device=device,
-        root=_unescape(root),
-        target=_unescape(target),
+        root=unescape(root),
+        target=unescape(target),
         options=tuple(options.split(",")),
         type=kind,
-        source=_unescape(source),
-        super_options=tuple(_unescape(option) for option in super_options.split(",")),
+        source=unescape(source),
+        super_options=tuple(unescape(option) for option in super_options.split(",")),
     )
 
 
@@ -84,7 +84,7 @@ class MountTable:
             return file.read().split("\n")[:-1]
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
     r"""Undo the table's octal escapes (``\040`` for a blank)."""
     if "\\" not in text:
         return text

@@ -16,7 +16,7 @@ from snapfs.mountspec import PAGE, escape
 _CLONE_FS = 0x200
 
 
-class _Lacking(Exception):
+class Lacking(Exception):
     """This kernel's mount API can't do it; mount(2) may."""
 
 
@@ -37,9 +37,13 @@ def mount_overlay(
     where the options of mount(2) can't hold the layers.
     """
     try:
-        _mount_by_parts(target, lowers, upper, work, options, read_only=read_only)
-    except _Lacking:
+        tree = make_overlay(lowers, upper, work, options, read_only=read_only)
+    except Lacking:
         mount_overlay_classic(target, lowers, upper, work, options, read_only=read_only)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or target) from None
+    else:
+        mounting.attach(tree, target)
 
 
 def mount_overlay_classic(
@@ -70,40 +74,34 @@ def _option_string(lowers: Sequence[str], upper: str | None, work: str | None, o
     return ",".join([*words, *options])
 
 
-def _mount_by_parts(
-    target: str, lowers: Sequence[str], upper: str | None, work: str | None, options: Sequence[str], *, read_only: bool
-) -> None:
-    """``mount_overlay`` by the mount API, a call a layer; raises _Lacking where the kernel can't."""
+def make_overlay(lowers: Sequence[str], upper: str | None, work: str | None, options: Sequence[str], *, read_only: bool) -> int:
+    """The descriptor of such an overlay as ``mount_overlay`` mounts, attached nowhere yet.
+
+    The mount API makes it, a call a layer.  Raises Lacking where this kernel's can't, and OSError.
+    """
     try:
         context = mountapi.fsopen("overlay")
     except OSError as error:
         if error.errno in mounting.LACKING:
-            raise _Lacking from None
-        raise OSError(error.errno, error.strerror, target) from None
+            raise Lacking from None
+        raise
     try:
         if not mountapi.takes_value(context, "lowerdir+"):
-            raise _Lacking
+            raise Lacking
         for lower in lowers:
             _set_layer(context, "lowerdir+", lower, lower)
         for key, path in (("upperdir", upper), ("workdir", work)):
             if path is not None:
                 _set_layer(context, key, path, escape(path))
-        try:
-            mountapi.set_string(context, "source", "overlay")  # the first column of /proc/mounts, as with mount(2)
-            for option in options:
-                key, equals, value = option.partition("=")
-                if equals:
-                    mountapi.set_string(context, key, value)
-                else:
-                    mountapi.set_flag(context, key)
-            mountapi.create(context)
-            tree = mountapi.fsmount(context, mountapi.MOUNT_ATTR_RDONLY if read_only else 0)
-            try:
-                mountapi.move_mount(tree, target)
-            finally:
-                os.close(tree)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, target) from None
+        mountapi.set_string(context, "source", "overlay")  # the first column of /proc/mounts, as with mount(2)
+        for option in options:
+            key, equals, value = option.partition("=")
+            if equals:
+                mountapi.set_string(context, key, value)
+            else:
+                mountapi.set_flag(context, key)
+        mountapi.create(context)
+        return mountapi.fsmount(context, mountapi.MOUNT_ATTR_RDONLY if read_only else 0)
     finally:
         os.close(context)
 
@@ -122,5 +120,5 @@ def _set_layer(context: int, key: str, path: str, text: str) -> None:
             os.close(layer)
     except OSError as error:
         if error.errno == errno.EINVAL and f"Bad value for '{key}'" in (error.strerror or ""):
-            raise _Lacking from None  # overlayfs before 6.13 takes strings only
+            raise Lacking from None  # overlayfs before 6.13 takes strings only
         raise OSError(error.errno, error.strerror, path) from None

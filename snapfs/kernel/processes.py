@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 ENOUGH = 0.02  # seconds after which nobody else is looked for, once somebody was found
@@ -17,16 +18,61 @@ def users(directory: str) -> Iterator[tuple[int, str]]:
 
     What is seen quickest is looked at first, and on a machine with many processes not all are found (ENOUGH, LONGEST).
     """
+
+    def is_inside(path: str) -> bool:
+        return path == directory or path.startswith(directory + "/")
+
+    def by(uses: Callable[[str], Iterator[str]]) -> Callable[[str], bool]:
+        return lambda process: any(map(is_inside, uses(process)))
+
+    return _search(by(_places), by(_files), by(_mappings))
+
+
+def users_of_device(device: str, *, longest: float = LONGEST) -> Iterator[tuple[int, str]]:
+    """The same of the file system ``device`` (``major:minor``), by whatever path and in whatever mount namespace; not this
+    process.  The search is given up after ``longest`` seconds.
+
+    It asks for the device of all that processes have open, for which a server that does not answer can take any time.
+    """
+    major, minor = map(int, device.split(":"))
+    number, shown = os.makedev(major, minor), f" {major:02x}:{minor:02x} ".encode()
+
+    def stands_there(process: str) -> bool:
+        return any(os.stat(f"{process}/{link}").st_dev == number for link in ("cwd", "root", "exe"))
+
+    def has_open(process: str) -> bool:
+        for fd in os.listdir(f"{process}/fd"):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                if os.stat(f"{process}/fd/{fd}").st_dev == number:
+                    return True
+        return False
+
+    def has_mapped(process: str) -> bool:
+        return shown in Path(f"{process}/maps").read_bytes()
+
+    return _search(stands_there, has_open, has_mapped, longest=longest)
+
+
+def name_of(pid: int) -> str:
+    """What process ``pid`` is called; "?" where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    except OSError:
+        return "?"
+
+
+def _search(*ways: Callable[[str], bool], longest: float = LONGEST) -> Iterator[tuple[int, str]]:
+    """Pid and name of each other process for whose directory in /proc one of ``ways`` is true."""
     began = time.monotonic()
     found: set[str] = set()
-    for uses in (_places, _files, _mappings):
+    for uses in ways:
         for entry in os.listdir("/proc"):
-            if not entry.isdigit() or entry in found:
+            if not entry.isdigit() or entry in found or int(entry) == os.getpid():
                 continue
-            if time.monotonic() - began > (ENOUGH if found else LONGEST):
+            if time.monotonic() - began > (ENOUGH if found else longest):
                 return
             try:
-                if any(path == directory or path.startswith(directory + "/") for path in uses(f"/proc/{entry}")):
+                if uses(f"/proc/{entry}"):
                     name = Path(f"/proc/{entry}/comm").read_text().rstrip("\n")
                     found.add(entry)
                     yield int(entry), name

@@ -7,14 +7,18 @@ and gives the file's text or the link's target, or None where this snapshot hasn
 from __future__ import annotations
 
 import contextlib
+import os
 import stat
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import msgspec
+import trio
 
 from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
+from snapfs.kernel.namespaces import is_neighbour, sees_mount
+from snapfs.kernel.processes import name_of
 from snapfs.model import Kind, Usage, rfc3339
 from snapfs.records import Record
 from snapfs.snapshotter import Snapshotter
@@ -33,7 +37,8 @@ class Attribute(msgspec.Struct, frozen=True):
     ``present``: whether a snapshot of such a kind has it after all.
     ``fixed``: its text never changes as long as the snapshot has it; each text of any other file has an inode of its own.
     ``private``: it tells what is in a layer, for those alone who may read that.
-    ``refresh`` is awaited when the file is opened or the link followed, for what must be looked up or done on disk.
+    ``refresh`` is awaited when the file is opened, for what must be looked up on disk; ``follow`` when the link is followed by
+    a process (its pid): where that leads.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Attribute(msgspec.Struct, frozen=True):
     private: bool = False
     present: Callable[[Tree, Record], bool] = lambda tree, record: True
     refresh: Callable[[Tree, int, Record], Awaitable[object]] | None = None
+    follow: Callable[[Tree, int, Record, int], Awaitable[str]] | None = None
 
 
 def json_text(value: object) -> str:
@@ -128,8 +134,19 @@ def rootfs(tree: Tree, number: int, record: Record) -> str | None:
     return tree.snapshotter.rootfs_of(number, record)
 
 
-async def mount(tree: Tree, number: int, record: Record) -> None:
-    await tree.snapshotter.mount(number)
+async def mount(tree: Tree, number: int, record: Record, pid: int) -> str:
+    target = await tree.snapshotter.mount(number, pid)
+    if pid and not is_neighbour(pid) and not await trio.to_thread.run_sync(sees_mount, pid, target):
+        where = f"{record.kind}/{names.encode(record.name)}/rootfs"
+        tree.error_log.note("ENOENT", "readlink", where, _unseen(pid, target))
+    return target
+
+
+def _unseen(pid: int, target: str) -> str:
+    return (
+        f"process {pid} ({name_of(pid)}) is in another mount namespace, where {target} is not mounted: "
+        f"follow rootfs before that is made, or enter the daemon's: nsenter --mount --target {os.getpid()}"
+    )
 
 
 UNKNOWN_SIZE = 4096  # of a file that has content, as in sysfs
@@ -146,7 +163,7 @@ ATTRIBUTES = (
     Attribute("usage.json", 19, ALL, usage_json, refresh=count),
     Attribute("parent", 20, ALL, parent, type=_LINK, present=has_parent),
     Attribute("diff", 21, (Kind.ACTIVE, Kind.COMMITTED), diff, type=_LINK, fixed=True),
-    Attribute("rootfs", 22, ALL, rootfs, type=_LINK, refresh=mount, present=is_mountable),
+    Attribute("rootfs", 22, ALL, rootfs, type=_LINK, follow=mount, present=is_mountable),
     Attribute("changes", 23, (Kind.ACTIVE, Kind.COMMITTED), changes, type=_PRIVATE, private=True, refresh=compare),
 )
 
@@ -221,9 +238,10 @@ class AttributeLink(_Attribute, Link):
             raise NotFound(f"{self.path} does not exist")
         return text.read(0, text.size).decode(errors="surrogateescape")
 
-    async def follow(self) -> str:
-        await self.refresh()
-        return self.target()
+    async def follow(self, pid: int) -> str:
+        if self.attribute.follow is None:
+            return self.target()
+        return await self.attribute.follow(self.tree, self.number, self.record, pid)
 
     def attributes(self) -> Attributes:
         try:

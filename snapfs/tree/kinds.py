@@ -96,7 +96,7 @@ class KindDirectory(Directory):
         except Damaged as damage:
             number = self._damaged(name, damage)
         try:
-            await self.tree.snapshotter.remove(number, wait=False)
+            await self.tree.snapshotter.remove(number, refuse_mounted=True, wait=False)
         except NotFound:
             raise NotFound.snapshot(self._key(name)) from None
 

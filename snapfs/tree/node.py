@@ -222,8 +222,8 @@ class Node:
         """Where a link leads."""
         raise NotFound(f"{self.path} is no link")
 
-    async def follow(self) -> str:
-        """Where a link leads, for who is about to go there."""
+    async def follow(self, pid: int) -> str:
+        """Where a link leads, for process ``pid``, which is about to go there."""
         return self.target()
 
 

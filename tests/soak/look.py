@@ -68,7 +68,7 @@ class Look:
                 told = found["name"], found["kind"], found["id"], found["parent"], found["labels"]
                 known = its.key, its.kind, number, its.parent, its.labels
                 check(told == known, its.key, f"{path} says {told}, not {known}")
-                check(found["mounted"] in ([], [f"{root}/rootfs/{number}"]), its.key, f"mounted at {found['mounted']}")
+                check(found["mounted"] in ([], [f"{root}/rootfs/{number}/fs"]), its.key, f"mounted at {found['mounted']}")
             case "mounts.json":
                 layers = [f"{snapshots}/{above.number}/fs" for above in self.model.chain(its)]
                 spec = json.loads(self.client.read(path))
@@ -102,7 +102,7 @@ class Look:
                 self.check_link(its, path, f"{snapshots}/{number}/fs")
                 self.check_layer(its)
             case "rootfs":
-                self.check_link(its, path, f"{root}/rootfs/{number}")
+                self.check_link(its, path, f"{root}/rootfs/{number}/fs")
             case _:
                 children = {file_name(child.key) for child in self.model.children(its.key) if child.kind == name}
                 shown = self.client.must("list", path, lambda: os.listdir(path))

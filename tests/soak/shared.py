@@ -20,7 +20,7 @@ from tests.soak.model import BASE, inside
 NAMES = tuple(f"s{n}" for n in range(14))
 _LABELS = ("x", "shared")
 _LAYER = re.compile(r".*/snapshots/([1-9][0-9]*)/fs")
-_MOUNT = re.compile(r".*/rootfs/([1-9][0-9]*)")
+_MOUNT = re.compile(r".*/rootfs/([1-9][0-9]*)/fs")
 
 GONE = errno.ENOENT
 

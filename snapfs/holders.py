@@ -1,0 +1,53 @@
+"""Who uses a snapshot's file system, in words: what the kernel tells of mounts and processes, in whatever namespace.
+
+Whether it is in use is not decided here: looking takes long, may find nobody, and finds who has just left.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+
+from snapfs.kernel.processes import name_of, users, users_of_device
+from snapfs.mounted import Mounted, Place
+
+_MOST = 3  # that are named
+
+
+def by_users(target: str) -> str:
+    """`` by process 12 (vim)``: who is in the mount at ``target``; empty if nobody is found."""
+    found = [f"{pid} ({name})" for pid, name in islice(users(target), _MOST)]
+    return f" by process {', '.join(found)}" if found else ""
+
+
+def elsewhere(mounted: Mounted, number: int, rootfs: str, device: str = "") -> str:
+    """Where the layer of snapshot ``number`` is in use, and what is to be done about it.
+
+    Its ``rootfs``, a path, is not meant, if that is mounted; ``device`` is that of it, if it was mounted a moment ago.  Blocks.
+    """
+
+    def is_it(place: Place) -> bool:
+        return number in (place.upper, place.bound, *place.lowers) or place.device == device
+
+    here, there = [], []
+    for pid, place in mounted.by_process(lambda place: is_it(place) or bool(place.upperdir)):
+        if not is_it(place) and not mounted.is_spelled(place.upperdir, number, pid):
+            continue
+        if pid == os.getpid():
+            if place.target != rootfs:
+                here.append(place.target)
+        elif pid not in there:
+            there.append(pid)
+    if here:
+        return f"is mounted at {here[0]}: unmount it first"
+    if there:
+        found = ", ".join(f"{pid} ({name_of(pid)})" for pid in there[:_MOST])
+        return f"is mounted in another mount namespace, that of process {found}: end it first"
+    if device:
+        using = ", ".join(f"{pid} ({name})" for pid, name in islice(users_of_device(device), _MOST))
+        if using:
+            return f"is in use by process {using}: end it first"
+    return (
+        "is in use elsewhere: something has it open, or mounted where this daemon can't see it (a mount that was detached, "
+        "a namespace without a process): end that first"
+    )

@@ -1,0 +1,132 @@
+"""Whether an overlay has a directory as its upper layer, in whatever mount namespace, attached or not: the kernel knows.
+
+overlayfs marks the upper directory of each overlay for as long as that one lives, and refuses to mount another that has the
+directory among its layers, if that one has ``index=on``.  So such a mount is tried; it comes to nothing either way, and leaves
+nothing behind.  A bind is no overlay, and is not seen.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from snapfs.kernel import mountapi
+
+_FREE = (0, errno.ESTALE, errno.EINVAL)
+"""What a trial is answered for a directory that no overlay has."""
+
+
+class UpperLayers:
+    """The directories that overlays have as upper layers; made by ``choose``.  Threads may share one.  ``close`` it."""
+
+    def __init__(self, ask: Callable[[str, str], None] | None, own: int = -1) -> None:
+        self._ask = ask
+        self._own = own
+        self._lock = threading.Lock()  # two trials at once would find each other's upper layer in use
+
+    @classmethod
+    def choose(cls, directory: str, mounted: Callable[[], int]) -> UpperLayers:
+        """The one that is right here: of ``directory``, which is the upper layer of an overlay as long as the descriptor that
+        ``mounted`` gives is open, and of no other."""
+        try:
+            own = _private_tmpfs()
+        except OSError:
+            return cls(None)
+        for ask in (_as_lower, _as_both):
+            probe = cls(ask, own)
+            with suppress(OSError):
+                mount = mounted()
+                try:
+                    sees = probe.in_use(directory)
+                finally:
+                    os.close(mount)
+                if sees and not probe.in_use(directory):
+                    return probe
+        os.close(own)
+        return cls(None)
+
+    @property
+    def works(self) -> bool:
+        """Whether the kernel can be asked here at all."""
+        return self._ask is not None
+
+    def close(self) -> None:
+        if self._own >= 0:
+            os.close(self._own)
+        self._own, self._ask = -1, None
+
+    def in_use(self, directory: str) -> bool:
+        """Whether an overlay has ``directory`` as its upper layer; False where the kernel can't be asked.
+
+        Raises OSError where it does not answer that.
+        """
+        with self._lock:
+            if self._ask is None:
+                return False
+            fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                self._ask(f"/proc/self/fd/{self._own}", f"/proc/self/fd/{fd}")
+            except OSError as error:
+                if error.errno == errno.EBUSY:
+                    return True
+                if error.errno not in _FREE:
+                    raise
+            finally:
+                os.close(fd)
+            return False
+
+
+def _as_lower(own: str, directory: str) -> None:
+    """Try an overlay that has ``directory`` as a lower layer and all else in a file system of ours: nothing of it changes.
+
+    The constant empty layer must be the first: it is of that layer that the kernel notes the origin.
+    """
+    with _context() as context:
+        mountapi.set_string(context, "lowerdir", f"{own}/empty:{directory}")
+        mountapi.set_string(context, "upperdir", f"{own}/upper")
+        mountapi.set_string(context, "workdir", f"{own}/work")
+        mountapi.set_string(context, "index", "on")
+        mountapi.create(context)
+
+
+def _as_both(own: str, directory: str) -> None:
+    """Try one that has ``directory`` as upper layer and working directory, which the kernel refuses once it has looked at the
+    mark.
+
+    This is for user namespaces, where the other way sees nothing.  The kernel logs a line.
+    """
+    with _context() as context:
+        mountapi.set_string(context, "lowerdir", f"{own}/empty")
+        mountapi.set_string(context, "upperdir", directory)
+        mountapi.set_string(context, "workdir", directory)
+        mountapi.set_string(context, "index", "on")
+        mountapi.create(context)
+
+
+@contextmanager
+def _context() -> Iterator[int]:
+    context = mountapi.fsopen("overlay")
+    try:
+        yield context
+    finally:
+        os.close(context)
+
+
+def _private_tmpfs() -> int:
+    """A descriptor of a file system in memory that is attached nowhere, with the directories that the trials take."""
+    context = mountapi.fsopen("tmpfs")
+    try:
+        mountapi.create(context)
+        own = mountapi.fsmount(context)
+    finally:
+        os.close(context)
+    try:
+        for name in ("empty", "upper", "work"):
+            os.mkdir(name, dir_fd=own)
+    except OSError:
+        os.close(own)
+        raise
+    return own

@@ -1,0 +1,85 @@
+"""A mount that nobody takes for an empty directory: it stands in a read-only file system of its own.
+
+DIRECTORY/fs is where it is; DIRECTORY itself is the mountpoint of a tiny tmpfs that holds nothing but ``fs``.  A process in
+another mount namespace, where neither is mounted, finds no ``fs`` in DIRECTORY: whatever it does with the path fails, instead
+of reading and writing the directory beneath the mount."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+from snapfs.kernel import mountapi, mounting
+
+INSIDE = "fs"
+
+
+def put(tree: int, directory: str) -> None:
+    """Attach the mount ``tree`` at DIRECTORY/fs, and close the descriptor.
+
+    Who sees anything there sees the mount: both are attached in one step, where the kernel can (6.15).  Raises OSError.
+    """
+    try:
+        shelter = _make()
+    except OSError:
+        os.close(tree)
+        raise
+    try:
+        try:
+            mountapi.move_mount(tree, f"/proc/self/fd/{shelter}/{INSIDE}")
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            mountapi.move_mount(shelter, directory)
+            try:
+                mountapi.move_mount(tree, f"{directory}/{INSIDE}")
+            except OSError:
+                remove(directory)
+                raise
+        else:
+            mountapi.move_mount(shelter, directory)
+    finally:
+        os.close(shelter)
+        os.close(tree)
+
+
+def put_classic(mount: Callable[[str], None], directory: str) -> None:
+    """``put`` by mount(2): ``mount`` mounts at the path that it is given.  Raises OSError."""
+    mounting.mount("none", directory, "tmpfs", 0, "mode=0555,size=4k")
+    try:
+        os.mkdir(f"{directory}/{INSIDE}")
+        mounting.make_read_only(directory)
+        mount(f"{directory}/{INSIDE}")
+    except OSError:
+        remove(directory)
+        raise
+
+
+def remove(directory: str) -> None:
+    """Detach what is mounted on DIRECTORY, with all that is mounted in there; nothing is no error.  Raises OSError."""
+    try:
+        while True:
+            mounting.unmount(directory, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT, errno.EPERM):  # a process that may not unmount has mounted nothing
+            raise
+
+
+def _make() -> int:
+    """The descriptor of a tmpfs that holds ``fs``, attached nowhere yet."""
+    context = mountapi.fsopen("tmpfs")
+    try:
+        mountapi.set_string(context, "mode", "0555")
+        mountapi.set_string(context, "size", "4k")
+        mountapi.create(context)
+        shelter = mountapi.fsmount(context)
+    finally:
+        os.close(context)
+    try:
+        os.mkdir(INSIDE, dir_fd=shelter)
+        mountapi.mount_setattr(shelter, mountapi.MOUNT_ATTR_RDONLY)
+    except OSError:
+        os.close(shelter)
+        raise
+    return shelter

@@ -1,0 +1,411 @@
+"""What is in use is neither mounted twice nor committed nor removed: whoever has it, in whatever mount namespace, by whatever
+path, attached, detached or merely open."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapfs.kernel import mounting
+from snapfs.kernel.inuse import UpperLayers
+from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.kernel.namespaces import Namespaces
+from tests.conftest import Daemon, die_with_parent, until
+from tests.test_tree_calls import failing, info
+
+Make = Callable[..., Daemon]
+Hold = Callable[[Daemon, Path], AbstractContextManager[str]]
+
+IDLE = 0.4  # seconds after which what nobody uses here is unmounted
+
+COPY = """
+import os, sys
+from snapfs.kernel import mountapi
+copy = mountapi.open_tree(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextmanager
+def process(*command: str, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """One that says "ready" once it has what it wants, and ends when it is told to."""
+    started = subprocess.Popen(
+        command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+    )
+    with started:
+        try:
+            assert started.stdout is not None
+            assert started.stdout.readline() == "ready\n"
+            yield started
+        finally:
+            started.kill()
+
+
+READY = "echo ready; read line"
+
+
+@contextmanager
+def in_a_namespace(*flags: str, script: str = READY) -> Iterator[str]:
+    with process("unshare", *flags, "sh", "-c", script) as started:
+        yield rf"in another mount namespace, that of process {started.pid} \((?:sh|unshare)\)"
+
+
+@contextmanager
+def sandbox(daemon: Daemon, workspace: Path) -> Iterator[str]:
+    """bubblewrap, with the workspace as its root."""
+    os.listdir(workspace / "rootfs/")  # bwrap follows it from within a namespace of its own
+    script = "echo x > /before; echo ready; read line"
+    with process("bwrap", "--bind", f"{workspace}/rootfs", "/", "--dev", "/dev", "/bin/sh", "-c", script):
+        yield r"in another mount namespace, that of process \d+ \((?:sh|busybox|bwrap)\)"
+
+
+@contextmanager
+def private_namespace(daemon: Daemon, workspace: Path) -> Iterator[str]:
+    os.listdir(workspace / "rootfs/")
+    with in_a_namespace("-m") as words:
+        yield words
+
+
+@contextmanager
+def user_namespace(daemon: Daemon, workspace: Path) -> Iterator[str]:
+    os.listdir(workspace / "rootfs/")
+    with in_a_namespace("-Urm") as words:
+        yield words
+
+
+@contextmanager
+def part_in_a_namespace(daemon: Daemon, workspace: Path) -> Iterator[str]:
+    """A directory of it, bound elsewhere, and nothing else."""
+    where = os.path.realpath(workspace / "rootfs")
+    script = f"mount --bind {where}/dev /mnt && umount {where} && {READY}"
+    with in_a_namespace("-m", script=script) as words:
+        yield words
+
+
+@contextmanager
+def chrooted(daemon: Daemon, workspace: Path) -> Iterator[str]:
+    where = os.path.realpath(workspace / "rootfs")
+    with process("unshare", "-m", "chroot", where, "/bin/sh", "-c", READY):
+        yield r"in another mount namespace, that of process \d+ \((?:sh|busybox|chroot)\)"
+
+
+@contextmanager
+def detached_copy(daemon: Daemon, workspace: Path) -> Iterator[str]:
+    """A mount that is attached nowhere, as a descriptor."""
+    where = os.path.realpath(workspace / "rootfs")
+    with process(sys.executable, "-c", COPY, where):
+        yield r"in use by process \d+ \(python\S*\)|in use elsewhere"
+
+
+@contextmanager
+def open_in_what_was_detached(daemon: Daemon, workspace: Path) -> Iterator[str]:
+    """A file in a bind mount of it that is gone from the mount table."""
+    where = os.path.realpath(workspace / "rootfs")
+    script = f"mount --bind {where} /mnt && exec 3>/mnt/held && umount -l /mnt && {READY}"
+    with process("sh", "-c", script):
+        yield r"in use by process \d+ \(sh\)|in use elsewhere"
+
+
+HELD: list[Hold] = [
+    sandbox,
+    private_namespace,
+    user_namespace,
+    part_in_a_namespace,
+    chrooted,
+    detached_copy,
+    open_in_what_was_detached,
+]
+
+
+def overlay_devices(layer: str) -> set[str]:
+    """The devices of the overlays that have ``layer`` as upper layer, in all mount namespaces."""
+
+    def classify(mount: MountPoint) -> str | None:
+        upper = [option for option in mount.super_options if option.startswith("upperdir=")]
+        return mount.device if mount.type == "overlay" and upper and upper[0].endswith(layer) else None
+
+    return set(Namespaces(classify).find(lambda device: True))
+
+
+def layer_of(daemon: Daemon, workspace: Path) -> str:
+    return f"{daemon.root}/snapshots/{info(workspace)['id']}/fs"
+
+
+@pytest.fixture
+def served(make_daemon: Make) -> Daemon:
+    """A daemon with the committed snapshot "b", in which /bin/sh can be run, and the workspace "w" on it."""
+    daemon = make_daemon(f"--rootfs-idle={IDLE}").start()
+    os.mkdir(daemon.mnt / "active/draft")
+    layer = daemon.mnt / "active/draft/diff"
+    for name in ("bin", "dev"):
+        (layer / name).mkdir()
+    shutil.copy2("/bin/busybox", layer / "bin/sh")
+    (layer / "file").write_text("base")
+    os.rename(daemon.mnt / "active/draft", daemon.mnt / "committed/b")
+    os.mkdir(daemon.mnt / "committed/b/active/w")
+    return daemon
+
+
+def assert_untouchable(daemon: Daemon, workspace: Path, words: str) -> None:
+    """Commit, checkpoint, rollback and Remove are refused, and say who has it."""
+    mnt, key = daemon.mnt, workspace.name
+    with failing(errno.EBUSY):
+        os.rename(workspace, mnt / "committed/v1")
+    assert re.search(words, line := daemon.error_log()[-1]), line
+    with failing(errno.EBUSY):
+        os.rmdir(workspace)
+    assert re.search(words, line := daemon.error_log()[-1]), line
+    for verb in ("checkpoint", "rollback"):
+        command = [sys.executable, "-m", "snapfs.cli", verb, "--at", str(mnt), key]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert re.search(words, done.stderr), done.stderr
+    assert sorted(os.listdir(mnt / "committed")) == ["b"]
+    assert os.listdir(mnt / "active") == [key]
+
+
+@pytest.mark.parametrize("hold", HELD)
+def test_nothing_is_lost_of_what_somebody_has(served: Daemon, hold: Hold) -> None:
+    workspace = served.mnt / "active/w"
+    layer = layer_of(served, workspace)
+    with hold(served, workspace) as words:
+        held_devices = overlay_devices(layer)
+        assert_untouchable(served, workspace, words)
+        with until_idle(served):
+            pass
+        with failing_or_same(workspace, held_devices):
+            os.listdir(workspace / "rootfs/")
+        assert len(overlay_devices(layer)) <= 1, "a second overlay on the same layer"
+        assert_untouchable(served, workspace, words)
+    (workspace / "rootfs/after").write_text("after")
+    os.rename(workspace, served.mnt / "committed/v1")
+    assert (served.mnt / "committed/v1/rootfs/after").read_text() == "after"
+
+
+@contextmanager
+def until_idle(daemon: Daemon) -> Iterator[None]:
+    """Wait until the daemon has looked at what is not used, and has unmounted it or left it."""
+    other = daemon.mnt / "view/idle"
+    os.mkdir(daemon.mnt / "committed/b/view/idle")
+    where = os.path.realpath(other / "rootfs")
+    until(lambda: not any(mount.target == where for mount in mount_table()), "an unused one is unmounted")
+    os.rmdir(other)
+    yield
+
+
+@contextmanager
+def failing_or_same(workspace: Path, devices: set[str]) -> Iterator[None]:
+    """Following rootfs shows the overlay that is there already, or is refused."""
+    try:
+        yield
+    except OSError as error:
+        assert error.errno == errno.EBUSY
+        return
+    device = os.stat(workspace / "rootfs").st_dev
+    assert not devices or f"{os.major(device)}:{os.minor(device)}" in devices
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("hold", HELD)
+def test_the_next_daemon_does_not_mount_it_twice(served: Daemon, hold: Hold, how: signal.Signals) -> None:
+    workspace = served.mnt / "active/w"
+    layer = layer_of(served, workspace)
+    with hold(served, workspace):
+        devices = overlay_devices(layer)
+        served.stop(how)
+        served.start()
+        with failing_or_same(workspace, devices):
+            (workspace / "rootfs/more").write_text("more")
+        assert len(overlay_devices(layer)) <= 1, "a second overlay on the same layer"
+        with failing(errno.EBUSY):
+            os.rename(workspace, served.mnt / "committed/v1")
+        with failing(errno.EBUSY):
+            os.rmdir(workspace)
+    (workspace / "rootfs/after").write_text("after")
+    os.rename(workspace, served.mnt / "committed/v1")
+    assert (served.mnt / "committed/v1/rootfs/after").read_text() == "after"
+
+
+def test_a_sandbox_goes_on_after_the_idle_time(served: Daemon) -> None:
+    """It deletes and makes files in the work directory that a second overlay would have emptied."""
+    workspace = served.mnt / "active/w"
+    os.listdir(workspace / "rootfs/")
+    script = "echo ready; read line; rm /file && echo new >/new && echo done"
+    with process("bwrap", "--bind", f"{workspace}/rootfs", "/", "--dev", "/dev", "/bin/sh", "-c", script) as box:
+        with until_idle(served):
+            pass
+        assert sorted(os.listdir(workspace / "rootfs/")) == ["bin", "dev", "file"], "what the sandbox sees is seen here too"
+        out, _ = box.communicate("\n", timeout=30)
+        assert out == "done\n"
+        assert (workspace / "rootfs/new").read_text() == "new\n"
+        assert not (workspace / "rootfs/file").exists()
+
+
+# -- mounted by hand
+
+
+@contextmanager
+def by_hand(daemon: Daemon, workspace: Path, target: Path, base: str, *, cwd: str = "/", upper: str = "") -> Iterator[None]:
+    """An overlay on the layers of ``workspace``, whose root is written ``base``."""
+    number = info(workspace)["id"]
+    target.mkdir(exist_ok=True)
+    options = (
+        f"index=off,lowerdir={base}/snapshots/1/fs,upperdir={base}/snapshots/{number}/fs,workdir={base}/snapshots/{number}/work"
+    )
+    subprocess.run(["mount", "-i", "-t", "overlay", "-o", options, "o", str(target)], cwd=cwd, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+@pytest.mark.parametrize("spelling", ["link", "bind", "//", "relative"])
+def test_an_overlay_by_another_spelling(served: Daemon, tmp_path: Path, spelling: str) -> None:
+    workspace, root = served.mnt / "active/w", served.root
+    target, cwd, base = tmp_path / "t", "/", str(root)
+    bound = tmp_path / "bound"
+    bound.mkdir()
+    if spelling == "link":
+        base = str(tmp_path / "link")
+        os.symlink(root, base)
+    elif spelling == "bind":
+        base = str(bound)
+        mounting.mount_bind(str(root), base, read_only=False)
+    elif spelling == "//":
+        base = str(root).replace("/root", "//root")
+    else:
+        cwd, base = str(root.parent), "root"
+    try:
+        with by_hand(served, workspace, target, base, cwd=cwd):
+            words = f"mounted at {target}" if spelling != "relative" else f"mounted at {target}|in use elsewhere"
+            assert_untouchable(served, workspace, words)
+            with failing(errno.EBUSY):
+                os.listdir(workspace / "rootfs/")
+            (target / "late").write_text("late")
+        os.rename(workspace, served.mnt / "committed/v1")
+    finally:
+        subprocess.run(["umount", "-q", str(bound)], check=False)
+    assert (served.mnt / "committed/v1/rootfs/late").read_text() == "late"
+
+
+def test_an_overlay_from_before_root_was_moved(make_daemon: Make, served: Daemon, tmp_path: Path) -> None:
+    workspace = served.mnt / "active/w"
+    with by_hand(served, workspace, tmp_path / "t", str(served.root)):
+        assert served.stop() == 0
+        os.rename(served.root, tmp_path / "moved")
+        daemon = make_daemon(root=tmp_path / "moved").start()
+        assert_untouchable(daemon, workspace, f"mounted at {tmp_path / 't'}")
+    os.rename(workspace, daemon.mnt / "committed/v1")
+
+
+def test_a_bind_to_be_written_in_another_namespace(served: Daemon) -> None:
+    """mounts.json of a snapshot without a parent is a bind, which the kernel does not count as use of an overlay."""
+    mnt = served.mnt
+    os.mkdir(mnt / "active/lone")
+    os.rmdir(mnt / "active/w")
+    layer = layer_of(served, mnt / "active/lone")
+    with in_a_namespace("-m", script=f"mount --bind {layer} /mnt && echo x > /mnt/by-hand && {READY}") as words:
+        assert_untouchable(served, mnt / "active/lone", words)
+        assert (mnt / "active/lone/rootfs/by-hand").read_text() == "x\n", "the same mount, and no overlay above it"
+        assert overlay_devices(layer) == set()
+    os.rename(mnt / "active/lone", mnt / "committed/lone")
+
+
+def test_what_is_committed_is_not_removed_under_a_mount(served: Daemon) -> None:
+    mnt = served.mnt
+    os.rmdir(mnt / "active/w")
+    where = os.path.realpath(mnt / "committed/b/rootfs")
+    with in_a_namespace("-m", script=f"mount --bind {where} /mnt && {READY}") as words:
+        with failing(errno.EBUSY):
+            os.rmdir(mnt / "committed/b")
+        assert re.search(words, served.error_log()[-1])
+    os.rmdir(mnt / "committed/b")
+
+
+# -- who can't see the mount
+
+
+@pytest.mark.parametrize(
+    "command", ["echo x > {0}/f", "mkdir -p {0}/a/b", "cp -a {0}/. out/", "ls {0}/", "cd {0}", "touch {0}/f"]
+)
+def test_a_stray_meets_an_error(served: Daemon, tmp_path: Path, command: str) -> None:
+    """The first to follow rootfs is in a mount namespace of its own, where what the daemon mounts is not seen."""
+    script = command.format("active/w/rootfs")
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script.replace("out/", str(tmp_path / "out/"))], cwd=served.mnt, check=False
+    )
+    assert done.returncode != 0
+    line = served.error_log()[-1]
+    assert re.search(r"ENOENT readlink active/w/rootfs: process \d+ \(\w+\) is in another mount namespace", line), line
+    assert f"nsenter --mount --target {served.pid}" in line
+    assert sorted(os.listdir(served.mnt / "active/w/rootfs/")) == ["bin", "dev", "file"]
+    assert not (served.root / "lost+found").exists()
+
+
+def test_a_place_by_hand_is_told_to_those_alone_who_see_it(served: Daemon, tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    target.mkdir()
+    with by_hand(served, served.mnt / "active/w", target, str(served.root)):
+        assert os.readlink(served.mnt / "active/w/rootfs") == str(target)
+        with in_a_namespace("-m", script=f"umount {target}; cd {served.mnt}/active/w/rootfs || {READY}"):
+            pass
+        assert (served.mnt / "active/w/rootfs/file").read_text() == "base"
+
+
+# -- the end
+
+
+@pytest.mark.parametrize("limit", [26, 28, 30, 32, 40])
+def test_few_descriptors_leave_no_mount(make_daemon: Make, limit: int) -> None:
+    daemon = make_daemon()
+    daemon.prefix = ("prlimit", f"--nofile={limit}:{limit}")
+    daemon.start()
+    for serial in range(12):
+        os.mkdir(daemon.mnt / f"active/a{serial}")
+        try:
+            os.listdir(daemon.mnt / f"active/a{serial}/rootfs/")
+        except OSError as error:
+            assert error.errno in (errno.EMFILE, errno.EBUSY), error
+    assert daemon.stop() == 0
+    assert [mount.target for mount in mount_table() if mount.target.startswith(f"{daemon.root}/")] == []
+
+
+# -- asking the kernel
+
+
+def test_asking_changes_nothing(served: Daemon) -> None:
+    """Neither in the layer, nor in its work directory, whether it is in use or not."""
+    workspace = served.mnt / "active/w"
+    layer = Path(layer_of(served, workspace))
+
+    def seen() -> list[object]:
+        return [(p, os.listxattr(p), p.stat().st_mtime_ns, sorted(os.listdir(p))) for p in (layer, layer.parent / "work")]
+
+    before = seen()
+    for _ in range(3):
+        with failing(errno.EEXIST):
+            os.rename(workspace, served.mnt / "committed/b")
+    os.mkdir(served.mnt / "active/other")
+    os.rename(served.mnt / "active/other", served.mnt / "committed/other")
+    assert seen() == before
+
+
+def test_where_the_kernel_can_not_be_asked_nothing_is_in_use(tmp_path: Path) -> None:
+    def mounted() -> int:
+        raise OSError(errno.EPERM, "no")
+
+    uppers = UpperLayers.choose(str(tmp_path), mounted)
+    assert not uppers.works
+    assert not uppers.in_use(str(tmp_path))
+    uppers.close()
