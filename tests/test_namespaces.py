@@ -1,0 +1,174 @@
+"""Mounts in all mount namespaces, by the kernel's lists and by /proc; and mounts in their shelters, on kernels old and new."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapfs import open_snapshotter
+from snapfs.errors import Busy
+from snapfs.kernel import mountapi, mounting, overlay, shelter
+from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.kernel.namespaces import Namespaces, is_neighbour, sees_mount
+from tests.conftest import die_with_parent
+
+Put = Callable[[str, str], None]
+
+
+@contextmanager
+def namespace_with(script: str) -> Iterator[int]:
+    """A process in a mount namespace of its own, in which ``script`` has been run; its pid."""
+    command = ["unshare", "-m", "sh", "-ec", f"{script}\necho ready; read line"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def below(directory: Path) -> Namespaces[MountPoint]:
+    return Namespaces(lambda mount: mount if mount.target.startswith(f"{directory}/") else None)
+
+
+def everything(mount: MountPoint) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_mounts_of_another_namespace_are_found(tmp_path: Path, lists: bool) -> None:
+    (target := tmp_path / "t\n,x").mkdir()
+    found = below(tmp_path)
+    found._lists = lists
+    assert found.find(everything) == []
+    with namespace_with(f"mount -t tmpfs -o ro none '{target}'") as pid:
+        (mount,) = found.find(everything)
+        assert (mount.target, mount.type, mount.root, mount.options[0]) == (str(target), "tmpfs", "/", "ro")
+        assert [(who, each.target) for who, each in found.by_process(everything)] == [(pid, str(target))]
+        assert not is_neighbour(pid)
+        assert sees_mount(pid, str(target))
+        assert not sees_mount(os.getpid(), str(target))
+        subprocess.run(["nsenter", "-m", "-t", str(pid), "mount", "-o", "remount,bind,rw", str(target)], check=True)
+        (mount,) = found.find(everything)
+        assert mount.options[0] == "rw", "what may change is asked each time"
+    assert found.find(everything) == []
+
+
+def test_both_ways_tell_the_same_of_this_namespace() -> None:
+    def told(lists: bool) -> set[tuple[str, str, str, str]]:
+        found = Namespaces(lambda mount: mount)
+        found._lists = lists
+        return {(mount.device, mount.root, mount.target, mount.type) for mount in found.find(everything)}
+
+    own = {(mount.device, mount.root, mount.target, mount.type) for mount in mount_table()}
+    assert own <= told(True)
+    assert own <= told(False)
+
+
+def test_more_layers_than_fit_into_a_buffer(tmp_path: Path) -> None:
+    """What the kernel says of one mount may be longer than any fixed buffer."""
+    names = [tmp_path / f"{number:0200}" for number in range(400)]
+    for name in names:
+        name.mkdir()
+    (target := tmp_path / "t").mkdir()
+    overlay.mount_overlay(str(target), [str(name) for name in names], None, None, [], read_only=True)
+    try:
+        (mount,) = below(tmp_path).find(everything)
+        assert sum(option.startswith("lowerdir+=") for option in mount.super_options) == 400
+    finally:
+        mounting.unmount(str(target))
+
+
+# -- shelters
+
+
+def by_the_mount_api(source: str, directory: str) -> None:
+    shelter.put(mounting.make_bind(source, read_only=False), directory)
+
+
+def by_mount_2(source: str, directory: str) -> None:
+    shelter.put_classic(lambda target: mounting.mount_bind_classic(source, target, read_only=False), directory)
+
+
+@pytest.fixture
+def old_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that neither mounts onto what is detached nor copies it: before Linux 6.15."""
+    move_mount = mountapi.move_mount
+
+    def refuse(tree: int) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def move(tree: int, target: str) -> None:
+        if target.startswith("/proc/self/fd/"):
+            refuse(tree)
+        move_mount(tree, target)
+
+    monkeypatch.setattr(mountapi, "move_mount", move)
+    monkeypatch.setattr(mountapi, "copy_tree", refuse)
+
+
+@pytest.mark.parametrize("put", [by_the_mount_api, by_mount_2])
+@pytest.mark.parametrize("kernel", ["new", "old"])
+def test_a_shelter_hides_the_mountpoint(tmp_path: Path, request: pytest.FixtureRequest, put: Put, kernel: str) -> None:
+    if kernel == "old":
+        request.getfixturevalue("old_kernel")
+    source, directory = tmp_path / "source", tmp_path / "1"
+    (source / "sub").mkdir(parents=True)
+    directory.mkdir()
+    before = sorted(os.listdir("/proc/self/fd"))
+    with namespace_with("true") as stray:
+        put(str(source), str(directory))
+        try:
+            assert os.listdir(directory) == ["fs"]
+            assert os.listdir(directory / "fs") == ["sub"]
+            (directory / "fs/new").touch()
+            for refused in ("other", "fs2"):
+                with pytest.raises(OSError, match="Read-only"):
+                    (directory / refused).mkdir()
+            assert not sees_mount(stray, str(directory / "fs"))
+            there = subprocess.run(
+                ["nsenter", "-m", "-t", str(stray), "ls", str(directory / "fs")], capture_output=True, check=False
+            )
+            assert b"No such file" in there.stderr
+        finally:
+            shelter.remove(str(directory))
+    assert os.listdir(directory) == []
+    shelter.remove(str(directory))  # of nothing
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("put", [by_the_mount_api, by_mount_2])
+def test_what_can_not_be_mounted_leaves_no_shelter(tmp_path: Path, put: Put) -> None:
+    (tmp_path / "1").mkdir()
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileNotFoundError):
+        put(str(tmp_path / "missing"), str(tmp_path / "1"))
+    assert [mount for mount in mount_table() if mount.target.startswith(str(tmp_path))] == []
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.usefixtures("old_kernel")
+async def test_an_old_kernel_mounts_again_what_another_namespace_has(root: Path) -> None:
+    """The detached copy itself, of which it makes no copies."""
+    async with open_snapshotter(root) as snapshotter:
+        await snapshotter.prepare("b")
+        await snapshotter.commit("base", "b")
+        await snapshotter.prepare("web", "base")
+        where = await snapshotter.mount("web")
+        device = os.stat(where).st_dev
+        with namespace_with("true"):
+            for _ in range(2):
+                with pytest.raises(Busy, match="in another mount namespace"):
+                    await snapshotter.commit("v1", "web")
+                assert os.stat(where).st_dev == device
+        await snapshotter.commit("v1", "web")
+    assert [mount for mount in mount_table() if mount.target.startswith(str(root))] == []
