@@ -197,7 +197,10 @@ def _rootfs(
 
     rootfs.recover(right)
     features["rootfs"] = Feature(not refusal, refusal or "mounting overlays is permitted here")
-    return None if refusal else rootfs
+    if refusal:
+        rootfs.close()
+        return None
+    return rootfs
 
 
 def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[int]:

@@ -163,6 +163,7 @@ class Rootfs:
             is_right = number is not None and right(number)
             try:
                 mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
+                shelter.remove(os.path.dirname(target))
                 if not is_right or held.copy is None or not self._is_elsewhere(held):
                     return
                 self._attach_again(held)
@@ -267,7 +268,7 @@ class Rootfs:
             os.makedirs(directory, mode=0o700, exist_ok=True)  # on a disk that is read-only by now an old one can't be removed
             try:
                 if held is not None and held.copy is not None:
-                    self._attach_again(held, directory)
+                    self._attach_again(held)
                     return held
                 tree = self._taken_over(number) if stack.upper is not None else None
                 if tree is not None:
@@ -309,21 +310,16 @@ class Rootfs:
         else:
             shelter.put(tree, directory)
 
-    def _attach_again(self, held: _Held, directory: str | None = None) -> None:
-        """Mount what was unmounted here, and somebody else may still have: the same, not a second one.  Raises OSError.
-
-        With ``directory`` in a shelter that is made there, otherwise in the one that is still there.
-        """
+    def _attach_again(self, held: _Held) -> None:
+        """Mount what was unmounted here, and somebody else may still have: the same, not a second one.  Raises OSError."""
         assert held.copy is not None
-        target = self._layers.rootfs(held.number)
+        directory, target = self._layers.shelter(held.number), self._layers.rootfs(held.number)
+        os.makedirs(directory, mode=0o700, exist_ok=True)
         try:
             tree = mountapi.copy_tree(held.copy)
         except OSError:
             tree, held.copy = held.copy, None
-        if directory is None:
-            mounting.attach(tree, target)
-        else:
-            shelter.put(tree, directory)
+        shelter.put(tree, directory)
         if held.copy is None:
             held.copy = mounting.copy_of(target)
         held.mount = mount_id(target)
@@ -341,9 +337,8 @@ class Rootfs:
         def is_whole(place: Place) -> bool:
             return number in (place.upper, place.bound) and not place.inside
 
-        used = any(
-            place.writable for place in self._mounted.everywhere(is_whole)
-        )  # a bind of a part, or to read, is no hindrance
+        # a bind of a part of it, or one to read, is no hindrance
+        used = any(place.writable for place in self._mounted.everywhere(is_whole))
         if not used and not self._in_use.has_overlay(number):
             return None
         for pid, place in self._mounted.by_process(is_whole):
@@ -430,14 +425,15 @@ class Rootfs:
             # nobody is told the path from here on; in between they would find the directory beneath
             await trio.sleep_until(held.asked + PASSING)
             try:
-                await self._release(held)
-                free = bool(held.device) and await self._is_free(held)
-            except OSError as error:
-                raise Unavailable.from_os("unmount its file system", error) from error
-            try:
+                try:
+                    await self._release(held)
+                    free = bool(held.device) and await self._is_free(held)
+                except OSError as error:
+                    raise Unavailable.from_os("unmount its file system", error) from error
                 yield free
             finally:  # not before: a journal that is made durable meanwhile waits for what is being flushed
-                self._let_go(held)
+                if self._held.get(number) is not held:
+                    self._let_go(held)
 
     async def _is_free(self, held: _Held) -> bool:
         """Whether nobody has the overlay that was unmounted here a moment ago, and is mounted nowhere else: True, or Busy is
@@ -446,18 +442,18 @@ class Rootfs:
         Only a mount that is attached nowhere can have it, or a descriptor.  The kernel says so once our own copy is closed,
         which flushes the disk.  Where that would take long, it is looked for a process that has it, as far as /proc shows
         them."""
-        if _unwritten() < MUCH:
-            self._let_go(held)
-            if await trio.to_thread.run_sync(self._in_use.has_overlay, held.number, limiter=_threads):
+        if _unwritten() >= MUCH:
+            with trio.move_on_after(SEARCH):
+                users = functools.partial(next, users_of_device(held.device, longest=math.inf), None)
+                if await trio.to_thread.run_sync(users, abandon_on_cancel=True) is None:
+                    return True
+                await trio.to_thread.run_sync(self._attach_again, held, limiter=_threads)
+                self._held[held.number] = held
                 raise await self._elsewhere(held)
-            return True
-        with trio.move_on_after(SEARCH):
-            users = functools.partial(next, users_of_device(held.device, longest=math.inf), None)
-            found = await trio.to_thread.run_sync(users, abandon_on_cancel=True)
-            if found is None:
-                return True
-        await trio.to_thread.run_sync(self._bring_back, held, limiter=_threads)
-        raise await self._elsewhere(held)
+        self._let_go(held)
+        if await trio.to_thread.run_sync(self._in_use.has_overlay, held.number, limiter=_threads):
+            raise await self._elsewhere(held)
+        return True
 
     async def _release(self, held: _Held) -> None:
         """Unmount what is held, whose lock is held, and hold it no more.
@@ -488,19 +484,14 @@ class Rootfs:
     def _give_up(self, held: _Held) -> bool:
         """Unmount ``held`` if nobody uses it in another namespace, either: whether that is so.  Raises OSError: EBUSY while
         it is in use here.  Where it isn't unmounted nothing has changed."""
+        directory = self._layers.shelter(held.number)
         self._unmount(self._layers.rootfs(held.number))
+        shelter.remove(directory)  # at once: what is left in it is an empty directory
         if held.copy is not None and self._is_elsewhere(held):
             self._attach_again(held)
             return False
-        self._clear(self._layers.shelter(held.number))
+        self._clear(directory)
         return True
-
-    def _bring_back(self, held: _Held) -> None:
-        """Hold again what was given up.  Blocks."""
-        directory = self._layers.shelter(held.number)
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        self._attach_again(held, directory)
-        self._held[held.number] = held
 
     def _unmount(self, target: str) -> None:
         try:
