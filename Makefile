@@ -16,13 +16,13 @@ PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
-TEST_PACKAGES := bsdutils btrfs-progs busybox-static containerd dash dbus e2fsprogs ed fish imagemagick l3afpad libglib2.0-bin mc openbox pcmanfm perl-base plocate procps rsync runc systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler vim xclip xdotool xfsprogs xvfb zsh
+TEST_PACKAGES := bsdutils btrfs-progs busybox-static containerd dash dbus e2fsprogs ed fio fish git imagemagick l3afpad libglib2.0-bin mc openbox pcmanfm perl-base plocate procps rsync runc systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler vim xclip xdotool xfsprogs xvfb zsh
 DESKTOP_PACKAGES := baloo-kf5
-BENCH_PACKAGES := containerd fio
 FRESH_PACKAGES := debian-archive-keyring e2fsprogs git mmdebstrap util-linux
 
 SUITES ?= bookworm trixie
 FRESH_COMMAND ?= make test
+export FRESH_COMMAND PYTEST_ARGS
 
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
@@ -60,7 +60,6 @@ desktop: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m pytest tests/test_desktop.py tests/baloo.py $(PYTEST_ARGS)
 
 bench: .venv/ready-for-tests
-	@$(call install_packages,$(BENCH_PACKAGES))
 	$(SUDO) .venv/bin/python -m tests.bench $(BENCH_ARGS)
 
 crash: .venv/ready-for-tests
@@ -73,7 +72,7 @@ lint: .venv/ready-for-tests
 
 fresh: fresh-packages
 	@ended=0; for suite in $(SUITES); do \
-	  $(SUDO) env PYTEST_ARGS="$$PYTEST_ARGS" bash tests/fresh.sh $$suite '$(FRESH_COMMAND)' || ended=$$?; \
+	  $(SUDO) env PYTEST_ARGS="$$PYTEST_ARGS" bash tests/fresh.sh $$suite "$$FRESH_COMMAND" || ended=$$?; \
 	done; exit $$ended
 
 fresh-packages:
@@ -97,7 +96,7 @@ clean:
 	CFLAGS="-g0 $$CFLAGS" .venv/bin/pip install --quiet --disable-pip-version-check --editable .  # compiles pyfuse3
 	@touch $@
 
-.venv/ready-for-tests: .venv/ready
+.venv/ready-for-tests: .venv/ready Makefile
 	@$(call install_packages,$(TEST_PACKAGES))
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
