@@ -378,6 +378,8 @@ def desktop(daemon: Daemon, home: Path, tmp_path: Path, monkeypatch: pytest.Monk
     opens = "".join(f"{kind}=l3afpad.desktop\n" for kind in ("application/json", "text/plain"))
     (home / ".config/mimeapps.list").write_text(f"[Default Applications]\n{opens}[Added Associations]\n{opens}")
     (home / ".gtkrc-2.0").write_text('style "x" { bg[SELECTED] = "#ff00ff" } widget_class "*" style "x"')
+    (home / ".config/gtk-3.0").mkdir()  # which PCManFM 1.4 reads
+    (home / ".config/gtk-3.0/gtk.css").write_text("*:selected { background-color: #ff00ff }")
     with screen(tmp_path, monkeypatch):
         words = ["dbus-run-session", "--", "pcmanfm", "--no-desktop", str(daemon.mnt / "active")]
         with subprocess.Popen(words, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent, start_new_session=True) as manager:
