@@ -76,7 +76,7 @@ fresh: fresh-packages
 	done; exit $$ended
 
 fresh-packages:
-	@$(call install_packages,$(FRESH_PACKAGES))
+	-@$(call install_packages,$(FRESH_PACKAGES))
 
 fuzz: .venv/ready-for-fuzzing
 	@for target in $(FUZZ_TARGETS); do \
