@@ -96,10 +96,10 @@ newcomer() {
     step "it is as it should be"
 }
 
-if test "$1" != --within; then
-    suite=$1 command=$2
+outside() {
+    suite=$1
     test "$(id -u)" = 0 || cannot "it mounts and makes namespaces, so it runs as root"
-    for program in apt-config git hostname mkfs.ext4 mmdebstrap setpriv unshare; do
+    for program in apt-config git hostname mkfs.ext4 mmdebstrap unshare; do
         command -v $program >/dev/null || cannot "no $program here (on Debian: apt-get install mmdebstrap e2fsprogs git)"
     done
     unshare --mount --pid --fork --uts --ipc true || cannot "there are no namespaces to be had here"
@@ -107,18 +107,32 @@ if test "$1" != --within; then
     git rev-parse --quiet --verify HEAD >/dev/null || cannot "$PWD is not a git clone"
     test -z "$(git status --porcelain)" || echo "make fresh: it takes the last commit; what is not committed is not in it"
     mkdir -p .fresh
-    exec setpriv --pdeathsig KILL unshare --mount --propagation private --pid --fork --kill-child --uts --ipc \
-        bash tests/fresh.sh --within "$PWD" "$suite" "$command" 3>".fresh/$suite.log"
-fi
+    exec unshare --mount --propagation private --pid --fork --kill-child --uts --ipc \
+        bash tests/fresh.sh --within "$PWD" "$@" 3>".fresh/$suite.log"
+}
 
-repository=$2 suite=$3 command=$4 root=/mnt/root clone=/srv/snapfs
-mapfile -t passed < <(pip_variables | sort -s -u -t= -k1,1; env | grep -E '^(CI|PYTEST_ARGS|(http|https|no|HTTP|HTTPS|NO)_(proxy|PROXY))=')
-cert=$(printf '%s\n' "${passed[@]}" | sed -n 's/^PIP_CERT=//p')
-clean=(env -i HOME=/root USER=root LOGNAME=root SHELL=/bin/bash LANG=C.UTF-8 TERM="${TERM:-dumb}"
-    PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "${passed[@]}")
-mount -t proc proc /proc
-set +e
-{ set -e; newcomer; } 2>&1 | tee /dev/fd/3
-status=${PIPESTATUS[0]}
-test "$status" = 0 || test "$status" = 75 || echo "make fresh: $suite is not as it should be ($status); all of this is in .fresh/$suite.log" >&2
-exit "$status"
+within() {
+    repository=$1 suite=$2 command=$3 root=/mnt/root clone=/srv/snapfs
+    mapfile -t passed < <(
+        pip_variables | sort -s -u -t= -k1,1
+        env | grep -E '^(CI|PYTEST_ARGS|(http|https|no|HTTP|HTTPS|NO)_(proxy|PROXY))='
+    )
+    cert=$(printf '%s\n' "${passed[@]}" | sed -n 's/^PIP_CERT=//p')
+    clean=(env -i HOME=/root USER=root LOGNAME=root SHELL=/bin/bash LANG=C.UTF-8 TERM="${TERM:-dumb}"
+        PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "${passed[@]}")
+    mount -t proc proc /proc
+    set +e
+    { set -e; newcomer; } 2>&1 | tee /dev/fd/3
+    status=${PIPESTATUS[0]}
+    case $status in
+    0 | 75) ;;
+    *) echo "make fresh: $suite is not as it should be ($status); all of this is in .fresh/$suite.log" >&2 ;;
+    esac
+    exit "$status"
+}
+
+case $1 in
+--within) within "${@:2}" ;;
+--tied) outside "${@:2}" ;;
+*) exec setpriv --pdeathsig KILL bash "$0" --tied "$@" ;; # so that it ends with its caller, whatever ends that
+esac
