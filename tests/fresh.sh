@@ -30,12 +30,11 @@ pip_variables() {
 }
 
 make_system() {
-    local image made=1
-    mount -t tmpfs none /mnt && mkdir "$root" && apt_options >/mnt/options && apt_sources >/mnt/sources || return
-    image=$(mktemp /var/tmp/snapfs-fresh.XXXXXX) || return
+    local made=1
+    mount -t tmpfs none /mnt && mkdir "$root" || return
     truncate -s 16G "$image" && mkfs.ext4 -q -F "$image" && mount -o loop "$image" "$root" && made=0
     rm "$image" # from here on it is gone with the mount
-    test $made = 0 || return
+    test $made = 0 && apt_options >/mnt/options && apt_sources >/mnt/sources || return
     if test -s /mnt/sources; then set -- -; else set --; fi # none: mmdebstrap knows Debian's own
     mmdebstrap --variant=minbase --include=ca-certificates,git,make --aptopt=/mnt/options "$suite" "$root" "$@" </mnt/sources
 }
@@ -97,7 +96,8 @@ newcomer() {
 }
 
 outside() {
-    suite=$1
+    suite=$1 child='' image=''
+    for signal in HUP INT TERM; do trap "interrupted $signal" $signal; done
     test "$(id -u)" = 0 || cannot "it mounts and makes namespaces, so it runs as root"
     for program in apt-config git hostname mkfs.ext4 mmdebstrap unshare; do
         command -v $program >/dev/null || cannot "no $program here (on Debian: apt-get install mmdebstrap e2fsprogs git)"
@@ -107,12 +107,22 @@ outside() {
     git rev-parse --quiet --verify HEAD >/dev/null || cannot "$PWD is not a git clone"
     test -z "$(git status --porcelain)" || echo "make fresh: it takes the last commit; what is not committed is not in it"
     mkdir -p .fresh
-    exec unshare --mount --propagation private --pid --fork --kill-child --uts --ipc \
-        bash tests/fresh.sh --within "$PWD" "$@" 3>".fresh/$suite.log"
+    image=$(mktemp /var/tmp/snapfs-fresh.XXXXXX)
+    setpriv --pdeathsig KILL unshare --mount --propagation private --pid --fork --kill-child --uts --ipc \
+        bash tests/fresh.sh --within "$PWD" "$image" "$@" <&0 3>".fresh/$suite.log" &
+    child=$!
+    wait $child
+}
+
+interrupted() {
+    test -z "$child" || kill -KILL $child
+    rm -f "$image"
+    trap - "$1"
+    kill -"$1" $$ # its caller is to see that, too
 }
 
 within() {
-    repository=$1 suite=$2 command=$3 root=/mnt/root clone=/srv/snapfs
+    repository=$1 image=$2 suite=$3 command=$4 root=/mnt/root clone=/srv/snapfs
     mapfile -t passed < <(
         pip_variables | sort -s -u -t= -k1,1
         env | grep -E '^(CI|PYTEST_ARGS|(http|https|no|HTTP|HTTPS|NO)_(proxy|PROXY))='
@@ -134,5 +144,5 @@ within() {
 case $1 in
 --within) within "${@:2}" ;;
 --tied) outside "${@:2}" ;;
-*) exec setpriv --pdeathsig KILL bash "$0" --tied "$@" ;; # so that it ends with its caller, whatever ends that
+*) exec setpriv --pdeathsig TERM bash "$0" --tied "$@" ;; # so that it ends with its caller, whatever ends that
 esac
