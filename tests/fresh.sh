@@ -115,7 +115,7 @@ outside() {
 }
 
 interrupted() {
-    test -z "$child" || kill -KILL $child
+    test -z "$child" || { kill -KILL "$child" && wait "$child"; } 2>/dev/null || true
     rm -f "$image"
     trap - "$1"
     kill -"$1" $$ # its caller is to see that, too
