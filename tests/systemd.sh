@@ -24,7 +24,7 @@ ls /run/snapfs/active
 
 ctl stop snapfs snapfs@srv-images
 ctl show --property Result --value snapfs snapfs@srv-images
-grep snapfs /proc/mounts || echo unmounted
+grep -v " $here " /proc/mounts | grep snapfs || echo unmounted
 ls -d /run/snapfs
 ctl exit
 wait $!
