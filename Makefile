@@ -2,7 +2,7 @@
 # make test   run every test (as root; mounts for real, in a mount namespace of its own)
 # make soak   64 clients do everything at once for ten minutes: make soak SOAK_ARGS="--clients 16 --seconds 60"
 # make crash  kill the daemon between any two of its system calls, some thousand times, and see what is left
-# make fresh  on a bare bookworm and a bare trixie: the README's first session, then make test: make fresh SUITES=trixie PYTEST_ARGS=tests/test_cli.py
+# make fresh  the first session and make test on a bare bookworm and trixie: SUITES=trixie PYTEST_ARGS=tests/test_cli.py does less
 # make lint   check style and types
 # make fuzz   feed names, filters and records with whatever breaks them, SECONDS each (300)
 # make bench  measure everything beside what it is to be measured with: BENCH_ARGS="--only prepare --rounds 3" measures less

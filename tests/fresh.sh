@@ -6,6 +6,7 @@
 # own (mount, pid, uts, ipc), which nothing outlives.  Ends with 75 where no such system can be made, else as COMMAND does.
 set -euo pipefail
 umask 022
+git=(git -c 'safe.directory=*') # the clone may be another user's
 
 step() { printf '\n== %s, %d s: %s\n' "$suite" "$SECONDS" "$*"; }
 cannot() { printf 'make fresh: no bare system: %s\n' "$*" >&2; exit 75; }
@@ -49,7 +50,8 @@ finish_system() {
     cp /usr/local/share/ca-certificates/*.crt "$root/usr/local/share/ca-certificates/" 2>/dev/null || true
     chroot "$root" update-ca-certificates >/dev/null 2>&1
     case $cert in /*) mkdir -p "$root${cert%/*}" && cp -L "$cert" "$root$cert" ;; esac
-    git clone --quiet "$repository" "$root$clone"
+    printf '[safe]\n\tdirectory = *\n' >/mnt/gitconfig
+    GIT_CONFIG_GLOBAL=/mnt/gitconfig git clone --quiet "$repository" "$root$clone"
     mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
     mount --rbind /sys "$root/sys"
     mount --bind /dev "$root/dev"
@@ -66,27 +68,28 @@ finish_system() {
 
 # `make run`, what the README then says to type, Ctrl-C
 first_session() {
-    local server
+    local server tree
+    sed -n '/^and in another shell:/,/^`make test`/s/^    //p' README.md >/tmp/session
+    tree=$(sed -n 's/^cd //p' /tmp/session)
+    test -n "$tree"
     "${clean[@]}" setsid env --default-signal=INT make run >/tmp/run.log 2>&1 &
     server=$!
-    until test -e run/snap/README; do
+    until test -e "$tree/README"; do
         kill -0 $server 2>/dev/null && test $SECONDS -lt 900 || { cat /tmp/run.log; return 1; }
         sleep 0.1
     done
-    sed -n '/^and in another shell:/,/^`make test`/s/^    //p' README.md >/tmp/session
-    test -s /tmp/session
     "${clean[@]}" sh -eux /tmp/session
-    cmp run/snap/committed/base/active/web/rootfs/hostname /etc/hostname
+    cmp "$tree/committed/base/active/web/rootfs/hostname" /etc/hostname
     kill -INT -- -$server
     wait $server || true
-    if grep "$clone" /proc/mounts; then cat /tmp/run.log; return 1; fi
+    if grep -e fuse.snapfs -e overlay /proc/mounts; then cat /tmp/run.log; return 1; fi
     rm /tmp/run.log /tmp/session
 }
 
 newcomer() {
     step "a bare system"
     make_system || cannot "mmdebstrap could not make $suite (see above: the network, the name of the suite, a loop device?)"
-    step "a clone of $(git -C "$repository" log -1 --format='%h, "%s"')"
+    step "a clone of $("${git[@]}" -C "$repository" log -1 --format='%h, "%s"')"
     finish_system
     step "make run, and the first session of the README"
     first_session
@@ -104,8 +107,8 @@ outside() {
     done
     unshare --mount --pid --fork --uts --ipc true || cannot "there are no namespaces to be had here"
     cd "$(dirname "$0")/.."
-    git rev-parse --quiet --verify HEAD >/dev/null || cannot "$PWD is not a git clone"
-    test -z "$(git status --porcelain)" || echo "make fresh: it takes the last commit; what is not committed is not in it"
+    "${git[@]}" rev-parse --quiet --verify HEAD >/dev/null || cannot "$PWD is not a git clone"
+    test -z "$("${git[@]}" status --porcelain)" || echo "make fresh: it takes the last commit; what is not committed is not in it"
     mkdir -p .fresh
     image=$(mktemp /var/tmp/snapfs-fresh.XXXXXX)
     setpriv --pdeathsig KILL unshare --mount --propagation private --pid --fork --kill-child --uts --ipc \
