@@ -25,8 +25,8 @@ pip_variables() {
     { python3 -m pip config list 2>/dev/null || true; } | tr -d "'" | sed -n \
         's/^[a-z:]*\.\(index-url\|extra-index-url\|trusted-host\|proxy\|cert\|default-timeout\|timeout\)=/\1 /p' |
         while read -r name value; do
-            value=$(printf '%b' "$value" | tr ' ' '\n' | grep -v -e '^file:' -e '^$' | paste -sd ' ') &&
-                printf 'PIP_%s=%s\n' "$(echo "$name" | tr a-z- A-Z_)" "$value"
+            value=$(printf '%b\n' "$value" | tr ' ' '\n' | sed '/^file:/d; /^$/d' | paste -sd ' ')
+            test -z "$value" || printf 'PIP_%s=%s\n' "$(echo "$name" | tr a-z- A-Z_)" "$value"
         done
 }
 
