@@ -2,6 +2,7 @@
 # make test   run every test (as root; mounts for real, in a mount namespace of its own)
 # make soak   64 clients do everything at once for ten minutes: make soak SOAK_ARGS="--clients 16 --seconds 60"
 # make crash  kill the daemon between any two of its system calls, some thousand times, and see what is left
+# make fresh  the first session and make test on a bare bookworm and trixie: SUITES=trixie PYTEST_ARGS=tests/test_cli.py does less
 # make lint   check style and types
 # make fuzz   feed names, filters and records with whatever breaks them, SECONDS each (300)
 # make bench  measure everything beside what it is to be measured with: BENCH_ARGS="--only prepare --rounds 3" measures less
@@ -15,9 +16,13 @@ PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
-TEST_PACKAGES := bsdutils btrfs-progs bubblewrap busybox-static containerd dash dbus e2fsprogs ed fish imagemagick l3afpad libglib2.0-bin locales mc openbox pcmanfm perl-base plocate procps rsync runc systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler vim xclip xdotool xfsprogs xvfb zsh
+TEST_PACKAGES := bsdutils btrfs-progs bubblewrap busybox-static containerd dash dbus e2fsprogs ed fio fish git imagemagick l3afpad libglib2.0-bin locales mc openbox pcmanfm perl-base plocate procps rsync runc systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler vim xclip xdotool xfsprogs xvfb zsh
 DESKTOP_PACKAGES := baloo-kf5
-BENCH_PACKAGES := containerd fio
+FRESH_PACKAGES := debian-archive-keyring e2fsprogs git mmdebstrap util-linux
+
+SUITES ?= bookworm trixie
+FRESH_COMMAND ?= make test
+export FRESH_COMMAND PYTEST_ARGS
 
 # Not in the clone: pip, pytest, grep and git would walk through all that is mounted there
 DEMO ?= /tmp/snapfs
@@ -25,7 +30,7 @@ DEMO ?= /tmp/snapfs
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
 
-.PHONY: run test lint crash soak fuzz powercut systemd desktop bench clean
+.PHONY: run test fresh fresh-packages lint crash soak fuzz powercut systemd desktop bench clean
 
 run: .venv/ready
 	@mkdir -p -m 700 '$(DEMO)'
@@ -60,7 +65,6 @@ desktop: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m pytest tests/test_desktop.py tests/baloo.py $(PYTEST_ARGS)
 
 bench: .venv/ready-for-tests
-	@$(call install_packages,$(BENCH_PACKAGES))
 	$(SUDO) .venv/bin/python -m tests.bench $(BENCH_ARGS)
 
 crash: .venv/ready-for-tests
@@ -71,6 +75,14 @@ lint: .venv/ready-for-tests
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+fresh: fresh-packages
+	@ended=0; for suite in $(SUITES); do \
+	  $(SUDO) env PYTEST_ARGS="$$PYTEST_ARGS" bash tests/fresh.sh $$suite "$$FRESH_COMMAND" || ended=$$?; \
+	done; exit $$ended
+
+fresh-packages:
+	-@$(call install_packages,$(FRESH_PACKAGES))
+
 fuzz: .venv/ready-for-fuzzing
 	@for target in $(FUZZ_TARGETS); do \
 	  mkdir -p .fuzz/$$target && echo "$$target for $(SECONDS) s" && \
@@ -79,7 +91,7 @@ fuzz: .venv/ready-for-fuzzing
 	done
 
 clean:
-	rm -rf .fuzz .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .fresh .fuzz .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/ready: pyproject.toml
 	@$(call install_packages,$(RUN_PACKAGES) $$($(call python_packages)))
@@ -89,7 +101,7 @@ clean:
 	CFLAGS="-g0 $$CFLAGS" .venv/bin/pip install --quiet --disable-pip-version-check --editable .  # compiles pyfuse3
 	@touch $@
 
-.venv/ready-for-tests: .venv/ready .venv/containerd/ready
+.venv/ready-for-tests: .venv/ready .venv/containerd/ready Makefile
 	@$(call install_packages,$(TEST_PACKAGES))
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background; what tests start would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     own_mount_namespace()
 
 
@@ -192,6 +195,23 @@ def loop_mounted(image: Path, target: Path) -> Iterator[Path]:
         yield target
     finally:
         mounting.unmount(str(target), mounting.MNT_DETACH)
+
+
+@pytest.fixture
+def everybodys_fuse(tmp_path: Path) -> Iterator[None]:
+    """/dev/fuse for every user, as udev makes it; on a tmpfs, for /tmp may be one without devices."""
+    (tmp_path / "devices").mkdir()
+    mounting.mount("none", str(tmp_path / "devices"), "tmpfs", 0, "size=1m,mode=755")
+    try:
+        os.mknod(tmp_path / "devices/fuse", stat.S_IFCHR, os.makedev(10, 229))
+        (tmp_path / "devices/fuse").chmod(0o666)
+        mounting.mount_bind(str(tmp_path / "devices/fuse"), "/dev/fuse", read_only=False)
+        try:
+            yield
+        finally:
+            mounting.unmount("/dev/fuse", mounting.MNT_DETACH)
+    finally:
+        mounting.unmount(str(tmp_path / "devices"), mounting.MNT_DETACH)
 
 
 @pytest.fixture

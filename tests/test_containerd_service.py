@@ -555,10 +555,17 @@ def test_stopped_while_calls_are_under_way(served: Daemon, client: Client, tmp_p
 CHILDLESS = """
 import os, sys
 from resource import RUSAGE_CHILDREN, getrusage
+import grpc
 import snapfs.containerd.server, snapfs.fuse.serve
 from snapfs.cli import main
 
-before = getrusage(RUSAGE_CHILDREN).ru_minflt  # ctypes may have asked ldconfig
+def server(*arguments, make=grpc.aio.server, **named):
+    global before
+    before = getrusage(RUSAGE_CHILDREN).ru_minflt  # there is no thread yet; ctypes may have asked ldconfig, libfuse mount(8)
+    return make(*arguments, **named)
+
+before = None
+grpc.aio.server = server
 status = main()
 try:
     os.waitpid(-1, os.WNOHANG)

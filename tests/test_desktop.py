@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -113,19 +114,23 @@ class Tracker:
             )
 
     def run(self, *words: str) -> str:
-        return subprocess.run(["tracker3", *words], capture_output=True, text=True, timeout=30, check=False).stdout
+        return subprocess.run(words, capture_output=True, text=True, timeout=30, check=False).stdout
+
+    def status(self) -> str:
+        return self.run(*(["tracker3", "status"] if shutil.which("tracker3") else ["localsearch", "status"]))
 
     def files(self) -> set[str]:
         """All that is in the index, as URIs."""
         query = "select ?uri { ?file a nfo:FileDataObject ; nie:url ?uri }"
-        shown = self.run("sparql", "--dbus-service=org.freedesktop.Tracker3.Miner.Files", "--query", query)
+        command = ["tracker3", "sparql"] if shutil.which("tracker3") else ["tinysparql", "query"]  # as it is called since 3.8
+        shown = self.run(*command, "--dbus-service=org.freedesktop.Tracker3.Miner.Files", "--query", query)
         return {line.strip() for line in shown.splitlines() if line.startswith("  file:")}
 
     def finds(self, path: Path) -> None:
         """Wait until this file is in the index and nothing is left to be done."""
 
         def found() -> bool:
-            return path.as_uri() in self.files() and "indexing complete" in self.run("status")
+            return path.as_uri() in self.files() and "indexing complete" in self.status()
 
         until(found, f"{path} in the index", lambda: f": {sorted(self.files())}, {self.run('status')}")
 
@@ -375,6 +380,8 @@ def desktop(daemon: Daemon, home: Path, tmp_path: Path, monkeypatch: pytest.Monk
     opens = "".join(f"{kind}=l3afpad.desktop\n" for kind in ("application/json", "text/plain"))
     (home / ".config/mimeapps.list").write_text(f"[Default Applications]\n{opens}[Added Associations]\n{opens}")
     (home / ".gtkrc-2.0").write_text('style "x" { bg[SELECTED] = "#ff00ff" } widget_class "*" style "x"')
+    (home / ".config/gtk-3.0").mkdir()  # which PCManFM 1.4 reads
+    (home / ".config/gtk-3.0/gtk.css").write_text("*:selected { background-color: #ff00ff }")
     with screen(tmp_path, monkeypatch):
         words = ["dbus-run-session", "--", "pcmanfm", "--no-desktop", str(daemon.mnt / "active")]
         with subprocess.Popen(words, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent, start_new_session=True) as manager:

@@ -231,8 +231,14 @@ async def body(s):
 """
 
 
-def test_userxattr_inside_a_user_namespace(root: Path) -> None:
-    assert python(PRELUDE + OVERLAY + "run(body)", str(root), inside=USER_NAMESPACE) == "('userxattr', 'index=off')\n"
+@pytest.fixture
+def disk_root(small_disk: Path) -> Path:
+    """A root on a disk, wherever the other tests' are."""
+    return small_disk / "root"
+
+
+def test_userxattr_inside_a_user_namespace(disk_root: Path) -> None:
+    assert python(PRELUDE + OVERLAY + "run(body)", str(disk_root), inside=USER_NAMESPACE) == "('userxattr', 'index=off')\n"
 
 
 @pytest.mark.parametrize("given", ["userxattr", "userxattr=on"])
@@ -252,7 +258,7 @@ async def test_no_userxattr_outside_of_user_namespaces(root: Path) -> None:
 
 @pytest.mark.parametrize(("version", "trial"), [((5, 10), True), ((5, 10), False), ((5, 11), None), ((6, 0), None)])
 async def test_userxattr_on_kernels_before_5_11_is_tried(
-    root: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], trial: bool | None
+    disk_root: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], trial: bool | None
 ) -> None:
     """The kernel's version can't be had otherwise; the trial mount is a real one, of an option that there is or is not."""
     tried: list[str] = []
@@ -265,12 +271,12 @@ async def test_userxattr_on_kernels_before_5_11_is_tried(
     monkeypatch.setattr(mounting, "kernel_version", lambda: version)
     monkeypatch.setattr(probe, "in_user_namespace", lambda: True)
     monkeypatch.setattr(mounting, "mount", trial_mount)
-    options = (await overlay_of(root)).options[3:]
+    options = (await overlay_of(disk_root)).options[3:]
     assert options == (("index=off",) if trial is False else ("userxattr", "index=off"))
     assert len(tried) == (trial is not None)
     assert all(option.startswith("userxattr,lowerdir=/") for option in tried)
-    assert sorted(os.listdir(root / "snapshots")) == ["1", "2"]
-    assert str(root) not in Path("/proc/self/mountinfo").read_text()
+    assert sorted(os.listdir(disk_root / "snapshots")) == ["1", "2"]
+    assert str(disk_root) not in Path("/proc/self/mountinfo").read_text()
 
 
 @pytest.mark.parametrize(

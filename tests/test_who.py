@@ -312,7 +312,7 @@ def test_without_allow_other_the_mount_is_its_owners_alone(make_daemon: Make) ->
 
 
 @pytest.fixture
-def alices(make_daemon: Make, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+def alices(make_daemon: Make, tmp_path: Path, everybodys_fuse: None) -> Iterator[Callable[..., Daemon]]:
     """Make daemons that alice runs, with fusermount3; the first argument is the content of /etc/fuse.conf."""
     with ExitStack() as stack:
 
@@ -326,9 +326,6 @@ def alices(make_daemon: Make, tmp_path: Path) -> Iterator[Callable[..., Daemon]]
             return daemon
 
         (tmp_path / "fuse.conf").touch()
-        os.mknod(tmp_path / "fuse", stat.S_IFCHR, os.makedev(10, 229))
-        (tmp_path / "fuse").chmod(0o666)
-        bind(stack, tmp_path / "fuse", "/dev/fuse")
         bind(stack, tmp_path / "fuse.conf", "/etc/fuse.conf")
         yield make
 
