@@ -38,6 +38,10 @@ class NotFound(SnapshotError):
         return cls(f'parent snapshot "{name}" does not exist')
 
 
+class LeftOut(NotFound):
+    """What others have is missing here, because it is switched off or not permitted: whoever looks for it is told why."""
+
+
 class AlreadyExists(SnapshotError):
     """The key or name is taken; all kinds share one key space."""
 

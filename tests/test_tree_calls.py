@@ -444,7 +444,7 @@ def test_commit_while_mounted_read_write(daemon: Daemon, tmp_path: Path) -> None
     for door in ("committed", "committed/base/committed"):
         with mounted(daemon.mnt / "active/web", tmp_path / "merged") as target:
             assert (target / "file").read_text() == "x"
-            reason = f'snapshot "web" is mounted read-write at {re.escape(str(target))}'
+            reason = f'snapshot "web" is mounted at {re.escape(str(target))}'
             with refused(daemon, errno.EBUSY, "rename", f"active/web {door}/v1", reason):
                 os.rename(daemon.mnt / "active/web", daemon.mnt / door / "v1")
     os.rename(daemon.mnt / "active/web", daemon.mnt / "committed/v1")
@@ -456,7 +456,7 @@ def test_commit_while_bound_read_write(daemon: Daemon, tmp_path: Path) -> None:
     with mounted(daemon.mnt / "active/b", tmp_path / "merged") as target:
         (target / "new").write_text("y")
         usage(daemon.mnt / "active/b")  # which the listings then show as last known
-        with refused(daemon, errno.EBUSY, "rename", "active/b committed/base", "is mounted read-write at"):
+        with refused(daemon, errno.EBUSY, "rename", "active/b committed/base", "is mounted at"):
             os.rename(daemon.mnt / "active/b", daemon.mnt / "committed/base")
         subprocess.run(["mount", "-o", "remount,bind,ro", str(target)], check=True)
         os.rename(daemon.mnt / "active/b", daemon.mnt / "committed/base")  # read-only harms nobody
@@ -539,9 +539,9 @@ OTHER_RENAMES = [
     ("committed/base", "active/x"),
     ("committed/base", "view/x"),
     ("committed/base", "committed/other/committed/x"),
-    ("committed/base/active/child", "active/x"),
-    ("committed/base/active/child", "committed/x"),
-    ("committed/base/active/child", "committed/base/active/x"),
+    ("committed/base/active/child", "view/x"),
+    ("committed/base/active/child", "committed/other/active/x"),
+    ("committed/base/active/child", "committed/other/committed/x"),
     ("active", "x"),
     ("README", "x"),
     (".snapfs", "x"),
@@ -561,7 +561,13 @@ def test_any_other_rename_is_refused(daemon: Daemon, old: str, new: str) -> None
     for path in ("active/a", "active/b", "view/v", "committed/base/active/child"):
         os.mkdir(daemon.mnt / path)
     (daemon.mnt / "active/a/labels/l").write_text("1")
-    with refused(daemon, errno.EPERM, "rename", f"{old} {new}", "(can't be|rename the snapshot in|can only be renamed within)"):
+    with refused(
+        daemon,
+        errno.EPERM,
+        "rename",
+        f"{old} {new}",
+        "(can't be|rename the snapshot in|can only be renamed within|the parent of)",
+    ):
         os.rename(daemon.mnt / old, daemon.mnt / new)
 
 
@@ -797,7 +803,7 @@ def test_a_label_is_a_file_and_nothing_else(two: Daemon, call: str) -> None:
 
 
 def test_no_hard_links(two: Daemon) -> None:
-    with refused(two, errno.EPERM, "link", "active/a/labels/l active/a/labels/m", "links"):
+    with refused(two, errno.EPERM, "link", "active/a/labels/l active/a/labels/m", "a link can't be made"):
         os.link(two.mnt / "active/a/labels/l", two.mnt / "active/a/labels/m")
 
 

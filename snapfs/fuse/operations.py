@@ -19,15 +19,17 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from snapfs import names
-from snapfs.errors import InvalidArgument, NameTooLong, NotFound, NotPermitted, NotUtf8, SnapshotError, Stale
+from snapfs.errors import InvalidArgument, LeftOut, NameTooLong, NotFound, NotPermitted, NotUtf8, SnapshotError, Stale
 from snapfs.fuse.access import Access
 from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
 from snapfs.tree import Handle, Node, Tree
-from snapfs.tree.attributes import AttributeFile
+from snapfs.tree.attributes import BY_SLOT, AttributeFile
+from snapfs.tree.kinds import KindDirectory
 from snapfs.tree.labels import Label, OpenLabel
 from snapfs.tree.log import OpenLog
-from snapfs.tree.node import File, Slot, pack, unpack
+from snapfs.tree.node import KIND_SLOTS, File, Slot, pack, unpack
+from snapfs.tree.snapshot import SnapshotDirectory
 from snapfs.tree.tree import ROOT_INODE
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,8 @@ def answering(
             return await handler(self, *args, **kwargs)
         except SnapshotError as error:
             number = errno_of(error)
-            if not isinstance(error, Stale) and (number != errno.ENOENT or handler.__name__ not in _READING):
+            answer_enough = number == errno.ENOENT and handler.__name__ in _READING and not isinstance(error, LeftOut)
+            if not answer_enough and not isinstance(error, Stale):
                 self.log_refusal(number, handler.__name__, args, error)
             raise FUSEError(number) from None
         except FUSEError as error:
@@ -151,6 +154,7 @@ class Operations(pyfuse3.Operations):
         found = node.attributes()
         inode, time = node.inode, found.time
         entry.st_ino = inode
+        entry.generation = self.tree.generations.get(inode, 0)
         entry.st_mode = self.rights.mode(found)
         entry.st_uid, entry.st_gid = self.rights.owner(found)
         entry.st_size = found.size
@@ -201,6 +205,8 @@ class Operations(pyfuse3.Operations):
             if isinstance(node, Label) and self._writers.get(_writer(node, ctx.pid)) is not None:
                 node = self.tree.node(self._inode_for_writing(node, ctx.pid))
             return self.entry(node)
+        except LeftOut:
+            raise
         except (NotFound, UnicodeDecodeError):
             raise FUSEError(errno.ENOENT) from None  # never cached: names may appear by what happens elsewhere
 
@@ -248,12 +254,14 @@ class Operations(pyfuse3.Operations):
         )
         # editors set the mode and owner of what they have just made: where that changes nothing it is fine
         if not isinstance(node, Label) or not same or fields.update_atime or fields.update_mtime:
-            raise NotPermitted(f"the mode, owner and times of {node.path or '/'} can't be set")
+            hint = f"; {node.instead()}" if isinstance(node, SnapshotDirectory) else ""
+            raise NotPermitted(f"the mode, owner and times of {node.path or '/'} can't be set{hint}")
         return now
 
     @answering
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         node = self.tree.node(inode)
+        self._note_read(inode, ctx.pid)
         # a file system for who can't get there would only push out another
         target = await node.follow(ctx.pid) if self.rights.may_enter_root(ctx.uid) else node.target()
         return target.encode(errors="surrogateescape")
@@ -292,19 +300,20 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise InvalidArgument("names can't be exchanged, and no other special kind of rename is known")
-        with self.cache.asked_for(parent_inode_old, _text(name_old)):
-            await self.tree.rename(
-                self.tree.node(parent_inode_old),
-                _text(name_old),
-                self.tree.node(parent_inode_new),
-                _text(name_new),
-                replace=not flags & pyfuse3.RENAME_NOREPLACE,
-            )
-        if parent_inode_new not in _ROOT_DIRECTORIES:
-            # The kernel now has the snapshot's directory under this name, where there is a link to it.  It is made to forget
-            # that in the loop's next round; the answer to this request is sent in this one.
-            forget = functools.partial(self.cache.forget_name, parent_inode_new, _text(name_new))
-            trio.lowlevel.current_trio_token().run_sync_soon(forget)
+        old, new, source = _text(name_old), _text(name_new), self.tree.node(parent_inode_old)
+        listed = pack(0, KIND_SLOTS[source.kind]) if isinstance(source, KindDirectory) else parent_inode_old
+        held = listed in (parent_inode_old, parent_inode_new)
+        with self.cache.asked_for(listed, old) if held else contextlib.nullcontext():
+            target, replace = self.tree.node(parent_inode_new), not flags & pyfuse3.RENAME_NOREPLACE
+            await self.tree.rename(source, old, target, new, replace=replace)
+        stale = None
+        if listed != parent_inode_old and held:
+            stale = listed, old  # the kernel has moved a link; the directory that it leads to it still has under the old name
+        elif parent_inode_new not in _ROOT_DIRECTORIES:
+            stale = parent_inode_new, new  # the kernel now has the snapshot's directory where there is a link to it
+        if stale is not None:
+            # it is made to forget that in the loop's next round; the answer to this request is sent in this one
+            trio.lowlevel.current_trio_token().run_sync_soon(self.cache.forget_name, *stale)
 
     @answering
     async def create(
@@ -315,20 +324,21 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
-        raise NotPermitted("no special files can be made here, only in a snapshot's file system")
+        raise self.tree.node(parent_inode).refusal_to_make("a special file")
 
     @answering
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        raise NotPermitted("no links can be made here, only in a snapshot's file system")
+        raise self.tree.node(parent_inode).refusal_to_make("a link")
 
     @answering
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
-        raise NotPermitted("no links can be made here, only in a snapshot's file system")
+        raise self.tree.node(new_parent_inode).refusal_to_make("a link")
 
     # -- files
 
     @answering
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        self._note_read(inode, ctx.pid)
         writing, truncate = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
         reading = not writing and not truncate
         node = await self._refreshed_node(inode, ctx.pid) if reading else self.tree.node(inode)
@@ -338,6 +348,13 @@ class Operations(pyfuse3.Operations):
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
         return self._opened(inode, node, handle)
+
+    def _note_read(self, inode: int, pid: int) -> None:
+        """Process ``pid`` opens, follows or lists what has ``inode``."""
+        number, slot = unpack(inode)
+        slot = slot & 0x7F if slot & Slot.VERSION_OF else slot & ~Slot.INSIDE
+        if number and (slot in BY_SLOT or slot == Slot.SNAPSHOT):
+            self.tree.reads.note(pid, number, slot)
 
     def _give_writer(self, node: Label, pid: int) -> None:
         """Let a writer have an inode of its own: raises Stale the first time, on which the kernel looks the name up again.
@@ -445,6 +462,7 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        self._note_read(inode, ctx.pid)
         return self.tree.node(inode).inode
 
     @answering

@@ -149,6 +149,8 @@ def _unseen(pid: int, target: str) -> str:
     )
 
 
+ROOTFS = "rootfs"
+
 UNKNOWN_SIZE = 4096  # of a file that has content, as in sysfs
 
 ALL = (Kind.ACTIVE, Kind.VIEW, Kind.COMMITTED)
@@ -163,9 +165,15 @@ ATTRIBUTES = (
     Attribute("usage.json", 19, ALL, usage_json, refresh=count),
     Attribute("parent", 20, ALL, parent, type=_LINK, present=has_parent),
     Attribute("diff", 21, (Kind.ACTIVE, Kind.COMMITTED), diff, type=_LINK, fixed=True),
-    Attribute("rootfs", 22, ALL, rootfs, type=_LINK, follow=mount, present=is_mountable),
+    Attribute(ROOTFS, 22, ALL, rootfs, type=_LINK, follow=mount, present=is_mountable),
     Attribute("changes", 23, (Kind.ACTIVE, Kind.COMMITTED), changes, type=_PRIVATE, private=True, refresh=compare),
 )
+
+
+def attributes_of(tree: Tree, record: Record) -> list[Attribute]:
+    """The rows that a snapshot with ``record`` has."""
+    return [attribute for attribute in ATTRIBUTES if record.kind in attribute.kinds and attribute.present(tree, record)]
+
 
 BY_SLOT = {attribute.slot: attribute for attribute in ATTRIBUTES}
 BY_NAME = {attribute.name: attribute for attribute in ATTRIBUTES}
@@ -255,8 +263,7 @@ def attribute_node(
     tree: Tree, number: int, record: Record, attribute: Attribute, text: Text | None = None
 ) -> AttributeFile | AttributeLink | None:
     """The node of a row, None where this snapshot hasn't got it; ``text`` is what the file held when it was looked up."""
-    hidden = attribute.name in tree.hidden.get(number, ())
-    if hidden or record.kind not in attribute.kinds or not attribute.present(tree, record):
+    if tree.is_hidden(number, attribute.name) or record.kind not in attribute.kinds or not attribute.present(tree, record):
         return None
     if stat.S_ISLNK(attribute.type):
         return AttributeLink(tree, number, record, attribute)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from snapfs import names
 from snapfs.errors import InvalidArgument, NotFound
 from snapfs.model import Kind
+from snapfs.tree.advice import why_no_rootfs
 from snapfs.tree.kinds import KindDirectory
 from snapfs.tree.links import ByIdDirectory
 from snapfs.tree.listing import ListingFile
@@ -148,10 +149,32 @@ class OpenCleanup(Handle):
 
 README = (importlib.resources.files(__package__) / "README.txt").read_text()
 
+_WITHOUT_ROOTFS = {
+    "cp -a FILES active/b/rootfs/          its file system, mounted when you follow the link": (
+        "sh active/b/mount.sh DIR              its file system, mounted on DIR; cp -a FILES DIR, umount DIR"
+    ),
+    "cd active/web/rootfs                  the two as one; or mount it yourself: mounts.json, mount.sh": (
+        "sh active/web/mount.sh DIR            the two as one; mounts.json says the same"
+    ),
+    "leave its rootfs first": "unmount it first",
+}
+assert all(line in README for line in _WITHOUT_ROOTFS)
+
+
+def readme(tree: Tree) -> str:
+    """README, which says nothing of ``rootfs`` where there is none, but why."""
+    if tree.snapshotter.rootfs is not None:
+        return README
+    text = README
+    for line, instead in _WITHOUT_ROOTFS.items():
+        text = text.replace(line, instead)
+    return f"{text}\nThere is no rootfs here: {why_no_rootfs(tree)}.\n"
+
+
 NO_MEDIA = "This file asks what indexes files to stay out of here: it would mount every snapshot's rootfs.\n"
 
 _TEXTS: dict[Slot, tuple[str, Callable[[Tree], str], bool]] = {
-    Slot.README: ("README", lambda tree: README, True),
+    Slot.README: ("README", readme, True),
     Slot.VERSION: (".snapfs/version", lambda tree: f"{tree.version}\n", True),
     Slot.OPTIONS: (".snapfs/options.json", options_json, True),
     Slot.STATS: (".snapfs/stats.json", stats_json, False),

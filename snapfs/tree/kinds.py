@@ -11,6 +11,7 @@ from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument, NotFound, NotPermitted
 from snapfs.model import Kind
 from snapfs.records import Record
+from snapfs.tree.advice import how_to_make
 from snapfs.tree.links import DamagedLink, child_link
 from snapfs.tree.node import KIND_SLOTS, Attributes, Directory, Node, Slot, pack
 from snapfs.tree.snapshot import DamagedDirectory, SnapshotDirectory
@@ -80,6 +81,9 @@ class KindDirectory(Directory):
                 else:
                     yield number, name, DamagedDirectory(tree, number, self.kind, key)
 
+    def instead(self) -> str:
+        return f"it lists snapshots; {how_to_make(self.tree, self.path.removesuffix(self.kind))}"
+
     async def mkdir(self, name: str) -> Node:
         """Prepare or View."""
         if self.kind is Kind.COMMITTED:
@@ -95,6 +99,8 @@ class KindDirectory(Directory):
             number, _ = self.find(name)
         except Damaged as damage:
             number = self._damaged(name, damage)
+        if self.tree.reads.was_refused(pid, number):  # tar --remove-files comes here after any refusal
+            self.tree.refuse_moved(number, pid)
         try:
             await self.tree.snapshotter.remove(number, refuse_mounted=True, wait=False)
         except NotFound:
@@ -151,10 +157,14 @@ class ChildrenDirectory(KindDirectory):
             raise NotFound.parent(self.record.name) from None
 
     async def rmdir(self, name: str, pid: int) -> None:
-        self.lookup(name)
-        raise NotPermitted(f"{self.path}/{names.printable(name)} is a link: rmdir the snapshot itself")
+        self._refuse_to_remove(name, pid)
 
     async def unlink(self, name: str, pid: int) -> None:
-        """Only what deletes the whole parent does this, so it is told what stands in its way."""
+        self._refuse_to_remove(name, pid)
+
+    def _refuse_to_remove(self, name: str, pid: int) -> None:
+        """Raise NotPermitted: ``rm -r`` of the parent, which goes on with its other entries, is to leave them alone."""
         self.lookup(name)
-        self.tree.refuse_with_children(self.parent, pid)
+        self.tree.tearing_down(pid, self.parent)
+        shown = names.printable(name)
+        raise NotPermitted(f"{self.path}/{shown} is a link to a snapshot: to remove that, rmdir {self.kind}/{shown}")

@@ -258,6 +258,8 @@ class LabelsDirectory(Directory):
         node = self.lookup(name)
         assert isinstance(node, Label)
         self.tree.refuse_torn_down(self.number, pid)
+        if self.tree.reads.was_refused(pid, self.number):
+            self.tree.refuse_moved(self.number, pid)
         for handle in self._handles():
             if handle.key == node.key:
                 handle.emptied = False  # nothing of it is left to apply

@@ -19,6 +19,7 @@ import msgspec
 
 from snapfs.errors import NotFound, NotPermitted
 from snapfs.model import Kind
+from snapfs.tree.advice import how_to_make
 from snapfs.tree.texts import Text
 
 if TYPE_CHECKING:
@@ -193,8 +194,16 @@ class Node:
         """
         raise NotFound(f"{self.path} is no directory")
 
+    def refusal_to_make(self, what: str) -> NotPermitted:
+        """That ``what`` ("a file") can't be made in this directory, and what to do instead."""
+        return NotPermitted(f"{what} can't be made in {self.path or '/'}: {self.instead()}")
+
+    def instead(self) -> str:
+        """What to do instead of making something here."""
+        return f"there are only snapshots, with their labels, and their files; {how_to_make(self.tree, '')}"
+
     async def mkdir(self, name: str) -> Node:
-        raise NotPermitted(f"no directory can be made in {self.path or '/'}: snapshots are made in active/ and view/")
+        raise self.refusal_to_make("a directory")
 
     async def rmdir(self, name: str, pid: int) -> None:
         raise NotPermitted(f"{self.path or '/'} is fixed: only snapshots can be removed")
@@ -203,7 +212,7 @@ class Node:
         raise NotPermitted(f"{self.path or '/'} is fixed: only snapshots and labels can be removed")
 
     async def create(self, name: str) -> tuple[Node, Handle]:
-        raise NotPermitted(f"no file can be made in {self.path or '/'}: only labels, in a snapshot's labels/")
+        raise self.refusal_to_make("a file")
 
     # -- files and links
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import trio
 
 from snapfs import names
-from snapfs.errors import Damaged, NotEmpty, NotFound, NotPermitted, Unavailable
+from snapfs.errors import Damaged, LeftOut, NotEmpty, NotFound, Unavailable
 from snapfs.model import Kind
 from snapfs.records import Record
-from snapfs.tree.attributes import ATTRIBUTES, BY_NAME, attribute_node
+from snapfs.tree.advice import how_to_write, path_of, why_missing
+from snapfs.tree.attributes import ATTRIBUTES, BY_NAME, ROOTFS, attribute_node
 from snapfs.tree.labels import LabelsDirectory
 from snapfs.tree.node import KIND_SLOTS, Attributes, Directory, Node, Slot, pack
 
@@ -64,7 +65,7 @@ class SnapshotDirectory(Directory):
 
     @property
     def path(self) -> str:
-        return f"{self.record.kind}/{names.encode(self.record.name)}"
+        return path_of(self.record)
 
     def attributes(self) -> Attributes:
         record = self.record
@@ -83,6 +84,8 @@ class SnapshotDirectory(Directory):
     def lookup(self, name: str) -> Node:
         node = self._entry(name)
         if node is None:
+            if name == ROOTFS and self.tree.snapshotter.rootfs is None:
+                raise LeftOut(why_missing(self.tree, self.record))
             raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
         return node
 
@@ -93,7 +96,7 @@ class SnapshotDirectory(Directory):
                 yield offset, name, node
 
     def _entry(self, name: str) -> Node | None:
-        if name in self.tree.hidden.get(self.number, ()):
+        if self.tree.is_hidden(self.number, name):
             return None
         if attribute := BY_NAME.get(name):
             return attribute_node(self.tree, self.number, self.record, attribute)
@@ -103,18 +106,21 @@ class SnapshotDirectory(Directory):
             return self.tree.node(pack(self.number, KIND_SLOTS[Kind(name)] | self.bank))
         return None
 
-    async def mkdir(self, name: str) -> Node:
-        raise NotPermitted(f"directories can't be made in a snapshot's own directory; its files are in {self.path}/diff")
+    def instead(self) -> str:
+        return how_to_write(self.tree, self.record)
 
     async def rmdir(self, name: str, pid: int) -> None:
         node = self.lookup(name)
         self.tree.refuse_with_children(self.number, pid)
+        self.tree.refuse_moved(self.number, pid)
         if next(node.entries(0), None):
             raise NotEmpty(f"{node.path} is not empty")
         self.tree.hide(self.number, name)
+        self.tree.generations[node.inode] += 1
 
     async def unlink(self, name: str, pid: int) -> None:
         """Take a fixed entry out of the listing, so that what deletes a directory bottom-up gets to its rmdir."""
         self.lookup(name)
         self.tree.refuse_with_children(self.number, pid)
+        self.tree.refuse_moved(self.number, pid, name)
         self.tree.hide(self.number, name)

@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 
+import trio
+
 import snapfs
 from snapfs import names
 from snapfs.errors import (
@@ -28,7 +30,8 @@ from snapfs.labels import PIN
 from snapfs.model import Change, Kind
 from snapfs.records import Reader, Record
 from snapfs.snapshotter import Snapshotter
-from snapfs.tree.attributes import BY_SLOT, attribute_node, last_changes
+from snapfs.tree.advice import how_to_copy, path_of
+from snapfs.tree.attributes import BY_NAME, BY_SLOT, attribute_node, attributes_of, last_changes
 from snapfs.tree.daemon import daemon_node
 from snapfs.tree.events import Events
 from snapfs.tree.kinds import ChildrenDirectory, KindDirectory
@@ -36,6 +39,7 @@ from snapfs.tree.labels import LabelsDirectory, OpenLabel, label_slot
 from snapfs.tree.links import child_link, id_link
 from snapfs.tree.log import ErrorLog
 from snapfs.tree.node import KIND_SLOTS, Node, Slot, pack, unpack
+from snapfs.tree.reads import Reads
 from snapfs.tree.snapshot import SnapshotDirectory
 from snapfs.tree.stats import Meter
 from snapfs.tree.texts import LongText, Text, Versions
@@ -44,6 +48,8 @@ ROOT_INODE = pack(0, Slot.ROOT)
 
 WRITERS = 1000  # of labels, of whom the inodes are remembered: more than open one at once
 
+HIDDEN = 5.0  # seconds after the last unlink in a snapshot until what was unlinked there is back
+
 TEARDOWN = 3.0  # seconds after each refusal for which its process is held to be deleting the whole snapshot
 
 
@@ -51,13 +57,13 @@ class Tree:
     """The tree over ``snapshotter``, and the little that is not in its records (all of it gone with the daemon):
 
     ``dirsync``: Commit waits for the data.  ``served``: where and how it is served, for options.json.  ``meters``: the
-    requests, by operation, for stats.json.
-    ``hidden``: fixed entries that were unlinked, by snapshot id.  ``open_labels``: labels open for writing, by snapshot id.
-    ``writers``: the inodes that were lately given to writers of labels, and their keys.
-    ``committed_inside``: snapshots that were committed by a rename into their parent's listing.  ``versions``: texts that were
-    looked up lately.  ``changes``: how many there were; ``listed``: how many of them .snapfs/snapshots shows.
-    ``changed``: when each kind last gained or lost a snapshot (ns since the epoch).
-    """
+    requests, by operation, for stats.json. ``reads``: who has read what lately.  ``generations``: how often a directory was
+    removed and came back, by inode: the kernel, which takes what was removed for dead as long as anybody holds it, needs
+    another one each time. ``open_labels``: labels open for writing, by snapshot id. ``writers``: the inodes that were lately
+    given to writers of labels, and their keys. ``committed_inside``: snapshots that were committed by a rename into their
+    parent's listing, or in it.  ``versions``: texts that were looked up lately.  ``changes``: how many there were;
+    ``listed``: how many of them .snapfs/snapshots shows. ``changed``: when each kind last gained or lost a snapshot (ns since
+    the epoch)."""
 
     def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object] | None = None, *, dirsync: bool = False) -> None:
         self.snapshotter = snapshotter
@@ -69,7 +75,9 @@ class Tree:
         self.events: Events = Events()
         self.meters: defaultdict[str, Meter] = defaultdict(Meter)
         self.versions: Versions = Versions()
-        self.hidden: dict[int, set[str]] = {}
+        self.reads: Reads = Reads()
+        self.generations: defaultdict[int, int] = defaultdict(int)
+        self._hidden: dict[int, tuple[frozenset[str], float]] = {}  # by snapshot id, the one that goes on longest is the last
         self.open_labels: dict[int, list[OpenLabel]] = {}
         self.writers: dict[int, str] = {}
         self._writers_made = 0
@@ -146,10 +154,9 @@ class Tree:
     def bank(self, number: int, record: Record) -> int:
         """The bit that the inodes of the directories of snapshot ``number`` have, when they are looked up from the root.
 
-        The kernel allows a directory one name.  It has seen that of a snapshot committed inside its parent move to where there
-        is a link now, and would have to move it out again at the next look-up, which fails with ESTALE when it can't have the
-        locks for that.  So the directories of such a snapshot go on under other inodes.
-        """
+        The kernel allows a directory one name.  It has seen that of a snapshot committed inside its parent move to where
+        there is a link now, or seen only the link move, and would have to move it at the next look-up, which fails with
+        ESTALE when it can't have the locks for that.  So the directories of such a snapshot go on under other inodes."""
         return Slot.INSIDE if record.kind is Kind.COMMITTED and number in self.committed_inside else 0
 
     def walk(self, path: str) -> Node:
@@ -188,7 +195,7 @@ class Tree:
         source.lookup(name)
         if isinstance(source, LabelsDirectory):
             raise NotPermitted(f"{source.path}/{names.printable(name)} can only be renamed within its own labels/")
-        if type(source) is not KindDirectory:
+        if not isinstance(source, KindDirectory):
             raise NotPermitted(f"{source.path}/{names.printable(name)} can't be renamed: only snapshots and labels can be")
         number, record = source.find(name)
         if isinstance(target, SnapshotDirectory):
@@ -204,11 +211,11 @@ class Tree:
         try:
             if source.kind is Kind.ACTIVE and target.kind is Kind.COMMITTED:
                 self.refuse_taken(new_key, number)
-                await self._commit(number, new_key, target.parent or None)
+                await self._commit(number, new_key, target.parent or None, inside=bool(source.parent or target.parent))
             elif source.kind is Kind.VIEW and target.kind is Kind.COMMITTED:
                 raise NotPermitted(f'snapshot "{record.name}" is a view: only active snapshots can be committed')
-            elif target.parent:
-                raise NotPermitted(f"{target.path} lists children: rename the snapshot in {source.path} itself")
+            elif target.parent not in (0, source.parent):
+                raise NotPermitted(f"{target.path} lists children: rename the snapshot in {source.kind} itself")
             else:
                 self.refuse_taken(new_key, number)
                 await self.snapshotter.rename(number, new_key)
@@ -217,8 +224,8 @@ class Tree:
         except WrongParent as error:
             raise NotPermitted(str(error)) from None
 
-    async def _commit(self, number: int, name: str, parent: int | None) -> None:
-        if parent is not None:
+    async def _commit(self, number: int, name: str, parent: int | None, *, inside: bool) -> None:
+        if inside:
             self.committed_inside.add(number)
         try:
             await self.snapshotter.commit(name, number, parent=parent, keep_labels=True, refuse_mounted=True, wait=self.dirsync)
@@ -229,8 +236,18 @@ class Tree:
     # -- deleting whole directories
 
     def hide(self, number: int, name: str) -> None:
-        """Take the fixed entry ``name`` out of snapshot ``number``'s listing until the snapshot goes or the daemon ends."""
-        self.hidden.setdefault(number, set()).add(name)
+        """Take the fixed entry ``name`` out of snapshot ``number``'s listing for as long as whatever deletes the whole snapshot
+        may need until its rmdir."""
+        now = trio.current_time()
+        for other in [other for other, (_, until) in self._hidden.items() if until <= now]:
+            del self._hidden[other]
+        names_before, _ = self._hidden.pop(number, (frozenset[str](), 0.0))
+        self._hidden[number] = names_before | {name}, now + HIDDEN
+
+    def is_hidden(self, number: int, name: str) -> bool:
+        """Whether the fixed entry ``name`` of snapshot ``number`` was unlinked, just now."""
+        hidden, until = self._hidden.get(number, ((), 0.0))
+        return name in hidden and until > trio.current_time()
 
     def refuse_with_children(self, number: int, pid: int) -> None:
         """Raise HasChildren if snapshot ``number`` has any, or Pinned: nothing of it is to be deleted then."""
@@ -254,6 +271,20 @@ class Tree:
         if self._tearing_down.get((pid, number), 0.0) > time.monotonic() - TEARDOWN:
             self.refuse_with_children(number, pid)
 
+    def refuse_moved(self, number: int, pid: int, name: str = "") -> None:
+        """Raise NotPermitted if ``pid`` has just copied what the directory of snapshot ``number`` shows, or the one entry
+        ``name`` without ever having listed the others: it moves that elsewhere, and the files would be lost."""
+        record = self.record(number)
+        slots = [attribute.slot for attribute in attributes_of(self, record)]
+        if self.reads.was_refused(pid, number) or self.reads.has_copied(pid, number, slots):
+            self.reads.note_refusal(pid, number)
+            raise NotPermitted(
+                f"the copy that was just made of {path_of(record)} has links in place of its files, which would be lost: "
+                f"{how_to_copy(self, record)}, then rmdir {path_of(record)}"
+            )
+        if name in BY_NAME and self.reads.has_copied_one(pid, number, BY_NAME[name].slot):
+            raise NotPermitted(f"{path_of(record)}/{name} can't be moved elsewhere: it stays as long as its snapshot")
+
     def spool(self, lines: Iterable[str]) -> Text:
         """A text of ``lines``; in a worker thread."""
         return LongText(lines, self.snapshotter.layers.root)
@@ -268,5 +299,7 @@ class Tree:
             if info is not None and not (before and after and (before.name, before.kind) == (after.name, after.kind)):
                 self.changed[info.kind] = max(time.time_ns(), self.changed[info.kind] + 1)
         if before is not None and after is None:
-            self.hidden.pop(before.id, None)
+            self._hidden.pop(before.id, None)
+            for inode in [inode for inode in self.generations if unpack(inode)[0] == before.id]:
+                del self.generations[inode]
             self.committed_inside.discard(before.id)
