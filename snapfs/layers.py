@@ -399,7 +399,7 @@ class Layers:
         if not self.bears_imprints or mounting.kernel_version() < (6, 6):
             return True
         marked = any(".overlay." in name for name in os.listxattr(self.fs(number), follow_symlinks=False))
-        return marked or bool(os.listdir(self.work(number)))
+        return marked or any(os.path.lexists(f"{self.work(number)}/{made}") for made in ("work", "index"))
 
     def empty_layer(self) -> str:
         """ROOT/empty, made where missing.  Raises OSError."""

@@ -55,6 +55,7 @@ class Mounted:
 
     def close(self) -> None:
         self._table.close()
+        self._everywhere.close()
 
     def writers(self, number: int) -> list[str]:
         """Where the layer of snapshot ``number``, or a directory in it, can be written: as the upperdir of an overlay or

@@ -174,7 +174,8 @@ def _imprints(found: Found, snapshotter: Snapshotter) -> None:
 
 
 def _mounts(found: Found, root: Path, in_use: Collection[str]) -> None:
-    mounted = {mount.target for mount in mount_table() if mount.target.startswith(f"{root}/")}
+    below = [mount for mount in mount_table() if mount.target.startswith(f"{root}/")]
+    mounted = {mount.target for mount in below if mount.type != "tmpfs" or f"{mount.target}/fs" not in in_use}  # no shelters
     if mounted != set(in_use):
         found.problems.append(f"mounted below the root: {sorted(mounted)}; in use: {sorted(in_use)}")
 

@@ -40,6 +40,8 @@ _BUFFER = 64 << 10  # bytes for one mount, to begin with: the options of an over
 
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 
+_SPARE = 2  # descriptors that a scan takes: a namespace's, and the next one's
+
 _VANISHED = (errno.ENOENT, errno.ESRCH, errno.EINVAL)
 
 
@@ -75,16 +77,22 @@ _STRINGS = 512  # the size of struct statmount, where its strings begin
 class Namespaces(Generic[T]):
     """What ``classify`` makes of the mounts of all namespaces; mounts of which it makes None are of no interest.
 
-    Threads may share one.
-    """
+    Threads may share one.  ``close`` it.  It keeps the descriptors that a scan takes, so that one is possible when none are
+    left."""
 
     def __init__(self, classify: Callable[[MountPoint], T | None]) -> None:
+        self._own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self._spare = [os.dup(self._own) for _ in range(_SPARE)]
         self._classify = classify
         self._lock = threading.Lock()
         self._lists = True
         self._known: dict[int, T | None] = {}  # by the id that is never used again
         self._ids = (ctypes.c_uint64 * _AT_ONCE)()
         self._buffer = ctypes.create_string_buffer(_BUFFER)
+
+    def close(self) -> None:
+        for fd in (self._own, *self._spare):
+            os.close(fd)
 
     def find(self, wanted: Callable[[T], bool]) -> list[T]:
         """The mounts of this moment, in whatever namespace, that are ``wanted``.
@@ -94,7 +102,8 @@ class Namespaces(Generic[T]):
         with self._lock:
             if self._lists:
                 try:
-                    return self._find(wanted)
+                    with self._spared():
+                        return self._find(wanted)
                 except OSError as error:
                     if error.errno not in (errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EINVAL):
                         raise
@@ -113,10 +122,22 @@ class Namespaces(Generic[T]):
                     if found is not None and wanted(found):
                         yield pid, found
 
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        """For a block that takes as many descriptors as are kept."""
+        while self._spare:
+            os.close(self._spare.pop())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # another thread was quicker
+                while len(self._spare) < _SPARE:
+                    self._spare.append(os.dup(self._own))
+
     def _find(self, wanted: Callable[[T], bool]) -> list[T]:
         known, found = self._known, []
         self._known = {}
-        for namespace in _namespaces():
+        for namespace in _namespaces(self._own):
             for mount in self._mounts(namespace):
                 if mount in known:
                     self._known[mount] = what = known[mount]
@@ -145,7 +166,7 @@ class Namespaces(Generic[T]):
                 return ids
 
     def _stat(self, mount: int, namespace: int) -> MountPoint | None:
-        """The mount of this id; None where it is gone."""
+        """The mount of this id; None where nothing can be said of it."""
         request = _REQUEST.pack(_REQUEST.size, 0, mount, _WANTED, namespace)
         while True:
             try:
@@ -153,12 +174,11 @@ class Namespaces(Generic[T]):
                 libc.call("syscall", _SYS_STATMOUNT, request, self._buffer, size, 0)
                 break
             except OSError as error:
-                if error.errno == errno.EOVERFLOW:
-                    self._buffer = ctypes.create_string_buffer(2 * len(self._buffer))
-                elif error.errno in _VANISHED:
-                    return None
-                else:
+                if error.errno in (errno.ENOSYS, errno.EPERM):
                     raise
+                if error.errno != errno.EOVERFLOW:  # it is gone, or its disk is (EIO)
+                    return None
+                self._buffer = ctypes.create_string_buffer(2 * len(self._buffer))
         head = _StatMount.from_buffer(self._buffer)
         options = self._string(head.mnt_opts) if head.mask & _MNT_OPTS else ""
         return MountPoint(
@@ -176,30 +196,26 @@ class Namespaces(Generic[T]):
         return os.fsdecode(ctypes.string_at(ctypes.addressof(self._buffer) + _STRINGS + offset))
 
 
-def _namespaces() -> Iterator[int]:
-    """The ids of all mount namespaces, this process's first."""
-    own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        told = bytearray(_NAMESPACE.pack(_NAMESPACE.size, 0, 0))
-        fcntl.ioctl(own, _GET_INFO, told)
-        yield _NAMESPACE.unpack(told)[2]
-        for way in (_GET_NEXT, _GET_PREVIOUS):
-            here = own
-            try:
-                while True:
-                    following = fcntl.ioctl(here, way, told)
-                    if here != own:
-                        os.close(here)
-                    here = following
-                    yield _NAMESPACE.unpack(told)[2]
-            except OSError as error:
-                if error.errno != errno.ENOENT:  # there is none any more that way
-                    raise
-            finally:
+def _namespaces(own: int) -> Iterator[int]:
+    """The ids of all mount namespaces, beginning with the one that ``own`` is a descriptor of."""
+    told = bytearray(_NAMESPACE.pack(_NAMESPACE.size, 0, 0))
+    fcntl.ioctl(own, _GET_INFO, told)
+    yield _NAMESPACE.unpack(told)[2]
+    for way in (_GET_NEXT, _GET_PREVIOUS):
+        here = own
+        try:
+            while True:
+                following = fcntl.ioctl(here, way, told)
                 if here != own:
                     os.close(here)
-    finally:
-        os.close(own)
+                here = following
+                yield _NAMESPACE.unpack(told)[2]
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # there is none any more that way
+                raise
+        finally:
+            if here != own:
+                os.close(here)
 
 
 def _one_process_a_namespace() -> Iterator[int]:
