@@ -61,7 +61,7 @@ def may(done: subprocess.CompletedProcess[str]) -> bool:
 def open_path(tmp_path: Path) -> None:
     """Every user may enter ``tmp_path``."""
     for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o755)
+        directory.chmod(stat.S_IMODE(directory.stat().st_mode) | 0o055)
 
 
 @pytest.fixture(scope="module", autouse=True)
