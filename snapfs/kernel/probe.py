@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-from snapfs.kernel import libc, mounting
-from snapfs.mountspec import escape
+from snapfs.kernel import libc, mounting, overlay
+from snapfs.reserve import FULL
 
-_TMPFS_MAGIC = 0x01021994
+_UNTOLD = (*FULL, errno.EMFILE, errno.ENFILE, errno.EPERM)
+"""How a trial fails that tells nothing of what was tried."""
+
 _WHOLE_RANGE = ["0", "0", "4294967295"]
 
 
@@ -43,31 +46,50 @@ def in_user_namespace() -> bool:
 
 
 def needs_userxattr(directory: str) -> bool:
-    """Whether overlay mounts over ``directory`` need ``userxattr``: only inside a user namespace, never on tmpfs; kernels
-    from 5.11 on know the option, older ones may (patched) or may not, which a trial mount tells."""
-    if not in_user_namespace() or on_tmpfs(directory):
+    """Whether overlay mounts over ``directory`` need ``userxattr``: inside a user namespace, where overlayfs can't write its
+    own extended attributes, and only if it can write those of users there.
+
+    Tried, since it depends on kernel (5.11, or patched) and file system (tmpfs bears them since 6.6).  Where it can't be
+    tried, on a full disk or without the right to mount, the kernel's version decides.
+    """
+    if not in_user_namespace():
         return False
-    if mounting.kernel_version() >= (5, 11):
-        return True
-    trial = tempfile.mkdtemp(prefix="new-", dir=directory)
     try:
-        for name in ("lower", "upper", "work", "merged"):
-            os.mkdir(f"{trial}/{name}")
-        layers = "userxattr,lowerdir=lower,upperdir=upper,workdir=work".replace("=", f"={escape(trial)}/")
-        mounting.mount("overlay", f"{trial}/merged", "overlay", mounting.MS_RDONLY, layers)
-        mounting.unmount(f"{trial}/merged", mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
-        return True
-    except OSError:
-        return False
+        with tempfile.TemporaryDirectory(prefix="new-", dir=directory, ignore_cleanup_errors=True) as trial:
+            return _marks_as_opaque(trial)
+    except OSError as error:
+        return error.errno in _UNTOLD and mounting.kernel_version() >= (5, 11)
+
+
+def _marks_as_opaque(trial: str) -> bool:
+    """Whether an overlay with ``userxattr``, of layers in the empty directory ``trial``, hides a lower directory that was
+    replaced: by an attribute of the new one.  Raises OSError."""
+    for name in ("lower/d", "upper", "work", "merged"):
+        os.makedirs(f"{trial}/{name}")
+    Path(f"{trial}/lower/d/f").touch()
+    lowers, upper, work = [f"{trial}/lower"], f"{trial}/upper", f"{trial}/work"
+    options = ["userxattr", "volatile"] if mounting.kernel_version() >= (5, 10) else ["userxattr"]  # volatile: no flush
+    try:
+        tree = overlay.make_overlay(lowers, upper, work, options, read_only=False)
+    except overlay.Lacking:
+        merged = f"{trial}/merged"
+        overlay.mount_overlay_classic(merged, lowers, upper, work, options, read_only=False)
+        try:
+            return _comes_back_empty(f"{merged}/d")
+        finally:
+            mounting.unmount(merged, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+    try:
+        return _comes_back_empty(f"/proc/self/fd/{tree}/d")
     finally:
-        shutil.rmtree(trial, ignore_errors=True)
+        os.close(tree)
+
+
+def _comes_back_empty(directory: str) -> bool:
+    shutil.rmtree(directory)
+    os.mkdir(directory)
+    return not os.listdir(directory)
 
 
 def overlay_knows(parameter: str) -> bool:
     """Whether this kernel's overlayfs has ``parameter``: ``redirect_dir`` from 4.10 on, ``index`` 4.13, ``metacopy`` 4.19."""
     return os.path.exists(f"/sys/module/overlay/parameters/{parameter}")
-
-
-def on_tmpfs(directory: str) -> bool:
-    """Whether ``directory`` is on a tmpfs (statfs(2))."""
-    return mounting.file_system_magic(directory) == _TMPFS_MAGIC
