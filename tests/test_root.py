@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -360,6 +361,57 @@ async def test_mount_options_go_on_overlays_only(root: Path) -> None:
         await snapshotter.commit("mid", "m")
         (mount,) = await snapshotter.view("look", "mid")
         assert mount.options[1:] == ("volatile", "index=off")
+
+
+# -- why there is no rootfs
+
+WHY = """
+async def body(s):
+    assert not s.features["rootfs"].on
+    print(s.features["rootfs"].why)
+"""
+
+
+@pytest.mark.parametrize(
+    ("inside", "why"),
+    [
+        (("setpriv", "--bounding-set", "-sys_admin"), "this container may not mount: give it CAP_SYS_ADMIN"),
+        (("unshare", "--user", "--map-root-user"), "a user namespace needs a mount namespace of its own"),
+        (("setpriv", "--reuid", "65534", "--clear-groups"), "run it as root, or inside `unshare -Urm`"),
+    ],
+    ids=["container", "user namespace", "user"],
+)
+def test_without_the_right_to_mount(open_root: Path, inside: tuple[str, ...], why: str) -> None:
+    said = python(PRELUDE + WHY + "run(body)", str(open_root), inside=inside)
+    assert why in said
+    assert said.endswith(" (Operation not permitted)\n")
+
+
+@pytest.fixture
+def open_root() -> Iterator[Path]:
+    """A root that is everybody's to make."""
+    with tempfile.TemporaryDirectory() as directory:  # pytest's are for root only
+        os.chmod(directory, 0o777)
+        yield Path(directory, "root")
+
+
+@pytest.mark.parametrize("option", ["nosuch=1", "redirect_dir=maybe"])
+async def test_a_mount_option_that_overlayfs_refuses(root: Path, option: str) -> None:
+    async with open_snapshotter(root, Options(mount_options=(option,))) as snapshotter:
+        feature = snapshotter.features["rootfs"]
+    assert not feature.on
+    assert feature.why.startswith("overlayfs refuses a mount option: ")
+    assert option.partition("=")[0] in feature.why
+
+
+async def test_a_kernel_without_overlayfs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none to be had; the kernel answers so for a file system that it lacks."""
+    fsopen = mountapi.fsopen
+    monkeypatch.setattr(mountapi, "fsopen", lambda kind: fsopen(f"no{kind}"))
+    async with open_snapshotter(root) as snapshotter:
+        feature = snapshotter.features["rootfs"]
+    assert not feature.on
+    assert feature.why == "this kernel has no overlayfs: modprobe overlay (No such device)"
 
 
 # -- what a crash left

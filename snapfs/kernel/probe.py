@@ -14,6 +14,11 @@ from snapfs.reserve import FULL
 _UNTOLD = (*FULL, errno.EMFILE, errno.ENFILE, errno.EPERM)
 """How a trial fails that tells nothing of what was tried."""
 
+_NO_UPPER_LAYERS = (errno.EINVAL, errno.EOPNOTSUPP, errno.EREMOTE, errno.EXDEV, errno.ENOSYS, errno.EIO)
+"""How overlayfs refuses an upper directory, or what it has to make in the work directory, on a file system that can't."""
+
+_CAP_SYS_ADMIN = 21
+
 _WHOLE_RANGE = ["0", "0", "4294967295"]
 
 
@@ -93,3 +98,35 @@ def _comes_back_empty(directory: str) -> bool:
 def overlay_knows(parameter: str) -> bool:
     """Whether this kernel's overlayfs has ``parameter``: ``redirect_dir`` from 4.10 on, ``index`` 4.13, ``metacopy`` 4.19."""
     return os.path.exists(f"/sys/module/overlay/parameters/{parameter}")
+
+
+def why_refused(error: OSError) -> str:
+    """Why ``error`` met the trial of mounting an overlay over a root, and what to do, with the kernel's words in parentheses."""
+    words = error.strerror or str(error)
+    if error.errno in (errno.EPERM, errno.EACCES):
+        reason = _why_not_permitted()
+    elif error.errno == errno.ENODEV:
+        reason = "this kernel has no overlayfs: modprobe overlay"
+    elif "parameter" in words or "Bad value" in words:
+        reason = "overlayfs refuses a mount option: leave out the mount_option= that it names, or correct it"
+    elif error.errno in _NO_UPPER_LAYERS:
+        reason = "ROOT's file system can't hold overlayfs's upper layers: put ROOT on ext4, xfs, btrfs or tmpfs"
+    else:
+        reason = "mounting an overlay for trial failed"
+    return f"{reason} ({words})"
+
+
+def _why_not_permitted() -> str:
+    if _has_cap_sys_admin():
+        return (
+            "mounting is forbidden here: a user namespace needs a mount namespace of its own, as `unshare -Urm` makes it, and "
+            "a kernel from 5.11 on; a container needs profiles of seccomp and AppArmor that let it mount"
+        )
+    if os.geteuid() == 0:
+        return "this container may not mount: give it CAP_SYS_ADMIN"
+    return "mounting takes the right to: run it as root, or inside `unshare -Urm`"
+
+
+def _has_cap_sys_admin() -> bool:
+    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return any(int(value, 16) >> _CAP_SYS_ADMIN & 1 for name, _, value in lines if name == "CapEff")
