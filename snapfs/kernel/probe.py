@@ -101,7 +101,7 @@ def overlay_knows(parameter: str) -> bool:
 
 
 def why_refused(error: OSError) -> str:
-    """Why ``error`` met the trial of mounting an overlay over a root, and what to do, with the kernel's words in parentheses."""
+    """Why the trial of mounting an overlay over a root met ``error``, and what to do; the kernel's words in parentheses."""
     words = error.strerror or str(error)
     if error.errno in (errno.EPERM, errno.EACCES):
         reason = _why_not_permitted()
