@@ -151,6 +151,7 @@ def test_not_ready_before_it_is_mounted(machine: Machine) -> None:
     assert "/run/snapfs-srv-late" not in machine.mounts()
     machine("echo > /run/gate && systemctl start snapfs@srv-late && test -d /run/snapfs-srv-late/active")
     machine("systemctl stop snapfs@srv-late")
+    assert machine.entries("--unit snapfs@srv-late --grep '^ended: SIGTERM$'")[0]["PRIORITY"] == "6"
 
 
 def test_refusals_in_the_journal(machine: Machine) -> None:

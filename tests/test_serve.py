@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from snapfs.kernel import mounting
 from tests.conftest import Daemon, die_with_parent
 from tests.test_tree_calls import committed, failing, info, shell, until
 
@@ -123,6 +124,48 @@ def test_umount_ends_it(make_daemon: Make, command: str) -> None:
     assert daemon.last == "snapfs: ended: unmounted\n"
     assert not is_mounted(daemon.mnt)
     assert os.listdir(daemon.root / "pool") == []
+
+
+def test_an_aborted_connection_ends_it(make_daemon: Make, tmp_path: Path) -> None:
+    daemon = make_daemon().start()
+    connection = os.minor(os.stat(daemon.mnt).st_dev)
+    (tmp_path / "connections").mkdir()
+    mounting.mount("none", str(tmp_path / "connections"), "fusectl")
+    try:
+        (tmp_path / f"connections/{connection}/abort").write_text("1")
+    finally:
+        mounting.unmount(str(tmp_path / "connections"))
+    assert daemon.ended() == 0
+    assert len(daemon.said) == 1
+    assert daemon.last == "snapfs: ended: the FUSE connection was aborted; the next start recovers the mountpoint\n"
+    daemon.start()
+    assert daemon.stop() == 0
+    assert daemon.last == "snapfs: ended: SIGTERM\n"
+
+
+FAULTY = """
+import sys
+import snapfs.fuse.serve
+from snapfs.cli import main
+
+async def serve(root, mountpoint, options, mount, on_ready, on_stop):
+    print("snapfs: serving nothing", file=sys.stderr)
+    raise ExceptionGroup("two", [ValueError("one"), KeyError("other")])
+
+snapfs.fuse.serve.serve = serve
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_fault_of_its_own_ends_it(make_daemon: Make) -> None:
+    """The traceback is there, and the last line says what it was, which a traceback of a group does not."""
+    daemon = make_daemon()
+    daemon.program = ("-c", FAULTY)
+    daemon.start()
+    assert daemon.ended() == 1
+    assert "a fault of snapfs has ended it" in daemon.said[1]
+    assert any("Traceback" in line for line in daemon.said)
+    assert daemon.last == "snapfs: ended: ExceptionGroup: two (2 sub-exceptions)\n"
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT] * 2, [signal.SIGTERM] * 2, [signal.SIGTERM, signal.SIGINT] * 5])

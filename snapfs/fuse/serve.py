@@ -94,7 +94,7 @@ async def serve(
                 served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync, **(told or {})}
                 tree = Tree(snapshotter, served, dirsync=mount.dirsync)
                 await serve_tree(tree, mountpoint, mount, on_ready, stop, beside)
-                reason = received[0] if received else "unmounted"
+                reason = received[0] if received else _why_over(snapshotter.layers.root, mountpoint)
             except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group
                 refusal = error
             nursery.cancel_scope.cancel()
@@ -162,8 +162,7 @@ def _abort(mountpoint: str) -> None:
 
 
 def _fuse_options(root: str, mount: MountOptions) -> set[str]:
-    source = root if root.isascii() and not set(root) & set(",\\ ") else FILE_SYSTEM  # libfuse takes plain options only
-    options = {f"fsname={source}", f"subtype={FILE_SYSTEM}", "nosuid", "nodev", "noatime"}
+    options = {f"fsname={_source(root)}", f"subtype={FILE_SYSTEM}", "nosuid", "nodev", "noatime"}
     if mount.ro:
         options.add("ro")
     if mount.access.allow_other:
@@ -173,13 +172,31 @@ def _fuse_options(root: str, mount: MountOptions) -> set[str]:
     return options
 
 
+def _source(root: str) -> str:
+    """The first column of the mount table."""
+    return root if root.isascii() and not set(root) & set(",\\ ") else FILE_SYSTEM  # libfuse takes plain options only
+
+
+def _resolved(mountpoint: str) -> str:
+    """As the mount table has it; found out without a question to what is mounted there."""
+    return os.path.realpath(os.path.dirname(mountpoint)) + "/" + os.path.basename(mountpoint)
+
+
+def _why_over(root: str, mountpoint: str) -> str:
+    """Why requests have come to an end without a signal."""
+    ours = (_resolved(mountpoint), _source(root))
+    if any((mount.target, mount.source) == ours for mount in mount_table()):
+        return "the FUSE connection was aborted; the next start recovers the mountpoint"
+    return "unmounted"
+
+
 def _recover_mountpoint(root: str, mountpoint: str) -> None:
     """Unmount what a daemon that is gone left; any other dead mount is not ours to touch.
 
     The mount table and the root's lock tell, before anybody asks the mount itself: a daemon that was killed may have left a
     thread which waits in the kernel for a client that waits for the daemon, and whoever asks would wait with them.
     """
-    target = os.path.realpath(os.path.dirname(mountpoint)) + "/" + os.path.basename(mountpoint)
+    target = _resolved(mountpoint)
     for _ in range(16):  # daemons may have crashed on top of each other
         mounts = [mount for mount in mount_table() if mount.target == target]
         if not mounts:
