@@ -102,8 +102,12 @@ def _overlay_options(given: Sequence[str], directory: str, features: dict[str, F
     elif probe.needs_userxattr(directory):
         found.append("userxattr")
         features["userxattr"] = Feature(True, "this user namespace can't write overlayfs's own extended attributes")
+    elif probe.in_user_namespace():
+        features["userxattr"] = Feature(
+            False, "overlayfs can't write users' extended attributes here, either (a kernel before 5.11, tmpfs before 6.6 …)"
+        )
     else:
-        features["userxattr"] = Feature(False, "not needed outside of user namespaces, nor on tmpfs")
+        features["userxattr"] = Feature(False, "not needed outside of user namespaces")
     if "index" in keys:
         features["index=off"] = Feature(False, "a mount option says otherwise")
     elif probe.overlay_knows("index"):

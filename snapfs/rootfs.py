@@ -35,6 +35,7 @@ from snapfs.errors import Busy, Closed, Unavailable
 from snapfs.inuse import Closing, InUse
 from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
+from snapfs.kernel.probe import why_refused
 from snapfs.kernel.processes import users_of_device
 from snapfs.layers import Layers, parse_id
 from snapfs.model import Kind
@@ -116,7 +117,7 @@ class Rootfs:
     # -- life
 
     def trial(self) -> str | None:
-        """Mount an overlay as ``mount`` does; in the kernel's words why that is refused, None where it is not."""
+        """Mount an overlay as ``mount`` does; why that is refused and what to do, None where it is not."""
         try:
             trial = self._layers.make_trial()
         except OSError as error:
@@ -565,7 +566,7 @@ class Rootfs:
 
 def _refusal(error: OSError) -> str | None:
     """In words why mounting is not permitted; a full disk does not tell whether it is, nor a full table of descriptors."""
-    return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else error.strerror or str(error)
+    return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else why_refused(error)
 
 
 def _detach(target: str) -> None:

@@ -99,7 +99,9 @@ class Machine:
     def mounts(self) -> list[str]:
         """Where trees, and snapshots' file systems, are mounted."""
         lines = self("cat /proc/self/mounts").splitlines()
-        return sorted(line.split()[1] for line in lines if "fuse.snapfs" in line or "/rootfs/" in line)
+        return sorted(
+            line.split()[1] for line in lines if "fuse.snapfs" in line or ("/rootfs/" in line and " tmpfs " not in line)
+        )
 
     def show(self, unit: str, *properties: str) -> list[str]:
         return [self(f"systemctl show --property {each} --value '{unit}'").strip() for each in properties]
@@ -151,6 +153,7 @@ def test_not_ready_before_it_is_mounted(machine: Machine) -> None:
     assert "/run/snapfs-srv-late" not in machine.mounts()
     machine("echo > /run/gate && systemctl start snapfs@srv-late && test -d /run/snapfs-srv-late/active")
     machine("systemctl stop snapfs@srv-late")
+    assert machine.entries("--unit snapfs@srv-late --grep '^ended: SIGTERM$'")[0]["PRIORITY"] == "6"
 
 
 def test_refusals_in_the_journal(machine: Machine) -> None:

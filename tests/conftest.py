@@ -81,6 +81,7 @@ class Daemon:
         self.program: tuple[str, ...] = ("-m", "snapfs.cli")
         self.process: subprocess.Popen[str] | None = None
         self.said: list[str] = []
+        self.last = ""
         mnt.mkdir(exist_ok=True)
 
     def start(self) -> Daemon:
@@ -106,12 +107,18 @@ class Daemon:
         return self.ended()
 
     def ended(self) -> int:
-        """Wait for its end; its exit status, with all that it said on standard error in ``said``."""
+        """Wait for its end; its exit status, with all that it said on standard error in ``said``, but for the line that tells
+        why it ended, which is ``last``."""
         assert self.process is not None
         assert self.process.stderr is not None
         with self.process:
-            self.said += self.process.stderr.readlines()
-            return self.process.wait(timeout=30)
+            lines = self.process.stderr.readlines()
+            status = self.process.wait(timeout=30)
+        closing = [line for line in lines if line.startswith("snapfs: ended: ")]
+        self.said += [line for line in lines if line not in closing]
+        assert len(closing) == 1 or status != 0, f"it did not say, or not once, why it ended: {lines}"
+        self.last = closing[-1] if closing else ""
+        return status
 
     def error_log(self) -> list[str]:
         """The lines of .snapfs/error_log."""

@@ -15,7 +15,7 @@ import pytest
 
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import mount_table
-from tests.conftest import Daemon, die_with_parent
+from tests.conftest import Daemon, die_with_parent, until
 from tests.test_cli import SNAPFS
 
 Make = Callable[..., Daemon]
@@ -84,6 +84,30 @@ def test_detach(tmp_path: Path) -> None:
     finally:
         subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
     has_ended(tmp_path / "root")
+
+
+WITH_SYSLOG = """
+import sys, syslog
+out = sys.argv[1]
+def log(priority, line):
+    with open(out, "a") as file:
+        print(priority, line, file=file)
+syslog.syslog = log
+from snapfs.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_detached_it_says_why_it_ended_to_syslog(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    program = [sys.executable, "-c", WITH_SYSLOG, str(tmp_path / "said")]
+    words = [*program, "serve", "--detach", str(tmp_path / "root"), str(tmp_path / "mnt")]
+    subprocess.run(words, timeout=60, check=True)
+    subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
+    said = tmp_path / "said"
+    until(lambda: said.exists() and said.read_text().endswith("\n"), "it says why it ended")
+    has_ended(tmp_path / "root")
+    assert said.read_text() == "6 ended: unmounted\n"
 
 
 # -- systemd

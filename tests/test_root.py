@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -26,7 +28,7 @@ from snapfs import (
     open_snapshotter,
 )
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
-from snapfs.kernel import mounting, probe
+from snapfs.kernel import mountapi, mounting, overlay, probe
 from snapfs.labels import UPPERDIR as UPPERDIR_LABEL
 from tests.conftest import die_with_parent
 
@@ -247,36 +249,86 @@ def test_userxattr_is_not_added_where_it_was_given(root: Path, given: str) -> No
     assert python(code, str(root), inside=USER_NAMESPACE) == f"('{given}', 'index=off')\n"
 
 
-def test_no_userxattr_on_tmpfs(root: Path) -> None:
+def test_userxattr_on_tmpfs_inside_a_user_namespace(root: Path) -> None:
+    """It bears users' attributes since Linux 6.6."""
     code = PRELUDE + OVERLAY + "from snapfs.kernel.mounting import mount\nos.mkdir(root)\nmount('t', root, 'tmpfs')\nrun(body)"
-    assert python(code, str(root), inside=USER_NAMESPACE) == "('index=off',)\n"
+    assert python(code, str(root), inside=USER_NAMESPACE) == "('userxattr', 'index=off')\n"
 
 
 async def test_no_userxattr_outside_of_user_namespaces(root: Path) -> None:
     assert (await overlay_of(root)).options[3:] == ("index=off",)
 
 
-@pytest.mark.parametrize(("version", "trial"), [((5, 10), True), ((5, 10), False), ((5, 11), None), ((6, 0), None)])
-async def test_userxattr_on_kernels_before_5_11_is_tried(
-    disk_root: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], trial: bool | None
+def needs_userxattr(directory: Path) -> bool:
+    """As the probe says; it leaves nothing behind."""
+    try:
+        return probe.needs_userxattr(str(directory))
+    finally:
+        assert os.listdir(directory) == []
+        assert str(directory) not in Path("/proc/self/mountinfo").read_text()
+
+
+@pytest.fixture
+def trial_directory(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory on a disk, seen as from a user namespace."""
+    monkeypatch.setattr(probe, "in_user_namespace", lambda: True)
+    (small_disk / "snapshots").mkdir()
+    return small_disk / "snapshots"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_userxattr_is_tried_on_kernels_without_the_mount_api(
+    trial_directory: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """The kernel's version can't be had otherwise; the trial mount is a real one, of an option that there is or is not."""
+    """The trial mount is a real one, of an option that there is or is not."""
     tried: list[str] = []
     mount = mounting.mount
 
     def trial_mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
         tried.append(options)
-        mount(source, target, kind, flags, options if trial else options.replace("userxattr", "nosuchoption"))
+        mount(source, target, kind, flags, options if known else options.replace("userxattr", "nosuchoption"))
+
+    def lacking(_: str) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(mountapi, "fsopen", lacking)
+    monkeypatch.setattr(mounting, "mount", trial_mount)
+    assert needs_userxattr(trial_directory) is known
+    (options,) = tried
+    assert "userxattr" in options.split(",")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_no_userxattr_where_the_trial_fails(trial_directory: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As older kernels refuse the option (EINVAL), or a file system without users' attributes a new directory (EIO)."""
+    mkdir, set_flag = os.mkdir, mountapi.set_flag
+
+    def failing_mkdir(path: str, mode: int = 0o777) -> None:
+        if number == errno.EIO and path.startswith("/proc/self/fd/"):
+            raise OSError(number, os.strerror(number), path)
+        mkdir(path, mode)
+
+    def failing_set_flag(context: int, key: str) -> None:
+        if number == errno.EINVAL and key == "userxattr":
+            raise OSError(number, "Unknown parameter 'userxattr'")
+        set_flag(context, key)
+
+    monkeypatch.setattr(os, "mkdir", failing_mkdir)
+    monkeypatch.setattr(mountapi, "set_flag", failing_set_flag)
+    assert needs_userxattr(trial_directory) is False
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE])
+@pytest.mark.parametrize(("version", "expected"), [((5, 10), False), ((5, 11), True), ((6, 0), True)])
+def test_userxattr_goes_by_the_version_where_the_trial_tells_nothing(
+    trial_directory: Path, monkeypatch: pytest.MonkeyPatch, number: int, version: tuple[int, int], expected: bool
+) -> None:
+    def refused(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(mounting, "kernel_version", lambda: version)
-    monkeypatch.setattr(probe, "in_user_namespace", lambda: True)
-    monkeypatch.setattr(mounting, "mount", trial_mount)
-    options = (await overlay_of(disk_root)).options[3:]
-    assert options == (("index=off",) if trial is False else ("userxattr", "index=off"))
-    assert len(tried) == (trial is not None)
-    assert all(option.startswith("userxattr,lowerdir=/") for option in tried)
-    assert sorted(os.listdir(disk_root / "snapshots")) == ["1", "2"]
-    assert str(disk_root) not in Path("/proc/self/mountinfo").read_text()
+    monkeypatch.setattr(overlay, "make_overlay", refused)
+    assert needs_userxattr(trial_directory) is expected
 
 
 @pytest.mark.parametrize(
@@ -309,6 +361,57 @@ async def test_mount_options_go_on_overlays_only(root: Path) -> None:
         await snapshotter.commit("mid", "m")
         (mount,) = await snapshotter.view("look", "mid")
         assert mount.options[1:] == ("volatile", "index=off")
+
+
+# -- why there is no rootfs
+
+WHY = """
+async def body(s):
+    assert not s.features["rootfs"].on
+    print(s.features["rootfs"].why)
+"""
+
+
+@pytest.mark.parametrize(
+    ("inside", "why"),
+    [
+        (("setpriv", "--bounding-set", "-sys_admin"), "this container may not mount: give it CAP_SYS_ADMIN"),
+        (("unshare", "--user", "--map-root-user"), "a user namespace needs a mount namespace of its own"),
+        (("setpriv", "--reuid", "65534", "--clear-groups"), "run it as root, or inside `unshare -Urm`"),
+    ],
+    ids=["container", "user namespace", "user"],
+)
+def test_without_the_right_to_mount(open_root: Path, inside: tuple[str, ...], why: str) -> None:
+    said = python(PRELUDE + WHY + "run(body)", str(open_root), inside=inside)
+    assert why in said
+    assert said.endswith(" (Operation not permitted)\n")
+
+
+@pytest.fixture
+def open_root() -> Iterator[Path]:
+    """A root that is everybody's to make."""
+    with tempfile.TemporaryDirectory() as directory:  # pytest's are for root only
+        os.chmod(directory, 0o777)
+        yield Path(directory, "root")
+
+
+@pytest.mark.parametrize("option", ["nosuch=1", "redirect_dir=maybe"])
+async def test_a_mount_option_that_overlayfs_refuses(root: Path, option: str) -> None:
+    async with open_snapshotter(root, Options(mount_options=(option,))) as snapshotter:
+        feature = snapshotter.features["rootfs"]
+    assert not feature.on
+    assert feature.why.startswith("overlayfs refuses a mount option: ")
+    assert option.partition("=")[0] in feature.why
+
+
+async def test_a_kernel_without_overlayfs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none to be had; the kernel answers so for a file system that it lacks."""
+    fsopen = mountapi.fsopen
+    monkeypatch.setattr(mountapi, "fsopen", lambda kind: fsopen(f"no{kind}"))
+    async with open_snapshotter(root) as snapshotter:
+        feature = snapshotter.features["rootfs"]
+    assert not feature.on
+    assert feature.why == "this kernel has no overlayfs: modprobe overlay (No such device)"
 
 
 # -- what a crash left

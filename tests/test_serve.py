@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from snapfs.kernel import mounting
 from tests.conftest import Daemon, die_with_parent
 from tests.test_tree_calls import committed, failing, info, shell, until
 
@@ -58,7 +59,7 @@ def test_it_says_in_one_line_when_it_is_ready(make_daemon: Make) -> None:
         assert is_mounted(daemon.mnt)
         os.mkdir(daemon.mnt / "active/a")
         process.terminate()
-        assert process.stderr.read() == ""
+        assert process.stderr.read() == "snapfs: ended: SIGTERM\n"
         assert process.stdout.read() == ""
         assert process.wait(timeout=30) == 0
 
@@ -99,12 +100,13 @@ def test_the_mount_table_says_what_it_is(make_daemon: Make) -> None:
 # -- ending
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it(make_daemon: Make, how: signal.Signals) -> None:
     daemon = make_daemon().start()
     os.mkdir(daemon.mnt / "active/a")
     assert daemon.stop(how) == 0
     assert len(daemon.said) == 1
+    assert daemon.last == f"snapfs: ended: {how.name}\n"
     assert not is_mounted(daemon.mnt)
     assert os.listdir(daemon.mnt) == []
     assert os.listdir(daemon.root / "pool") == []
@@ -119,8 +121,51 @@ def test_umount_ends_it(make_daemon: Make, command: str) -> None:
     subprocess.run([*command.split(), str(daemon.mnt)], check=True)
     assert daemon.ended() == 0
     assert len(daemon.said) == 1
+    assert daemon.last == "snapfs: ended: unmounted\n"
     assert not is_mounted(daemon.mnt)
     assert os.listdir(daemon.root / "pool") == []
+
+
+def test_an_aborted_connection_ends_it(make_daemon: Make, tmp_path: Path) -> None:
+    daemon = make_daemon().start()
+    connection = os.minor(os.stat(daemon.mnt).st_dev)
+    (tmp_path / "connections").mkdir()
+    mounting.mount("none", str(tmp_path / "connections"), "fusectl")
+    try:
+        (tmp_path / f"connections/{connection}/abort").write_text("1")
+    finally:
+        mounting.unmount(str(tmp_path / "connections"))
+    assert daemon.ended() == 0
+    assert len(daemon.said) == 1
+    assert daemon.last == "snapfs: ended: the FUSE connection was aborted; the next start recovers the mountpoint\n"
+    daemon.start()
+    assert daemon.stop() == 0
+    assert daemon.last == "snapfs: ended: SIGTERM\n"
+
+
+FAULTY = """
+import sys
+import snapfs.fuse.serve
+from snapfs.cli import main
+
+async def serve(root, mountpoint, options, mount, on_ready, on_stop):
+    print("snapfs: serving nothing", file=sys.stderr)
+    raise ExceptionGroup("two", [ValueError("one"), KeyError("other")])
+
+snapfs.fuse.serve.serve = serve
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_fault_of_its_own_ends_it(make_daemon: Make) -> None:
+    """The traceback is there, and the last line says what it was, which a traceback of a group does not."""
+    daemon = make_daemon()
+    daemon.program = ("-c", FAULTY)
+    daemon.start()
+    assert daemon.ended() == 1
+    assert "a fault of snapfs has ended it" in daemon.said[1]
+    assert any("Traceback" in line for line in daemon.said)
+    assert daemon.last == "snapfs: ended: ExceptionGroup: two (2 sub-exceptions)\n"
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT] * 2, [signal.SIGTERM] * 2, [signal.SIGTERM, signal.SIGINT] * 5])
@@ -130,6 +175,7 @@ def test_signalled_more_than_once(make_daemon: Make, signals: list[signal.Signal
         os.kill(daemon.pid, one)
     assert daemon.ended() == 0
     assert len(daemon.said) == 1
+    assert daemon.last in {f"snapfs: ended: {one.name}\n" for one in signals}
     assert not is_mounted(daemon.mnt)
 
 
@@ -511,15 +557,34 @@ sys.exit(snapfs.cli.main(["serve", *sys.argv[1:]]))
 """
 
 
-def test_a_user_who_may_not_use_dev_fuse(open_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("600", "open it; chmod 666 /dev/fuse"),
+        ("660", "and the group root open it; become a member, or chmod 666 /dev/fuse"),
+        ("644", "open it; chmod 666 /dev/fuse"),
+    ],
+)
+def test_a_user_who_may_not_use_dev_fuse(open_path: Path, mode: str, words: str) -> None:
     for name in ("mnt", "root"):
         (open_path / name).mkdir()
         os.chown(open_path / name, 65534, 65534)
-    hide = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev && mknod -m 600 /dev/fuse c 10 229 && exec "$@"', "sh")
+    make = f"mknod -m {mode} /dev/fuse c 10 229"
+    hide = ("unshare", "-m", "sh", "-c", f'mount -t tmpfs none /dev && {make} && exec "$@"', "sh")
     command = [*hide, sys.executable, "-c", AS_NOBODY, str(open_path / "root"), str(open_path / "mnt")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1
-    assert re.fullmatch(r"snapfs: cannot open /dev/fuse \(Permission denied\)[^\n]*\n", done.stderr)
+    words = f"its mode {mode} lets only root {words}"
+    assert done.stderr == f"snapfs: cannot open /dev/fuse (Permission denied): {words}\n"
+
+
+def test_dev_fuse_that_no_mode_forbids(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    make = "mknod /dev/fuse c 10 229 && chmod 666 /dev/fuse"
+    hide = ("unshare", "-m", "sh", "-c", f'mount -t tmpfs -o nodev none /dev && {make} && exec "$@"', "sh")
+    said = refusal(tmp_path / "root", tmp_path / "mnt", prefix=hide)
+    assert said.startswith("snapfs: cannot open /dev/fuse (Permission denied): let the container use the device")
+    assert "mode" not in said
 
 
 @pytest.mark.parametrize("arguments", [[], ["root"], ["root", "mnt", "more"], ["root", "mnt", "--nonsense"]])

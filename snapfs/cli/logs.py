@@ -14,6 +14,8 @@ import syslog
 
 JOURNAL = "/run/systemd/journal/socket"
 
+_detached = False
+
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 
 
@@ -92,8 +94,18 @@ def detach() -> None:
         root.removeHandler(handler)
     root.addHandler(_Journal(_Syslog()))
     root.setLevel(logging.INFO)
+    global _detached
+    _detached = True
+
+
+def is_detached() -> bool:
+    """Whether nobody reads standard error any more."""
+    return _detached
 
 
 def say(line: str, level: int = logging.INFO) -> None:
-    """A line that is no complaint, unless ``level`` says so."""
+    """A line that is no complaint, unless ``level`` says so; once detached to syslog, from which the journal has it too."""
+    if _detached:
+        _Syslog().emit(logging.makeLogRecord({"msg": line, "levelno": level}))
+        return
     print(f"<{priority(level)}>{line}" if is_journal() else f"snapfs: {line}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from snapfs.cli.grammar import Given, Option, Verb
-from snapfs.errors import InvalidArgument, Unavailable
+from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
 from snapfs.options import Options, Sync
 
 N = TypeVar("N", int, float)
@@ -134,7 +134,18 @@ def _serve(given: Given) -> int:
     if detached is not None:
         os.chdir("/")
     stopping = partial(notify, "STOPPING=1")
-    trio.run(partial(serve, root, mountpoint, options, mount, say_ready, stopping, **more))
+    try:
+        reason = trio.run(partial(serve, root, mountpoint, options, mount, say_ready, stopping, **more))
+    except SnapshotError as error:
+        if not logs.is_detached():
+            raise
+        logs.say(f"ended: {error}", logging.ERROR)
+        return 1
+    except Exception as error:
+        logging.getLogger(__name__).critical("a fault of snapfs has ended it", exc_info=True)
+        logs.say(f"ended: {type(error).__name__}: {error}", logging.ERROR)
+        return 1
+    logs.say(f"ended: {reason}")
     return 0
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import logging
 import os
+import pwd
 import signal
 import stat
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -67,9 +69,9 @@ async def serve(
     *,
     beside: Beside = _nothing,
     told: Mapping[str, object] | None = None,
-) -> None:
+) -> str:
     """Mount the tree of ``root`` on ``mountpoint`` (an absolute path) and serve it until SIGINT, SIGTERM, SIGHUP or
-    umount; then nothing is left mounted.
+    umount; then nothing is left mounted.  Returns why it ended.
 
     ``on_ready`` is called when requests are being answered, ``on_stop`` when a signal is about to end that.  ``told`` is what
     options.json says besides.  Raises SnapshotError with a sentence where the root, the mountpoint, FUSE or ``beside`` can't
@@ -85,17 +87,20 @@ async def serve(
         refusal: SnapshotError | None = None
         async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
             stop = trio.Event()
-            nursery.start_soon(_set_on_signal, stop, signals, on_stop)
+            received: list[str] = []
+            nursery.start_soon(_set_on_signal, stop, signals, received, on_stop)
             try:
                 access = {**msgspec.structs.asdict(mount.access), "umask": f"{mount.access.umask:03o}"}
                 served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync, **(told or {})}
                 tree = Tree(snapshotter, served, dirsync=mount.dirsync)
                 await serve_tree(tree, mountpoint, mount, on_ready, stop, beside)
+                reason = received[0] if received else _why_over(snapshotter.layers.root, mountpoint)
             except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group
                 refusal = error
             nursery.cancel_scope.cancel()
         if refusal is not None:
             raise refusal
+        return reason
 
 
 async def serve_tree(
@@ -130,8 +135,11 @@ async def serve_tree(
         pyfuse3.close(unmount=True)
 
 
-async def _set_on_signal(stop: trio.Event, signals: AsyncIterator[int], on_stop: Callable[[], None]) -> None:
-    async for _ in signals:
+async def _set_on_signal(
+    stop: trio.Event, signals: AsyncIterator[int], received: list[str], on_stop: Callable[[], None]
+) -> None:
+    async for number in signals:
+        received.append(signal.Signals(number).name)
         if not stop.is_set():
             on_stop()
         stop.set()
@@ -154,8 +162,7 @@ def _abort(mountpoint: str) -> None:
 
 
 def _fuse_options(root: str, mount: MountOptions) -> set[str]:
-    source = root if root.isascii() and not set(root) & set(",\\ ") else FILE_SYSTEM  # libfuse takes plain options only
-    options = {f"fsname={source}", f"subtype={FILE_SYSTEM}", "nosuid", "nodev", "noatime"}
+    options = {f"fsname={_source(root)}", f"subtype={FILE_SYSTEM}", "nosuid", "nodev", "noatime"}
     if mount.ro:
         options.add("ro")
     if mount.access.allow_other:
@@ -165,13 +172,31 @@ def _fuse_options(root: str, mount: MountOptions) -> set[str]:
     return options
 
 
+def _source(root: str) -> str:
+    """The first column of the mount table."""
+    return root if root.isascii() and not set(root) & set(",\\ ") else FILE_SYSTEM  # libfuse takes plain options only
+
+
+def _resolved(mountpoint: str) -> str:
+    """As the mount table has it; found out without a question to what is mounted there."""
+    return os.path.realpath(os.path.dirname(mountpoint)) + "/" + os.path.basename(mountpoint)
+
+
+def _why_over(root: str, mountpoint: str) -> str:
+    """Why requests have come to an end without a signal."""
+    ours = (_resolved(mountpoint), _source(root))
+    if any((mount.target, mount.source) == ours for mount in mount_table()):
+        return "the FUSE connection was aborted; the next start recovers the mountpoint"
+    return "unmounted"
+
+
 def _recover_mountpoint(root: str, mountpoint: str) -> None:
     """Unmount what a daemon that is gone left; any other dead mount is not ours to touch.
 
     The mount table and the root's lock tell, before anybody asks the mount itself: a daemon that was killed may have left a
     thread which waits in the kernel for a client that waits for the daemon, and whoever asks would wait with them.
     """
-    target = os.path.realpath(os.path.dirname(mountpoint)) + "/" + os.path.basename(mountpoint)
+    target = _resolved(mountpoint)
     for _ in range(16):  # daemons may have crashed on top of each other
         mounts = [mount for mount in mount_table() if mount.target == target]
         if not mounts:
@@ -243,7 +268,26 @@ def _check(root: str, mountpoint: str) -> None:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        raise Unavailable(
-            f"cannot open /dev/fuse ({os.strerror(error.errno or 0)}): load the module with modprobe fuse, "
-            "or give the container the device"
-        ) from None
+        raise Unavailable(f"cannot open /dev/fuse ({os.strerror(error.errno or 0)}): {_why_no_device(error)}") from None
+
+
+def _why_no_device(error: OSError) -> str:
+    """Why /dev/fuse can't be opened, and what to do."""
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return "load the module with modprobe fuse, or give the container the device"
+    if os.access("/dev/fuse", os.R_OK | os.W_OK, effective_ids=True):  # its mode is not the reason
+        return "let the container use the device, and have no nodev where /dev is mounted"
+    found = os.stat("/dev/fuse")
+    user, group = _name(pwd.getpwuid, found.st_uid), _name(grp.getgrgid, found.st_gid)
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o060 == 0o060:
+        return f"its mode {mode:03o} lets only {user} and the group {group} open it; become a member, or chmod 666 /dev/fuse"
+    return f"its mode {mode:03o} lets only {user} open it; chmod 666 /dev/fuse"
+
+
+def _name(entry: Callable[[int], Sequence[object]], number: int) -> object:
+    """The name of a user or group, or the number of one without."""
+    try:
+        return entry(number)[0]
+    except KeyError:
+        return number

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-from snapfs.kernel import libc, mounting
-from snapfs.mountspec import escape
+from snapfs.kernel import libc, mounting, overlay
+from snapfs.reserve import FULL
 
-_TMPFS_MAGIC = 0x01021994
+_UNTOLD = (*FULL, errno.EMFILE, errno.ENFILE, errno.EPERM)
+"""How a trial fails that tells nothing of what was tried."""
+
+_NO_UPPER_LAYERS = (errno.EINVAL, errno.EOPNOTSUPP, errno.EREMOTE, errno.EXDEV, errno.ENOSYS, errno.EIO)
+"""How overlayfs refuses an upper directory, or what it has to make in the work directory, on a file system that can't."""
+
+_CAP_SYS_ADMIN = 21
+
 _WHOLE_RANGE = ["0", "0", "4294967295"]
 
 
@@ -43,24 +51,48 @@ def in_user_namespace() -> bool:
 
 
 def needs_userxattr(directory: str) -> bool:
-    """Whether overlay mounts over ``directory`` need ``userxattr``: only inside a user namespace, never on tmpfs; kernels
-    from 5.11 on know the option, older ones may (patched) or may not, which a trial mount tells."""
-    if not in_user_namespace() or on_tmpfs(directory):
+    """Whether overlay mounts over ``directory`` need ``userxattr``: inside a user namespace, where overlayfs can't write its
+    own extended attributes, and only if it can write those of users there.
+
+    Tried, since it depends on kernel (5.11, or patched) and file system (tmpfs bears them since 6.6).  Where it can't be
+    tried, on a full disk or without the right to mount, the kernel's version decides.
+    """
+    if not in_user_namespace():
         return False
-    if mounting.kernel_version() >= (5, 11):
-        return True
-    trial = tempfile.mkdtemp(prefix="new-", dir=directory)
     try:
-        for name in ("lower", "upper", "work", "merged"):
-            os.mkdir(f"{trial}/{name}")
-        layers = "userxattr,lowerdir=lower,upperdir=upper,workdir=work".replace("=", f"={escape(trial)}/")
-        mounting.mount("overlay", f"{trial}/merged", "overlay", mounting.MS_RDONLY, layers)
-        mounting.unmount(f"{trial}/merged", mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
-        return True
-    except OSError:
-        return False
+        with tempfile.TemporaryDirectory(prefix="new-", dir=directory, ignore_cleanup_errors=True) as trial:
+            return _marks_as_opaque(trial)
+    except OSError as error:
+        return error.errno in _UNTOLD and mounting.kernel_version() >= (5, 11)
+
+
+def _marks_as_opaque(trial: str) -> bool:
+    """Whether an overlay with ``userxattr``, of layers in the empty directory ``trial``, hides a lower directory that was
+    replaced: by an attribute of the new one.  Raises OSError."""
+    for name in ("lower/d", "upper", "work", "merged"):
+        os.makedirs(f"{trial}/{name}")
+    Path(f"{trial}/lower/d/f").touch()
+    lowers, upper, work = [f"{trial}/lower"], f"{trial}/upper", f"{trial}/work"
+    options = ["userxattr", "volatile"] if mounting.kernel_version() >= (5, 10) else ["userxattr"]  # volatile: no flush
+    try:
+        tree = overlay.make_overlay(lowers, upper, work, options, read_only=False)
+    except overlay.Lacking:
+        merged = f"{trial}/merged"
+        overlay.mount_overlay_classic(merged, lowers, upper, work, options, read_only=False)
+        try:
+            return _comes_back_empty(f"{merged}/d")
+        finally:
+            mounting.unmount(merged, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+    try:
+        return _comes_back_empty(f"/proc/self/fd/{tree}/d")
     finally:
-        shutil.rmtree(trial, ignore_errors=True)
+        os.close(tree)
+
+
+def _comes_back_empty(directory: str) -> bool:
+    shutil.rmtree(directory)
+    os.mkdir(directory)
+    return not os.listdir(directory)
 
 
 def overlay_knows(parameter: str) -> bool:
@@ -68,6 +100,33 @@ def overlay_knows(parameter: str) -> bool:
     return os.path.exists(f"/sys/module/overlay/parameters/{parameter}")
 
 
-def on_tmpfs(directory: str) -> bool:
-    """Whether ``directory`` is on a tmpfs (statfs(2))."""
-    return mounting.file_system_magic(directory) == _TMPFS_MAGIC
+def why_refused(error: OSError) -> str:
+    """Why the trial of mounting an overlay over a root met ``error``, and what to do; the kernel's words in parentheses."""
+    words = error.strerror or str(error)
+    if error.errno in (errno.EPERM, errno.EACCES):
+        reason = _why_not_permitted()
+    elif error.errno == errno.ENODEV:
+        reason = "this kernel has no overlayfs: modprobe overlay"
+    elif "parameter" in words or "Bad value" in words:
+        reason = "overlayfs refuses a mount option: leave out the mount_option= that it names, or correct it"
+    elif error.errno in _NO_UPPER_LAYERS:
+        reason = "ROOT's file system can't hold overlayfs's upper layers: put ROOT on ext4, xfs, btrfs or tmpfs"
+    else:
+        reason = "mounting an overlay for trial failed"
+    return f"{reason} ({words})"
+
+
+def _why_not_permitted() -> str:
+    if _has_cap_sys_admin():
+        return (
+            "mounting is forbidden here: a user namespace needs a mount namespace of its own, as `unshare -Urm` makes it, and "
+            "a kernel from 5.11 on; a container needs profiles of seccomp and AppArmor that let it mount"
+        )
+    if os.geteuid() == 0:
+        return "this container may not mount: give it CAP_SYS_ADMIN"
+    return "mounting takes the right to: run it as root, or inside `unshare -Urm`"
+
+
+def _has_cap_sys_admin() -> bool:
+    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return any(int(value, 16) >> _CAP_SYS_ADMIN & 1 for name, _, value in lines if name == "CapEff")
