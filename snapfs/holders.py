@@ -26,12 +26,14 @@ def elsewhere(mounted: Mounted, number: int, rootfs: str, device: str = "") -> s
     Its ``rootfs``, a path, is not meant, if that is mounted; ``device`` is that of it, if it was mounted a moment ago.  Blocks.
     """
 
-    def is_it(place: Place) -> bool:
-        return number in (place.upper, place.bound, *place.lowers) or place.device == device
+    def is_it(pid: int, place: Place) -> bool:
+        if place.device == device or mounted.is_of(place, number, pid):
+            return True
+        return pid == os.getpid() and number in place.lowers
 
     here, there = [], []
-    for pid, place in mounted.by_process(lambda place: is_it(place) or bool(place.upperdir)):
-        if not is_it(place) and not mounted.is_spelled(place.upperdir, number, pid):
+    for pid, place in mounted.by_process(lambda place: place.bound is not None or bool(place.lowers or place.upperdir)):
+        if not is_it(pid, place):
             continue
         if pid == os.getpid():
             if place.target != rootfs:

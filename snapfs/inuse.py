@@ -27,6 +27,10 @@ class Closing:
         self._thread = 0
         self._done = threading.Event()
 
+    def wait(self, seconds: float) -> bool:
+        """Whether it is closed, or is within ``seconds``."""
+        return self._done.wait(seconds)
+
     def run(self) -> None:
         """Close it; blocks on the disk."""
         self._thread = threading.get_native_id()
@@ -62,13 +66,15 @@ class InUse:
     def close(self) -> None:
         self._uppers.close()
 
-    def has_overlay(self, number: int) -> bool:
+    def has_overlay(self, number: int, *, suspected: bool = False) -> bool:
         """Whether an overlay has the layer of snapshot ``number`` as its upper layer, wherever, as far as the kernel tells.
 
-        Raises OSError where it doesn't, and Busy where it will in a moment.  Blocks.
+        What is being flushed counts as gone: nobody can get there any more.  If it is not ``suspected``, a layer that shows no
+        trace of a mount is not asked for.  Raises OSError where the kernel doesn't tell, and Busy where it will in a moment.
+        Blocks.
         """
         try:
-            if not self._layers.may_be_mounted(number):
+            if not suspected and not self._layers.may_be_mounted(number):
                 return False
             closing = self.closings.get(number)
             return not (closing is not None and closing.is_flush()) and self._uppers.in_use(self._layers.fs(number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -9,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from snapfs.kernel.handles import has_upper, open_elsewhere
 from snapfs.kernel.mounttable import MountPoint, MountTable, mount_id, mount_table, parse
 from snapfs.kernel.namespaces import Namespaces
 from snapfs.layers import parse_id
@@ -23,10 +25,14 @@ _COLON = re.compile(r"((?:[^\\:]|\\.)*)(?::|\Z)", re.DOTALL)
 class Place:
     """One mount: its target, whether it can be written, and which directory of what it mounts it shows ("": the whole).
 
-    ``device`` is that of the mounted file system, as ``major:minor``.  ``upper`` and ``lowers`` are the snapshots whose
-    layers an overlay has, ``bound`` is the one whose layer is bound; ``upperdir`` is what the kernel says of the upper layer.
+    ``device`` is that of the mounted file system, as ``major:minor``; ``id``, ``group`` and ``master`` are the mount's own.
+    ``bound`` is the snapshot whose layer is bound.  ``upper`` and ``lowers`` are the snapshots whose layers an overlay has, by
+    what was said to it (``upperdir``), which anybody can write: in a namespace of their own, or before ROOT was moved.
     """
 
+    id: int
+    group: int
+    master: int
     target: str
     writable: bool
     inside: str
@@ -81,6 +87,20 @@ class Mounted:
                 return [place.target for place in self._bound.get(layers[0], ()) if not place.inside]
             return [place.target for place in self._stacked.get(tuple(layers), ()) if not place.inside]
 
+    def proven(self, number: int) -> list[str]:
+        """The same, as far as the kernel says that it is so.  Blocks."""
+        with self._lock:
+            self._refresh()
+            places = [*self._upper.get(number, ()), *self._bound.get(number, ())]
+        shown = [place for place in places if place.writable and not place.inside]
+        return [place.target for place in shown if self.is_of(place, number, os.getpid())]
+
+    def is_lower(self, number: int) -> bool:
+        """Whether the layer of snapshot ``number`` is a lower layer of an overlay in this mount namespace."""
+        with self._lock:
+            self._refresh()
+            return any(number in layers for layers in self._stacked)
+
     def everywhere(self, wanted: Callable[[Place], bool]) -> list[Place]:
         """The ``wanted`` mounts of all mount namespaces that this process may see; ``Namespaces.find`` says what may be
         asked."""
@@ -90,16 +110,33 @@ class Mounted:
         """The same, each with the pid of a process that is in its namespace.  Takes longer."""
         return self._everywhere.by_process(wanted)
 
-    def is_spelled(self, upperdir: str, number: int, pid: int) -> bool:
-        """Whether ``upperdir`` may be how somebody wrote the layer of snapshot ``number``, for process ``pid``: by way of
-        links or bind mounts, relative to a directory that is not known, or where ROOT was at that time.  It may ask a server
-        that does not answer."""
-        if not re.search(rf"(?:\A|/){number}/fs/*\Z", upperdir):
-            return False
+    def open(self, place: Place, number: int, pid: int) -> int:
+        """A descriptor (O_PATH) of what is mounted at ``place``, of the namespace of process ``pid``: the layer of the active
+        snapshot ``number``, or an overlay on it.  Raises OSError: ENOENT where it is something else, or others."""
+        fd, layer = open_elsewhere(pid, place.target), f"{self._snapshots}/{number}/fs"
         try:
-            return os.path.samefile(f"/proc/{pid}/root{upperdir}", f"{self._snapshots}/{number}/fs")
+            is_it = has_upper(fd, layer) if place.upperdir else os.path.samestat(os.fstat(fd), os.stat(layer))
+            if not is_it:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place.target)
         except OSError:
-            return True
+            os.close(fd)
+            raise
+        return fd
+
+    def is_of(self, place: Place, number: int, pid: int) -> bool:
+        """Whether ``place``, of the namespace of process ``pid``, is known to show the layer of the active snapshot ``number``.
+
+        In this namespace, where nobody can mount without the right to, words are enough where the kernel can't tell more.
+        """
+        if not place.upperdir:
+            return place.bound == number
+        try:
+            os.close(self.open(place, number, pid))
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return pid == os.getpid() and place.upper == number
+        return True
 
     def _refresh(self) -> None:
         if not self._table.has_changed():
@@ -108,7 +145,7 @@ class Mounted:
         bound: defaultdict[int, list[Place]] = defaultdict(list)
         stacked: defaultdict[tuple[int, ...], list[Place]] = defaultdict(list)
         for line in self._table.lines():
-            if "/fs" not in line or (place := self._place(parse(line))) is None:
+            if "/fs" not in line or " - tmpfs " in line or (place := self._place(parse(line))) is None:
                 continue
             if place.upper is not None:
                 upper[place.upper].append(place)
@@ -125,9 +162,13 @@ class Mounted:
             inside = "" if mount.root == "/" else mount.root  # a part of it that is bound there
             texts = [option[9:] for option in mount.super_options if option.startswith("upperdir=")]
             above = self._number(texts[0]) if texts else None
-            return Place(mount.target, writable, inside, mount.device, above, self._lowers(mount), None, "".join(texts))
+            overlay = above, self._lowers(mount), None, "".join(texts)
+            return Place(mount.id, mount.group, mount.master, mount.target, writable, inside, mount.device, *overlay)
         if found := self._bound_layer(mount):
-            return Place(mount.target, writable, found[1], mount.device, bound=found[0])
+            inside = found[1]
+            return Place(mount.id, mount.group, mount.master, mount.target, writable, inside, mount.device, bound=found[0])
+        if mount.type == "tmpfs":  # it may be a shelter
+            return Place(mount.id, mount.group, mount.master, mount.target, writable, mount.root, mount.device)
         return None
 
     def _lowers(self, mount: MountPoint) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -32,11 +32,12 @@ import trio
 
 from snapfs import holders
 from snapfs.errors import Busy, Closed, Unavailable
-from snapfs.inuse import Closing, InUse
+from snapfs.inuse import FLUSHING, Closing, InUse
 from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.kernel.probe import why_refused
 from snapfs.kernel.processes import users_of_device
+from snapfs.kernel.spare import Spare
 from snapfs.layers import Layers, parse_id
 from snapfs.model import Kind
 from snapfs.mounted import Mounted, Place
@@ -73,7 +74,8 @@ class _Held:
     copy makes that the close of the copy instead, in the background: a Commit must not wait for it.  It can also be mounted
     again.
 
-    ``number`` is the snapshot's id, ``mount`` the mount's; ``device`` that of the overlay (``major:minor``), "" of a bind.
+    ``number`` is the snapshot's id, ``mount`` the mount's; ``device`` that of the overlay (``major:minor``), "" of a bind, and
+    ``shelter`` that of what it stands in.
     """
 
     def __init__(self, number: int, target: str) -> None:
@@ -82,6 +84,7 @@ class _Held:
         self.copy = mounting.copy_of(target)
         self.mount = mount_id(target)
         self.device = mounting.overlay_device(target)
+        self.shelter = mounting.device(os.path.dirname(target))
 
 
 class Rootfs:
@@ -103,7 +106,7 @@ class Rootfs:
         self._making_room = trio.Lock()
         self._coming = 0  # mounts that room was made for
         self._nursery: trio.Nursery | None = None
-        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)  # given up at the end, which needs one
+        self._spare = Spare(1)  # which the end needs
 
     @property
     def count(self) -> int:
@@ -125,7 +128,7 @@ class Rootfs:
         options = [*self._options, "volatile"] if mounting.kernel_version() >= (5, 10) else self._options  # so: no flush
         directory = f"{self._directory}/trial"
         try:
-            os.makedirs(directory, mode=0o700, exist_ok=True)
+            shelter.prepare(directory)
             self._put(directory, [f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", options)
             mounting.unmount(f"{directory}/{shelter.INSIDE}", mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
@@ -188,7 +191,7 @@ class Rootfs:
                         await self._expire(number)
         finally:
             self._nursery = None  # from here on nothing more is mounted
-            self._give_spare_up()
+            self._spare.close()
             with trio.CancelScope(shield=True):
                 for number in {*self._held, *self._locks}:
                     async with self._locked(number):
@@ -197,24 +200,20 @@ class Rootfs:
 
     def close(self) -> None:
         """For one that never ran."""
-        self._give_spare_up()
+        self._spare.close()
         for held in self._recovered.values():
             if held.copy is not None:
                 os.close(held.copy)
 
-    def _give_spare_up(self) -> None:
-        if self._spare >= 0:
-            os.close(self._spare)
-        self._spare = -1
-
     def _end(self, held: _Held) -> None:
-        target = self._layers.rootfs(held.number)
+        target, shelters = self._layers.rootfs(held.number), set[tuple[str, int]]()
         try:
+            shelters = self._shelters(held)
             self._unmount(target)
         except OSError:
             _detach(target)
         try:
-            self._clear(self._layers.shelter(held.number))
+            self._clear(self._layers.shelter(held.number), shelters)
         except OSError as error:
             log.warning("cannot remove %s: %s", self._layers.shelter(held.number), error)
         finally:
@@ -251,10 +250,11 @@ class Rootfs:
         if held is None:
             return False
         held.asked = trio.current_time()
-        try:
-            return mount_id(self._layers.rootfs(number)) == held.mount
-        except OSError:
-            return False
+        with suppress(OSError):
+            if mount_id(self._layers.rootfs(number)) == held.mount:
+                return True
+        # something may be mounted over it
+        return any(mount.id == held.mount and mount.target == self._layers.rootfs(number) for mount in mount_table())
 
     def _mount(self, number: int, stack: Stack, held: _Held | None) -> _Held:
         """Mount it, or again what was unmounted by hand."""
@@ -266,7 +266,7 @@ class Rootfs:
         directory, target = layers.shelter(number), layers.rootfs(number)
         try:
             self._clear(directory)  # whoever knows the path can make something there
-            os.makedirs(directory, mode=0o700, exist_ok=True)  # on a disk that is read-only by now an old one can't be removed
+            shelter.prepare(directory)  # on a disk that is read-only by now an old one can't be removed
             try:
                 if held is not None and held.copy is not None:
                     self._attach_again(held)
@@ -315,7 +315,7 @@ class Rootfs:
         """Mount what was unmounted here, and somebody else may still have: the same, not a second one.  Raises OSError."""
         assert held.copy is not None
         directory, target = self._layers.shelter(held.number), self._layers.rootfs(held.number)
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        shelter.prepare(directory)
         try:
             tree = mountapi.copy_tree(held.copy)
         except OSError:
@@ -323,11 +323,22 @@ class Rootfs:
         shelter.put(tree, directory)
         if held.copy is None:
             held.copy = mounting.copy_of(target)
-        held.mount = mount_id(target)
+        held.mount, held.shelter = mount_id(target), mounting.device(directory)
 
     def _is_elsewhere(self, held: _Held) -> bool:
-        """Whether the overlay that was unmounted here is mounted in another place, in whatever namespace.  Raises OSError."""
-        return bool(held.device) and bool(self._mounted.everywhere(lambda place: place.device == held.device))
+        """Whether the overlay that is mounted here, or was a moment ago, is mounted in another place, in whatever namespace.
+
+        What the kernel has mounted there together with ours, it unmounts with ours: that doesn't count.  Raises OSError.
+        """
+        if not held.device:
+            return False
+        found = self._mounted.everywhere(lambda place: place.device == held.device)
+        groups = {place.group for place in found if place.id == held.mount and place.group}
+        count = -1
+        while len(groups) != count:
+            count = len(groups)
+            groups |= {place.group for place in found if place.master in groups and place.group}
+        return any(place.id != held.mount and not groups & {place.group, place.master} for place in found)
 
     def _taken_over(self, number: int) -> int | None:
         """The descriptor of a copy of the mount by which somebody else has the active snapshot ``number``; None if nobody has.
@@ -335,45 +346,25 @@ class Rootfs:
         Raises Busy where that can't be had, and OSError.
         """
 
-        def is_whole(place: Place) -> bool:
-            return number in (place.upper, place.bound) and not place.inside
+        def may_be_it(place: Place) -> bool:
+            return (place.bound == number or bool(place.upperdir)) and not place.inside
 
+        closing = self._in_use.closings.get(number)
+        if closing is not None and not closing.wait(FLUSHING):  # another one on the same layer would bear no mark
+            raise Busy("it was unmounted a moment ago, and is still being written to the disk: try again")
         # a bind of a part of it, or one to read, is no hindrance
-        used = any(place.writable for place in self._mounted.everywhere(is_whole))
-        if not used and not self._in_use.has_overlay(number):
+        found = self._mounted.everywhere(lambda place: place.bound == number and not place.inside)
+        bound = any(place.writable for place in found)
+        if not bound and not self._in_use.has_overlay(number, suspected=True):
             return None
-        for pid, place in self._mounted.by_process(is_whole):
+        for pid, place in self._mounted.by_process(may_be_it):
             with suppress(OSError):
-                return self._copy_of_another(pid, place)
+                there = self._mounted.open(place, number, pid)
+                try:
+                    return _copy_of_another(pid, there)
+                finally:
+                    os.close(there)
         raise Busy(f"snapshot {number} {holders.elsewhere(self._mounted, number, self._layers.rootfs(number))}")
-
-    def _copy_of_another(self, pid: int, place: Place) -> int:
-        """The descriptor of a detached copy of the mount at ``place`` in the mount namespace of process ``pid``, to be written
-        to.  Raises OSError."""
-        there = os.open(f"/proc/{pid}/root{place.target}", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            found = os.fstat(there)
-            if place.bound is not None:
-                is_it = os.path.samestat(found, os.stat(self._layers.fs(place.bound)))
-            else:
-                is_it = place.device == f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}"
-            if not is_it:  # something else is mounted over it
-                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), place.target)
-
-            def copy() -> int:
-                namespaces.enter(pid)  # this thread, which ends after this
-                return mountapi.copy_tree(there)
-
-            with ThreadPoolExecutor(1) as own_thread:
-                tree = own_thread.submit(copy).result()
-        finally:
-            os.close(there)
-        unwanted = (
-            mountapi.MOUNT_ATTR_RDONLY | mountapi.MOUNT_ATTR_NOSUID | mountapi.MOUNT_ATTR_NODEV | mountapi.MOUNT_ATTR_NOEXEC
-        )
-        with suppress(OSError):
-            mountapi.mount_setattr(tree, 0, clear=unwanted)
-        return tree
 
     @asynccontextmanager
     async def _room(self) -> AsyncIterator[None]:
@@ -486,12 +477,15 @@ class Rootfs:
         """Unmount ``held`` if nobody uses it in another namespace, either: whether that is so.  Raises OSError: EBUSY while
         it is in use here.  Where it isn't unmounted nothing has changed."""
         directory = self._layers.shelter(held.number)
+        if self._is_elsewhere(held):
+            return False
+        shelters = self._shelters(held)
         self._unmount(self._layers.rootfs(held.number))
         shelter.remove(directory)  # at once: what is left in it is an empty directory
-        if held.copy is not None and self._is_elsewhere(held):
+        if held.copy is not None and self._is_elsewhere(held):  # by now
             self._attach_again(held)
             return False
-        self._clear(directory)
+        self._clear(directory, shelters)
         return True
 
     def _unmount(self, target: str) -> None:
@@ -501,13 +495,20 @@ class Rootfs:
             if error.errno not in _GONE:
                 raise
 
-    def _clear(self, directory: str) -> None:
+    def _shelters(self, held: _Held) -> set[tuple[str, int]]:
+        """The mounts, in whatever namespace, that are on the directory in which ``held`` stands, ours among them."""
+        return {(place.device, place.id) for place in self._mounted.everywhere(lambda place: place.device == held.shelter)}
+
+    def _clear(self, directory: str, shelters: Collection[tuple[str, int]] = ()) -> None:
         """Remove ROOT/rootfs/<id>, and what is mounted there; what somebody has put in is kept.
 
-        It stays where something is mounted on it in another namespace: the kernel would take that away together with it.
+        It stays where something is mounted on it in another namespace (of ``shelters``, which were there before ours was
+        unmounted): the kernel would take that away together with it.
         """
         shelter.remove(directory)
-        if not self._mounted.everywhere(lambda place: place.target == f"{directory}/{shelter.INSIDE}"):
+        target = f"{directory}/{shelter.INSIDE}"
+        if not self._mounted.everywhere(lambda place: (place.device, place.id) in shelters or place.target == target):
+            shelter.clear(directory)
             self._layers.put_away(directory)
 
     async def _expire(self, number: int) -> None:
@@ -516,7 +517,7 @@ class Rootfs:
         def expire(held: _Held) -> bool:
             target = self._layers.rootfs(number)
             try:
-                if not mounting.expire(target):
+                if self._is_elsewhere(held) or not mounting.expire(target):
                     return False
             except OSError as error:
                 if error.errno not in _GONE:
@@ -596,3 +597,19 @@ def _unwritten() -> int:
     """Bytes that the kernel has yet to write to disks."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     return sum(int(words[1]) << 10 for words in lines if words[0] in ("Dirty:", "Writeback:"))
+
+
+def _copy_of_another(pid: int, there: int) -> int:
+    """The descriptor of a detached copy of the mount on which ``there`` is open, in the mount namespace of process ``pid``: to
+    be written to.  Raises OSError."""
+
+    def copy() -> int:
+        namespaces.enter(pid)  # this thread, which ends after this
+        return mountapi.copy_tree(there)
+
+    with ThreadPoolExecutor(1) as own_thread:
+        tree = own_thread.submit(copy).result()
+    unwanted = mountapi.MOUNT_ATTR_RDONLY | mountapi.MOUNT_ATTR_NOSUID | mountapi.MOUNT_ATTR_NODEV | mountapi.MOUNT_ATTR_NOEXEC
+    with suppress(OSError):
+        mountapi.mount_setattr(tree, 0, clear=unwanted)
+    return tree

@@ -46,7 +46,7 @@ from snapfs.labels import PARENT_CHAIN, PIN, UPPERDIR, Labels, check_label
 from snapfs.layers import Layers
 from snapfs.metastore import MetaStore
 from snapfs.model import Change, Info, Kind, Mount, Usage
-from snapfs.mounted import Mounted
+from snapfs.mounted import Mounted, Place
 from snapfs.options import Feature, Options, Sync
 from snapfs.placing import Placing
 from snapfs.records import Reader, Record, Writer
@@ -666,7 +666,8 @@ class Snapshotter:
             number, record = self._find(reader, key)
         if self.rootfs is None:
             raise Unavailable("the merged file systems can't be mounted here")
-        if not self.rootfs.holds(number) and (places := self._elsewhere(number, record)) and (pid is None or is_neighbour(pid)):
+        by_hand = not self.rootfs.holds(number) and self._elsewhere(number, record) and (pid is None or is_neighbour(pid))
+        if by_hand and (places := await trio.to_thread.run_sync(self.mounted.proven, number)):
             return places[0]
         return await self.rootfs.mount(number, lambda: self._stack(number))
 
@@ -792,14 +793,30 @@ class Snapshotter:
             return
         try:
             if record.kind is Kind.COMMITTED:
-                used = bool(self.mounted.everywhere(lambda place: place.bound == number or number in place.lowers))
+                used = self.mounted.is_lower(number) or bool(self.mounted.everywhere(lambda place: place.bound == number))
             else:
-                found = self.mounted.everywhere(lambda place: number in (place.upper, place.bound))
-                used = any(place.writable for place in found) or (not free and self._in_use.has_overlay(number))
+                used = self._is_written(number, free)
         except OSError as error:
             raise Unavailable.from_os(f'find out whether snapshot "{record.name}" is in use', error) from error
         if used:
             raise _InUse(record.name)
+
+    def _is_written(self, number: int, free: bool) -> bool:
+        """Whether the layer of the active snapshot ``number`` can be written through a mount of whomever.  Raises OSError."""
+
+        def may_show_it(place: Place) -> bool:
+            return place.bound == number or (bool(place.upperdir) and place.upper in (None, number))
+
+        found = self.mounted.everywhere(may_show_it)
+        if any(place.writable for place in found if place.bound is not None):
+            return True
+        suspected = any(place.upperdir for place in found)
+        if not free and self._in_use.has_overlay(number, suspected=suspected):
+            return True
+        named = [place for place in found if place.upper == number]  # a second overlay bears no mark
+        if not named:
+            return False
+        return any(self.mounted.is_of(place, number, pid) for pid, place in self.mounted.by_process(may_show_it))
 
     @asynccontextmanager
     async def _told_by_whom(self, number: int) -> AsyncIterator[None]:

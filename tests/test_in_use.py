@@ -290,8 +290,8 @@ def test_an_overlay_by_another_spelling(served: Daemon, tmp_path: Path, spelling
         with by_hand(served, workspace, target, base, cwd=cwd):
             words = f"mounted at {target}" if spelling != "relative" else f"mounted at {target}|in use elsewhere"
             assert_untouchable(served, workspace, words)
-            with failing(errno.EBUSY):
-                os.listdir(workspace / "rootfs/")
+            assert os.stat(workspace / "rootfs/").st_dev == target.stat().st_dev, "the same mount, and not a second one"
+            assert_untouchable(served, workspace, words)
             (target / "late").write_text("late")
         os.rename(workspace, served.mnt / "committed/v1")
     finally:
@@ -336,9 +336,22 @@ def test_what_is_committed_is_not_removed_under_a_mount(served: Daemon) -> None:
 # -- who can't see the mount
 
 
-@pytest.mark.parametrize(
-    "command", ["echo x > {0}/f", "mkdir -p {0}/a/b", "cp -a {0}/. out/", "ls {0}/", "cd {0}", "touch {0}/f"]
-)
+STRAYS = [
+    "echo x > {0}/f",
+    "echo x > {0}",
+    "cp /etc/hostname {0}",
+    "dd if=/etc/hostname of={0}",
+    "mkdir -p {0}/a/b",
+    "mkdir -p $(readlink {0})/a",
+    'python3 -c \'import os; os.makedirs(os.readlink("{0}") + "/a", exist_ok=True)\'',
+    "cp -a {0}/. out/",
+    "ls {0}/",
+    "cd {0}",
+    "touch {0}/f",
+]
+
+
+@pytest.mark.parametrize("command", STRAYS)
 def test_a_stray_meets_an_error(served: Daemon, tmp_path: Path, command: str) -> None:
     """The first to follow rootfs is in a mount namespace of its own, where what the daemon mounts is not seen."""
     script = command.format("active/w/rootfs")
@@ -346,7 +359,7 @@ def test_a_stray_meets_an_error(served: Daemon, tmp_path: Path, command: str) ->
         ["unshare", "-m", "sh", "-c", script.replace("out/", str(tmp_path / "out/"))], cwd=served.mnt, check=False
     )
     assert done.returncode != 0
-    line = served.error_log()[-1]
+    line = next(line for line in served.error_log() if " readlink " in line)
     assert re.search(r"ENOENT readlink active/w/rootfs: process \d+ \(\w+\) is in another mount namespace", line), line
     assert f"nsenter --mount --target {served.pid}" in line
     assert sorted(os.listdir(served.mnt / "active/w/rootfs/")) == ["bin", "dev", "file"]
@@ -361,6 +374,100 @@ def test_a_place_by_hand_is_told_to_those_alone_who_see_it(served: Daemon, tmp_p
         with in_a_namespace("-m", script=f"umount {target}; cd {served.mnt}/active/w/rootfs || {READY}"):
             pass
         assert (served.mnt / "active/w/rootfs/file").read_text() == "base"
+
+
+# -- what others say, and how it is said
+
+
+def test_words_of_a_stranger_are_not_believed(served: Daemon) -> None:
+    """In a namespace of their own anybody can mount an overlay whose options name root's layers."""
+    workspace = served.mnt / "active/w"
+    root = served.root / "snapshots/2"
+    here = served.root.parent  # another one, in memory, with directories of the same names
+    script = (
+        f"mount -t tmpfs x {here}; mkdir -p {root}/fs {root}/work {here}/l {here}/o; echo evil > {root}/fs/evil; "
+        f"mount -t overlay o -o userxattr,lowerdir={here}/l,upperdir={root}/fs,workdir={root}/work {here}/o; "
+        f"test -e {here}/o/evil && {READY}"
+    )
+    assert info(workspace)["id"] == 2
+    with in_a_namespace("-Urm", script=script):
+        assert sorted(os.listdir(workspace / "rootfs/")) == ["bin", "dev", "file"]
+        os.rename(workspace, served.mnt / "committed/v1")
+
+
+def test_what_another_root_of_the_same_path_had_mounted(make_daemon: Make, served: Daemon, tmp_path: Path) -> None:
+    """What the mount table says of it is true of the root that was moved away."""
+    (served.mnt / "active/w/rootfs/old").write_text("old")
+    assert served.stop(signal.SIGKILL) == -signal.SIGKILL
+    os.rename(served.root, tmp_path / "moved")
+    try:
+        served.start()
+        for name in ("draft", "w"):
+            os.mkdir(served.mnt / "active" / name)
+        (served.mnt / "active/w/rootfs/new").write_text("new")
+        assert os.listdir(served.mnt / "active/w/diff") == os.listdir(served.mnt / "active/w/rootfs/") == ["new"]
+        os.rename(served.mnt / "active/w", served.mnt / "committed/v1")
+        assert (tmp_path / "moved/snapshots/2/fs/old").read_text() == "old"
+        assert served.stop() == 0
+    finally:
+        for part in ("2/fs", "2"):
+            subprocess.run(["umount", "-q", "-l", str(tmp_path / "moved/rootfs" / part)], check=False)
+
+
+def test_a_mount_by_way_of_the_tree_itself_is_not_asked(served: Daemon, tmp_path: Path) -> None:
+    """The daemon would wait for itself, with the kernel's locks held by a client that waits for the daemon."""
+    mnt, root = served.mnt, served.root
+    workspace, target = mnt / "active/w", tmp_path / "t"
+    target.mkdir()
+    os.mkdir(mnt / "active/zz")
+    upper = f"{mnt}/active/zz/../w/diff/../../2/fs"
+    options = f"index=off,lowerdir={root}/snapshots/1/fs,upperdir={upper},workdir={root}/snapshots/2/work"
+    subprocess.run(["mount", "-i", "-t", "overlay", "-o", options, "o", str(target)], check=True)
+    try:
+        os.rmdir(mnt / "active/zz")
+        done = subprocess.run(["mv", workspace, mnt / "committed/w1"], timeout=30, check=False)
+        assert done.returncode == 1
+        assert "EBUSY rename active/w committed/w1" in served.error_log()[-1]
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def test_an_overlay_with_another_work_directory(served: Daemon, tmp_path: Path) -> None:
+    """It leaves no trace on the layer, nor in the work directory of the snapshot."""
+    link, target, work = tmp_path / "link", tmp_path / "t", tmp_path / "work"
+    os.symlink(served.root, link)
+    for directory in (target, work):
+        directory.mkdir()
+    options = f"index=off,uuid=off,lowerdir={link}/snapshots/1/fs,upperdir={link}/snapshots/2/fs,workdir={work}"
+    subprocess.run(["mount", "-i", "-t", "overlay", "-o", options, "o", str(target)], check=True)
+    try:
+        assert_untouchable(served, served.mnt / "active/w", f"mounted at {target}")
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def test_a_mountpoint_with_a_carriage_return(served: Daemon) -> None:
+    with in_a_namespace(
+        "-Urm", script=f'd=$(printf "/mnt/a\\rb"); mount -t tmpfs x /mnt; mkdir "$d"; mount -t tmpfs y "$d"; {READY}'
+    ):
+        os.listdir(served.mnt / "active/w/rootfs/")
+        with private_namespace(served, served.mnt / "active/w") as words:
+            assert_untouchable(served, served.mnt / "active/w", words)
+
+
+def test_what_is_mounted_over_rootfs_stays(served: Daemon) -> None:
+    """As it is prepared for a chroot."""
+    where = os.path.realpath(served.mnt / "active/w/rootfs")
+    script = f"mount --bind {where} {where} && mount -t tmpfs z {where}/dev"
+    subprocess.run(["sh", "-c", script], check=True)
+    try:
+        before = [mount.id for mount in mount_table() if mount.target.startswith(where)]
+        assert (served.mnt / "active/w/rootfs/file").read_text() == "base"
+        assert [mount.id for mount in mount_table() if mount.target.startswith(where)] == before
+        with failing(errno.EBUSY):
+            os.rename(served.mnt / "active/w", served.mnt / "committed/v1")
+    finally:
+        subprocess.run(["umount", f"{where}/dev", where], check=True)
 
 
 # -- the end

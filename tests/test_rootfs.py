@@ -431,10 +431,10 @@ def test_what_was_written_beneath_is_kept_and_out_of_the_way(make_daemon: Make) 
 @pytest.mark.parametrize(
     "what",
     [
-        "umount X && umount P && rmdir P",
+        "umount X && umount P && rm X && rmdir P",
         "umount X && umount P && rm -r $(dirname P)",
         "umount -l P",
-        "umount X && umount P && mkdir -p X/y && mount -t tmpfs none X/y",
+        "umount X && umount P && rm X && mkdir -p X/y && mount -t tmpfs none X/y",
     ],
 )
 def test_whatever_is_done_to_the_mountpoint_the_daemon_goes_on(make_daemon: Make, what: str) -> None:

@@ -19,13 +19,21 @@ _how = _OpenHow(os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, _NO_SYMLINKS | _BE
 _how_address, _how_size = ctypes.byref(_how), ctypes.c_size_t(ctypes.sizeof(_how))
 
 
+def open_directory(fd: int, path: str) -> int:
+    """A descriptor (O_PATH) of the directory ``path``, below the one open as ``fd`` and by way of no link.
+
+    Raises OSError, also where finding it would take the disk (EAGAIN) or a newer kernel (ENOSYS, EINVAL).
+    """
+    return libc.call("syscall", _OPENAT2, fd, os.fsencode(path), _how_address, _how_size)
+
+
 def is_directory(fd: int, path: str) -> bool:
     """Whether ``path``, below the directory open as ``fd`` and by way of no link, is known to be a directory.
 
     False where it is none, and where finding out would take the disk or a newer kernel.
     """
     try:
-        os.close(libc.call("syscall", _OPENAT2, fd, path.encode(), _how_address, _how_size))
+        os.close(open_directory(fd, path))
     except OSError:
         return False
     return True

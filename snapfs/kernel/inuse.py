@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from snapfs.kernel import mountapi
+from snapfs.kernel.spare import Spare
 
 _FREE = (0, errno.ESTALE, errno.EINVAL)
 """What a trial is answered for a directory that no overlay has."""
@@ -25,6 +26,7 @@ class UpperLayers:
     def __init__(self, ask: Callable[[str, str], None] | None, own: int = -1) -> None:
         self._ask = ask
         self._own = own
+        self._spare = Spare(2)  # the directory's, and the trial's
         self._lock = threading.Lock()  # two trials at once would find each other's upper layer in use
 
     @classmethod
@@ -45,6 +47,7 @@ class UpperLayers:
                     os.close(mount)
                 if sees and not probe.in_use(directory):
                     return probe
+            probe._spare.close()
         os.close(own)
         return cls(None)
 
@@ -57,6 +60,7 @@ class UpperLayers:
         if self._own >= 0:
             os.close(self._own)
         self._own, self._ask = -1, None
+        self._spare.close()
 
     def in_use(self, directory: str) -> bool:
         """Whether an overlay has ``directory`` as its upper layer; False where the kernel can't be asked.
@@ -66,17 +70,21 @@ class UpperLayers:
         with self._lock:
             if self._ask is None:
                 return False
-            fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                self._ask(f"/proc/self/fd/{self._own}", f"/proc/self/fd/{fd}")
-            except OSError as error:
-                if error.errno == errno.EBUSY:
-                    return True
-                if error.errno not in _FREE:
-                    raise
-            finally:
-                os.close(fd)
-            return False
+            with self._spare.given_up():
+                return self._tried(directory, self._ask)
+
+    def _tried(self, directory: str, ask: Callable[[str, str], None]) -> bool:
+        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            ask(f"/proc/self/fd/{self._own}", f"/proc/self/fd/{fd}")
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return True
+            if error.errno not in _FREE:
+                raise
+        finally:
+            os.close(fd)
+        return False
 
 
 def _as_lower(own: str, directory: str) -> None:

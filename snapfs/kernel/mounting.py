@@ -125,10 +125,13 @@ def copy_of(target: str) -> int | None:
 def overlay_device(target: str) -> str:
     """The device of the overlay that is mounted at ``target``, as ``major:minor``; "" if that is no overlay.  Raises
     OSError."""
-    if file_system_magic(target) != _OVERLAYFS_MAGIC:
-        return ""
-    device = os.stat(target).st_dev
-    return f"{os.major(device)}:{os.minor(device)}"
+    return device(target) if file_system_magic(target) == _OVERLAYFS_MAGIC else ""
+
+
+def device(path: str) -> str:
+    """The device of the file system that holds ``path``, as mount tables show it.  Raises OSError."""
+    number = os.stat(path).st_dev
+    return f"{os.major(number)}:{os.minor(number)}"
 
 
 def expire(target: str) -> bool:

@@ -15,7 +15,8 @@ _MOUNTINFO = Path("/proc/self/mountinfo")
 @dataclass(frozen=True, slots=True)
 class MountPoint:
     """One line of the table.  ``root`` is the mounted directory as a path inside its file system; ``device`` is
-    ``major:minor``; ``options`` are those of the mount, ``super_options`` those of the file system."""
+    ``major:minor``; ``options`` are those of the mount, ``super_options`` those of the file system.  ``group`` is the peer
+    group in which it shares what is mounted below it, ``master`` the one from which it receives that; 0 for none."""
 
     id: int
     device: str
@@ -25,11 +26,18 @@ class MountPoint:
     type: str
     source: str
     super_options: tuple[str, ...]
+    group: int = 0
+    master: int = 0
+
+
+def lines_of(pid: int | str) -> list[str]:
+    """The lines of the table of process ``pid``, for ``parse``; raises OSError."""
+    return Path(f"/proc/{pid}/mountinfo").read_bytes().decode(errors="surrogateescape").split("\n")[:-1]
 
 
 def mount_table() -> Iterator[MountPoint]:
     """All mounts that this process sees, in the order in which they were made."""
-    return map(parse, _MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1])
+    return map(parse, lines_of("self"))
 
 
 def mount_id(path: str) -> int:
@@ -46,7 +54,8 @@ def mount_id(path: str) -> int:
 def parse(line: str) -> MountPoint:
     """One line of the table."""
     fields, _, rest = line.partition(" - ")
-    number, _parent, device, root, target, options = fields.split(" ")[:6]
+    number, _parent, device, root, target, options, *tags = fields.split(" ")
+    propagation = dict(tag.partition(":")[::2] for tag in tags)
     kind, source, super_options = rest.split(" ", 2)
     return MountPoint(
         id=int(number),
@@ -57,6 +66,8 @@ def parse(line: str) -> MountPoint:
         type=kind,
         source=unescape(source),
         super_options=tuple(unescape(option) for option in super_options.split(",")),
+        group=int(propagation.get("shared", 0)),
+        master=int(propagation.get("master", 0)),
     )
 
 
@@ -80,7 +91,7 @@ class MountTable:
     def lines(self) -> list[str]:
         """The lines as they are now, for ``parse``."""
         os.lseek(self._fd, 0, os.SEEK_SET)
-        with open(self._fd, encoding="utf-8", errors="surrogateescape", closefd=False) as file:
+        with open(self._fd, encoding="utf-8", errors="surrogateescape", newline="\n", closefd=False) as file:
             return file.read().split("\n")[:-1]
 
 

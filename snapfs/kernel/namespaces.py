@@ -15,11 +15,11 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Generic, TypeVar
 
 from snapfs.kernel import libc
-from snapfs.kernel.mounttable import MountPoint, parse, unescape
+from snapfs.kernel.mounttable import MountPoint, lines_of, parse, unescape
+from snapfs.kernel.spare import Spare
 
 T = TypeVar("T")
 
@@ -39,8 +39,6 @@ _RDONLY = 1  # MOUNT_ATTR_RDONLY in mnt_attr
 _BUFFER = 64 << 10  # bytes for one mount, to begin with: the options of an overlay name all its layers
 
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
-
-_SPARE = 2  # descriptors that a scan takes: a namespace's, and the next one's
 
 _VANISHED = (errno.ENOENT, errno.ESRCH, errno.EINVAL)
 
@@ -82,7 +80,7 @@ class Namespaces(Generic[T]):
 
     def __init__(self, classify: Callable[[MountPoint], T | None]) -> None:
         self._own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        self._spare = [os.dup(self._own) for _ in range(_SPARE)]
+        self._spare = Spare(2)  # a namespace's, and the next one's
         self._classify = classify
         self._lock = threading.Lock()
         self._lists = True
@@ -91,8 +89,8 @@ class Namespaces(Generic[T]):
         self._buffer = ctypes.create_string_buffer(_BUFFER)
 
     def close(self) -> None:
-        for fd in (self._own, *self._spare):
-            os.close(fd)
+        os.close(self._own)
+        self._spare.close()
 
     def find(self, wanted: Callable[[T], bool]) -> list[T]:
         """The mounts of this moment, in whatever namespace, that are ``wanted``.
@@ -102,7 +100,7 @@ class Namespaces(Generic[T]):
         with self._lock:
             if self._lists:
                 try:
-                    with self._spared():
+                    with self._spare.given_up():
                         return self._find(wanted)
                 except OSError as error:
                     if error.errno not in (errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EINVAL):
@@ -114,25 +112,13 @@ class Namespaces(Generic[T]):
         """The mounts that are ``wanted``, each with the pid of a process in whose namespace it is."""
         seen: dict[str, T | None] = {}
         for pid in _one_process_a_namespace():
-            with contextlib.suppress(OSError):  # the process has ended, or is not for us to see
-                for line in Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape").split("\n")[:-1]:
+            with contextlib.suppress(OSError, ValueError):  # the process has ended, or is not for us to see
+                for line in lines_of(pid):
                     if line not in seen:
                         seen[line] = self._classify(parse(line))
                     found = seen[line]
                     if found is not None and wanted(found):
                         yield pid, found
-
-    @contextlib.contextmanager
-    def _spared(self) -> Iterator[None]:
-        """For a block that takes as many descriptors as are kept."""
-        while self._spare:
-            os.close(self._spare.pop())
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # another thread was quicker
-                while len(self._spare) < _SPARE:
-                    self._spare.append(os.dup(self._own))
 
     def _find(self, wanted: Callable[[T], bool]) -> list[T]:
         known, found = self._known, []
@@ -190,6 +176,8 @@ class Namespaces(Generic[T]):
             type=self._string(head.fs_type),
             source="",
             super_options=tuple(map(unescape, options.split(","))),
+            group=head.mnt_peer_group,
+            master=head.mnt_master,
         )
 
     def _string(self, offset: int) -> str:
@@ -243,7 +231,7 @@ def sees_mount(pid: int, target: str) -> bool:
     """Whether something is mounted at ``target`` in the mount namespace of process ``pid``, as far as that can be known: True
     where it can't."""
     try:
-        lines = Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape").split("\n")[:-1]
+        lines = lines_of(pid)
     except OSError:
         return True
     return any(parse(line).target == target for line in lines)

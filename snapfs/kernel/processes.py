@@ -41,10 +41,11 @@ def users_of_device(device: str, *, longest: float = LONGEST) -> Iterator[tuple[
         return any(os.stat(f"{process}/{link}").st_dev == number for link in ("cwd", "root", "exe"))
 
     def has_open(process: str) -> bool:
-        for fd in os.listdir(f"{process}/fd"):
-            with suppress(FileNotFoundError):  # closed meanwhile
-                if os.stat(f"{process}/fd/{fd}").st_dev == number:
-                    return True
+        for task in os.listdir(f"{process}/task"):  # a thread may have descriptors of its own
+            for fd in os.listdir(f"{process}/task/{task}/fd"):
+                with suppress(FileNotFoundError):  # closed meanwhile
+                    if os.stat(f"{process}/task/{task}/fd/{fd}").st_dev == number:
+                        return True
         return False
 
     def has_mapped(process: str) -> bool:

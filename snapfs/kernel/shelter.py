@@ -9,10 +9,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 from snapfs.kernel import mountapi, mounting
 
 INSIDE = "fs"
+
+_BENEATH = f"not-mounted-in-this-mount-namespace/{INSIDE}"
+"""Where a link leads that stands in DIRECTORY beneath the mount: nowhere, so that nothing can be made by way of it, either."""
 
 
 def put(tree: int, directory: str) -> None:
@@ -54,6 +58,21 @@ def put_classic(mount: Callable[[str], None], directory: str) -> None:
     except OSError:
         remove(directory)
         raise
+
+
+def prepare(directory: str) -> None:
+    """Make DIRECTORY, which may be there, for a mount.  Raises OSError."""
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    with suppress(OSError):  # it is there; or the disk is full, or read-only by now
+        os.symlink(_BENEATH, f"{directory}/{INSIDE}")
+
+
+def clear(directory: str) -> None:
+    """Take out of DIRECTORY, where nothing is mounted, what ``prepare`` has put in."""
+    path = f"{directory}/{INSIDE}"
+    with suppress(OSError):
+        if os.readlink(path) == _BENEATH:
+            os.unlink(path)
 
 
 def remove(directory: str) -> None:
