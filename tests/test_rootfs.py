@@ -25,6 +25,7 @@ import trio
 
 from snapfs import open_snapshotter
 from snapfs.errors import AlreadyExists, Busy, Closed, NotFound
+from snapfs.inuse import Closing
 from snapfs.kernel import mounting, processes
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.model import Kind
@@ -1362,3 +1363,57 @@ def test_below_a_shared_mount(make_daemon: Make, tmp_path: Path) -> None:
         service.communicate("\n", timeout=30)
         daemon.cleanup()
         subprocess.run(["umount", "-l", str(shared)], check=True)
+
+
+async def test_what_is_being_flushed_is_not_mounted_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would mount a second overlay on the layer without a word, and not see later that it is there."""
+    flushed, run = threading.Event(), Closing.run
+
+    def flush(closing: Closing) -> None:
+        assert flushed.wait(20)
+        run(closing)
+
+    monkeypatch.setattr(Closing, "run", flush)
+    monkeypatch.setattr(Closing, "is_flush", lambda closing: True)
+    monkeypatch.setattr("snapfs.rootfs.FLUSHING", 0.05)
+    async with open_snapshotter(root) as snapshotter:
+        await snapshotter.prepare("b")
+        await snapshotter.commit("base", "b")
+        await snapshotter.prepare("web", "base")
+        assert os.listdir(await snapshotter.mount("web")) == []
+        await snapshotter.hand_over("web")
+        with pytest.raises(Busy, match="still being written to the disk"):
+            await snapshotter.mount("web")
+        flushed.set()
+        monkeypatch.setattr("snapfs.rootfs.FLUSHING", 20)
+        assert os.listdir(await snapshotter.mount("web")) == []
+
+
+async def test_a_commit_that_is_cancelled_while_it_looks_for_users_leaves_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searching, go_on = trio.Event(), threading.Event()
+
+    def search(device: str, *, longest: float) -> Iterator[tuple[int, str]]:
+        trio.from_thread.run_sync(searching.set)
+        assert go_on.wait(20)
+        yield from ()
+
+    async with open_snapshotter(root) as snapshotter, trio.open_nursery() as nursery:
+        await snapshotter.prepare("web")
+        await snapshotter.mount("web")
+        monkeypatch.setattr("snapfs.rootfs.MUCH", 0)
+        monkeypatch.setattr("snapfs.rootfs.users_of_device", search)
+        with trio.CancelScope() as scope:
+            nursery.start_soon(_when, searching, scope.cancel)
+            await snapshotter.commit("v1", "web")
+        assert scope.cancelled_caught
+        go_on.set()
+        monkeypatch.setattr("snapfs.rootfs.MUCH", 1 << 40)
+        assert os.listdir(await snapshotter.mount("web")) == []
+        await snapshotter.commit("v1", "web")
+
+
+async def _when(event: trio.Event, call: Callable[[], None]) -> None:
+    await event.wait()
+    call()
