@@ -64,6 +64,15 @@ def test_it_says_in_one_line_when_it_is_ready(make_daemon: Make) -> None:
         assert process.wait(timeout=30) == 0
 
 
+def test_who_reads_no_further_than_that_it_is_ready_does_it_no_harm(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    assert daemon.process is not None
+    assert daemon.process.stderr is not None
+    daemon.process.stderr.close()
+    daemon.process.terminate()
+    assert daemon.process.wait(timeout=30) == 0
+
+
 def test_the_root_is_made_where_it_is_missing(make_daemon: Make, tmp_path: Path) -> None:
     daemon = make_daemon(root=tmp_path / "not/yet/there").start()
     assert [oct(os.stat(path).st_mode & 0o777) for path in (daemon.root, daemon.root / "snapshots")] == ["0o700", "0o700"]

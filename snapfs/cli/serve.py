@@ -145,7 +145,8 @@ def _serve(given: Given) -> int:
         logging.getLogger(__name__).critical("a fault of snapfs has ended it", exc_info=True)
         logs.say(f"ended: {type(error).__name__}: {error}", logging.ERROR)
         return 1
-    logs.say(f"ended: {reason}")
+    with contextlib.suppress(BrokenPipeError):  # who waited for it to be ready may not read any more
+        logs.say(f"ended: {reason}")
     return 0
 
 

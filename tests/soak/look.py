@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import stat
+import time
 import zlib
 from functools import partial
 from typing import Any
 
 from snapfs.model import Kind
+from snapfs.tree.tree import HIDDEN
 from tests.soak.client import file_name
 from tests.soak.model import ENTRIES, Model, Snapshot
 
@@ -33,7 +35,12 @@ class Look:
     def listing(self, its: Snapshot) -> list[str]:
         """Its entries, which must be those that it has."""
         expected = ENTRIES[its.kind] | ({"parent"} if its.parent is not None else set())
+        began = time.monotonic()
         found = self.client.must("list", its.path, lambda: os.listdir(its.path))
+        if began > its.unlinked[1] + HIDDEN:
+            its.hidden.clear()
+        elif time.monotonic() > its.unlinked[0] + HIDDEN:  # they are just coming back
+            its.hidden -= set(found)
         wrong = sorted(set(found) ^ (expected - its.hidden))
         self.client.check(not wrong and len(set(found)) == len(found), its.key, f"{its.path} has {found}: what of {wrong}?")
         return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -22,8 +23,9 @@ ENTRIES = {
 
 @dataclass
 class Snapshot:
-    """One snapshot.  ``layer``: its own files, None for a whiteout; ``hidden``: entries that were unlinked; ``followed``:
-    whether its rootfs was entered; ``refused``: begin and end of the last refusal to delete a part of it."""
+    """One snapshot.  ``layer``: its own files, None for a whiteout; ``hidden``: entries that were unlinked, and ``unlinked``:
+    begin and end of the last time; ``followed``: whether its rootfs was entered; ``refused``: begin and end of the last refusal
+    to delete a part of it."""
 
     key: str
     kind: Kind
@@ -32,12 +34,20 @@ class Snapshot:
     labels: dict[str, str] = field(default_factory=dict)
     layer: dict[str, bytes | None] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)
+    unlinked: tuple[float, float] = (-1e9, -1e9)
     followed: bool = False
     refused: tuple[float, float] = (-1e9, -1e9)
 
     @property
     def path(self) -> str:
         return f"{self.kind}/{file_name(self.key)}"
+
+    def hide(self, name: str, unlink: Callable[[], object]) -> None:
+        """Unlink its entry ``name``."""
+        began = time.monotonic()
+        unlink()
+        self.hidden.add(name)
+        self.unlinked = began, time.monotonic()
 
     def label(self, label: str) -> str:
         """The path of one of its labels."""

@@ -7,7 +7,9 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 from snapfs.model import Kind
 from tests.soak.client import Client, file_name
@@ -15,6 +17,14 @@ from tests.soak.files import Files
 from tests.soak.labels import Labels
 from tests.soak.look import Look
 from tests.soak.model import Model, Snapshot, inside
+
+T = TypeVar("T")
+
+
+def by_another(work: Callable[[], T]) -> T:
+    """``work`` by a thread of its own, which has read nothing: who has read all of a snapshot and deletes it moves it."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(work).result()
 
 
 class Private:
@@ -164,20 +174,22 @@ class Private:
             self.fail_to_remove(its)
             return
         with self.model.perhaps_held(its) as held:
-            for name in self.look.listing(its):
-                path = f"{its.path}/{name}"
-                if not stat.S_ISDIR(self.client.must("lstat", path, partial(os.lstat, path)).st_mode):
-                    self.client.must("unlink", path, partial(os.unlink, path))
-                else:
-                    if name == "labels":
-                        for label in list(its.labels):
-                            self.labels.unlinked(its, label)
-                    self.client.must("rmdir", path, partial(os.rmdir, path))
-                its.hidden.add(name)
+            by_another(lambda: self.delete_entries(its))
             removed = self.client.expect(errno.EBUSY if held else 0, "rmdir", its.path, lambda: os.rmdir(its.path))
         if not removed:
             self.client.must("rmdir", its.path, lambda: os.rmdir(its.path))
         self.removed(its.key, its.path)
+
+    def delete_entries(self, its: Snapshot) -> None:
+        for name in self.look.listing(its):
+            path = f"{its.path}/{name}"
+            if not stat.S_ISDIR(self.client.must("lstat", path, partial(os.lstat, path)).st_mode):
+                its.hide(name, partial(self.client.must, "unlink", path, partial(os.unlink, path)))
+            else:
+                if name == "labels":
+                    for label in list(its.labels):
+                        self.labels.unlinked(its, label)
+                its.hide(name, partial(self.client.must, "rmdir", path, partial(os.rmdir, path)))
 
     def fail_to_remove(self, its: Snapshot) -> None:
         for name in self.look.listing(its):
@@ -185,7 +197,7 @@ class Private:
             if name in list(Kind):
                 for child in self.model.children(its.key):
                     if child.kind == name:
-                        self.refused_part(its, "unlink", child.inside(its.key), os.unlink)
+                        self.refused_part(its, "unlink", child.inside(its.key), os.unlink, errno.EPERM)
                         refusals += 1
             elif name == "labels":
                 for label in its.labels:
@@ -198,9 +210,11 @@ class Private:
                 self.refused_part(its, "rmdir", path, os.rmdir)
         self.look.check_snapshot(its)
 
-    def refused_part(self, its: Snapshot, operation: str, path: str, work: Callable[[str], None]) -> None:
+    def refused_part(
+        self, its: Snapshot, operation: str, path: str, work: Callable[[str], None], number: int = errno.ENOTEMPTY
+    ) -> None:
         began = time.monotonic()
-        self.client.must_not(errno.ENOTEMPTY, operation, path, lambda: work(path))
+        self.client.must_not(number, operation, path, lambda: work(path))
         its.refused = began, time.monotonic()
 
     def hide(self) -> None:
@@ -208,15 +222,16 @@ class Private:
         its = self.model.some()
         if its is None or self.pick.random() < 0.5:
             return
-        names = [name for name in self.look.listing(its) if name not in ("labels", "rootfs", *Kind)]
+        names = [name for name in by_another(partial(self.look.listing, its)) if name not in ("labels", "rootfs", *Kind)]
         if not names:
             return
         path = f"{its.path}/{self.pick.choice(names)}"
         if self.model.children(its.key):
             self.refused_part(its, "unlink", path, os.unlink)
         else:
-            self.client.must("unlink", path, lambda: os.unlink(path))
-            its.hidden.add(os.path.basename(path))
+            its.hide(
+                os.path.basename(path), lambda: by_another(lambda: self.client.must("unlink", path, lambda: os.unlink(path)))
+            )
 
     def forbidden(self) -> None:
         """What has no meaning."""
