@@ -35,7 +35,7 @@ class Agreeing:
     def __init__(self, layers: Layers, records: MetaStore, boot: str) -> None:
         self._layers = layers
         self._records = records
-        self._note = f"agreed {boot}"
+        self._note = f"agreed {boot}".rstrip()  # of a file system that tells nothing of its mounts the boot is all
         self.is_known = not layers.bears_imprints or layers.found_note == self._note
         """Whether all agree, as far as this process can tell."""
         self.settled = trio.Event()

@@ -145,7 +145,7 @@ class Mounted:
         bound: defaultdict[int, list[Place]] = defaultdict(list)
         stacked: defaultdict[tuple[int, ...], list[Place]] = defaultdict(list)
         for line in self._table.lines():
-            if "/fs" not in line or " - tmpfs " in line or (place := self._place(parse(line))) is None:
+            if "/fs" not in line or (place := self._place(parse(line))) is None:
                 continue
             if place.upper is not None:
                 upper[place.upper].append(place)
