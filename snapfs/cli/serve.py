@@ -7,6 +7,7 @@ import grp
 import os
 import pwd
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -145,8 +146,10 @@ def _serve(given: Given) -> int:
         logging.getLogger(__name__).critical("a fault of snapfs has ended it", exc_info=True)
         logs.say(f"ended: {type(error).__name__}: {error}", logging.ERROR)
         return 1
-    with contextlib.suppress(BrokenPipeError):  # who waited for it to be ready may not read any more
+    try:
         logs.say(f"ended: {reason}")
+    except BrokenPipeError:  # who waited for it to be ready may not read any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # or the interpreter's end would try to write it again
     return 0
 
 

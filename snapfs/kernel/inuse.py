@@ -68,10 +68,8 @@ class UpperLayers:
         Raises OSError where it does not answer that.
         """
         with self._lock:
-            if self._ask is None:
-                return False
-            with self._spare.given_up():
-                return self._tried(directory, self._ask)
+            ask = self._ask
+            return ask is not None and self._spare.give_to(lambda: self._tried(directory, ask))
 
     def _tried(self, directory: str, ask: Callable[[str, str], None]) -> bool:
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

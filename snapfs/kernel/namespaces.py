@@ -100,8 +100,7 @@ class Namespaces(Generic[T]):
         with self._lock:
             if self._lists:
                 try:
-                    with self._spare.given_up():
-                        return self._find(wanted)
+                    return self._spare.give_to(lambda: self._find(wanted))
                 except OSError as error:
                     if error.errno not in (errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EINVAL):
                         raise

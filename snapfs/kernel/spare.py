@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+T = TypeVar("T")
+
+PATIENCE = 0.25  # seconds that it is tried for, while other threads have taken what was given up
 
 
 class Spare:
@@ -24,11 +31,16 @@ class Spare:
         while self._kept:
             os.close(self._kept.pop())
 
-    @contextmanager
-    def given_up(self) -> Iterator[None]:
-        """For a block that takes as many."""
-        self.close()
-        try:
-            yield
-        finally:
-            self._keep()
+    def give_to(self, work: Callable[[], T]) -> T:
+        """What ``work``, which takes as many, returns.  Raises what it raises."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            self.close()
+            try:
+                return work()
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or time.monotonic() > deadline:
+                    raise
+            finally:
+                self._keep()
+            time.sleep(0.005)
