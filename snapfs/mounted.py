@@ -25,12 +25,14 @@ _COLON = re.compile(r"((?:[^\\:]|\\.)*)(?::|\Z)", re.DOTALL)
 class Place:
     """One mount: its target, whether it can be written, and which directory of what it mounts it shows ("": the whole).
 
-    ``device`` is that of the mounted file system, as ``major:minor``; ``id``, ``group`` and ``master`` are the mount's own.
+    ``device`` is that of the mounted file system, as ``major:minor``; ``id``, ``unique``, ``group`` and ``master`` are the
+    mount's own, as in ``MountPoint``.
     ``bound`` is the snapshot whose layer is bound.  ``upper`` and ``lowers`` are the snapshots whose layers an overlay has, by
     what was said to it (``upperdir``), which anybody can write: in a namespace of their own, or before ROOT was moved.
     """
 
     id: int
+    unique: int
     group: int
     master: int
     target: str
@@ -163,12 +165,16 @@ class Mounted:
             texts = [option[9:] for option in mount.super_options if option.startswith("upperdir=")]
             above = self._number(texts[0]) if texts else None
             overlay = above, self._lowers(mount), None, "".join(texts)
-            return Place(mount.id, mount.group, mount.master, mount.target, writable, inside, mount.device, *overlay)
+            return Place(
+                mount.id, mount.unique, mount.group, mount.master, mount.target, writable, inside, mount.device, *overlay
+            )
         if found := self._bound_layer(mount):
             inside = found[1]
-            return Place(mount.id, mount.group, mount.master, mount.target, writable, inside, mount.device, bound=found[0])
+            return Place(
+                mount.id, mount.unique, mount.group, mount.master, mount.target, writable, inside, mount.device, bound=found[0]
+            )
         if mount.type == "tmpfs":  # it may be a shelter
-            return Place(mount.id, mount.group, mount.master, mount.target, writable, mount.root, mount.device)
+            return Place(mount.id, mount.unique, mount.group, mount.master, mount.target, writable, mount.root, mount.device)
         return None
 
     def _lowers(self, mount: MountPoint) -> tuple[int, ...]:

@@ -206,7 +206,7 @@ class Rootfs:
                 os.close(held.copy)
 
     def _end(self, held: _Held) -> None:
-        target, shelters = self._layers.rootfs(held.number), set[tuple[str, int]]()
+        target, shelters = self._layers.rootfs(held.number), set[int]()
         try:
             shelters = self._shelters(held)
             self._unmount(target)
@@ -495,11 +495,11 @@ class Rootfs:
             if error.errno not in _GONE:
                 raise
 
-    def _shelters(self, held: _Held) -> set[tuple[str, int]]:
+    def _shelters(self, held: _Held) -> set[int]:
         """The mounts, in whatever namespace, that are on the directory in which ``held`` stands, ours among them."""
-        return {(place.device, place.id) for place in self._mounted.everywhere(lambda place: place.device == held.shelter)}
+        return {place.unique for place in self._mounted.everywhere(lambda place: place.device == held.shelter)} - {0}
 
-    def _clear(self, directory: str, shelters: Collection[tuple[str, int]] = ()) -> None:
+    def _clear(self, directory: str, shelters: Collection[int] = ()) -> None:
         """Remove ROOT/rootfs/<id>, and what is mounted there; what somebody has put in is kept.
 
         It stays where something is mounted on it in another namespace (of ``shelters``, which were there before ours was
@@ -507,7 +507,7 @@ class Rootfs:
         """
         shelter.remove(directory)
         target = f"{directory}/{shelter.INSIDE}"
-        if not self._mounted.everywhere(lambda place: (place.device, place.id) in shelters or place.target == target):
+        if not self._mounted.everywhere(lambda place: place.unique in shelters or place.target == target):
             shelter.clear(directory)
             self._layers.put_away(directory)
 
@@ -542,11 +542,12 @@ class Rootfs:
         if held.copy is None:
             return
         closing, held.copy = Closing(held.copy), None
-        if self._nursery is None:
-            closing.run()
-        else:
-            self._in_use.closings[held.number] = closing
-            self._nursery.start_soon(self._close, held.number, closing)
+        if self._nursery is not None:
+            with suppress(RuntimeError):  # it is being closed
+                self._nursery.start_soon(self._close, held.number, closing)
+                self._in_use.closings[held.number] = closing
+                return
+        closing.run()
 
     async def _close(self, number: int, closing: Closing) -> None:
         with trio.CancelScope(shield=True):  # or the descriptor would stay open when the library is closed

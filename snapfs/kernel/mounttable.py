@@ -16,7 +16,9 @@ _MOUNTINFO = Path("/proc/self/mountinfo")
 class MountPoint:
     """One line of the table.  ``root`` is the mounted directory as a path inside its file system; ``device`` is
     ``major:minor``; ``options`` are those of the mount, ``super_options`` those of the file system.  ``group`` is the peer
-    group in which it shares what is mounted below it, ``master`` the one from which it receives that; 0 for none."""
+    group in which it shares what is mounted below it, ``master`` the one from which it receives that; 0 for none.
+    ``unique`` is an id that is never used again, 0 where the kernel tells none.
+    """
 
     id: int
     device: str
@@ -28,6 +30,7 @@ class MountPoint:
     super_options: tuple[str, ...]
     group: int = 0
     master: int = 0
+    unique: int = 0
 
 
 def lines_of(pid: int | str) -> list[str]:

@@ -177,6 +177,7 @@ class Namespaces(Generic[T]):
             super_options=tuple(map(unescape, options.split(","))),
             group=head.mnt_peer_group,
             master=head.mnt_master,
+            unique=head.mnt_id,
         )
 
     def _string(self, offset: int) -> str:
