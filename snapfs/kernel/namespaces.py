@@ -105,19 +105,24 @@ class Namespaces(Generic[T]):
                     if error.errno not in (errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EINVAL):
                         raise
                     self._lists = False
-        return [found for _, found in self.by_process(wanted)]
+            return self._spare.give_to(lambda: [found for _, found in self.by_process(wanted)])
 
     def by_process(self, wanted: Callable[[T], bool]) -> Iterator[tuple[int, T]]:
         """The mounts that are ``wanted``, each with the pid of a process in whose namespace it is."""
         seen: dict[str, T | None] = {}
         for pid in _one_process_a_namespace():
-            with contextlib.suppress(OSError, ValueError):  # the process has ended, or is not for us to see
-                for line in lines_of(pid):
-                    if line not in seen:
-                        seen[line] = self._classify(parse(line))
-                    found = seen[line]
-                    if found is not None and wanted(found):
-                        yield pid, found
+            try:
+                lines = lines_of(pid)
+            except OSError as error:  # the process has ended, or is not for us to see
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise
+                continue
+            for line in lines:
+                if line not in seen:
+                    seen[line] = self._classify(parse(line))
+                found = seen[line]
+                if found is not None and wanted(found):
+                    yield pid, found
 
     def _find(self, wanted: Callable[[T], bool]) -> list[T]:
         known, found = self._known, []
