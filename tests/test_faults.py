@@ -508,7 +508,9 @@ def test_no_descriptors_left(make_daemon: Make, left: int) -> None:
         (mnt / f"committed/base/active/{name}").mkdir()
         (mnt / f"active/{name}/diff/file").write_text("x")
     before = descriptors(daemon)
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (max(before) + 1 + left, 4096))
+    resource.prlimit(
+        daemon.pid, resource.RLIMIT_NOFILE, (next(number for number in range(4096) if number not in before) + left, 4096)
+    )
 
     refused = 0
     for call in (
