@@ -256,7 +256,7 @@ class _Check:
                 name = self._known[number].name
                 yield Finding(
                     Problem.UNFLUSHED,
-                    text + "when the power went or the disk failed",
+                    text + "when the power went or the disk failed, or somebody was still writing",
                     f"look at them, then take it as it is with --accept {name}, or remove the snapshot",
                 )
 

@@ -26,7 +26,7 @@ from snapfs.records import Writer
 
 log = logging.getLogger(__name__)
 
-FAILED = "the disk failed"  # in place of a boot: no boot is called that, so it is lost to all of them
+FAILED = "the disk failed"  # in place of a boot, whatever made it lost: no boot is called that, so it is lost to all
 
 
 def boot_id() -> str:
@@ -39,7 +39,7 @@ class Flushing:
 
     ``fd`` is open on the layers' file system, from the start on: what the disk refuses is told once to each that has it open.
     ``boot`` tells this boot of the machine, and this mount of the disk, from others.  ``lost`` holds the ids of the snapshots
-    whose data was in memory when the power went, or the disk refused it.
+    whose data was in memory when the power went, or the disk refused it, or whose layer somebody could still write.
     """
 
     def __init__(self, layers: Layers, records: MetaStore, fd: int = -1, *, sync: bool = True) -> None:
@@ -103,13 +103,30 @@ class Flushing:
                     await self._remember_lost(numbers)
                 return
             if numbers:
-                await self._records.write(lambda writer: self.settle(writer, numbers), frees=True)
+                await self._records.write(
+                    lambda writer: self.settle(writer, [number for number in numbers if number not in self.lost]), frees=True
+                )
             error = None
         except SnapshotError as refusal:
             error = refusal
             log.error("the layers are flushed, but not marked so: %s", error)
         finally:
             flush.end(error)
+
+    async def doubt(self, number: int) -> None:
+        """The committed snapshot ``number`` is not whole: a process that nothing had shown has a file of its layer open for
+        writing.  What is not committed is left as it is."""
+        with contextlib.suppress(SnapshotError), self._records.reading() as reader:
+            record = reader.record(number)
+            if record is not None and record.kind is Kind.COMMITTED:
+                log.error(
+                    'a process that could not be found has a file of snapshot "%s" open for writing, which was committed '
+                    "meanwhile: it may change",
+                    record.name,
+                )
+                self.lost.add(number)
+        if number in self.lost:
+            await self._remember_lost([number])
 
     async def _remember_lost(self, numbers: list[int]) -> None:
         """Let a later daemon of the same boot know, which would flush again and find nothing wrong."""
@@ -174,8 +191,8 @@ class Flushing:
                 name = record.name if record else str(number)
                 raise Damaged(
                     f'the files of snapshot "{name}" may be torn, since they had not reached the disk when the power went or '
-                    f"the disk failed: look at {self._layers.fs(number)}; then remove the snapshot, or stop the daemon and "
-                    f"take it as it is: snapfs check {self._layers.root} --accept {name}"
+                    f"the disk failed, or somebody was still writing: look at {self._layers.fs(number)}; then remove the "
+                    f"snapshot, or stop the daemon and take it as it is: snapfs check {self._layers.root} --accept {name}"
                 )
 
 

@@ -3,6 +3,7 @@ flush is under way."""
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -10,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from snapfs.errors import Busy
+from snapfs.kernel import mounting
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.layers import Layers
 
@@ -20,10 +22,15 @@ class Closing:
     """The close of the copy of an overlay that is mounted here no more.
 
     If nobody else has the overlay, that writes all that the file system below has in memory, and until then the kernel says
-    that the layers are in use, though nobody can get there any more."""
+    that the layers are in use, though nobody can get there any more.
 
-    def __init__(self, copy: int) -> None:
+    With ``seal`` the overlay is made read-only before, for whoever may have it after all; ``written`` then tells whether
+    somebody has a file of it open for writing, so that it could not be."""
+
+    def __init__(self, copy: int, *, seal: bool = False) -> None:
+        self.written = False
         self._copy = copy
+        self._seal = seal
         self._thread = 0
         self._done = threading.Event()
 
@@ -35,8 +42,12 @@ class Closing:
         """Close it; blocks on the disk."""
         self._thread = threading.get_native_id()
         try:
-            os.close(self._copy)
+            if self._seal:
+                mounting.seal(self._copy)
+        except OSError as error:  # a kernel that can't
+            self.written = error.errno == errno.EBUSY
         finally:
+            os.close(self._copy)
             self._done.set()
 
     def is_flush(self) -> bool:

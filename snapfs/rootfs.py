@@ -22,7 +22,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -75,12 +75,13 @@ class _Held:
     again.
 
     ``number`` is the snapshot's id, ``mount`` the mount's; ``device`` that of the overlay (``major:minor``), "" of a bind, and
-    ``shelter`` that of what it stands in.
+    ``shelter`` that of what it stands in.  ``seal``: the overlay is to be made read-only before the copy is closed.
     """
 
     def __init__(self, number: int, target: str) -> None:
         self.number = number
         self.asked = 0.0
+        self.seal = False
         self.copy = mounting.copy_of(target)
         self.mount = mount_id(target)
         self.device = mounting.overlay_device(target)
@@ -106,6 +107,7 @@ class Rootfs:
         self._making_room = trio.Lock()
         self._coming = 0  # mounts that room was made for
         self._nursery: trio.Nursery | None = None
+        self._still_written: Callable[[int], Awaitable[None]] | None = None
         self._spare = Spare(1)  # which the end needs
 
     @property
@@ -179,8 +181,11 @@ class Rootfs:
             if held is not None and held.copy is not None:
                 os.close(held.copy)
 
-    async def run(self, task_status: trio.TaskStatus[None]) -> None:
-        """Unmount what is not used, until cancelled; then everything."""
+    async def run(self, still_written: Callable[[int], Awaitable[None]], task_status: trio.TaskStatus[None]) -> None:
+        """Unmount what is not used, until cancelled; then everything.
+
+        ``still_written`` is told of each snapshot that a process went on writing which could not be found before."""
+        self._still_written = still_written
         self._held = self._recovered
         try:
             async with trio.open_nursery() as self._nursery:
@@ -407,7 +412,8 @@ class Rootfs:
     async def unmounted(self, number: int) -> AsyncIterator[bool]:
         """For a block in which snapshot ``number`` must not be mounted here; gives whether it was, and then nobody has it.
 
-        Raises Busy while somebody uses it, wherever; then it is mounted as before, or in use where it can't be got from.
+        Raises Busy while somebody uses it, wherever; then it is mounted as before, or in use where it can't be got from.  Where
+        it could not be found out wholly, nobody can write into it once the block has ended without an error.
         """
         async with self._locked(number):
             held = self._held.get(number)
@@ -423,6 +429,7 @@ class Rootfs:
                 except OSError as error:
                     raise Unavailable.from_os("unmount its file system", error) from error
                 yield free
+                held.seal = free
             finally:  # not before: a journal that is made durable meanwhile waits for what is being flushed
                 if self._held.get(number) is not held:
                     self._let_go(held)
@@ -433,7 +440,7 @@ class Rootfs:
 
         Only a mount that is attached nowhere can have it, or a descriptor.  The kernel says so once our own copy is closed,
         which flushes the disk.  Where that would take long, it is looked for a process that has it, as far as /proc shows
-        them."""
+        them, and the copy is left open."""
         if _unwritten() >= MUCH:
             with trio.move_on_after(SEARCH):
                 users = functools.partial(next, users_of_device(held.device, longest=math.inf), None)
@@ -541,7 +548,7 @@ class Rootfs:
         """Close the copy, which may flush the disk, in the background; once."""
         if held.copy is None:
             return
-        closing, held.copy = Closing(held.copy), None
+        closing, held.copy = Closing(held.copy, seal=held.seal), None
         if self._nursery is not None:
             with suppress(RuntimeError):  # it is being closed
                 self._nursery.start_soon(self._close, held.number, closing)
@@ -552,6 +559,8 @@ class Rootfs:
     async def _close(self, number: int, closing: Closing) -> None:
         with trio.CancelScope(shield=True):  # or the descriptor would stay open when the library is closed
             await trio.to_thread.run_sync(closing.run, limiter=_closing)
+            if closing.written and self._still_written is not None:
+                await self._still_written(number)
         if self._in_use.closings.get(number) is closing:
             del self._in_use.closings[number]
 

@@ -131,7 +131,7 @@ class Snapshotter:
                 await nursery.start(self.flushing.run, name="snapfs flushing")
                 await nursery.start(self._scans.serve, name="snapfs scans")
                 if self.rootfs is not None:
-                    await nursery.start(self.rootfs.run, name="snapfs rootfs")
+                    await nursery.start(self.rootfs.run, self.flushing.doubt, name="snapfs rootfs")
                 await nursery.start(self._housekeeping.run, name="snapfs housekeeping")
                 nursery.start_soon(self.agreeing.run, name="snapfs agreeing")
                 if not self.options.async_remove:

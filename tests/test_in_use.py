@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +16,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
-from snapfs.kernel import mounting
+import snapfs.rootfs
+from snapfs import Change, Options, open_snapshotter
+from snapfs.errors import Damaged
+from snapfs.kernel import mountapi, mounting
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.kernel.namespaces import Namespaces
@@ -506,6 +511,64 @@ def test_asking_changes_nothing(served: Daemon) -> None:
     os.mkdir(served.mnt / "active/other")
     os.rename(served.mnt / "active/other", served.mnt / "committed/other")
     assert seen() == before
+
+
+@contextmanager
+def in_flight(where: str, name: str, flags: int) -> Iterator[socket.socket]:
+    """A descriptor of ``name`` below ``where``, opened through a mount that is gone, sent and not received."""
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        tree = mountapi.open_tree(where)
+        descriptor = os.open(name, flags, dir_fd=tree)
+        socket.send_fds(sender, [b"x"], [descriptor])
+        os.close(descriptor)
+        os.close(tree)
+        yield receiver
+
+
+async def test_who_was_not_found_can_write_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapfs.rootfs, "MUCH", 0)  # as if that much waited for the disk
+    async with open_snapshotter(tmp_path / "root", Options()) as snapshotter:
+        await snapshotter.prepare("w")
+        with in_flight(await snapshotter.mount("w"), ".", os.O_RDONLY | os.O_DIRECTORY) as receiver:
+            await snapshotter.commit("v1", "w", refuse_mounted=True)
+            with trio.fail_after(20):
+                while snapshotter._in_use.closings:
+                    await trio.sleep(0.001)
+            directory = socket.recv_fds(receiver, 1, 1)[1][0]
+            with failing(errno.EROFS):
+                os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=directory)
+            os.close(directory)
+        await snapshotter.prepare("on it", "v1")
+        assert os.listdir(await snapshotter.mount("on it")) == []
+
+
+async def test_what_is_still_written_by_somebody_is_in_doubt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(snapfs.rootfs, "MUCH", 0)
+    root = tmp_path / "root"
+    async with open_snapshotter(root, Options()) as snapshotter:
+        doubted = trio.Event()
+
+        def listen(change: Change) -> None:
+            if snapshotter.flushing.lost:
+                doubted.set()
+
+        snapshotter.subscribe(listen)
+        await snapshotter.prepare("w")
+        with in_flight(await snapshotter.mount("w"), "file", os.O_CREAT | os.O_WRONLY):
+            await snapshotter.commit("v1", "w", refuse_mounted=True, wait=False)
+            with trio.fail_after(20):
+                await doubted.wait()
+            assert 'file of snapshot "v1" open for writing' in caplog.text
+            with pytest.raises(Damaged, match="somebody was still writing"):
+                await snapshotter.prepare("on it", "v1")
+    async with open_snapshotter(root) as snapshotter:
+        with pytest.raises(Damaged, match="somebody was still writing"):
+            await snapshotter.prepare("on it", "v1")
+        await snapshotter.accept("v1")
+        await snapshotter.prepare("on it", "v1")
 
 
 def test_where_the_kernel_can_not_be_asked_nothing_is_in_use(tmp_path: Path) -> None:

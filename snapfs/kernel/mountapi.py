@@ -1,7 +1,7 @@
-"""The kernel's mount API, a function a system call: fsopen(2), fsconfig(2), fsmount(2), move_mount(2), open_tree(2),
-mount_setattr(2).  Their numbers are the same on all architectures.
+"""The kernel's mount API, a function a system call: fsopen(2), fspick(2), fsconfig(2), fsmount(2), move_mount(2),
+open_tree(2), mount_setattr(2).  Their numbers are the same on all architectures.
 
-All raise OSError, ENOSYS where the kernel lacks the call: it has the first five since 5.2, mount_setattr since 5.12.  Where
+All raise OSError, ENOSYS where the kernel lacks the call: it has the first six since 5.2, mount_setattr since 5.12.  Where
 the file system has put its reason into the context's message log, that is the error's ``strerror``.
 """
 
@@ -27,6 +27,7 @@ _SYS_MOVE_MOUNT = 429
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
+_SYS_FSPICK = 433
 _SYS_MOUNT_SETATTR = 442
 
 _AT_FDCWD = -100
@@ -34,12 +35,15 @@ _AT_EMPTY_PATH = 0x1000
 _AT_RECURSIVE = 0x8000
 _FSOPEN_CLOEXEC = 1
 _FSMOUNT_CLOEXEC = 1
+_FSPICK_CLOEXEC = 1
+_FSPICK_EMPTY_PATH = 8
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
 _FSCONFIG_SET_FD = 5
 _FSCONFIG_CMD_CREATE = 6
+_FSCONFIG_CMD_RECONFIGURE = 7
 
 _MESSAGE_MAX = 4096  # read(2) of a longer message is EMSGSIZE and leaves it in the log
 
@@ -60,6 +64,11 @@ def fsopen(kind: str) -> int:
     return libc.call("syscall", _SYS_FSOPEN, os.fsencode(kind), _FSOPEN_CLOEXEC)
 
 
+def fspick(tree: int) -> int:
+    """A descriptor of a context for the file system of the mount ``tree``, to be changed by ``reconfigure``."""
+    return libc.call("syscall", _SYS_FSPICK, tree, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH)
+
+
 def set_flag(context: int, key: str) -> None:
     """Set the parameter ``key`` that takes no value."""
     _fsconfig(context, _FSCONFIG_SET_FLAG, key)
@@ -78,6 +87,11 @@ def set_descriptor(context: int, key: str, fd: int) -> None:
 def create(context: int) -> None:
     """Make the file system with the parameters set so far."""
     _fsconfig(context, _FSCONFIG_CMD_CREATE)
+
+
+def reconfigure(context: int) -> None:
+    """Give the file system that ``fspick`` picked the parameters set since, wherever it is mounted."""
+    _fsconfig(context, _FSCONFIG_CMD_RECONFIGURE)
 
 
 def fsmount(context: int, attributes: int = 0) -> int:

@@ -96,6 +96,17 @@ def make_read_only(target: str) -> None:
     mount("", target, "", _MS_REMOUNT | _MS_BIND | MS_RDONLY | kept)
 
 
+def seal(tree: int) -> None:
+    """Let nobody write any more into the file system of the mount ``tree``, through whatever mount of it, also who is inside
+    already.  An overlay is written to the disk first.  Raises OSError: EBUSY while a file of it is open for writing."""
+    context = mountapi.fspick(tree)
+    try:
+        mountapi.set_flag(context, "ro")
+        mountapi.reconfigure(context)
+    finally:
+        os.close(context)
+
+
 def unmount(target: str, flags: int = 0) -> None:
     """umount2(2); raises OSError."""
     try:
