@@ -19,11 +19,11 @@ if TYPE_CHECKING:
         SnapshotError,
         Unavailable,
     )
-    from snapfs.metastore import MetaStore
     from snapfs.model import Change, Info, Kind, Mount, Usage
     from snapfs.opening import open_snapshotter
     from snapfs.options import Options
     from snapfs.snapshotter import Snapshotter
+    from snapfs.store.metastore import MetaStore
 
 __version__ = "0.1.0"
 

@@ -8,11 +8,15 @@ exit code.  ``str(error)`` is always one sentence that says what was wrong and, 
 from __future__ import annotations
 
 import os
-from errno import ESTALE
+from errno import EDQUOT, ENOSPC, ESTALE
 
 TYPE_CHECKING = False  # typing's own would import typing, which takes the command longer than all that it does
 if TYPE_CHECKING:
     from snapfs.model import Kind
+
+
+FULL = (ENOSPC, EDQUOT)
+"""How a disk says that it is full, or that the owner's share of it is."""
 
 
 class SnapshotError(Exception):

@@ -11,19 +11,19 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from snapfs import placing
 from snapfs.errors import Damaged, Unavailable
-from snapfs.inuse import InUse
 from snapfs.kernel import mounting, probe
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.overlay import Lacking, make_overlay
-from snapfs.layers import Layers
-from snapfs.metastore import MetaStore
 from snapfs.model import Kind
-from snapfs.mounted import Mounted
 from snapfs.options import Feature, Options, Sync
-from snapfs.rootfs import Rootfs
+from snapfs.root import placing
+from snapfs.root.inuse import InUse
+from snapfs.root.layers import Layers
+from snapfs.root.mounted import Mounted
+from snapfs.services.rootfs import Rootfs
 from snapfs.snapshotter import Snapshotter
+from snapfs.store.metastore import MetaStore
 
 log = logging.getLogger(__name__)
 

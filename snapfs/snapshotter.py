@@ -16,10 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
-from snapfs import holders, idmap, mountspec, names
-from snapfs.agreeing import Agreeing
-from snapfs.changes import changes
-from snapfs.counting import Counting
+from snapfs import idmap, mountspec, names
 from snapfs.errors import (
     AlreadyExists,
     Busy,
@@ -36,23 +33,29 @@ from snapfs.errors import (
     WrongParent,
 )
 from snapfs.filters import Filters
-from snapfs.flushing import Flushing
-from snapfs.housekeeping import Housekeeping
-from snapfs.imprint import Imprint
-from snapfs.inuse import InUse
 from snapfs.kernel import cached
 from snapfs.kernel.namespaces import is_neighbour
 from snapfs.labels import PARENT_CHAIN, PIN, UPPERDIR, Labels, check_label
-from snapfs.layers import Layers
-from snapfs.metastore import MetaStore
 from snapfs.model import Change, Info, Kind, Mount, Usage
-from snapfs.mounted import Mounted, Place
 from snapfs.options import Feature, Options, Sync
-from snapfs.placing import Placing
-from snapfs.records import Reader, Record, Writer
-from snapfs.rootfs import Rootfs, Stack
-from snapfs.sharing import Sharing
-from snapfs.trash import undeletable
+from snapfs.root import holders
+from snapfs.root.imprint import Imprint
+from snapfs.root.inuse import InUse
+from snapfs.root.layers import Layers
+from snapfs.root.mounted import Mounted, Place
+from snapfs.root.placing import Placing
+from snapfs.root.trash import undeletable
+from snapfs.scan.changes import changes
+from snapfs.scan.sharing import Sharing
+from snapfs.services.agreeing import Agreeing
+from snapfs.services.counting import Counting
+from snapfs.services.flushing import Flushing
+from snapfs.services.housekeeping import Housekeeping
+from snapfs.services.rootfs import Rootfs, Stack
+from snapfs.store.metastore import MetaStore
+from snapfs.store.reading import Reader
+from snapfs.store.schema import Record
+from snapfs.store.writing import Operation, Writer
 
 T = TypeVar("T")
 
@@ -620,7 +623,7 @@ class Snapshotter:
     async def changes(self, key: Ref, consume: Callable[[Iterable[str]], T]) -> T:
         """What an active or committed snapshot changed against its parent: what ``consume`` makes of the lines, ``list`` say.
 
-        It is called in a worker thread, with one line a path as it is found (``snapfs/changes.py`` says which).  All who ask at
+        It is called in a worker thread, with one line a path as it is found (``scan/changes.py`` says which).  All who ask at
         once with the same ``consume`` share a scan, begun after they asked, and its result.
 
         Raises NotFound; FailedPrecondition: a view, or a directory that was renamed with redirect_dir=on; Damaged.
@@ -744,7 +747,7 @@ class Snapshotter:
         self._refuse_closed()
         return self.records.reading(long=long)
 
-    async def _write_record(self, operation: Callable[[Writer], T], *, frees: bool = False) -> T:
+    async def _write_record(self, operation: Operation[T], *, frees: bool = False) -> T:
         self._refuse_closed()
         return await self.records.write(operation, frees=frees)
 

@@ -12,11 +12,12 @@ import lmdb
 import msgspec
 import trio
 
-from snapfs import Kind, Options, Snapshotter, Usage, imprint, open_snapshotter
+from snapfs import Kind, Options, Snapshotter, Usage, open_snapshotter
 from snapfs.kernel.mounttable import mount_table
-from snapfs.layers import parse_id
-from snapfs.metastore import MetaStore
-from snapfs.usage import disk_usage
+from snapfs.root import imprint
+from snapfs.root.layers import parse_id
+from snapfs.scan.usage import disk_usage
+from snapfs.store.metastore import MetaStore
 
 Files = dict[str, str]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import atheris
 import msgspec
 
-with atheris.instrument_imports(include=["snapfs.names", "snapfs.filters", "snapfs.metastore"]):
+with atheris.instrument_imports(include=["snapfs.names", "snapfs.filters", "snapfs.store.metastore"]):
     from snapfs import filters, metastore, names  # noqa: F401
 from tests import invariants
 from tests.invariants import TABLES, Put

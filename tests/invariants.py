@@ -15,9 +15,10 @@ import msgspec
 from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument, NameTooLong, NotUtf8
 from snapfs.filters import Filters
-from snapfs.metastore import MetaStore
 from snapfs.model import Info, Kind, Usage
-from snapfs.records import Reader, Record
+from snapfs.store.metastore import MetaStore
+from snapfs.store.reading import Reader
+from snapfs.store.schema import Record
 
 TABLES = ("meta", "snapshots", "names", "active", "view", "committed", "children", "uncounted", "unflushed")
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 
 from snapfs import Damaged, FailedPrecondition, Kind, Options, Snapshotter, open_snapshotter
-from snapfs.records import Reader, Record
+from snapfs.store.reading import Reader
+from snapfs.store.schema import Record
 from tests.disk import Disk, after_power_cut, loop_device, mounted
 
 Content = Mapping[str, bytes]

@@ -13,20 +13,21 @@ import msgspec
 import pytest
 import trio
 
-from snapfs import Kind, Snapshotter, imprint, open_snapshotter
-from snapfs.checking import Problem, check
+from snapfs import Kind, Snapshotter, open_snapshotter
 from snapfs.errors import Unavailable
-from snapfs.imprint import Imprint
-from snapfs.layers import Layers
-from snapfs.rebuilding import rebuild
-from snapfs.records import Writer
+from snapfs.offline.checking import Problem, check
+from snapfs.offline.rebuilding import rebuild
+from snapfs.root import imprint
+from snapfs.root.imprint import Imprint
+from snapfs.root.layers import Layers
+from snapfs.store.writing import Writer
 from tests.conftest import Daemon, until
 
 KILLED = """
 import os, signal, sys, trio
 from snapfs import open_snapshotter
-from snapfs.layers import Layers
-from snapfs.records import Writer
+from snapfs.root.layers import Layers
+from snapfs.store.writing import Writer
 
 async def main():
     async with open_snapshotter(sys.argv[1]) as snapshotter:
@@ -127,7 +128,7 @@ async def test_after_another_boot_all_is_compared_once(root: Path, monkeypatch: 
     await fill(root)
     os.removexattr(root / "snapshots/2", imprint.ATTRIBUTE)
     reads = Reads(monkeypatch)
-    monkeypatch.setattr("snapfs.flushing.boot_id", lambda: "another boot")
+    monkeypatch.setattr("snapfs.services.flushing.boot_id", lambda: "another boot")
     async with open_snapshotter(root) as snapshotter:
         await agreed(snapshotter)
         assert reads.count == 4, "three, and that which disagrees once more"
@@ -147,7 +148,7 @@ async def test_whoever_ends_before_all_is_compared_leaves_it_to_the_next(root: P
         await go_on.wait()
 
     with monkeypatch.context() as patch:
-        patch.setattr("snapfs.agreeing.Agreeing._compare", never)
+        patch.setattr("snapfs.services.agreeing.Agreeing._compare", never)
         async with open_snapshotter(root):
             await begun.wait()
     async with open_snapshotter(root) as snapshotter:
@@ -201,7 +202,7 @@ async def test_what_could_not_be_taken_back_is_mended_by_the_next_start(root: Pa
 
 async def test_damage_and_changes_meanwhile_stop_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What can't be told is left as it is, and while all is compared snapshots come, go and change."""
-    monkeypatch.setattr("snapfs.agreeing.CHUNK", 2)
+    monkeypatch.setattr("snapfs.services.agreeing.CHUNK", 2)
     await fill(root, 20)
 
     async with open_snapshotter(root) as snapshotter:

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 import trio
 
-import snapfs.backup
+import snapfs.offline.backup
 from snapfs import AlreadyExists, Damaged, InvalidArgument, MetaStore, Snapshotter, Unavailable, open_snapshotter
-from snapfs.backup import Backup, backup
 from snapfs.cli import main
 from snapfs.kernel.mounttable import mount_table
-from snapfs.rootlock import at_rest
+from snapfs.offline.backup import Backup, backup
+from snapfs.root.lock import at_rest
 from tests.conftest import Daemon, until
 from tests.test_lmdb import readers
 from tests.test_metastore import check_indexes
@@ -244,11 +244,11 @@ def test_a_start_waits_for_a_backup_to_end(served: Path, monkeypatch: pytest.Mon
     (served / "lock").write_text(f"{ended.pid}\n")  # who had it last
     with ExitStack() as copying:
         assert copying.enter_context(at_rest(str(served))) is None
-        monkeypatch.setattr("snapfs.rootlock.DYING", 0.0)
+        monkeypatch.setattr("snapfs.root.lock.DYING", 0.0)
         with pytest.raises(Unavailable, match=r"is in use by a backup, .* wait for it"):
             trio.run(start)
-        monkeypatch.setattr("snapfs.rootlock.DYING", 60.0)
-        monkeypatch.setattr("snapfs.rootlock.time.sleep", wait)
+        monkeypatch.setattr("snapfs.root.lock.DYING", 60.0)
+        monkeypatch.setattr("snapfs.root.lock.time.sleep", wait)
         trio.run(start)
     assert len(waited) == 1
 
@@ -272,7 +272,7 @@ def test_a_mountpoint_is_recovered_while_a_backup_is_made(daemon: Daemon) -> Non
 
 def test_a_daemon_that_came_while_it_was_copied(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It did not know of the copy, which is therefore made again."""
-    real, copies = snapfs.backup._copy_with, list[int | None]()
+    real, copies = snapfs.offline.backup._copy_with, list[int | None]()
     (daemon.mnt / "active/web").mkdir()
 
     def copy(records: str, table: int | None, room: int, fd: int) -> None:
@@ -284,7 +284,7 @@ def test_a_daemon_that_came_while_it_was_copied(daemon: Daemon, tmp_path: Path, 
         else:
             real(records, table, room, fd)
 
-    monkeypatch.setattr(snapfs.backup, "_copy_with", copy)
+    monkeypatch.setattr(snapfs.offline.backup, "_copy_with", copy)
     assert backup(str(daemon.root), str(tmp_path / "file")).snapshots == 1
     assert len(copies) == 2
     assert None not in copies
@@ -293,7 +293,7 @@ def test_a_daemon_that_came_while_it_was_copied(daemon: Daemon, tmp_path: Path, 
 
 def test_who_has_the_root_and_cannot_be_seen(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container of its own."""
-    monkeypatch.setattr(snapfs.backup, "PATIENCE", 0.0)
+    monkeypatch.setattr(snapfs.offline.backup, "PATIENCE", 0.0)
     (daemon.root / "lock").write_text("1\n")
     with pytest.raises(Unavailable, match="the process with pid 1 has them open, and can't be seen from here"):
         backup(str(daemon.root), str(tmp_path / "file"))
@@ -304,7 +304,7 @@ def test_whoever_has_the_records_though_nobody_has_the_lock(
     daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody removed ROOT/lock: a copy that nobody knows of could be of two states."""
-    monkeypatch.setattr(snapfs.backup, "PATIENCE", 0.0)
+    monkeypatch.setattr(snapfs.offline.backup, "PATIENCE", 0.0)
     (daemon.root / "lock").unlink()
     with pytest.raises(Unavailable, match="the process with pid unknown has them open"):
         backup(str(daemon.root), str(tmp_path / "file"))

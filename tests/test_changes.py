@@ -19,10 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapfs.changes import changes
 from snapfs.errors import FailedPrecondition
 from snapfs.kernel import mounting
-from snapfs.walk import Descriptors
+from snapfs.scan.changes import changes
+from snapfs.scan.walk import Descriptors
 from tests.conftest import die_with_parent
 
 
@@ -675,7 +675,7 @@ def test_a_directory_emptied_while_it_is_read(chain: Chain, monkeypatch: pytest.
         shutil.rmtree(layer / "z", ignore_errors=True)
         return []
 
-    monkeypatch.setattr("snapfs.changes.xattrs", vanishes)
+    monkeypatch.setattr("snapfs.scan.changes.xattrs", vanishes)
     assert said(chain.layers) == ["C /a/x", "A /a/y"]
 
 

@@ -30,16 +30,17 @@ from snapfs import (
     MetaStore,
     NotFound,
     Unavailable,
-    flushing,
-    imprint,
     open_snapshotter,
-    reserve,
 )
-from snapfs.checking import Finding, Problem, check
-from snapfs.imprint import Imprint
 from snapfs.kernel import mounting
-from snapfs.rebuilding import rebuild
-from snapfs.records import Record, Writer
+from snapfs.offline.checking import Finding, Problem, check
+from snapfs.offline.rebuilding import rebuild
+from snapfs.root import imprint
+from snapfs.root.imprint import Imprint
+from snapfs.services import flushing
+from snapfs.store import space
+from snapfs.store.schema import Record
+from snapfs.store.writing import Writer
 from tests.conftest import Daemon
 
 WIDE = {f"label{n}": "x" * 4000 for n in range(3)}
@@ -469,7 +470,7 @@ async def test_where_files_are_never_written_in_place_a_rebuild_leaves_nothing_b
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on btrfs: both records have had a file beside them that could be given up."""
-    monkeypatch.setattr(reserve, "_NEVER_IN_PLACE", (mounting.file_system_magic(str(filled)),))
+    monkeypatch.setattr(space, "_NEVER_IN_PLACE", (mounting.file_system_magic(str(filled)),))
     async with open_snapshotter(filled):
         pass
     for name in ("metadata.mdb.new", "metadata.mdb.new-reserve"):

@@ -427,7 +427,7 @@ def test_a_deadline_or_a_cancelled_call_leaves_all_or_nothing(client: Client, mn
 
 
 ENDLESS = """
-from snapfs import counting
+from snapfs.services import counting
 from snapfs.cli import main
 
 def disk_usage(directory, checkpoint):

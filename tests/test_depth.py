@@ -16,7 +16,8 @@ from snapfs import Kind, Options, Snapshotter, open_snapshotter
 from snapfs.errors import FailedPrecondition, TooDeep
 from snapfs.fuse.errno import errno_of
 from snapfs.options import Sync
-from snapfs.records import Record, Writer
+from snapfs.store.schema import Record
+from snapfs.store.writing import Writer
 from tests.conftest import Daemon
 from tests.containerd_client import connected
 from tests.test_cli import Command

@@ -17,7 +17,7 @@ import pytest
 from snapfs import Damaged, Options, Unavailable, open_snapshotter
 from snapfs.kernel import probe
 from snapfs.kernel.mounttable import mount_table
-from snapfs.layers import Layers
+from snapfs.root.layers import Layers
 from tests.conftest import Daemon
 from tests.disk import Disk, disk, loop_device, make_file_system, mounted
 

@@ -16,8 +16,8 @@ import pytest
 import trio
 
 from snapfs import Kind, Options, SnapshotError, Snapshotter, Unavailable, open_snapshotter
-from snapfs import flushing as flushing_room
 from snapfs.kernel import mounting
+from snapfs.services import flushing as flushing_room
 from tests.disk import BLOCK, Disk, Write, after_power_cut, disk, loop_device, mounted
 
 ROUNDS = 16

@@ -20,11 +20,11 @@ import pytest
 import trio
 
 from snapfs import Snapshotter, open_snapshotter
-from snapfs.backup import backup
 from snapfs.errors import AlreadyExists, Damaged, Unavailable
-from snapfs.metastore import MetaStore
-from snapfs.records import Writer
-from snapfs.reserve import RESERVE
+from snapfs.offline.backup import backup
+from snapfs.store.metastore import MetaStore
+from snapfs.store.space import RESERVE
+from snapfs.store.writing import Writer
 from tests.conftest import Daemon, until
 from tests.disk import loop_device, make_file_system, mounted
 from tests.test_metastore import Held, adding, check_indexes
@@ -39,7 +39,7 @@ TINY = 1 << 16  # bytes: what the tables take when they are made
 async def test_the_map_grows_while_there_is_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody meets a full map.  Each operation is there once, and what it did besides is done once."""
     store = MetaStore(str(tmp_path / "m"), map_size=TINY)
-    monkeypatch.setattr("snapfs.reserve.STEP", 1 << 16)
+    monkeypatch.setattr("snapfs.store.space.STEP", 1 << 16)
     sizes = {store.map_size}
     undone: list[str] = []
     done: list[str] = []
@@ -184,7 +184,7 @@ async def test_no_room_for_what_a_directory_says_of_its_snapshot(root: Path, mon
     async with open_snapshotter(root) as snapshotter:
         await snapshotter.prepare("before")
         with monkeypatch.context() as patch:
-            patch.setattr("snapfs.imprint.write", full)
+            patch.setattr("snapfs.root.imprint.write", full)
             with pytest.raises(Unavailable) as caught:
                 await snapshotter.prepare("web")
         assert caught.value.errno == errno.ENOSPC
@@ -210,7 +210,7 @@ def removing(name: str) -> Callable[[Writer], None]:
 async def test_the_reserve_is_for_removing_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """On a full disk, or at the end of a quota, everything is refused that takes room; removing goes on, batch after batch."""
     store = MetaStore(str(tmp_path / "m"), map_size=TINY)
-    monkeypatch.setattr("snapfs.reserve.STEP", 1 << 16)
+    monkeypatch.setattr("snapfs.store.space.STEP", 1 << 16)
 
     def refuse(fd: int, offset: int, length: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -480,7 +480,7 @@ async def test_no_address_space_to_grow_into(tmp_path: Path, monkeypatch: pytest
     async with trio.open_nursery() as nursery:
         await nursery.start(store.serve)
         with monkeypatch.context() as patch:
-            patch.setattr("snapfs.environment.refuse_without_address_space", refuse)
+            patch.setattr("snapfs.store.environment.refuse_without_address_space", refuse)
             with pytest.raises(Unavailable, match="Cannot allocate memory") as caught:
                 for n in range(1000):
                     await store.write(adding(f"{n:0200d}"))

@@ -14,9 +14,9 @@ import pytest
 import trio
 
 from snapfs import Damaged, FailedPrecondition, Options, Snapshotter, Unavailable, open_snapshotter
-from snapfs import flushing as room
 from snapfs.kernel import mounting
 from snapfs.options import Sync
+from snapfs.services import flushing as room
 from snapfs.tree import Tree
 from tests.conftest import Daemon, loop_mounted
 

@@ -37,7 +37,7 @@ from snapfs.filters import Filters
 from snapfs.labels import MAX
 from snapfs.model import Info, Kind
 from snapfs.options import Options, Sync
-from snapfs.records import IDS
+from snapfs.store.schema import IDS
 from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.labels import LabelsDirectory
 from snapfs.tree.node import Directory, File, Link

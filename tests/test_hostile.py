@@ -19,14 +19,14 @@ from pathlib import Path
 import pytest
 
 from snapfs import names, open_snapshotter
-from snapfs.changes import changes
 from snapfs.errors import Unavailable
 from snapfs.kernel import mounting
-from snapfs.layers import Layers, Top
 from snapfs.model import Kind
-from snapfs.trash import DEPTH
-from snapfs.usage import disk_usage
-from snapfs.walk import Descriptors, directories
+from snapfs.root.layers import Layers, Top
+from snapfs.root.trash import DEPTH
+from snapfs.scan.changes import changes
+from snapfs.scan.usage import disk_usage
+from snapfs.scan.walk import Descriptors, directories
 from tests.conftest import Daemon
 from tests.test_fuzz import bounded
 from tests.test_serve import is_mounted, refusal

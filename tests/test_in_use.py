@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import trio
 
-import snapfs.rootfs
+import snapfs.services.rootfs
 from snapfs import Change, Options, open_snapshotter
 from snapfs.errors import Damaged
 from snapfs.kernel import mountapi, mounting
@@ -527,7 +527,7 @@ def in_flight(where: str, name: str, flags: int) -> Iterator[socket.socket]:
 
 
 async def test_who_was_not_found_can_write_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapfs.rootfs, "MUCH", 0)  # as if that much waited for the disk
+    monkeypatch.setattr(snapfs.services.rootfs, "MUCH", 0)  # as if that much waited for the disk
     async with open_snapshotter(tmp_path / "root", Options()) as snapshotter:
         await snapshotter.prepare("w")
         with in_flight(await snapshotter.mount("w"), ".", os.O_RDONLY | os.O_DIRECTORY) as receiver:
@@ -546,7 +546,7 @@ async def test_who_was_not_found_can_write_no_more(tmp_path: Path, monkeypatch: 
 async def test_what_is_still_written_by_somebody_is_in_doubt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(snapfs.rootfs, "MUCH", 0)
+    monkeypatch.setattr(snapfs.services.rootfs, "MUCH", 0)
     root = tmp_path / "root"
     async with open_snapshotter(root, Options()) as snapshotter:
         doubted = trio.Event()

@@ -19,6 +19,7 @@ import pytest
 import trio
 from lmdb.verify import verify
 
+import snapfs
 from snapfs import (
     Damaged,
     Kind,
@@ -27,14 +28,12 @@ from snapfs import (
     SnapshotError,
     Snapshotter,
     Unavailable,
-    environment,
-    locktable,
-    metastore,
     open_snapshotter,
 )
 from snapfs.errors import Forked
 from snapfs.kernel import mounting
-from snapfs.rootlock import is_abandoned
+from snapfs.root.lock import is_abandoned
+from snapfs.store import environment, locktable
 from snapfs.tree import Tree
 from snapfs.tree.tree import ROOT_INODE
 from tests.conftest import die_with_parent
@@ -42,7 +41,7 @@ from tests.test_metastore import adding, check_indexes
 from tests.test_metastore import store as store
 from tests.test_tree import crawl
 
-PACKAGE = Path(metastore.__file__).parent
+PACKAGE = Path(snapfs.__file__).parent
 
 
 def readers(env: lmdb.Environment) -> list[str]:
@@ -203,7 +202,7 @@ async def test_who_waits_too_long_for_a_place_is_told(store: MetaStore, monkeypa
 
 KILLED_READER = """
 import os, signal, sys
-from snapfs.locktable import open_environment, table_of
+from snapfs.store.locktable import open_environment, table_of
 env = open_environment(sys.argv[1], table_of(os.getppid(), sys.argv[1]), readonly=True)
 kept = [env.begin() for _ in range(int(sys.argv[2]))]
 os.kill(os.getpid(), signal.SIGKILL)
@@ -279,7 +278,8 @@ def test_what_a_killed_process_left_in_memory_goes(tmp_path: Path, monkeypatch: 
     memory.mkdir()
     monkeypatch.setattr(locktable, "_MEMORY", str(memory))
     killed = (
-        "import os, signal, sys, lmdb; from snapfs import MetaStore, locktable; locktable._MEMORY = sys.argv[2]\n"
+        "import os, signal, sys, lmdb; from snapfs import MetaStore\n"
+        "from snapfs.store import locktable; locktable._MEMORY = sys.argv[2]\n"
         "lmdb.open = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\nMetaStore(sys.argv[1])"
     )
     for _ in range(2):
@@ -529,7 +529,7 @@ async def test_a_damaged_page_is_told_and_never_read_as_other_records(tmp_path: 
         await nursery.start(store.serve)
         await store.write(adding("base", Kind.COMMITTED))
         for part in range(5):
-            await store.write(lambda writer, part=part: [adding(f"{part}-{n}", parent=1)(writer) for n in range(200)])  # type: ignore[misc]
+            await store.write(lambda writer, part=part: [adding(f"{part}-{n}", parent=1)(writer) for n in range(200)])
         store.stop()
     store.close()
     whole = path.read_bytes()

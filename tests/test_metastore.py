@@ -17,9 +17,11 @@ import trio
 import trio.testing
 
 from snapfs import AlreadyExists, Change, Damaged, Kind, MetaStore, SnapshotError, Snapshotter, Unavailable, Usage
-from snapfs.metastore import BATCH
-from snapfs.records import SCHEMA, Reader, Record, Writer
-from snapfs.trash import DEPTH
+from snapfs.root.trash import DEPTH
+from snapfs.store.metastore import BATCH
+from snapfs.store.reading import Reader
+from snapfs.store.schema import SCHEMA, Record
+from snapfs.store.writing import Writer
 from tests.conftest import DryPool
 
 
@@ -121,7 +123,7 @@ async def test_put_in_place_moves_every_index(store: MetaStore) -> None:
         record("web3", Kind.COMMITTED, base, Usage(1, 2)),
         record("web3", Kind.ACTIVE, base),
     ):
-        await store.write(lambda writer, after=after: writer.put(number, after))  # type: ignore[misc]
+        await store.write(lambda writer, after=after: writer.put(number, after))
         check_indexes(store)
         with store.reading() as reader:
             assert reader.record(number) == after

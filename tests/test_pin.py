@@ -226,7 +226,7 @@ async def test_a_damaged_record_can_be_removed_all_the_same(snapshotter: Snapsho
     await snapshotter.prepare("k", labels={"pin": "yes"})
 
     def damage(writer: object) -> None:
-        from snapfs.records import Writer
+        from snapfs.store.writing import Writer
 
         assert isinstance(writer, Writer)
         writer._txn.put((1).to_bytes(8, "big"), b"\xc1", db=writer._tables.snapshots)

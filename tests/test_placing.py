@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from snapfs import Kind, Snapshotter, imprint, open_snapshotter
-from snapfs.checking import check
-from snapfs.layers import Top
-from snapfs.pool import POOL, Pool
-from snapfs.records import Writer
+from snapfs import Kind, Snapshotter, open_snapshotter
+from snapfs.offline.checking import check
+from snapfs.root import imprint
+from snapfs.root.layers import Top
+from snapfs.root.pool import POOL, Pool
+from snapfs.store.writing import Writer
 from tests.conftest import DryPool, loop_mounted
 
 

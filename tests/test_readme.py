@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.checking import check
 from snapfs.cli import VERBS
 from snapfs.cli.serve import _ACCESS, _FLAGS, _NUMBERS
+from snapfs.offline.checking import check
 from tests.conftest import Daemon
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -10,22 +10,24 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
 PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec", "options"}
-DISK = {"metastore", "records", "layers", "walk", "usage", "changes", "sharing", "counting", "mounted", "rootfs", "kernel"}
-DISK |= {"housekeeping", "agreeing", "flushing", "backup", "imprint", "checking", "rebuilding", "reserve", "placing"}
-DISK |= {"holders", "inuse", "environment", "soundness", "locktable", "rootlock", "pool", "trash"}
-LIBRARY = PURE | DISK | {"snapshotter", "opening"}
+DOORS = {"snapshotter", "opening"}
 
 MAY_IMPORT = {
     **dict.fromkeys(PURE, PURE),
-    **dict.fromkeys(DISK, PURE | DISK),
-    "snapshotter": PURE | DISK,
-    "opening": PURE | DISK | {"snapshotter"},
-    "__init__": LIBRARY,
-    "tree": LIBRARY | {"tree"},
-    "fuse": LIBRARY | {"tree", "fuse"},
+    "kernel": PURE | {"kernel"},
+    "store": PURE | {"kernel", "store"},
+    "scan": PURE | {"kernel", "scan"},
+    "root": PURE | {"kernel", "store", "scan", "root"},
+    "services": PURE | {"kernel", "store", "scan", "root", "services"},
+    "snapshotter": PURE | {"kernel", "store", "scan", "root", "services"},
+    "opening": PURE | {"kernel", "store", "scan", "root", "services", "snapshotter"},
+    "offline": PURE | {"kernel", "store", "scan", "root", "services", "offline"},
+    "__init__": PURE | DOORS | {"store"},
+    "tree": PURE | {"kernel", "store", "root", "snapshotter", "tree"},
+    "fuse": PURE | DOORS | {"kernel", "root", "tree", "fuse"},
+    "containerd": PURE | {"snapshotter", "containerd"},
     "testing": {"kernel"},
-    "containerd": LIBRARY | {"containerd"},
-    "cli": LIBRARY | {"fuse", "containerd", "cli"},
+    "cli": PURE | DOORS | {"kernel", "root", "offline", "fuse", "containerd", "cli"},
 }
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not path.name.endswith("_pb2.py"))

@@ -25,12 +25,12 @@ import trio
 
 from snapfs import open_snapshotter
 from snapfs.errors import AlreadyExists, Busy, Closed, NotFound
-from snapfs.inuse import Closing
 from snapfs.kernel import mounting, processes
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.model import Kind
 from snapfs.options import Options
-from snapfs.rootfs import GRACE, PASSING
+from snapfs.root.inuse import Closing
+from snapfs.services.rootfs import GRACE, PASSING
 from tests.conftest import Daemon, die_with_parent
 from tests.test_tree_calls import failing, info, mounted, refused, remove_all, shell, until, usage
 
@@ -1375,7 +1375,7 @@ async def test_what_is_being_flushed_is_not_mounted_anew(root: Path, monkeypatch
 
     monkeypatch.setattr(Closing, "run", flush)
     monkeypatch.setattr(Closing, "is_flush", lambda closing: True)
-    monkeypatch.setattr("snapfs.rootfs.FLUSHING", 0.05)
+    monkeypatch.setattr("snapfs.services.rootfs.FLUSHING", 0.05)
     async with open_snapshotter(root) as snapshotter:
         await snapshotter.prepare("b")
         await snapshotter.commit("base", "b")
@@ -1385,7 +1385,7 @@ async def test_what_is_being_flushed_is_not_mounted_anew(root: Path, monkeypatch
         with pytest.raises(Busy, match="still being written to the disk"):
             await snapshotter.mount("web")
         flushed.set()
-        monkeypatch.setattr("snapfs.rootfs.FLUSHING", 20)
+        monkeypatch.setattr("snapfs.services.rootfs.FLUSHING", 20)
         assert os.listdir(await snapshotter.mount("web")) == []
 
 
@@ -1402,14 +1402,14 @@ async def test_a_commit_that_is_cancelled_while_it_looks_for_users_leaves_nothin
     async with open_snapshotter(root) as snapshotter, trio.open_nursery() as nursery:
         await snapshotter.prepare("web")
         await snapshotter.mount("web")
-        monkeypatch.setattr("snapfs.rootfs.MUCH", 0)
-        monkeypatch.setattr("snapfs.rootfs.users_of_device", search)
+        monkeypatch.setattr("snapfs.services.rootfs.MUCH", 0)
+        monkeypatch.setattr("snapfs.services.rootfs.users_of_device", search)
         with trio.CancelScope() as scope:
             nursery.start_soon(_when, searching, scope.cancel)
             await snapshotter.commit("v1", "web")
         assert scope.cancelled_caught
         go_on.set()
-        monkeypatch.setattr("snapfs.rootfs.MUCH", 1 << 40)
+        monkeypatch.setattr("snapfs.services.rootfs.MUCH", 1 << 40)
         assert os.listdir(await snapshotter.mount("web")) == []
         await snapshotter.commit("v1", "web")
 

@@ -34,11 +34,11 @@ from snapfs.errors import Busy, HasChildren, LabelTooBig, NameTooLong, NotPermit
 from snapfs.filters import Filters
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
-from snapfs.layers import Top
-from snapfs.metastore import BATCH
-from snapfs.pool import POOL, POOL_LEAST
-from snapfs.rebuilding import rebuild
-from snapfs.records import Writer
+from snapfs.offline.rebuilding import rebuild
+from snapfs.root.layers import Top
+from snapfs.root.pool import POOL, POOL_LEAST
+from snapfs.store.metastore import BATCH
+from snapfs.store.writing import Writer
 from tests.conftest import DryPool
 
 Call = Callable[[Snapshotter], Awaitable[object]]
@@ -827,7 +827,7 @@ async def test_a_count_that_outlives_its_snapshot_is_not_remembered(
         return Usage(1, 4096)
 
     await snapshotter.prepare("a")
-    monkeypatch.setattr("snapfs.counting.disk_usage", slowly)
+    monkeypatch.setattr("snapfs.services.counting.disk_usage", slowly)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(snapshotter.usage, "a")
         await trio.to_thread.run_sync(begun.wait)
@@ -1120,7 +1120,7 @@ async def test_closing_while_a_scan_is_under_way(root: Path, monkeypatch: pytest
     async with open_snapshotter(root) as snapshotter:
         await snapshotter.prepare("a")
         await snapshotter.prepare("b")
-        monkeypatch.setattr("snapfs.counting.disk_usage", endless)
+        monkeypatch.setattr("snapfs.services.counting.disk_usage", endless)
         await snapshotter.commit("c", "b")
 
         async def ask(key: str) -> None:

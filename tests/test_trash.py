@@ -16,9 +16,9 @@ import grpc
 import pytest
 
 from snapfs import Snapshotter, Unavailable, open_snapshotter
-from snapfs.checking import Problem, check
 from snapfs.kernel import mounting
-from snapfs.trash import DEPTH, STUCK
+from snapfs.offline.checking import Problem, check
+from snapfs.root.trash import DEPTH, STUCK
 from tests.conftest import Daemon, until
 from tests.containerd_client import connected
 from tests.test_tree_calls import refused

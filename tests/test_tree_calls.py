@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from snapfs.pool import POOL_LEAST
+from snapfs.root.pool import POOL_LEAST
 from tests.conftest import Daemon
 
 AT_FDCWD = -100

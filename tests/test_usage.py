@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from snapfs import NotFound, Snapshotter, Unavailable, Usage, open_snapshotter
-from snapfs.usage import disk_usage
+from snapfs.scan.usage import disk_usage
 
 
 def counted_by_du(directory: Path) -> int:
@@ -231,7 +231,7 @@ async def test_active_is_scanned_now_committed_is_stored_and_a_view_takes_nothin
 async def test_what_is_written_after_a_commit_is_counted_until_somebody_asks(
     snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snapfs.counting.GATHER", 3600.0)  # the background would count as late as that
+    monkeypatch.setattr("snapfs.services.counting.GATHER", 3600.0)  # the background would count as late as that
     await snapshotter.prepare("k")
     layer = Path(snapshotter.layers.fs((await snapshotter.stat("k")).id))
     await snapshotter.commit("c", "k")
@@ -267,7 +267,7 @@ async def test_what_was_not_yet_counted_is_counted_at_the_next_start(root: Path,
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("snapfs.counting.disk_usage", refuse)
+        patch.setattr("snapfs.services.counting.disk_usage", refuse)
         async with open_snapshotter(root) as snapshotter:
             await snapshotter.prepare("b")
             await snapshotter.commit("base", "b")
@@ -296,7 +296,7 @@ class Scanner:
 @pytest.fixture
 def scanner(monkeypatch: pytest.MonkeyPatch) -> Scanner:
     made = Scanner()
-    monkeypatch.setattr("snapfs.counting.disk_usage", made)
+    monkeypatch.setattr("snapfs.services.counting.disk_usage", made)
     return made
 
 
@@ -352,7 +352,7 @@ async def test_a_scan_for_which_nobody_waits_any_more_ends(
             nursery.start_soon(snapshotter.usage, key)
         await scanner.begun.wait()
         nursery.cancel_scope.cancel()
-    monkeypatch.setattr("snapfs.counting.disk_usage", disk_usage)
+    monkeypatch.setattr("snapfs.services.counting.disk_usage", disk_usage)
     with trio.fail_after(20):
         for key in keys:
             assert (await snapshotter.usage(key)).inodes == 1
@@ -391,7 +391,7 @@ async def test_a_scan_begun_before_the_commit_is_not_what_is_stored(
         assert go_on.wait(20)
         return found
 
-    monkeypatch.setattr("snapfs.counting.disk_usage", looks_at_once)
+    monkeypatch.setattr("snapfs.services.counting.disk_usage", looks_at_once)
     await snapshotter.prepare("b")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(snapshotter.usage, "b")

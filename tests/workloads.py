@@ -13,9 +13,10 @@ from pathlib import Path
 
 import trio
 
-from snapfs import Kind, Options, SnapshotError, Snapshotter, open_snapshotter, pool
+from snapfs import Kind, Options, SnapshotError, Snapshotter, open_snapshotter
 from snapfs.fuse.serve import MountOptions, serve
 from snapfs.options import Sync
+from snapfs.root import pool
 from tests.crash_invariants import Snapshot, State
 from tests.syscalls import Channel
 

@@ -7,7 +7,7 @@ from snapfs.cli.place import given_root
 
 
 def _backup(given: Given) -> int:
-    from snapfs.backup import backup
+    from snapfs.offline.backup import backup
 
     root, file = given_root(given.arguments[0]), given.arguments[1]
     made = backup(root, file)

@@ -13,8 +13,8 @@ from snapfs.cli.progress import Progress
 
 def _check(given: Given) -> int:
     """Check; one line a finding, on standard output."""
-    from snapfs.checking import Problem, check
-    from snapfs.rebuilding import rebuild
+    from snapfs.offline.checking import Problem, check
+    from snapfs.offline.rebuilding import rebuild
 
     root = given_root(given.arguments[0])
     shown = Progress()

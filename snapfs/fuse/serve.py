@@ -24,10 +24,10 @@ from snapfs.fuse.access import Access
 from snapfs.fuse.operations import Operations
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import MountPoint, mount_table
-from snapfs.mounted import origin
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
-from snapfs.rootlock import is_abandoned
+from snapfs.root.lock import is_abandoned
+from snapfs.root.mounted import origin
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree import Tree
 

@@ -8,8 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from snapfs.errors import FULL
 from snapfs.kernel import libc, mounting, overlay
-from snapfs.reserve import FULL
 
 _UNTOLD = (*FULL, errno.EMFILE, errno.ENFILE, errno.EPERM)
 """How a trial fails that tells nothing of what was tried."""

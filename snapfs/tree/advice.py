@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from snapfs import names
 from snapfs.model import Kind
-from snapfs.records import Record
+from snapfs.store.schema import Record
 
 if TYPE_CHECKING:
     from snapfs.tree.tree import Tree

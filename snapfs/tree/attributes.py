@@ -20,8 +20,8 @@ from snapfs.errors import Damaged, NotFound
 from snapfs.kernel.namespaces import is_neighbour, sees_mount
 from snapfs.kernel.processes import name_of
 from snapfs.model import Kind, Usage, rfc3339
-from snapfs.records import Record
 from snapfs.snapshotter import Snapshotter
+from snapfs.store.schema import Record
 from snapfs.tree.node import Attributes, File, Link, Node, Slot, pack, pack_version
 from snapfs.tree.texts import Text
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument, NotFound, NotPermitted
 from snapfs.model import Kind
-from snapfs.records import Record
+from snapfs.store.schema import Record
 from snapfs.tree.advice import how_to_make
 from snapfs.tree.links import DamagedLink, child_link
 from snapfs.tree.node import KIND_SLOTS, Attributes, Directory, Node, Slot, pack

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from snapfs import names
 from snapfs.errors import AlreadyExists, InvalidArgument, LabelTooBig, NotFound, NotPermitted, NotUtf8, SnapshotError, Stale
 from snapfs.labels import MAX, check_label
-from snapfs.records import Record
+from snapfs.store.schema import Record
 from snapfs.tree.node import Attributes, Directory, Handle, Node, OpenText, Slot, pack
 from snapfs.tree.texts import Text
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from snapfs import names
 from snapfs.errors import Damaged, NotFound
-from snapfs.layers import parse_id
-from snapfs.records import Record
+from snapfs.root.layers import parse_id
+from snapfs.store.schema import Record
 from snapfs.tree.node import Attributes, Directory, Link, Node, Slot, pack
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import trio
 from snapfs import names
 from snapfs.errors import Damaged, LeftOut, NotEmpty, NotFound, Unavailable
 from snapfs.model import Kind
-from snapfs.records import Record
+from snapfs.store.schema import Record
 from snapfs.tree.advice import how_to_write, path_of, why_missing
 from snapfs.tree.attributes import ATTRIBUTES, BY_NAME, ROOTFS, attribute_node
 from snapfs.tree.labels import LabelsDirectory

@@ -28,8 +28,9 @@ from snapfs.errors import (
 )
 from snapfs.labels import PIN
 from snapfs.model import Change, Kind
-from snapfs.records import Reader, Record
 from snapfs.snapshotter import Snapshotter
+from snapfs.store.reading import Reader
+from snapfs.store.schema import Record
 from snapfs.tree.advice import how_to_copy, path_of
 from snapfs.tree.attributes import BY_NAME, BY_SLOT, attribute_node, attributes_of, last_changes
 from snapfs.tree.daemon import daemon_node

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from snapfs import imprint
-from snapfs.layers import Layers
-from snapfs.metastore import MetaStore
 from snapfs.model import Kind, Usage
-from snapfs.records import Record, Writer
+from snapfs.root import imprint
+from snapfs.root.layers import Layers
+from snapfs.store.metastore import MetaStore
+from snapfs.store.schema import Record
+from snapfs.store.writing import Writer
 from tests.bench.place import Place, settle
 
 BATCH = 20_000

@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from snapfs import Snapshotter, open_snapshotter
-from snapfs.imprint import Imprint
+from snapfs.root.imprint import Imprint
 from tests.bench import containerd
 from tests.bench.clients import Together, together
 from tests.bench.place import ALL_CPUS, ONE_CPU, Place, move, on

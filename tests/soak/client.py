@@ -17,7 +17,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from snapfs import names
-from snapfs.rootfs import GRACE
+from snapfs.services.rootfs import GRACE
 
 T = TypeVar("T")
 

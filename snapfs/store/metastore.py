@@ -1,11 +1,11 @@
-"""The records (``snapfs/records.py``) in one LMDB environment (``snapfs/environment.py``), durable when a call returns.
+"""The records (``schema.py``) in one LMDB environment (``environment.py``), durable when a call returns.
 
 **Reading** is for everybody, at any time.
 
 **Writing** goes through one writer (``serve``): it takes all that waits, runs each operation in a nested transaction of
 its own, and makes the batch durable with one sync (group commit).  An operation that fails undoes itself and fails
 alone; if the sync fails, all of the batch do.  Where the map is full it is made larger in between, while nobody reads, and
-the batch is run anew (``snapfs/reserve.py``).
+the batch is run anew (``snapfs/store/space.py``).
 
 **Failing disks.**  Where the disk refuses LMDB's meta page, the last step of a batch, nobody knows whether the batch is on the
 disk, and LMDB refuses everything from then on.  So the environment is opened anew, for reading at once.  The meta page is
@@ -28,12 +28,13 @@ from typing import Any, Generic, TypeVar
 import lmdb
 import trio
 
-from snapfs.environment import Environment
-from snapfs.errors import Closed, SnapshotError, Unavailable
+from snapfs.errors import FULL, Closed, SnapshotError, Unavailable
 from snapfs.model import Change
-from snapfs.records import Reader, Tables, Writer
-from snapfs.reserve import FULL
-from snapfs.soundness import refused
+from snapfs.store.environment import Environment
+from snapfs.store.reading import Reader
+from snapfs.store.schema import Tables
+from snapfs.store.soundness import refused
+from snapfs.store.writing import Operation, Writer
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +94,11 @@ class MetaStore:
         """
         return self.environment.reading(long=long)
 
-    async def write(self, operation: Callable[[Writer], T], *, frees: bool = False) -> T:
+    async def write(self, operation: Operation[T], *, frees: bool = False) -> T:
         """Run ``operation`` in the writer's thread; returns its result when that is durable, or raises what it raised,
         having changed nothing.
 
-        ``frees``: it leaves less than there was, so that it may use what is kept in reserve for a full disk.  An operation may
-        be run several times, of which the last counts.
+        ``frees``: it leaves less than there was, so that it may use what is kept in reserve for a full disk.
 
         Cancellation takes back what the writer has not begun; what it has begun is finished, so it is done or not done.
         Raises Unavailable where the disk refuses (ENOSPC …) and after ``close``.
@@ -117,7 +117,7 @@ class MetaStore:
                 await request.done.wait()
         return request.result()
 
-    def write_now(self, operation: Callable[[Writer], T], *, frees: bool = False) -> T:
+    def write_now(self, operation: Operation[T], *, frees: bool = False) -> T:
         """The same, blocking, for a process that serves nobody."""
         request = _Request(operation, frees)
         self._run(_Batch([request]))
@@ -360,7 +360,7 @@ class _NothingDone(Exception):
 class _Request(Generic[T]):
     """One operation on its way through the writer."""
 
-    def __init__(self, operation: Callable[[Writer], T], frees: bool) -> None:
+    def __init__(self, operation: Operation[T], frees: bool) -> None:
         self.operation = operation
         self.frees = frees
         self.done = trio.Event()

@@ -30,18 +30,17 @@ from pathlib import Path
 import msgspec
 import trio
 
-from snapfs import holders
-from snapfs.errors import Busy, Closed, Unavailable
-from snapfs.inuse import FLUSHING, Closing, InUse
+from snapfs.errors import FULL, Busy, Closed, Unavailable
 from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.kernel.probe import why_refused
 from snapfs.kernel.processes import users_of_device
 from snapfs.kernel.spare import Spare
-from snapfs.layers import Layers, parse_id
 from snapfs.model import Kind
-from snapfs.mounted import Mounted, Place
-from snapfs.reserve import FULL
+from snapfs.root import holders
+from snapfs.root.inuse import FLUSHING, Closing, InUse
+from snapfs.root.layers import Layers, parse_id
+from snapfs.root.mounted import Mounted, Place
 
 log = logging.getLogger(__name__)
 

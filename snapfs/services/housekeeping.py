@@ -6,7 +6,7 @@ import logging
 
 import trio
 
-from snapfs.layers import Layers
+from snapfs.root.layers import Layers
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Making the records anew from what each snapshot's directory says of itself (``snapfs/imprint.py``).
+"""Making the records anew from what each snapshot's directory says of itself (``snapfs/root/imprint.py``).
 
 For a root whose database is lost or broken, or was put back from a backup that is too old.  The old one goes to lost+found.
 """
@@ -13,15 +13,16 @@ from functools import partial
 
 import msgspec
 
-from snapfs import imprint
-from snapfs.checking import Finding, Problem, Progress, records_of
 from snapfs.errors import Damaged, NameTooLong, Unavailable
-from snapfs.imprint import Imprint
-from snapfs.layers import Layers, parse_id
-from snapfs.metastore import MetaStore
 from snapfs.model import Kind
 from snapfs.names import encode
-from snapfs.records import Record, Writer
+from snapfs.offline.checking import Finding, Problem, Progress, records_of
+from snapfs.root import imprint
+from snapfs.root.imprint import Imprint
+from snapfs.root.layers import Layers, parse_id
+from snapfs.store.metastore import MetaStore
+from snapfs.store.schema import Record
+from snapfs.store.writing import Writer
 
 BATCH = 10_000  # records that one transaction writes
 

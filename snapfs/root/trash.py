@@ -23,8 +23,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TypeVar
 
-from snapfs.errors import Unavailable
-from snapfs.reserve import FULL
+from snapfs.errors import FULL, Unavailable
 
 T = TypeVar("T")
 

@@ -17,13 +17,14 @@ import stat
 from contextlib import suppress
 
 from snapfs import idmap
-from snapfs.changes import is_shown, xattrs
 from snapfs.errors import Damaged
-from snapfs.imprint import Imprint
-from snapfs.layers import Layers, Top
-from snapfs.metastore import MetaStore
 from snapfs.model import Kind
-from snapfs.records import Record, Writer
+from snapfs.root.imprint import Imprint
+from snapfs.root.layers import Layers, Top
+from snapfs.scan.changes import is_shown, xattrs
+from snapfs.store.metastore import MetaStore
+from snapfs.store.schema import Record
+from snapfs.store.writing import Writer
 
 log = logging.getLogger(__name__)
 

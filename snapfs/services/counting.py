@@ -12,12 +12,13 @@ import msgspec
 import trio
 
 from snapfs.errors import Closed, Damaged, NotFound, SnapshotError, Unavailable
-from snapfs.layers import Layers
-from snapfs.metastore import MetaStore
 from snapfs.model import Kind, Usage
-from snapfs.records import Record, Writer
-from snapfs.sharing import Sharing
-from snapfs.usage import disk_usage
+from snapfs.root.layers import Layers
+from snapfs.scan.sharing import Sharing
+from snapfs.scan.usage import disk_usage
+from snapfs.store.metastore import MetaStore
+from snapfs.store.schema import Record
+from snapfs.store.writing import Writer
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from contextlib import ExitStack
 import lmdb
 import msgspec
 
-from snapfs.environment import READERS
 from snapfs.errors import AlreadyExists, InvalidArgument, Unavailable
 from snapfs.kernel.mounttable import mount_table
-from snapfs.locktable import open_environment, table_of
-from snapfs.rootlock import at_rest
-from snapfs.soundness import refuse_foreign, unreadable
+from snapfs.root.lock import at_rest
+from snapfs.store.environment import READERS
+from snapfs.store.locktable import open_environment, table_of
+from snapfs.store.soundness import refuse_foreign, unreadable
 
 _NOT_WITHOUT_A_NAME = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 

@@ -2,7 +2,7 @@
 
 It is the extended attribute ``user.snapfs`` of ROOT/snapshots/<id>, beside the layer and not in it, so that no mount shows it
 and no container can change it.  It costs a few microseconds and no flush of its own: it reaches the disk with the next flush of
-the file system (or a start writes it again: ``snapfs/placing.py``), and nobody reads it while the database is whole.
+the file system (or a start writes it again: ``snapfs/root/placing.py``), and nobody reads it while the database is whole.
 
 What is too big for an attribute (ext4 has room for some 4,000 bytes) is in the file ``record`` beside ``fs`` instead.
 """
@@ -18,7 +18,7 @@ import msgspec
 
 from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument
-from snapfs.records import Record
+from snapfs.store.schema import Record
 
 ATTRIBUTE = "user.snapfs"
 LAST_ID = "user.snapfs.last_id"

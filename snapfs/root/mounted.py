@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from snapfs.kernel.handles import has_upper, open_elsewhere
 from snapfs.kernel.mounttable import MountPoint, MountTable, mount_id, mount_table, parse
 from snapfs.kernel.namespaces import Namespaces
-from snapfs.layers import parse_id
+from snapfs.root.layers import parse_id
 
 _LAYER = re.compile(r"/([1-9][0-9]*)/fs")
 _LAYER_PART = re.compile(r"/([1-9][0-9]*)/fs(?=/|\Z)")
@@ -49,7 +49,7 @@ class Mounted:
     """The mounts of the layers ``snapshots``/<id>/fs.  Each call tells of this moment; threads may share it.
 
     Those of this mount namespace are told by what the kernel says in words, which is enough to show them.  What is in use is
-    asked of the kernel itself (``snapfs/inuse.py``)."""
+    asked of the kernel itself (``snapfs/root/inuse.py``)."""
 
     def __init__(self, snapshots: str) -> None:
         self._snapshots = snapshots

@@ -1,12 +1,12 @@
 """The directories on disk: ROOT/snapshots/<id>/{fs,work}, from a pool of ready-made ones into the trash.
 
     ROOT/            0700
-      lock           held by the process that has the root open; says its pid, or a note of its end (``snapfs/agreeing.py``)
-      metadata.mdb   the records (``snapfs/metastore.py``), and after them a megabyte that is kept for removing on a full disk
-      snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots; <id> bears its record (``snapfs/imprint.py``)
+      lock           held by the process that has the root open; says its pid, or a note of its end (``services/agreeing.py``)
+      metadata.mdb   the records (``store/metastore.py``), and after them a megabyte that is kept for removing on a full disk
+      snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots; <id> bears its record (``imprint.py``)
       pool/          new-… directories, made beforehand, so that Prepare costs one rename
       trash/         what was removed and is being deleted
-      rootfs/        <id>/fs: the merged file systems, while they are mounted (``snapfs/rootfs.py``)
+      rootfs/        <id>/fs: the merged file systems, while they are mounted (``services/rootfs.py``)
       empty/         what a snapshot without a parent stands on where it is mounted as rootfs; never holds anything
       lost+found/    what stood in snapshots/ and nobody knows
 
@@ -23,15 +23,15 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import closing, suppress
 from typing import NamedTuple
 
-from snapfs import imprint, rootlock
-from snapfs.errors import Damaged, Unavailable
+from snapfs.errors import FULL, Damaged, Unavailable
 from snapfs.kernel import mounting, probe, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.model import Kind, Usage
-from snapfs.pool import FS_MODE, Pool, remove_empty
-from snapfs.reserve import FULL
-from snapfs.trash import NOT_EMPTY, Checkpoint, Trash
-from snapfs.walk import directories
+from snapfs.root import imprint
+from snapfs.root import lock as rootlock
+from snapfs.root.pool import FS_MODE, Pool, remove_empty
+from snapfs.root.trash import NOT_EMPTY, Checkpoint, Trash
+from snapfs.scan.walk import directories
 
 log = logging.getLogger(__name__)
 

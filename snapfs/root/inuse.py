@@ -13,7 +13,7 @@ from pathlib import Path
 from snapfs.errors import Busy
 from snapfs.kernel import mounting
 from snapfs.kernel.inuse import UpperLayers
-from snapfs.layers import Layers
+from snapfs.root.layers import Layers
 
 FLUSHING = 1.0  # seconds that whoever needs to know waits to see what the close of a copy is: a flush, or nothing
 

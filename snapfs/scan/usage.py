@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from snapfs.model import Usage
-from snapfs.walk import directories
+from snapfs.scan.walk import directories
 
 
 def disk_usage(directory: str, checkpoint: Callable[[], None] = lambda: None) -> Usage:

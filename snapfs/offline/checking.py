@@ -15,17 +15,18 @@ from contextlib import closing
 
 import msgspec
 
-from snapfs import imprint, placing
 from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
-from snapfs.flushing import Flushing
-from snapfs.imprint import Imprint
-from snapfs.layers import Layers, parse_id
-from snapfs.metastore import MetaStore
 from snapfs.model import Kind, Usage
-from snapfs.records import Record, Writer
-from snapfs.soundness import broken_pages
-from snapfs.trash import STUCK
-from snapfs.usage import disk_usage
+from snapfs.root import imprint, placing
+from snapfs.root.imprint import Imprint
+from snapfs.root.layers import Layers, parse_id
+from snapfs.root.trash import STUCK
+from snapfs.scan.usage import disk_usage
+from snapfs.services.flushing import Flushing
+from snapfs.store.metastore import MetaStore
+from snapfs.store.schema import Record
+from snapfs.store.soundness import broken_pages
+from snapfs.store.writing import Writer
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being looked at, how many were before it, and how many there are."""

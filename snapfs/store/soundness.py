@@ -9,7 +9,7 @@ import lmdb
 from lmdb.verify import VerifyError, verify
 
 from snapfs.errors import Damaged, SnapshotError, Unavailable
-from snapfs.records import SCHEMA
+from snapfs.store.schema import SCHEMA
 
 FEW = 1 << 20  # bytes left on a disk on which a failed write is taken for want of space
 

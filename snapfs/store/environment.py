@@ -22,11 +22,12 @@ from typing import Any, NoReturn
 
 import lmdb
 
-from snapfs.errors import Closed, Damaged, Forked, SnapshotError, Unavailable
-from snapfs.locktable import new_table, open_environment
-from snapfs.records import Reader, Tables
-from snapfs.reserve import FULL, RESERVE, Space, make_file, refuse_without_address_space
-from snapfs.soundness import refuse_foreign, refused, unreadable
+from snapfs.errors import FULL, Closed, Damaged, Forked, SnapshotError, Unavailable
+from snapfs.store.locktable import new_table, open_environment
+from snapfs.store.reading import Reader
+from snapfs.store.schema import Tables
+from snapfs.store.soundness import refuse_foreign, refused, unreadable
+from snapfs.store.space import RESERVE, Space, make_file, refuse_without_address_space
 
 log = logging.getLogger(__name__)
 

@@ -32,9 +32,6 @@ _NEVER_IN_PLACE = (0x9123683E, 0x2FC12FC1, 0xCA451A4E)  # statfs(2)'s types of b
 
 _LEAST = 4 * _PAGE  # that it is worth while to go on for
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""How a disk says that it is full, or that the owner's share of it is."""
-
 _CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # only musl says so; glibc writes zeros instead
 
 _GET_FLAGS, _SET_FLAGS, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x00800000  # FS_IOC_…, FS_NOCOW_FL of linux/fs.h

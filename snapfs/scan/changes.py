@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import Final
 
 from snapfs.errors import FailedPrecondition
-from snapfs.walk import Descriptors, Directory
+from snapfs.scan.walk import Descriptors, Directory
 
 _OVERLAYS = ("trusted.overlay.", "user.overlay.")
 _ESCAPED = ("trusted.overlay.overlay.", "user.overlay.overlay.")  # what an overlay inside an overlay set: no mark of this one

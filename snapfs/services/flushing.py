@@ -17,12 +17,12 @@ from pathlib import Path
 import trio
 
 from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
-from snapfs.imprint import Imprint
 from snapfs.kernel import mounting, probe
-from snapfs.layers import Layers
-from snapfs.metastore import MetaStore
 from snapfs.model import Kind
-from snapfs.records import Writer
+from snapfs.root.imprint import Imprint
+from snapfs.root.layers import Layers
+from snapfs.store.metastore import MetaStore
+from snapfs.store.writing import Writer
 
 log = logging.getLogger(__name__)
 

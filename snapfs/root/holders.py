@@ -9,7 +9,7 @@ import os
 from itertools import islice
 
 from snapfs.kernel.processes import name_of, users, users_of_device
-from snapfs.mounted import Mounted, Place
+from snapfs.root.mounted import Mounted, Place
 
 _MOST = 3  # that are named
 

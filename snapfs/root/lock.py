@@ -9,8 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from snapfs.errors import Unavailable
-from snapfs.reserve import FULL
+from snapfs.errors import FULL, Unavailable
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Agreeing: what each directory bears (``snapfs/imprint.py``) is what the records say, whatever ended the process before.
+"""Agreeing: what each directory bears (``snapfs/root/imprint.py``) is what the records say, whatever ended the process before.
 
 An imprint is written before the record's transaction is durable, and taken back if that fails.  A process that is killed in
 between takes nothing back, and a power cut may keep the record and lose the imprint.  So a process that has left all of them
@@ -17,12 +17,13 @@ from itertools import islice
 import msgspec
 import trio
 
-from snapfs import imprint
 from snapfs.errors import Damaged, SnapshotError
-from snapfs.imprint import Imprint
-from snapfs.layers import Layers
-from snapfs.metastore import MetaStore
-from snapfs.records import Reader, Writer
+from snapfs.root import imprint
+from snapfs.root.imprint import Imprint
+from snapfs.root.layers import Layers
+from snapfs.store.metastore import MetaStore
+from snapfs.store.reading import Reader
+from snapfs.store.writing import Writer
 
 log = logging.getLogger(__name__)
 

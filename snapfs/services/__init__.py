@@ -1,0 +1,1 @@
+"""What goes on besides calls: tasks of the snapshotter."""

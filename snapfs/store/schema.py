@@ -1,0 +1,105 @@
+"""The schema: the tables of the records, and how a record and an id look in them.
+
+Tables (keys are compared as bytes; ids are 8 bytes, big-endian, so byte order is numeric order):
+
+    meta         "schema" -> version;  "last_id" -> the highest id ever given out
+    snapshots    id -> Record
+    names        key or name, UTF-8 -> id         in this order Walk lists
+    active, view, committed      id -> name       for listing one kind in id order: the last id is a place to go on from
+    children     parent id, kind's first letter, id -> name
+    uncounted    id -> nothing                    committed, and its usage not yet known
+    unflushed    id -> boot id                    committed, and its data not yet known to be on disk (``services/flushing.py``)
+    placed       id -> name in ROOT/pool          its directory may still be there (``root/placing.py``)
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import lmdb
+import msgspec
+
+from snapfs import names
+from snapfs.errors import Damaged, InvalidArgument
+from snapfs.model import Kind, Usage
+
+SCHEMA = 1
+IDS = 1 << 36  # ids are below this: so many an inode number has room for
+
+_Time = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True):
+    """What the table ``snapshots`` holds, as MessagePack: an array in this order; new fields go to the end, with defaults.
+
+    ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted;
+    ``origin`` is as in ``model.Info``.  The limits are for what is read: bytes that the disk has mangled must not become a
+    snapshot.
+    """
+
+    name: str
+    kind: Kind
+    parent: Annotated[int, msgspec.Meta(ge=0, lt=IDS)]
+    created: _Time
+    updated: _Time
+    labels: dict[str, str]
+    usage: Usage | None = None
+    origin: str = ""
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Record).decode
+
+
+def key_of(number: int) -> bytes:
+    return number.to_bytes(8, "big")
+
+
+def number_of(key: bytes) -> int:
+    if not is_id(key):
+        raise Damaged(f"the records name a snapshot by {key.hex() or 'nothing'}, which is no id")
+    return int.from_bytes(key, "big")
+
+
+def is_id(key: bytes) -> bool:
+    return len(key) == 8 and b"\0\0\0\0\0\0\0\0" < key < _END
+
+
+_END = key_of(IDS)
+
+
+def decoded(number: int, found: bytes) -> Record:
+    """The record of snapshot ``number``; raises Damaged where these bytes can't be one."""
+    try:
+        record = decode(found)
+        name = record.name
+        if not name or len(name) * (3 if name.isascii() else 6) > names.NAME_MAX:  # bytes that each takes at most
+            names.encode(name)
+    except (msgspec.MsgspecError, UnicodeDecodeError, InvalidArgument) as error:
+        raise Damaged(f"the record of snapshot {number} can't be read: {error}") from error
+    if record.parent == number:
+        raise Damaged(f'the record of snapshot {number}, "{record.name}", says that it is its own parent')
+    return record
+
+
+class Tables:
+    """The tables of one environment, made where missing: py-lmdb's handles, which have no type to name.
+
+    ``txn`` is a write transaction for making them, and none may be open in this thread otherwise.
+    """
+
+    def __init__(self, env: lmdb.Environment, txn: lmdb.Transaction[bytes] | None = None) -> None:
+        def table(name: str) -> Any:
+            return env.open_db(name.encode(), txn, create=txn is not None)
+
+        self.meta = table("meta")
+        self.snapshots = table("snapshots")
+        self.names = table("names")
+        self.kinds = {kind: table(kind.value) for kind in Kind}
+        self.children = table("children")
+        self.uncounted = table("uncounted")
+        self.unflushed = table("unflushed")
+        self.placed = table("placed")
+        self.indexes = [self.names, *self.kinds.values(), self.children, self.uncounted]
+        if txn is not None and txn.get(b"schema", db=self.meta) is None:
+            txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)
