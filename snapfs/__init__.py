@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "MetaStore": "metastore",
+    "MetaStore": "store.metastore",
     "Options": "options",
     "Snapshotter": "snapshotter",
     "open_snapshotter": "opening",
