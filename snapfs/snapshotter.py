@@ -34,7 +34,7 @@ from snapfs.errors import (
 )
 from snapfs.filters import Filters
 from snapfs.kernel import cached
-from snapfs.kernel.namespaces import is_neighbour
+from snapfs.kernel.namespaces import shares_mount_namespace
 from snapfs.labels import PARENT_CHAIN, PIN, UPPERDIR, Labels, check_label
 from snapfs.model import Change, Info, Kind, Mount, Usage
 from snapfs.options import Feature, Options, Sync
@@ -44,7 +44,7 @@ from snapfs.root.inuse import InUse
 from snapfs.root.layers import Layers
 from snapfs.root.mounted import Mounted, Place
 from snapfs.root.placing import Placing
-from snapfs.root.trash import undeletable
+from snapfs.root.trash import cleanup_error
 from snapfs.scan.changes import changes
 from snapfs.scan.sharing import Sharing
 from snapfs.services.agreeing import Agreeing
@@ -228,7 +228,7 @@ class Snapshotter:
                 self._refuse_mapped_twice(writer, above, owner)
                 self._refuse_too_deep(writer, number, record)
             try:
-                self.layers.promise(number)
+                self.layers.reserve_ids(number)
                 self._placing.place(writer, number, record)
             except OSError as error:
                 raise Unavailable.from_os(f'make the directories of snapshot "{key}"', error) from error
@@ -334,7 +334,7 @@ class Snapshotter:
                 raise FailedPrecondition(f'snapshot "{before.name}" was not made by {origin}: remove it in the tree')
             if PIN in before.labels:
                 raise Pinned.of(before.name)
-            if child := writer.a_child(number):
+            if child := writer.any_child(number):
                 raise HasChildren.of(before.name, child[1], child[0])
             if refuse_mounted and record is not None:
                 self._refuse_used(number, record, free)
@@ -343,7 +343,9 @@ class Snapshotter:
             else:
                 writer.delete(number, record)
             writer.changed(before, None)
-            writer.when_durable(lambda: (self.layers.leave if self.options.async_remove else self.layers.retire)(number))
+            writer.when_durable(
+                lambda: (self.layers.leave_for_cleanup if self.options.async_remove else self.layers.move_to_trash)(number)
+            )
 
         with suppress(Damaged), self._reading() as reader:  # before its rootfs is unmounted
             _, found = self._find(reader, key)
@@ -362,11 +364,11 @@ class Snapshotter:
         """A snapshot that is to be removed; without its record where that is damaged, but the indexes agree about it."""
         try:
             record = self._find_again(writer, number, number)
-            if writer.listed(number) != (record.kind, record.name):
+            if writer.indexed_as(number) != (record.kind, record.name):
                 raise Damaged(f'the record of snapshot {number}, "{record.name}", contradicts the indexes')
             return writer.info(number, self._find_again(writer, number, key)), record
         except Damaged:
-            kind, name = writer.listed(number)
+            kind, name = writer.indexed_as(number)
             if isinstance(key, str) and name != key:
                 raise
             return Info(name=name, kind=kind, id=number, parent=None, labels={}, created=0, updated=0), None
@@ -499,7 +501,7 @@ class Snapshotter:
     def _imprint(self, number: int, record: Record, unflushed_since: str) -> None:
         """Let the directory of snapshot ``number`` bear ``record``; raises OSError."""
         if number not in self._damaged:
-            self.layers.bear(number, Imprint(record, unflushed_since))
+            self.layers.write_imprint(number, Imprint(record, unflushed_since))
 
     def _imprint_again(self, number: int, record: Record, unflushed_since: str) -> None:
         """The same, where it bears more by now than has happened; if that fails, too, the next start mends it."""
@@ -532,7 +534,7 @@ class Snapshotter:
         if refused:
             raise Unavailable.from_os("clean up", refused[0]) from refused[0]
         if left:
-            raise undeletable(left) from left[0]
+            raise cleanup_error(left) from left[0]
 
     # -- reading
 
@@ -669,7 +671,9 @@ class Snapshotter:
             number, record = self._find(reader, key)
         if self.rootfs is None:
             raise Unavailable("the merged file systems can't be mounted here")
-        by_hand = not self.rootfs.holds(number) and self._elsewhere(number, record) and (pid is None or is_neighbour(pid))
+        by_hand = (
+            not self.rootfs.holds(number) and self._elsewhere(number, record) and (pid is None or shares_mount_namespace(pid))
+        )
         if by_hand and (places := await trio.to_thread.run_sync(self.mounted.proven, number)):
             return places[0]
         return await self.rootfs.mount(number, lambda: self._stack(number))

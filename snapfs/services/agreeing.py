@@ -37,7 +37,7 @@ class Agreeing:
         self._layers = layers
         self._records = records
         self._note = f"agreed {boot}".rstrip()  # of a file system that tells nothing of its mounts the boot is all
-        self.is_known = not layers.bears_imprints or layers.found_note == self._note
+        self.is_known = not layers.supports_imprints or layers.previous_note == self._note
         """Whether all agree, as far as this process can tell."""
         self.settled = trio.Event()
         """Set when they have been compared, if they had to be."""
@@ -55,7 +55,7 @@ class Agreeing:
     def note_end(self) -> None:
         """Leave word for the next start that they agree, if they do: when nothing is written any more."""
         if self.is_known and not self._records.is_in_doubt:
-            self._layers.note(self._note)
+            self._layers.leave_note(self._note)
 
     async def _compare(self) -> bool:
         """Compare all, and mend what disagrees; whether they agree now."""
@@ -103,7 +103,7 @@ class Agreeing:
             wanted = self._wanted(writer, number)
             try:
                 if wanted is not None:
-                    self._layers.bear(number, wanted)
+                    self._layers.write_imprint(number, wanted)
                 agreed += 1
             except OSError as error:
                 log.warning("%s can't be told what its record says: %s", self._layers.directory(number), error)

@@ -47,7 +47,7 @@ class Flushing:
         self._layers = layers
         self._records = records
         self._sync = sync
-        self.boot = f"{boot_id()} {probe.mounted_as(layers.snapshots)}"
+        self.boot = f"{boot_id()} {probe.mount_instance(layers.snapshots)}"
         self._next: _Flush | None = None
         self._wakeup = trio.Event()
         self._running = False
@@ -137,7 +137,7 @@ class Flushing:
                     record = writer.record(number)
                     if record is not None:
                         writer.mark_unflushed(number, FAILED)
-                        self._layers.bear(number, Imprint(record, FAILED))
+                        self._layers.write_imprint(number, Imprint(record, FAILED))
                         info = writer.info(number, record)
                         writer.changed(info, info, counted=True)
 
@@ -158,7 +158,7 @@ class Flushing:
             with contextlib.suppress(Damaged):
                 record = writer.record(number)
                 if record is not None:
-                    self._layers.bear(number, Imprint(record))
+                    self._layers.write_imprint(number, Imprint(record))
 
     def flush_soon(self, then: Callable[[], None] = lambda: None) -> None:
         """Flush in the background what was written so far, and call ``then`` when that has ended, or if nothing is flushed."""
