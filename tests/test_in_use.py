@@ -533,7 +533,7 @@ async def test_who_was_not_found_can_write_no_more(tmp_path: Path, monkeypatch: 
         with in_flight(await snapshotter.mount("w"), ".", os.O_RDONLY | os.O_DIRECTORY) as receiver:
             await snapshotter.commit("v1", "w", refuse_mounted=True)
             with trio.fail_after(20):
-                while snapshotter._in_use.closings:
+                while snapshotter._root.in_use.closings:
                     await trio.sleep(0.001)
             directory = socket.recv_fds(receiver, 1, 1)[1][0]
             with failing(errno.EROFS):
@@ -552,7 +552,7 @@ async def test_what_is_still_written_by_somebody_is_in_doubt(
         doubted = trio.Event()
 
         def listen(change: Change) -> None:
-            if snapshotter.flushing.lost:
+            if snapshotter.unflushed.lost:
                 doubted.set()
 
         snapshotter.subscribe(listen)

@@ -18,10 +18,11 @@ MAY_IMPORT = {
     "store": PURE | {"kernel", "store"},
     "scan": PURE | {"kernel", "scan"},
     "root": PURE | {"kernel", "store", "scan", "root"},
-    "services": PURE | {"kernel", "store", "scan", "root", "services"},
-    "snapshotter": PURE | {"kernel", "store", "scan", "root", "services"},
-    "opening": PURE | {"kernel", "store", "scan", "root", "services", "snapshotter"},
-    "offline": PURE | {"kernel", "store", "scan", "root", "services", "offline"},
+    "rules": PURE | {"kernel", "store", "scan", "root", "rules"},
+    "services": PURE | {"kernel", "store", "scan", "root", "rules", "services"},
+    "snapshotter": PURE | {"kernel", "store", "root", "rules", "services"},
+    "opening": PURE | {"kernel", "store", "root", "rules", "services", "snapshotter"},
+    "offline": PURE | {"kernel", "store", "scan", "root", "offline"},
     "__init__": PURE | DOORS | {"store"},
     "tree": PURE | {"kernel", "store", "root", "snapshotter", "tree"},
     "fuse": PURE | DOORS | {"kernel", "root", "tree", "fuse"},
@@ -29,6 +30,8 @@ MAY_IMPORT = {
     "testing": {"kernel"},
     "cli": PURE | DOORS | {"kernel", "root", "offline", "fuse", "containerd", "cli"},
 }
+
+WITHOUT_TRIO = {*PURE, "kernel", "root", "rules"}
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not path.name.endswith("_pb2.py"))
 
@@ -58,6 +61,11 @@ def imported_rooms(module: Path) -> set[str]:
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_arrows(module: Path) -> None:
     assert imported_rooms(module) <= MAY_IMPORT[room_of(module)]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in WITHOUT_TRIO], ids=str)
+def test_no_trio_below_the_services(module: Path) -> None:
+    assert "import trio" not in (PACKAGE / module).read_text()
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
