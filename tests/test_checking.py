@@ -41,7 +41,7 @@ from snapfs.services import flushing
 from snapfs.store import space
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
-from tests.conftest import Daemon
+from tests.daemon import Daemon
 
 WIDE = {f"label{n}": "x" * 4000 for n in range(3)}
 
