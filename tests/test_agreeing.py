@@ -21,7 +21,8 @@ from snapfs.root import imprint
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
 from snapfs.store.writing import Writer
-from tests.conftest import Daemon, until
+from tests.daemon import Daemon
+from tests.processes import until
 
 KILLED = """
 import os, signal, sys, trio

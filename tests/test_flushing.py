@@ -18,7 +18,8 @@ from snapfs.kernel import mounting
 from snapfs.options import Sync
 from snapfs.root import unflushed as room
 from snapfs.tree import Tree
-from tests.conftest import Daemon, loop_mounted
+from tests.daemon import Daemon
+from tests.mounts import loop_mounted
 
 CONTENT = b"0123456789abcdef" * 20_000
 

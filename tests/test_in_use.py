@@ -25,8 +25,10 @@ from snapfs.kernel import mountapi, mounting
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.kernel.namespaces import Namespaces
-from tests.conftest import Daemon, die_with_parent, until
-from tests.test_tree_calls import failing, info
+from tests.daemon import Daemon
+from tests.processes import die_with_parent, until
+from tests.refusals import failing
+from tests.tree import info
 
 Make = Callable[..., Daemon]
 Hold = Callable[[Daemon, Path], AbstractContextManager[str]]

@@ -17,7 +17,7 @@ import trio
 
 from snapfs import Kind, Options, Snapshotter, open_snapshotter
 from snapfs.root import unflushed as unflushed_room
-from tests.conftest import Daemon
+from tests.daemon import Daemon
 from tests.disk import disk, mounted
 from tests.power import Left, State, Story, cut, fill
 

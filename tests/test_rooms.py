@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ MAY_IMPORT = {
 }
 
 WITHOUT_TRIO = {*PURE, "kernel", "root", "rules"}
+
+TESTS = Path(__file__).parent
+TEST_MODULES = sorted(path.relative_to(TESTS) for path in TESTS.rglob("*.py"))
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not path.name.endswith("_pb2.py"))
 
@@ -84,3 +88,16 @@ def test_only_containerd_knows_grpc(module: Path) -> None:
 def test_one_subject_a_file(module: Path) -> None:
     assert module.stem not in ("utils", "util", "common", "helpers", "misc")
     assert ast.get_docstring(ast.parse((PACKAGE / module).read_text())), "a module says what it is for"
+
+
+@pytest.mark.parametrize("module", TEST_MODULES, ids=str)
+def test_no_module_imports_tests(module: Path) -> None:
+    """What test modules share has a room of its own; this reads the text, for some of them is a program in a string."""
+    text = (TESTS / module).read_text()
+    assert re.findall(r"^.*\b(?:from|import) tests(?:\.| import )(?:test_|conftest).*$", text, re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("module", [module for module in TEST_MODULES if not module.name.startswith(("test_", "__"))], ids=str)
+def test_one_subject_a_room_of_tests(module: Path) -> None:
+    assert module.stem not in ("utils", "util", "common", "helpers", "misc")
+    assert ast.get_docstring(ast.parse((TESTS / module).read_text())), "a module says what it is for"

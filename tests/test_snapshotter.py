@@ -39,7 +39,7 @@ from snapfs.root.layers import Top
 from snapfs.root.pool import POOL, POOL_LEAST
 from snapfs.store.metastore import BATCH
 from snapfs.store.writing import Writer
-from tests.conftest import DryPool
+from tests.placing import DryPool
 
 Call = Callable[[Snapshotter], Awaitable[object]]
 
