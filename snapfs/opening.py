@@ -14,7 +14,7 @@ import trio
 from snapfs.errors import Damaged, Unavailable
 from snapfs.kernel import mounting, probe
 from snapfs.kernel.inuse import UpperLayers
-from snapfs.kernel.overlay import Lacking, make_overlay
+from snapfs.kernel.overlay import MountApiLacking, make_overlay
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import placing
 from snapfs.root.inuse import InUse
@@ -139,7 +139,7 @@ def _upper_layers(layers: Layers, options: Sequence[str], features: dict[str, Fe
     def mounted() -> int:
         try:
             return make_overlay([f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", own, read_only=False)
-        except Lacking:
+        except MountApiLacking:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
 
     try:
@@ -157,7 +157,7 @@ def _upper_layers(layers: Layers, options: Sequence[str], features: dict[str, Fe
 
 
 def _imprints(layers: Layers) -> Feature:
-    if layers.bears_imprints:
+    if layers.supports_imprints:
         return Feature(True, "directories can bear extended attributes here")
     return Feature(False, "directories can't bear extended attributes here; without the records, nobody knows what they were")
 
@@ -214,7 +214,7 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> set[int]:
     layers.clear_pool()
     with records.reading() as reader:
         known, last_id = reader.ids(), reader.last_id()
-        present = layers.present()
+        present = layers.existing_ids()
         damaged = known - present
         for number in sorted(damaged):
             try:
@@ -233,18 +233,18 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> set[int]:
             )
     for number in unknown:
         if number > last_id:
-            layers.unmake(number)
+            layers.undo_place(number)
         elif retire:
-            layers.retire(number)
+            layers.move_to_trash(number)
         else:
-            layers.leave(number)
+            layers.leave_for_cleanup(number)
     return damaged
 
 
 def _refuse_lost_records(layers: Layers) -> None:
     """Without records every layer would look abandoned and be deleted; better to stop."""
     path = f"{layers.root}/metadata.mdb"
-    if layers.present() and not (os.path.exists(path) and os.path.getsize(path)):
+    if layers.existing_ids() and not (os.path.exists(path) and os.path.getsize(path)):
         raise Damaged(
             f"{layers.snapshots} holds layers but {path} is missing or empty: "
             f"put the records back from a backup, or have them made anew: snapfs check {layers.root} --rebuild"

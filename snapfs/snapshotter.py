@@ -18,12 +18,12 @@ import trio
 from snapfs import names
 from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, Pinned, Unavailable
 from snapfs.filters import Filters
-from snapfs.kernel.namespaces import is_neighbour
+from snapfs.kernel.namespaces import shares_mount_namespace
 from snapfs.labels import PIN, Labels
 from snapfs.model import Change, Info, Kind, Mount, Ref, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
-from snapfs.root.trash import undeletable
+from snapfs.root.trash import cleanup_error
 from snapfs.rules import commit, lookup, prepare, remove, rename
 from snapfs.rules import labels as label_rules
 from snapfs.rules import mounts as mount_rules
@@ -311,7 +311,7 @@ class Snapshotter:
         if refused:
             raise Unavailable.from_os("clean up", refused[0]) from refused[0]
         if left:
-            raise undeletable(left) from left[0]
+            raise cleanup_error(left) from left[0]
 
     async def accept(self, key: Ref) -> None:
         """Take a committed snapshot as it is, whose data had not been flushed when the power went.
@@ -432,7 +432,9 @@ class Snapshotter:
             number, record = lookup.find(reader, key)
         if self.rootfs is None:
             raise Unavailable("the merged file systems can't be mounted here")
-        by_hand = not self.rootfs.holds(number) and self._elsewhere(number, record) and (pid is None or is_neighbour(pid))
+        by_hand = (
+            not self.rootfs.holds(number) and self._elsewhere(number, record) and (pid is None or shares_mount_namespace(pid))
+        )
         if by_hand and (found := await trio.to_thread.run_sync(self._root.mounted.proven, number)):
             return found[0]
         return await self.rootfs.mount(number, lambda: self._stack(number))

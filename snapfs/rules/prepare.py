@@ -52,7 +52,7 @@ def prepare(
         refuse_mapped_twice(root, writer, above, idmap.root_owner(labels))
         refuse_too_deep(writer, number, record)
     try:
-        root.layers.promise(number)
+        root.layers.reserve_ids(number)
         root.placing.place(writer, number, record)
     except OSError as error:
         raise Unavailable.from_os(f'make the directories of snapshot "{key}"', error) from error

@@ -40,7 +40,7 @@ class Agreeing:
         self._note = (
             f"agreed {root.unflushed.boot}".rstrip()
         )  # where the file system tells nothing of its mounts the boot is all
-        root.agrees = not self._layers.bears_imprints or self._layers.found_note == self._note
+        root.agrees = not self._layers.supports_imprints or self._layers.previous_note == self._note
         self.settled = trio.Event()
         """Set when they have been compared, if they had to be."""
 
@@ -57,7 +57,7 @@ class Agreeing:
     def note_end(self) -> None:
         """Leave word for the next start that they agree, if they do: when nothing is written any more."""
         if self._root.agrees and not self._records.is_in_doubt:
-            self._layers.note(self._note)
+            self._layers.leave_note(self._note)
 
     async def _compare(self) -> bool:
         """Compare all, and mend what disagrees; whether they agree now."""
@@ -105,7 +105,7 @@ class Agreeing:
             wanted = self._wanted(writer, number)
             try:
                 if wanted is not None:
-                    self._layers.bear(number, wanted)
+                    self._layers.write_imprint(number, wanted)
                 agreed += 1
             except OSError as error:
                 log.warning("%s can't be told what its record says: %s", self._layers.directory(number), error)

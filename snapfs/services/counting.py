@@ -81,7 +81,7 @@ class Counting:
         """The usage as far as it is known without looking: stored, or from the last scan, or else that of an empty layer."""
         if record.kind is Kind.VIEW:
             return Usage()
-        return record.usage or self._last_known.get(number, self._layers.empty)
+        return record.usage or self._last_known.get(number, self._layers.empty_usage)
 
     def forget(self, number: int) -> None:
         """Snapshot ``number`` is gone."""

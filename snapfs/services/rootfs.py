@@ -32,7 +32,7 @@ import trio
 from snapfs.errors import FULL, Busy, Closed, Unavailable
 from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
-from snapfs.kernel.probe import why_refused
+from snapfs.kernel.probe import why_trial_failed
 from snapfs.kernel.processes import users_of_device
 from snapfs.kernel.spare import Spare
 from snapfs.model import Kind
@@ -71,7 +71,7 @@ class _Held:
         self.number = number
         self.asked = 0.0
         self.seal = False
-        self.copy = mounting.copy_of(target)
+        self.copy = mounting.detached_copy(target)
         self.mount = mount_id(target)
         self.device = mounting.overlay_device(target)
         self.shelter = mounting.device(os.path.dirname(target))
@@ -269,7 +269,7 @@ class Rootfs:
                     return held
                 tree = self._taken_over(number) if stack.upper is not None else None
                 if tree is not None:
-                    shelter.put(tree, directory)
+                    shelter.attach(tree, directory)
                 elif stack.upper is None and len(stack.lower) == 1:
                     self._put_bind(directory, layers.fs(stack.lower[0]))
                 else:
@@ -288,24 +288,24 @@ class Rootfs:
         read_only = upper is None
         try:
             tree = overlay.make_overlay(lowers, upper, work, options, read_only=read_only)
-        except overlay.Lacking:
+        except overlay.MountApiLacking:
 
             def mount(target: str) -> None:
                 overlay.mount_overlay_classic(target, lowers, upper, work, options, read_only=read_only)
 
-            shelter.put_classic(mount, directory)
+            shelter.attach_classic(mount, directory)
         else:
-            shelter.put(tree, directory)
+            shelter.attach(tree, directory)
 
     def _put_bind(self, directory: str, layer: str) -> None:
         try:
             tree = mounting.make_bind(layer, read_only=True)
         except OSError as error:
-            if error.errno not in mounting.LACKING:
+            if error.errno not in mounting.NO_MOUNT_API:
                 raise
-            shelter.put_classic(lambda target: mounting.mount_bind_classic(layer, target, read_only=True), directory)
+            shelter.attach_classic(lambda target: mounting.mount_bind_classic(layer, target, read_only=True), directory)
         else:
-            shelter.put(tree, directory)
+            shelter.attach(tree, directory)
 
     def _attach_again(self, held: _Held) -> None:
         """Mount what was unmounted here, and somebody else may still have: the same, not a second one.  Raises OSError."""
@@ -316,9 +316,9 @@ class Rootfs:
             tree = mountapi.copy_tree(held.copy)
         except OSError:
             tree, held.copy = held.copy, None
-        shelter.put(tree, directory)
+        shelter.attach(tree, directory)
         if held.copy is None:
-            held.copy = mounting.copy_of(target)
+            held.copy = mounting.detached_copy(target)
         held.mount, held.shelter = mount_id(target), mounting.device(directory)
 
     def _is_elsewhere(self, held: _Held) -> bool:
@@ -507,7 +507,7 @@ class Rootfs:
         target = f"{directory}/{shelter.INSIDE}"
         if not self._mounted.everywhere(lambda place: place.unique in shelters or place.target == target):
             shelter.clear(directory)
-            self._layers.put_away(directory)
+            self._layers.remove_directory(directory)
 
     async def _expire(self, number: int) -> None:
         """Unmount ``number`` if it was not asked for, nor used by who asked earlier, for ``idle`` seconds."""
@@ -515,7 +515,7 @@ class Rootfs:
         def expire(held: _Held) -> bool:
             target = self._layers.rootfs(number)
             try:
-                if self._is_elsewhere(held) or not mounting.expire(target):
+                if self._is_elsewhere(held) or not mounting.unmount_unused(target):
                     return False
             except OSError as error:
                 if error.errno not in _GONE:
@@ -568,7 +568,7 @@ class Rootfs:
 
 def _refusal(error: OSError) -> str | None:
     """In words why mounting is not permitted; a full disk does not tell whether it is, nor a full table of descriptors."""
-    return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else why_refused(error)
+    return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else why_trial_failed(error)
 
 
 def _detach(target: str) -> None:

@@ -17,7 +17,7 @@ import trio
 
 from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
-from snapfs.kernel.namespaces import is_neighbour, sees_mount
+from snapfs.kernel.namespaces import sees_mount, shares_mount_namespace
 from snapfs.kernel.processes import name_of
 from snapfs.model import Kind, Usage, rfc3339
 from snapfs.snapshotter import Snapshotter
@@ -136,7 +136,7 @@ def rootfs(tree: Tree, number: int, record: Record) -> str | None:
 
 async def mount(tree: Tree, number: int, record: Record, pid: int) -> str:
     target = await tree.snapshotter.mount(number, pid)
-    if pid and not is_neighbour(pid) and not await trio.to_thread.run_sync(sees_mount, pid, target):
+    if pid and not shares_mount_namespace(pid) and not await trio.to_thread.run_sync(sees_mount, pid, target):
         where = f"{record.kind}/{names.encode(record.name)}/rootfs"
         tree.error_log.note("ENOENT", "readlink", where, _unseen(pid, target))
     return target

@@ -43,7 +43,7 @@ def metrics(tree: Tree) -> str:
             "File systems held mounted as rootfs.",
             [({}, snapshotter.rootfs.count if snapshotter.rootfs else 0)],
         ),
-        ("trash", "gauge", "Removed layers that are not yet deleted.", [({}, snapshotter.layers.waiting)]),
+        ("trash", "gauge", "Removed layers that are not yet deleted.", [({}, snapshotter.layers.pending_deletions)]),
         (
             "unflushed",
             "gauge",

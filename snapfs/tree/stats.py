@@ -65,7 +65,7 @@ def stats_json(tree: Tree) -> str:
                 "by_size": {str(size): batches[size] for size in sorted(batches)},
             },
             "mounts_held": snapshotter.rootfs.count if snapshotter.rootfs else 0,
-            "trash_waiting": snapshotter.layers.waiting,
+            "trash_waiting": snapshotter.layers.pending_deletions,
         }
     )
 

@@ -253,7 +253,7 @@ class Tree:
     def refuse_with_children(self, number: int, pid: int) -> None:
         """Raise HasChildren if snapshot ``number`` has any, or Pinned: nothing of it is to be deleted then."""
         with self.reading() as reader:
-            child = reader.a_child(number)
+            child = reader.any_child(number)
             record = reader.record(number)
         if record is not None and (child is not None or PIN in record.labels):
             self.tearing_down(pid, number)
