@@ -36,7 +36,7 @@ from snapfs.filters import Filters
 from snapfs.kernel import cached
 from snapfs.kernel.namespaces import is_neighbour
 from snapfs.labels import PARENT_CHAIN, PIN, UPPERDIR, Labels, check_label
-from snapfs.model import Change, Info, Kind, Mount, Usage
+from snapfs.model import Change, Info, Kind, Mount, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
 from snapfs.root.imprint import Imprint
@@ -51,7 +51,7 @@ from snapfs.services.agreeing import Agreeing
 from snapfs.services.counting import Counting
 from snapfs.services.flushing import Flushing
 from snapfs.services.housekeeping import Housekeeping
-from snapfs.services.rootfs import Rootfs, Stack
+from snapfs.services.rootfs import Rootfs, Stack, why_unseen
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
@@ -738,6 +738,69 @@ class Snapshotter:
         self.records.listeners.append(listener)
 
     # -- how
+
+    # What the tree and the other doors need besides containerd's calls; they reach into no service of this class.
+
+    @property
+    def root(self) -> str:
+        """ROOT, the directory of all this: an absolute path."""
+        return self.layers.root
+
+    @property
+    def snapshots_directory(self) -> str:
+        """ROOT/snapshots, in which each snapshot has the directory of its id."""
+        return self.layers.snapshots
+
+    def layer_path(self, number: int) -> str:
+        """ROOT/snapshots/<number>/fs: the directory that holds the files of snapshot ``number`` itself, its layer."""
+        return self.layers.fs(number)
+
+    def reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
+        """One consistent state of the records, during the block; ``long`` where reading it takes longer than a moment, in a
+        worker thread.  Raises Closed."""
+        self._refuse_closed()
+        return self.records.reading(long=long)
+
+    def known_usage(self, number: int, record: Record) -> Usage:
+        """What the snapshot takes as far as that is known without looking: the stored count, the one made last, or else that of
+        an empty layer.  ``usage`` looks."""
+        return self.counting.last_known(number, record)
+
+    def is_lost(self, number: int) -> bool:
+        """Whether the disk may have lost data of the committed snapshot ``number``, which is refused as parent and mount until
+        it is accepted."""
+        return number in self.flushing.lost
+
+    def refuse_lost(self, number: int | None = None) -> None:
+        """Raise Damaged if ``is_lost`` is true of snapshot ``number``, or (None) of any."""
+        self.flushing.refuse_lost(sorted(self.flushing.lost) if number is None else [number])
+
+    @property
+    def has_rootfs(self) -> bool:
+        """Whether the merged file systems can be mounted here (``mount``); ``features["rootfs"].why`` tells why (not)."""
+        return self.rootfs is not None
+
+    async def why_unseen(self, pid: int, target: str) -> str | None:
+        """Why process ``pid`` does not get to ``target``, where ``mount`` has mounted something, in words: the process is in
+        another mount namespace.  None where it gets there, as far as can be known; so for pid 0, an unknown process."""
+        if not pid or is_neighbour(pid):
+            return None
+        return await trio.to_thread.run_sync(why_unseen, pid, target)
+
+    def statistics(self) -> Statistics:
+        """Counts of this root now, and of what was done since it was opened."""
+        with self.reading() as reader:
+            snapshots, last_id = {kind: reader.count(kind) for kind in Kind}, reader.last_id()
+        return Statistics(
+            snapshots=snapshots,
+            last_id=last_id,
+            batches=self.records.batches.copy(),
+            mounts_held=self.rootfs.count if self.rootfs is not None else 0,
+            trash_waiting=self.layers.waiting,
+            lost=len(self.flushing.lost),
+        )
+
+    # (here the façade ends)
 
     def _refuse_closed(self) -> None:
         if self._closed:  # the records may be the caller's, and open

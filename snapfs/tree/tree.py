@@ -93,7 +93,7 @@ class Tree:
 
     def reading(self) -> AbstractContextManager[Reader]:
         """One consistent state of the records."""
-        return self.snapshotter.records.reading()
+        return self.snapshotter.reading()
 
     def record(self, number: int) -> Record:
         """The record of snapshot ``number``; raises NotFound."""
@@ -288,7 +288,7 @@ class Tree:
 
     def spool(self, lines: Iterable[str]) -> Text:
         """A text of ``lines``; in a worker thread."""
-        return LongText(lines, self.snapshotter.layers.root)
+        return LongText(lines, self.snapshotter.root)
 
     def _note(self, change: Change) -> None:
         self.events.note(change)
