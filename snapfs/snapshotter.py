@@ -761,6 +761,14 @@ class Snapshotter:
         self._refuse_closed()
         return self.records.reading(long=long)
 
+    def record(self, number: int) -> Record:
+        """The record of snapshot ``number`` as it is now; raises NotFound, or Damaged where it can't be read."""
+        with self.reading() as reader:
+            record = reader.record(number)
+        if record is None:
+            raise NotFound(f"snapshot {number} does not exist any more")
+        return record
+
     def known_usage(self, number: int, record: Record) -> Usage:
         """What the snapshot takes as far as that is known without looking: the stored count, the one made last, or else that of
         an empty layer.  ``usage`` looks."""

@@ -97,11 +97,7 @@ class Tree:
 
     def record(self, number: int) -> Record:
         """The record of snapshot ``number``; raises NotFound."""
-        with self.reading() as reader:
-            record = reader.record(number)
-        if record is None:
-            raise NotFound(f"snapshot {number} does not exist any more")
-        return record
+        return self.snapshotter.record(number)
 
     def node(self, inode: int) -> Node:
         """The node of ``inode``; raises NotFound where there is none (any more), Stale where the file has another text by now
