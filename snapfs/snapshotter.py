@@ -16,11 +16,11 @@ from typing import TypeVar
 import trio
 
 from snapfs import names
-from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, Pinned, Unavailable
+from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, Pinned, Unavailable
 from snapfs.filters import Filters
 from snapfs.kernel.namespaces import shares_mount_namespace
 from snapfs.labels import PIN, Labels
-from snapfs.model import Change, Info, Kind, Mount, Ref, Usage
+from snapfs.model import Change, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
 from snapfs.root.trash import cleanup_error
@@ -34,7 +34,7 @@ from snapfs.services.comparing import Comparing
 from snapfs.services.counting import Counting
 from snapfs.services.flushing import Flushing
 from snapfs.services.housekeeping import Housekeeping
-from snapfs.services.rootfs import Rootfs
+from snapfs.services.rootfs import Rootfs, why_unseen
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
@@ -237,7 +237,7 @@ class Snapshotter:
         Raises NotFound; FailedPrecondition: HasChildren, Busy: a process uses its rootfs, Pinned, or it was made at another
         door than ``origin``, unless that is "", which may remove all.
         """
-        with suppress(Damaged), self._reading() as reader:  # before its rootfs is unmounted
+        with suppress(Damaged), self.reading() as reader:  # before its rootfs is unmounted
             _, found = lookup.find(reader, key)
             if PIN in found.labels:
                 raise Pinned.of(found.name)
@@ -326,7 +326,7 @@ class Snapshotter:
     async def stat(self, key: Ref) -> Info:
         """One snapshot; raises NotFound."""
         await trio.lowlevel.checkpoint()
-        with self._reading() as reader:
+        with self.reading() as reader:
             return self.shown(reader.info(*lookup.find(reader, key)))
 
     async def mounts(self, key: Ref) -> list[Mount]:
@@ -336,7 +336,7 @@ class Snapshotter:
         """
         await trio.lowlevel.checkpoint()
         await self.find_layers(key)
-        with self._reading() as reader:
+        with self.reading() as reader:
             return self.mounts_of(reader, *lookup.find(reader, key))
 
     async def hand_over(self, key: Ref) -> list[Mount]:
@@ -347,7 +347,7 @@ class Snapshotter:
         """
         await trio.lowlevel.checkpoint()
         await self.find_layers(key)
-        with self._reading() as reader:
+        with self.reading() as reader:
             number, record = lookup.find(reader, key)
             mounts = mount_rules.handed_over(self._root, reader, number, record)
         if record.kind is Kind.ACTIVE and self.rootfs is not None and self.rootfs.holds(number):
@@ -357,7 +357,7 @@ class Snapshotter:
 
     async def find_layers(self, key: Ref) -> None:
         """Raise Damaged where a directory of the snapshot, or of one that it stands on, is not there; NotFound."""
-        with self._reading() as reader:
+        with self.reading() as reader:
             number, record = lookup.find(reader, key)
             chain = reader.chain(record)
         if self._root.has_at_hand(number, record.kind, chain):
@@ -365,7 +365,7 @@ class Snapshotter:
         try:
             await trio.to_thread.run_sync(self._root.refuse_missing, number, record.kind, chain)
         except Damaged:
-            with self._reading() as reader:  # it may have been removed meanwhile
+            with self.reading() as reader:  # it may have been removed meanwhile
                 lookup.find(reader, number)
             raise
 
@@ -380,7 +380,7 @@ class Snapshotter:
         compiled = Filters(filters)
 
         def collect() -> list[Info]:
-            with self._reading(long=True) as reader:
+            with self.reading(long=True) as reader:
                 found = reader.walk(compiled.selection)
             return [self.shown(info) for info in found if (not origin or info.origin == origin) and compiled.holds(info)]
 
@@ -396,7 +396,7 @@ class Snapshotter:
         Raises NotFound, or Damaged where the layer is missing.
         """
         await trio.lowlevel.checkpoint()
-        with self._reading() as reader:
+        with self.reading() as reader:
             number, record = lookup.find(reader, key)
         return await self.counting.usage(number, record)
 
@@ -409,7 +409,7 @@ class Snapshotter:
         Raises NotFound; FailedPrecondition: a view, or a directory that was renamed with redirect_dir=on; Damaged.
         """
         await trio.lowlevel.checkpoint()
-        with self._reading() as reader:
+        with self.reading() as reader:
             number, record = lookup.find(reader, key)
             chain = reader.chain(record)
         if record.kind is Kind.VIEW:
@@ -428,7 +428,7 @@ class Snapshotter:
         layer is in use where its mount can't be got from; Damaged; FailedPrecondition: the snapshot's ids are remapped, which
         is left to container runtimes."""
         await trio.lowlevel.checkpoint()
-        with self._reading() as reader:
+        with self.reading() as reader:
             number, record = lookup.find(reader, key)
         if self.rootfs is None:
             raise Unavailable("the merged file systems can't be mounted here")
@@ -440,7 +440,7 @@ class Snapshotter:
         return await self.rootfs.mount(number, lambda: self._stack(number))
 
     def _stack(self, number: int) -> mount_rules.Stack:
-        with self._reading() as reader:
+        with self.reading() as reader:
             return mount_rules.stack(self._root, reader, number)
 
     def _elsewhere(self, number: int, record: Record) -> list[str]:
@@ -482,15 +482,85 @@ class Snapshotter:
         found = [] if self.rootfs.holds(number) else self._elsewhere(number, record)
         return found[0] if found else self.layers.rootfs(number)
 
+    # -- what the other doors need besides: they reach into no service of this class
+
+    @property
+    def root(self) -> str:
+        """ROOT, the directory of all this: an absolute path."""
+        return self.layers.root
+
+    @property
+    def snapshots_directory(self) -> str:
+        """ROOT/snapshots, in which each snapshot has the directory of its id."""
+        return self.layers.snapshots
+
+    @property
+    def overlay_options(self) -> tuple[str, ...]:
+        """The options of every overlay mount."""
+        return self._root.overlay_options
+
+    def layer_path(self, number: int) -> str:
+        """ROOT/snapshots/<number>/fs: the directory that holds the files of snapshot ``number`` itself, its layer."""
+        return self.layers.fs(number)
+
+    def reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
+        """One consistent state of the records, during the block; ``long`` where reading it takes longer than a moment, in a
+        worker thread.  Raises Closed."""
+        self._refuse_closed()
+        return self.records.reading(long=long)
+
+    def record(self, number: int) -> Record:
+        """The record of snapshot ``number`` as it is now; raises NotFound, or Damaged where it can't be read."""
+        with self.reading() as reader:
+            record = reader.record(number)
+        if record is None:
+            raise NotFound(f"snapshot {number} does not exist any more")
+        return record
+
+    def known_usage(self, number: int, record: Record) -> Usage:
+        """What the snapshot takes as far as that is known without looking: the stored count, the one made last, or else that of
+        an empty layer.  ``usage`` looks."""
+        return self.counting.last_known(number, record)
+
+    def is_lost(self, number: int) -> bool:
+        """Whether the disk may have lost data of the committed snapshot ``number``, which is refused as parent and mount until
+        it is accepted."""
+        return number in self.unflushed.lost
+
+    def refuse_lost(self, number: int | None = None) -> None:
+        """Raise Damaged if ``is_lost`` is true of snapshot ``number``, or (None) of any."""
+        self.unflushed.refuse_lost(sorted(self.unflushed.lost) if number is None else [number])
+
+    @property
+    def has_rootfs(self) -> bool:
+        """Whether the merged file systems can be mounted here (``mount``); ``features["rootfs"].why`` tells why (not)."""
+        return self.rootfs is not None
+
+    async def why_unseen(self, pid: int, target: str) -> str | None:
+        """Why process ``pid`` does not get to ``target``, where ``mount`` has mounted something, in words: the process is in
+        another mount namespace.  None where it gets there, as far as can be known; so for pid 0, an unknown process."""
+        if not pid or shares_mount_namespace(pid):
+            return None
+        return await trio.to_thread.run_sync(why_unseen, pid, target)
+
+    def statistics(self) -> Statistics:
+        """Counts of this root now, and of what was done since it was opened."""
+        with self.reading() as reader:
+            snapshots, last_id = {kind: reader.count(kind) for kind in Kind}, reader.last_id()
+        return Statistics(
+            snapshots=snapshots,
+            last_id=last_id,
+            batches=self.records.batches.copy(),
+            mounts_held=self.rootfs.count if self.rootfs is not None else 0,
+            trash_waiting=self.layers.pending_deletions,
+            lost=len(self.unflushed.lost),
+        )
+
     # -- how
 
     def _refuse_closed(self) -> None:
         if self._closed:  # the records may be the caller's, and open
             raise Closed()
-
-    def _reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
-        self._refuse_closed()
-        return self.records.reading(long=long)
 
     async def _write_record(self, operation: Operation[T], *, frees: bool = False) -> T:
         self._refuse_closed()
@@ -502,7 +572,7 @@ class Snapshotter:
         the kernel has said that no process has that.
 
         Where the block finds the layer in use (Used), Busy says which process has it: finding that out takes longer."""
-        with self._reading() as reader:
+        with self.reading() as reader:
             number = lookup.find_id(reader, key)
         try:
             if self.rootfs is None:

@@ -342,7 +342,7 @@ async def test_a_forked_process_is_refused_and_harms_nothing(snapshotter: Snapsh
     assert in_fork(read) == REFUSED
     assert in_fork(partial(step, partial(store.write, adding("a")))) == REFUSED
     assert in_fork(partial(step, partial(snapshotter._write_record, adding("a")))) == REFUSED
-    assert in_fork(lambda: snapshotter._reading().__enter__()) == REFUSED
+    assert in_fork(lambda: snapshotter.reading().__enter__()) == REFUSED
     with store.reading() as reader:
         assert reader.id_of("web") == 1
         before = readers(store.environment.env)

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from snapfs.snapshotter import Snapshotter
+
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
 PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec", "options"}
 DOORS = {"snapshotter", "opening"}
+DOORWAYS = {"tree", "fuse", "containerd", "cli"}  # what is built on a Snapshotter
 
 MAY_IMPORT = {
     **dict.fromkeys(PURE, PURE),
@@ -25,7 +28,7 @@ MAY_IMPORT = {
     "opening": PURE | {"kernel", "store", "root", "rules", "services", "snapshotter"},
     "offline": PURE | {"kernel", "store", "scan", "root", "offline"},
     "__init__": PURE | DOORS | {"store"},
-    "tree": PURE | {"kernel", "store", "root", "snapshotter", "tree"},
+    "tree": PURE | {"store", "snapshotter", "tree"},
     "fuse": PURE | DOORS | {"kernel", "root", "tree", "fuse"},
     "containerd": PURE | {"snapshotter", "containerd"},
     "testing": {"kernel"},
@@ -70,6 +73,19 @@ def test_arrows(module: Path) -> None:
 @pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in WITHOUT_TRIO], ids=str)
 def test_no_trio_below_the_services(module: Path) -> None:
     assert "import trio" not in (PACKAGE / module).read_text()
+
+
+PLAIN_VALUES = {"options", "overlay_options", "features"}  # of a Snapshotter; all its other attributes are its services
+CALLS = {name for name in vars(Snapshotter) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in DOORWAYS], ids=str)
+def test_nothing_reaches_past_the_snapshotter(module: Path) -> None:
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+            if owner.strip("_") == "snapshotter":
+                assert node.attr in CALLS | PLAIN_VALUES, f"{module}:{node.lineno} reaches for {owner}.{node.attr}"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)

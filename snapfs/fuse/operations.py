@@ -488,9 +488,9 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        unflushed, (number, _) = self.tree.snapshotter.unflushed, unpack(fh)
+        number, _ = unpack(fh)
         await self.tree.snapshotter.flush()
-        unflushed.refuse_lost([number] if number else sorted(unflushed.lost))  # an earlier flush may have been told instead
+        self.tree.snapshotter.refuse_lost(number or None)  # an earlier flush may have been told instead
 
     @answering
     async def statfs(self, ctx: RequestContext) -> StatvfsData:

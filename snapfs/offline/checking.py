@@ -17,9 +17,10 @@ import msgspec
 
 from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
 from snapfs.model import Kind, Usage
+from snapfs.names import parse_id
 from snapfs.root import imprint, placing
 from snapfs.root.imprint import Imprint
-from snapfs.root.layers import Layers, parse_id
+from snapfs.root.layers import Layers
 from snapfs.root.trash import STUCK
 from snapfs.root.unflushed import Unflushed
 from snapfs.scan.usage import disk_usage

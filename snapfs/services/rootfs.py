@@ -33,12 +33,13 @@ from snapfs.errors import FULL, Busy, Closed, Unavailable
 from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.kernel.probe import why_trial_failed
-from snapfs.kernel.processes import users_of_device
+from snapfs.kernel.processes import name_of, users_of_device
 from snapfs.kernel.spare import Spare
 from snapfs.model import Kind
+from snapfs.names import parse_id
 from snapfs.root import holders
 from snapfs.root.inuse import FLUSHING, Closing, InUse
-from snapfs.root.layers import Layers, parse_id
+from snapfs.root.layers import Layers
 from snapfs.root.mounted import Mounted, Place
 from snapfs.rules.mounts import Stack
 
@@ -592,6 +593,17 @@ def _by(target: str) -> str:
         return found
     below = next((mount.target for mount in mount_table() if mount.target.startswith(target + "/")), None)
     return f" by what is mounted at {below}" if below else ""
+
+
+def why_unseen(pid: int, target: str) -> str | None:
+    """Why process ``pid`` does not get to what is mounted at ``target`` here, and what to do, in words: it is in another mount
+    namespace.  None where it does, as far as can be known.  Blocks on /proc."""
+    if namespaces.sees_mount(pid, target):
+        return None
+    return (
+        f"process {pid} ({name_of(pid)}) is in another mount namespace, where {target} is not mounted: "
+        f"follow rootfs before that is made, or enter the daemon's: nsenter --mount --target {os.getpid()}"
+    )
 
 
 def _unwritten() -> int:
