@@ -27,6 +27,7 @@ from snapfs.root.trash import cleanup_error
 from snapfs.rules import commit, lookup, prepare, remove, rename
 from snapfs.rules import labels as label_rules
 from snapfs.rules import mounts as mount_rules
+from snapfs.rules.prepare import Request
 from snapfs.rules.root import Root
 from snapfs.rules.use import Used
 from snapfs.services.agreeing import Agreeing
@@ -137,35 +138,31 @@ class Snapshotter:
         AlreadyExists: the key is in use, by any kind; TooDeep: nothing that stands on so many layers could be mounted;
         FailedPrecondition: the mapping labels can't be followed.
         """
-        return await self._make(Kind.ACTIVE, key, parent, labels, origin, partial(mount_rules.handed_over, self._root))
+        return await self._make(prepare.prepare, Kind.ACTIVE, key, parent, labels, origin)
 
     async def view(self, key: str, parent: Ref | None = None, labels: Labels | None = None, *, origin: str = "") -> list[Mount]:
         """Make the read-only view ``key`` of ``parent``; as ``prepare`` otherwise."""
-        return await self._make(Kind.VIEW, key, parent, labels, origin, self.mounts_of)
+        return await self._make(prepare.prepare, Kind.VIEW, key, parent, labels, origin)
 
     async def create(
         self, kind: Kind, key: str, parent: Ref | None = None, labels: Labels | None = None, *, origin: str = ""
     ) -> int:
         """``prepare`` or ``view``, as ``kind`` says; the id of what was made."""
-        return await self._make(kind, key, parent, labels, origin, lambda reader, number, record: number)
+        return await self._make(prepare.make, kind, key, parent, labels, origin)
 
     async def _make(
         self,
+        rule: Callable[[Root, Writer, Request], T],
         kind: Kind,
         key: str,
         parent: Ref | None,
         labels: Labels | None,
         origin: str,
-        answer: Callable[[Reader, int, Record], T],
     ) -> T:
-        stored = prepare.check(self._root, key, labels)
-
-        def operation(writer: Writer) -> T:
-            return answer(writer, *prepare.prepare(self._root, writer, kind, key, parent, stored, origin))
-
-        answered = await self._write_record(operation)
+        request = prepare.request(self._root, kind, key, parent, labels, origin)
+        made = await self._write_record(lambda writer: rule(self._root, writer, request))
         self._housekeeping.fill_pool_if_low()
-        return answered
+        return made
 
     async def commit(
         self,

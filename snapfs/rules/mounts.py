@@ -44,7 +44,7 @@ def mounts(root: Root, reader: Reader, number: int, record: Record, *, alone: bo
 
 
 def handed_over(root: Root, reader: Reader, number: int, record: Record) -> list[Mount]:
-    """``mounts`` of a snapshot for the door at which it was made.
+    """``mounts`` of a snapshot for the door at which it was made.  Of a view they are the same at all doors.
 
     containerd 2.2 and later unpacks an image's layers at once where its configuration says ``rebase``: each is prepared
     without a parent, which its Commit names.  What the layer deletes is written down only if the answer is an overlay,
