@@ -15,11 +15,11 @@ import msgspec
 
 from snapfs.errors import Damaged, NameTooLong, Unavailable
 from snapfs.model import Kind
-from snapfs.names import encode
+from snapfs.names import encode, parse_id
 from snapfs.offline.checking import Finding, Problem, Progress, records_of
 from snapfs.root import imprint
 from snapfs.root.imprint import Imprint
-from snapfs.root.layers import Layers, parse_id
+from snapfs.root.layers import Layers
 from snapfs.store.metastore import MetaStore
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer

@@ -26,6 +26,7 @@ from snapfs.errors import FULL, Damaged, Unavailable
 from snapfs.kernel import forks, mounting, probe, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.model import Kind, Usage
+from snapfs.names import parse_id
 from snapfs.root import imprint
 from snapfs.root import lock as rootlock
 from snapfs.root.pool import FS_MODE, Pool, remove_empty
@@ -449,11 +450,6 @@ class Layers:
                 refused.append(error)
                 self.trash.mark_stuck(self.directory(number), error)
         return refused
-
-
-def parse_id(name: str) -> int | None:
-    """The id whose directory is called ``name``: decimal, from 1, no leading zero; None for any other name."""
-    return int(name) if name.isascii() and name.isdigit() and name[0] != "0" and len(name) < 12 else None
 
 
 def _chown(parent: int, name: str, entry: os.stat_result, owner: Callable[[os.stat_result], tuple[int, int]]) -> None:
