@@ -373,7 +373,7 @@ class Snapshotter:
         Only those that were made at the door ``origin``, unless that is "".  Filters see labels as they are stored, as in
         containerd: not the one that ``upperdir_label`` adds.
 
-        Raises InvalidArgument for a bad filter.
+        Raises InvalidArgument for a bad filter, Unavailable for one with ``~=`` where google-re2 is not installed.
         """
         compiled = Filters(filters)
 
