@@ -15,6 +15,9 @@ from typing import Annotated
 
 import msgspec
 
+Ref = str | int
+"""A snapshot by its key or name, or by its id, which stays right while others rename and replace."""
+
 
 class Kind(enum.StrEnum):
     """The three kinds of snapshot; the value is the word that users read and write."""

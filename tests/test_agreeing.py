@@ -21,7 +21,8 @@ from snapfs.root import imprint
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
 from snapfs.store.writing import Writer
-from tests.conftest import Daemon, until
+from tests.daemon import Daemon
+from tests.processes import until
 
 KILLED = """
 import os, signal, sys, trio
@@ -128,7 +129,7 @@ async def test_after_another_boot_all_is_compared_once(root: Path, monkeypatch: 
     await fill(root)
     os.removexattr(root / "snapshots/2", imprint.ATTRIBUTE)
     reads = Reads(monkeypatch)
-    monkeypatch.setattr("snapfs.services.flushing.boot_id", lambda: "another boot")
+    monkeypatch.setattr("snapfs.root.unflushed.boot_id", lambda: "another boot")
     async with open_snapshotter(root) as snapshotter:
         await agreed(snapshotter)
         assert reads.count == 4, "three, and that which disagrees once more"
@@ -221,7 +222,7 @@ async def test_damage_and_changes_meanwhile_stop_nothing(root: Path, monkeypatch
                 await snapshotter.remove(f"renamed {number}")
                 await snapshotter.prepare(f"again {number}")
         await agreed(snapshotter)
-        assert snapshotter.agreeing.is_known
+        assert snapshotter._root.agrees
         borne = imprint.read(str(root / "snapshots/6"))
         assert borne is not None
         assert borne.record.name == "k5"

@@ -24,9 +24,9 @@ from snapfs.cli import main
 from snapfs.kernel.mounttable import mount_table
 from snapfs.offline.backup import Backup, backup
 from snapfs.root.lock import at_rest
-from tests.conftest import Daemon, until
-from tests.test_lmdb import readers
-from tests.test_metastore import check_indexes
+from tests.daemon import Daemon
+from tests.processes import until
+from tests.records import check_indexes, readers
 
 
 @pytest.fixture

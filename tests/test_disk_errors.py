@@ -18,7 +18,7 @@ from snapfs import Damaged, Options, Unavailable, open_snapshotter
 from snapfs.kernel import probe
 from snapfs.kernel.mounttable import mount_table
 from snapfs.root.layers import Layers
-from tests.conftest import Daemon
+from tests.daemon import Daemon
 from tests.disk import Disk, disk, loop_device, make_file_system, mounted
 
 each_kind = pytest.mark.parametrize("kind", ["ext4", "xfs"])

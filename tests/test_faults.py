@@ -25,9 +25,10 @@ from snapfs.offline.backup import backup
 from snapfs.store.metastore import MetaStore
 from snapfs.store.space import RESERVE
 from snapfs.store.writing import Writer
-from tests.conftest import Daemon, until
+from tests.daemon import Daemon
 from tests.disk import loop_device, make_file_system, mounted
-from tests.test_metastore import Held, adding, check_indexes
+from tests.processes import until
+from tests.records import Held, adding, check_indexes
 
 Make = Callable[..., Daemon]
 

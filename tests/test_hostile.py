@@ -27,10 +27,11 @@ from snapfs.root.trash import DEPTH
 from snapfs.scan.changes import changes
 from snapfs.scan.usage import disk_usage
 from snapfs.scan.walk import Descriptors, directories
-from tests.conftest import Daemon
-from tests.test_fuzz import bounded
-from tests.test_serve import is_mounted, refusal
-from tests.test_tree_calls import committed, failing, info, remove_all, shell, until, usage
+from tests.daemon import Daemon, bounded, refusal
+from tests.mounts import is_mounted
+from tests.processes import until
+from tests.refusals import failing
+from tests.tree import committed, info, remove_all, shell, usage
 
 Make = Callable[..., Daemon]
 

@@ -16,7 +16,7 @@ import pytest
 from snapfs.kernel import mountapi, mounting, overlay
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.mountspec import escape
-from tests.conftest import die_with_parent
+from tests.processes import die_with_parent
 
 MountOverlay = Callable[..., None]
 MountBind = Callable[..., None]

@@ -16,7 +16,7 @@ from snapfs.errors import Busy
 from snapfs.kernel import mountapi, mounting, overlay, shelter
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.kernel.namespaces import Namespaces, is_neighbour, sees_mount
-from tests.conftest import die_with_parent
+from tests.processes import die_with_parent
 
 Put = Callable[[str, str], None]
 

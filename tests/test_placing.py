@@ -14,15 +14,8 @@ from snapfs.root import imprint
 from snapfs.root.layers import Top
 from snapfs.root.pool import POOL, Pool
 from snapfs.store.writing import Writer
-from tests.conftest import DryPool, loop_mounted
-
-
-def placed(snapshotter: Snapshotter) -> dict[int, str]:
-    with snapshotter.records.reading() as reader:
-        return dict(reader.placed())
-
-
-FILL = Pool.fill
+from tests.mounts import loop_mounted
+from tests.placing import FILL, DryPool, placed
 
 
 @pytest.fixture

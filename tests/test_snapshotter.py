@@ -39,7 +39,7 @@ from snapfs.root.layers import Top
 from snapfs.root.pool import POOL, POOL_LEAST
 from snapfs.store.metastore import BATCH
 from snapfs.store.writing import Writer
-from tests.conftest import DryPool
+from tests.placing import DryPool
 
 Call = Callable[[Snapshotter], Awaitable[object]]
 
@@ -928,10 +928,10 @@ async def test_one_sync_serves_all_that_wait(
             nursery.start_soon(snapshotter.prepare, f"k{number}")
         await trio.testing.wait_all_tasks_blocked()
         assert await snapshotter.walk() == []
-        assert snapshotter._snapshots_fd not in syncs
+        assert snapshotter._root.fd not in syncs
     assert len(await snapshotter.walk()) == BATCH
     assert snapshotter.records.batches[BATCH] == 1
-    assert syncs.count(snapshotter._snapshots_fd) == 1
+    assert syncs.count(snapshotter._root.fd) == 1
 
 
 async def test_of_two_who_prepare_one_key_exactly_one_wins(snapshotter: Snapshotter, root: Path) -> None:

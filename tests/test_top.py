@@ -17,11 +17,11 @@ from snapfs import Snapshotter, open_snapshotter
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.root.layers import Top
 from snapfs.root.pool import Pool
-from tests.conftest import Daemon
+from tests.command import Command
 from tests.containerd_client import connected
-from tests.test_cli import Command
-from tests.test_placing import FILL, placed
-from tests.test_testing import run
+from tests.daemon import Daemon
+from tests.placing import FILL, placed
+from tests.plugin import run
 
 Make = Callable[..., Daemon]
 

@@ -19,12 +19,12 @@ from snapfs import Snapshotter, Unavailable, open_snapshotter
 from snapfs.kernel import mounting
 from snapfs.offline.checking import Problem, check
 from snapfs.root.trash import DEPTH, STUCK
-from tests.conftest import Daemon, until
 from tests.containerd_client import connected
-from tests.test_tree_calls import refused
-from tests.test_who import open_path, users
+from tests.daemon import Daemon
+from tests.processes import until
+from tests.refusals import refused
 
-__all__ = ["open_path", "users"]
+pytestmark = pytest.mark.usefixtures("open_path", "users")
 
 Make = Callable[..., Daemon]
 

@@ -21,8 +21,8 @@ from snapfs.root import imprint, placing
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers, parse_id
 from snapfs.root.trash import STUCK
+from snapfs.root.unflushed import Unflushed
 from snapfs.scan.usage import disk_usage
-from snapfs.services.flushing import Flushing
 from snapfs.store.metastore import MetaStore
 from snapfs.store.schema import Record
 from snapfs.store.soundness import broken_pages
@@ -98,15 +98,15 @@ def _sound(path: str) -> str:
 
 
 def _accept(layers: Layers, records: MetaStore, name: str) -> Finding:
-    flushing = Flushing(layers, records)
+    unflushed = Unflushed(layers, records)
 
     def operation(writer: Writer) -> None:
         number = writer.id_of(name)
         if number is None:
             raise NotFound.snapshot(name)
-        if number not in flushing.lost:
+        if number not in unflushed.lost:
             raise FailedPrecondition(f'snapshot "{name}" is not unflushed: there is nothing to accept')
-        flushing.settle(writer, [number])
+        unflushed.settle(writer, [number])
 
     records.write_now(operation, frees=True)
     return Finding(Problem.UNFLUSHED, f'committed "{name}"', mended="accepted as it is")
@@ -251,7 +251,7 @@ class _Check:
             yield Finding(Problem.MISCOUNTED, text, "--repair writes it anew", mended)
 
     def _check_flushed(self) -> Iterator[Finding]:
-        for number in sorted(Flushing(self._layers, self._records).lost):
+        for number in sorted(Unflushed(self._layers, self._records).lost):
             if number in self._known:
                 text = f"{_called(self._known[number])}: its files, in {self._layers.fs(number)}, had not all reached the disk "
                 name = self._known[number].name

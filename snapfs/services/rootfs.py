@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-import msgspec
 import trio
 
 from snapfs.errors import FULL, Busy, Closed, Unavailable
@@ -41,6 +40,7 @@ from snapfs.root import holders
 from snapfs.root.inuse import FLUSHING, Closing, InUse
 from snapfs.root.layers import Layers, parse_id
 from snapfs.root.mounted import Mounted, Place
+from snapfs.rules.mounts import Stack
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +54,6 @@ SEARCH = 0.5  # seconds for which it is looked who uses what is in use: the kern
 
 _GONE = (errno.EINVAL, errno.ENOENT)
 """What umount2(2) says where somebody else has unmounted it, and perhaps removed the directory."""
-
-_threads = trio.CapacityLimiter(8)
-_closing = trio.CapacityLimiter(math.inf)  # each may wait for the disk, and nothing may wait for them
-
-
-class Stack(msgspec.Struct, frozen=True):
-    """What to mount: the ids of the read-only layers, the nearest first, and that of a writable one above them."""
-
-    lower: tuple[int, ...]
-    upper: int | None = None
 
 
 class _Held:
@@ -104,6 +94,8 @@ class Rootfs:
         self._recovered: dict[int, _Held] = {}  # what ``recover`` took over
         self._locks: dict[int, trio.Lock] = {}
         self._making_room = trio.Lock()
+        self._threads = trio.CapacityLimiter(8)
+        self._closing = trio.CapacityLimiter(math.inf)  # each may wait for the disk, and nothing may wait for them
         self._coming = 0  # mounts that room was made for
         self._nursery: trio.Nursery | None = None
         self._still_written: Callable[[int], Awaitable[None]] | None = None
@@ -243,7 +235,7 @@ class Rootfs:
         async with self._room(), self._locked(number):
             if not self._is_there(number):
                 work = functools.partial(self._mount, number, stack(), self._held.get(number))
-                held = await trio.to_thread.run_sync(work, limiter=_threads)
+                held = await trio.to_thread.run_sync(work, limiter=self._threads)
                 held.asked = trio.current_time()
                 self._held[number] = held
         return self._layers.rootfs(number)
@@ -445,11 +437,11 @@ class Rootfs:
                 users = functools.partial(next, users_of_device(held.device, longest=math.inf), None)
                 if await trio.to_thread.run_sync(users, abandon_on_cancel=True) is None:
                     return True
-                await trio.to_thread.run_sync(self._attach_again, held, limiter=_threads)
+                await trio.to_thread.run_sync(self._attach_again, held, limiter=self._threads)
                 self._held[held.number] = held
                 raise await self._elsewhere(held)
         self._let_go(held)
-        if await trio.to_thread.run_sync(self._in_use.has_overlay, held.number, limiter=_threads):
+        if await trio.to_thread.run_sync(self._in_use.has_overlay, held.number, limiter=self._threads):
             raise await self._elsewhere(held)
         return True
 
@@ -460,7 +452,7 @@ class Rootfs:
         """
         target = self._layers.rootfs(held.number)
         try:
-            if await trio.to_thread.run_sync(self._give_up, held, limiter=_threads):
+            if await trio.to_thread.run_sync(self._give_up, held, limiter=self._threads):
                 del self._held[held.number]
                 return
         except OSError as error:
@@ -535,7 +527,7 @@ class Rootfs:
             if held is None or trio.current_time() - held.asked < max(self.idle, GRACE):
                 return
             try:
-                if await trio.to_thread.run_sync(expire, held, limiter=_threads):
+                if await trio.to_thread.run_sync(expire, held, limiter=self._threads):
                     del self._held[number]
                     self._let_go(held)
                 else:
@@ -557,7 +549,7 @@ class Rootfs:
 
     async def _close(self, number: int, closing: Closing) -> None:
         with trio.CancelScope(shield=True):  # or the descriptor would stay open when the library is closed
-            await trio.to_thread.run_sync(closing.run, limiter=_closing)
+            await trio.to_thread.run_sync(closing.run, limiter=self._closing)
             if closing.written and self._still_written is not None:
                 await self._still_written(number)
         if self._in_use.closings.get(number) is closing:

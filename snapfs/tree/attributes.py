@@ -78,7 +78,7 @@ def info_json(tree: Tree, number: int, record: Record) -> str:
         info = tree.snapshotter.shown(reader.info(number, record))
         places = tree.snapshotter.places(reader, number, record)
     times = {"created": rfc3339(info.created), "updated": rfc3339(info.updated)}
-    state = {"state": "unflushed"} if number in tree.snapshotter.flushing.lost else {}
+    state = {"state": "unflushed"} if number in tree.snapshotter.unflushed.lost else {}
     shown = [place.encode(errors="surrogateescape").decode(errors="backslashreplace") for place in places]
     return json_text({**msgspec.structs.asdict(info), **times, **state, "mounted": shown})
 

@@ -84,7 +84,7 @@ def _lines(tree: Tree) -> Iterator[str]:
             continue
         usage: Usage = snapshotter.counting.last_known(number, record)
         damaged = record.parent and record.parent not in file_names
-        state = "damaged" if damaged else "unflushed" if number in snapshotter.flushing.lost else "."
+        state = "damaged" if damaged else "unflushed" if number in snapshotter.unflushed.lost else "."
         yield (
             f"{file_names[number]}\t{record.kind}\t{file_names.get(record.parent, '.')}\t{number}\t{usage.size}\t"
             f"{usage.inodes}\t{_seconds(record.created)}\t{_seconds(record.updated)}\t{state}\t{_labels(record.labels)}\n"

@@ -48,7 +48,7 @@ def metrics(tree: Tree) -> str:
             "unflushed",
             "gauge",
             "Committed snapshots whose data the disk may have lost.",
-            [({}, len(snapshotter.flushing.lost))],
+            [({}, len(snapshotter.unflushed.lost))],
         ),
         ("filesystem_size_bytes", "gauge", "Size of the file system under ROOT.", [({}, space.f_blocks * space.f_frsize)]),
         ("filesystem_avail_bytes", "gauge", "What is left of it.", [({}, space.f_bavail * space.f_frsize)]),

@@ -81,7 +81,7 @@ def options_json(tree: Tree) -> str:
             "root": snapshotter.layers.root,
             **tree.served,
             "options": msgspec.structs.asdict(snapshotter.options),
-            "overlay_options": snapshotter.overlay_options,
+            "overlay_options": snapshotter._root.overlay_options,
             "features": snapshotter.features,
         }
     )

@@ -16,7 +16,7 @@ from tests.bench import containerd
 from tests.bench.clients import Together, together
 from tests.bench.place import ALL_CPUS, ONE_CPU, Place, move, on
 from tests.bench.rows import Growth, Row, at_least, at_most, in_turns, p50
-from tests.conftest import Daemon
+from tests.daemon import Daemon
 
 MANY = 64
 
