@@ -13,6 +13,7 @@ durable when it returns.  A thread runs the async snapshotter; each call is a ta
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Mapping
@@ -26,9 +27,12 @@ import trio
 
 from snapfs import opening
 from snapfs.errors import Closed, Forked
+from snapfs.model import Change
 from snapfs.options import Feature, Options
 from snapfs.snapshotter import Snapshotter as AsyncSnapshotter
 from snapfs.store.metastore import MetaStore
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -83,7 +87,8 @@ class Snapshotter:
 
     After ``close`` every call raises Closed; in a forked process every call raises Forked.  Errors of the disk are Unavailable
     with the errno.  In a thread that runs a trio loop every call raises RuntimeError, because the loop would stand still: the
-    async snapshotter is for that.  An asyncio loop, as a notebook runs one, stands still meanwhile.
+    async snapshotter is for that.  An asyncio loop, as a notebook runs one, stands still meanwhile.  A listener (``subscribe``)
+    is called in a thread that runs a trio loop; its errors are logged.
 
     A snapshotter that was never closed is closed when nothing refers to it any more, or when the interpreter ends.
     """
@@ -144,7 +149,19 @@ class Snapshotter:
     find_layers = _awaited(AsyncSnapshotter.find_layers)
     space = _on_the_loop(AsyncSnapshotter.space)
     shown = _on_the_loop(AsyncSnapshotter.shown)
-    subscribe = _on_the_loop(AsyncSnapshotter.subscribe)
+
+    def subscribe(self, listener: Callable[[Change], None]) -> None:
+        self._subscribe(partial(_tell, listener))
+
+    subscribe.__doc__ = AsyncSnapshotter.subscribe.__doc__
+    _subscribe = _on_the_loop(AsyncSnapshotter.subscribe)
+
+
+def _tell(listener: Callable[[Change], None], change: Change) -> None:
+    try:
+        listener(change)
+    except Exception:
+        log.exception("a listener of changes has failed")
 
 
 class _Call(Generic[T]):
