@@ -20,7 +20,6 @@ from tests.conftest import Daemon, die_with_parent, until
 
 WIDTH, HEIGHT = 640, 480  # of the screen
 MARKED = b"\xff\x00\xff"
-PICTURE = Path(__file__).parent.parent / "examples/pcmanfm.png"
 
 
 def rootfs_mounts(daemon: Daemon) -> list[str]:
@@ -402,8 +401,6 @@ def test_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
     desktop.keys("Return")
     until(lambda: set(os.listdir(active)) == {"web", "made"}, "made is prepared", desktop.picture)
     desktop.window("active")
-    if os.environ.get("SNAPFS_PICTURE"):
-        subprocess.run(["import", "-window", "root", "-colors", "64", str(PICTURE)], check=True)
     desktop.select(active / "made")
     desktop.keys("F2")
     desktop.window("Rename.*")
