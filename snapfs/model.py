@@ -14,6 +14,9 @@ from typing import Annotated
 
 import msgspec
 
+Ref = str | int
+"""A snapshot by its key or name, or by its id, which stays right while others rename and replace."""
+
 
 class Kind(enum.StrEnum):
     """The three kinds of snapshot; the value is the word that users read and write."""
@@ -49,6 +52,22 @@ class Usage(msgspec.Struct, frozen=True):
 
     inodes: _Count = 0
     size: _Count = 0
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of one root, and of the process that has it open.
+
+    ``snapshots``: how many there are of each kind.  ``last_id``: the highest id that was ever given out.  ``batches``: how many
+    batches of so many changes were made durable since the root was opened.  ``mounts_held``: file systems mounted as rootfs.
+    ``trash_waiting``: removed layers that are not yet deleted.  ``lost``: snapshots whose data the disk may have lost.
+    """
+
+    snapshots: Mapping[Kind, int]
+    last_id: int
+    batches: Mapping[int, int]
+    mounts_held: int
+    trash_waiting: int
+    lost: int
 
 
 class Mount(msgspec.Struct, frozen=True):

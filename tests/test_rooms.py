@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+from snapfs.snapshotter import Snapshotter
 
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
 PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec", "options"}
 DOORS = {"snapshotter", "opening"}
+DOORWAYS = {"tree", "fuse", "containerd", "cli"}  # what is built on a Snapshotter
 
 MAY_IMPORT = {
     **dict.fromkeys(PURE, PURE),
@@ -18,17 +22,23 @@ MAY_IMPORT = {
     "store": PURE | {"kernel", "store"},
     "scan": PURE | {"kernel", "scan"},
     "root": PURE | {"kernel", "store", "scan", "root"},
-    "services": PURE | {"kernel", "store", "scan", "root", "services"},
-    "snapshotter": PURE | {"kernel", "store", "scan", "root", "services"},
-    "opening": PURE | {"kernel", "store", "scan", "root", "services", "snapshotter"},
-    "offline": PURE | {"kernel", "store", "scan", "root", "services", "offline"},
+    "rules": PURE | {"kernel", "store", "scan", "root", "rules"},
+    "services": PURE | {"kernel", "store", "scan", "root", "rules", "services"},
+    "snapshotter": PURE | {"kernel", "store", "root", "rules", "services"},
+    "opening": PURE | {"kernel", "store", "root", "rules", "services", "snapshotter"},
+    "offline": PURE | {"kernel", "store", "scan", "root", "offline"},
     "__init__": PURE | DOORS | {"store"},
-    "tree": PURE | {"kernel", "store", "root", "snapshotter", "tree"},
+    "tree": PURE | {"store", "snapshotter", "tree"},
     "fuse": PURE | DOORS | {"kernel", "root", "tree", "fuse"},
     "containerd": PURE | {"snapshotter", "containerd"},
     "testing": {"kernel"},
     "cli": PURE | DOORS | {"kernel", "root", "offline", "fuse", "containerd", "cli"},
 }
+
+WITHOUT_TRIO = {*PURE, "kernel", "root", "rules"}
+
+TESTS = Path(__file__).parent
+TEST_MODULES = sorted(path.relative_to(TESTS) for path in TESTS.rglob("*.py"))
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not path.name.endswith("_pb2.py"))
 
@@ -60,6 +70,24 @@ def test_arrows(module: Path) -> None:
     assert imported_rooms(module) <= MAY_IMPORT[room_of(module)]
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in WITHOUT_TRIO], ids=str)
+def test_no_trio_below_the_services(module: Path) -> None:
+    assert "import trio" not in (PACKAGE / module).read_text()
+
+
+PLAIN_VALUES = {"options", "overlay_options", "features"}  # of a Snapshotter; all its other attributes are its services
+CALLS = {name for name in vars(Snapshotter) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in DOORWAYS], ids=str)
+def test_nothing_reaches_past_the_snapshotter(module: Path) -> None:
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+            if owner.strip("_") == "snapshotter":
+                assert node.attr in CALLS | PLAIN_VALUES, f"{module}:{node.lineno} reaches for {owner}.{node.attr}"
+
+
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_only_fuse_knows_pyfuse3(module: Path) -> None:
     text = (PACKAGE / module).read_text()
@@ -76,3 +104,16 @@ def test_only_containerd_knows_grpc(module: Path) -> None:
 def test_one_subject_a_file(module: Path) -> None:
     assert module.stem not in ("utils", "util", "common", "helpers", "misc")
     assert ast.get_docstring(ast.parse((PACKAGE / module).read_text())), "a module says what it is for"
+
+
+@pytest.mark.parametrize("module", TEST_MODULES, ids=str)
+def test_no_module_imports_tests(module: Path) -> None:
+    """What test modules share has a room of its own; this reads the text, for some of them is a program in a string."""
+    text = (TESTS / module).read_text()
+    assert re.findall(r"^.*\b(?:from|import) tests(?:\.| import )(?:test_|conftest).*$", text, re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("module", [module for module in TEST_MODULES if not module.name.startswith(("test_", "__"))], ids=str)
+def test_one_subject_a_room_of_tests(module: Path) -> None:
+    assert module.stem not in ("utils", "util", "common", "helpers", "misc")
+    assert ast.get_docstring(ast.parse((TESTS / module).read_text())), "a module says what it is for"

@@ -35,11 +35,11 @@ from snapfs.filters import Filters
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
 from snapfs.offline.rebuilding import rebuild
-from snapfs.root.layers import Top
+from snapfs.root.layers import FsTemplate
 from snapfs.root.pool import POOL, POOL_LEAST
 from snapfs.store.metastore import BATCH
 from snapfs.store.writing import Writer
-from tests.conftest import DryPool
+from tests.placing import DryPool
 
 Call = Callable[[Snapshotter], Awaitable[object]]
 
@@ -586,7 +586,7 @@ async def test_a_directory_that_can_not_be_moved_away_is_logged_and_left_to_clea
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(filled.layers, "retire", refuse)
+        patch.setattr(filled.layers, "move_to_trash", refuse)
         await filled.remove("web")
     assert "Input/output error" in caplog.text
     with pytest.raises(NotFound):
@@ -928,10 +928,10 @@ async def test_one_sync_serves_all_that_wait(
             nursery.start_soon(snapshotter.prepare, f"k{number}")
         await trio.testing.wait_all_tasks_blocked()
         assert await snapshotter.walk() == []
-        assert snapshotter._snapshots_fd not in syncs
+        assert snapshotter._root.fd not in syncs
     assert len(await snapshotter.walk()) == BATCH
     assert snapshotter.records.batches[BATCH] == 1
-    assert syncs.count(snapshotter._snapshots_fd) == 1
+    assert syncs.count(snapshotter._root.fd) == 1
 
 
 async def test_of_two_who_prepare_one_key_exactly_one_wins(snapshotter: Snapshotter, root: Path) -> None:
@@ -1007,7 +1007,7 @@ async def test_a_call_cancelled_under_way_is_done(
     place = snapshotter.layers.place
     results: list[object] = []
 
-    def slowly(number: int, kind: Kind, top: Top) -> None:
+    def slowly(number: int, kind: Kind, top: FsTemplate) -> None:
         trio.from_thread.run_sync(begun.set)
         assert go_on.wait(20)
         place(number, kind, top)

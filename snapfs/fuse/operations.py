@@ -488,9 +488,9 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        flushing, (number, _) = self.tree.snapshotter.flushing, unpack(fh)
+        number, _ = unpack(fh)
         await self.tree.snapshotter.flush()
-        flushing.refuse_lost([number] if number else sorted(flushing.lost))  # an earlier flush may have been told instead
+        self.tree.snapshotter.refuse_lost(number or None)  # an earlier flush may have been told instead
 
     @answering
     async def statfs(self, ctx: RequestContext) -> StatvfsData:

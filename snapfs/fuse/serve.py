@@ -94,7 +94,7 @@ async def serve(
                 served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync, **(told or {})}
                 tree = Tree(snapshotter, served, dirsync=mount.dirsync)
                 await serve_tree(tree, mountpoint, mount, on_ready, stop, beside)
-                reason = received[0] if received else _why_over(snapshotter.layers.root, mountpoint)
+                reason = received[0] if received else _why_over(snapshotter.root, mountpoint)
             except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group
                 refusal = error
             nursery.cancel_scope.cancel()
@@ -114,7 +114,7 @@ async def serve_tree(
     """Mount ``tree`` and answer requests until ``stop`` is set or somebody unmounts it.  One a process at a time."""
     operations = Operations(tree, mount.access, on_ready)
     try:
-        pyfuse3.init(operations, mountpoint, _fuse_options(tree.snapshotter.layers.root, mount))
+        pyfuse3.init(operations, mountpoint, _fuse_options(tree.snapshotter.root, mount))
     except RuntimeError as error:  # libfuse has said why on standard error
         hint = "it takes the right to mount (CAP_SYS_ADMIN, or fusermount3 and a mountpoint that is yours)"
         if mount.access.allow_other and os.geteuid() != 0:

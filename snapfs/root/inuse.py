@@ -43,7 +43,7 @@ class Closing:
         self._thread = threading.get_native_id()
         try:
             if self._seal:
-                mounting.seal(self._copy)
+                mounting.make_file_system_read_only(self._copy)
         except OSError as error:  # a kernel that can't
             self.written = error.errno == errno.EBUSY
         finally:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from snapfs.kernel.handles import has_upper, open_elsewhere
 from snapfs.kernel.mounttable import MountPoint, MountTable, mount_id, mount_table, parse
 from snapfs.kernel.namespaces import Namespaces
-from snapfs.root.layers import parse_id
+from snapfs.names import parse_id
 
 _LAYER = re.compile(r"/([1-9][0-9]*)/fs")
 _LAYER_PART = re.compile(r"/([1-9][0-9]*)/fs(?=/|\Z)")

@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 
 GATHER = 0.05  # seconds after a Commit in which others may come, so that a burst of them is counted and written together
 
-_threads = trio.CapacityLimiter(4)  # that walk layers, for all roots: disks gain little from more
-
 
 class Counting:
     """The counts of one root.  ``run`` must be running; all methods are for trio tasks."""
@@ -34,7 +32,7 @@ class Counting:
         self._layers = layers
         self._records = records
         self._nursery: trio.Nursery | None = None
-        self._scans: Sharing[Usage] = Sharing(_threads)
+        self._scans: Sharing[Usage] = Sharing(trio.CapacityLimiter(4))  # disks gain little from more
         self._pending: dict[int, _Count] = {}
         self._gathered: list[_Count] = []
         self._last_known: dict[int, Usage] = {}
@@ -83,7 +81,7 @@ class Counting:
         """The usage as far as it is known without looking: stored, or from the last scan, or else that of an empty layer."""
         if record.kind is Kind.VIEW:
             return Usage()
-        return record.usage or self._last_known.get(number, self._layers.empty)
+        return record.usage or self._last_known.get(number, self._layers.empty_usage)
 
     def forget(self, number: int) -> None:
         """Snapshot ``number`` is gone."""

@@ -27,20 +27,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-import msgspec
 import trio
 
 from snapfs.errors import FULL, Busy, Closed, Unavailable
 from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
-from snapfs.kernel.probe import why_refused
-from snapfs.kernel.processes import users_of_device
+from snapfs.kernel.probe import why_trial_failed
+from snapfs.kernel.processes import name_of, users_of_device
 from snapfs.kernel.spare import Spare
 from snapfs.model import Kind
+from snapfs.names import parse_id
 from snapfs.root import holders
 from snapfs.root.inuse import FLUSHING, Closing, InUse
-from snapfs.root.layers import Layers, parse_id
+from snapfs.root.layers import Layers
 from snapfs.root.mounted import Mounted, Place
+from snapfs.rules.mounts import Stack
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +55,6 @@ SEARCH = 0.5  # seconds for which it is looked who uses what is in use: the kern
 
 _GONE = (errno.EINVAL, errno.ENOENT)
 """What umount2(2) says where somebody else has unmounted it, and perhaps removed the directory."""
-
-_threads = trio.CapacityLimiter(8)
-_closing = trio.CapacityLimiter(math.inf)  # each may wait for the disk, and nothing may wait for them
-
-
-class Stack(msgspec.Struct, frozen=True):
-    """What to mount: the ids of the read-only layers, the nearest first, and that of a writable one above them."""
-
-    lower: tuple[int, ...]
-    upper: int | None = None
 
 
 class _Held:
@@ -81,7 +72,7 @@ class _Held:
         self.number = number
         self.asked = 0.0
         self.seal = False
-        self.copy = mounting.copy_of(target)
+        self.copy = mounting.detached_copy(target)
         self.mount = mount_id(target)
         self.device = mounting.overlay_device(target)
         self.shelter = mounting.device(os.path.dirname(target))
@@ -104,6 +95,8 @@ class Rootfs:
         self._recovered: dict[int, _Held] = {}  # what ``recover`` took over
         self._locks: dict[int, trio.Lock] = {}
         self._making_room = trio.Lock()
+        self._threads = trio.CapacityLimiter(8)
+        self._closing = trio.CapacityLimiter(math.inf)  # each may wait for the disk, and nothing may wait for them
         self._coming = 0  # mounts that room was made for
         self._nursery: trio.Nursery | None = None
         self._still_written: Callable[[int], Awaitable[None]] | None = None
@@ -243,7 +236,7 @@ class Rootfs:
         async with self._room(), self._locked(number):
             if not self._is_there(number):
                 work = functools.partial(self._mount, number, stack(), self._held.get(number))
-                held = await trio.to_thread.run_sync(work, limiter=_threads)
+                held = await trio.to_thread.run_sync(work, limiter=self._threads)
                 held.asked = trio.current_time()
                 self._held[number] = held
         return self._layers.rootfs(number)
@@ -277,7 +270,7 @@ class Rootfs:
                     return held
                 tree = self._taken_over(number) if stack.upper is not None else None
                 if tree is not None:
-                    shelter.put(tree, directory)
+                    shelter.attach(tree, directory)
                 elif stack.upper is None and len(stack.lower) == 1:
                     self._put_bind(directory, layers.fs(stack.lower[0]))
                 else:
@@ -296,24 +289,24 @@ class Rootfs:
         read_only = upper is None
         try:
             tree = overlay.make_overlay(lowers, upper, work, options, read_only=read_only)
-        except overlay.Lacking:
+        except overlay.MountApiLacking:
 
             def mount(target: str) -> None:
                 overlay.mount_overlay_classic(target, lowers, upper, work, options, read_only=read_only)
 
-            shelter.put_classic(mount, directory)
+            shelter.attach_classic(mount, directory)
         else:
-            shelter.put(tree, directory)
+            shelter.attach(tree, directory)
 
     def _put_bind(self, directory: str, layer: str) -> None:
         try:
             tree = mounting.make_bind(layer, read_only=True)
         except OSError as error:
-            if error.errno not in mounting.LACKING:
+            if error.errno not in mounting.NO_MOUNT_API:
                 raise
-            shelter.put_classic(lambda target: mounting.mount_bind_classic(layer, target, read_only=True), directory)
+            shelter.attach_classic(lambda target: mounting.mount_bind_classic(layer, target, read_only=True), directory)
         else:
-            shelter.put(tree, directory)
+            shelter.attach(tree, directory)
 
     def _attach_again(self, held: _Held) -> None:
         """Mount what was unmounted here, and somebody else may still have: the same, not a second one.  Raises OSError."""
@@ -324,9 +317,9 @@ class Rootfs:
             tree = mountapi.copy_tree(held.copy)
         except OSError:
             tree, held.copy = held.copy, None
-        shelter.put(tree, directory)
+        shelter.attach(tree, directory)
         if held.copy is None:
-            held.copy = mounting.copy_of(target)
+            held.copy = mounting.detached_copy(target)
         held.mount, held.shelter = mount_id(target), mounting.device(directory)
 
     def _is_elsewhere(self, held: _Held) -> bool:
@@ -445,11 +438,11 @@ class Rootfs:
                 users = functools.partial(next, users_of_device(held.device, longest=math.inf), None)
                 if await trio.to_thread.run_sync(users, abandon_on_cancel=True) is None:
                     return True
-                await trio.to_thread.run_sync(self._attach_again, held, limiter=_threads)
+                await trio.to_thread.run_sync(self._attach_again, held, limiter=self._threads)
                 self._held[held.number] = held
                 raise await self._elsewhere(held)
         self._let_go(held)
-        if await trio.to_thread.run_sync(self._in_use.has_overlay, held.number, limiter=_threads):
+        if await trio.to_thread.run_sync(self._in_use.has_overlay, held.number, limiter=self._threads):
             raise await self._elsewhere(held)
         return True
 
@@ -460,7 +453,7 @@ class Rootfs:
         """
         target = self._layers.rootfs(held.number)
         try:
-            if await trio.to_thread.run_sync(self._give_up, held, limiter=_threads):
+            if await trio.to_thread.run_sync(self._give_up, held, limiter=self._threads):
                 del self._held[held.number]
                 return
         except OSError as error:
@@ -515,7 +508,7 @@ class Rootfs:
         target = f"{directory}/{shelter.INSIDE}"
         if not self._mounted.everywhere(lambda place: place.unique in shelters or place.target == target):
             shelter.clear(directory)
-            self._layers.put_away(directory)
+            self._layers.remove_directory(directory)
 
     async def _expire(self, number: int) -> None:
         """Unmount ``number`` if it was not asked for, nor used by who asked earlier, for ``idle`` seconds."""
@@ -523,7 +516,7 @@ class Rootfs:
         def expire(held: _Held) -> bool:
             target = self._layers.rootfs(number)
             try:
-                if self._is_elsewhere(held) or not mounting.expire(target):
+                if self._is_elsewhere(held) or not mounting.unmount_unused(target):
                     return False
             except OSError as error:
                 if error.errno not in _GONE:
@@ -535,7 +528,7 @@ class Rootfs:
             if held is None or trio.current_time() - held.asked < max(self.idle, GRACE):
                 return
             try:
-                if await trio.to_thread.run_sync(expire, held, limiter=_threads):
+                if await trio.to_thread.run_sync(expire, held, limiter=self._threads):
                     del self._held[number]
                     self._let_go(held)
                 else:
@@ -557,7 +550,7 @@ class Rootfs:
 
     async def _close(self, number: int, closing: Closing) -> None:
         with trio.CancelScope(shield=True):  # or the descriptor would stay open when the library is closed
-            await trio.to_thread.run_sync(closing.run, limiter=_closing)
+            await trio.to_thread.run_sync(closing.run, limiter=self._closing)
             if closing.written and self._still_written is not None:
                 await self._still_written(number)
         if self._in_use.closings.get(number) is closing:
@@ -576,7 +569,7 @@ class Rootfs:
 
 def _refusal(error: OSError) -> str | None:
     """In words why mounting is not permitted; a full disk does not tell whether it is, nor a full table of descriptors."""
-    return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else why_refused(error)
+    return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else why_trial_failed(error)
 
 
 def _detach(target: str) -> None:
@@ -600,6 +593,17 @@ def _by(target: str) -> str:
         return found
     below = next((mount.target for mount in mount_table() if mount.target.startswith(target + "/")), None)
     return f" by what is mounted at {below}" if below else ""
+
+
+def why_unseen(pid: int, target: str) -> str | None:
+    """Why process ``pid`` does not get to what is mounted at ``target`` here, and what to do, in words: it is in another mount
+    namespace.  None where it does, as far as can be known.  Blocks on /proc."""
+    if namespaces.sees_mount(pid, target):
+        return None
+    return (
+        f"process {pid} ({name_of(pid)}) is in another mount namespace, where {target} is not mounted: "
+        f"follow rootfs before that is made, or enter the daemon's: nsenter --mount --target {os.getpid()}"
+    )
 
 
 def _unwritten() -> int:

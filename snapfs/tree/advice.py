@@ -34,7 +34,7 @@ def how_to_make(tree: Tree, above: str) -> str:
 
 
 def _how_to_write(tree: Tree, path: str) -> str:
-    if tree.snapshotter.rootfs is not None:
+    if tree.snapshotter.has_rootfs:
         return f"write into {path}/rootfs/"
     return f"write where it is mounted: sh {path}/mount.sh TARGET"
 
@@ -42,7 +42,7 @@ def _how_to_write(tree: Tree, path: str) -> str:
 def how_to_copy(tree: Tree, record: Record) -> str:
     """How to have the files of this snapshot elsewhere."""
     path = path_of(record)
-    if tree.snapshotter.rootfs is not None:
+    if tree.snapshotter.has_rootfs:
         return f"cp -a {path}/rootfs/. TARGET"
     return f"{_how_to_mount(record)}, and cp -a DIR/. TARGET"
 

@@ -7,20 +7,15 @@ and gives the file's text or the link's target, or None where this snapshot hasn
 from __future__ import annotations
 
 import contextlib
-import os
 import stat
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import msgspec
-import trio
 
 from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
-from snapfs.kernel.namespaces import is_neighbour, sees_mount
-from snapfs.kernel.processes import name_of
-from snapfs.model import Kind, Usage, rfc3339
-from snapfs.snapshotter import Snapshotter
+from snapfs.model import Kind, rfc3339
 from snapfs.store.schema import Record
 from snapfs.tree.node import Attributes, File, Link, Node, Slot, pack, pack_version
 from snapfs.tree.texts import Text
@@ -66,7 +61,7 @@ def mounts_json(tree: Tree, number: int, record: Record) -> str:
 def mount_sh(tree: Tree, number: int, record: Record) -> str:
     with tree.reading() as reader:
         spec = tree.snapshotter.mounts_of(reader, number, record)
-    return mountspec.script(spec, tree.snapshotter.layers.snapshots, number)
+    return mountspec.script(spec, tree.snapshotter.snapshots_directory, number)
 
 
 async def find_layers(tree: Tree, number: int, record: Record) -> None:
@@ -78,18 +73,17 @@ def info_json(tree: Tree, number: int, record: Record) -> str:
         info = tree.snapshotter.shown(reader.info(number, record))
         places = tree.snapshotter.places(reader, number, record)
     times = {"created": rfc3339(info.created), "updated": rfc3339(info.updated)}
-    state = {"state": "unflushed"} if number in tree.snapshotter.flushing.lost else {}
+    state = {"state": "unflushed"} if tree.snapshotter.is_lost(number) else {}
     shown = [place.encode(errors="surrogateescape").decode(errors="backslashreplace") for place in places]
     return json_text({**msgspec.structs.asdict(info), **times, **state, "mounted": shown})
 
 
 def usage_json(tree: Tree, number: int, record: Record) -> str:
-    usage: Usage = tree.snapshotter.counting.last_known(number, record)
-    return json_text(usage)
+    return json_text(tree.snapshotter.known_usage(number, record))
 
 
 async def count(tree: Tree, number: int, record: Record) -> None:
-    await tree.snapshotter.counting.usage(number, record)
+    await tree.snapshotter.usage(number)
 
 
 def has_parent(tree: Tree, record: Record) -> bool:
@@ -104,7 +98,7 @@ def parent(tree: Tree, number: int, record: Record) -> str | None:
 
 
 def diff(tree: Tree, number: int, record: Record) -> str:
-    return tree.snapshotter.layers.fs(number)
+    return tree.snapshotter.layer_path(number)
 
 
 def last_changes(number: int) -> int:
@@ -126,8 +120,7 @@ async def compare(tree: Tree, number: int, record: Record) -> None:
 
 
 def is_mountable(tree: Tree, record: Record) -> bool:
-    snapshotter: Snapshotter = tree.snapshotter
-    return snapshotter.rootfs is not None
+    return tree.snapshotter.has_rootfs
 
 
 def rootfs(tree: Tree, number: int, record: Record) -> str | None:
@@ -136,17 +129,9 @@ def rootfs(tree: Tree, number: int, record: Record) -> str | None:
 
 async def mount(tree: Tree, number: int, record: Record, pid: int) -> str:
     target = await tree.snapshotter.mount(number, pid)
-    if pid and not is_neighbour(pid) and not await trio.to_thread.run_sync(sees_mount, pid, target):
-        where = f"{record.kind}/{names.encode(record.name)}/rootfs"
-        tree.error_log.note("ENOENT", "readlink", where, _unseen(pid, target))
+    if unseen := await tree.snapshotter.why_unseen(pid, target):
+        tree.error_log.note("ENOENT", "readlink", f"{record.kind}/{names.encode(record.name)}/rootfs", unseen)
     return target
-
-
-def _unseen(pid: int, target: str) -> str:
-    return (
-        f"process {pid} ({name_of(pid)}) is in another mount namespace, where {target} is not mounted: "
-        f"follow rootfs before that is made, or enter the daemon's: nsenter --mount --target {os.getpid()}"
-    )
 
 
 ROOTFS = "rootfs"

@@ -163,7 +163,7 @@ assert all(line in README for line in _WITHOUT_ROOTFS)
 
 def readme(tree: Tree) -> str:
     """README, which says nothing of ``rootfs`` where there is none, but why."""
-    if tree.snapshotter.rootfs is not None:
+    if tree.snapshotter.has_rootfs:
         return README
     text = README
     for line, instead in _WITHOUT_ROOTFS.items():

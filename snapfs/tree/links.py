@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from snapfs import names
 from snapfs.errors import Damaged, NotFound
-from snapfs.root.layers import parse_id
 from snapfs.store.schema import Record
 from snapfs.tree.node import Attributes, Directory, Link, Node, Slot, pack
 
@@ -84,7 +83,7 @@ class ByIdDirectory(Directory):
         return Attributes(self.mode, time=max(self.tree.changed.values()))
 
     def lookup(self, name: str) -> Node:
-        number = parse_id(name)
+        number = names.parse_id(name)
         if number is None:
             raise NotFound(f"by-id/{names.printable(name)} is no id")
         return id_link(self.tree, number, self.tree.record(number))

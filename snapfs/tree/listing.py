@@ -20,7 +20,6 @@ import trio
 
 from snapfs import names
 from snapfs.errors import InvalidArgument
-from snapfs.model import Usage
 from snapfs.tree.node import Attributes, File, Node, Slot, pack, pack_version
 from snapfs.tree.texts import Text
 
@@ -71,7 +70,7 @@ class ListingFile(File):
 def _lines(tree: Tree) -> Iterator[str]:
     """In a worker thread."""
     snapshotter = tree.snapshotter
-    with snapshotter.records.reading(long=True) as reader:
+    with snapshotter.reading(long=True) as reader:
         found = list(reader.dump())
     file_names: dict[int, str] = {}
     for number, record in found:
@@ -82,9 +81,9 @@ def _lines(tree: Tree) -> Iterator[str]:
     for number, record in found:
         if number not in file_names:
             continue
-        usage: Usage = snapshotter.counting.last_known(number, record)
+        usage = snapshotter.known_usage(number, record)
         damaged = record.parent and record.parent not in file_names
-        state = "damaged" if damaged else "unflushed" if number in snapshotter.flushing.lost else "."
+        state = "damaged" if damaged else "unflushed" if snapshotter.is_lost(number) else "."
         yield (
             f"{file_names[number]}\t{record.kind}\t{file_names.get(record.parent, '.')}\t{number}\t{usage.size}\t"
             f"{usage.inodes}\t{_seconds(record.created)}\t{_seconds(record.updated)}\t{state}\t{_labels(record.labels)}\n"

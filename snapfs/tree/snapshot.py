@@ -69,7 +69,7 @@ class SnapshotDirectory(Directory):
 
     def attributes(self) -> Attributes:
         record = self.record
-        size = (record.usage or self.tree.snapshotter.counting.last_known(self.number, record)).size
+        size = (record.usage or self.tree.snapshotter.known_usage(self.number, record)).size
         return Attributes(self.mode, size, size // 512, record.updated, not self.must_settle())
 
     def must_settle(self) -> bool:
@@ -78,13 +78,13 @@ class SnapshotDirectory(Directory):
     async def settle(self) -> None:
         """A Commit returns before its layer is counted; whoever asks for the size right after gets the true one."""
         with trio.move_on_after(SETTLE), contextlib.suppress(Damaged, Unavailable):
-            await self.tree.snapshotter.counting.usage(self.number, self.record)
+            await self.tree.snapshotter.usage(self.number)
         self.record = self.tree.record(self.number)
 
     def lookup(self, name: str) -> Node:
         node = self._entry(name)
         if node is None:
-            if name == ROOTFS and self.tree.snapshotter.rootfs is None:
+            if name == ROOTFS and not self.tree.snapshotter.has_rootfs:
                 raise LeftOut(why_missing(self.tree, self.record))
             raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
         return node

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from snapfs.model import Kind, rfc3339
+from snapfs.model import rfc3339
 from snapfs.tree.attributes import json_text
 
 if TYPE_CHECKING:
@@ -48,24 +48,20 @@ class Meter:
 
 def stats_json(tree: Tree) -> str:
     """Counts since the daemon started; latencies in milliseconds, of the last thousand requests of each operation."""
-    snapshotter = tree.snapshotter
-    with tree.reading() as reader:
-        snapshots = {kind.value: reader.count(kind) for kind in Kind}
-        last_id = reader.last_id()
-    batches = snapshotter.records.batches
+    counts = tree.snapshotter.statistics()
     return json_text(
         {
             "started": rfc3339(tree.started),
-            "snapshots": snapshots,
-            "ids_handed_out": last_id,
+            "snapshots": counts.snapshots,
+            "ids_handed_out": counts.last_id,
             "operations": {name: tree.meters[name].shown() for name in sorted(tree.meters)},
             "batches": {
-                "count": batches.total(),
-                "operations": sum(size * times for size, times in batches.items()),
-                "by_size": {str(size): batches[size] for size in sorted(batches)},
+                "count": sum(counts.batches.values()),
+                "operations": sum(size * times for size, times in counts.batches.items()),
+                "by_size": {str(size): counts.batches[size] for size in sorted(counts.batches)},
             },
-            "mounts_held": snapshotter.rootfs.count if snapshotter.rootfs else 0,
-            "trash_waiting": snapshotter.layers.waiting,
+            "mounts_held": counts.mounts_held,
+            "trash_waiting": counts.trash_waiting,
         }
     )
 
@@ -78,7 +74,7 @@ def options_json(tree: Tree) -> str:
             "version": tree.version,
             "pid": os.getpid(),
             "kernel": platform.release(),
-            "root": snapshotter.layers.root,
+            "root": snapshotter.root,
             **tree.served,
             "options": msgspec.structs.asdict(snapshotter.options),
             "overlay_options": snapshotter.overlay_options,

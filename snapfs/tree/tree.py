@@ -93,15 +93,11 @@ class Tree:
 
     def reading(self) -> AbstractContextManager[Reader]:
         """One consistent state of the records."""
-        return self.snapshotter.records.reading()
+        return self.snapshotter.reading()
 
     def record(self, number: int) -> Record:
         """The record of snapshot ``number``; raises NotFound."""
-        with self.reading() as reader:
-            record = reader.record(number)
-        if record is None:
-            raise NotFound(f"snapshot {number} does not exist any more")
-        return record
+        return self.snapshotter.record(number)
 
     def node(self, inode: int) -> Node:
         """The node of ``inode``; raises NotFound where there is none (any more), Stale where the file has another text by now
@@ -253,7 +249,7 @@ class Tree:
     def refuse_with_children(self, number: int, pid: int) -> None:
         """Raise HasChildren if snapshot ``number`` has any, or Pinned: nothing of it is to be deleted then."""
         with self.reading() as reader:
-            child = reader.a_child(number)
+            child = reader.any_child(number)
             record = reader.record(number)
         if record is not None and (child is not None or PIN in record.labels):
             self.tearing_down(pid, number)
@@ -288,7 +284,7 @@ class Tree:
 
     def spool(self, lines: Iterable[str]) -> Text:
         """A text of ``lines``; in a worker thread."""
-        return LongText(lines, self.snapshotter.layers.root)
+        return LongText(lines, self.snapshotter.root)
 
     def _note(self, change: Change) -> None:
         self.events.note(change)
