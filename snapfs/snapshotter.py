@@ -23,6 +23,7 @@ from snapfs.labels import PIN, Labels
 from snapfs.model import Change, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
+from snapfs.root.merged import Stack, why_unseen
 from snapfs.root.trash import cleanup_error
 from snapfs.rules import commit, lookup, prepare, remove, rename
 from snapfs.rules import labels as label_rules
@@ -35,7 +36,7 @@ from snapfs.services.comparing import Comparing
 from snapfs.services.counting import Counting
 from snapfs.services.flushing import Flushing
 from snapfs.services.housekeeping import Housekeeping
-from snapfs.services.rootfs import Rootfs, why_unseen
+from snapfs.services.rootfs import Rootfs
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
@@ -372,7 +373,7 @@ class Snapshotter:
         Only those that were made at the door ``origin``, unless that is "".  Filters see labels as they are stored, as in
         containerd: not the one that ``upperdir_label`` adds.
 
-        Raises InvalidArgument for a bad filter.
+        Raises InvalidArgument for a bad filter, Unavailable for one with ``~=`` where google-re2 is not installed.
         """
         compiled = Filters(filters)
 
@@ -436,7 +437,7 @@ class Snapshotter:
             return found[0]
         return await self.rootfs.mount(number, lambda: self._stack(number))
 
-    def _stack(self, number: int) -> mount_rules.Stack:
+    def _stack(self, number: int) -> Stack:
         with self.reading() as reader:
             return mount_rules.stack(self._root, reader, number)
 

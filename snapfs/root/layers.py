@@ -18,13 +18,12 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing, suppress
 from typing import NamedTuple
 
 from snapfs.errors import FULL, Damaged, Unavailable
-from snapfs.kernel import mounting, probe, shelter
+from snapfs.kernel import forks, mounting, probe, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.model import Kind, Usage
 from snapfs.names import parse_id
@@ -75,7 +74,7 @@ class Layers:
         """Whether directories can bear their records here."""
         self._last_reserved_id = 0
         self._owner = (os.geteuid(), os.getegid())
-        _open_layers.add(self)
+        forks.disown_in_children(self)
 
     @classmethod
     def claim(cls, root: str) -> Layers:
@@ -185,7 +184,7 @@ class Layers:
             rootlock.write(self._lock, text)
 
     def disown_in_child(self) -> None:
-        """In a process forked from the one that holds the root: hold it no longer than that one does, and touch nothing."""
+        """In a forked process: let go of the root, which the parent holds, and leave the pool's directories alone."""
         self.pool.forget()
         self.close()
 
@@ -474,14 +473,3 @@ def _refuse_tree(root: str) -> None:
     for mount in mount_table():
         if mount.id == number and mount.type == "fuse.snapfs":
             raise Unavailable(f"cannot use {root} as root: it is in the tree that snapfs serves on {mount.target}")
-
-
-_open_layers: weakref.WeakSet[Layers] = weakref.WeakSet()
-
-
-def _leave_to_parent() -> None:
-    for layers in _open_layers:
-        layers.disown_in_child()
-
-
-os.register_at_fork(after_in_child=_leave_to_parent)

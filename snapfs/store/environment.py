@@ -16,13 +16,13 @@ import logging
 import os
 import threading
 import time
-import weakref
 from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any, NoReturn
 
 import lmdb
 
 from snapfs.errors import FULL, Closed, Damaged, Forked, SnapshotError, Unavailable
+from snapfs.kernel import forks
 from snapfs.store.locktable import new_table, open_environment
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Tables
@@ -127,7 +127,7 @@ class Environment:
             raise open_error(path, error) from error
         except OSError as error:
             raise disk_error("open the records", path, error) from error
-        _open_environments.add(self)
+        forks.disown_in_children(self)
 
     def _open(self, map_size: int) -> None:
         path = self.path
@@ -196,6 +196,12 @@ class Environment:
             self.refusal = Closed
             self.env.close()
             os.close(self._table)
+            self.space.close()
+
+    def disown_in_child(self) -> None:
+        """In a forked process: refuse every call from now on, and let go of the file, which the parent has locked."""
+        if self.refusal is None:
+            self.refusal = Forked
             self.space.close()
 
     def reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
@@ -324,19 +330,6 @@ class Environment:
             finally:
                 self.is_changing = False
                 self._idle.notify_all()
-
-
-_open_environments: weakref.WeakSet[Environment] = weakref.WeakSet()
-
-
-def _refuse_in_child() -> None:
-    for environment in _open_environments:
-        if environment.refusal is None:
-            environment.refusal = Forked
-            environment.space.close()  # or the child would hold the file when its parent no longer does
-
-
-os.register_at_fork(after_in_child=_refuse_in_child)
 
 
 def _keep_from_children(path: str) -> None:
