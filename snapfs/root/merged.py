@@ -123,7 +123,7 @@ class Merged:
                     held = self._recover_one(number, target, is_right)
                     if held is not None:
                         recovered[held.number] = held
-                else:  # somebody else's, or of a version that had no shelters
+                else:  # a user's, or of a version that had no shelters
                     mounting.unmount(directory, mounting.UMOUNT_NOFOLLOW)
             except OSError:
                 _detach(target if target in targets else directory)
@@ -151,7 +151,7 @@ class Merged:
         return held
 
     def mount(self, number: int, stack: Stack, held: Held | None) -> Held:
-        """Mount the file system of snapshot ``number``; or ``held`` again, which somebody has unmounted by hand.
+        """Mount the file system of snapshot ``number``; or ``held`` again, which a user has unmounted by hand.
 
         What another process has mounted is mounted here too, and no second overlay.  Raises Damaged where a layer is missing,
         Unavailable where the kernel refuses, Busy where the upper layer is in use and its mount can't be got from there.
@@ -163,7 +163,7 @@ class Merged:
             layers.refuse_damaged(stack.upper, Kind.ACTIVE)
         directory, target = layers.shelter(number), layers.rootfs(number)
         try:
-            self._clear(directory)  # whoever knows the path can make something there
+            self._clear(directory)  # any process that knows the path can make something there
             shelter.prepare(directory)  # on a disk that is read-only by now an old one can't be removed
             try:
                 if held is not None and held.copy is not None:
@@ -210,7 +210,8 @@ class Merged:
             shelter.attach(tree, directory)
 
     def attach_again(self, held: Held) -> None:
-        """Mount what was unmounted here, and somebody else may still have: the same, not a second one.  Raises OSError."""
+        """Mount again what was unmounted here, and another process may still have: the same overlay, no second one.  Raises
+        OSError."""
         assert held.copy is not None
         directory, target = self._layers.shelter(held.number), self._layers.rootfs(held.number)
         shelter.prepare(directory)
@@ -239,7 +240,7 @@ class Merged:
         return any(place.id != held.mount and not groups & {place.group, place.master} for place in found)
 
     def _taken_over(self, number: int) -> int | None:
-        """The descriptor of a copy of the mount by which somebody else has the active snapshot ``number``; None if nobody has.
+        """The descriptor of a copy of the mount by which another process has the active snapshot ``number``; None if none has.
 
         Raises Busy where that can't be had, and OSError.
         """
@@ -265,7 +266,7 @@ class Merged:
         raise Busy(f"snapshot {number} {holders.elsewhere(self._mounted, number, self._layers.rootfs(number))}")
 
     def give_up(self, held: Held) -> bool:
-        """Unmount ``held`` if nobody uses it in another namespace, either: whether that is so.  Raises OSError: EBUSY while
+        """Unmount ``held`` if no process uses it in another namespace, either: whether that is so.  Raises OSError: EBUSY while
         it is in use here.  Where it isn't unmounted nothing has changed."""
         directory = self._layers.shelter(held.number)
         if self.is_elsewhere(held):
@@ -280,8 +281,8 @@ class Merged:
         return True
 
     def expire(self, held: Held) -> bool:
-        """Unmount ``held`` if nobody has used it since the last call, here or in another namespace: whether that is so.  Raises
-        OSError."""
+        """Unmount ``held`` if no process has used it since the last call, here or in another namespace: whether that is so.
+        Raises OSError."""
         try:
             if self.is_elsewhere(held) or not mounting.unmount_unused(self._layers.rootfs(held.number)):
                 return False
@@ -302,7 +303,7 @@ class Merged:
         return {place.unique for place in self._mounted.everywhere(lambda place: place.device == held.shelter)} - {0}
 
     def _clear(self, directory: str, shelters: Collection[int] = ()) -> None:
-        """Remove ROOT/rootfs/<id>, and what is mounted there; what somebody has put in is kept.
+        """Remove ROOT/rootfs/<id>, and what is mounted there; what a user has put in is kept.
 
         It stays where something is mounted on it in another namespace (of ``shelters``, which were there before ours was
         unmounted): the kernel would take that away together with it.
@@ -335,10 +336,10 @@ def _why_refused(error: OSError) -> str | None:
 
 
 def _detach(target: str) -> None:
-    """Unmount ``target`` though it is in use: who uses it can go on reading, nobody else gets there.
+    """Unmount ``target`` though it is in use: a process that uses it can go on reading, no other gets there.
 
     The mount table does not show it any more, so nothing would keep its snapshot from being committed: it is made read-only,
-    unless somebody has a file open for writing.
+    unless a process has a file open for writing.
     """
     by = ""
     with suppress(OSError):  # no descriptors left

@@ -1,8 +1,8 @@
-"""The merged file systems, mounted by the kernel at ROOT/rootfs/<id>/fs for as long as somebody uses them.
+"""Rootfs: when the merged file systems are mounted at ROOT/rootfs/<id>/fs, and for how long.
 
-A mount costs a worker thread some hundred microseconds when it is first asked for, nothing afterwards.  It goes when it was
-not used for ``idle`` seconds, when there are more than ``most`` and it is the one that was asked for longest ago, when its
-snapshot is committed or removed, and at the end.  How it is mounted, and that no upper layer ever is twice, is
+A mount costs a worker thread some hundred microseconds when it is first asked for, nothing afterwards.  It is unmounted when
+no process has used it for ``idle`` seconds, when there are more than ``most`` and it is the one that was asked for longest
+ago, when its snapshot is committed or removed, and at the end.  How it is mounted, and that no upper layer ever is twice, is
 ``root/merged.py``'s.
 """
 
@@ -30,13 +30,13 @@ from snapfs.root.mounted import Mounted
 
 log = logging.getLogger(__name__)
 
-GRACE = 0.25  # seconds after it was asked for in which a mount is not taken for another: whoever asked is about to go there
+GRACE = 0.25  # seconds after a call for it in which a mount does not make room for another: the caller is about to go there
 
-PASSING = 0.02  # seconds that whoever was told the path may need until they are in: Commit and Remove wait for them so long
+PASSING = 0.02  # seconds that a caller may need from learning the path to being there: Commit and Remove wait so long
 
-MUCH = 16 << 20  # bytes in memory that are yet to be written, from which on nobody may wait for that
+MUCH = 16 << 20  # bytes in memory that the kernel has yet to write, from which on no call may wait for that
 
-SEARCH = 0.5  # seconds for which it is looked who uses what is in use: the kernel may hold locks meanwhile
+SEARCH = 0.5  # seconds of looking for the processes that use a mount: the kernel may hold locks meanwhile
 
 
 class Rootfs:
@@ -106,12 +106,12 @@ class Rootfs:
     async def mount(self, number: int, stack: Callable[[], Stack]) -> str:
         """Have the file system of snapshot ``number`` mounted: where.
 
-        ``stack`` is asked for what to mount when that is to be done; it may raise.  What somebody else has mounted is shown
-        there too, and not mounted a second time.
+        ``stack`` is asked for what to mount when that is to be done; it may raise.  What another process has mounted is
+        mounted here too, and no second overlay.
 
         Raises Damaged where a layer is missing, Unavailable where the kernel refuses (with its words), Busy where ``most``
         others are mounted and all in use, or the upper layer is in use where it can't be got from."""
-        if number not in self._locks and self._is_there(number):  # with the lock somebody may be unmounting it
+        if number not in self._locks and self._is_there(number):  # a task with the lock may be unmounting it
             return self._layers.rootfs(number)
         async with self._locked(number):
             if self._is_there(number):
@@ -126,7 +126,7 @@ class Rootfs:
         return self._layers.rootfs(number)
 
     def _is_there(self, number: int) -> bool:
-        """Note that snapshot ``number`` was asked for; whether it is mounted here, and nobody has unmounted it by hand."""
+        """Note that snapshot ``number`` was asked for; whether it is mounted here, and no user has unmounted it by hand."""
         held = self._held.get(number)
         if held is None:
             return False
@@ -152,7 +152,7 @@ class Rootfs:
             self._coming -= 1
 
     async def _make_room(self) -> None:
-        """Unmount the one that was asked for longest ago among those that nobody uses."""
+        """Unmount the one that was asked for longest ago among those that no process uses."""
         now = trio.current_time()
         waiting = False
         for number, held in sorted(self._held.items(), key=lambda item: item[1].asked):
@@ -176,17 +176,17 @@ class Rootfs:
 
     @asynccontextmanager
     async def unmounted(self, number: int) -> AsyncIterator[bool]:
-        """For a block in which snapshot ``number`` must not be mounted here; gives whether it was, and then nobody has it.
+        """For a block in which snapshot ``number`` must not be mounted here; gives whether it was, and then no process has it.
 
-        Raises Busy while somebody uses it, wherever; then it is mounted as before, or in use where it can't be got from.  Where
-        it could not be found out wholly, nobody can write into it once the block has ended without an error.
+        Raises Busy while a process uses it, wherever; then it is mounted as before, or in use where it can't be got from.
+        Where it could not be found out wholly, no process can write into it once the block has ended without an error.
         """
         async with self._locked(number):
             held = self._held.get(number)
             if held is None:
                 yield False
                 return
-            # nobody is told the path from here on; in between they would find the directory beneath
+            # no call answers with the path from here on: a caller in between would find the directory beneath
             await trio.sleep_until(held.asked + PASSING)
             try:
                 try:
@@ -201,7 +201,7 @@ class Rootfs:
                     self._let_go(held)
 
     async def _is_free(self, held: Held) -> bool:
-        """Whether nobody has the overlay that was unmounted here a moment ago, and is mounted nowhere else: True, or Busy is
+        """True where no process has the overlay that was unmounted here a moment ago, and is mounted nowhere else; else Busy is
         raised.
 
         Only a mount that is attached nowhere can have it, or a descriptor.  The kernel says so once our own copy is closed,
@@ -223,7 +223,7 @@ class Rootfs:
     async def _release(self, held: Held) -> None:
         """Unmount what is held, whose lock is held, and hold it no more.
 
-        Raises Busy if anybody uses it, and OSError; then it is held as before.
+        Raises Busy if a process uses it, and OSError; then it is held as before.
         """
         target = self._layers.rootfs(held.number)
         try:
@@ -238,8 +238,8 @@ class Rootfs:
         raise await self._elsewhere(held)
 
     async def _elsewhere(self, held: Held) -> Busy:
-        """The refusal where somebody else has the overlay that was unmounted here."""
-        with trio.move_on_after(SEARCH):  # it may take any time to find out who
+        """The refusal where another process has the overlay that was unmounted here."""
+        with trio.move_on_after(SEARCH):  # finding the process may take any time
             words = functools.partial(
                 holders.elsewhere, self._mounted, held.number, self._layers.rootfs(held.number), held.device
             )
@@ -247,7 +247,7 @@ class Rootfs:
         return Busy("its file system is in use elsewhere: end what uses it first")
 
     async def _expire(self, number: int) -> None:
-        """Unmount ``number`` if it was not asked for, nor used by who asked earlier, for ``idle`` seconds."""
+        """Unmount ``number`` if no call asked for it and no process used it for ``idle`` seconds."""
 
         async with self._locked(number):
             held = self._held.get(number)
