@@ -19,6 +19,7 @@ from snapfs.options import Feature, Options, Sync
 from snapfs.root import placing
 from snapfs.root.inuse import InUse
 from snapfs.root.layers import Layers
+from snapfs.root.merged import Merged
 from snapfs.root.mounted import Mounted
 from snapfs.root.placing import Placing
 from snapfs.root.unflushed import Unflushed
@@ -185,8 +186,9 @@ def _rootfs(root: Root, records: MetaStore, features: dict[str, Feature]) -> Roo
     if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
     options = root.options
-    rootfs = Rootfs(root.layers, root.mounted, root.in_use, own, idle=options.rootfs_idle, most=options.rootfs_max)
-    refusal = rootfs.trial() if options.rootfs else "it was started with no_rootfs"
+    merged = Merged(root.layers, root.mounted, root.in_use, own)
+    rootfs = Rootfs(merged, root.layers, root.mounted, root.in_use, idle=options.rootfs_idle, most=options.rootfs_max)
+    refusal = merged.trial() if options.rootfs else "it was started with no_rootfs"
 
     def is_right(number: int) -> bool:
         if refusal:

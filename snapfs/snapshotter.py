@@ -23,6 +23,7 @@ from snapfs.labels import PIN, Labels
 from snapfs.model import Change, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
+from snapfs.root.merged import Stack, why_unseen
 from snapfs.root.trash import cleanup_error
 from snapfs.rules import commit, lookup, prepare, remove, rename
 from snapfs.rules import labels as label_rules
@@ -35,7 +36,7 @@ from snapfs.services.comparing import Comparing
 from snapfs.services.counting import Counting
 from snapfs.services.flushing import Flushing
 from snapfs.services.housekeeping import Housekeeping
-from snapfs.services.rootfs import Rootfs, why_unseen
+from snapfs.services.rootfs import Rootfs
 from snapfs.services.shifting import Shifting
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
@@ -190,8 +191,8 @@ class Snapshotter:
         the data is flushed in the background: ``flush`` waits for it.  After a power cut before that, the snapshot is there
         but refused as parent and mount (Damaged), until it is removed or accepted.
 
-        The usage is counted after that, in the background, or when somebody asks: ``usage`` waits for it, and says what is
-        counted of what is written meanwhile by those who go on after the Commit.
+        The usage is counted after that, in the background, or when ``usage`` is called, which waits for it and says what is
+        counted of what processes write after the Commit.
 
         What was made at another door than ``origin`` belongs to the tree from now on, which has given it a name of its own.
 
@@ -218,7 +219,7 @@ class Snapshotter:
                     free=free,
                 )
             )
-        self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless somebody asks for it before
+        self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless a call for its usage comes before
         if wait:
             await self.flushing.flush()
             self._root.unflushed.refuse_lost([number])  # another flush may have failed on it meanwhile
@@ -409,8 +410,8 @@ class Snapshotter:
     async def changes(self, key: Ref, consume: Callable[[Iterable[str]], T]) -> T:
         """What an active or committed snapshot changed against its parent: what ``consume`` makes of the lines, ``list`` say.
 
-        It is called in a worker thread, with one line a path as it is found (``scan/changes.py`` says which).  All who ask at
-        once with the same ``consume`` share a scan, begun after they asked, and its result.
+        It is called in a worker thread, with one line a path as it is found (``scan/changes.py`` says which).  Calls at
+        the same time with the same ``consume`` share a scan, begun after they came, and its result.
 
         Raises NotFound; FailedPrecondition: a view, or a directory that was renamed with redirect_dir=on; Damaged.
         """
@@ -425,7 +426,7 @@ class Snapshotter:
     async def mount(self, key: Ref, pid: int | None = None) -> str:
         """Have the merged file system of a snapshot mounted by the kernel, read-only unless the snapshot is active: where.
 
-        It is unmounted when no process has used it, and nobody called this, for ``rootfs_idle`` seconds.  An active snapshot
+        It is unmounted when no process has used it, and no call asked for it, for ``rootfs_idle`` seconds.  An active snapshot
         that another process has mounted is not mounted a second time: the answer is that place, or the same mount at the usual
         one, where it is asked for by a process ``pid`` that may not see that place, since it isn't known to be in this mount
         namespace.
@@ -445,7 +446,7 @@ class Snapshotter:
             return found[0]
         return await self.rootfs.mount(number, lambda: self._stack(number))
 
-    def _stack(self, number: int) -> mount_rules.Stack:
+    def _stack(self, number: int) -> Stack:
         with self.reading() as reader:
             return mount_rules.stack(self._root, reader, number)
 

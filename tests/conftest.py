@@ -28,6 +28,9 @@ from tests.users import ALICE, BOB, STAFF, bind
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background; what tests start would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.addinivalue_line(
+        "markers", "durable: its root flushes, as everybody's does; those of other tests may be thrown away"
+    )
     own_mount_namespace()
 
 

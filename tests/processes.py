@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -26,3 +27,23 @@ def until(true: Callable[[], object], what: str = "what it waited for", shown: C
             return
         time.sleep(0.005)
     raise AssertionError(f"it never came about: {what}{shown()}")
+
+
+def in_fork(act: Callable[[], object]) -> str:
+    """What ``act`` gives or raises in a forked process."""
+    there, here = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            try:
+                said = str(act())
+            except BaseException as error:
+                said = f"{type(error).__name__}: {error}"
+            os.write(here, said.encode())
+        finally:
+            os._exit(0)
+    os.close(here)
+    with os.fdopen(there) as pipe:
+        said = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return said

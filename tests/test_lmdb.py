@@ -37,7 +37,7 @@ from snapfs.store import environment, locktable
 from snapfs.tree import Tree
 from snapfs.tree.tree import ROOT_INODE
 from tests.nodes import crawl
-from tests.processes import die_with_parent
+from tests.processes import die_with_parent, in_fork
 from tests.records import adding, check_indexes, readers
 
 PACKAGE = Path(snapfs.__file__).parent
@@ -297,26 +297,6 @@ async def test_places_of_a_killed_process_are_free_while_running(store: MetaStor
 
 
 # -- forks
-
-
-def in_fork(act: Callable[[], object]) -> str:
-    """What ``act`` gives or raises in a forked process."""
-    there, here = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            try:
-                said = str(act())
-            except BaseException as error:
-                said = f"{type(error).__name__}: {error}"
-            os.write(here, said.encode())
-        finally:
-            os._exit(0)
-    os.close(here)
-    with os.fdopen(there) as pipe:
-        said = pipe.read()
-    assert os.waitpid(child, 0)[1] == 0
-    return said
 
 
 REFUSED = f"Forked: {Forked()}"

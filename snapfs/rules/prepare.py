@@ -35,7 +35,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 def request(root: Root, kind: Kind, key: str, parent: Ref | None, labels: Labels | None, origin: str) -> Request:
-    """A request that is sound as far as can be said before anything is looked up.
+    """A request that is sound, as far as that shows before anything is looked up.
 
     Raises InvalidArgument: key or labels are no good; FailedPrecondition: the mapping labels can't be followed here."""
     names.encode(key)

@@ -45,7 +45,7 @@ class Agreeing:
         """Set when they have been compared, if they had to be."""
 
     async def run(self) -> None:
-        """Compare them, if the last process can't have left them right."""
+        """Compare them, unless the last process has noted that they agree."""
         try:
             if not self._root.agrees:
                 self._root.agrees = await self._compare()
@@ -55,7 +55,7 @@ class Agreeing:
             self.settled.set()
 
     def note_end(self) -> None:
-        """Leave word for the next start that they agree, if they do: when nothing is written any more."""
+        """Note in ROOT/lock, for the next start, that they agree, if they do.  Called when nothing is written any more."""
         if self._root.agrees and not self._records.is_in_doubt:
             self._layers.leave_note(self._note)
 
@@ -78,7 +78,7 @@ class Agreeing:
             return list(reader.numbers())
 
     def _disagreeing(self, numbers: Iterable[int]) -> list[int]:
-        """Those of ``numbers`` that seem to disagree: nobody is kept from changing them meanwhile."""
+        """Those of ``numbers`` that seem to disagree; calls may change them meanwhile."""
         with self._records.reading(long=True) as reader:
             return [number for number in numbers if self._wanted(reader, number) is not None]
 
