@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
-from typing import Any
 
 import lmdb
 import msgspec
@@ -13,12 +12,10 @@ import msgspec
 from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument
 from snapfs.model import Info, Kind
+from snapfs.store import indexes
 from snapfs.store.schema import Record, Tables, decode, decode_checked, is_id, key_of, number_of
 
 CHUNK = 128  # records that are read ahead: some more than one answer to a listing has room for
-
-Entry = tuple[Any, bytes, bytes]
-"""One entry of an index: the table (py-lmdb's handle, which has no type to name), key, value."""
 
 
 class Reader:
@@ -136,7 +133,7 @@ class Reader:
 
     def children(self, parent: int, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
         """The same for the children of snapshot ``parent``."""
-        prefix = key_of(parent) + kind[0].encode()
+        prefix = indexes.child_prefix(parent, kind)
         with self._txn.cursor(db=self._tables.children) as cursor:
             if cursor.set_range(prefix + key_of(after + 1)):
                 for key, name in cursor:
@@ -221,35 +218,21 @@ class Reader:
         """The boot in which snapshot ``number`` was committed, if its data may be in memory only; else ""."""
         return self._txn.get(key_of(number), b"", db=self._tables.unflushed).decode()
 
-    def _indexes(self, number: int, record: Record) -> Iterator[Entry]:
-        """All that the indexes hold of a snapshot."""
-        tables, key, name = self._tables, key_of(number), record.name.encode()
-        yield tables.names, name, key
-        yield tables.kinds[record.kind], key, name
-        if record.parent:
-            yield tables.children, key_of(record.parent) + record.kind[0].encode() + key, name
-        if record.kind is Kind.COMMITTED and record.usage is None:
-            yield tables.uncounted, key, b""
-
-    def _all_indexes(self) -> set[Entry]:
+    def _index_entries(self) -> set[indexes.Entry]:
         """What the indexes should hold, for all records that can be read."""
-        entries: set[Entry] = set()
+        entries: set[indexes.Entry] = set()
         for number in self.ids():
             with suppress(Damaged):
                 record = self.record(number)
                 if record is not None:
-                    entries.update(self._indexes(number, record))
+                    entries.update(indexes.entries_of(self._tables, number, record))
         return entries
 
     def wrong_index_entries(self) -> int:
         """How many entries of the indexes are missing or too many; ``Writer.rebuild_indexes`` mends them."""
-        found: set[Entry] = set()
-        for table in self._tables.indexes:
-            with self._txn.cursor(db=table) as cursor:
-                found.update((table, key, value) for key, value in cursor)
-        known = self.ids()
+        found, known = indexes.stored_entries(self._txn, self._tables), self.ids()
         strays = sum(number not in known for number, _ in self.unflushed())
-        return len(found ^ self._all_indexes()) + strays + (max(known, default=0) > self.last_id())
+        return len(found ^ self._index_entries()) + strays + (max(known, default=0) > self.last_id())
 
     def count(self, kind: Kind) -> int:
         """How many snapshots of ``kind`` there are."""

@@ -9,7 +9,8 @@ import lmdb
 
 from snapfs.errors import Damaged
 from snapfs.model import Change, Info, Kind
-from snapfs.store.reading import Entry, Reader
+from snapfs.store import indexes
+from snapfs.store.reading import Reader
 from snapfs.store.schema import IDS, Record, Tables, encode, key_of
 
 Undo = Callable[[], None]
@@ -77,15 +78,15 @@ class Writer(Reader):
             raise self._wrong_last_id(number - 1)
         txn.put(name, key, db=tables.names)
         if record.parent:
-            txn.put(key_of(record.parent) + record.kind[0].encode() + key, name, db=tables.children)
+            txn.put(indexes.child_key(record.parent, record.kind, number), name, db=tables.children)
 
     def put(self, number: int, record: Record) -> None:
         """Write ``record`` as snapshot ``number``, in place of what that was, with all indexes."""
         before = self.record(number)
-        for said in (before, record):
-            if said is not None and self.id_of(said.name) not in (None, number):
-                raise Damaged(f'two snapshots are called "{said.name}": {self.id_of(said.name)} and {number}')
-        self._reindex(set(self._indexes(number, before)) if before is not None else set(), set(self._indexes(number, record)))
+        for either in (before, record):
+            if either is not None and self.id_of(either.name) not in (None, number):
+                raise Damaged(f'two snapshots are called "{either.name}": {self.id_of(either.name)} and {number}')
+        indexes.replace(self._txn, self._entries_of(number, before), self._entries_of(number, record))
         self.overwrite(number, record)
 
     def overwrite(self, number: int, record: Record) -> None:
@@ -114,32 +115,22 @@ class Writer(Reader):
     def delete(self, number: int, record: Record) -> None:
         """Take snapshot ``number`` out, with all indexes."""
         self.clear_unflushed([number])
-        self._reindex(set(self._indexes(number, record)), set())
+        indexes.replace(self._txn, self._entries_of(number, record), set())
         self._txn.delete(key_of(number), db=self._tables.snapshots)
 
     def delete_unreadable(self, number: int, kind: Kind, name: str) -> None:
         """Take snapshot ``number`` out, whose record can't be read, but of which the indexes say this (``indexed_as``)."""
         self.clear_unflushed([number])
-        tables, txn, key = self._tables, self._txn, key_of(number)
-        for table in (tables.snapshots, tables.kinds[kind], tables.uncounted):
-            txn.delete(key, db=table)
-        txn.delete(name.encode(), db=tables.names)
-        with txn.cursor(db=tables.children) as cursor:
-            for entry in [entry for entry in cursor.iternext(values=False) if entry[9:] == key]:
-                txn.delete(entry, db=tables.children)
+        self._txn.delete(key_of(number), db=self._tables.snapshots)
+        indexes.delete_number(self._txn, self._tables, number, kind, name)
 
-    def _reindex(self, before: set[Entry], after: set[Entry]) -> None:
-        for table, key, _ in before - after:
-            self._txn.delete(key, db=table)
-        for table, key, value in after - before:
-            self._txn.put(key, value, db=table)
+    def _entries_of(self, number: int, record: Record | None) -> set[indexes.Entry]:
+        return set(indexes.entries_of(self._tables, number, record)) if record is not None else set()
 
     def rebuild_indexes(self) -> None:
         """Make all indexes anew from the records that can be read."""
-        entries, last_id = self._all_indexes(), max(self.ids(), default=0)
-        for table in self._tables.indexes:
-            self._txn.drop(table, delete=False)
-        self._reindex(set(), entries)
+        last_id = max(self.ids(), default=0)
+        indexes.rebuild(self._txn, self._tables, self._index_entries())
         self.raise_last_id(last_id)
         known = self.ids()
         self.clear_unflushed([number for number, _ in self.unflushed() if number not in known])
