@@ -24,21 +24,18 @@ from typing import NamedTuple
 
 from snapfs.errors import FULL, Damaged, Unavailable
 from snapfs.kernel import forks, mounting, probe, shelter
-from snapfs.kernel.mounttable import mount_id, mount_table
+from snapfs.kernel.mounttable import mount_id
 from snapfs.model import Kind, Usage
 from snapfs.names import parse_id
 from snapfs.root import imprint
 from snapfs.root import lock as rootlock
+from snapfs.root.claim import claim, claim_existing
 from snapfs.root.pool import FS_MODE, Pool, remove_empty
 from snapfs.root.trash import NOT_EMPTY, Checkpoint, Trash
 
 log = logging.getLogger(__name__)
 
 RESERVED_AHEAD = 1000  # ids that one mark on snapshots/ covers
-
-_OURS = frozenset(
-    ("lock", "metadata.mdb", "metadata.mdb-reserve", "snapshots", "pool", "trash", "lost+found", "rootfs", "empty")
-)
 
 _PARTS = frozenset(("fs", "work", imprint.FILE, f"{imprint.FILE}.new"))
 
@@ -77,53 +74,18 @@ class Layers:
 
     @classmethod
     def claim(cls, root: str) -> Layers:
-        """Take ``root``, which must be one, and change nothing in it.
-
-        Raises Unavailable with a sentence: held by another process (which one), no root, or what the operating system refused.
-        """
-        root = os.path.realpath(root)
-        try:
-            try:
-                os.lstat(f"{root}/lock")
-            except (FileNotFoundError, NotADirectoryError):
-                raise Unavailable(f"{root} is no root of snapfs") from None
-            return cls(root, *rootlock.acquire(root))
-        except OSError as error:
-            raise Unavailable.from_os(f"use {root} as root", error) from error
+        """Claim ``root``, which must be one, and change nothing in it.  Raises Unavailable (``claim_existing``)."""
+        return cls(*claim_existing(root))
 
     @classmethod
     def open(cls, root: str) -> Layers:
-        """Take ``root``, made with mode 0700 where missing.
+        """Claim ``root``, made where missing, and have all its directories there.
 
-        Raises Unavailable with a sentence: held by another process (which one), not a directory of ours or of another user, a
-        file system without d_type, or what the operating system refused.
+        Raises Unavailable with a sentence: the root can't be claimed (``claim``), it spans several mounts, its file system
+        tells no d_type, or what the operating system refused.
         """
-        root = os.path.realpath(root)
-        try:
-            root.encode()
-        except UnicodeEncodeError:
-            raise Unavailable(f"the root {root!r} is not UTF-8; mount specs could not name it") from None
-        try:
-            _refuse_tree(root)
-            with suppress(FileNotFoundError):
-                if not stat.S_ISDIR(os.stat(root).st_mode):
-                    raise Unavailable(f"cannot use {root} as root: it is not a directory")
-            os.makedirs(root, mode=0o700, exist_ok=True)
-            present = os.listdir(root)
-            if "lock" not in present and not _OURS.issuperset(present):
-                raise Unavailable(f"{root} is neither empty nor a root of snapfs; give a directory of its own")
-            found = os.stat(root)
-            if found.st_uid != os.geteuid():  # who could put anything in the place of what we made, and have us follow it
-                raise Unavailable(
-                    f"{root} belongs to the user {found.st_uid}, but whoever serves it must be the only one to get in: "
-                    f"serve it as that user, or chown {os.geteuid()} {root}"
-                )
-            if stat.S_IMODE(found.st_mode) & 0o077:
-                os.chmod(root, 0o700)
-            lock, note = rootlock.acquire(root)
-        except OSError as error:
-            raise Unavailable.from_os(f"use {root} as root", error) from error
-        layers = cls(root, lock, note)
+        claimed = claim(root)
+        layers, root = cls(*claimed), claimed.root
         try:
             for directory in (layers.snapshots, layers.pool.directory, layers.trash.directory, layers.rootfs_directory):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -436,13 +398,3 @@ class Layers:
                 refused.append(error)
                 self.trash.mark_stuck(self.directory(number), error)
         return refused
-
-
-def _refuse_tree(root: str) -> None:
-    """Raise Unavailable where ``root`` is in a mounted tree, in which nothing but snapshots can be made."""
-    while not os.path.lexists(root):
-        root = os.path.dirname(root)
-    number = mount_id(root)
-    for mount in mount_table():
-        if mount.id == number and mount.type == "fuse.snapfs":
-            raise Unavailable(f"cannot use {root} as root: it is in the tree that snapfs serves on {mount.target}")
