@@ -1,7 +1,12 @@
-"""snapfs: containerd's overlay snapshotter as a file system, and as a library::
+"""snapfs: containerd's overlay snapshotter as a file system, and as a library, for trio tasks::
 
-async with open_snapshotter("/var/lib/snapfs") as snapshotter:
-    mounts = await snapshotter.prepare("work")
+    async with snapfs.open_snapshotter("/var/lib/snapfs") as snapshots:
+        mounts = await snapshots.prepare("web")
+
+and for everybody else (``snapfs/blocking.py``)::
+
+    with snapfs.blocking.open_snapshotter("/var/lib/snapfs") as snapshots:
+        mounts = snapshots.prepare("web")
 
 Nothing is imported before it is asked for: the command would start several times slower.
 """
@@ -10,49 +15,92 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # typing's own would import typing
 if TYPE_CHECKING:
+    from snapfs import blocking
     from snapfs.errors import (
         AlreadyExists,
+        Busy,
+        Closed,
         Damaged,
         FailedPrecondition,
+        Forked,
+        HasChildren,
         InvalidArgument,
+        LabelTooBig,
+        LeftOut,
+        NameTooLong,
+        NotEmpty,
         NotFound,
+        NotPermitted,
+        NotUtf8,
+        Pinned,
         SnapshotError,
+        Stale,
+        TooDeep,
         Unavailable,
+        WrongParent,
     )
-    from snapfs.model import Change, Info, Kind, Mount, Usage
+    from snapfs.labels import Labels
+    from snapfs.model import Change, Info, Kind, Mount, Ref, Usage
     from snapfs.opening import open_snapshotter
-    from snapfs.options import Options
+    from snapfs.options import Feature, Options, Sync
     from snapfs.snapshotter import Snapshotter
     from snapfs.store.metastore import MetaStore
+    from snapfs.store.reading import Reader
+    from snapfs.store.schema import Record
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyExists",
+    "Busy",
     "Change",
+    "Closed",
     "Damaged",
     "FailedPrecondition",
+    "Feature",
+    "Forked",
+    "HasChildren",
     "Info",
     "InvalidArgument",
     "Kind",
+    "LabelTooBig",
+    "Labels",
+    "LeftOut",
     "MetaStore",
     "Mount",
+    "NameTooLong",
+    "NotEmpty",
     "NotFound",
+    "NotPermitted",
+    "NotUtf8",
     "Options",
+    "Pinned",
+    "Reader",
+    "Record",
+    "Ref",
     "SnapshotError",
     "Snapshotter",
+    "Stale",
+    "Sync",
+    "TooDeep",
     "Unavailable",
     "Usage",
+    "WrongParent",
+    "blocking",
     "open_snapshotter",
 ]
 
 _ROOMS = {
+    "Labels": "labels",
     "MetaStore": "store.metastore",
-    "Options": "options",
+    "Reader": "store.reading",
+    "Record": "store.schema",
     "Snapshotter": "snapshotter",
     "open_snapshotter": "opening",
-    **dict.fromkeys(("Change", "Info", "Kind", "Mount", "Usage"), "model"),
+    **dict.fromkeys(("Feature", "Options", "Sync"), "options"),
+    **dict.fromkeys(("Change", "Info", "Kind", "Mount", "Ref", "Usage"), "model"),
 }
+"""Where the exported names are; all others are errors."""
 
 
 def __getattr__(name: str) -> object:
@@ -60,6 +108,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "blocking":
+        return import_module(f"{__name__}.{name}")
     value: object = getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'errors')}"), name)
     globals()[name] = value
     return value

@@ -2,17 +2,21 @@
 
 The words are containerd's (``core/snapshots``): a snapshot is *active* (writable), a *view* (read-only) or
 *committed* (may be a parent).  A *key* names an active snapshot or a view, a *name* a committed one; all share one
-key space.  Times are nanoseconds since the Unix epoch, UTC; sizes are bytes.
+key space.  Times are nanoseconds since the Unix epoch, UTC, and beside them datetimes that know that they are UTC; sizes
+are bytes.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import msgspec
+
+Ref = str | int
+"""A snapshot by its key or name, or by its id, which stays right while others rename and replace."""
 
 
 class Kind(enum.StrEnum):
@@ -39,6 +43,16 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     updated: int
     origin: str = ""
+
+    @property
+    def created_at(self) -> datetime:
+        """``created`` as an aware datetime in UTC, cut to whole microseconds."""
+        return _utc(self.created)
+
+    @property
+    def updated_at(self) -> datetime:
+        """``updated`` as an aware datetime in UTC, cut to whole microseconds."""
+        return _utc(self.updated)
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -84,6 +98,13 @@ class Change(msgspec.Struct, frozen=True):
     before: Info | None
     after: Info | None
     counted: bool = False
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _utc(ns: int) -> datetime:
+    return _EPOCH + timedelta(microseconds=ns // 1000)
 
 
 def rfc3339(ns: int) -> str:

@@ -7,20 +7,24 @@ import logging
 import os
 import shutil
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 
 import trio
 
 from snapfs.errors import Damaged, Unavailable
 from snapfs.kernel import mounting, probe
 from snapfs.kernel.inuse import UpperLayers
-from snapfs.kernel.overlay import Lacking, make_overlay
-from snapfs.model import Kind
+from snapfs.kernel.overlay import MountApiLacking, make_overlay
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import placing
 from snapfs.root.inuse import InUse
 from snapfs.root.layers import Layers
+from snapfs.root.merged import Merged
 from snapfs.root.mounted import Mounted
+from snapfs.root.placing import Placing
+from snapfs.root.unflushed import Unflushed
+from snapfs.rules.mounts import is_rightly_mounted
+from snapfs.rules.root import Root
 from snapfs.services.rootfs import Rootfs
 from snapfs.snapshotter import Snapshotter
 from snapfs.store.metastore import MetaStore
@@ -56,41 +60,48 @@ async def open_snapshotter(
 
 
 def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshotter:
-    layers = Layers.open(root)
-    layers.pool.syncs = options.sync is Sync.FULL
-    records, mounted, in_use = metastore, None, None
-    try:
-        mounted = Mounted(layers.snapshots)
-        if records is None:
-            _refuse_lost_records(layers)
-            records = MetaStore(f"{layers.root}/metadata.mdb", sync=options.sync is Sync.FULL)
-        features = {"imprints": _imprints(layers)}
-        overlay_options = _overlay_options(options.mount_options, layers.snapshots, features)
-        in_use = InUse(layers, _upper_layers(layers, overlay_options, features))
-        return Snapshotter(
-            options,
-            layers,
-            records,
-            owns_records=metastore is None,
-            overlay_options=overlay_options,
-            maps_ids=_maps_ids(options, layers.snapshots, features),
-            mounted=mounted,
-            in_use=in_use,
-            rootfs=_rootfs(options, layers, records, mounted, in_use, overlay_options, features),
-            features=features,
-            damaged=_recover(layers, records, retire=not options.async_remove),
-        )
-    except BaseException as error:
-        if records is not None and metastore is None:
-            records.close()
-        if mounted is not None:
-            mounted.close()
-        if in_use is not None:
-            in_use.close()
-        layers.close()
-        if isinstance(error, OSError):  # no descriptors left, say
+    with ExitStack() as opened:
+        try:
+            snapshotter = _opened(root, options, metastore, opened)
+        except OSError as error:  # no descriptors left, say
             raise Unavailable.from_os(f"use {root} as root", error) from error
-        raise
+        opened.pop_all()  # closing it is the snapshotter's from here on
+    return snapshotter
+
+
+def _opened(root: str, options: Options, metastore: MetaStore | None, opened: ExitStack) -> Snapshotter:
+    layers = Layers.open(root)
+    opened.callback(layers.close)
+    layers.pool.syncs = options.sync is Sync.FULL
+    fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    opened.callback(os.close, fd)
+    mounted = Mounted(layers.snapshots)
+    opened.callback(mounted.close)
+    records = metastore
+    if records is None:
+        _refuse_lost_records(layers)
+        records = MetaStore(f"{layers.root}/metadata.mdb", sync=options.sync is Sync.FULL)
+        opened.callback(records.close)
+    features = {"imprints": _imprints(layers)}
+    overlay_options = _overlay_options(options.mount_options, layers.snapshots, features)
+    in_use = InUse(layers, _upper_layers(layers, overlay_options, features))
+    opened.callback(in_use.close)
+    state = Root(
+        options=options,
+        layers=layers,
+        fd=fd,
+        placing=Placing(layers, fd),
+        mounted=mounted,
+        in_use=in_use,
+        unflushed=Unflushed(layers, records, marks=options.sync is Sync.FULL),
+        overlay_options=overlay_options,
+        maps_ids=_maps_ids(options, layers.snapshots, features),
+        damaged=set(),
+        agrees=True,
+    )
+    rootfs = _rootfs(state, records, features)
+    state.damaged |= _recover(layers, records, retire=not options.async_remove)
+    return Snapshotter(state, records, owns_records=metastore is None, rootfs=rootfs, features=features)
 
 
 def _overlay_options(given: Sequence[str], directory: str, features: dict[str, Feature]) -> tuple[str, ...]:
@@ -129,7 +140,7 @@ def _upper_layers(layers: Layers, options: Sequence[str], features: dict[str, Fe
     def mounted() -> int:
         try:
             return make_overlay([f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", own, read_only=False)
-        except Lacking:
+        except MountApiLacking:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
 
     try:
@@ -147,7 +158,7 @@ def _upper_layers(layers: Layers, options: Sequence[str], features: dict[str, Fe
 
 
 def _imprints(layers: Layers) -> Feature:
-    if layers.bears_imprints:
+    if layers.supports_imprints:
         return Feature(True, "directories can bear extended attributes here")
     return Feature(False, "directories can't bear extended attributes here; without the records, nobody knows what they were")
 
@@ -167,39 +178,26 @@ def _maps_ids(options: Options, directory: str, features: dict[str, Feature]) ->
     return features["remap_ids"].on
 
 
-def _rootfs(
-    options: Options,
-    layers: Layers,
-    records: MetaStore,
-    mounted: Mounted,
-    in_use: InUse,
-    overlay_options: Sequence[str],
-    features: dict[str, Feature],
-) -> Rootfs | None:
-    """What mounts the merged file systems, None where that is not wanted or not permitted; what a crashed daemon left mounted
-    is taken over or cleared."""
-    own = [option for option in overlay_options if option != "volatile"]  # with it nothing can be mounted a second time
+def _rootfs(root: Root, records: MetaStore, features: dict[str, Feature]) -> Rootfs | None:
+    """The service that mounts the merged file systems, None where that is not wanted or not permitted; what a crashed daemon
+    left mounted is taken over or cleared."""
+    own = [option for option in root.overlay_options if option != "volatile"]  # with it nothing can be mounted a second time
     keys = _keys(own)
     if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
-    rootfs = Rootfs(layers, mounted, in_use, own, idle=options.rootfs_idle, most=options.rootfs_max)
-    refusal = rootfs.trial() if options.rootfs else "it was started with no_rootfs"
+    options = root.options
+    merged = Merged(root.layers, root.mounted, root.in_use, own)
+    rootfs = Rootfs(merged, root.layers, root.mounted, root.in_use, idle=options.rootfs_idle, most=options.rootfs_max)
+    refusal = merged.trial() if options.rootfs else "it was started with no_rootfs"
 
-    def right(number: int) -> bool:
-        try:
-            with records.reading() as reader:
-                record = reader.record(number)
-                lowers = reader.lowers(number, record) if record else []
-        except Damaged:
+    def is_right(number: int) -> bool:
+        if refusal:
             return False
-        if record is None or refusal:
-            return False
-        target = layers.rootfs(number)
-        if record.kind is Kind.ACTIVE:
-            return target in mounted.active(number)
-        return target in mounted.stacked(lowers) and target not in mounted.writers(lowers[0])
+        with suppress(Damaged), records.reading() as reader:
+            return is_rightly_mounted(root, reader, number)
+        return False
 
-    rootfs.recover(right)
+    rootfs.recover(is_right)
     features["rootfs"] = Feature(not refusal, refusal or "mounting overlays is permitted here")
     if refusal:
         rootfs.close()
@@ -207,7 +205,7 @@ def _rootfs(
     return rootfs
 
 
-def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[int]:
+def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> set[int]:
     """Bring records and directories together after whatever happened; the ids of damaged snapshots.
 
     What no record names goes to the trash if ``retire``, and what a Prepare that was cut short left in any case.  A record
@@ -218,8 +216,8 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
     layers.clear_pool()
     with records.reading() as reader:
         known, last_id = reader.ids(), reader.last_id()
-        present = layers.present()
-        damaged = frozenset(known - present)
+        present = layers.existing_ids()
+        damaged = known - present
         for number in sorted(damaged):
             try:
                 record = reader.record(number)
@@ -237,18 +235,18 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> frozenset[i
             )
     for number in unknown:
         if number > last_id:
-            layers.unmake(number)
+            layers.undo_place(number)
         elif retire:
-            layers.retire(number)
+            layers.move_to_trash(number)
         else:
-            layers.leave(number)
+            layers.leave_for_cleanup(number)
     return damaged
 
 
 def _refuse_lost_records(layers: Layers) -> None:
     """Without records every layer would look abandoned and be deleted; better to stop."""
     path = f"{layers.root}/metadata.mdb"
-    if layers.present() and not (os.path.exists(path) and os.path.getsize(path)):
+    if layers.existing_ids() and not (os.path.exists(path) and os.path.getsize(path)):
         raise Damaged(
             f"{layers.snapshots} holds layers but {path} is missing or empty: "
             f"put the records back from a backup, or have them made anew: snapfs check {layers.root} --rebuild"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.conftest import Daemon, die_with_parent, until
-from tests.test_desktop import rootfs_mounts, use_and_remove_all
+from tests.daemon import Daemon
+from tests.desktop import rootfs_mounts, use_and_remove_all
+from tests.processes import die_with_parent, until
 
 pytest_plugins = ["tests.test_desktop"]  # whose fixtures are used
 

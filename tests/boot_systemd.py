@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from snapfs.kernel import mounting
-from tests.conftest import die_with_parent, until
+from tests.processes import die_with_parent, until
 
 HERE = Path(__file__).parent.parent
 UNITS = HERE / "examples/systemd"

@@ -6,129 +6,32 @@ with it: whatever interrupts it, nothing stays mounted or running.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import stat
 import subprocess
-import sys
-import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import trio
 
 from snapfs import Snapshotter, open_snapshotter
 from snapfs.kernel import mounting
-from snapfs.kernel.mounttable import mount_table
-
-_CLONE_NEWNS = 0x20000
-_MS_PRIVATE = 0x40000
-_MS_REC_PRIVATE = 0x4000 | _MS_PRIVATE
-_PR_SET_PDEATHSIG = 1
-
-_libc = ctypes.CDLL(None, use_errno=True)
+from snapfs.store.metastore import MetaStore
+from tests.daemon import Daemon
+from tests.mounts import loop_mounted, own_mount_namespace
+from tests.users import ALICE, BOB, STAFF, bind
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background; what tests start would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.addinivalue_line(
+        "markers", "durable: its root flushes, as everybody's does; those of other tests may be thrown away"
+    )
     own_mount_namespace()
-
-
-def own_mount_namespace() -> None:
-    """Give this process a mount namespace of which nothing gets out."""
-    if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
-        raise pytest.UsageError("the tests mount for real: run them as root, with /dev/fuse")
-    if _libc.unshare(_CLONE_NEWNS):
-        raise pytest.UsageError(f"no mount namespace to be had: {os.strerror(ctypes.get_errno())}")
-    if _libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None):  # in a chroot / is no mountpoint
-        for mount in mount_table():
-            _libc.mount(b"none", os.fsencode(mount.target), None, _MS_PRIVATE, None)
-    for mount in list(mount_table()):
-        if mount.type == "fuse.snapfs":  # somebody's outside; the command would find it
-            mounting.unmount(mount.target, mounting.MNT_DETACH)
-    if os.path.isdir("/dev/shm"):  # what killed processes leave there goes with the namespace
-        mounting.mount("none", "/dev/shm", "tmpfs", 0, "mode=1777")
-
-
-def die_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
-    """For ``preexec_fn``: the child is killed when the test run is."""
-    _libc.prctl(_PR_SET_PDEATHSIG, how)
-
-
-def until(true: Callable[[], object], what: str, shown: Callable[[], str] = str) -> None:
-    """Wait for what a program does that can't tell when it has; ``shown`` says what is to be seen instead."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if true():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"it never came about: {what}{shown()}")
-
-
-class Daemon:
-    """A ``snapfs serve`` of its own process.  ``mnt`` is the mounted tree, ``root`` where its layers are, ``prefix`` a command
-    that runs it, ``program`` what the interpreter is given."""
-
-    def __init__(self, root: Path, mnt: Path, *arguments: str) -> None:
-        self.root = root
-        self.mnt = mnt
-        self.arguments = arguments
-        self.prefix: tuple[str, ...] = ()
-        self.program: tuple[str, ...] = ("-m", "snapfs.cli")
-        self.process: subprocess.Popen[str] | None = None
-        self.said: list[str] = []
-        self.last = ""
-        mnt.mkdir(exist_ok=True)
-
-    def start(self) -> Daemon:
-        """Start it and wait until it says that it is ready."""
-        command = [*self.prefix, sys.executable, *self.program, "serve", str(self.root), str(self.mnt), *self.arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
-        assert self.process.stderr is not None
-        while line := self.process.stderr.readline():
-            self.said.append(line)
-            if line.startswith("snapfs: serving "):
-                return self
-        raise AssertionError(f"the daemon ended with {self.process.wait()}: {self.said}")
-
-    @property
-    def pid(self) -> int:
-        assert self.process is not None
-        return self.process.pid
-
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """End it; its exit status."""
-        assert self.process is not None
-        self.process.send_signal(how)
-        return self.ended()
-
-    def ended(self) -> int:
-        """Wait for its end; its exit status, with all that it said on standard error in ``said``, but for the line that tells
-        why it ended, which is ``last``."""
-        assert self.process is not None
-        assert self.process.stderr is not None
-        with self.process:
-            lines = self.process.stderr.readlines()
-            status = self.process.wait(timeout=30)
-        closing = [line for line in lines if line.startswith("snapfs: ended: ")]
-        self.said += [line for line in lines if line not in closing]
-        assert len(closing) == 1 or status != 0, f"it did not say, or not once, why it ended: {lines}"
-        self.last = closing[-1] if closing else ""
-        return status
-
-    def error_log(self) -> list[str]:
-        """The lines of .snapfs/error_log."""
-        return (self.mnt / ".snapfs/error_log").read_text().splitlines()
-
-    def cleanup(self) -> None:
-        if self.process is not None:
-            with self.process:
-                self.process.kill()
-        subprocess.run(["umount", "-l", str(self.mnt)], stderr=subprocess.DEVNULL, check=False)
 
 
 @pytest.fixture
@@ -184,26 +87,6 @@ async def snapshotter(root: Path) -> AsyncIterator[Snapshotter]:
         yield opened
 
 
-class DryPool(deque[str]):
-    """In place of a pool of ready-made directories: there are never any, so each Prepare makes and flushes its own."""
-
-    def popleft(self) -> str:
-        raise IndexError
-
-    def extend(self, _: object) -> None:
-        pass
-
-
-@contextmanager
-def loop_mounted(image: Path, target: Path) -> Iterator[Path]:
-    target.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(target)], check=True)
-    try:
-        yield target
-    finally:
-        mounting.unmount(str(target), mounting.MNT_DETACH)
-
-
 @pytest.fixture
 def everybodys_fuse(tmp_path: Path) -> Iterator[None]:
     """/dev/fuse for every user, as udev makes it; on a tmpfs, for /tmp may be one without devices."""
@@ -230,3 +113,35 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
     with loop_mounted(image, tmp_path / "disk") as disk:
         yield disk
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[MetaStore]:
+    """Records by themselves."""
+    made = MetaStore(str(tmp_path / "records.mdb"), map_size=1 << 24)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(made.serve)
+        yield made
+        made.stop()
+    made.close()
+
+
+@pytest.fixture
+def open_path(tmp_path: Path) -> Path:
+    """``tmp_path``, which every user may enter."""
+    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        directory.chmod(stat.S_IMODE(directory.stat().st_mode) | 0o055)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Alice, Bob and the group staff have names; fusermount3 serves nobody else."""
+    lines = {"passwd": [f"alice:x:{ALICE}:{ALICE}::/:", f"bob:x:{BOB}:{BOB}::/:"], "group": [f"snapstaff:x:{STAFF}:bob"]}
+    with ExitStack() as stack:
+        for name, more in lines.items():
+            copy = tmp_path_factory.mktemp("etc") / name
+            copy.write_text(Path("/etc", name).read_text().rstrip("\n") + "\n" + "\n".join(more) + "\n")
+            copy.chmod(0o644)
+            bind(stack, copy, f"/etc/{name}")
+        yield

@@ -18,8 +18,8 @@ from google.protobuf.message_factory import GetMessageClass
 
 from snapfs.containerd import snapshots_pb2 as wire
 from snapfs.kernel.mounttable import mount_table
-from tests.conftest import die_with_parent
 from tests.containerds import binaries
+from tests.processes import die_with_parent
 
 SERVICE = wire.DESCRIPTOR.services_by_name["Snapshots"]
 SECONDS = 20.0

@@ -29,8 +29,8 @@ import trio
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import mount_table
 from tests import workloads
-from tests.conftest import own_mount_namespace
 from tests.crash_invariants import Found, State, examine
+from tests.mounts import own_mount_namespace
 from tests.syscalls import KILL, Call, Process, Server, running
 from tests.workloads import CLIENTS, GROUND, WORKLOADS, Deed, Step, Workload, after
 

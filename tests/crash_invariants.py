@@ -61,8 +61,8 @@ async def examine(
         _tables(found, snapshotter.records)
         _state(found, snapshotter)
         _mounts(found, root, in_use)
-        if snapshotter.flushing.lost:
-            found.problems.append(f"taken for torn: {snapshotter.flushing.lost}")
+        if snapshotter.unflushed.lost:
+            found.problems.append(f"taken for torn: {snapshotter.unflushed.lost}")
         await snapshotter.cleanup()
         _directories(found, snapshotter)
         await _works(found, snapshotter, given_out)

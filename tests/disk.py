@@ -28,6 +28,7 @@ import pyfuse3
 import trio
 
 from snapfs.kernel import mounting
+from tests.processes import die_with_parent
 
 BLOCK = 4096  # what a disk writes whole or not at all; ext4 and xfs don't survive it if their own superblock is torn in 512s
 
@@ -167,8 +168,6 @@ def _copy(image: Path, copy: Path) -> None:
 
 @contextmanager
 def _child(directory: Path) -> Iterator[None]:
-    from tests.conftest import die_with_parent
-
     command = [sys.executable, "-m", "tests.disk", str(directory)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=die_with_parent) as child:
         try:

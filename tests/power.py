@@ -139,12 +139,12 @@ async def check(story: Story, root: Path, at: int, chance: random.Random) -> Lef
         given = [number for number, versions in story.versions.items() if versions[0].done <= at]
         assert last_id >= max(given, default=0), "an id may be given out twice"
 
-        assert snapshotter.layers.present() == found.keys(), "no directory without a record, no record without a directory"
+        assert snapshotter.layers.existing_ids() == found.keys(), "no directory without a record, no record without a directory"
         for number, state in found.items():
             parts = {"fs"} if state.kind is Kind.VIEW else {"fs", "work"}
             assert set(os.listdir(snapshotter.layers.directory(number))) == parts
 
-        lost = set(snapshotter.flushing.lost)
+        lost = set(snapshotter.unflushed.lost)
         assert lost == marked
         torn = set()
         for number, state in found.items():
@@ -163,7 +163,7 @@ async def check(story: Story, root: Path, at: int, chance: random.Random) -> Lef
         assert (await snapshotter.stat("afterwards")).id > last_id
         remaining = {info.id: info for info in await snapshotter.walk()}
     async with open_snapshotter(root, Options(rootfs=False)) as snapshotter:
-        assert snapshotter.flushing.lost == set()
+        assert snapshotter.unflushed.lost == set()
         assert {info.id: info for info in await snapshotter.walk()} == remaining
     return Left(committed, len(lost), len(torn))
 
@@ -172,7 +172,7 @@ async def _settle(
     snapshotter: Snapshotter, found: Mapping[int, State], chains: Mapping[int, list[int]], chance: random.Random
 ) -> None:
     """Accept some of the unflushed snapshots, remove the others with their children; each is refused before and not after."""
-    for number in sorted(snapshotter.flushing.lost):
+    for number in sorted(snapshotter.unflushed.lost):
         name = found[number].name
         for refused in (snapshotter.prepare, snapshotter.view):
             with pytest.raises(Damaged, match="may be torn"):
@@ -181,17 +181,17 @@ async def _settle(
             await snapshotter.accept(name)
             with pytest.raises(FailedPrecondition):
                 await snapshotter.accept(name)
-            if not snapshotter.flushing.lost.intersection(chains[number]):
+            if not snapshotter.unflushed.lost.intersection(chains[number]):
                 await snapshotter.view("allowed", name)
                 await snapshotter.remove("allowed")
-    for number in sorted(snapshotter.flushing.lost, reverse=True):
+    for number in sorted(snapshotter.unflushed.lost, reverse=True):
         for other in sorted(found, reverse=True):
             if other == number or number in chains[other]:
                 with snapshotter.records.reading() as reader:
                     here = reader.record(other) is not None
                 if here:
                     await snapshotter.remove(other)
-    assert snapshotter.flushing.lost == set()
+    assert snapshotter.unflushed.lost == set()
 
 
 async def cut(story: Story, at: int, seed: int, target: Path, image: Path) -> tuple[Left, str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.conftest import die_with_parent
+from tests.processes import die_with_parent
 
 WAYS = ("at once", "by size", "in pieces", "mapped", "sendfile")
 

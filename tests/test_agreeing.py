@@ -21,7 +21,8 @@ from snapfs.root import imprint
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
 from snapfs.store.writing import Writer
-from tests.conftest import Daemon, until
+from tests.daemon import Daemon
+from tests.processes import until
 
 KILLED = """
 import os, signal, sys, trio
@@ -33,11 +34,11 @@ async def main():
     async with open_snapshotter(sys.argv[1]) as snapshotter:
         for key in ("k", "other"):
             await snapshotter.prepare(key, labels={"l": "1"})
-        bear = Layers.bear
+        write_imprint = Layers.write_imprint
         def die(layers, number, said):
-            bear(layers, number, said)
+            write_imprint(layers, number, said)
             os.kill(os.getpid(), signal.SIGKILL)
-        Layers.bear = die  # from here on: its directory says it, and the record's transaction never ends
+        Layers.write_imprint = die  # from here on: its directory says it, and the record's transaction never ends
         await eval(sys.argv[2])
 trio.run(main)
 """
@@ -128,7 +129,7 @@ async def test_after_another_boot_all_is_compared_once(root: Path, monkeypatch: 
     await fill(root)
     os.removexattr(root / "snapshots/2", imprint.ATTRIBUTE)
     reads = Reads(monkeypatch)
-    monkeypatch.setattr("snapfs.services.flushing.boot_id", lambda: "another boot")
+    monkeypatch.setattr("snapfs.root.unflushed.boot_id", lambda: "another boot")
     async with open_snapshotter(root) as snapshotter:
         await agreed(snapshotter)
         assert reads.count == 4, "three, and that which disagrees once more"
@@ -163,7 +164,7 @@ async def test_a_disk_that_refuses_it_is_asked_again_at_the_next_start(root: Pat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Layers, "bear", refuse)
+        patch.setattr(Layers, "write_imprint", refuse)
         async with open_snapshotter(root) as snapshotter:
             await agreed(snapshotter)
             assert disagreeing(snapshotter) == [1]
@@ -176,7 +177,7 @@ async def test_what_could_not_be_taken_back_is_mended_by_the_next_start(root: Pa
     await fill(root, 2)
     async with open_snapshotter(root) as snapshotter:
         await agreed(snapshotter)
-        bear = Layers.bear
+        write_imprint = Layers.write_imprint
         times = 0
 
         def once(layers: Layers, number: int, said: Imprint) -> None:
@@ -184,13 +185,13 @@ async def test_what_could_not_be_taken_back_is_mended_by_the_next_start(root: Pa
             times += 1
             if times > 1:
                 raise OSError(5, "Input/output error")
-            bear(layers, number, said)
+            write_imprint(layers, number, said)
 
         def fails(writer: Writer, number: int, record: object) -> None:
             raise Unavailable("a test")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Layers, "bear", once)
+            patch.setattr(Layers, "write_imprint", once)
             patch.setattr(Writer, "put", fails)
             with pytest.raises(Unavailable):
                 await snapshotter.rename("k0", "renamed")
@@ -221,7 +222,7 @@ async def test_damage_and_changes_meanwhile_stop_nothing(root: Path, monkeypatch
                 await snapshotter.remove(f"renamed {number}")
                 await snapshotter.prepare(f"again {number}")
         await agreed(snapshotter)
-        assert snapshotter.agreeing.is_known
+        assert snapshotter._root.agrees
         borne = imprint.read(str(root / "snapshots/6"))
         assert borne is not None
         assert borne.record.name == "k5"

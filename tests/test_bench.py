@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.bench import table, wire
 from tests.bench.rows import Row, at_least, at_most
-from tests.conftest import die_with_parent
+from tests.processes import die_with_parent
 
 
 def test_everything_can_be_measured(tmp_path: Path) -> None:

@@ -35,13 +35,13 @@ from snapfs import (
 from snapfs.kernel import mounting
 from snapfs.offline.checking import Finding, Problem, check
 from snapfs.offline.rebuilding import rebuild
-from snapfs.root import imprint
+from snapfs.root import imprint, unflushed
 from snapfs.root.imprint import Imprint
 from snapfs.services import flushing
 from snapfs.store import space
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
-from tests.conftest import Daemon
+from tests.daemon import Daemon
 
 WIDE = {f"label{n}": "x" * 4000 for n in range(3)}
 
@@ -134,7 +134,7 @@ def missing_parent(writer: Writer) -> None:
     record = writer.record(2)
     assert record is not None
     writer.overwrite(2, Record(record.name, record.kind, 50, record.created, record.updated, record.labels))
-    writer.index_anew()
+    writer.rebuild_indexes()
 
 
 @in_records
@@ -146,7 +146,7 @@ def own_parent(writer: Writer) -> None:
 @in_records
 def same_name(writer: Writer) -> None:
     writer.overwrite(5, Record("web", Kind.ACTIVE, 0, 0, 0, {}))
-    writer.index_anew()
+    writer.rebuild_indexes()
 
 
 def other_usage(root: Path) -> None:
@@ -492,7 +492,7 @@ async def test_what_was_not_flushed_when_the_power_went_is_known_after_a_rebuild
         await snapshotter.commit("base", "a", wait=False)
         await snapshotter.rename("base", "ground")
     list(rebuild(str(root)))
-    monkeypatch.setattr(flushing, "boot_id", lambda: "the next boot")
+    monkeypatch.setattr(unflushed, "boot_id", lambda: "the next boot")
     assert [finding.problem for finding in wrong(found(root))] == [Problem.UNFLUSHED]
     assert "--accept ground" in found(root)[0].remedy
     with pytest.raises(NotFound):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -24,40 +23,11 @@ from snapfs.cli import VERBS, grammar, verb
 from snapfs.cli.listing import Row, children_first
 from snapfs.cli.prune import seconds
 from snapfs.options import Sync
-from tests.conftest import Daemon, die_with_parent, until
+from tests.command import SNAPFS, STEPS, Command, OnATerminal, run
+from tests.daemon import Daemon
+from tests.processes import die_with_parent, until
 
 Make = Callable[..., Daemon]
-
-SNAPFS = [sys.executable, "-m", "snapfs.cli"]
-
-
-class Command:
-    """The command on one tree."""
-
-    def __init__(self, mnt: Path) -> None:
-        self.mnt = mnt
-
-    def __call__(self, *arguments: str, status: int = 0) -> str:
-        """What it prints; with another ``status`` than 0 the sentence on standard error."""
-        done = subprocess.run(
-            [*SNAPFS, *arguments],
-            env={**os.environ, "SNAPFS": str(self.mnt)},
-            capture_output=True,
-            text=True,
-            errors="surrogateescape",
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == status, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        if status:
-            assert done.stderr.startswith("snapfs"), done.stderr
-            return done.stderr
-        assert done.stderr == ""
-        return done.stdout
-
-    def names(self, *arguments: str) -> list[str]:
-        return self("ls", "-0", *arguments).split("\0")[:-1]
 
 
 @pytest.fixture
@@ -210,24 +180,6 @@ def test_fork(snapfs: Command) -> None:
     snapfs("fork", "web@1", "third")
     assert (active(snapfs, "third") / "rootfs/file").read_text() == "both"
     assert len(snapfs.names("--kind", "committed")) == 1
-
-
-STEPS = """
-import os, sys
-from snapfs.cli import main
-left = int(sys.argv[1])
-def dying(call):
-    def do(*arguments, **keywords):
-        global left
-        left -= 1
-        if left < 0:
-            os._exit(99)
-        return call(*arguments, **keywords)
-    return do
-for name in ("mkdir", "rename", "rmdir", "write", "unlink"):
-    setattr(os, name, dying(getattr(os, name)))
-sys.exit(main(sys.argv[2:]))
-"""
 
 
 @pytest.mark.parametrize(
@@ -413,11 +365,6 @@ def test_events_follow_until_the_daemon_ends(daemon: Daemon) -> None:
         assert events.wait(timeout=30) == 7
 
 
-def run(*words: str, cwd: str | Path = "/", **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if key != "SNAPFS"} | {"PYTHONPATH": os.getcwd()} | environment
-    return subprocess.run([*SNAPFS, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
-
-
 # -- the terminal
 
 
@@ -443,43 +390,6 @@ def test_colours_only_where_they_are_wanted(snapfs: Command) -> None:
             ["script", "-qec", words, "/dev/null"], env=environment, capture_output=True, text=True, check=True
         )
         assert ("\033[" in done.stdout) is coloured
-
-
-class OnATerminal:
-    """The command on a terminal of its own; ``stopped`` as if Ctrl-S had been pressed before."""
-
-    def __init__(self, *words: str, stopped: bool = False) -> None:
-        self.master, terminal = os.openpty()
-        if stopped:
-            os.write(self.master, b"\x13")
-        self.process = subprocess.Popen(
-            [*SNAPFS, *words],
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            start_new_session=True,
-            preexec_fn=self._take,
-        )
-        os.close(terminal)
-
-    @staticmethod
-    def _take() -> None:
-        die_with_parent()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    def writes(self) -> bool:
-        """Whether it waits for its standard error to take something."""
-        return Path(f"/proc/{self.process.pid}/syscall").read_text().split()[1:2] == ["0x2"]
-
-    def said(self) -> str:
-        """All that it says until it ends."""
-        said = b""
-        with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more
-            while more := os.read(self.master, 4096):
-                said += more
-        os.close(self.master)
-        self.process.wait(timeout=30)
-        return said.decode()
 
 
 @pytest.fixture

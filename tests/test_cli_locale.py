@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from snapfs.cli import logs
-from tests.conftest import Daemon
-from tests.test_cli import SNAPFS
+from tests.command import SNAPFS
+from tests.daemon import Daemon
 
 NAME = "é ě… ├─ 日本 \x9b31m/ß"
 

@@ -15,8 +15,9 @@ import pytest
 
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import mount_table
-from tests.conftest import Daemon, die_with_parent, until
-from tests.test_cli import SNAPFS
+from tests.command import SNAPFS
+from tests.daemon import Daemon
+from tests.processes import die_with_parent, until
 
 Make = Callable[..., Daemon]
 

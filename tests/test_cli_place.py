@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Daemon
-from tests.test_cli import OnATerminal, run
+from tests.command import OnATerminal, run
+from tests.daemon import Daemon
 
 Make = Callable[..., Daemon]
 

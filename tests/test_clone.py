@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from snapfs.kernel.mounttable import mount_table
-from tests.conftest import die_with_parent
+from tests.processes import die_with_parent
 
 HOME = Path(__file__).parent.parent
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.conftest import Daemon
 from tests.containerd_client import SECONDS, Client, Containerd, connected
 from tests.containerds import SUITES, binaries, version
-from tests.test_readme import recipe
+from tests.daemon import Daemon
+from tests.readme import recipe
 
 EXAMPLES = Path(__file__).parent.parent / "examples/containerd"
 IMAGE = "test.local/layers:1"

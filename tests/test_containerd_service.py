@@ -35,8 +35,8 @@ from snapfs.errors import (
     Unavailable,
 )
 from snapfs.model import Info, Kind, rfc3339
-from tests.conftest import Daemon
 from tests.containerd_client import SECONDS, SERVICE, Client, connected
+from tests.daemon import Daemon
 
 ROOT = Path(__file__).parent.parent
 EXTRACT = "default/11/extract-969002056-w-eF sha256:" + "ab" * 32

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Daemon
-from tests.test_tree_calls import committed, failing, shell, until
+from tests.daemon import Daemon
+from tests.processes import until
+from tests.refusals import failing
+from tests.tree import committed, shell
 
 
 def read(mnt: Path, name: str) -> dict[str, Any]:

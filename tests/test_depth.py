@@ -18,9 +18,9 @@ from snapfs.fuse.errno import errno_of
 from snapfs.options import Sync
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
-from tests.conftest import Daemon
+from tests.command import Command
 from tests.containerd_client import connected
-from tests.test_cli import Command
+from tests.daemon import Daemon
 
 Make = Callable[..., Daemon]
 

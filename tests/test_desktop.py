@@ -15,18 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.kernel.mounttable import mount_table
-from tests.conftest import Daemon, die_with_parent, until
+from tests.daemon import Daemon
+from tests.desktop import rootfs_mounts, use_and_remove_all
+from tests.processes import die_with_parent, until
 
 WIDTH, HEIGHT = 640, 480  # of the screen
 MARKED = b"\xff\x00\xff"
-PICTURE = Path(__file__).parent.parent / "examples/pcmanfm.png"
-
-
-def rootfs_mounts(daemon: Daemon) -> list[str]:
-    return [
-        mount.target for mount in mount_table() if mount.target.startswith(f"{daemon.root}/rootfs/") and mount.type != "tmpfs"
-    ]
 
 
 def gio(*words: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -148,15 +142,6 @@ def tracked(make_daemon: Callable[..., Daemon], tmp_path: Path, bus: None) -> Da
     os.mkdir(daemon.mnt / "committed/base/active/web")
     os.mkdir(daemon.mnt / "committed/base/view/peek")
     return daemon
-
-
-def use_and_remove_all(daemon: Daemon) -> None:
-    """Commit and remove every snapshot, and see that nothing was refused."""
-    for key in ("a", "web"):
-        os.rename(daemon.mnt / "active" / key, daemon.mnt / "committed" / key)
-    for path in ("committed/a", "committed/web", "active/b", "view/peek", "committed/base"):
-        os.rmdir(daemon.mnt / path)
-    assert daemon.error_log() == []
 
 
 def test_indexer(tracked: Daemon) -> None:
@@ -402,8 +387,6 @@ def test_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
     desktop.keys("Return")
     until(lambda: set(os.listdir(active)) == {"web", "made"}, "made is prepared", desktop.picture)
     desktop.window("active")
-    if os.environ.get("SNAPFS_PICTURE"):
-        subprocess.run(["import", "-window", "root", "-colors", "64", str(PICTURE)], check=True)
     desktop.select(active / "made")
     desktop.keys("F2")
     desktop.window("Rename.*")

@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from snapfs import Info, Kind, open_snapshotter
-from tests.conftest import Daemon, loop_mounted
-from tests.test_overlay import mounted
+from tests.daemon import Daemon
+from tests.mounts import loop_mounted, mounted
 
 
 async def test_a_power_cut_after_any_call_loses_nothing_of_it(small_disk: Path, tmp_path: Path) -> None:

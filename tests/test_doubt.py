@@ -17,7 +17,7 @@ import trio
 
 from snapfs import Kind, Options, SnapshotError, Snapshotter, Unavailable, open_snapshotter
 from snapfs.kernel import mounting
-from snapfs.services import flushing as flushing_room
+from snapfs.root import unflushed as unflushed_room
 from tests.disk import BLOCK, Disk, Write, after_power_cut, disk, loop_device, mounted
 
 ROUNDS = 16
@@ -65,8 +65,8 @@ def beginning(file: Path) -> tuple[int, int]:
 def state(snapshotter: Snapshotter) -> State:
     """What is there, after a look that directories and records agree."""
     with snapshotter.records.reading() as reader:
-        assert snapshotter.layers.present() == reader.ids(), "a directory without a record, or a record without one"
-        assert reader.misindexed() == 0
+        assert snapshotter.layers.existing_ids() == reader.ids(), "a directory without a record, or a record without one"
+        assert reader.wrong_index_entries() == 0
         return {info.name: (info.kind, info.labels.get("n")) for info in reader.walk()}
 
 
@@ -156,7 +156,7 @@ async def test_a_batch_is_there_or_not(
         async with open_snapshotter(mount / "root", Options(rootfs=False)) as snapshotter:
             assert state(snapshotter) == last
     assert batches, "the test means something"
-    monkeypatch.setattr(flushing_room, "boot_id", lambda: "the next boot")
+    monkeypatch.setattr(unflushed_room, "boot_id", lambda: "the next boot")
     history = failing.history()
     seed = random.randrange(1 << 32)
     chance = random.Random(seed)
@@ -217,7 +217,7 @@ async def test_what_a_start_finds_is_on_the_disk(
         failing.fail()
         async with open_snapshotter(mount / "root", Options(rootfs=False)) as snapshotter:
             found, at = state(snapshotter), failing.now()
-    monkeypatch.setattr(flushing_room, "boot_id", lambda: "the next boot")
+    monkeypatch.setattr(unflushed_room, "boot_id", lambda: "the next boot")
     image, history = failing.base.with_name("cut"), failing.history()
     writes, flushes = history
     flushed = max(flush for flush in flushes if flush <= at)

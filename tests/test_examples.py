@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from snapfs.kernel.mounttable import mount_table
-from tests.conftest import Daemon, die_with_parent
+from tests.daemon import Daemon
+from tests.processes import die_with_parent
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

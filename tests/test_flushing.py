@@ -16,9 +16,10 @@ import trio
 from snapfs import Damaged, FailedPrecondition, Options, Snapshotter, Unavailable, open_snapshotter
 from snapfs.kernel import mounting
 from snapfs.options import Sync
-from snapfs.services import flushing as room
+from snapfs.root import unflushed as room
 from snapfs.tree import Tree
-from tests.conftest import Daemon, loop_mounted
+from tests.daemon import Daemon
+from tests.mounts import loop_mounted
 
 CONTENT = b"0123456789abcdef" * 20_000
 
@@ -137,7 +138,7 @@ async def test_removing_it_or_a_mere_crash_settles_it(
             with pytest.raises(Damaged):
                 await survivor.prepare("web", "base")
             await survivor.remove("base")
-            assert survivor.flushing.lost == set()
+            assert survivor.unflushed.lost == set()
         else:
             assert await survivor.prepare("web", "base"), "the kernel still has the data"
             await survivor.flush()
@@ -156,7 +157,7 @@ async def test_what_is_closed_properly_is_flushed_whatever_boot_comes(root: Path
             await trio.sleep_forever()
     monkeypatch.setattr(room, "boot_id", lambda: "the next boot")
     async with open_snapshotter(root) as survivor:
-        assert survivor.flushing.lost == set()
+        assert survivor.unflushed.lost == set()
 
 
 async def test_one_flush_serves_all_commits_before_it(snapshotter: Snapshotter, gate: Gate) -> None:

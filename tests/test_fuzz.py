@@ -6,10 +6,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,9 +41,11 @@ from snapfs.tree.inodes import ROOT_INODE
 from snapfs.tree.labels import LabelsDirectory
 from snapfs.tree.node import Directory, File, Link
 from tests import invariants
-from tests.conftest import Daemon
+from tests.daemon import Daemon, bounded
 from tests.invariants import INFOS, TABLES, Put, key
-from tests.test_tree_calls import KINDS, failing, until
+from tests.processes import until
+from tests.refusals import failing
+from tests.tree import KINDS
 
 Make = Callable[..., Daemon]
 
@@ -56,26 +56,6 @@ file_names = st.lists(
     ),
     max_size=12,
 ).map("".join)
-
-
-@contextmanager
-def bounded(seconds: int, daemon: Daemon | None = None) -> Iterator[None]:
-    """Whatever happens in the block, or does not, it ends.  Who waits for a ``daemon`` can't be interrupted: that is killed."""
-
-    def end(*_: object) -> None:
-        raise AssertionError(f"it has not ended within {seconds} s")
-
-    timer = threading.Timer(seconds, os.kill, [daemon.pid if daemon else 0, signal.SIGKILL])
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds)
-    if daemon is not None:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # -- names and filters

@@ -25,8 +25,10 @@ from snapfs.kernel import mountapi, mounting
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.kernel.namespaces import Namespaces
-from tests.conftest import Daemon, die_with_parent, until
-from tests.test_tree_calls import failing, info
+from tests.daemon import Daemon
+from tests.processes import die_with_parent, until
+from tests.refusals import failing
+from tests.tree import info
 
 Make = Callable[..., Daemon]
 Hold = Callable[[Daemon, Path], AbstractContextManager[str]]
@@ -533,7 +535,7 @@ async def test_who_was_not_found_can_write_no_more(tmp_path: Path, monkeypatch: 
         with in_flight(await snapshotter.mount("w"), ".", os.O_RDONLY | os.O_DIRECTORY) as receiver:
             await snapshotter.commit("v1", "w", refuse_mounted=True)
             with trio.fail_after(20):
-                while snapshotter._in_use.closings:
+                while snapshotter._root.in_use.closings:
                     await trio.sleep(0.001)
             directory = socket.recv_fds(receiver, 1, 1)[1][0]
             with failing(errno.EROFS):
@@ -552,7 +554,7 @@ async def test_what_is_still_written_by_somebody_is_in_doubt(
         doubted = trio.Event()
 
         def listen(change: Change) -> None:
-            if snapshotter.flushing.lost:
+            if snapshotter.unflushed.lost:
                 doubted.set()
 
         snapshotter.subscribe(listen)

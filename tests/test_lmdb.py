@@ -36,18 +36,11 @@ from snapfs.root.lock import is_abandoned
 from snapfs.store import environment, locktable
 from snapfs.tree import Tree
 from snapfs.tree.inodes import ROOT_INODE
-from tests.conftest import die_with_parent
-from tests.test_metastore import adding, check_indexes
-from tests.test_metastore import store as store
-from tests.test_tree import crawl
+from tests.nodes import crawl
+from tests.processes import die_with_parent, in_fork
+from tests.records import adding, check_indexes, readers
 
 PACKAGE = Path(snapfs.__file__).parent
-
-
-def readers(env: lmdb.Environment) -> list[str]:
-    """The state of each taken place in LMDB's table: the transaction that is read, "-" for a place kept for the next one."""
-    lines = env.readers().splitlines()[1:]
-    return [line.split()[2] for line in lines]
 
 
 # -- readers end
@@ -306,26 +299,6 @@ async def test_places_of_a_killed_process_are_free_while_running(store: MetaStor
 # -- forks
 
 
-def in_fork(act: Callable[[], object]) -> str:
-    """What ``act`` gives or raises in a forked process."""
-    there, here = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            try:
-                said = str(act())
-            except BaseException as error:
-                said = f"{type(error).__name__}: {error}"
-            os.write(here, said.encode())
-        finally:
-            os._exit(0)
-    os.close(here)
-    with os.fdopen(there) as pipe:
-        said = pipe.read()
-    assert os.waitpid(child, 0)[1] == 0
-    return said
-
-
 REFUSED = f"Forked: {Forked()}"
 
 
@@ -349,7 +322,7 @@ async def test_a_forked_process_is_refused_and_harms_nothing(snapshotter: Snapsh
     assert in_fork(read) == REFUSED
     assert in_fork(partial(step, partial(store.write, adding("a")))) == REFUSED
     assert in_fork(partial(step, partial(snapshotter._write_record, adding("a")))) == REFUSED
-    assert in_fork(lambda: snapshotter._reading().__enter__()) == REFUSED
+    assert in_fork(lambda: snapshotter.reading().__enter__()) == REFUSED
     with store.reading() as reader:
         assert reader.id_of("web") == 1
         before = readers(store.environment.env)

@@ -27,8 +27,9 @@ from snapfs import Change, Info, Kind
 from snapfs.tree import log as log_module
 from snapfs.tree.events import Events
 from snapfs.tree.log import LINES, ErrorLog, Log, OpenLog
-from tests.conftest import Daemon, die_with_parent
-from tests.test_tree_calls import info, nanoseconds, remove_all, shell
+from tests.daemon import Daemon
+from tests.processes import die_with_parent
+from tests.tree import info, nanoseconds, remove_all, shell
 
 READY = select.POLLIN | select.POLLRDNORM
 

@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,63 +22,8 @@ from snapfs.store.metastore import BATCH
 from snapfs.store.reading import Reader
 from snapfs.store.schema import SCHEMA, Record
 from snapfs.store.writing import Writer
-from tests.conftest import DryPool
-
-
-def check_indexes(store: MetaStore) -> None:
-    """Recompute all indexes from the records and compare."""
-    with store.reading() as reader:
-        records = {number: record for number in reader.ids() if (record := reader.record(number)) is not None}
-        assert reader.ids() == set(records)
-        assert max(records, default=0) <= reader.last_id()
-        assert {record.name: reader.id_of(record.name) for record in records.values()} == {
-            record.name: number for number, record in records.items()
-        }
-        assert [info.name for info in reader.walk()] == sorted((r.name for r in records.values()), key=str.encode)
-        assert reader.uncounted() == [
-            number for number, record in sorted(records.items()) if record.kind is Kind.COMMITTED and record.usage is None
-        ]
-        for kind in Kind:
-            assert list(reader.listing(kind)) == [(n, r.name) for n, r in sorted(records.items()) if r.kind is kind]
-        for parent in {0, *records, *(record.parent for record in records.values())} - {0}:
-            assert parent in records
-            for kind in Kind:
-                assert list(reader.children(parent, kind)) == [
-                    (n, r.name) for n, r in sorted(records.items()) if r.parent == parent and r.kind is kind
-                ]
-        total = sum(1 for record in records.values() if record.parent)
-    assert entries(store, "children") == total  # none left over under a parent that is gone
-    assert entries(store, "names") == len(records)
-
-
-def entries(store: MetaStore, table: str) -> int:
-    database = {"children": store.tables.children, "names": store.tables.names}[table]
-    with store.environment.env.begin() as txn:
-        return int(txn.stat(database)["entries"])
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[MetaStore]:
-    made = MetaStore(str(tmp_path / "records.mdb"), map_size=1 << 24)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(made.serve)
-        yield made
-        made.stop()
-    made.close()
-
-
-def record(name: str, kind: Kind = Kind.ACTIVE, parent: int = 0, usage: Usage | None = None) -> Record:
-    return Record(name, kind, parent, 1, 1, {"a": "b"}, usage)
-
-
-def adding(name: str, kind: Kind = Kind.ACTIVE, parent: int = 0) -> Callable[[Writer], int]:
-    def operation(writer: Writer) -> int:
-        number = writer.next_id()
-        writer.put(number, record(name, kind, parent))
-        return number
-
-    return operation
-
+from tests.placing import DryPool
+from tests.records import Held, adding, check_indexes, entries, record
 
 # -- indexes
 
@@ -142,8 +87,8 @@ async def test_listings_go_on_after_an_id(store: MetaStore) -> None:
             assert list(reader.children(base, Kind.ACTIVE, after)) == expected
         assert list(reader.listing(Kind.ACTIVE, 304)) == list(reader.children(base, Kind.ACTIVE, 304)) == []
         assert list(reader.numbers(after=302)) == [303, 304]
-        assert reader.a_child(base) is not None
-        assert reader.a_child(numbers[0]) is None
+        assert reader.any_child(base) is not None
+        assert reader.any_child(numbers[0]) is None
 
 
 async def test_a_chain_is_nearest_first(store: MetaStore) -> None:
@@ -173,39 +118,6 @@ async def test_an_id_is_given_back_only_by_an_operation_that_failed(store: MetaS
 
 
 # -- batches
-
-
-class Held:
-    """Operations that wait in one batch behind one that holds the writer."""
-
-    def __init__(self, store: MetaStore) -> None:
-        self.store = store
-        self.outcomes: dict[str, object] = {}
-        self._waiting: list[tuple[str, Callable[[Writer], object]]] = []
-
-    def add(self, name: str, operation: Callable[[Writer], object]) -> None:
-        self._waiting.append((name, operation))
-
-    async def run(self) -> None:
-        busy, go_on = trio.Event(), threading.Event()
-
-        def hold(writer: Writer) -> None:
-            trio.from_thread.run_sync(busy.set)
-            assert go_on.wait(20)
-
-        async def write(name: str, operation: Callable[[Writer], object]) -> None:
-            try:
-                self.outcomes[name] = await self.store.write(operation)
-            except Exception as error:
-                self.outcomes[name] = error
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.store.write, hold)
-            await busy.wait()
-            for name, operation in self._waiting:
-                nursery.start_soon(write, name, operation)
-                await trio.testing.wait_all_tasks_blocked()  # in this order
-            go_on.set()
 
 
 @pytest.mark.parametrize(
@@ -546,7 +458,7 @@ async def test_deletion_can_be_stopped_and_goes_on_later(snapshotter: Snapshotte
     await snapshotter.prepare("web")
     for number in range(50):
         (root / f"snapshots/1/fs/{number}").write_text("")
-    snapshotter.layers.retire(1)
+    snapshotter.layers.move_to_trash(1)
     calls = 0
 
     def checkpoint() -> None:

@@ -5,32 +5,14 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from snapfs import Mount, Options, Snapshotter, open_snapshotter
+from snapfs import Options, Snapshotter, open_snapshotter
 from snapfs.kernel import mounting
-from tests.conftest import Daemon
-
-
-@contextmanager
-def mounted(spec: Sequence[Mount], target: Path) -> Iterator[Path]:
-    """``spec`` mounted on ``target`` with mount(8), as any client would."""
-    target.mkdir(exist_ok=True)
-    done = 0
-    try:
-        for mount in spec:
-            kind = ["-t", mount.type] if mount.type != "bind" else []
-            command = ["mount", *kind, "-o", ",".join(mount.options), mount.source, str(target)]
-            subprocess.run(command, check=True)
-            done += 1
-        yield target
-    finally:
-        for _ in range(done):
-            mounting.unmount(str(target))
+from tests.daemon import Daemon
+from tests.mounts import mounted
 
 
 async def test_a_parentless_snapshot_is_its_own_layer(snapshotter: Snapshotter, tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from snapfs import Kind, Options, Snapshotter, open_snapshotter
 from snapfs.errors import NotPermitted, Pinned
 from snapfs.fuse.errno import errno_of
 from snapfs.kernel.mounttable import mount_table
-from tests.conftest import Daemon
+from tests.command import STEPS, Command
 from tests.containerd_client import connected
-from tests.test_cli import STEPS, Command
-from tests.test_tree_calls import KINDS, REMOVERS, listing, made, refused, shell
+from tests.daemon import Daemon
+from tests.refusals import refused
+from tests.tree import KINDS, REMOVERS, listing, made, shell
 
 Make = Callable[..., Daemon]
 

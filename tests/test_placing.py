@@ -11,18 +11,11 @@ import pytest
 from snapfs import Kind, Snapshotter, open_snapshotter
 from snapfs.offline.checking import check
 from snapfs.root import imprint
-from snapfs.root.layers import Top
+from snapfs.root.layers import FsTemplate
 from snapfs.root.pool import POOL, Pool
 from snapfs.store.writing import Writer
-from tests.conftest import DryPool, loop_mounted
-
-
-def placed(snapshotter: Snapshotter) -> dict[int, str]:
-    with snapshotter.records.reading() as reader:
-        return dict(reader.placed())
-
-
-FILL = Pool.fill
+from tests.mounts import loop_mounted
+from tests.placing import FILL, DryPool, placed
 
 
 @pytest.fixture
@@ -122,19 +115,19 @@ async def test_an_id_that_was_given_back_is_not_settled_by_what_had_it(
 ) -> None:
     FILL(snapshotter.layers.pool, lambda: None)
     layers = snapshotter.layers
-    name = layers.place(90, Kind.ACTIVE, Top())
+    name = layers.place(90, Kind.ACTIVE, FsTemplate())
     assert name is not None
     sync = layers.pool.sync
 
     def undone_meanwhile() -> None:
         sync()
-        layers.unmake(90)
+        layers.undo_place(90)
 
     monkeypatch.setattr(layers.pool, "sync", undone_meanwhile)
     while not layers.pool.is_low:
         layers.pool._ready.pop()
     FILL(layers.pool, lambda: None)
-    assert layers.pool.settled < 90
+    assert layers.pool.flushed_up_to < 90
 
 
 @pytest.mark.usefixtures("nobody_fills")

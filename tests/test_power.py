@@ -16,8 +16,8 @@ import pytest
 import trio
 
 from snapfs import Kind, Options, Snapshotter, open_snapshotter
-from snapfs.services import flushing as flushing_room
-from tests.conftest import Daemon
+from snapfs.root import unflushed as unflushed_room
+from tests.daemon import Daemon
 from tests.disk import disk, mounted
 from tests.power import Left, State, Story, cut, fill
 
@@ -35,7 +35,7 @@ def story(kind: str) -> Iterator[Story]:
 
 async def cut_often(story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Left]:
     """Cut the power CUTS times."""
-    monkeypatch.setattr(flushing_room, "boot_id", lambda: "the next boot")
+    monkeypatch.setattr(unflushed_room, "boot_id", lambda: "the next boot")
     seed = random.randrange(1 << 32)
     found = []
     for n, at in enumerate(story.cuts(CUTS, random.Random(seed))):

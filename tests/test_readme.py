@@ -14,9 +14,8 @@ import pytest
 from snapfs.cli import VERBS
 from snapfs.cli.serve import _ACCESS, _FLAGS, _NUMBERS
 from snapfs.offline.checking import check
-from tests.conftest import Daemon
-
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from tests.daemon import Daemon
+from tests.readme import README, recipe
 
 
 def test_every_option_is_listed() -> None:
@@ -42,11 +41,6 @@ def test_the_first_steps(daemon: Daemon) -> None:
     steps = README.split("    cd /tmp/snapfs/snap\n")[1].split("\n\n")[0]
     done = subprocess.run(["sh", "-euc", textwrap.dedent(steps)], cwd=daemon.mnt, capture_output=True, text=True, check=True)
     assert done.stdout == "hostname\n"
-
-
-def recipe(title: str) -> str:
-    """The commands of one of the recipes."""
-    return textwrap.dedent(README.split(f"**{title}.**")[1].split("\n\n")[1])
 
 
 def test_a_workspace(daemon: Daemon, tmp_path: Path) -> None:

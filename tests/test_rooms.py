@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -21,17 +22,24 @@ MAY_IMPORT = {
     "store": PURE | {"kernel", "store"},
     "scan": PURE | {"kernel", "scan"},
     "root": PURE | {"kernel", "store", "scan", "root"},
-    "services": PURE | {"kernel", "store", "scan", "root", "services"},
-    "snapshotter": PURE | {"kernel", "store", "scan", "root", "services"},
-    "opening": PURE | {"kernel", "store", "scan", "root", "services", "snapshotter"},
-    "offline": PURE | {"kernel", "store", "scan", "root", "services", "offline"},
-    "__init__": PURE | DOORS | {"store"},
+    "rules": PURE | {"kernel", "store", "scan", "root", "rules"},
+    "services": PURE | {"kernel", "store", "scan", "root", "rules", "services"},
+    "snapshotter": PURE | {"kernel", "store", "root", "rules", "services"},
+    "opening": PURE | {"kernel", "store", "root", "rules", "services", "snapshotter"},
+    "blocking": PURE | DOORS | {"store"},
+    "offline": PURE | {"kernel", "store", "scan", "root", "offline"},
+    "__init__": PURE | DOORS | {"store", "blocking"},
     "tree": PURE | {"store", "snapshotter", "tree"},
     "fuse": PURE | DOORS | {"kernel", "root", "tree", "fuse"},
     "containerd": PURE | {"snapshotter", "containerd"},
     "testing": {"kernel"},
     "cli": PURE | DOORS | {"kernel", "root", "offline", "fuse", "containerd", "cli"},
 }
+
+WITHOUT_TRIO = {*PURE, "kernel", "root", "rules"}
+
+TESTS = Path(__file__).parent
+TEST_MODULES = sorted(path.relative_to(TESTS) for path in TESTS.rglob("*.py"))
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not path.name.endswith("_pb2.py"))
 
@@ -63,6 +71,11 @@ def test_arrows(module: Path) -> None:
     assert imported_rooms(module) <= MAY_IMPORT[room_of(module)]
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in WITHOUT_TRIO], ids=str)
+def test_no_trio_below_the_services(module: Path) -> None:
+    assert "import trio" not in (PACKAGE / module).read_text()
+
+
 PLAIN_VALUES = {"options", "overlay_options", "features"}  # of a Snapshotter; all its other attributes are its services
 CALLS = {name for name in vars(Snapshotter) if not name.startswith("_")}
 
@@ -92,3 +105,16 @@ def test_only_containerd_knows_grpc(module: Path) -> None:
 def test_one_subject_a_file(module: Path) -> None:
     assert module.stem not in ("utils", "util", "common", "helpers", "misc")
     assert ast.get_docstring(ast.parse((PACKAGE / module).read_text())), "a module says what it is for"
+
+
+@pytest.mark.parametrize("module", TEST_MODULES, ids=str)
+def test_no_module_imports_tests(module: Path) -> None:
+    """What test modules share has a room of its own; this reads the text, for some of them is a program in a string."""
+    text = (TESTS / module).read_text()
+    assert re.findall(r"^.*\b(?:from|import) tests(?:\.| import )(?:test_|conftest).*$", text, re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("module", [module for module in TEST_MODULES if not module.name.startswith(("test_", "__"))], ids=str)
+def test_one_subject_a_room_of_tests(module: Path) -> None:
+    assert module.stem not in ("utils", "util", "common", "helpers", "misc")
+    assert ast.get_docstring(ast.parse((TESTS / module).read_text())), "a module says what it is for"

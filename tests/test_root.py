@@ -30,7 +30,7 @@ from snapfs import (
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mountapi, mounting, overlay, probe
 from snapfs.labels import UPPERDIR as UPPERDIR_LABEL
-from tests.conftest import die_with_parent
+from tests.processes import die_with_parent
 
 
 async def use(root: str | Path, options: Options | None = None) -> None:

@@ -26,13 +26,16 @@ import trio
 from snapfs import open_snapshotter
 from snapfs.errors import AlreadyExists, Busy, Closed, NotFound
 from snapfs.kernel import mounting, processes
-from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.kernel.mounttable import mount_table
 from snapfs.model import Kind
 from snapfs.options import Options
 from snapfs.root.inuse import Closing
 from snapfs.services.rootfs import GRACE, PASSING
-from tests.conftest import Daemon, die_with_parent
-from tests.test_tree_calls import failing, info, mounted, refused, remove_all, shell, until, usage
+from tests.daemon import Daemon
+from tests.processes import die_with_parent, until
+from tests.refusals import failing, refused
+from tests.rootfs import chain, feature, files, held, mounts_below, somebody, stats
+from tests.tree import info, mounted, remove_all, shell, usage
 
 Make = Callable[..., Daemon]
 
@@ -56,19 +59,6 @@ def emptied(request: pytest.FixtureRequest) -> Iterator[None]:
 # -- what the tests share
 
 
-def mounts_below(daemon: Daemon) -> list[MountPoint]:
-    """What is mounted at ROOT/rootfs/* and below."""
-    return [mount for mount in mount_table() if mount.target.startswith(f"{daemon.root}/rootfs/")]
-
-
-def held(daemon: Daemon) -> list[int]:
-    """The ids of the snapshots that are mounted; fails unless mount table, directories and stats.json tell the same."""
-    numbers = sorted(int(Path(mount.target).parent.name) for mount in mounts_below(daemon) if mount.target.endswith("/fs"))
-    assert sorted(map(int, os.listdir(daemon.root / "rootfs"))) == numbers
-    assert stats(daemon)["mounts_held"] == len(numbers)
-    return numbers
-
-
 def until_held(daemon: Daemon, numbers: list[int]) -> None:
     """Wait until just these are mounted: what ``held`` compares changes one after the other."""
 
@@ -80,48 +70,10 @@ def until_held(daemon: Daemon, numbers: list[int]) -> None:
     until(is_so)
 
 
-def stats(daemon: Daemon) -> dict[str, Any]:
-    said: dict[str, Any] = json.loads((daemon.mnt / ".snapfs/stats.json").read_text())
-    return said
-
-
-def feature(daemon: Daemon) -> dict[str, Any]:
-    said: dict[str, Any] = json.loads((daemon.mnt / ".snapfs/options.json").read_text())["features"]["rootfs"]
-    return said
-
-
 def place(snapshot: Path) -> Path:
     """ROOT/rootfs/<id>/fs of a snapshot, without mounting it."""
     root = Path(json.loads((snapshot / "../../.snapfs/options.json").read_text())["root"])
     return root / "rootfs" / str(info(snapshot)["id"]) / "fs"
-
-
-def chain(mnt: Path, *names: str) -> Path:
-    """Committed snapshots on one another, each with a file of its own name that holds it and a file "same"."""
-    parent = ""
-    for name in names:
-        above = mnt / "committed" / parent if parent else mnt
-        os.mkdir(above / "active" / f"{name}-draft")
-        diff = mnt / "active" / f"{name}-draft" / "diff"
-        (diff / name).write_text(name)
-        (diff / "same").write_text(name)
-        os.rename(mnt / "active" / f"{name}-draft", mnt / "committed" / name)
-        parent = name
-    return mnt / "committed" / parent
-
-
-def files(directory: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in directory.iterdir()}
-
-
-@contextmanager
-def somebody(directory: Path) -> Iterator[int]:
-    """A process called "sleep" whose working directory is ``directory``; its pid."""
-    with subprocess.Popen(["sleep", "60"], cwd=directory, preexec_fn=die_with_parent) as process:
-        try:
-            yield process.pid
-        finally:
-            process.kill()
 
 
 @contextmanager
@@ -835,8 +787,8 @@ ROOTLESS = """
 import json, os, subprocess, sys
 from pathlib import Path
 from snapfs.options import Options
-from tests.conftest import Daemon
-from tests.test_rootfs import chain, feature, files, held, somebody
+from tests.daemon import Daemon
+from tests.rootfs import chain, feature, files, held, somebody
 from snapfs.kernel.mounttable import mount_table
 
 base = Path(sys.argv[1])
@@ -1375,7 +1327,7 @@ async def test_what_is_being_flushed_is_not_mounted_anew(root: Path, monkeypatch
 
     monkeypatch.setattr(Closing, "run", flush)
     monkeypatch.setattr(Closing, "is_flush", lambda closing: True)
-    monkeypatch.setattr("snapfs.services.rootfs.FLUSHING", 0.05)
+    monkeypatch.setattr("snapfs.root.merged.FLUSHING", 0.05)
     async with open_snapshotter(root) as snapshotter:
         await snapshotter.prepare("b")
         await snapshotter.commit("base", "b")
@@ -1385,7 +1337,7 @@ async def test_what_is_being_flushed_is_not_mounted_anew(root: Path, monkeypatch
         with pytest.raises(Busy, match="still being written to the disk"):
             await snapshotter.mount("web")
         flushed.set()
-        monkeypatch.setattr("snapfs.services.rootfs.FLUSHING", 20)
+        monkeypatch.setattr("snapfs.root.merged.FLUSHING", 20)
         assert os.listdir(await snapshotter.mount("web")) == []
 
 

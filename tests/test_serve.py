@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,27 +16,13 @@ from pathlib import Path
 import pytest
 
 from snapfs.kernel import mounting
-from tests.conftest import Daemon, die_with_parent
-from tests.test_tree_calls import committed, failing, info, shell, until
+from tests.daemon import SERVE, Daemon, refusal
+from tests.mounts import is_mounted
+from tests.processes import die_with_parent, until
+from tests.refusals import failing
+from tests.tree import committed, info, shell
 
 Make = Callable[..., Daemon]
-
-SERVE = [sys.executable, "-m", "snapfs.cli", "serve"]
-
-
-def is_mounted(path: Path) -> bool:
-    table = Path("/proc/self/mountinfo").read_text().splitlines()
-    return any(line.split(" ")[4] == str(path) for line in table)
-
-
-def refusal(*arguments: str | Path, prefix: tuple[str, ...] = ()) -> str:
-    """What ``snapfs serve`` says with these arguments, which it refuses."""
-    done = subprocess.run([*prefix, *SERVE, *map(str, arguments)], capture_output=True, text=True, timeout=30, check=False)
-    assert done.stdout == ""
-    assert done.returncode == 1
-    assert re.fullmatch(r"snapfs: [^\n]+\n", done.stderr), "one sentence"
-    assert "Traceback" not in done.stderr
-    return done.stderr
 
 
 # -- starting
@@ -406,14 +391,6 @@ def as_nobody(command: str) -> subprocess.CompletedProcess[str]:
         timeout=30,
         check=False,
     )
-
-
-@pytest.fixture
-def open_path(tmp_path: Path) -> Path:
-    """``tmp_path``, which every user may enter."""
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o755)
-    return tmp_path
 
 
 def test_other_users_are_kept_out(make_daemon: Make, open_path: Path) -> None:

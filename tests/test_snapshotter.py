@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,24 +29,49 @@ from snapfs import (
     Snapshotter,
     Unavailable,
     Usage,
-    open_snapshotter,
 )
 from snapfs.errors import Busy, HasChildren, LabelTooBig, NameTooLong, NotPermitted, NotUtf8, WrongParent
 from snapfs.filters import Filters
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
 from snapfs.offline.rebuilding import rebuild
-from snapfs.root.layers import Top
+from snapfs.options import Options, Sync
+from snapfs.root.layers import FsTemplate
 from snapfs.root.pool import POOL, POOL_LEAST
 from snapfs.store.metastore import BATCH
 from snapfs.store.writing import Writer
-from tests.conftest import DryPool
+from tests.doors import DOORS, Opener
+from tests.placing import DryPool
 
 Call = Callable[[Snapshotter], Awaitable[object]]
+
+async_only = pytest.mark.parametrize("door", ["async"])
+"""For a test of what happens inside, on the test's own loop."""
 
 TOO_BIG = {"k": "v" * 4096}
 TOO_LONG = "x" * 256
 NOT_UTF8 = "\udcff"
+
+
+@pytest.fixture(params=DOORS)
+def door(request: pytest.FixtureRequest) -> str:
+    """The door at which the library is called."""
+    assert isinstance(request.param, str)
+    return request.param
+
+
+@pytest.fixture
+def open_snapshotter(request: pytest.FixtureRequest, door: str) -> Opener:
+    """``open_snapshotter`` of the door; roots flush nothing unless the test is ``durable``."""
+    sync = Sync.FULL if request.node.get_closest_marker("durable") else Sync.NONE
+    return partial(DOORS[door], options=Options(sync=sync))
+
+
+@pytest.fixture
+async def snapshotter(open_snapshotter: Opener, root: Path) -> AsyncIterator[Snapshotter]:
+    """The library on a fresh root."""
+    async with open_snapshotter(root) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -62,7 +88,7 @@ async def filled(snapshotter: Snapshotter) -> Snapshotter:
         await snapshotter.commit(name, "tmp")
     for name in ("base", "next", "leaf"):
         await snapshotter.usage(name)
-    await snapshotter.records.write(lambda writer: None)  # counted and told: nothing changes by itself from here on
+    await snapshotter.cleanup()  # counted and told: nothing changes by itself from here on
     return snapshotter
 
 
@@ -303,7 +329,7 @@ async def test_a_parent_may_be_given_by_id(filled: Snapshotter) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-async def test_modes_whatever_the_umask(root: Path, umask: int) -> None:
+async def test_modes_whatever_the_umask(open_snapshotter: Opener, root: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         async with open_snapshotter(root) as snapshotter:
@@ -346,7 +372,7 @@ async def test_the_owner_of_fs_without_labels_and_parent_is_ours(snapshotter: Sn
     assert owner(root / "snapshots/1/fs") == (os.geteuid(), os.getegid())
 
 
-async def test_ids_count_from_1_and_are_never_used_again(root: Path) -> None:
+async def test_ids_count_from_1_and_are_never_used_again(open_snapshotter: Opener, root: Path) -> None:
     async with open_snapshotter(root) as snapshotter:
         await committed(snapshotter, "one")
         await snapshotter.prepare("two")
@@ -426,7 +452,7 @@ async def test_a_prepare_that_the_disk_refuses_leaves_nothing(
     assert owner(root / "snapshots/7/fs") == (1000, 0)
 
 
-async def test_a_prepare_on_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+async def test_a_prepare_on_a_full_disk_leaves_nothing(open_snapshotter: Opener, tmp_path: Path) -> None:
     """A real one, with no inode left and the pool used up."""
     small = tmp_path / "small"
     small.mkdir()
@@ -546,6 +572,7 @@ async def test_a_child_of_any_kind_keeps_its_parent(snapshotter: Snapshotter, ki
     assert await snapshotter.walk() == []
 
 
+@async_only
 async def test_the_key_is_free_at_once_and_the_files_go_in_the_background(snapshotter: Snapshotter, root: Path) -> None:
     await snapshotter.prepare("web")
     (root / "snapshots/1/fs/file").write_text("x")
@@ -586,7 +613,7 @@ async def test_a_directory_that_can_not_be_moved_away_is_logged_and_left_to_clea
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(filled.layers, "retire", refuse)
+        patch.setattr(filled.layers, "move_to_trash", refuse)
         await filled.remove("web")
     assert "Input/output error" in caplog.text
     with pytest.raises(NotFound):
@@ -742,7 +769,7 @@ async def test_a_parent_that_is_known_elsewhere_keeps_its_name(snapshotter: Snap
     assert await origins(snapshotter) == {"mine": "", "other": ""}
 
 
-async def test_origins_survive_the_loss_of_the_records(root: Path) -> None:
+async def test_origins_survive_the_loss_of_the_records(open_snapshotter: Opener, root: Path) -> None:
     async with open_snapshotter(root) as first:
         await first.prepare("k", origin="containerd")
         await first.commit("layer", "k", origin="containerd")
@@ -851,6 +878,7 @@ async def test_cleanup_deletes_what_no_record_names(filled: Snapshotter, root: P
     assert len(await filled.walk()) == 6
 
 
+@async_only
 async def test_cleanup_just_before_a_remove_is_not_complained_about(
     filled: Snapshotter, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -919,6 +947,8 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.durable
+@async_only
 async def test_one_sync_serves_all_that_wait(
     snapshotter: Snapshotter, syncs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -928,12 +958,13 @@ async def test_one_sync_serves_all_that_wait(
             nursery.start_soon(snapshotter.prepare, f"k{number}")
         await trio.testing.wait_all_tasks_blocked()
         assert await snapshotter.walk() == []
-        assert snapshotter._snapshots_fd not in syncs
+        assert snapshotter._root.fd not in syncs
     assert len(await snapshotter.walk()) == BATCH
     assert snapshotter.records.batches[BATCH] == 1
-    assert syncs.count(snapshotter._snapshots_fd) == 1
+    assert syncs.count(snapshotter._root.fd) == 1
 
 
+@async_only
 async def test_of_two_who_prepare_one_key_exactly_one_wins(snapshotter: Snapshotter, root: Path) -> None:
     outcomes: list[str] = []
 
@@ -955,6 +986,7 @@ async def test_of_two_who_prepare_one_key_exactly_one_wins(snapshotter: Snapshot
     assert ids(root) == ["1"]
 
 
+@async_only
 async def test_of_many_calls_one_after_the_other_each_finds_the_former_done(snapshotter: Snapshotter) -> None:
     """Also inside one batch: a Prepare on the snapshot that a Commit before it makes."""
     await snapshotter.prepare("b")
@@ -978,6 +1010,7 @@ async def test_of_many_calls_one_after_the_other_each_finds_the_former_done(snap
     assert (await snapshotter.stat("web2")).labels == {"a": "b"}
 
 
+@async_only
 async def test_a_call_cancelled_while_it_waits_has_not_happened(snapshotter: Snapshotter, root: Path) -> None:
     ended: list[str] = []
 
@@ -1000,6 +1033,7 @@ async def test_a_call_cancelled_while_it_waits_has_not_happened(snapshotter: Sna
     assert ids(root) == ["1"]
 
 
+@async_only
 async def test_a_call_cancelled_under_way_is_done(
     snapshotter: Snapshotter, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1007,7 +1041,7 @@ async def test_a_call_cancelled_under_way_is_done(
     place = snapshotter.layers.place
     results: list[object] = []
 
-    def slowly(number: int, kind: Kind, top: Top) -> None:
+    def slowly(number: int, kind: Kind, top: FsTemplate) -> None:
         trio.from_thread.run_sync(begun.set)
         assert go_on.wait(20)
         place(number, kind, top)
@@ -1064,7 +1098,7 @@ AFTER_CLOSE: list[Call] = [
 ]
 
 
-async def test_close_twice_is_fine_and_every_call_after_it_is_refused(root: Path) -> None:
+async def test_close_twice_is_fine_and_every_call_after_it_is_refused(open_snapshotter: Opener, root: Path) -> None:
     went_on = False
     async with open_snapshotter(root) as snapshotter:
         await snapshotter.prepare("web")
@@ -1082,13 +1116,14 @@ async def test_close_twice_is_fine_and_every_call_after_it_is_refused(root: Path
         assert [info.name for info in await again.walk()] == ["web"]
 
 
-async def test_close_by_several_at_once(root: Path) -> None:
+async def test_close_by_several_at_once(open_snapshotter: Opener, root: Path) -> None:
     async with open_snapshotter(root) as snapshotter, trio.open_nursery() as nursery:
         for _ in range(3):
             nursery.start_soon(snapshotter.close)
 
 
-async def test_closing_finishes_the_writes_that_wait(root: Path) -> None:
+@async_only
+async def test_closing_finishes_the_writes_that_wait(open_snapshotter: Opener, root: Path) -> None:
     results: list[str] = []
     async with open_snapshotter(root) as snapshotter:
 
@@ -1107,7 +1142,8 @@ async def test_closing_finishes_the_writes_that_wait(root: Path) -> None:
         assert len(await again.walk()) == 10
 
 
-async def test_closing_while_a_scan_is_under_way(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@async_only
+async def test_closing_while_a_scan_is_under_way(open_snapshotter: Opener, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scan is stopped; who waits for it is told that the snapshotter is closed."""
     scanning = trio.Event()
 
@@ -1148,7 +1184,7 @@ def open_files() -> Iterator[None]:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-async def test_closing_leaves_no_open_file_and_an_empty_pool(root: Path, open_files: None) -> None:
+async def test_closing_leaves_no_open_file_and_an_empty_pool(open_snapshotter: Opener, root: Path, open_files: None) -> None:
     async with open_snapshotter(root) as snapshotter:
         await committed(snapshotter, "base")
         await snapshotter.prepare("web", "base")
@@ -1158,7 +1194,7 @@ async def test_closing_leaves_no_open_file_and_an_empty_pool(root: Path, open_fi
     assert os.listdir(root / "trash") == []
 
 
-async def test_an_error_in_the_block_comes_out_as_it_is(root: Path) -> None:
+async def test_an_error_in_the_block_comes_out_as_it_is(open_snapshotter: Opener, root: Path) -> None:
     async def block() -> None:
         async with open_snapshotter(root) as snapshotter:
             await snapshotter.prepare("web")
@@ -1170,7 +1206,7 @@ async def test_an_error_in_the_block_comes_out_as_it_is(root: Path) -> None:
         assert (await again.stat("web")).id == 1
 
 
-async def test_a_cancelled_block_is_closed(root: Path) -> None:
+async def test_a_cancelled_block_is_closed(open_snapshotter: Opener, root: Path) -> None:
     with trio.move_on_after(20) as scope:
         async with open_snapshotter(root) as snapshotter:
             await snapshotter.prepare("web")
@@ -1183,7 +1219,7 @@ async def test_a_cancelled_block_is_closed(root: Path) -> None:
         assert (await again.stat("web")).id == 1
 
 
-async def test_what_was_done_is_there_after_reopening(root: Path) -> None:
+async def test_what_was_done_is_there_after_reopening(open_snapshotter: Opener, root: Path) -> None:
     async with open_snapshotter(root) as snapshotter:
         await committed(snapshotter, "base")
         await snapshotter.prepare("web", "base", {"a": "b"})
@@ -1213,6 +1249,7 @@ async def test_what_was_done_is_there_after_reopening(root: Path) -> None:
         (["parent==base", "labels.x"], 6),
     ],
 )
+@async_only
 async def test_a_walk_reads_no_more_than_filters_select(
     snapshotter: Snapshotter, filters: list[str], selected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1237,6 +1274,7 @@ async def test_a_walk_reads_no_more_than_filters_select(
     assert len(read) <= (len(found) + 5 if indexed else 7)
 
 
+@async_only
 async def test_changes_of_what_is_removed_before_the_scan_begins(snapshotter: Snapshotter) -> None:
     """The scans run two at a time: the third begins when its layer is gone, and that is no damage."""
     for key in ("a", "b", "web"):

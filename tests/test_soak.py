@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import die_with_parent
+from tests.processes import die_with_parent
 from tests.soak.watch import A_CALL, MOST, Sample, trends
 
 

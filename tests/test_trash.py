@@ -19,12 +19,12 @@ from snapfs import Snapshotter, Unavailable, open_snapshotter
 from snapfs.kernel import mounting
 from snapfs.offline.checking import Problem, check
 from snapfs.root.trash import DEPTH, STUCK
-from tests.conftest import Daemon, until
 from tests.containerd_client import connected
-from tests.test_tree_calls import refused
-from tests.test_who import open_path, users
+from tests.daemon import Daemon
+from tests.processes import until
+from tests.refusals import refused
 
-__all__ = ["open_path", "users"]
+pytestmark = pytest.mark.usefixtures("open_path", "users")
 
 Make = Callable[..., Daemon]
 
@@ -94,7 +94,7 @@ async def test_the_whole_directory(disk: Path) -> None:
             subprocess.run(["chattr", "-R", "+i", directory], check=True)
             await snapshotter.remove("k")
             assert not directory.exists()
-        assert snapshotter.layers.waiting == 0
+        assert snapshotter.layers.pending_deletions == 0
 
 
 def test_the_whole_directory_where_it_may_not_be_changed(disk: Path, make_daemon: Make) -> None:

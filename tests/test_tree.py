@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
 
 import pytest
 from msgspec import structs
@@ -13,11 +12,12 @@ from msgspec import structs
 from snapfs import NotFound, Snapshotter, errors
 from snapfs.errors import Stale
 from snapfs.fuse.errno import errno_of
-from snapfs.tree import Node, Tree
+from snapfs.tree import Tree
 from snapfs.tree.attributes import ATTRIBUTES
 from snapfs.tree.inodes import FIRST_LABEL, ROOT_INODE, Slot, label_slots, pack, unpack
 from snapfs.tree.node import Directory, Link
 from snapfs.tree.texts import MOST, Text
+from tests.nodes import crawl
 
 
 @pytest.fixture
@@ -29,16 +29,6 @@ async def tree(snapshotter: Snapshotter) -> Tree:
     await snapshotter.view("peek", "base")
     await snapshotter.usage("base")  # from then on nothing changes any more
     return Tree(snapshotter)
-
-
-def crawl(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
-    """All nodes below ``node`` with the paths by which they were met."""
-    yield path, node
-    if isinstance(node, Directory):
-        with closing(node.entries(0)) as entries:  # type: ignore[type-var]
-            children = [(name, child) for _, name, child in entries]
-        for name, child in children:
-            yield from crawl(child, f"{path}/{name}".lstrip("/"))
 
 
 async def test_every_node_has_an_inode_of_its_own_that_leads_back_to_it(tree: Tree) -> None:

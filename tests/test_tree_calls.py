@@ -12,22 +12,20 @@ import re
 import shutil
 import stat
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from snapfs.root.pool import POOL_LEAST
-from tests.conftest import Daemon
+from tests.daemon import Daemon
+from tests.processes import until
+from tests.refusals import failing, refused
+from tests.tree import KINDS, REMOVERS, committed, info, listing, made, mounted, nanoseconds, remove_all, shell, usage
 
 AT_FDCWD = -100
 NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
 
-KINDS = ("active", "view", "committed")
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -46,125 +44,13 @@ def emptied(request: pytest.FixtureRequest) -> Iterator[None]:
         remove_all(request.getfixturevalue("daemon").mnt)
 
 
-def remove_all(mnt: Path) -> None:
-    """Remove all snapshots, children first."""
-    for link in sorted(os.listdir(mnt / "by-id"), key=int, reverse=True):
-        os.rmdir(os.path.realpath(mnt / "by-id" / link))
-    assert [os.listdir(mnt / kind) for kind in KINDS] == [[], [], []]
-
-
 # -- what the tests share
-
-
-def listing(mnt: Path) -> dict[str, tuple[object, ...]]:
-    """All that can be seen of the snapshots: of each path the stat fields, where it leads or what it holds.
-
-    Not of what changes by being looked at: ``rootfs`` is mounted, ``changes`` is found out.
-    """
-    found: dict[str, tuple[object, ...]] = {}
-    for directory, directories, files in os.walk(mnt):
-        if directory == str(mnt):
-            directories.remove(".snapfs")
-        for name in {*directories, *files} - {"rootfs", "changes"}:
-            path = f"{directory}/{name}"
-            seen = os.lstat(path)
-            if stat.S_ISLNK(seen.st_mode):
-                holds = os.readlink(path)
-            elif stat.S_ISREG(seen.st_mode):
-                holds = Path(path).read_text()
-            else:
-                holds = ""
-            fields = (seen.st_ino, seen.st_mode, seen.st_nlink, seen.st_uid, seen.st_size, seen.st_blocks, seen.st_mtime_ns)
-            found[os.path.relpath(path, mnt)] = (*fields, holds)
-    return found
-
-
-@contextmanager
-def failing(number: int) -> Iterator[None]:
-    """The block's call fails with errno ``number``."""
-    with pytest.raises(OSError, match=re.escape(f"[Errno {number}] {os.strerror(number)}")):
-        yield
-
-
-@contextmanager
-def refused(daemon: Daemon, number: int, operation: str, paths: str, reason: str) -> Iterator[None]:
-    """The block's call fails with errno ``number``, changes nothing, and leaves one line in error_log that says what was done
-    to which paths and why (``reason``: a regular expression)."""
-    before, lines = listing(daemon.mnt), daemon.error_log()
-    with failing(number):
-        yield
-    new = daemon.error_log()[len(lines) :]
-    expected = rf"{errno.errorcode[number]} {operation} {re.escape(paths)}: .*{reason}.*"
-    assert len(new) == 1
-    when, what = new[0].split(" ", 1)
-    assert re.fullmatch(expected, what), what
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z", when)
-    assert abs(nanoseconds(when) - time.time_ns()) < 60e9
-    assert listing(daemon.mnt) == before
 
 
 def renameat2(old: Path, new: Path, flags: int) -> None:
     if libc.renameat2(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), flags):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-
-
-def info(snapshot: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((snapshot / "info.json").read_text())
-    return found
-
-
-def usage(snapshot: Path) -> dict[str, int]:
-    found: dict[str, int] = json.loads((snapshot / "usage.json").read_text())
-    return found
-
-
-def nanoseconds(rfc3339: str) -> int:
-    seconds, fraction = rfc3339.removesuffix("Z").split(".")
-    return int(datetime.fromisoformat(seconds + "+00:00").timestamp()) * 10**9 + int(fraction)
-
-
-def committed(mnt: Path, name: str, parent: str = "", content: str = "") -> Path:
-    """Make the committed snapshot ``name``."""
-    above = mnt / "committed" / parent if parent else mnt
-    os.mkdir(above / "active" / f"{name}-draft")
-    if content:
-        (mnt / "active" / f"{name}-draft" / "diff" / "file").write_text(content)
-    os.rename(mnt / "active" / f"{name}-draft", mnt / "committed" / name)
-    return mnt / "committed" / name
-
-
-def made(mnt: Path, kind: str, name: str) -> Path:
-    """Make a snapshot of this kind without a parent."""
-    if kind == "committed":
-        return committed(mnt, name)
-    os.mkdir(mnt / kind / name)
-    return mnt / kind / name
-
-
-def shell(mnt: Path, command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["sh", "-c", command], cwd=mnt, capture_output=True, text=True, timeout=60, check=False)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what happens in the background and has no event."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-@contextmanager
-def mounted(snapshot: Path, target: Path) -> Iterator[Path]:
-    """What mounts.json says, mounted on ``target``."""
-    target.mkdir(exist_ok=True)
-    (spec,) = json.loads((snapshot / "mounts.json").read_text())
-    options = ["-t", spec["type"]] if spec["type"] != "bind" else []
-    subprocess.run(["mount", *options, "-o", ",".join(spec["options"]), spec["source"], str(target)], check=True)
-    try:
-        yield target
-    finally:
-        subprocess.run(["umount", str(target)], check=True)
 
 
 # -- mkdir
@@ -650,9 +536,6 @@ def test_an_id_link_stays(daemon: Daemon) -> None:
     number = info(made(daemon.mnt, "active", "a"))["id"]
     with refused(daemon, errno.EPERM, "unlink", f"by-id/{number}", "only snapshots and labels"):
         os.unlink(daemon.mnt / f"by-id/{number}")
-
-
-REMOVERS = ["rm -r {}", "rm -rf {}", "busybox rm -r {}", "find {} -depth -delete"]
 
 
 @pytest.mark.parametrize("remover", REMOVERS)

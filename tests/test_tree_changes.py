@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from snapfs.kernel import mounting
-from tests.conftest import Daemon
-from tests.test_tree_calls import committed, failing, until
+from tests.daemon import Daemon
+from tests.processes import until
+from tests.refusals import failing
+from tests.tree import committed
 
 Make = Callable[..., Daemon]
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Daemon, until
-from tests.test_tree_calls import committed, failing, info, listing, remove_all, shell, usage
+from tests.daemon import Daemon
+from tests.processes import until
+from tests.refusals import failing
+from tests.tree import committed, info, listing, remove_all, shell, usage
 
 Make = Callable[..., Daemon]
 

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 import snapfs
-from tests.conftest import Daemon
+from tests.daemon import Daemon
 from tests.reading import WAYS, are_content, readers
-from tests.test_tree_calls import committed, info, nanoseconds, remove_all, shell, usage
+from tests.tree import committed, info, nanoseconds, remove_all, shell, usage
 
 
 @pytest.fixture(scope="module")

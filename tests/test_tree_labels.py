@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Daemon, die_with_parent
+from tests.daemon import Daemon
+from tests.processes import die_with_parent
 from tests.reading import are_content, readers
-from tests.test_tree_calls import failing, info, nanoseconds, refused, remove_all, shell
+from tests.refusals import failing, refused
+from tests.tree import info, nanoseconds, remove_all, shell
 
 KINDS = ("active", "view", "committed")
 

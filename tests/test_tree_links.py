@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Daemon, until
-from tests.test_tree_calls import committed, failing, info, listing, refused, remove_all, shell
+from tests.daemon import Daemon
+from tests.processes import until
+from tests.refusals import failing, refused
+from tests.tree import committed, info, listing, remove_all, shell
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from snapfs import names
 from snapfs.errors import NameTooLong
-from tests.conftest import Daemon
-from tests.test_tree_calls import committed, failing, info, nanoseconds, refused, remove_all, shell
+from tests.daemon import Daemon
+from tests.refusals import failing, refused
+from tests.tree import committed, info, nanoseconds, remove_all, shell
 
 
 @pytest.fixture(scope="module")

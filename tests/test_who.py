@@ -19,30 +19,17 @@ import pytest
 
 from snapfs.errors import Busy, SnapshotError, Unavailable
 from snapfs.fuse.access import Access
-from tests.conftest import Daemon
 from tests.containerd_client import connected
-from tests.test_serve import is_mounted, refusal
-from tests.test_tree_calls import committed, listing
+from tests.daemon import Daemon, refusal
+from tests.mounts import is_mounted
+from tests.tree import committed, listing
+from tests.users import ALICE, BOB, STAFF, Identity, alice, bind, bob, member, run, user
 
 Make = Callable[..., Daemon]
 
-ALICE, BOB, STAFF = 1001, 1002, 2000
+pytestmark = pytest.mark.usefixtures("open_path", "users")
 
-Identity = tuple[str, ...]  # a command that runs another as somebody
-
-
-def user(uid: int, *more: str, gid: int | None = None, groups: str = "") -> Identity:
-    which = ("--groups", groups) if groups else ("--clear-groups",)
-    return ("setpriv", "--reuid", str(uid), "--regid", str(uid if gid is None else gid), *which, *more)
-
-
-alice, bob = user(ALICE), user(BOB)
-member = user(BOB, groups=str(STAFF))
 in_own_namespace = ("unshare", "--user", "--map-root-user")
-
-
-def run(who: Identity, *command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*who, *map(str, command)], capture_output=True, text=True, errors="replace", timeout=60, check=False)
 
 
 def sh(who: Identity, mnt: Path, script: str) -> subprocess.CompletedProcess[str]:
@@ -55,31 +42,6 @@ def may(done: subprocess.CompletedProcess[str]) -> bool:
         return True
     assert "Permission denied" in done.stderr, done.stderr
     return False
-
-
-@pytest.fixture(autouse=True)
-def open_path(tmp_path: Path) -> None:
-    """Every user may enter ``tmp_path``."""
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(stat.S_IMODE(directory.stat().st_mode) | 0o055)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Alice, Bob and the group staff have names; fusermount3 serves nobody else."""
-    lines = {"passwd": [f"alice:x:{ALICE}:{ALICE}::/:", f"bob:x:{BOB}:{BOB}::/:"], "group": [f"snapstaff:x:{STAFF}:bob"]}
-    with ExitStack() as stack:
-        for name, more in lines.items():
-            copy = tmp_path_factory.mktemp("etc") / name
-            copy.write_text(Path("/etc", name).read_text().rstrip("\n") + "\n" + "\n".join(more) + "\n")
-            copy.chmod(0o644)
-            bind(stack, copy, f"/etc/{name}")
-        yield
-
-
-def bind(stack: ExitStack, source: Path, target: str) -> None:
-    subprocess.run(["mount", "--bind", str(source), target], check=True)
-    stack.callback(subprocess.run, ["umount", target], check=True)
 
 
 def served(mnt: Path, name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import trio
 from snapfs.errors import Damaged, SnapshotError
 from snapfs.root import imprint
 from snapfs.root.imprint import Imprint
-from snapfs.root.layers import Layers
+from snapfs.rules.root import Root
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
 from snapfs.store.writing import Writer
@@ -31,31 +31,33 @@ CHUNK = 1000  # snapshots that are compared in one transaction
 
 
 class Agreeing:
-    """Imprints and records of one root.  ``boot`` tells this boot and mount from others (``Flushing``)."""
+    """Imprints and records of one root; whether they agree is ``root.agrees``."""
 
-    def __init__(self, layers: Layers, records: MetaStore, boot: str) -> None:
-        self._layers = layers
+    def __init__(self, root: Root, records: MetaStore) -> None:
+        self._root = root
+        self._layers = root.layers
         self._records = records
-        self._note = f"agreed {boot}".rstrip()  # of a file system that tells nothing of its mounts the boot is all
-        self.is_known = not layers.bears_imprints or layers.found_note == self._note
-        """Whether all agree, as far as this process can tell."""
+        self._note = (
+            f"agreed {root.unflushed.boot}".rstrip()
+        )  # where the file system tells nothing of its mounts the boot is all
+        root.agrees = not self._layers.supports_imprints or self._layers.previous_note == self._note
         self.settled = trio.Event()
         """Set when they have been compared, if they had to be."""
 
     async def run(self) -> None:
-        """Compare them, if the last process can't have left them right."""
+        """Compare them, unless the last process has noted that they agree."""
         try:
-            if not self.is_known:
-                self.is_known = await self._compare()
+            if not self._root.agrees:
+                self._root.agrees = await self._compare()
         except SnapshotError as error:  # the next start tries again
             log.warning("not all directories could be compared with their records: %s", error)
         finally:
             self.settled.set()
 
     def note_end(self) -> None:
-        """Leave word for the next start that they agree, if they do: when nothing is written any more."""
-        if self.is_known and not self._records.is_in_doubt:
-            self._layers.note(self._note)
+        """Note in ROOT/lock, for the next start, that they agree, if they do.  Called when nothing is written any more."""
+        if self._root.agrees and not self._records.is_in_doubt:
+            self._layers.leave_note(self._note)
 
     async def _compare(self) -> bool:
         """Compare all, and mend what disagrees; whether they agree now."""
@@ -76,7 +78,7 @@ class Agreeing:
             return list(reader.numbers())
 
     def _disagreeing(self, numbers: Iterable[int]) -> list[int]:
-        """Those of ``numbers`` that seem to disagree: nobody is kept from changing them meanwhile."""
+        """Those of ``numbers`` that seem to disagree; calls may change them meanwhile."""
         with self._records.reading(long=True) as reader:
             return [number for number in numbers if self._wanted(reader, number) is not None]
 
@@ -103,7 +105,7 @@ class Agreeing:
             wanted = self._wanted(writer, number)
             try:
                 if wanted is not None:
-                    self._layers.bear(number, wanted)
+                    self._layers.write_imprint(number, wanted)
                 agreed += 1
             except OSError as error:
                 log.warning("%s can't be told what its record says: %s", self._layers.directory(number), error)

@@ -1,58 +1,40 @@
 """Flushing: the data of committed snapshots on its way to the disk.
 
-A Commit makes its record durable and returns; the files in the layer are still in the kernel's memory.  So the record is
-marked, and one syncfs(2) in the background serves all commits before it; then their marks are cleared, all in one write, so
-that no child is ever flushed before its parent.  A mark says in which boot of the machine the data was in memory, and for which
-mount of the disk: a daemon that merely crashed flushes again, but after a power cut, or where a disk that failed was mounted
-anew, nobody knows what is in those files.
+One syncfs(2) in the background serves all commits before it; then their marks (``root/unflushed.py``) are cleared, all in one
+write, so that no child is ever flushed before its parent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 
 import trio
 
-from snapfs.errors import Closed, Damaged, SnapshotError, Unavailable
-from snapfs.kernel import mounting, probe
+from snapfs.errors import Closed, SnapshotError, Unavailable
+from snapfs.kernel import mounting
 from snapfs.model import Kind
-from snapfs.root.imprint import Imprint
-from snapfs.root.layers import Layers
+from snapfs.root.unflushed import Unflushed
 from snapfs.store.metastore import MetaStore
-from snapfs.store.writing import Writer
 
 log = logging.getLogger(__name__)
 
-FAILED = "the disk failed"  # in place of a boot, whatever made it lost: no boot is called that, so it is lost to all
-
-
-def boot_id() -> str:
-    """What the kernel calls this boot of the machine (random(4))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
 
 class Flushing:
-    """The flushes of one root.  ``run`` must be running; without ``sync`` nothing is ever flushed, marked or waited for.
+    """The flushes of one root.  ``run`` must be running; without ``sync`` nothing is ever flushed or waited for.
 
     ``fd`` is open on the layers' file system, from the start on: what the disk refuses is told once to each that has it open.
-    ``boot`` tells this boot of the machine, and this mount of the disk, from others.  ``lost`` holds the ids of the snapshots
-    whose data was in memory when the power went, or the disk refused it, or whose layer somebody could still write.
     """
 
-    def __init__(self, layers: Layers, records: MetaStore, fd: int = -1, *, sync: bool = True) -> None:
+    def __init__(self, unflushed: Unflushed, records: MetaStore, fd: int, *, sync: bool = True) -> None:
         self._fd = fd
-        self._layers = layers
+        self._unflushed = unflushed
         self._records = records
         self._sync = sync
-        self.boot = f"{boot_id()} {probe.mounted_as(layers.snapshots)}"
         self._next: _Flush | None = None
         self._wakeup = trio.Event()
         self._running = False
-        with records.reading() as reader:
-            self.lost = {number for number, boot in reader.unflushed() if boot != self.boot}
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """Flush whatever is asked for, until cancelled; begins with what a crashed daemon left."""
@@ -80,23 +62,24 @@ class Flushing:
 
     def _marked(self) -> list[int]:
         with self._records.reading() as reader:
-            return [number for number, boot in reader.unflushed() if boot == self.boot and number not in self.lost]
+            return self._unflushed.marked(reader)
 
     def _suspect(self) -> list[int]:
-        """Whose data a disk that fails may just have lost: all that is marked, and what is still being written."""
+        """The snapshots whose data a disk that fails may just have lost: all that are marked, and all that are active."""
         with self._records.reading() as reader:
             active = {number for number, _ in reader.listing(Kind.ACTIVE)}
         return sorted(active.union(self._marked()))
 
     async def _perform(self, flush: _Flush) -> None:
         error: SnapshotError | None = Closed()
+        lost = self._unflushed.lost
         try:
             numbers = self._marked()
             try:
                 await trio.to_thread.run_sync(mounting.sync_file_system, self._fd)
             except OSError as refusal:
                 numbers = self._suspect()  # those committed meanwhile, too: whose pages it were the kernel doesn't tell
-                self.lost.update(numbers)  # it tells once, and drops what it could not write
+                lost.update(numbers)  # it tells once, and drops what it could not write
                 error = Unavailable.from_os("flush the layers", refusal)
                 log.error("%s; snapshots that may be torn: %s", error, numbers)
                 if numbers:
@@ -104,7 +87,8 @@ class Flushing:
                 return
             if numbers:
                 await self._records.write(
-                    lambda writer: self.settle(writer, [number for number in numbers if number not in self.lost]), frees=True
+                    lambda writer: self._unflushed.settle(writer, [number for number in numbers if number not in lost]),
+                    frees=True,
                 )
             error = None
         except SnapshotError as refusal:
@@ -124,41 +108,15 @@ class Flushing:
                     "meanwhile: it may change",
                     record.name,
                 )
-                self.lost.add(number)
-        if number in self.lost:
+                self._unflushed.lost.add(number)
+        if number in self._unflushed.lost:
             await self._remember_lost([number])
 
     async def _remember_lost(self, numbers: list[int]) -> None:
-        """Let a later daemon of the same boot know, which would flush again and find nothing wrong."""
-
-        def operation(writer: Writer) -> None:
-            for number in numbers:
-                with contextlib.suppress(Damaged):
-                    record = writer.record(number)
-                    if record is not None:
-                        writer.mark_unflushed(number, FAILED)
-                        self._layers.bear(number, Imprint(record, FAILED))
-                        info = writer.info(number, record)
-                        writer.changed(info, info, counted=True)
-
         try:
-            await self._records.write(operation, frees=True)
+            await self._records.write(lambda writer: self._unflushed.mark_lost(writer, numbers), frees=True)
         except SnapshotError as error:
             log.error("the disk can't be told either which snapshots may be torn: %s", error)
-
-    def mark(self, writer: Writer, number: int) -> None:
-        """Within the operation that commits snapshot ``number``."""
-        if self._sync and not writer.unflushed_since(number):
-            writer.mark_unflushed(number, self.boot)
-
-    def settle(self, writer: Writer, numbers: Iterable[int]) -> None:
-        """Within an operation: the data of these snapshots is on disk, or is taken as it is."""
-        writer.clear_unflushed(numbers)
-        for number in numbers:
-            with contextlib.suppress(Damaged):
-                record = writer.record(number)
-                if record is not None:
-                    self._layers.bear(number, Imprint(record))
 
     def flush_soon(self, then: Callable[[], None] = lambda: None) -> None:
         """Flush in the background what was written so far, and call ``then`` when that has ended, or if nothing is flushed."""
@@ -181,19 +139,6 @@ class Flushing:
         await flush.ended.wait()
         if flush.error is not None:
             raise flush.error
-
-    def refuse_lost(self, numbers: list[int]) -> None:
-        """Raise Damaged if any of these snapshots may have lost data."""
-        for number in numbers:
-            if number in self.lost:
-                with self._records.reading() as reader:
-                    record = reader.record(number)
-                name = record.name if record else str(number)
-                raise Damaged(
-                    f'the files of snapshot "{name}" may be torn, since they had not reached the disk when the power went or '
-                    f"the disk failed, or somebody was still writing: look at {self._layers.fs(number)}; then remove the "
-                    f"snapshot, or stop the daemon and take it as it is: snapfs check {self._layers.root} --accept {name}"
-                )
 
 
 class _Flush:

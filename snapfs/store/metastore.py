@@ -33,7 +33,7 @@ from snapfs.model import Change
 from snapfs.store.environment import Environment
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Tables
-from snapfs.store.soundness import refused
+from snapfs.store.soundness import disk_error
 from snapfs.store.writing import Operation, Writer
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class MetaStore:
         self.batches: Counter[int] = Counter()
         """How often so many operations were made durable with one sync."""
         self._doubt: _Doubt | None = None
-        self._late: list[Change] = []
+        self._settled_changes: list[Change] = []
         self._queue: SimpleQueue[_Request[Any] | None] | None = None
 
     @property
@@ -180,13 +180,13 @@ class MetaStore:
                     request.error = request.error or error
                 raise
             finally:
-                late, self._late = self._late, []
-                loop.run_sync_soon(self._tell, late, batch)
+                late, self._settled_changes = self._settled_changes, []
+                loop.run_sync_soon(self._report, late, batch)
         if self._doubt is not None:  # the next start would find out, too, but has nothing to undo with
             with suppress(lmdb.Error, OSError, SnapshotError):
-                loop.run_sync_soon(self._tell, self._settle(), None)
+                loop.run_sync_soon(self._report, self._settle(), None)
 
-    def _tell(self, late: list[Change], batch: _Batch | None) -> None:
+    def _report(self, late: list[Change], batch: _Batch | None) -> None:
         """Let the listeners, and then who asked, know what is done; on the loop."""
         self._announce(late)
         if batch is not None:
@@ -207,7 +207,7 @@ class MetaStore:
         if not refused or self._doubt is not None:
             return
         try:
-            given = self.environment.space.give_up()
+            given = self.environment.space.release_reserve()
         except OSError as error:
             log.warning("cannot give up the reserve: %s", error)
             return
@@ -217,13 +217,13 @@ class MetaStore:
     def _run_once(self, batch: _Batch) -> None:
         if self._doubt is not None:
             try:
-                self._late += self._settle()
+                self._settled_changes += self._settle()
             except (lmdb.Error, OSError, SnapshotError) as error:
                 for request in batch.requests:
-                    request.error = refused("write the records", self.path, error)
+                    request.error = disk_error("write the records", self.path, error)
                 return
-        if self.environment.space.is_short:
-            self.environment.refill()
+        if self.environment.space.lacks_reserve:
+            self.environment.refill_reserve()
         while not self._attempt(batch):
             try:
                 self.environment.grow()
@@ -232,7 +232,7 @@ class MetaStore:
                     for request in batch.requests:
                         self._run_once(_Batch([request]))
                 elif not (batch.requests[0].frees and self._attempt_with_reserve(batch)):
-                    batch.requests[0].error = refused("make room for the records", self.path, error)
+                    batch.requests[0].error = disk_error("make room for the records", self.path, error)
                 return
 
     def _attempt(self, batch: _Batch) -> bool:
@@ -257,7 +257,7 @@ class MetaStore:
             if isinstance(error, lmdb.MapFullError):
                 _undo_all(ran)
                 return False
-            refusal = refused("write the records", self.path, error)
+            refusal = disk_error("write the records", self.path, error)
             log.error("%s", refusal)
             for request in batch.requests:
                 if request.error is None:
@@ -283,7 +283,7 @@ class MetaStore:
         try:
             self._settle()
         except (lmdb.Error, OSError, SnapshotError) as error:
-            log.error("%s", refused("find out what the disk holds of the records", self.path, error))
+            log.error("%s", disk_error("find out what the disk holds of the records", self.path, error))
             for request, _ in doubt.ran:
                 if isinstance(request.error, Unavailable):
                     said = f"{request.error}; whether it was done will be known when the disk takes writes again"
@@ -297,9 +297,9 @@ class MetaStore:
         """
         doubt = self._doubt
         assert doubt is not None
-        if self.environment.shut is not None or self.environment.is_panicking():
+        if self.environment.reopen_error is not None or self.environment.is_panicking():
             self.environment.reopen()  # the disk may take its time, and nobody who reads waits for it
-        self.environment.write_anew(doubt.number & 1)
+        self.environment.rewrite_pages(doubt.number & 1)
         self.environment.reopen(writable=True)
         self._doubt = None
         if self.environment.env.info()["last_txnid"] < doubt.number:
@@ -328,7 +328,7 @@ class MetaStore:
         except SnapshotError as error:
             request.error = error
         except (lmdb.Error, OSError) as error:
-            request.error = refused("change the store", self.path, error)
+            request.error = disk_error("change the store", self.path, error)
             if isinstance(error, lmdb.MapFullError):
                 if writer is not None:
                     _undo(writer)
@@ -343,14 +343,14 @@ class MetaStore:
         """Run a batch that frees something, with all that is allocated; False where that is too small too."""
         before = self.environment.space.size
         try:
-            self.environment.resize(self.environment.space.held)
+            self.environment.resize(self.environment.space.allocated)
         except OSError:
             return False
         try:
             return self._attempt(batch)
         finally:
             self.environment.resize(before)
-            self.environment.space.is_short = True
+            self.environment.space.lacks_reserve = True
 
 
 class _NothingDone(Exception):

@@ -13,7 +13,7 @@ import msgspec
 from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument
 from snapfs.model import Info, Kind
-from snapfs.store.schema import Record, Tables, decode, decoded, is_id, key_of, number_of
+from snapfs.store.schema import Record, Tables, decode, decode_checked, is_id, key_of, number_of
 
 CHUNK = 128  # records that are read ahead: some more than one answer to a listing has room for
 
@@ -40,7 +40,7 @@ class Reader:
     def record(self, number: int) -> Record | None:
         """The record of snapshot ``number``; raises Damaged where it can't be one."""
         found = self._txn.get(key_of(number), db=self._tables.snapshots)
-        return decoded(number, found) if found is not None else None
+        return decode_checked(number, found) if found is not None else None
 
     def find(self, name: str) -> tuple[int, Record] | None:
         """Id and record of the snapshot called ``name``; raises Damaged where the name leads to something else."""
@@ -53,7 +53,7 @@ class Reader:
             raise Damaged(f'the name "{name}" leads to snapshot {number}, which {what}')
         return number, record
 
-    def listed(self, number: int) -> tuple[Kind, str]:
+    def indexed_as(self, number: int) -> tuple[Kind, str]:
         """Kind and name of snapshot ``number`` as far as the indexes agree about them, whatever its record says; raises Damaged
         where they don't."""
         key = key_of(number)
@@ -145,7 +145,7 @@ class Reader:
                     if is_id(key[9:]):
                         yield number_of(key[9:]), name.decode(errors="replace")
 
-    def a_child(self, parent: int) -> tuple[Kind, str] | None:
+    def any_child(self, parent: int) -> tuple[Kind, str] | None:
         """Kind and name of one of the children of snapshot ``parent``, None where it has none."""
         found = ((kind, name) for kind in Kind for number, name in self.children(parent, kind) if number != parent)
         return next(found, None)
@@ -177,7 +177,7 @@ class Reader:
         order = sorted({entry for field, value in selection for entry in self._selected(field, value)})
         with self._txn.cursor(db=self._tables.snapshots) as cursor:
             found = dict(cursor.getmulti([key for _, key in order]))
-            parents = {record.parent for key, text in found.items() if (record := decoded(number_of(key), text)).parent}
+            parents = {record.parent for key, text in found.items() if (record := decode_checked(number_of(key), text)).parent}
             found.update(cursor.getmulti([key_of(parent) for parent in parents]))
         return _Collected(self._tables, found).infos(order)
 
@@ -241,8 +241,8 @@ class Reader:
                     entries.update(self._indexes(number, record))
         return entries
 
-    def misindexed(self) -> int:
-        """How many entries of the indexes are missing or too many; ``Writer.index_anew`` mends them."""
+    def wrong_index_entries(self) -> int:
+        """How many entries of the indexes are missing or too many; ``Writer.rebuild_indexes`` mends them."""
         found: set[Entry] = set()
         for table in self._tables.indexes:
             with self._txn.cursor(db=table) as cursor:
@@ -265,7 +265,7 @@ class Reader:
 def _readable(found: list[tuple[int, bytes]]) -> Iterator[tuple[int, Record]]:
     for number, encoded in found:
         with suppress(Damaged):
-            yield number, decoded(number, encoded)
+            yield number, decode_checked(number, encoded)
 
 
 class _Collected(Reader):
@@ -278,7 +278,7 @@ class _Collected(Reader):
 
     def record(self, number: int) -> Record | None:
         found = self._found.get(key_of(number))
-        return decoded(number, found) if found is not None else None
+        return decode_checked(number, found) if found is not None else None
 
     def parent_of(self, record: Record) -> Record:
         parent = self._parents.get(record.parent)

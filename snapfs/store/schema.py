@@ -68,7 +68,7 @@ def is_id(key: bytes) -> bool:
 _END = key_of(IDS)
 
 
-def decoded(number: int, found: bytes) -> Record:
+def decode_checked(number: int, found: bytes) -> Record:
     """The record of snapshot ``number``; raises Damaged where these bytes can't be one."""
     try:
         record = decode(found)

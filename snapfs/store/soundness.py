@@ -55,14 +55,14 @@ def refuse_foreign(env: lmdb.Environment, path: str) -> None:
     raise Damaged(f'the records in {path} have the schema "{version}", which no snapfs writes; this one reads {SCHEMA}')
 
 
-def unreadable(path: str, error: lmdb.Error) -> Damaged | Unavailable:
+def open_error(path: str, error: lmdb.Error) -> Damaged | Unavailable:
     """Why the records can't be opened, as a sentence."""
     if isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError)):
         return Damaged(f"the records in {path} can't be read: {error}; put them back from a backup")
-    return refused("open the records", path, error)
+    return disk_error("open the records", path, error)
 
 
-def refused(doing: str, path: str, error: lmdb.Error | OSError | SnapshotError) -> Unavailable:
+def disk_error(doing: str, path: str, error: lmdb.Error | OSError | SnapshotError) -> Unavailable:
     """The refusal of LMDB or of the operating system, while ``doing`` something with the records in ``path``, as a sentence."""
     if isinstance(error, OSError):
         return Unavailable.from_os(doing, error)

@@ -118,7 +118,7 @@ class Writer(Reader):
         self._txn.delete(key_of(number), db=self._tables.snapshots)
 
     def delete_unreadable(self, number: int, kind: Kind, name: str) -> None:
-        """Take snapshot ``number`` out, whose record can't be read, but of which the indexes say this (``listed``)."""
+        """Take snapshot ``number`` out, whose record can't be read, but of which the indexes say this (``indexed_as``)."""
         self.clear_unflushed([number])
         tables, txn, key = self._tables, self._txn, key_of(number)
         for table in (tables.snapshots, tables.kinds[kind], tables.uncounted):
@@ -134,7 +134,7 @@ class Writer(Reader):
         for table, key, value in after - before:
             self._txn.put(key, value, db=table)
 
-    def index_anew(self) -> None:
+    def rebuild_indexes(self) -> None:
         """Make all indexes anew from the records that can be read."""
         entries, last_id = self._all_indexes(), max(self.ids(), default=0)
         for table in self._tables.indexes:

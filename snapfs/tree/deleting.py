@@ -16,7 +16,7 @@ from snapfs.tree.state import State
 def refuse_with_children(state: State, number: int, pid: int) -> None:
     """Raise HasChildren if snapshot ``number`` has any, or Pinned: nothing of it is to be deleted then."""
     with state.reading() as reader:
-        child = reader.a_child(number)
+        child = reader.any_child(number)
         record = reader.record(number)
     if record is not None and (child is not None or PIN in record.labels):
         state.teardowns.note(pid, number)

@@ -38,7 +38,7 @@ class KindDirectory(Directory):
         """The snapshot whose file name here is ``name``; raises NotFound."""
         with self.state.reading() as reader:
             found = reader.find(self.key(name))
-            if found is not None and found[1].kind is not self.kind and reader.listed(found[0])[0] is self.kind:
+            if found is not None and found[1].kind is not self.kind and reader.indexed_as(found[0])[0] is self.kind:
                 raise Damaged(f"the record of {self.path}/{name} says that it is {found[1].kind}")
         if found is None or found[1].kind is not self.kind:
             raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
@@ -56,7 +56,7 @@ class KindDirectory(Directory):
         key = self.key(name)
         with self.state.reading() as reader:
             number = reader.id_of(key)
-            if number is None or reader.listed(number) != (self.kind, key):
+            if number is None or reader.indexed_as(number) != (self.kind, key):
                 raise damage
         return number
 

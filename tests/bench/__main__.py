@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.bench import calls, command, commit, listing, plot, prepare, remove, scans, start, table, throughput, walk
 from tests.bench.place import Place
 from tests.bench.rows import Growth, Row
-from tests.conftest import own_mount_namespace
+from tests.mounts import own_mount_namespace
 
 BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "prepare": prepare.one_client,

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.conftest import die_with_parent
+from tests.processes import die_with_parent
 
 
 @dataclass(frozen=True)

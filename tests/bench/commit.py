@@ -13,7 +13,7 @@ from tests.bench.files import make_files, move_files
 from tests.bench.place import ALL_CPUS, ONE_CPU, Place, on, settle, timed
 from tests.bench.prepare import each_takes
 from tests.bench.rows import Row, at_most, in_turns, p99
-from tests.conftest import Daemon
+from tests.daemon import Daemon
 
 
 def layer_of(mnt: Path, path: str) -> Path:

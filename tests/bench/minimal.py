@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.bench.place import ALL_CPUS, Place, on
-from tests.conftest import die_with_parent
+from tests.processes import die_with_parent
 
 _SOURCE = Path(__file__).with_name("minimal.c")
 

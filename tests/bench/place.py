@@ -16,7 +16,8 @@ from typing import TypeVar
 
 from snapfs.kernel import mounting
 from tests.bench.rows import Growth
-from tests.conftest import Daemon, die_with_parent
+from tests.daemon import Daemon
+from tests.processes import die_with_parent
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.bench import populate
 from tests.bench.place import Place, timed
 from tests.bench.rows import Row, at_most, p50
-from tests.conftest import Daemon
+from tests.daemon import Daemon
 
 
 def _resident(pid: int) -> dict[str, float]:

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.conftest import Daemon, die_with_parent, own_mount_namespace
+from tests.daemon import Daemon
+from tests.mounts import own_mount_namespace
+from tests.processes import die_with_parent
 from tests.soak import verdict
 from tests.soak.client import Board, Client, Event, Excused, Report, Violation
 from tests.soak.model import BASE, BASE_FILES

@@ -1,0 +1,334 @@
+"""The same snapshotter for programs without an event loop: scripts, notebooks, fixtures, threads::
+
+    import snapfs.blocking
+
+    with snapfs.blocking.open_snapshotter("/var/lib/snapfs") as snapshots:
+        mounts = snapshots.prepare("web")
+        snapshots.commit("v1", "web")
+
+Each call does what the async one of the same name does (``snapfs/snapshotter.py``), with the same types and errors, and is
+durable when it returns.  A thread runs the async snapshotter; each call is a task there, for which the caller waits.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial, wraps
+from types import TracebackType
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+import trio
+
+from snapfs import opening
+from snapfs.errors import Closed, Forked
+from snapfs.model import Change
+from snapfs.options import Feature, Options
+from snapfs.snapshotter import Snapshotter as AsyncSnapshotter
+from snapfs.store.metastore import MetaStore
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def open_snapshotter(
+    root: str | os.PathLike[str], options: Options | None = None, *, metastore: MetaStore | None = None
+) -> Snapshotter:
+    """Open ``root`` (made where missing) for this process, until ``close`` or the end of a ``with`` block.
+
+    ``metastore`` puts the records elsewhere than ROOT/metadata.mdb: a store that the caller opened and closes.
+
+    Raises Unavailable where the root can't be used (a sentence that says why and what to do), Damaged where what is on disk
+    contradicts itself.
+    """
+    _refuse_in_trio()
+    return Snapshotter(_Loop(partial(opening.open_snapshotter, root, options, metastore=metastore)))
+
+
+def _awaited(method: Callable[Concatenate[AsyncSnapshotter, P], Awaitable[T]]) -> Callable[Concatenate[Snapshotter, P], T]:
+    """The async ``method`` as one that returns when it is done."""
+
+    @wraps(method)
+    def call(snapshotter: Snapshotter, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = snapshotter._loop
+        return loop.call(lambda: method(loop.snapshotter, *args, **kwargs))
+
+    return call
+
+
+def _on_the_loop(method: Callable[Concatenate[AsyncSnapshotter, P], T]) -> Callable[Concatenate[Snapshotter, P], T]:
+    """``method``, which awaits nothing, called in the loop's thread, so that nothing is closed meanwhile."""
+
+    @wraps(method)
+    def call(snapshotter: Snapshotter, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = snapshotter._loop
+
+        async def step() -> T:
+            return method(loop.snapshotter, *args, **kwargs)
+
+        return loop.call(step)
+
+    return call
+
+
+class Snapshotter:
+    """The snapshots of one root.  Made by ``open_snapshotter``; as a context manager it closes itself.
+
+    All methods may be called by any thread at any time.  Each change is durable when its call returns.  Ctrl-C cancels the call
+    for which the main thread waits: that has happened or has not when KeyboardInterrupt comes out of it (a second Ctrl-C does
+    not wait for that).
+
+    After ``close`` every call raises Closed; in a forked process every call raises Forked.  Errors of the disk are Unavailable
+    with the errno.  In a thread that runs a trio loop every call raises RuntimeError, because the loop would stand still: the
+    async snapshotter is for that.  An asyncio loop, as a notebook runs one, stands still meanwhile.  A listener (``subscribe``)
+    is called in a thread that runs a trio loop; its errors are logged.
+
+    A snapshotter that was never closed is closed when nothing refers to it any more, or when the interpreter ends.
+    """
+
+    def __init__(self, loop: _Loop) -> None:
+        self._loop = loop
+
+    def __enter__(self) -> Snapshotter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._loop.leave()  # without waiting: any thread, even the loop's, may be the one that calls this
+
+    def close(self) -> None:
+        self._loop.close()
+
+    close.__doc__ = AsyncSnapshotter.close.__doc__
+
+    @property
+    def options(self) -> Options:
+        """The options with which the root was opened."""
+        return self._loop.snapshotter.options
+
+    @property
+    def features(self) -> Mapping[str, Feature]:
+        """What depends on kernel, file system, privileges or options, by name, and whether it is in use."""
+        return self._loop.snapshotter.features
+
+    # -- making
+
+    prepare = _awaited(AsyncSnapshotter.prepare)
+    view = _awaited(AsyncSnapshotter.view)
+    create = _awaited(AsyncSnapshotter.create)
+    commit = _awaited(AsyncSnapshotter.commit)
+
+    # -- changing
+
+    remove = _awaited(AsyncSnapshotter.remove)
+    rename = _awaited(AsyncSnapshotter.rename)
+    update = _awaited(AsyncSnapshotter.update)
+    move_label = _awaited(AsyncSnapshotter.move_label)
+    accept = _awaited(AsyncSnapshotter.accept)
+    cleanup = _awaited(AsyncSnapshotter.cleanup)
+    flush = _awaited(AsyncSnapshotter.flush)
+
+    # -- reading
+
+    stat = _awaited(AsyncSnapshotter.stat)
+    walk = _awaited(AsyncSnapshotter.walk)
+    usage = _awaited(AsyncSnapshotter.usage)
+    changes = _awaited(AsyncSnapshotter.changes)
+    mounts = _awaited(AsyncSnapshotter.mounts)
+    hand_over = _awaited(AsyncSnapshotter.hand_over)
+    mount = _awaited(AsyncSnapshotter.mount)
+    find_layers = _awaited(AsyncSnapshotter.find_layers)
+    space = _on_the_loop(AsyncSnapshotter.space)
+    shown = _on_the_loop(AsyncSnapshotter.shown)
+
+    def subscribe(self, listener: Callable[[Change], None]) -> None:
+        self._subscribe(partial(_tell, listener))
+
+    subscribe.__doc__ = AsyncSnapshotter.subscribe.__doc__
+    _subscribe = _on_the_loop(AsyncSnapshotter.subscribe)
+
+
+def _tell(listener: Callable[[Change], None], change: Change) -> None:
+    try:
+        listener(change)
+    except Exception:
+        log.exception("a listener of changes has failed")
+
+
+class _Call(Generic[T]):
+    """One call on its way: a task in the loop, and a future for which its caller waits."""
+
+    def __init__(self, function: Callable[[], Awaitable[T]]) -> None:
+        self.future: Future[T] = Future()
+        self._function = function
+        self._scope = trio.CancelScope()
+        self._has_begun = False
+
+    def begin(self, nursery: trio.Nursery) -> None:
+        """Start the task; on the loop."""
+        self._has_begun = True
+        nursery.start_soon(self._run, name="snapfs call")
+
+    def cancel(self) -> None:
+        """Cancel the task, or see to it that it never begins; on the loop.  The future is done when the task has ended."""
+        self._scope.cancel()
+        if not self._has_begun:
+            self.future.cancel()
+
+    async def _run(self) -> None:
+        try:
+            with self._scope:
+                self.future.set_result(await self._function())
+            if self._scope.cancelled_caught:
+                self.future.cancel()
+        except trio.Cancelled:  # not by the caller: a bug has ended the loop, which tells all callers
+            raise
+        except BaseException as error:
+            self.future.set_exception(error)
+        finally:
+            del self  # else the error would refer to itself, by way of its traceback
+
+
+class _Loop:
+    """A thread that runs a trio loop with an async snapshotter in it, from construction to ``leave``.
+
+    Construction returns when the root is open, and raises what opening it raises.  ``snapshotter`` is for tasks of the loop,
+    but for what never changes.
+    """
+
+    snapshotter: AsyncSnapshotter
+
+    def __init__(self, manager: Callable[[], AbstractAsyncContextManager[AsyncSnapshotter]]) -> None:
+        self._process = os.getpid()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._nursery: trio.Nursery | None = None
+        self._leaving = trio.Event()
+        self._is_left = False
+        self._has_ended = False
+        self._failure: BaseException | None = None
+        self._calls: set[_Call[Any]] = set()
+        opened: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(manager, opened), name="snapfs", daemon=True)
+        self._thread.start()
+        try:
+            opened.result()
+        except BaseException:  # refused, or interrupted: then it is opened and closed
+            self.leave()
+            self._thread.join()
+            raise
+        finally:
+            del opened  # else the error would refer to itself, by way of its traceback
+        atexit.register(self._close_at_exit)
+
+    # -- in the callers' threads
+
+    def call(self, function: Callable[[], Awaitable[T]]) -> T:
+        """What ``function`` returns or raises as a task of the loop."""
+        if os.getpid() != self._process:
+            raise Forked()
+        _refuse_in_trio()
+        call = _Call(function)
+        self._calls.add(call)
+        try:
+            self._soon(partial(self._begin, call))
+            return call.future.result()
+        except BaseException:
+            if not call.future.done():  # Ctrl-C, or what another signal's handler raises
+                with suppress(Closed, CancelledError):
+                    self._soon(call.cancel)
+                    call.future.exception()
+            raise
+        finally:
+            self._calls.discard(call)
+            del call  # else an error would refer to itself, by way of its traceback
+
+    def leave(self) -> None:
+        """Have the snapshotter closed and the loop ended, without waiting for that."""
+        if os.getpid() != self._process:
+            return
+        self._is_left = True
+        if self._token is not None:
+            with suppress(Closed):
+                self._soon(self._leaving.set)
+
+    def close(self) -> None:
+        """Have the snapshotter closed; returns when the thread has ended, or raises the bug that has ended it."""
+        if os.getpid() != self._process:
+            return
+        _refuse_in_trio()
+        self.leave()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _close_at_exit(self) -> None:
+        """Close as well as it still can be: since Python 3.12 no thread can be started any more, and the rest is then as after
+        a SIGKILL."""
+        if os.getpid() == self._process:
+            self.leave()
+            self._thread.join()
+
+    def _soon(self, act: Callable[[], object]) -> None:
+        """Have ``act`` called on the loop; raises Closed where that has ended."""
+        assert self._token is not None
+        if self._has_ended:
+            raise self._closed()
+        try:
+            self._token.run_sync_soon(act)
+        except trio.RunFinishedError:
+            raise self._closed() from None
+
+    def _closed(self) -> Closed:
+        error = Closed()
+        error.__cause__ = self._failure
+        return error
+
+    # -- in the loop's thread
+
+    def _run(self, manager: Callable[[], AbstractAsyncContextManager[AsyncSnapshotter]], opened: Future[None]) -> None:
+        try:
+            trio.run(self._serve, manager, opened)
+        except BaseException as error:
+            self._failure = error
+        self._has_ended = True
+        for call in list(self._calls):
+            if not call.future.done():
+                call.future.set_exception(self._closed())
+        if not opened.done():
+            opened.set_exception(self._failure or Closed())
+        atexit.unregister(self._close_at_exit)
+
+    async def _serve(self, manager: Callable[[], AbstractAsyncContextManager[AsyncSnapshotter]], opened: Future[None]) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        async with manager() as self.snapshotter, trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                opened.set_result(None)
+                if not self._is_left:
+                    await self._leaving.wait()
+                await self.snapshotter.close()  # what waits is done or refused
+            finally:
+                self._nursery = None
+
+    def _begin(self, call: _Call[Any]) -> None:
+        if self._nursery is None:
+            call.future.set_exception(self._closed())
+        else:
+            call.begin(self._nursery)
+
+
+def _refuse_in_trio() -> None:
+    if trio.lowlevel.in_trio_run():
+        raise RuntimeError(
+            "a blocking call would stop the trio loop that runs in this thread: use snapfs.open_snapshotter there, "
+            "or call this by trio.to_thread.run_sync"
+        )

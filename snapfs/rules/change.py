@@ -1,0 +1,42 @@
+"""Change: how the record of a snapshot becomes another one, and its directory with it."""
+
+from __future__ import annotations
+
+from snapfs.model import Info
+from snapfs.root.imprint import Imprint
+from snapfs.rules.root import Root
+from snapfs.store.schema import Record
+from snapfs.store.writing import Writer
+
+
+def change(root: Root, writer: Writer, number: int, before: Record, after: Record) -> Info:
+    """Make ``after`` the record of snapshot ``number``, which is ``before``; what Stat shows of it then.
+
+    Its directory bears the new record before the transaction is durable, and the old one again if that fails.  A snapshot
+    that becomes committed is marked as unflushed.  Raises OSError.
+    """
+    was = writer.info(number, before)
+    since = writer.unflushed_since(number)
+    if before.kind is not after.kind:
+        root.unflushed.mark(writer, number)
+    writer.on_failure(lambda: _take_back_imprint(root, number, before, since))
+    write_imprint(root, number, after, writer.unflushed_since(number))
+    writer.put(number, after)
+    info = writer.info(number, after)
+    writer.changed(was, info)
+    return info
+
+
+def write_imprint(root: Root, number: int, record: Record, unflushed_since: str = "") -> None:
+    """Let the directory of snapshot ``number`` bear ``record``, unless the directory is missing; raises OSError."""
+    if number not in root.damaged:
+        root.layers.write_imprint(number, Imprint(record, unflushed_since))
+
+
+def _take_back_imprint(root: Root, number: int, record: Record, unflushed_since: str) -> None:
+    """The same, where the directory bears more by now than has happened; if that fails, too, the next start mends it."""
+    try:
+        write_imprint(root, number, record, unflushed_since)
+    except OSError:
+        root.agrees = False
+        raise

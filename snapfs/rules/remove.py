@@ -1,0 +1,54 @@
+"""Remove: key and record of a snapshot go, and its files right after."""
+
+from __future__ import annotations
+
+from snapfs.errors import Damaged, FailedPrecondition, HasChildren, Pinned
+from snapfs.labels import PIN
+from snapfs.model import Info, Ref
+from snapfs.rules.lookup import find_again
+from snapfs.rules.root import Root
+from snapfs.rules.use import refuse_used
+from snapfs.store.schema import Record
+from snapfs.store.writing import Writer
+
+
+def remove(root: Root, writer: Writer, number: int, key: Ref, origin: str, *, refuse_mounted: bool, free: bool) -> None:
+    """Remove snapshot ``number``, called ``key``, of any kind; when that is durable its directory goes to the trash.
+
+    ``refuse_mounted`` and ``free`` are as in ``use.refuse_used``.  A snapshot whose record is damaged is removed too, if the
+    indexes agree about which one it is.
+
+    Raises NotFound; HasChildren; Used; Pinned; FailedPrecondition: it was made at another door than ``origin``, unless that is
+    "", which may remove all.
+    """
+    before, record = _last_seen(writer, number, key)
+    if origin and before.origin != origin:
+        raise FailedPrecondition(f'snapshot "{before.name}" was not made by {origin}: remove it in the tree')
+    if PIN in before.labels:
+        raise Pinned.of(before.name)
+    if child := writer.any_child(number):
+        raise HasChildren.of(before.name, child[1], child[0])
+    if refuse_mounted and record is not None:
+        refuse_used(root, number, record, free=free)
+    if record is None:
+        writer.delete_unreadable(number, before.kind, before.name)
+    else:
+        writer.delete(number, record)
+    writer.changed(before, None)
+    writer.when_durable(
+        lambda: (root.layers.leave_for_cleanup if root.options.async_remove else root.layers.move_to_trash)(number)
+    )
+
+
+def _last_seen(writer: Writer, number: int, key: Ref) -> tuple[Info, Record | None]:
+    """A snapshot that is to be removed; without its record where that is damaged, but the indexes agree about it."""
+    try:
+        record = find_again(writer, number, number)
+        if writer.indexed_as(number) != (record.kind, record.name):
+            raise Damaged(f'the record of snapshot {number}, "{record.name}", contradicts the indexes')
+        return writer.info(number, find_again(writer, number, key)), record
+    except Damaged:
+        kind, name = writer.indexed_as(number)
+        if isinstance(key, str) and name != key:
+            raise
+        return Info(name=name, kind=kind, id=number, parent=None, labels={}, created=0, updated=0), None

@@ -1,0 +1,57 @@
+"""Comparing: what a layer changed against its chain, scanned in threads; calls at the same time share a scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from typing import Any, TypeVar
+
+import trio
+
+from snapfs.errors import Damaged, Unavailable
+from snapfs.root.layers import Layers
+from snapfs.rules.lookup import find
+from snapfs.scan.changes import changes
+from snapfs.scan.sharing import Sharing
+from snapfs.store.metastore import MetaStore
+
+T = TypeVar("T")
+
+
+class Comparing:
+    """The scans of one root.  ``serve`` must be running."""
+
+    def __init__(self, layers: Layers, records: MetaStore) -> None:
+        self._layers = layers
+        self._records = records
+        self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
+
+    async def serve(self, task_status: trio.TaskStatus[None]) -> None:
+        """Scan until cancelled."""
+        await self._scans.serve(task_status)
+
+    async def changes(self, number: int, name: str, chain: list[int], consume: Callable[[Iterable[str]], T]) -> T:
+        """What ``consume`` makes of the lines (``scan/changes.py``) of snapshot ``number``, called ``name``, with this chain.
+
+        Raises NotFound where it was removed meanwhile; FailedPrecondition: a directory that was renamed with redirect_dir=on;
+        Damaged; Unavailable.
+        """
+
+        def scan() -> T:
+            for layer in (number, *chain):
+                self._layers.refuse_damaged(layer)
+            directories = [self._layers.fs(layer) for layer in (number, *chain)]
+            with closing(changes(directories, checkpoint=trio.from_thread.check_cancelled)) as lines:
+                return consume(lines)
+
+        try:
+            result: T = await self._scans.run((number, consume), scan)
+        except (Damaged, OSError) as error:
+            with self._records.reading() as reader:  # it may have been removed meanwhile
+                find(reader, number)
+            if isinstance(error, Damaged):
+                raise
+            if isinstance(error, FileNotFoundError):
+                raise Damaged(f'the layer {error.filename} of snapshot "{name}" or of a parent is missing') from None
+            raise Unavailable.from_os(f'compare snapshot "{name}" with its parents', error) from error
+        return result

@@ -1,0 +1,70 @@
+"""Mounts of the tests: a mount namespace that nothing gets out of, and what is mounted in it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapfs import Mount
+from snapfs.kernel import mounting
+from snapfs.kernel.mounttable import mount_table
+
+_CLONE_NEWNS = 0x20000
+_MS_PRIVATE = 0x40000
+_MS_REC_PRIVATE = 0x4000 | _MS_PRIVATE
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def own_mount_namespace() -> None:
+    """Give this process a mount namespace of which nothing gets out."""
+    if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
+        raise pytest.UsageError("the tests mount for real: run them as root, with /dev/fuse")
+    if _libc.unshare(_CLONE_NEWNS):
+        raise pytest.UsageError(f"no mount namespace to be had: {os.strerror(ctypes.get_errno())}")
+    if _libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None):  # in a chroot / is no mountpoint
+        for mount in mount_table():
+            _libc.mount(b"none", os.fsencode(mount.target), None, _MS_PRIVATE, None)
+    for mount in list(mount_table()):
+        if mount.type == "fuse.snapfs":  # somebody's outside; the command would find it
+            mounting.unmount(mount.target, mounting.MNT_DETACH)
+    if os.path.isdir("/dev/shm"):  # what killed processes leave there goes with the namespace
+        mounting.mount("none", "/dev/shm", "tmpfs", 0, "mode=1777")
+
+
+@contextmanager
+def loop_mounted(image: Path, target: Path) -> Iterator[Path]:
+    target.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(target)], check=True)
+    try:
+        yield target
+    finally:
+        mounting.unmount(str(target), mounting.MNT_DETACH)
+
+
+@contextmanager
+def mounted(spec: Sequence[Mount], target: Path) -> Iterator[Path]:
+    """``spec`` mounted on ``target`` with mount(8), as any client would."""
+    target.mkdir(exist_ok=True)
+    done = 0
+    try:
+        for mount in spec:
+            kind = ["-t", mount.type] if mount.type != "bind" else []
+            command = ["mount", *kind, "-o", ",".join(mount.options), mount.source, str(target)]
+            subprocess.run(command, check=True)
+            done += 1
+        yield target
+    finally:
+        for _ in range(done):
+            mounting.unmount(str(target))
+
+
+def is_mounted(path: Path) -> bool:
+    table = Path("/proc/self/mountinfo").read_text().splitlines()
+    return any(line.split(" ")[4] == str(path) for line in table)

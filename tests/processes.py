@@ -1,0 +1,49 @@
+"""Processes that tests start, and waiting for what they do."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
+    """For ``preexec_fn``: the child is killed when the test run is."""
+    _libc.prctl(_PR_SET_PDEATHSIG, how)
+
+
+def until(true: Callable[[], object], what: str = "what it waited for", shown: Callable[[], str] = str) -> None:
+    """Wait at most 20 s for what another process or thread does that can't tell when it has done so: ``what``, in words; when
+    it never comes about, ``shown`` says what is to be seen instead."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if true():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"it never came about: {what}{shown()}")
+
+
+def in_fork(act: Callable[[], object]) -> str:
+    """What ``act`` gives or raises in a forked process."""
+    there, here = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            try:
+                said = str(act())
+            except BaseException as error:
+                said = f"{type(error).__name__}: {error}"
+            os.write(here, said.encode())
+        finally:
+            os._exit(0)
+    os.close(here)
+    with os.fdopen(there) as pipe:
+        said = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return said
