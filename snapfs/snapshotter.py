@@ -524,6 +524,15 @@ class Snapshotter:
             raise NotFound(f"snapshot {number} does not exist any more")
         return record
 
+    def refuse_taken(self, name: str, by: int | None = None) -> None:
+        """Raise AlreadyExists if ``name`` is in use as key or name, unless by snapshot ``by``.
+
+        Every call that gives a name refuses that too, but not before the writes under way are on disk and a rootfs is
+        unmounted, and for all that time its caller may hold locks for which others wait.
+        """
+        with self.reading() as reader:
+            lookup.refuse_taken(reader, name, by)
+
     def known_usage(self, number: int, record: Record) -> Usage:
         """What the snapshot takes as far as that is known without looking: the stored count, the one made last, or else that of
         an empty layer.  ``usage`` looks."""

@@ -191,9 +191,7 @@ class Operations(pyfuse3.Operations):
             if (file := self.files.get(fh)) is not None:
                 await file.handle.resize(attr.st_size)
             else:
-                if isinstance(node, Label):
-                    self.retelling.give_writer(node, ctx.pid)
-                await node.resize(attr.st_size)
+                await self.retelling.to_write(inode, ctx.pid).resize(attr.st_size)
             if isinstance(node, Label):
                 now.st_size = attr.st_size  # whatever became of it: a label that was cut to nothing is gone
             return now
@@ -278,9 +276,7 @@ class Operations(pyfuse3.Operations):
         self.tree.note_read(inode, ctx.pid)
         writing, truncate = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
         if writing or truncate:
-            node = self.tree.node(inode)
-            if isinstance(node, Label):
-                self.retelling.give_writer(node, ctx.pid)
+            node = self.retelling.to_write(inode, ctx.pid)
         else:
             node = await self.retelling.to_read(inode, ctx.pid)
         handle = await node.open(writing, truncate)

@@ -105,18 +105,21 @@ class Retelling:
 
     # -- opening
 
-    def give_writer(self, node: Label, pid: int) -> None:
-        """Let process ``pid``, which is about to write label ``node``, have an inode of its own: raises Stale the first time,
-        on which the kernel looks the name up again.
+    def to_write(self, inode: int, pid: int) -> Node:
+        """What process ``pid`` is to write that opens or cuts ``inode``.  A process that writes a label has an inode of its
+        own: raises Stale the first time, on which the kernel looks the name up again.
 
         Processes in pid namespaces that can't be seen from here all have the pid 0: they share one inode, which stays theirs.
         """
-        if node.text is None:
-            if pid:
-                self._writers.pop(_writer(node, pid))
-            return
-        self._inode_for_writing(node, pid)
-        raise Stale(node.path)
+        node = self._tree.node(inode)
+        if not isinstance(node, Label):
+            return node
+        if node.text is not None:
+            self._inode_for_writing(node, pid)
+            raise Stale(node.path)
+        if pid:
+            self._writers.pop(_writer(node, pid))
+        return node
 
     def _inode_for_writing(self, node: Label, pid: int) -> int:
         """The inode that the writer ``pid`` was told of, or a new one: the name may be another snapshot's by now."""

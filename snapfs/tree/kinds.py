@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 from snapfs import names
-from snapfs.errors import AlreadyExists, Damaged, InvalidArgument, NotFound, NotPermitted
+from snapfs.errors import Damaged, InvalidArgument, NotFound, NotPermitted
 from snapfs.model import Kind
 from snapfs.store.schema import Record
 from snapfs.tree.advice import how_to_make
@@ -68,7 +68,7 @@ class KindDirectory(Directory):
         if self.kind is Kind.COMMITTED:
             raise NotPermitted("committed snapshots can't be made by mkdir: rename an active one into committed/")
         key = names.decode(name)
-        refuse_taken(self.state, key)
+        self.state.snapshotter.refuse_taken(key)
         number = await self.state.snapshotter.create(self.kind, key, self.parent or None)
         return pack(number, Slot.SNAPSHOT)
 
@@ -88,18 +88,6 @@ class KindDirectory(Directory):
     async def unlink(self, name: str, pid: int) -> None:
         self.find(name)
         raise NotPermitted(f"{self.path}/{names.printable(name)} is a directory: use rmdir")
-
-
-def refuse_taken(state: State, key: str, by: int | None = None) -> None:
-    """Raise AlreadyExists if ``key`` is in use, unless by snapshot ``by``.
-
-    The snapshotter refuses that too, but not before the writes under way are on disk and a rootfs is unmounted, and for all
-    that time the caller may hold locks for which others wait.
-    """
-    with state.reading() as reader:
-        taken = reader.find(key)
-    if taken is not None and taken[0] != by:
-        raise AlreadyExists.snapshot(key, taken[1].kind)
 
 
 class ChildrenDirectory(KindDirectory):

@@ -8,7 +8,7 @@ from functools import partial
 from snapfs import names
 from snapfs.errors import AlreadyExists, InvalidArgument, NameTooLong, NotFound, NotPermitted, WrongParent
 from snapfs.model import Kind
-from snapfs.tree.kinds import KindDirectory, refuse_taken
+from snapfs.tree.kinds import KindDirectory
 from snapfs.tree.labels import LabelsDirectory
 from snapfs.tree.node import Node
 from snapfs.tree.snapshot import SnapshotDirectory
@@ -51,14 +51,14 @@ def what_rename_means(state: State, source: Node, name: str, target: Node, new_n
         raise NotPermitted(f"{record.kind} snapshots can't be moved to {target.path or '/'}")
     new_key = _key(new_name)
     if source.kind is Kind.ACTIVE and target.kind is Kind.COMMITTED:
-        refuse_taken(state, new_key, number)
+        state.snapshotter.refuse_taken(new_key, number)
         committed_inside = number if source.parent or target.parent else 0
         return Rename(partial(_commit, state, number, record.name, new_key, target.parent), committed_inside)
     if source.kind is Kind.VIEW and target.kind is Kind.COMMITTED:
         raise NotPermitted(f'snapshot "{record.name}" is a view: only active snapshots can be committed')
     if target.parent not in (0, source.parent):
         raise NotPermitted(f"{target.path} lists children: rename the snapshot in {source.kind} itself")
-    refuse_taken(state, new_key, number)
+    state.snapshotter.refuse_taken(new_key, number)
     return Rename(partial(_rename, state, number, record.name, new_key))
 
 
