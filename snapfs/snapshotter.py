@@ -37,6 +37,7 @@ from snapfs.services.counting import Counting
 from snapfs.services.flushing import Flushing
 from snapfs.services.housekeeping import Housekeeping
 from snapfs.services.rootfs import Rootfs
+from snapfs.services.shifting import Shifting
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
@@ -72,6 +73,7 @@ class Snapshotter:
         self._root = root
         self._comparing = Comparing(root.layers, records)
         self._housekeeping = Housekeeping(root.layers)
+        self._shifting = Shifting(root, records)
         self._owns_records = owns_records
         self._background: trio.CancelScope | None = None
         self._background_ended = trio.Event()
@@ -107,6 +109,7 @@ class Snapshotter:
         self._closed = True
         with trio.CancelScope(shield=True):
             try:
+                await self._shifting.finish()
                 await self.flushing.finish()
             finally:
                 self.records.stop()
@@ -277,14 +280,20 @@ class Snapshotter:
         Raises NotFound, or InvalidArgument for any other path and for labels that are no good: then nothing changes.
         """
         given, fields = label_rules.stored_labels(self._root, labels), label_rules.Fields(fieldpaths)
-        return await self._write_record(lambda writer: label_rules.update(self._root, writer, key, given, fields))
+        self._refuse_closed()
+        return await self._shifting.update(
+            lambda writer, shifted: label_rules.update(self._root, writer, key, given, fields, shifted)
+        )
 
     async def move_label(self, key: Ref, old: str, new: str, *, replace: bool = True) -> Info:
         """Rename one label of a snapshot, in one step; a label ``new`` is replaced if ``replace`` allows it.
 
         Raises NotFound (snapshot or label), AlreadyExists, LabelTooBig.
         """
-        return await self._write_record(lambda writer: label_rules.move(self._root, writer, key, old, new, replace=replace))
+        self._refuse_closed()
+        return await self._shifting.update(
+            lambda writer, shifted: label_rules.move(self._root, writer, key, old, new, replace=replace, shifted=shifted)
+        )
 
     async def cleanup(self) -> None:
         """Delete the files of all that was removed, and ``new-…`` directories that a crash left; returns when they are gone.
@@ -573,11 +582,12 @@ class Snapshotter:
         with self.reading() as reader:
             number = lookup.find_id(reader, key)
         try:
-            if self.rootfs is None:
-                yield number, False
-            else:
-                async with self.rootfs.unmounted(number) as free:
-                    yield number, free
+            async with self._shifting.kept_out(number):
+                if self.rootfs is None:
+                    yield number, False
+                else:
+                    async with self.rootfs.unmounted(number) as free:
+                        yield number, free
         except Used as used:
             words = await trio.to_thread.run_sync(holders.elsewhere, self._root.mounted, number, self.layers.rootfs(number))
             raise Busy(f'snapshot "{used.name}" {words}') from None

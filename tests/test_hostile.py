@@ -23,6 +23,7 @@ from snapfs.errors import Unavailable
 from snapfs.kernel import mounting
 from snapfs.model import Kind
 from snapfs.root.layers import FsTemplate, Layers
+from snapfs.root.owners import change_owners
 from snapfs.root.trash import DEPTH
 from snapfs.scan.changes import changes
 from snapfs.scan.usage import disk_usage
@@ -175,7 +176,7 @@ def test_owners_are_changed_of_links_and_not_of_what_they_lead_to(root: Path, ou
     with closing(Layers.open(str(root))) as layers:
         layers.place(1, Kind.ACTIVE, FsTemplate())
         inodes = make_zoo(root / "snapshots/1/fs", outside)
-        layers.chown(1, lambda entry: (12345, 23456))
+        change_owners(layers.directory(1), lambda entry: (12345, 23456))
         with closing(directories(layers.fs(1))) as visited:
             found = (entry.stat(follow_symlinks=False) for _, entries in visited for entry in entries)
             owners = [(stat.st_uid, stat.st_gid) for stat in found]
@@ -272,7 +273,7 @@ def test_a_file_is_swapped_for_a_link_while_its_owner_is_changed(root: Path, out
                 os.symlink(outside / "b/secret", file)
             return 12345, 23456
 
-        layers.chown(1, owner)
+        change_owners(layers.directory(1), owner)
         assert os.lstat(file).st_uid == 12345
     assert stat.S_IMODE(os.stat(outside / "b/secret").st_mode) == 0o600
 

@@ -35,7 +35,7 @@ from snapfs.kernel import mounting
 from snapfs.root.lock import is_abandoned
 from snapfs.store import environment, locktable
 from snapfs.tree import Tree
-from snapfs.tree.tree import ROOT_INODE
+from snapfs.tree.inodes import ROOT_INODE
 from tests.nodes import crawl
 from tests.processes import die_with_parent, in_fork
 from tests.records import adding, check_indexes, readers

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from snapfs.cli import VERBS
 from snapfs.snapshotter import Snapshotter
 
 PACKAGE = Path(__file__).parent.parent / "snapfs"
@@ -118,3 +119,18 @@ def test_no_module_imports_tests(module: Path) -> None:
 def test_one_subject_a_room_of_tests(module: Path) -> None:
     assert module.stem not in ("utils", "util", "common", "helpers", "misc")
     assert ast.get_docstring(ast.parse((TESTS / module).read_text())), "a module says what it is for"
+
+
+def test_every_module_is_on_the_map() -> None:
+    """snapfs/README.md names each module in the part about its package, and none that there is not."""
+    text = (PACKAGE / "README.md").read_text().replace("`tests/test_rooms.py`", "")
+    there = {(module.parent.name, module.name) for module in MODULES if module.stem not in ("__init__", "__main__")}
+    named = set(re.findall(r"`(\w+)/(\w+\.py)`", text))
+    rooms = text.partition("## The rooms")[2].partition("## Four walks")[0]
+    package = ""
+    for line in rooms.splitlines():
+        package = begun[1] if (begun := re.match(r"`(\w+)/`, ", line)) else "" if line.startswith("The doors") else package
+        named |= {(package, name) for name in re.findall(r"`(\w+\.py)`", line)}
+    assert named <= there
+    left = there - named
+    assert left <= {("cli", f"{module}.py") for module, _ in VERBS.values()}, "a verb is a file of its name; all else is named"

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 FILE_SYSTEM = "snapfs"  # the mount table says fuse.snapfs
 
-IDLE_TASKS = 8  # that wait for a request: with fewer, each request that has to wait makes one, and its end is another's
+IDLE_TASKS = 8  # tasks that wait for a request: with fewer, each request that has to wait makes a task, and its end ends one
 
 GRACE = 5.0  # seconds that requests under way have to end once the daemon is to stop
 
@@ -50,8 +50,8 @@ class MountOptions(msgspec.Struct, frozen=True):
 
 
 Beside = Callable[[Snapshotter, Callable[[], Awaitable[None]]], AbstractAsyncContextManager[None]]
-"""What serves the same snapshotter at another door while the tree is mounted.  It may await the second argument: that returns
-when the tree shows all changes so far."""
+"""A server of the same snapshotter at another door (containerd's socket), which runs while the tree is mounted.  It may await
+the second argument, which returns when the tree shows all changes so far."""
 
 
 @contextlib.asynccontextmanager
@@ -68,14 +68,14 @@ async def serve(
     on_stop: Callable[[], None] = lambda: None,
     *,
     beside: Beside = _nothing,
-    told: Mapping[str, object] | None = None,
+    also_shown: Mapping[str, object] | None = None,
 ) -> str:
     """Mount the tree of ``root`` on ``mountpoint`` (an absolute path) and serve it until SIGINT, SIGTERM, SIGHUP or
     umount; then nothing is left mounted.  Returns why it ended.
 
-    ``on_ready`` is called when requests are being answered, ``on_stop`` when a signal is about to end that.  ``told`` is what
-    options.json says besides.  Raises SnapshotError with a sentence where the root, the mountpoint, FUSE or ``beside`` can't
-    be used.
+    ``on_ready`` is called when requests are being answered, ``on_stop`` when a signal is about to end that.  ``also_shown`` is
+    what options.json says besides.  Raises SnapshotError with a sentence where the root, the mountpoint, FUSE or ``beside``
+    can't be used.
     """
     _check_access(mount.access, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
@@ -91,7 +91,7 @@ async def serve(
             nursery.start_soon(_set_on_signal, stop, signals, received, on_stop)
             try:
                 access = {**msgspec.structs.asdict(mount.access), "umask": f"{mount.access.umask:03o}"}
-                served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync, **(told or {})}
+                served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync, **(also_shown or {})}
                 tree = Tree(snapshotter, served, dirsync=mount.dirsync)
                 await serve_tree(tree, mountpoint, mount, on_ready, stop, beside)
                 reason = received[0] if received else _why_over(snapshotter.root, mountpoint)
@@ -128,8 +128,8 @@ async def serve_tree(
                 await pyfuse3.main(min_tasks=IDLE_TASKS)
             nursery.cancel_scope.cancel()
     finally:
-        for followed in (tree.events, tree.error_log):  # changes may still become durable after the mount is gone
-            followed.wake_nobody()
+        for followed in (tree.state.events, tree.state.error_log):  # changes may still become durable after the mount is gone
+            followed.forget_waiting()
         if stop.is_set():
             _abort(mountpoint)
         pyfuse3.close(unmount=True)
@@ -194,7 +194,7 @@ def _recover_mountpoint(root: str, mountpoint: str) -> None:
     """Unmount what a daemon that is gone left; any other dead mount is not ours to touch.
 
     The mount table and the root's lock tell, before anybody asks the mount itself: a daemon that was killed may have left a
-    thread which waits in the kernel for a client that waits for the daemon, and whoever asks would wait with them.
+    thread which waits in the kernel for a client that waits for the daemon, and a process that asks would wait with them.
     """
     target = _resolved(mountpoint)
     for _ in range(16):  # daemons may have crashed on top of each other
@@ -243,8 +243,8 @@ def _overlap(root: str, mountpoint: str) -> bool:
 
 
 def _check_access(access: Access, options: Options) -> None:
-    """Raise InvalidArgument where a label would give away files: who may set the mapping of a layer's ids could have what is in
-    it belong to anybody, to root for one."""
+    """Raise InvalidArgument where a label would give away files: a user who may set the mapping of a layer's ids could have
+    what is in it belong to anybody, to root for one."""
     if access.others_may_write and (options.remap_ids or options.slow_chown):
         raise InvalidArgument(
             "with remap_ids or slow_chown labels decide to whom files belong, so others than the owner must not write them: "

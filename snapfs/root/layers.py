@@ -18,8 +18,8 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Callable, Collection, Sequence
-from contextlib import closing, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from snapfs.errors import FULL, Damaged, Unavailable
@@ -31,7 +31,6 @@ from snapfs.root import imprint
 from snapfs.root import lock as rootlock
 from snapfs.root.pool import FS_MODE, Pool, remove_empty
 from snapfs.root.trash import NOT_EMPTY, Checkpoint, Trash
-from snapfs.scan.walk import directories
 
 log = logging.getLogger(__name__)
 
@@ -267,19 +266,6 @@ class Layers:
         self.pool.note_placed(number)
         return os.path.basename(path) if was_ready else None
 
-    def chown(self, number: int, owner: Callable[[os.stat_result], tuple[int, int]]) -> None:
-        """Give all that snapshot ``number`` has in its layer the owner (uid, gid) that ``owner`` says for it."""
-        base = os.open(self.directory(number), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            _chown(base, "fs", os.stat("fs", dir_fd=base), owner)
-        finally:
-            os.close(base)
-        with closing(directories(self.fs(number))) as visited:
-            for fd, entries in visited:
-                for entry in entries:
-                    with suppress(FileNotFoundError):
-                        _chown(fd, entry.name, entry.stat(follow_symlinks=False), owner)
-
     def refuse_damaged(self, number: int, kind: Kind = Kind.COMMITTED) -> None:
         """Raise Damaged where a directory of snapshot ``number`` is missing or is none; links count as none."""
         for part in ("", "/fs", "/work") if kind is Kind.ACTIVE else ("", "/fs"):
@@ -450,19 +436,6 @@ class Layers:
                 refused.append(error)
                 self.trash.mark_stuck(self.directory(number), error)
         return refused
-
-
-def _chown(parent: int, name: str, entry: os.stat_result, owner: Callable[[os.stat_result], tuple[int, int]]) -> None:
-    wanted = owner(entry)
-    if wanted != (entry.st_uid, entry.st_gid):
-        os.chown(name, *wanted, dir_fd=parent, follow_symlinks=False)
-        if entry.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(entry.st_mode):  # chown drops these bits
-            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)  # chmod would follow a link put there
-            try:
-                if os.path.samestat(os.fstat(fd), entry):
-                    os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(entry.st_mode))
-            finally:
-                os.close(fd)
 
 
 def _refuse_tree(root: str) -> None:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from snapfs.tree.tree import Tree
+from snapfs.tree.state import State
 
 Sample = tuple[dict[str, str], float]
 
 
-def metrics(tree: Tree) -> str:
+def metrics(state: State) -> str:
     """All metrics; counters begin with the daemon, sizes are bytes, times seconds."""
-    counts, space = tree.snapshotter.statistics(), tree.snapshotter.space()
-    meters = sorted(tree.meters.items())
+    counts, space = state.snapshotter.statistics(), state.snapshotter.space()
+    meters = sorted(state.meters.items())
     errors = [
         ({"operation": name, "errno": errno}, float(n)) for name, meter in meters for errno, n in sorted(meter.errors.items())
     ]
     families: list[tuple[str, str, str, list[Sample]]] = [
-        ("build_info", "gauge", "The version, as a label.", [({"version": tree.version}, 1)]),
-        ("start_time_seconds", "gauge", "When the daemon started, since the epoch.", [({}, tree.started / 1e9)]),
+        ("build_info", "gauge", "The version, as a label.", [({"version": state.version}, 1)]),
+        ("start_time_seconds", "gauge", "When the daemon started, since the epoch.", [({}, state.started / 1e9)]),
         ("snapshots", "gauge", "Snapshots that there are.", [({"kind": kind}, n) for kind, n in counts.snapshots.items()]),
         ("ids_total", "counter", "Ids that were ever handed out.", [({}, counts.last_id)]),
         ("requests_total", "counter", "Requests answered.", [({"operation": name}, meter.count) for name, meter in meters]),
