@@ -144,6 +144,11 @@ def test_each_is_led_to() -> None:
     assert {path for path in READMES if path.parent != CLONE} <= led_to
 
 
+def test_each_test_is_on_the_map() -> None:
+    words = set(re.findall(r"\w+", read("tests")))
+    assert {path.stem for path in (CLONE / "tests").iterdir() if path.suffix in (".py", ".sh")} - words == {"__init__"}
+
+
 def test_make_targets_exist() -> None:
     makefile = (CLONE / "Makefile").read_text()
     for path in READMES:
