@@ -8,6 +8,7 @@
 # make bench  measure everything beside what it is to be measured with: BENCH_ARGS="--only prepare --rounds 3" measures less
 # make systemd   boot a machine in namespaces, with systemd, and see that units, fstab and journal do as the README says
 # make desktop  the tests with file managers and indexers, also those that take too many packages for make test
+# make picture  make the README's first picture anew, from a tree, a file manager and a shell as they are
 # make powercut   cut the power of test disks some thousand times, and say what was lost
 #
 # Each installs what it needs first: Debian packages where missing (with sudo if not root), and Python packages into .venv.
@@ -18,6 +19,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
 TEST_PACKAGES := bsdutils btrfs-progs bubblewrap busybox-static containerd dash dbus e2fsprogs ed fio fish git imagemagick l3afpad libglib2.0-bin locales mc openbox pcmanfm perl-base plocate procps rsync runc systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler vim xclip xdotool xfsprogs xvfb zsh
 DESKTOP_PACKAGES := baloo-kf5
+PICTURE_PACKAGES := dbus imagemagick openbox pcmanfm tree util-linux xdotool xterm xvfb
 FRESH_PACKAGES := debian-archive-keyring e2fsprogs git mmdebstrap util-linux
 
 SUITES ?= bookworm trixie
@@ -30,7 +32,7 @@ DEMO ?= /tmp/snapfs
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
 
-.PHONY: run test fresh fresh-packages lint crash soak fuzz powercut systemd desktop bench clean
+.PHONY: run test fresh fresh-packages lint crash soak fuzz powercut systemd desktop picture bench clean
 
 run: .venv/ready
 	@mkdir -p -m 700 '$(DEMO)'
@@ -63,6 +65,10 @@ systemd: .venv/ready-for-tests
 desktop: .venv/ready-for-tests
 	@$(call install_packages,$(DESKTOP_PACKAGES))
 	$(SUDO) .venv/bin/python -m pytest tests/test_desktop.py tests/baloo.py $(PYTEST_ARGS)
+
+picture: .venv/ready
+	@$(call install_packages,$(PICTURE_PACKAGES))
+	$(SUDO) bash tests/picture.sh
 
 bench: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m tests.bench $(BENCH_ARGS)

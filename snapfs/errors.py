@@ -22,7 +22,7 @@ FULL = (ENOSPC, EDQUOT)
 class SnapshotError(Exception):
     """The base of all errors that a caller can cause or must handle; anything else that escapes is a bug.
 
-    ``public``: the sentence for those who may not read the layers, where the whole one names something that is in them.
+    ``public``: the sentence for users who may not read the layers, where the whole one names something that is in them.
     """
 
     def __init__(self, sentence: str, *, public: str | None = None) -> None:
@@ -43,7 +43,7 @@ class NotFound(SnapshotError):
 
 
 class LeftOut(NotFound):
-    """What others have is missing here, because it is switched off or not permitted: whoever looks for it is told why."""
+    """An entry that other roots have is missing here, because it is switched off or not permitted; the sentence says why."""
 
 
 class AlreadyExists(SnapshotError):

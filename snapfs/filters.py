@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from snapfs.errors import InvalidArgument
+from snapfs.errors import InvalidArgument, Unavailable
 from snapfs.model import Info
 
 Predicate = Callable[[Info], bool]
@@ -37,8 +37,10 @@ _HEX_ESCAPES = {"x": 2, "u": 4, "U": 8}
 class Filters:
     """Filters, compiled: ``holds`` is a predicate that is true where any of them is.
 
-    ``selection``: all that it can hold for, as far as name, kind and parent tell; None where they don't.  Raises
-    InvalidArgument that says where a bad one breaks.
+    ``selection``: all that it can hold for, as far as name, kind and parent tell; None where they don't.
+
+    Raises InvalidArgument that says where a bad filter breaks, and Unavailable where a filter has ``~=`` and the package
+    google-re2 is not installed; it comes with the extra ``containerd``.
     """
 
     def __init__(self, filters: Sequence[str]) -> None:
@@ -206,8 +208,11 @@ class _Parser:
 
 
 def _matches(path: list[str], expression: str) -> Predicate:
-    import re2  # only who uses ~= pays for it
-
+    """The predicate that searches the field at ``path`` with an RE2 expression; raises Unavailable where RE2 is missing."""
+    try:
+        import re2  # not at the top: the package is optional, and takes a while to load
+    except ImportError as error:
+        raise Unavailable(f"~= needs RE2, which can't be loaded ({error}); install it: pip install google-re2") from None
     options = re2.Options()
     options.log_errors = False
     options.never_capture = True  # nobody asks for groups, and looking for thousands of them takes minutes

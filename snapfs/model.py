@@ -65,6 +65,22 @@ class Usage(msgspec.Struct, frozen=True):
     size: _Count = 0
 
 
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of one root, and of the process that has it open.
+
+    ``snapshots``: how many there are of each kind.  ``last_id``: the highest id that was ever given out.  ``batches``: how many
+    batches of so many changes were made durable since the root was opened.  ``mounts_held``: file systems mounted as rootfs.
+    ``trash_waiting``: removed layers that are not yet deleted.  ``lost``: snapshots whose data the disk may have lost.
+    """
+
+    snapshots: Mapping[Kind, int]
+    last_id: int
+    batches: Mapping[int, int]
+    mounts_held: int
+    trash_waiting: int
+    lost: int
+
+
 class Mount(msgspec.Struct, frozen=True):
     """One mount of a mount spec; the fields are those of mount(8) and of the OCI runtime spec."""
 

@@ -62,6 +62,12 @@ def decode(file_name: str) -> str:
     return key
 
 
+def parse_id(name: str) -> int | None:
+    """The id that ``name`` is (of a directory in ROOT/snapshots, of a link in by-id/): decimal, from 1, without a leading zero;
+    None for any other name."""
+    return int(name) if name.isascii() and name.isdigit() and name[0] != "0" and len(name) < 12 else None
+
+
 def printable(text: str) -> str:
     """``text`` on one line for a log: control characters percent-encoded, bytes that are not UTF-8 as ``\\xNN``."""
     text = _SURROGATES.sub(lambda m: f"\\u{ord(m[0]):04x}", text)  # which stand for no byte, so no file name has them

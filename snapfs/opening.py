@@ -14,11 +14,12 @@ import trio
 from snapfs.errors import Damaged, Unavailable
 from snapfs.kernel import mounting, probe
 from snapfs.kernel.inuse import UpperLayers
-from snapfs.kernel.overlay import Lacking, make_overlay
+from snapfs.kernel.overlay import MountApiLacking, make_overlay
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import placing
 from snapfs.root.inuse import InUse
 from snapfs.root.layers import Layers
+from snapfs.root.merged import Merged
 from snapfs.root.mounted import Mounted
 from snapfs.root.placing import Placing
 from snapfs.root.unflushed import Unflushed
@@ -139,7 +140,7 @@ def _upper_layers(layers: Layers, options: Sequence[str], features: dict[str, Fe
     def mounted() -> int:
         try:
             return make_overlay([f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", own, read_only=False)
-        except Lacking:
+        except MountApiLacking:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
 
     try:
@@ -157,7 +158,7 @@ def _upper_layers(layers: Layers, options: Sequence[str], features: dict[str, Fe
 
 
 def _imprints(layers: Layers) -> Feature:
-    if layers.bears_imprints:
+    if layers.supports_imprints:
         return Feature(True, "directories can bear extended attributes here")
     return Feature(False, "directories can't bear extended attributes here; without the records, nobody knows what they were")
 
@@ -185,8 +186,9 @@ def _rootfs(root: Root, records: MetaStore, features: dict[str, Feature]) -> Roo
     if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
     options = root.options
-    rootfs = Rootfs(root.layers, root.mounted, root.in_use, own, idle=options.rootfs_idle, most=options.rootfs_max)
-    refusal = rootfs.trial() if options.rootfs else "it was started with no_rootfs"
+    merged = Merged(root.layers, root.mounted, root.in_use, own)
+    rootfs = Rootfs(merged, root.layers, root.mounted, root.in_use, idle=options.rootfs_idle, most=options.rootfs_max)
+    refusal = merged.trial() if options.rootfs else "it was started with no_rootfs"
 
     def is_right(number: int) -> bool:
         if refusal:
@@ -214,7 +216,7 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> set[int]:
     layers.clear_pool()
     with records.reading() as reader:
         known, last_id = reader.ids(), reader.last_id()
-        present = layers.present()
+        present = layers.existing_ids()
         damaged = known - present
         for number in sorted(damaged):
             try:
@@ -233,18 +235,18 @@ def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> set[int]:
             )
     for number in unknown:
         if number > last_id:
-            layers.unmake(number)
+            layers.undo_place(number)
         elif retire:
-            layers.retire(number)
+            layers.move_to_trash(number)
         else:
-            layers.leave(number)
+            layers.leave_for_cleanup(number)
     return damaged
 
 
 def _refuse_lost_records(layers: Layers) -> None:
     """Without records every layer would look abandoned and be deleted; better to stop."""
     path = f"{layers.root}/metadata.mdb"
-    if layers.present() and not (os.path.exists(path) and os.path.getsize(path)):
+    if layers.existing_ids() and not (os.path.exists(path) and os.path.getsize(path)):
         raise Damaged(
             f"{layers.snapshots} holds layers but {path} is missing or empty: "
             f"put the records back from a backup, or have them made anew: snapfs check {layers.root} --rebuild"

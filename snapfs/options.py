@@ -23,7 +23,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     the upper layer instead; without it such a Prepare is refused.
 
     Not containerd's: ``sync``: how much survives a power cut.  ``rootfs``: mount the merged file systems that are asked for;
-    ``rootfs_idle``: seconds until one that nobody uses is unmounted; ``rootfs_max``: how many may be mounted at once.
+    ``rootfs_idle``: seconds until one that no process uses is unmounted; ``rootfs_max``: how many may be mounted at once.
     """
 
     async_remove: bool = False

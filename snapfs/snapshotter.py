@@ -16,17 +16,19 @@ from typing import TypeVar
 import trio
 
 from snapfs import names
-from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, Pinned, Unavailable
+from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, Pinned, Unavailable
 from snapfs.filters import Filters
-from snapfs.kernel.namespaces import is_neighbour
+from snapfs.kernel.namespaces import shares_mount_namespace
 from snapfs.labels import PIN, Labels
-from snapfs.model import Change, Info, Kind, Mount, Ref, Usage
+from snapfs.model import Change, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
-from snapfs.root.trash import undeletable
+from snapfs.root.merged import Stack, why_unseen
+from snapfs.root.trash import cleanup_error
 from snapfs.rules import commit, lookup, prepare, remove, rename
 from snapfs.rules import labels as label_rules
 from snapfs.rules import mounts as mount_rules
+from snapfs.rules.prepare import Request
 from snapfs.rules.root import Root
 from snapfs.rules.use import Used
 from snapfs.services.agreeing import Agreeing
@@ -35,6 +37,7 @@ from snapfs.services.counting import Counting
 from snapfs.services.flushing import Flushing
 from snapfs.services.housekeeping import Housekeeping
 from snapfs.services.rootfs import Rootfs
+from snapfs.services.shifting import Shifting
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
@@ -70,6 +73,7 @@ class Snapshotter:
         self._root = root
         self._comparing = Comparing(root.layers, records)
         self._housekeeping = Housekeeping(root.layers)
+        self._shifting = Shifting(root, records)
         self._owns_records = owns_records
         self._background: trio.CancelScope | None = None
         self._background_ended = trio.Event()
@@ -105,6 +109,7 @@ class Snapshotter:
         self._closed = True
         with trio.CancelScope(shield=True):
             try:
+                await self._shifting.finish()
                 await self.flushing.finish()
             finally:
                 self.records.stop()
@@ -137,35 +142,31 @@ class Snapshotter:
         AlreadyExists: the key is in use, by any kind; TooDeep: nothing that stands on so many layers could be mounted;
         FailedPrecondition: the mapping labels can't be followed.
         """
-        return await self._make(Kind.ACTIVE, key, parent, labels, origin, partial(mount_rules.handed_over, self._root))
+        return await self._make(prepare.prepare, Kind.ACTIVE, key, parent, labels, origin)
 
     async def view(self, key: str, parent: Ref | None = None, labels: Labels | None = None, *, origin: str = "") -> list[Mount]:
         """Make the read-only view ``key`` of ``parent``; as ``prepare`` otherwise."""
-        return await self._make(Kind.VIEW, key, parent, labels, origin, self.mounts_of)
+        return await self._make(prepare.prepare, Kind.VIEW, key, parent, labels, origin)
 
     async def create(
         self, kind: Kind, key: str, parent: Ref | None = None, labels: Labels | None = None, *, origin: str = ""
     ) -> int:
         """``prepare`` or ``view``, as ``kind`` says; the id of what was made."""
-        return await self._make(kind, key, parent, labels, origin, lambda reader, number, record: number)
+        return await self._make(prepare.make, kind, key, parent, labels, origin)
 
     async def _make(
         self,
+        rule: Callable[[Root, Writer, Request], T],
         kind: Kind,
         key: str,
         parent: Ref | None,
         labels: Labels | None,
         origin: str,
-        answer: Callable[[Reader, int, Record], T],
     ) -> T:
-        stored = prepare.check(self._root, key, labels)
-
-        def operation(writer: Writer) -> T:
-            return answer(writer, *prepare.prepare(self._root, writer, kind, key, parent, stored, origin))
-
-        answered = await self._write_record(operation)
+        request = prepare.request(self._root, kind, key, parent, labels, origin)
+        made = await self._write_record(lambda writer: rule(self._root, writer, request))
         self._housekeeping.fill_pool_if_low()
-        return answered
+        return made
 
     async def commit(
         self,
@@ -190,8 +191,8 @@ class Snapshotter:
         the data is flushed in the background: ``flush`` waits for it.  After a power cut before that, the snapshot is there
         but refused as parent and mount (Damaged), until it is removed or accepted.
 
-        The usage is counted after that, in the background, or when somebody asks: ``usage`` waits for it, and says what is
-        counted of what is written meanwhile by those who go on after the Commit.
+        The usage is counted after that, in the background, or when ``usage`` is called, which waits for it and says what is
+        counted of what processes write after the Commit.
 
         What was made at another door than ``origin`` belongs to the tree from now on, which has given it a name of its own.
 
@@ -218,7 +219,7 @@ class Snapshotter:
                     free=free,
                 )
             )
-        self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless somebody asks for it before
+        self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless a call for its usage comes before
         if wait:
             await self.flushing.flush()
             self._root.unflushed.refuse_lost([number])  # another flush may have failed on it meanwhile
@@ -237,7 +238,7 @@ class Snapshotter:
         Raises NotFound; FailedPrecondition: HasChildren, Busy: a process uses its rootfs, Pinned, or it was made at another
         door than ``origin``, unless that is "", which may remove all.
         """
-        with suppress(Damaged), self._reading() as reader:  # before its rootfs is unmounted
+        with suppress(Damaged), self.reading() as reader:  # before its rootfs is unmounted
             _, found = lookup.find(reader, key)
             if PIN in found.labels:
                 raise Pinned.of(found.name)
@@ -279,14 +280,20 @@ class Snapshotter:
         Raises NotFound, or InvalidArgument for any other path and for labels that are no good: then nothing changes.
         """
         given, fields = label_rules.stored_labels(self._root, labels), label_rules.Fields(fieldpaths)
-        return await self._write_record(lambda writer: label_rules.update(self._root, writer, key, given, fields))
+        self._refuse_closed()
+        return await self._shifting.update(
+            lambda writer, shifted: label_rules.update(self._root, writer, key, given, fields, shifted)
+        )
 
     async def move_label(self, key: Ref, old: str, new: str, *, replace: bool = True) -> Info:
         """Rename one label of a snapshot, in one step; a label ``new`` is replaced if ``replace`` allows it.
 
         Raises NotFound (snapshot or label), AlreadyExists, LabelTooBig.
         """
-        return await self._write_record(lambda writer: label_rules.move(self._root, writer, key, old, new, replace=replace))
+        self._refuse_closed()
+        return await self._shifting.update(
+            lambda writer, shifted: label_rules.move(self._root, writer, key, old, new, replace=replace, shifted=shifted)
+        )
 
     async def cleanup(self) -> None:
         """Delete the files of all that was removed, and ``new-…`` directories that a crash left; returns when they are gone.
@@ -311,7 +318,7 @@ class Snapshotter:
         if refused:
             raise Unavailable.from_os("clean up", refused[0]) from refused[0]
         if left:
-            raise undeletable(left) from left[0]
+            raise cleanup_error(left) from left[0]
 
     async def accept(self, key: Ref) -> None:
         """Take a committed snapshot as it is, whose data had not been flushed when the power went.
@@ -326,7 +333,7 @@ class Snapshotter:
     async def stat(self, key: Ref) -> Info:
         """One snapshot; raises NotFound."""
         await trio.lowlevel.checkpoint()
-        with self._reading() as reader:
+        with self.reading() as reader:
             return self.shown(reader.info(*lookup.find(reader, key)))
 
     async def mounts(self, key: Ref) -> list[Mount]:
@@ -336,7 +343,7 @@ class Snapshotter:
         """
         await trio.lowlevel.checkpoint()
         await self.find_layers(key)
-        with self._reading() as reader:
+        with self.reading() as reader:
             return self.mounts_of(reader, *lookup.find(reader, key))
 
     async def hand_over(self, key: Ref) -> list[Mount]:
@@ -347,7 +354,7 @@ class Snapshotter:
         """
         await trio.lowlevel.checkpoint()
         await self.find_layers(key)
-        with self._reading() as reader:
+        with self.reading() as reader:
             number, record = lookup.find(reader, key)
             mounts = mount_rules.handed_over(self._root, reader, number, record)
         if record.kind is Kind.ACTIVE and self.rootfs is not None and self.rootfs.holds(number):
@@ -357,7 +364,7 @@ class Snapshotter:
 
     async def find_layers(self, key: Ref) -> None:
         """Raise Damaged where a directory of the snapshot, or of one that it stands on, is not there; NotFound."""
-        with self._reading() as reader:
+        with self.reading() as reader:
             number, record = lookup.find(reader, key)
             chain = reader.chain(record)
         if self._root.has_at_hand(number, record.kind, chain):
@@ -365,7 +372,7 @@ class Snapshotter:
         try:
             await trio.to_thread.run_sync(self._root.refuse_missing, number, record.kind, chain)
         except Damaged:
-            with self._reading() as reader:  # it may have been removed meanwhile
+            with self.reading() as reader:  # it may have been removed meanwhile
                 lookup.find(reader, number)
             raise
 
@@ -375,12 +382,12 @@ class Snapshotter:
         Only those that were made at the door ``origin``, unless that is "".  Filters see labels as they are stored, as in
         containerd: not the one that ``upperdir_label`` adds.
 
-        Raises InvalidArgument for a bad filter.
+        Raises InvalidArgument for a bad filter, Unavailable for one with ``~=`` where google-re2 is not installed.
         """
         compiled = Filters(filters)
 
         def collect() -> list[Info]:
-            with self._reading(long=True) as reader:
+            with self.reading(long=True) as reader:
                 found = reader.walk(compiled.selection)
             return [self.shown(info) for info in found if (not origin or info.origin == origin) and compiled.holds(info)]
 
@@ -396,20 +403,20 @@ class Snapshotter:
         Raises NotFound, or Damaged where the layer is missing.
         """
         await trio.lowlevel.checkpoint()
-        with self._reading() as reader:
+        with self.reading() as reader:
             number, record = lookup.find(reader, key)
         return await self.counting.usage(number, record)
 
     async def changes(self, key: Ref, consume: Callable[[Iterable[str]], T]) -> T:
         """What an active or committed snapshot changed against its parent: what ``consume`` makes of the lines, ``list`` say.
 
-        It is called in a worker thread, with one line a path as it is found (``scan/changes.py`` says which).  All who ask at
-        once with the same ``consume`` share a scan, begun after they asked, and its result.
+        It is called in a worker thread, with one line a path as it is found (``scan/changes.py`` says which).  Calls at
+        the same time with the same ``consume`` share a scan, begun after they came, and its result.
 
         Raises NotFound; FailedPrecondition: a view, or a directory that was renamed with redirect_dir=on; Damaged.
         """
         await trio.lowlevel.checkpoint()
-        with self._reading() as reader:
+        with self.reading() as reader:
             number, record = lookup.find(reader, key)
             chain = reader.chain(record)
         if record.kind is Kind.VIEW:
@@ -419,7 +426,7 @@ class Snapshotter:
     async def mount(self, key: Ref, pid: int | None = None) -> str:
         """Have the merged file system of a snapshot mounted by the kernel, read-only unless the snapshot is active: where.
 
-        It is unmounted when no process has used it, and nobody called this, for ``rootfs_idle`` seconds.  An active snapshot
+        It is unmounted when no process has used it, and no call asked for it, for ``rootfs_idle`` seconds.  An active snapshot
         that another process has mounted is not mounted a second time: the answer is that place, or the same mount at the usual
         one, where it is asked for by a process ``pid`` that may not see that place, since it isn't known to be in this mount
         namespace.
@@ -428,17 +435,19 @@ class Snapshotter:
         layer is in use where its mount can't be got from; Damaged; FailedPrecondition: the snapshot's ids are remapped, which
         is left to container runtimes."""
         await trio.lowlevel.checkpoint()
-        with self._reading() as reader:
+        with self.reading() as reader:
             number, record = lookup.find(reader, key)
         if self.rootfs is None:
             raise Unavailable("the merged file systems can't be mounted here")
-        by_hand = not self.rootfs.holds(number) and self._elsewhere(number, record) and (pid is None or is_neighbour(pid))
+        by_hand = (
+            not self.rootfs.holds(number) and self._elsewhere(number, record) and (pid is None or shares_mount_namespace(pid))
+        )
         if by_hand and (found := await trio.to_thread.run_sync(self._root.mounted.proven, number)):
             return found[0]
         return await self.rootfs.mount(number, lambda: self._stack(number))
 
-    def _stack(self, number: int) -> mount_rules.Stack:
-        with self._reading() as reader:
+    def _stack(self, number: int) -> Stack:
+        with self.reading() as reader:
             return mount_rules.stack(self._root, reader, number)
 
     def _elsewhere(self, number: int, record: Record) -> list[str]:
@@ -480,15 +489,94 @@ class Snapshotter:
         found = [] if self.rootfs.holds(number) else self._elsewhere(number, record)
         return found[0] if found else self.layers.rootfs(number)
 
+    # -- what the other doors need besides: they reach into no service of this class
+
+    @property
+    def root(self) -> str:
+        """ROOT, the directory of all this: an absolute path."""
+        return self.layers.root
+
+    @property
+    def snapshots_directory(self) -> str:
+        """ROOT/snapshots, in which each snapshot has the directory of its id."""
+        return self.layers.snapshots
+
+    @property
+    def overlay_options(self) -> tuple[str, ...]:
+        """The options of every overlay mount."""
+        return self._root.overlay_options
+
+    def layer_path(self, number: int) -> str:
+        """ROOT/snapshots/<number>/fs: the directory that holds the files of snapshot ``number`` itself, its layer."""
+        return self.layers.fs(number)
+
+    def reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
+        """One consistent state of the records, during the block; ``long`` where reading it takes longer than a moment, in a
+        worker thread.  Raises Closed."""
+        self._refuse_closed()
+        return self.records.reading(long=long)
+
+    def record(self, number: int) -> Record:
+        """The record of snapshot ``number`` as it is now; raises NotFound, or Damaged where it can't be read."""
+        with self.reading() as reader:
+            record = reader.record(number)
+        if record is None:
+            raise NotFound(f"snapshot {number} does not exist any more")
+        return record
+
+    def refuse_taken(self, name: str, by: int | None = None) -> None:
+        """Raise AlreadyExists if ``name`` is in use as key or name, unless by snapshot ``by``.
+
+        Every call that gives a name refuses that too, but not before the writes under way are on disk and a rootfs is
+        unmounted, and for all that time its caller may hold locks for which others wait.
+        """
+        with self.reading() as reader:
+            lookup.refuse_taken(reader, name, by)
+
+    def known_usage(self, number: int, record: Record) -> Usage:
+        """What the snapshot takes as far as that is known without looking: the stored count, the one made last, or else that of
+        an empty layer.  ``usage`` looks."""
+        return self.counting.last_known(number, record)
+
+    def is_lost(self, number: int) -> bool:
+        """Whether the disk may have lost data of the committed snapshot ``number``, which is refused as parent and mount until
+        it is accepted."""
+        return number in self.unflushed.lost
+
+    def refuse_lost(self, number: int | None = None) -> None:
+        """Raise Damaged if ``is_lost`` is true of snapshot ``number``, or (None) of any."""
+        self.unflushed.refuse_lost(sorted(self.unflushed.lost) if number is None else [number])
+
+    @property
+    def has_rootfs(self) -> bool:
+        """Whether the merged file systems can be mounted here (``mount``); ``features["rootfs"].why`` tells why (not)."""
+        return self.rootfs is not None
+
+    async def why_unseen(self, pid: int, target: str) -> str | None:
+        """Why process ``pid`` does not get to ``target``, where ``mount`` has mounted something, in words: the process is in
+        another mount namespace.  None where it gets there, as far as can be known; so for pid 0, an unknown process."""
+        if not pid or shares_mount_namespace(pid):
+            return None
+        return await trio.to_thread.run_sync(why_unseen, pid, target)
+
+    def statistics(self) -> Statistics:
+        """Counts of this root now, and of what was done since it was opened."""
+        with self.reading() as reader:
+            snapshots, last_id = {kind: reader.count(kind) for kind in Kind}, reader.last_id()
+        return Statistics(
+            snapshots=snapshots,
+            last_id=last_id,
+            batches=self.records.batches.copy(),
+            mounts_held=self.rootfs.count if self.rootfs is not None else 0,
+            trash_waiting=self.layers.pending_deletions,
+            lost=len(self.unflushed.lost),
+        )
+
     # -- how
 
     def _refuse_closed(self) -> None:
         if self._closed:  # the records may be the caller's, and open
             raise Closed()
-
-    def _reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
-        self._refuse_closed()
-        return self.records.reading(long=long)
 
     async def _write_record(self, operation: Operation[T], *, frees: bool = False) -> T:
         self._refuse_closed()
@@ -500,14 +588,15 @@ class Snapshotter:
         the kernel has said that no process has that.
 
         Where the block finds the layer in use (Used), Busy says which process has it: finding that out takes longer."""
-        with self._reading() as reader:
+        with self.reading() as reader:
             number = lookup.find_id(reader, key)
         try:
-            if self.rootfs is None:
-                yield number, False
-            else:
-                async with self.rootfs.unmounted(number) as free:
-                    yield number, free
+            async with self._shifting.kept_out(number):
+                if self.rootfs is None:
+                    yield number, False
+                else:
+                    async with self.rootfs.unmounted(number) as free:
+                        yield number, free
         except Used as used:
             words = await trio.to_thread.run_sync(holders.elsewhere, self._root.mounted, number, self.layers.rootfs(number))
             raise Busy(f'snapshot "{used.name}" {words}') from None

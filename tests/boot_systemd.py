@@ -1,6 +1,6 @@
 """A machine that starts by itself, for real: systemd as PID 1 in namespaces of its own, on an overlay of this system's /.
 
-`make systemd` runs it.  It starts the units of examples/systemd as they and the README say, kills, stops and reboots.
+`make systemd` runs it.  It starts the units of examples/systemd as they and its README say, kills, stops and reboots.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.processes import die_with_parent, until
 
 HERE = Path(__file__).parent.parent
 UNITS = HERE / "examples/systemd"
-README = (HERE / "README.md").read_text()
+README = (UNITS / "README.md").read_text()
 EMPTY = ("etc/systemd/system", "etc/init.d", "usr/local/bin", "var/lib", "var/log", "srv", "mnt")
 """Where nothing of this system is seen: none of its services starts, none of its data is in reach."""
 

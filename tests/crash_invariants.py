@@ -14,8 +14,8 @@ import trio
 
 from snapfs import Kind, Options, Snapshotter, Usage, open_snapshotter
 from snapfs.kernel.mounttable import mount_table
+from snapfs.names import parse_id
 from snapfs.root import imprint
-from snapfs.root.layers import parse_id
 from snapfs.scan.usage import disk_usage
 from snapfs.store.metastore import MetaStore
 

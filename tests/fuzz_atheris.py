@@ -15,8 +15,9 @@ from pathlib import Path
 import atheris
 import msgspec
 
-with atheris.instrument_imports(include=["snapfs.names", "snapfs.filters", "snapfs.store.metastore"]):
-    from snapfs import filters, metastore, names  # noqa: F401
+with atheris.instrument_imports(include=["snapfs.names", "snapfs.filters", "snapfs.store"]):
+    from snapfs import filters, names  # noqa: F401
+    from snapfs.store import metastore  # noqa: F401
 from tests import invariants
 from tests.invariants import TABLES, Put
 

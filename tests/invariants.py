@@ -172,10 +172,10 @@ def check_reader(reader: Reader) -> None:
     """Every read tells what is there or raises Damaged, and ends."""
     for number in {*range(10), *reader.ids()}:
         _read(lambda number=number: reader.record(number))  # type: ignore[misc]
-        _read(lambda number=number: reader.listed(number))  # type: ignore[misc]
+        _read(lambda number=number: reader.indexed_as(number))  # type: ignore[misc]
         for kind in Kind:
             assert all(isinstance(name, str) for _, name in reader.children(number, kind))
-        reader.a_child(number)
+        reader.any_child(number)
         with suppress(Damaged):
             record = reader.record(number)
             if record is not None:

@@ -34,11 +34,11 @@ async def main():
     async with open_snapshotter(sys.argv[1]) as snapshotter:
         for key in ("k", "other"):
             await snapshotter.prepare(key, labels={"l": "1"})
-        bear = Layers.bear
+        write_imprint = Layers.write_imprint
         def die(layers, number, said):
-            bear(layers, number, said)
+            write_imprint(layers, number, said)
             os.kill(os.getpid(), signal.SIGKILL)
-        Layers.bear = die  # from here on: its directory says it, and the record's transaction never ends
+        Layers.write_imprint = die  # from here on: its directory says it, and the record's transaction never ends
         await eval(sys.argv[2])
 trio.run(main)
 """
@@ -164,7 +164,7 @@ async def test_a_disk_that_refuses_it_is_asked_again_at_the_next_start(root: Pat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Layers, "bear", refuse)
+        patch.setattr(Layers, "write_imprint", refuse)
         async with open_snapshotter(root) as snapshotter:
             await agreed(snapshotter)
             assert disagreeing(snapshotter) == [1]
@@ -177,7 +177,7 @@ async def test_what_could_not_be_taken_back_is_mended_by_the_next_start(root: Pa
     await fill(root, 2)
     async with open_snapshotter(root) as snapshotter:
         await agreed(snapshotter)
-        bear = Layers.bear
+        write_imprint = Layers.write_imprint
         times = 0
 
         def once(layers: Layers, number: int, said: Imprint) -> None:
@@ -185,13 +185,13 @@ async def test_what_could_not_be_taken_back_is_mended_by_the_next_start(root: Pa
             times += 1
             if times > 1:
                 raise OSError(5, "Input/output error")
-            bear(layers, number, said)
+            write_imprint(layers, number, said)
 
         def fails(writer: Writer, number: int, record: object) -> None:
             raise Unavailable("a test")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Layers, "bear", once)
+            patch.setattr(Layers, "write_imprint", once)
             patch.setattr(Writer, "put", fails)
             with pytest.raises(Unavailable):
                 await snapshotter.rename("k0", "renamed")

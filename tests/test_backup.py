@@ -23,7 +23,7 @@ from snapfs import AlreadyExists, Damaged, InvalidArgument, MetaStore, Snapshott
 from snapfs.cli import main
 from snapfs.kernel.mounttable import mount_table
 from snapfs.offline.backup import Backup, backup
-from snapfs.root.lock import at_rest
+from snapfs.root.lock import shared_lock
 from tests.daemon import Daemon
 from tests.processes import until
 from tests.records import check_indexes, readers
@@ -243,7 +243,7 @@ def test_a_start_waits_for_a_backup_to_end(served: Path, monkeypatch: pytest.Mon
         pass
     (served / "lock").write_text(f"{ended.pid}\n")  # who had it last
     with ExitStack() as copying:
-        assert copying.enter_context(at_rest(str(served))) is None
+        assert copying.enter_context(shared_lock(str(served))) is None
         monkeypatch.setattr("snapfs.root.lock.DYING", 0.0)
         with pytest.raises(Unavailable, match=r"is in use by a backup, .* wait for it"):
             trio.run(start)
@@ -258,7 +258,7 @@ def test_a_mountpoint_is_recovered_while_a_backup_is_made(daemon: Daemon) -> Non
     (daemon.mnt / "active/web").mkdir()
     daemon.stop(signal.SIGKILL)
     with ExitStack() as copying, ThreadPoolExecutor() as pool:
-        assert copying.enter_context(at_rest(str(daemon.root))) is None
+        assert copying.enter_context(shared_lock(str(daemon.root))) is None
 
         def end() -> None:
             with copying:

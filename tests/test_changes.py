@@ -467,7 +467,7 @@ def test_a_directory_emptied_while_it_is_read(chain: Chain, monkeypatch: pytest.
         shutil.rmtree(layer / "z", ignore_errors=True)
         return []
 
-    monkeypatch.setattr("snapfs.scan.changes.xattrs", vanishes)
+    monkeypatch.setattr("snapfs.scan.changes.list_xattrs", vanishes)
     assert said(chain.layers) == ["C /a/x", "A /a/y"]
 
 

@@ -134,7 +134,7 @@ def missing_parent(writer: Writer) -> None:
     record = writer.record(2)
     assert record is not None
     writer.overwrite(2, Record(record.name, record.kind, 50, record.created, record.updated, record.labels))
-    writer.index_anew()
+    writer.rebuild_indexes()
 
 
 @in_records
@@ -146,7 +146,7 @@ def own_parent(writer: Writer) -> None:
 @in_records
 def same_name(writer: Writer) -> None:
     writer.overwrite(5, Record("web", Kind.ACTIVE, 0, 0, 0, {}))
-    writer.index_anew()
+    writer.rebuild_indexes()
 
 
 def other_usage(root: Path) -> None:

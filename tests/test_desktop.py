@@ -21,7 +21,6 @@ from tests.processes import die_with_parent, until
 
 WIDTH, HEIGHT = 640, 480  # of the screen
 MARKED = b"\xff\x00\xff"
-PICTURE = Path(__file__).parent.parent / "examples/pcmanfm.png"
 
 
 def gio(*words: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -388,8 +387,6 @@ def test_pcmanfm(daemon: Daemon, desktop: Desktop) -> None:
     desktop.keys("Return")
     until(lambda: set(os.listdir(active)) == {"web", "made"}, "made is prepared", desktop.picture)
     desktop.window("active")
-    if os.environ.get("SNAPFS_PICTURE"):
-        subprocess.run(["import", "-window", "root", "-colors", "64", str(PICTURE)], check=True)
     desktop.select(active / "made")
     desktop.keys("F2")
     desktop.window("Rename.*")

@@ -231,7 +231,7 @@ def test_a_file_system_that_was_shut_down(kind: str, make_daemon: Callable[..., 
             assert daemon.stop() in (0, 1)
             assert not any("Traceback" in line for line in daemon.said)
             assert len(daemon.said) < 20, "one line for each directory of the pool"
-            for use in (Layers.hold, Layers.open):
+            for use in (Layers.claim, Layers.open):
                 with pytest.raises(Unavailable, match="Input/output error"):
                     use(str(mount / "root"))
         with mounted(device, kind, tmp_path / "disk"):
@@ -290,16 +290,16 @@ async def test_what_a_disk_lost_that_could_not_be_told(failing: Disk, kind: str,
 def test_one_mount_is_told_from_the_next(failing: Disk, kind: str, tmp_path: Path) -> None:
     """But not where it is seen: a daemon that was killed may be started again in another mount namespace."""
     with mounted(failing.device, kind, tmp_path / "disk") as mount:
-        before = probe.mounted_as(str(mount))
-        asking = f"from snapfs.kernel import probe; print(probe.mounted_as({str(mount)!r}))"
+        before = probe.mount_instance(str(mount))
+        asking = f"from snapfs.kernel import probe; print(probe.mount_instance({str(mount)!r}))"
         elsewhere = subprocess.run(
             ["unshare", "--mount", sys.executable, "-c", asking], check=True, stdout=subprocess.PIPE, text=True
         )
         assert elsewhere.stdout == f"{before}\n" != "\n"
         subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
-        assert probe.mounted_as(str(mount)) == before
+        assert probe.mount_instance(str(mount)) == before
     with mounted(failing.device, kind, tmp_path / "disk") as mount:
-        assert probe.mounted_as(str(mount)) not in ("", before)
+        assert probe.mount_instance(str(mount)) not in ("", before)
 
 
 @each_kind

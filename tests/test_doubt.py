@@ -65,8 +65,8 @@ def beginning(file: Path) -> tuple[int, int]:
 def state(snapshotter: Snapshotter) -> State:
     """What is there, after a look that directories and records agree."""
     with snapshotter.records.reading() as reader:
-        assert snapshotter.layers.present() == reader.ids(), "a directory without a record, or a record without one"
-        assert reader.misindexed() == 0
+        assert snapshotter.layers.existing_ids() == reader.ids(), "a directory without a record, or a record without one"
+        assert reader.wrong_index_entries() == 0
         return {info.name: (info.kind, info.labels.get("n")) for info in reader.walk()}
 
 

@@ -137,14 +137,14 @@ async def test_growing_waits_for_who_reads_and_nobody_else_waits(tmp_path: Path)
             both.start_soon(read_early)
             await begun.wait()
             both.start_soon(grow)
-            while not store.environment.is_growing:
+            while not store.environment.is_changing:
                 await trio.sleep(0.001)
             both.start_soon(read_late)
             for _ in range(100):
                 await trio.sleep(0.001)
                 with store.reading() as outer, store.reading() as inner:
                     assert outer.last_id() == inner.last_id() < 399
-            assert store.environment.is_growing
+            assert store.environment.is_changing
             assert not late_begun.is_set()
             go_on.set()
         store.stop()
@@ -165,14 +165,14 @@ def test_the_map_grows_for_who_serves_nobody_and_a_backup_holds_it_all(tmp_path:
     store.write_now(add_many)
     assert store.map_size > 1 << 22
     with store.reading() as reader:
-        assert reader.misindexed() == 0
+        assert reader.wrong_index_entries() == 0
     store.close()
     made = backup(str(tmp_path / "root"), str(tmp_path / "copy"))
     assert made.snapshots == 20_000
     copy = MetaStore(str(tmp_path / "copy"))
     copy.write_now(adding("one more"))
     with copy.reading() as reader:
-        assert reader.misindexed() == 0
+        assert reader.wrong_index_entries() == 0
     copy.close()
 
 
@@ -449,7 +449,7 @@ async def test_what_the_trash_has_no_room_for_is_deleted_where_it_is(root: Path,
         monkeypatch.setattr(os, "rename", refuse)
         await snapshotter.remove("web")
         assert os.listdir(root / "snapshots") == os.listdir(root / "trash") == []
-        assert snapshotter.layers.waiting == 0
+        assert snapshotter.layers.pending_deletions == 0
         await snapshotter.prepare("web")
         assert (await snapshotter.stat("web")).id == 2
 

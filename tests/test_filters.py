@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapfs.errors import InvalidArgument
+from snapfs.errors import InvalidArgument, Unavailable
 from snapfs.filters import Filters
 from snapfs.model import Info, Kind
 
@@ -242,6 +243,13 @@ def test_a_bad_filter_says_where(text: str, message: str) -> None:
 def test_more_bad_filters(text: str) -> None:
     with pytest.raises(InvalidArgument, match=r"^parse error: \["):
         Filters([text])
+
+
+def test_without_re2_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "re2", None)
+    with pytest.raises(Unavailable, match=r"~= needs RE2, .*; install it: pip install google-re2$"):
+        Filters(["name~=w"])
+    assert Filters(["name==web", "labels.gc"]).holds(WEB)
 
 
 pieces = st.sampled_from(

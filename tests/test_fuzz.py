@@ -37,9 +37,9 @@ from snapfs.model import Info, Kind
 from snapfs.options import Options, Sync
 from snapfs.store.schema import IDS
 from snapfs.tree import Handle, Node, Tree
+from snapfs.tree.inodes import ROOT_INODE
 from snapfs.tree.labels import LabelsDirectory
 from snapfs.tree.node import Directory, File, Link
-from snapfs.tree.tree import ROOT_INODE
 from tests import invariants
 from tests.daemon import Daemon, bounded
 from tests.invariants import INFOS, TABLES, Put, key
@@ -585,9 +585,9 @@ def touched(puts: list[Put]) -> set[str]:
     return {RECORDS[number].name for number in found}
 
 
-async def crawl(node: Node) -> int:
-    """Read the whole tree as programs do; how many of its entries are damaged.  No listing fails, and nothing but Damaged (or
-    that it isn't there) comes back."""
+async def crawl(tree: Tree, node: Node) -> int:
+    """Read all of ``tree`` below ``node`` as programs do; how many of its entries are damaged.  No listing fails, and nothing
+    but Damaged (or that it isn't there) comes back."""
     damaged = 0
     for _, name, child in list(node.entries(0)):
         names.printable(name).encode()
@@ -602,7 +602,7 @@ async def crawl(node: Node) -> int:
             if isinstance(child, Link):
                 (await child.follow(0)).encode(errors="surrogateescape")
             elif isinstance(child, Directory):
-                damaged += await crawl(node.tree.node(child.inode))
+                damaged += await crawl(tree, tree.node(child.inode))
             elif isinstance(child, File):
                 handle = await (await child.refresh()).open()
                 assert handle.size == len(handle.read(0, 1 << 30))
@@ -616,7 +616,7 @@ async def inspect(root: Path, quick: Options, puts: list[Put]) -> None:
     """Read all that there is, then remove all that can be."""
     async with open_snapshotter(root, quick) as snapshotter:
         tree = Tree(snapshotter)
-        event(f"damaged entries: {min(10, await crawl(tree.node(ROOT_INODE)))}")
+        event(f"damaged entries: {min(10, await crawl(tree, tree.node(ROOT_INODE)))}")
         for name in (*NAMES, "new"):
             for read in (snapshotter.stat, snapshotter.usage, snapshotter.mounts, partial(snapshotter.changes, consume=list)):
                 try:
@@ -637,7 +637,7 @@ async def inspect(root: Path, quick: Options, puts: list[Put]) -> None:
             for _, name, _ in reversed(list(directory.entries(0))):
                 with suppress(Damaged, NotFound, HasChildren):
                     await directory.rmdir(name, 1)
-        await crawl(tree.node(ROOT_INODE))
+        await crawl(tree, tree.node(ROOT_INODE))
         for name in LEAVES:
             if name not in touched(puts):
                 with pytest.raises(NotFound):

@@ -22,7 +22,8 @@ from snapfs import names, open_snapshotter
 from snapfs.errors import Unavailable
 from snapfs.kernel import mounting
 from snapfs.model import Kind
-from snapfs.root.layers import Layers, Top
+from snapfs.root.layers import FsTemplate, Layers
+from snapfs.root.owners import change_owners
 from snapfs.root.trash import DEPTH
 from snapfs.scan.changes import changes
 from snapfs.scan.usage import disk_usage
@@ -173,14 +174,14 @@ def test_the_merged_file_system_of_such_a_layer(make_daemon: Make, outside: Path
 
 def test_owners_are_changed_of_links_and_not_of_what_they_lead_to(root: Path, outside: Path) -> None:
     with closing(Layers.open(str(root))) as layers:
-        layers.place(1, Kind.ACTIVE, Top())
+        layers.place(1, Kind.ACTIVE, FsTemplate())
         inodes = make_zoo(root / "snapshots/1/fs", outside)
-        layers.chown(1, lambda entry: (12345, 23456))
+        change_owners(layers.directory(1), lambda entry: (12345, 23456))
         with closing(directories(layers.fs(1))) as visited:
             found = (entry.stat(follow_symlinks=False) for _, entries in visited for entry in entries)
             owners = [(stat.st_uid, stat.st_gid) for stat in found]
         assert owners == [(12345, 23456)] * (inodes - 1)
-        layers.retire(1)
+        layers.move_to_trash(1)
         layers.empty_trash()
         assert os.listdir(root / "trash") == []
 
@@ -247,9 +248,9 @@ def test_a_directory_is_swapped_while_it_is_deleted(root: Path, outside: Path, m
         monkeypatch.setattr(os, "rmdir", swap_then)
         for stop in range(1, 21):
             left = stop
-            layers.place(stop, Kind.ACTIVE, Top())
+            layers.place(stop, Kind.ACTIVE, FsTemplate())
             make_layer(Path(layers.fs(stop)))
-            layers.retire(stop)
+            layers.move_to_trash(stop)
             layers.empty_trash()
             assert sorted(os.listdir(outside)) == ["b", "secret"]
             layers.empty_trash()  # what was in the way
@@ -261,7 +262,7 @@ def test_a_directory_is_swapped_while_it_is_deleted(root: Path, outside: Path, m
 def test_a_file_is_swapped_for_a_link_while_its_owner_is_changed(root: Path, outside: Path) -> None:
     """chown(2) takes the set-user-ID bit away: when it is put back it is not put on what the link leads to."""
     with closing(Layers.open(str(root))) as layers:
-        layers.place(1, Kind.ACTIVE, Top())
+        layers.place(1, Kind.ACTIVE, FsTemplate())
         file = Path(layers.fs(1)) / "file"
         file.write_text("")
         file.chmod(0o6755)
@@ -272,7 +273,7 @@ def test_a_file_is_swapped_for_a_link_while_its_owner_is_changed(root: Path, out
                 os.symlink(outside / "b/secret", file)
             return 12345, 23456
 
-        layers.chown(1, owner)
+        change_owners(layers.directory(1), owner)
         assert os.lstat(file).st_uid == 12345
     assert stat.S_IMODE(os.stat(outside / "b/secret").st_mode) == 0o600
 

@@ -35,7 +35,7 @@ from snapfs.kernel import mounting
 from snapfs.root.lock import is_abandoned
 from snapfs.store import environment, locktable
 from snapfs.tree import Tree
-from snapfs.tree.tree import ROOT_INODE
+from snapfs.tree.inodes import ROOT_INODE
 from tests.nodes import crawl
 from tests.processes import die_with_parent, in_fork
 from tests.records import adding, check_indexes, readers
@@ -322,7 +322,7 @@ async def test_a_forked_process_is_refused_and_harms_nothing(snapshotter: Snapsh
     assert in_fork(read) == REFUSED
     assert in_fork(partial(step, partial(store.write, adding("a")))) == REFUSED
     assert in_fork(partial(step, partial(snapshotter._write_record, adding("a")))) == REFUSED
-    assert in_fork(lambda: snapshotter._reading().__enter__()) == REFUSED
+    assert in_fork(lambda: snapshotter.reading().__enter__()) == REFUSED
     with store.reading() as reader:
         assert reader.id_of("web") == 1
         before = readers(store.environment.env)

@@ -87,8 +87,8 @@ async def test_listings_go_on_after_an_id(store: MetaStore) -> None:
             assert list(reader.children(base, Kind.ACTIVE, after)) == expected
         assert list(reader.listing(Kind.ACTIVE, 304)) == list(reader.children(base, Kind.ACTIVE, 304)) == []
         assert list(reader.numbers(after=302)) == [303, 304]
-        assert reader.a_child(base) is not None
-        assert reader.a_child(numbers[0]) is None
+        assert reader.any_child(base) is not None
+        assert reader.any_child(numbers[0]) is None
 
 
 async def test_a_chain_is_nearest_first(store: MetaStore) -> None:
@@ -458,7 +458,7 @@ async def test_deletion_can_be_stopped_and_goes_on_later(snapshotter: Snapshotte
     await snapshotter.prepare("web")
     for number in range(50):
         (root / f"snapshots/1/fs/{number}").write_text("")
-    snapshotter.layers.retire(1)
+    snapshotter.layers.move_to_trash(1)
     calls = 0
 
     def checkpoint() -> None:

@@ -42,7 +42,7 @@ HOSTILE = [
 
 def unmount_unused(target: str) -> int | None:
     """Unmount ``target`` while a copy of it keeps the overlay; the copy."""
-    copy = mounting.copy_of(target)
+    copy = mounting.detached_copy(target)
     try:
         mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
     except OSError:
@@ -532,7 +532,7 @@ def test_unmount_unused_below_a_shared_mount(layers: Layers, target: Path) -> No
     assert mounts_at(inner) == []
 
 
-@pytest.mark.parametrize("unmount", [unmount_unused, mounting.expire])
+@pytest.mark.parametrize("unmount", [unmount_unused, mounting.unmount_unused])
 def test_only_what_is_mounted_at_the_path_itself_is_unmounted(
     unmount: Callable[[str], object], layers: Layers, target: Path, tmp_path: Path
 ) -> None:
@@ -565,16 +565,16 @@ def test_expire_takes_two_calls_without_use_in_between(kind: str, layers: Layers
         overlay.mount_overlay(str(target), layers.lowers, layers.upper, layers.work, ["index=off"], read_only=False)
     else:
         mounting.mount_bind(layers.lowers[0], str(target), read_only=True)
-    assert mounting.expire(str(target)) is False
+    assert mounting.unmount_unused(str(target)) is False
     os.stat(target / "same")
-    assert mounting.expire(str(target)) is False, "the use in between did not count"
+    assert mounting.unmount_unused(str(target)) is False, "the use in between did not count"
     with open(target / "same"):
-        refused(errno.EBUSY, lambda: mounting.expire(str(target)))
-    assert mounting.expire(str(target)) is False
+        refused(errno.EBUSY, lambda: mounting.unmount_unused(str(target)))
+    assert mounting.unmount_unused(str(target)) is False
     list(mount_table())
     os.stat(target.parent)  # neither is use
     assert len(mounts_at(target)) == 1
-    assert mounting.expire(str(target)) is True
+    assert mounting.unmount_unused(str(target)) is True
     assert mounts_at(target) == []
 
 
@@ -600,15 +600,15 @@ for mount in (overlay.mount_overlay, overlay.mount_overlay_classic):
     assert len(os.listdir(target)) == 4
     Path(target, "same").write_text("changed")
     os.unlink(target + "/same")
-    copy = mounting.copy_of(target)
+    copy = mounting.detached_copy(target)
     assert copy is not None
     mounting.unmount(target)
     os.close(copy)
     os.unlink(upper + "/same")
     mount(target, lowers, upper, work, ["userxattr", "index=off"], read_only=True)
     assert read_only()
-    assert not mounting.expire(target)
-    assert mounting.expire(target)
+    assert not mounting.unmount_unused(target)
+    assert mounting.unmount_unused(target)
 for bind in (mounting.mount_bind, mounting.mount_bind_classic):
     bind(lowers[0], target, read_only=True)
     assert sorted(os.listdir(target)) == ["file0", "same"] and read_only()

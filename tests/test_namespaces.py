@@ -15,7 +15,7 @@ from snapfs import open_snapshotter
 from snapfs.errors import Busy
 from snapfs.kernel import mountapi, mounting, overlay, shelter
 from snapfs.kernel.mounttable import MountPoint, mount_table
-from snapfs.kernel.namespaces import Namespaces, is_neighbour, sees_mount
+from snapfs.kernel.namespaces import Namespaces, sees_mount, shares_mount_namespace
 from tests.processes import die_with_parent
 
 Put = Callable[[str, str], None]
@@ -54,7 +54,7 @@ def test_mounts_of_another_namespace_are_found(tmp_path: Path, lists: bool) -> N
         (mount,) = found.find(everything)
         assert (mount.target, mount.type, mount.root, mount.options[0]) == (str(target), "tmpfs", "/", "ro")
         assert [(who, each.target) for who, each in found.by_process(everything)] == [(pid, str(target))]
-        assert not is_neighbour(pid)
+        assert not shares_mount_namespace(pid)
         assert sees_mount(pid, str(target))
         assert not sees_mount(os.getpid(), str(target))
         subprocess.run(["nsenter", "-m", "-t", str(pid), "mount", "-o", "remount,bind,rw", str(target)], check=True)
@@ -92,11 +92,11 @@ def test_more_layers_than_fit_into_a_buffer(tmp_path: Path) -> None:
 
 
 def by_the_mount_api(source: str, directory: str) -> None:
-    shelter.put(mounting.make_bind(source, read_only=False), directory)
+    shelter.attach(mounting.make_bind(source, read_only=False), directory)
 
 
 def by_mount_2(source: str, directory: str) -> None:
-    shelter.put_classic(lambda target: mounting.mount_bind_classic(source, target, read_only=False), directory)
+    shelter.attach_classic(lambda target: mounting.mount_bind_classic(source, target, read_only=False), directory)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from snapfs import Kind, Snapshotter, open_snapshotter
 from snapfs.offline.checking import check
 from snapfs.root import imprint
-from snapfs.root.layers import Top
+from snapfs.root.layers import FsTemplate
 from snapfs.root.pool import POOL, Pool
 from snapfs.store.writing import Writer
 from tests.mounts import loop_mounted
@@ -115,19 +115,19 @@ async def test_an_id_that_was_given_back_is_not_settled_by_what_had_it(
 ) -> None:
     FILL(snapshotter.layers.pool, lambda: None)
     layers = snapshotter.layers
-    name = layers.place(90, Kind.ACTIVE, Top())
+    name = layers.place(90, Kind.ACTIVE, FsTemplate())
     assert name is not None
     sync = layers.pool.sync
 
     def undone_meanwhile() -> None:
         sync()
-        layers.unmake(90)
+        layers.undo_place(90)
 
     monkeypatch.setattr(layers.pool, "sync", undone_meanwhile)
     while not layers.pool.is_low:
         layers.pool._ready.pop()
     FILL(layers.pool, lambda: None)
-    assert layers.pool.settled < 90
+    assert layers.pool.flushed_up_to < 90
 
 
 @pytest.mark.usefixtures("nobody_fills")

@@ -1,9 +1,10 @@
-"""The README says what is so: its commands, options, errors and library example."""
+"""The READMEs say what is so: commands, options, sessions, backups, the library's examples; the first is short."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,7 @@ from snapfs.cli import VERBS
 from snapfs.cli.serve import _ACCESS, _FLAGS, _NUMBERS
 from snapfs.offline.checking import check
 from tests.daemon import Daemon
-from tests.readme import README, recipe
+from tests.readme import CLONE, README, READMES, read, recipe
 
 
 def test_every_option_is_listed() -> None:
@@ -23,8 +24,9 @@ def test_every_option_is_listed() -> None:
     assert {*_FLAGS, *_ACCESS, *_NUMBERS, "mount_option"} <= table
 
 
-def test_the_library_example_runs(tmp_path: Path) -> None:
-    example = README.split("```python\n")[1].split("```")[0]
+@pytest.mark.parametrize("door", ["import snapfs.blocking", "import trio"])
+def test_the_library_example_runs(door: str, tmp_path: Path) -> None:
+    (example,) = re.findall(rf"^```python\n({door}\n.*?)^```", read("examples"), re.MULTILINE | re.DOTALL)
     assert "/srv/snapfs" in example
     script = tmp_path / "example.py"
     script.write_text(example.replace("/srv/snapfs", str(tmp_path / "root")))
@@ -63,9 +65,10 @@ def test_a_workspace(daemon: Daemon, tmp_path: Path) -> None:
 @pytest.mark.parametrize("program", ["cp", "tar", "rsync"])
 def test_a_whole_backup(daemon: Daemon, tmp_path: Path, program: str) -> None:
     """The daemon ends a moment after umount: until then file systems are mounted in ROOT, and the records are written."""
-    line = re.findall(r"^    (umount /snap && .*)$", README, re.MULTILINE)[0]
+    backup = read("examples/backup")
+    line = re.findall(r"^    (umount /snap && .*)$", backup, re.MULTILINE)[0]
     if program != "cp":
-        options = re.findall(rf"`{program} (-[^`]*)`", README.split("Instead of `cp -a`")[1])[0]
+        options = re.findall(rf"`{program} (-[^`]*)`", backup)[0]
         how = {
             "tar": f'sh -c "mkdir /backup/snapfs && tar {options} -C /srv/snapfs -c . | tar {options} -C /backup/snapfs -x"',
             "rsync": f"rsync {options} /srv/snapfs/ /backup/snapfs",
@@ -96,12 +99,58 @@ def test_a_whole_backup(daemon: Daemon, tmp_path: Path, program: str) -> None:
     assert copied.stat().st_blocks * 512 < 1 << 20
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (Path(__file__).parent.parent / target).exists(), target
+def test_a_session(daemon: Daemon, tmp_path: Path) -> None:
+    """What each command prints, but for times and process numbers."""
+    session = textwrap.dedent(README.split("## A session\n")[1].split("\n\n")[1])
+    (tmp_path / "home/site").mkdir(parents=True)
+    for name in ("index.html", "style.css"):
+        (tmp_path / "home/site" / name).write_text("x")
+    commands = [line.removeprefix("$ ") for line in session.splitlines() if line.startswith("$ ")]
+    script = "".join(f"printf '%s\\n' {shlex.quote('$ ' + command)}\n{command}\n" for command in commands)
+    script, session = (
+        re.sub(r"/snap\b", str(daemon.mnt), text.replace("/srv/snapfs", str(daemon.root))) for text in (script, session)
+    )
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "HOME": str(tmp_path / "home"), "LC_ALL": "C"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    )
+    changing = r"\d+ (?=\((bash|mv)\))|[A-Z][a-z]{2} +\d+ \d\d:\d\d"
+    assert re.sub(changing, "…", done.stdout).splitlines() == re.sub(changing, "…", session).splitlines()
+
+
+def test_the_first_is_read_in_five_minutes() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 250
+    assert max(map(len, lines)) <= 128
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(CLONE)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text()):
+        there = path.parent / target if target else path
+        assert there.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings], heading
+
+
+def test_each_is_led_to() -> None:
+    """From the first one."""
+    led_to = {CLONE / target for target in re.findall(r"\]\(([^)#:]+)\)", README)}
+    assert {path for path in READMES if path.parent != CLONE} <= led_to
+
+
+def test_each_test_is_on_the_map() -> None:
+    words = set(re.findall(r"\w+", read("tests")))
+    assert {path.stem for path in (CLONE / "tests").iterdir() if path.suffix in (".py", ".sh")} - words == {"__init__"}
 
 
 def test_make_targets_exist() -> None:
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
-    for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    makefile = (CLONE / "Makefile").read_text()
+    for path in READMES:
+        for target in re.findall(r"(?:^    |`)make (\w+)", path.read_text(), re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from snapfs.cli import VERBS
+from snapfs.snapshotter import Snapshotter
 
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
 PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec", "options"}
 DOORS = {"snapshotter", "opening"}
+DOORWAYS = {"tree", "fuse", "containerd", "cli"}  # what is built on a Snapshotter
 
 MAY_IMPORT = {
     **dict.fromkeys(PURE, PURE),
@@ -26,7 +31,7 @@ MAY_IMPORT = {
     "blocking": PURE | DOORS | {"store"},
     "offline": PURE | {"kernel", "store", "scan", "root", "offline"},
     "__init__": PURE | DOORS | {"store", "blocking"},
-    "tree": PURE | {"kernel", "store", "root", "snapshotter", "tree"},
+    "tree": PURE | {"store", "snapshotter", "tree"},
     "fuse": PURE | DOORS | {"kernel", "root", "tree", "fuse"},
     "containerd": PURE | {"snapshotter", "containerd"},
     "testing": {"kernel"},
@@ -73,6 +78,37 @@ def test_no_trio_below_the_services(module: Path) -> None:
     assert "import trio" not in (PACKAGE / module).read_text()
 
 
+PLAIN_VALUES = {"options", "overlay_options", "features"}  # of a Snapshotter; all its other attributes are its services
+CALLS = {name for name in vars(Snapshotter) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in DOORWAYS], ids=str)
+def test_nothing_reaches_past_the_snapshotter(module: Path) -> None:
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+            if owner.strip("_") == "snapshotter":
+                assert node.attr in CALLS | PLAIN_VALUES, f"{module}:{node.lineno} reaches for {owner}.{node.attr}"
+
+
+def imported_modules(module: Path) -> set[Path]:
+    """The modules of snapfs that ``module`` imports, for types alone too, and wherever in its text."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "snapfs":
+            base = "/".join(str(node.module).split(".")[1:])
+            for alias in node.names:
+                paths = [Path(base, f"{alias.name}.py"), Path(f"{base}.py"), Path(base, "__init__.py")]
+                found.add(next(path for path in paths if (PACKAGE / path).exists()))
+    return found
+
+
+def test_no_circle_of_modules() -> None:
+    """Not even one of types.  But for the command, which starts by name what needs the table of its verbs."""
+    modules = [module for module in MODULES if room_of(module) != "cli"]
+    TopologicalSorter({module: imported_modules(module) for module in modules}).prepare()  # raises CycleError
+
+
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_only_fuse_knows_pyfuse3(module: Path) -> None:
     text = (PACKAGE / module).read_text()
@@ -102,3 +138,18 @@ def test_no_module_imports_tests(module: Path) -> None:
 def test_one_subject_a_room_of_tests(module: Path) -> None:
     assert module.stem not in ("utils", "util", "common", "helpers", "misc")
     assert ast.get_docstring(ast.parse((TESTS / module).read_text())), "a module says what it is for"
+
+
+def test_every_module_is_on_the_map() -> None:
+    """snapfs/README.md names each module in the part about its package, and none that there is not."""
+    text = (PACKAGE / "README.md").read_text().replace("`tests/test_rooms.py`", "")
+    there = {(module.parent.name, module.name) for module in MODULES if module.stem not in ("__init__", "__main__")}
+    named = set(re.findall(r"`(\w+)/(\w+\.py)`", text))
+    rooms = text.partition("## The rooms")[2].partition("## Four walks")[0]
+    package = ""
+    for line in rooms.splitlines():
+        package = begun[1] if (begun := re.match(r"`(\w+)/`, ", line)) else "" if line.startswith("The doors") else package
+        named |= {(package, name) for name in re.findall(r"`(\w+\.py)`", line)}
+    assert named <= there
+    left = there - named
+    assert left <= {("cli", f"{module}.py") for module, _ in VERBS.values()}, "a verb is a file of its name; all else is named"

@@ -1327,7 +1327,7 @@ async def test_what_is_being_flushed_is_not_mounted_anew(root: Path, monkeypatch
 
     monkeypatch.setattr(Closing, "run", flush)
     monkeypatch.setattr(Closing, "is_flush", lambda closing: True)
-    monkeypatch.setattr("snapfs.services.rootfs.FLUSHING", 0.05)
+    monkeypatch.setattr("snapfs.root.merged.FLUSHING", 0.05)
     async with open_snapshotter(root) as snapshotter:
         await snapshotter.prepare("b")
         await snapshotter.commit("base", "b")
@@ -1337,7 +1337,7 @@ async def test_what_is_being_flushed_is_not_mounted_anew(root: Path, monkeypatch
         with pytest.raises(Busy, match="still being written to the disk"):
             await snapshotter.mount("web")
         flushed.set()
-        monkeypatch.setattr("snapfs.services.rootfs.FLUSHING", 20)
+        monkeypatch.setattr("snapfs.root.merged.FLUSHING", 20)
         assert os.listdir(await snapshotter.mount("web")) == []
 
 

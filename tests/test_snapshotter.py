@@ -36,7 +36,7 @@ from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
 from snapfs.offline.rebuilding import rebuild
 from snapfs.options import Options, Sync
-from snapfs.root.layers import Top
+from snapfs.root.layers import FsTemplate
 from snapfs.root.pool import POOL, POOL_LEAST
 from snapfs.store.metastore import BATCH
 from snapfs.store.writing import Writer
@@ -613,7 +613,7 @@ async def test_a_directory_that_can_not_be_moved_away_is_logged_and_left_to_clea
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(filled.layers, "retire", refuse)
+        patch.setattr(filled.layers, "move_to_trash", refuse)
         await filled.remove("web")
     assert "Input/output error" in caplog.text
     with pytest.raises(NotFound):
@@ -1041,7 +1041,7 @@ async def test_a_call_cancelled_under_way_is_done(
     place = snapshotter.layers.place
     results: list[object] = []
 
-    def slowly(number: int, kind: Kind, top: Top) -> None:
+    def slowly(number: int, kind: Kind, top: FsTemplate) -> None:
         trio.from_thread.run_sync(begun.set)
         assert go_on.wait(20)
         place(number, kind, top)

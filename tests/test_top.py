@@ -15,7 +15,7 @@ import pytest
 
 from snapfs import Snapshotter, open_snapshotter
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
-from snapfs.root.layers import Top
+from snapfs.root.layers import FsTemplate
 from snapfs.root.pool import Pool
 from tests.command import Command
 from tests.containerd_client import connected
@@ -176,7 +176,9 @@ async def test_a_disk_that_refuses_an_attribute_leaves_nothing(
     snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await made(snapshotter, bare)
-    monkeypatch.setattr("snapfs.root.placing.top", lambda layers, record: Top(attributes=[("user.x", bytes(70000))]))
+    monkeypatch.setattr(
+        "snapfs.root.placing.fs_template", lambda layers, record: FsTemplate(attributes=[("user.x", bytes(70000))])
+    )
     with pytest.raises(Exception, match='cannot make the directories of snapshot "web"'):
         await snapshotter.prepare("web", "base")
     assert sorted(os.listdir(snapshotter.layers.snapshots)) == ["1"]

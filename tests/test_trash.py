@@ -94,7 +94,7 @@ async def test_the_whole_directory(disk: Path) -> None:
             subprocess.run(["chattr", "-R", "+i", directory], check=True)
             await snapshotter.remove("k")
             assert not directory.exists()
-        assert snapshotter.layers.waiting == 0
+        assert snapshotter.layers.pending_deletions == 0
 
 
 def test_the_whole_directory_where_it_may_not_be_changed(disk: Path, make_daemon: Make) -> None:

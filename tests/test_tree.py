@@ -14,10 +14,9 @@ from snapfs.errors import Stale
 from snapfs.fuse.errno import errno_of
 from snapfs.tree import Tree
 from snapfs.tree.attributes import ATTRIBUTES
-from snapfs.tree.labels import label_slots
-from snapfs.tree.node import Directory, Link, Slot, pack, unpack
+from snapfs.tree.inodes import FIRST_LABEL, ROOT_INODE, Slot, label_slots, pack, unpack
+from snapfs.tree.node import Directory, Link
 from snapfs.tree.texts import MOST, Text
-from snapfs.tree.tree import ROOT_INODE
 from tests.nodes import crawl
 
 
@@ -96,7 +95,7 @@ async def test_each_text_of_a_file_has_an_inode_of_its_own(tree: Tree) -> None:
     handles = [await tree.node(node.inode).open() for node in (before, after)]
     assert [b"blue" in handle.read(0, 4096) for handle in handles] == [False, True], "who was told of a text can open it"
     for n in range(MOST // 4000 + 10):
-        tree.versions.keep(-n, Text(b"x" * 4000))
+        tree.state.versions.keep(-n, Text(b"x" * 4000))
     with pytest.raises(Stale):
         tree.node(before.inode)
     assert tree.node(after.inode).path == "active/web/info.json", "the present text can be made again"
@@ -124,7 +123,7 @@ async def test_children_come_first(tree: Tree) -> None:
 
 
 def test_colliding_labels_get_slots_of_their_own() -> None:
-    span = (1 << 28) - Slot.FIRST_LABEL
+    span = (1 << 28) - FIRST_LABEL
     by_slot: dict[int, str] = {}
     pair = None
     for n in range(200_000):

@@ -23,9 +23,9 @@ Make = Callable[..., Daemon]
 
 # Each scan says so in the file ``scans``; the first, once it has its first line, waits for whoever opens the fifo ``gate``.
 GATED = """
-import snapfs.cli, snapfs.snapshotter
+import snapfs.cli, snapfs.services.comparing
 
-original, number = snapfs.snapshotter.changes, 0
+original, number = snapfs.services.comparing.changes, 0
 
 def gated(layers, **options):
     global number
@@ -39,7 +39,7 @@ def gated(layers, **options):
     yield line
     yield from lines
 
-snapfs.snapshotter.changes = gated
+snapfs.services.comparing.changes = gated
 raise SystemExit(snapfs.cli.main())
 """
 

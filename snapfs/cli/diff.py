@@ -23,7 +23,7 @@ def _diff(given: Given) -> int:
         print(json.dumps([{"change": line[0], "path": line[2:]} for line in lines], indent=2, ensure_ascii=False))
     else:
         for line in lines:
-            print(table.painted(line, _COLOURS[line[0]]))
+            print(table.coloured(line, _COLOURS[line[0]]))
     return 0
 
 

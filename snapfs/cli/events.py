@@ -46,7 +46,7 @@ def _said(line: bytes) -> str:
         return f"({event['missed']} events are not kept any more)"
     new = f" -> {event['name']}" if event["name"] else ""
     on = f" on {event['parent']}" if event["parent"] else ""
-    return table.printed(f"{event['time'][:23]}Z {event['operation']:<8} {event['key']}{new}{on}")
+    return table.printable(f"{event['time'][:23]}Z {event['operation']:<8} {event['key']}{new}{on}")
 
 
 VERBS = {

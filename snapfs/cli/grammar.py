@@ -22,6 +22,14 @@ class Option:
         self.short = short
         self.many = many
 
+    def words(self) -> str:
+        """How it is written: ``-p, --parent PARENT``."""
+        return (f"{self.short}, " if self.short else "") + f"--{self.name}" + f" {self.metavar}" * bool(self.metavar)
+
+    def meaning(self) -> str:
+        """What it does, in a line."""
+        return self.text + "; may be repeated" * self.many
+
 
 AT = Option("at", "the tree: where it is mounted, or any directory in it", "DIR")
 JSON = Option("json", "for programs")
@@ -128,9 +136,6 @@ class Verb:
         if self.options:
             lines += ["", "options:"]
         for option in self.options:
-            words = (
-                (f"{option.short}, " if option.short else "") + f"--{option.name}" + f" {option.metavar}" * bool(option.metavar)
-            )
-            lines.append(f"  {words:<24}{option.text}" + "; may be repeated" * option.many)
+            lines.append(f"  {option.words():<24}{option.meaning()}")
         lines += ["", "examples:", *(f"  {example}" for example in self.examples.strip().splitlines())]
         return "\n".join(lines) + "\n"

@@ -29,7 +29,7 @@ def _label(given: Given) -> int:
         print(json.dumps(now, indent=2, ensure_ascii=False))
     else:
         for key, value in sorted(now.items()):
-            print(table.printed(f"{key}={value}"))
+            print(table.printable(f"{key}={value}"))
     return 0
 
 

@@ -29,16 +29,16 @@ def _ls(given: Given) -> int:
     else:
         lines = [
             (
-                table.printed(row.name),
+                table.printable(row.name),
                 row.kind + f" ({row.state})" * bool(row.state),
-                table.printed(row.parent or ""),
-                table.said_size(row.size),
-                table.said_age(row.created),
-                table.said_labels(row.labels),
+                table.printable(row.parent or ""),
+                table.format_size(row.size),
+                table.format_age(row.created),
+                table.format_labels(row.labels),
             )
             for row in found
         ]
-        table.show_table(("NAME", "KIND", "PARENT", "SIZE", "AGE", "LABELS"), lines, right=(3, 4))
+        table.show_table(("NAME", "KIND", "PARENT", "SIZE", "AGE", "LABELS"), lines, right_aligned=(3, 4))
     return 0
 
 

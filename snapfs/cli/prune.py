@@ -71,10 +71,10 @@ def _prune(given: Given) -> int:
     else:
         verb = "would remove" if given.has("dry-run") else "removed"
         for row in removed:
-            print(f"{verb} {table.printed(row.name)}")
+            print(f"{verb} {table.printable(row.name)}")
         for row, why in staying:
-            print(f"kept {table.printed(row.name)}: {table.printed(why)}")
-        print(f"{verb} {len(removed)}, {table.said_size(sum(row.size for row in removed))}")
+            print(f"kept {table.printable(row.name)}: {table.printable(why)}")
+        print(f"{verb} {len(removed)}, {table.format_size(sum(row.size for row in removed))}")
     for refusal in refused:
         print(f"snapfs: {refusal}", file=sys.stderr)
     return refused[-1].status if refused else 0

@@ -20,7 +20,7 @@ def remove(place: Place, wanted: Sequence[Row]) -> tuple[list[Row], list[Refusal
     progress = Progress()
     try:
         for done, row in enumerate(wanted):
-            progress.show(f"removing {table.printed(row.name)}", done, len(wanted))
+            progress.show(f"removing {table.printable(row.name)}", done, len(wanted))
             try:
                 place.do(f'remove "{row.name}"', os.rmdir, place.directory(row.kind, row.name))
                 removed.append(row)
@@ -53,12 +53,12 @@ def _rm(given: Given) -> int:
     wanted = children_first(wanted)
     if given.has("dry-run"):
         for row in wanted:
-            print(table.printed(row.name))
+            print(table.printable(row.name))
         return status
     removed, refused = remove(place, wanted)
     if given.has("recursive"):
         for row in removed:
-            print(f"removed {table.printed(row.name)}")
+            print(f"removed {table.printable(row.name)}")
     for refusal in refused:
         print(f"snapfs: {refusal}", file=sys.stderr)
         status = refusal.status

@@ -160,7 +160,7 @@ def _containerd(path: str) -> dict[str, Any]:
     except ImportError as error:
         raise Unavailable(f"gRPC can't be loaded ({error}); install it: pip install 'snapfs[containerd]'") from None
     path = os.path.abspath(path)
-    return {"beside": partial(serving, path), "told": {"containerd": path}}
+    return {"beside": partial(serving, path), "also_shown": {"containerd": path}}
 
 
 def _access(given: dict[str, str]) -> dict[str, int]:

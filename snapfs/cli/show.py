@@ -36,21 +36,21 @@ def _show(given: Given) -> int:
         if n:
             print()
         usage = info.pop("usage")
-        info["size"] = f"{table.said_size(usage['size'])} in {usage['inodes']} inodes"
+        info["size"] = f"{table.format_size(usage['size'])} in {usage['inodes']} inodes"
         for field, value in info.items():
             for line in _lines(value):
-                print(f"{table.painted(f'{field:<10}', 'dim')} {line}")
+                print(f"{table.coloured(f'{field:<10}', 'dim')} {line}")
     return 0
 
 
 def _lines(value: object) -> list[str]:
     if isinstance(value, dict):
-        return [table.printed(f"{key}={each}") for key, each in value.items()]
+        return [table.printable(f"{key}={each}") for key, each in value.items()]
     if isinstance(value, list):
         return [
-            line for each in value for line in ([json.dumps(each)] if isinstance(each, dict) else [table.printed(str(each))])
+            line for each in value for line in ([json.dumps(each)] if isinstance(each, dict) else [table.printable(str(each))])
         ]
-    return [] if value in (None, "") else [table.printed(str(value))]
+    return [] if value in (None, "") else [table.printable(str(value))]
 
 
 VERBS = {

@@ -14,14 +14,14 @@ COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "dim": 2, "bold": 1
 KIND_COLOURS = {"active": "green", "view": "blue", "committed": "bold"}
 
 
-def painted(text: str, colour: str) -> str:
+def coloured(text: str, colour: str) -> str:
     """``text`` in ``colour``, where standard output is a terminal and NO_COLOR (no-color.org) is not set."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\033[{COLOURS[colour]}m{text}\033[0m"
 
 
-def printed(text: str) -> str:
+def printable(text: str) -> str:
     """``text`` on one line, without what a terminal would obey."""
     if text.isascii() and text.isprintable():
         return text
@@ -30,19 +30,19 @@ def printed(text: str) -> str:
     return names.printable(text)
 
 
-def show_table(heads: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """Print columns, as wide as what is in them; those in ``right`` are flush right."""
+def show_table(heads: Sequence[str], lines: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> None:
+    """Print columns, as wide as what is in them; those in ``right_aligned`` are flush right."""
     widths = (
         [max([len(head), *map(len, column)]) for head, column in zip(heads, zip(*lines, strict=True), strict=True)]
         if lines
         else [len(head) for head in heads]
     )
-    form = "  ".join(f"{{:{'>' if n in right else '<'}{width}}}" for n, width in enumerate(widths))
-    print(painted(form.format(*heads).rstrip(), "dim"))
+    form = "  ".join(f"{{:{'>' if n in right_aligned else '<'}{width}}}" for n, width in enumerate(widths))
+    print(coloured(form.format(*heads).rstrip(), "dim"))
     sys.stdout.write("".join(form.format(*line).rstrip() + "\n" for line in lines))
 
 
-def said_size(size: int) -> str:
+def format_size(size: int) -> str:
     """Bytes as ls -h says them: ``3.4M``."""
     if size < 1024:
         return f"{size}B"
@@ -54,7 +54,7 @@ def said_size(size: int) -> str:
     return f"{amount:.1f}{unit}" if amount < 9.95 else f"{amount:.0f}{unit}"
 
 
-def said_age(since: float) -> str:
+def format_age(since: float) -> str:
     """Seconds since the epoch as an age: ``5m``, ``3h``, ``12d``."""
     seconds = max(0, int(time.time() - since))
     for length, unit in ((86400, "d"), (3600, "h"), (60, "m")):
@@ -63,5 +63,5 @@ def said_age(since: float) -> str:
     return f"{seconds}s"
 
 
-def said_labels(labels: dict[str, str]) -> str:
-    return printed(" ".join(f"{key}={value}" for key, value in sorted(labels.items())))
+def format_labels(labels: dict[str, str]) -> str:
+    return printable(" ".join(f"{key}={value}" for key, value in sorted(labels.items())))

@@ -34,9 +34,10 @@ def _tree(given: Given) -> int:
     waiting = [(row, "", "", "") for row in reversed(tops)]
     while waiting:  # chains are longer than the interpreter's stack
         row, before, branch, after = waiting.pop()
-        name = table.painted(table.printed(row.name), table.KIND_COLOURS[row.kind])
-        facts = [row.kind, *([row.state] if row.state else []), table.said_size(row.size), table.said_age(row.created)]
-        print(f"{before}{branch}{name}  " + table.painted("  ".join([*facts, table.said_labels(row.labels)]).rstrip(), "dim"))
+        name = table.coloured(table.printable(row.name), table.KIND_COLOURS[row.kind])
+        facts = [row.kind, *([row.state] if row.state else []), table.format_size(row.size), table.format_age(row.created)]
+        facts.append(table.format_labels(row.labels))
+        print(f"{before}{branch}{name}  " + table.coloured("  ".join(facts).rstrip(), "dim"))
         children = below.get(row.name, [])
         for n, child in enumerate(reversed(children)):
             waiting.append((child, before + after, "└── " if n == 0 else "├── ", "    " if n == 0 else "│   "))

@@ -23,7 +23,7 @@ def _usage(given: Given) -> int:
     progress = Progress()
     try:
         for done, (name, kind, directory) in enumerate(wanted):
-            progress.show(f"counting {table.printed(name)}", done, len(wanted))
+            progress.show(f"counting {table.printable(name)}", done, len(wanted))
             try:
                 usage = json.loads(place.read(f"{directory}/usage.json"))
             except Refusal as refused:
@@ -40,12 +40,12 @@ def _usage(given: Given) -> int:
         return 0
     found.sort(key=lambda each: -int(str(each["size"])))
     lines = [
-        (table.printed(str(each["name"])), str(each["kind"]), str(each["inodes"]), table.said_size(int(str(each["size"]))))
+        (table.printable(str(each["name"])), str(each["kind"]), str(each["inodes"]), table.format_size(int(str(each["size"]))))
         for each in found
     ]
     if len(found) != 1:
-        lines.append(("total", "", str(total[0]), table.said_size(total[1])))
-    table.show_table(("NAME", "KIND", "INODES", "SIZE"), lines, right=(2, 3))
+        lines.append(("total", "", str(total[0]), table.format_size(total[1])))
+    table.show_table(("NAME", "KIND", "INODES", "SIZE"), lines, right_aligned=(2, 3))
     return 0
 
 

@@ -144,14 +144,14 @@ def _checkpoint(given: Given) -> int:
         lines = [
             (
                 str(n),
-                table.printed(row.name),
-                table.said_size(row.size),
-                table.said_age(row.created),
-                table.printed(row.labels.get(MESSAGE, "")),
+                table.printable(row.name),
+                table.format_size(row.size),
+                table.format_age(row.created),
+                table.printable(row.labels.get(MESSAGE, "")),
             )
             for n, row in found.items()
         ]
-        table.show_table(("NUMBER", "NAME", "SIZE", "AGE", "MESSAGE"), lines, right=(0, 2, 3))
+        table.show_table(("NUMBER", "NAME", "SIZE", "AGE", "MESSAGE"), lines, right_aligned=(0, 2, 3))
         return 0
     print(Workspace(place, key).checkpoint(given.value("message") or "", wait=given.has("sync")))
     return 0

@@ -54,7 +54,7 @@ async def serving(path: str, snapshotter: Snapshotter, settle: Settle = _nobody)
     Raises InvalidArgument or Unavailable, with a sentence, where that can't be done.
     """
     try:
-        snapshotter.layers.root.encode()
+        snapshotter.root.encode()
     except UnicodeEncodeError:
         raise Unavailable("the path of ROOT is not UTF-8, and containerd can be told no other") from None
     refusal: SnapshotError | None = None

@@ -4,9 +4,9 @@ Without ``allow_other`` the kernel lets nobody in but processes whose user and g
 others, and asks for no modes.  With it everybody is let in, and the kernel (``default_permissions``) decides by what is shown
 here, as on other file systems:
 
-- everything belongs to ``uid`` and ``gid``, with all permissions that make sense less ``umask``: who may write may prepare,
-  commit, rename, label and remove every snapshot and clean up, who may read sees their names, labels and mount specs;
-- what is in a layer is for those alone who may read ROOT, which is the daemon's own with mode 0700.  So ``diff`` and ``rootfs``
+- everything belongs to ``uid`` and ``gid``, with all permissions that make sense less ``umask``: a user who may write may
+  prepare, commit, rename, label and remove every snapshot and clean up, one who may read sees their names, labels and mounts;
+- what is in a layer is for users alone who may read ROOT, which is the daemon's own with mode 0700.  So ``diff`` and ``rootfs``
   lead others to EACCES, ``changes`` belongs to the daemon's user with mode 0400 whatever the options say, and error_log leaves
   out what it would tell of a layer.  How much a layer takes is no secret, nor where it is mounted and which processes use it,
   as far as /proc tells the daemon.
@@ -50,11 +50,11 @@ class Access(msgspec.Struct, frozen=True):
         return found.mode if stat.S_ISLNK(found.mode) else found.mode & ~self.umask
 
     def may_enter_root(self, uid: int) -> bool:
-        """Whether a process with this user id gets into ROOT, whoever else may have a capability for that."""
+        """Whether a process with this user id gets into ROOT; others may have a capability for that, which is not known."""
         return uid in (0, os.geteuid())
 
     def words(self, error: Exception) -> str:
-        """What error_log says of ``error``."""
+        """What error_log, which every user of the tree may read, says of ``error``."""
         if isinstance(error, SnapshotError):
             return error.public if self.allow_other else str(error)
         if self.allow_other:

@@ -17,21 +17,20 @@ import trio
 from snapfs import names
 from snapfs.model import Change, Info
 from snapfs.tree.attributes import ATTRIBUTES
-from snapfs.tree.node import KIND_SLOTS, Slot, pack
+from snapfs.tree.inodes import DIRECTORY_SLOTS, LABELS_SLOTS, Slot, kind_inode, pack
 
 TIMEOUT = 600.0  # seconds
 
-SETTLE = 1.0  # seconds that who waits for the kernel to forget a name waits: a request may hold the directory's lock
+SETTLE = 1.0  # seconds that ``settle`` waits for the kernel to forget a name: a request may hold the directory's lock
 
-_DIRECTORIES = (Slot.SNAPSHOT, Slot.SNAPSHOT | Slot.INSIDE)
 _FIXED = [attribute.slot for attribute in ATTRIBUTES if attribute.fixed]  # all others are looked up each time
-_SLOTS = (*_DIRECTORIES, Slot.LABELS, Slot.LABELS | Slot.INSIDE, *_FIXED)
+_SLOTS = (*DIRECTORY_SLOTS, *LABELS_SLOTS, *_FIXED)
 
 
 class KernelCache:
     """The kernel's cache of one mount.
 
-    ``asked_for`` holds the names that a request under way removes or moves: of those the kernel knows.
+    A request under way that removes or moves a name is ``asked_for``: the kernel knows of that itself.
     """
 
     def __init__(self) -> None:
@@ -54,27 +53,28 @@ class KernelCache:
         info = after or before
         assert info is not None
         if before is not None:  # of a new one the kernel can't have heard
-            for slot in _DIRECTORIES if change.counted else _SLOTS:
+            for slot in DIRECTORY_SLOTS if change.counted else _SLOTS:
                 self.forget_attributes(pack(info.id, slot))
         if change.counted or (before and after and (before.name, before.kind) == (after.name, after.kind)):
             return
         for kind in {shown.kind for shown in (before, after) if shown}:
-            self.forget_attributes(pack(0, KIND_SLOTS[kind]))
+            self.forget_attributes(kind_inode(kind))
         self.forget_attributes(pack(0, Slot.BY_ID))
         if before is not None:
             self._forget_path(before)
 
     def _forget_path(self, info: Info) -> None:
-        directory, name = pack(0, KIND_SLOTS[info.kind]), names.encode(info.name)
+        directory, name = kind_inode(info.kind), names.encode(info.name)
         if (directory, name) not in self._asked_for:
             self.forget_name(directory, name)
 
     def forget_directory(self, number: int) -> None:
         """Forget what stat(2) says of the directory of snapshot ``number``."""
-        for slot in _DIRECTORIES:
+        for slot in DIRECTORY_SLOTS:
             self.forget_attributes(pack(number, slot))
 
     def forget_attributes(self, inode: int) -> None:
+        """Forget what stat(2) says of ``inode``."""
         with contextlib.suppress(OSError):  # the kernel doesn't know the inode, or is gone
             pyfuse3.invalidate_inode(inode, attr_only=True)
 
@@ -88,16 +88,17 @@ class KernelCache:
         self._forgetting.append((directory, name.encode()))
 
     async def settle(self) -> None:
-        """Return when the kernel has forgotten all names that it was told to; not for requests, on which it may wait."""
+        """Return when the kernel has forgotten all names that it was told to forget.  Not to be awaited in a request, for which
+        the kernel may be waiting."""
         async with self._settling:
-            told = list(self._forgetting)
+            names_to_forget = list(self._forgetting)
             self._forgetting.clear()
-            if told:  # once more, since nothing tells when the other thread has done so
+            if names_to_forget:  # once more, since nothing shows when the other thread has done so
                 with trio.move_on_after(SETTLE):
-                    await trio.to_thread.run_sync(_forget, told, abandon_on_cancel=True)
+                    await trio.to_thread.run_sync(_forget, names_to_forget, abandon_on_cancel=True)
 
 
-def _forget(told: list[tuple[int, bytes]]) -> None:
-    for directory, name in told:
+def _forget(names_to_forget: list[tuple[int, bytes]]) -> None:
+    for directory, name in names_to_forget:
         with contextlib.suppress(OSError):
             pyfuse3.invalidate_entry(directory, name)

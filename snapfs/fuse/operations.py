@@ -1,4 +1,5 @@
-"""FUSE requests -> the tree: inode to node, bytes to names, errors to errno.  Nothing else is decided here."""
+"""FUSE requests -> the tree: inode to node, bytes to names, errors to errno.  Translation alone: what the kernel is told again,
+or otherwise than the tree has it, is in ``retelling``, what it may remember in ``cache``."""
 
 from __future__ import annotations
 
@@ -11,35 +12,29 @@ import select
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import closing
-from itertools import count
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from snapfs import names
-from snapfs.errors import InvalidArgument, LeftOut, NameTooLong, NotFound, NotPermitted, NotUtf8, SnapshotError, Stale
+from snapfs.errors import InvalidArgument, LeftOut, NameTooLong, NotFound, NotUtf8, SnapshotError, Stale
 from snapfs.fuse.access import Access
 from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
-from snapfs.tree import Handle, Node, Tree
-from snapfs.tree.attributes import BY_SLOT, AttributeFile
-from snapfs.tree.kinds import KindDirectory
-from snapfs.tree.labels import Label, OpenLabel
+from snapfs.fuse.openfiles import OpenFile, OpenFiles
+from snapfs.fuse.retelling import Retelling
+from snapfs.tree import Node, Tree
+from snapfs.tree.inodes import ROOT_INODE, unpack
+from snapfs.tree.labels import Label
 from snapfs.tree.log import OpenLog
-from snapfs.tree.node import KIND_SLOTS, File, Slot, pack, unpack
-from snapfs.tree.snapshot import SnapshotDirectory
-from snapfs.tree.tree import ROOT_INODE
+from snapfs.tree.openlabels import OpenLabel
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-K = TypeVar("K")
-V = TypeVar("V")
-
-RETRY = 10.0  # seconds within which who was told to look a file up again has done so
 
 _ALWAYS_READY = select.POLLIN | select.POLLRDNORM | select.POLLOUT | select.POLLWRNORM  # as poll(2) says of any regular file
 
@@ -57,9 +52,8 @@ def answering(
     async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         began, number = time.perf_counter(), 0
         try:
-            for emptied_number, emptied in list(self._emptying):
-                if isinstance(args[0], int) and unpack(args[0])[0] == emptied_number:
-                    await emptied.wait()
+            if self.retelling.is_emptying and isinstance(args[0], int):
+                await self.retelling.emptied(args[0])
             return await handler(self, *args, **kwargs)
         except SnapshotError as error:
             number = errno_of(error)
@@ -81,43 +75,10 @@ def answering(
             raise FUSEError(number) from None
         finally:
             took = time.perf_counter() - began
-            self.tree.meters[handler.__name__].note(took, errno.errorcode.get(number, str(number)) if number else None)
+            self.tree.state.meters[handler.__name__].note(took, errno.errorcode.get(number, str(number)) if number else None)
 
     functools.update_wrapper(answer, handler)
     return answer
-
-
-class Told(Generic[K, V]):
-    """What was found for those who were told to look a name up again, until they have, or too long ago (RETRY)."""
-
-    def __init__(self) -> None:
-        self._told: dict[K, tuple[V, float]] = {}
-
-    def tell(self, who: K, what: V) -> None:
-        now = trio.current_time()
-        for other in [other for other, (_, when) in self._told.items() if when < now - RETRY]:
-            del self._told[other]  # it never came back
-        self._told[who] = what, now
-
-    def get(self, who: K) -> V | None:
-        what, when = self._told.get(who, (None, 0.0))
-        return what if when > trio.current_time() - RETRY else None
-
-    def pop(self, who: K) -> V | None:
-        what = self.get(who)
-        self._told.pop(who, None)
-        return what
-
-
-class OpenFile:
-    """One open file, with what stat(2) said of it then.  ``strange``: its text is not that of its inode."""
-
-    def __init__(self, inode: int, path: str, handle: Handle, entry: EntryAttributes, strange: bool) -> None:
-        self.inode = inode
-        self.path = path
-        self.handle = handle
-        self.entry = entry
-        self.strange = strange
 
 
 class Operations(pyfuse3.Operations):
@@ -131,13 +92,9 @@ class Operations(pyfuse3.Operations):
         self.tree = tree
         self.rights = rights
         self.cache = KernelCache()
+        self.files = OpenFiles()
+        self.retelling = Retelling(tree, self.cache, self.files)
         self._on_ready = on_ready
-        self._open: dict[int, OpenFile] = {}  # by handle
-        self._open_inodes: dict[int, list[OpenFile]] = {}
-        self._emptying: list[tuple[int, trio.Event]] = []  # snapshots with a label that was closed empty, until it is deleted
-        self._writers: Told[tuple[int, str], int] = Told()  # inodes for writers of labels, by process and label
-        self._refreshed: Told[tuple[int, int], Node] = Told()  # files with another text than was looked up, by process, slot
-        self._handles = count(1)
         tree.snapshotter.subscribe(self.cache.note)
 
     def init(self) -> None:
@@ -146,7 +103,7 @@ class Operations(pyfuse3.Operations):
     # -- translation
 
     def entry(self, node: Node) -> EntryAttributes:
-        """What the kernel wants to know of ``node``, and for how long it may believe it."""
+        """What the kernel wants to know of ``node``, and for how long it may believe that."""
         return self._describe(EntryAttributes(), node)
 
     def _describe(self, entry: EntryAttributes, node: Node) -> EntryAttributes:
@@ -154,7 +111,7 @@ class Operations(pyfuse3.Operations):
         found = node.attributes()
         inode, time = node.inode, found.time
         entry.st_ino = inode
-        entry.generation = self.tree.generations.get(inode, 0)
+        entry.generation = self.retelling.generations.get(inode, 0)
         entry.st_mode = self.rights.mode(found)
         entry.st_uid, entry.st_gid = self.rights.owner(found)
         entry.st_size = found.size
@@ -167,19 +124,24 @@ class Operations(pyfuse3.Operations):
         return entry
 
     def log_refusal(self, number: int, operation: str, args: tuple[object, ...], error: Exception) -> None:
-        """One line in error_log for a request with these arguments, and in the owner's log, where what is not for all who may
-        read the former is a warning."""
-        name, where, words = errno.errorcode.get(number, str(number)), self._where(operation, args), self.rights.words(error)
+        """One line in error_log for a request with these arguments, and one in the log of the daemon's owner; that is a warning
+        where it says what is not for all who may read error_log."""
+        name, where, words = (
+            errno.errorcode.get(number, str(number)),
+            self._where(operation, args),
+            self.rights.words(error),
+        )
         hidden = isinstance(error, SnapshotError | OSError) and words != str(error)
         fields = {"ERRNO": number, "SNAPFS_ERROR": name, "SNAPFS_OPERATION": operation, "SNAPFS_PATH": where}
         level = logging.WARNING if hidden else logging.INFO
         log.log(level, "%s %s %s: %s", name, operation, where, error, extra={"fields": fields})
-        self.tree.error_log.note(name, operation, where, words)
+        self.tree.state.error_log.note(name, operation, where, words)
 
     def _where(self, operation: str, args: tuple[object, ...]) -> str:
-        """The paths that a request is about; told by the types of its arguments: inode, name, inode, name …"""
+        """The paths that a request is about, by the types of its arguments: inode, name, inode, name …"""
         if operation in ("read", "write", "release", "fsync"):
-            return self._open[args[0]].path if args[0] in self._open else str(args[0])
+            file = self.files.get(args[0]) if isinstance(args[0], int) else None
+            return file.path if file is not None else str(args[0])
         paths: list[str] = []
         for arg in args:
             if isinstance(arg, int) and len(paths) < (2 if operation in ("rename", "link") else 1):
@@ -201,10 +163,7 @@ class Operations(pyfuse3.Operations):
         if len(name) > names.NAME_MAX:  # the kernel asks this first, whatever is to be done with the name
             raise NameTooLong(f"the name is longer than {names.NAME_MAX} bytes")
         try:
-            node = directory.lookup(name.decode())
-            if isinstance(node, Label) and self._writers.get(_writer(node, ctx.pid)) is not None:
-                node = self.tree.node(self._inode_for_writing(node, ctx.pid))
-            return self.entry(node)
+            return self.entry(self.retelling.look_up(directory, name.decode(), ctx.pid))
         except LeftOut:
             raise
         except (NotFound, UnicodeDecodeError):
@@ -212,18 +171,9 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        opened = self._open_inodes.get(inode, ())
-        for file in opened:
-            if file.strange:
-                return file.entry
-        try:
-            node = self.tree.node(inode)
-        except (NotFound, Stale) as error:
-            if opened:
-                return opened[0].entry  # removed, or of another text, while somebody reads it
-            if isinstance(error, NotFound):
-                raise
-            node = self.tree.now(inode)  # of another text, while somebody holds it with O_PATH
+        node = self.retelling.look_at(inode)
+        if isinstance(node, OpenFile):
+            return node.entry
         if node.must_settle():
             await node.settle()
         entry = self.entry(node)
@@ -238,12 +188,10 @@ class Operations(pyfuse3.Operations):
         now = self.entry(node)
         now.st_ino = node.shown_inode
         if fields.update_size:
-            if fh is not None and fh in self._open:
-                await self._open[fh].handle.resize(attr.st_size)
+            if (file := self.files.get(fh)) is not None:
+                await file.handle.resize(attr.st_size)
             else:
-                if isinstance(node, Label):
-                    self._give_writer(node, ctx.pid)
-                await node.resize(attr.st_size)
+                await self.retelling.to_write(inode, ctx.pid).resize(attr.st_size)
             if isinstance(node, Label):
                 now.st_size = attr.st_size  # whatever became of it: a label that was cut to nothing is gone
             return now
@@ -254,15 +202,14 @@ class Operations(pyfuse3.Operations):
         )
         # editors set the mode and owner of what they have just made: where that changes nothing it is fine
         if not isinstance(node, Label) or not same or fields.update_atime or fields.update_mtime:
-            hint = f"; {node.instead()}" if isinstance(node, SnapshotDirectory) else ""
-            raise NotPermitted(f"the mode, owner and times of {node.path or '/'} can't be set{hint}")
+            raise node.refusal_to_set()
         return now
 
     @answering
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         node = self.tree.node(inode)
-        self._note_read(inode, ctx.pid)
-        # a file system for who can't get there would only push out another
+        self.tree.note_read(inode, ctx.pid)
+        # mounted for a process that can't get there, a file system would only push out another
         target = await node.follow(ctx.pid) if self.rights.may_enter_root(ctx.uid) else node.target()
         return target.encode(errors="surrogateescape")
 
@@ -270,13 +217,9 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        node = await self.tree.node(parent_inode).mkdir(_text(name))
-        entry = self.entry(node)
-        if self.tree.node(parent_inode).inode not in _ROOT_DIRECTORIES:
-            # The next look-up is to find the link to it.  Until then the kernel has an inode of its own there: one that stands
-            # in two directories it moves from name to name, which it can't (ESTALE) while a rename looks it up.
-            entry.entry_timeout = 0
-            entry.st_ino = pack(unpack(node.inode)[0], Slot.JUST_MADE)
+        inode = await self.tree.node(parent_inode).mkdir(_text(name))
+        entry = self.entry(self.tree.node(inode))
+        self.retelling.made(parent_inode, entry)
         return entry
 
     @answering
@@ -300,27 +243,19 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise InvalidArgument("names can't be exchanged, and no other special kind of rename is known")
-        old, new, source = _text(name_old), _text(name_new), self.tree.node(parent_inode_old)
-        listed = pack(0, KIND_SLOTS[source.kind]) if isinstance(source, KindDirectory) else parent_inode_old
-        held = listed in (parent_inode_old, parent_inode_new)
-        with self.cache.asked_for(listed, old) if held else contextlib.nullcontext():
-            target, replace = self.tree.node(parent_inode_new), not flags & pyfuse3.RENAME_NOREPLACE
-            await self.tree.rename(source, old, target, new, replace=replace)
-        stale = None
-        if listed != parent_inode_old and held:
-            stale = listed, old  # the kernel has moved a link; the directory that it leads to it still has under the old name
-        elif parent_inode_new not in _ROOT_DIRECTORIES:
-            stale = parent_inode_new, new  # the kernel now has the snapshot's directory where there is a link to it
-        if stale is not None:
-            # it is made to forget that in the loop's next round; the answer to this request is sent in this one
-            trio.lowlevel.current_trio_token().run_sync_soon(self.cache.forget_name, *stale)
+        old, new = _text(name_old), _text(name_new)
+        source, target = self.tree.node(parent_inode_old), self.tree.node(parent_inode_new)
+        replace = not flags & pyfuse3.RENAME_NOREPLACE
+        rename = self.tree.what_rename_means(source, old, target, new, replace=replace)
+        with self.retelling.renaming(rename, source, old, target, new):
+            await rename.carry_out()
 
     @answering
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         node, handle = await self.tree.node(parent_inode).create(_text(name))
-        return self._opened(node.inode, node, handle), self.entry(node)
+        return self.retelling.opened(node.inode, node, handle, self.entry(node)), self.entry(node)
 
     @answering
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
@@ -338,95 +273,27 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        self._note_read(inode, ctx.pid)
+        self.tree.note_read(inode, ctx.pid)
         writing, truncate = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
-        reading = not writing and not truncate
-        node = await self._refreshed_node(inode, ctx.pid) if reading else self.tree.node(inode)
-        if isinstance(node, Label) and not reading:
-            self._give_writer(node, ctx.pid)
+        if writing or truncate:
+            node = self.retelling.to_write(inode, ctx.pid)
+        else:
+            node = await self.retelling.to_read(inode, ctx.pid)
         handle = await node.open(writing, truncate)
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
-        return self._opened(inode, node, handle)
-
-    def _note_read(self, inode: int, pid: int) -> None:
-        """Process ``pid`` opens, follows or lists what has ``inode``."""
-        number, slot = unpack(inode)
-        slot = slot & 0x7F if slot & Slot.VERSION_OF else slot & ~Slot.INSIDE
-        if number and (slot in BY_SLOT or slot == Slot.SNAPSHOT):
-            self.tree.reads.note(pid, number, slot)
-
-    def _give_writer(self, node: Label, pid: int) -> None:
-        """Let a writer have an inode of its own: raises Stale the first time, on which the kernel looks the name up again.
-
-        Processes in pid namespaces that can't be seen from here all have the pid 0: they share one inode, which stays theirs.
-        """
-        if node.text is None:
-            if pid:
-                self._writers.pop(_writer(node, pid))
-            return
-        self._inode_for_writing(node, pid)
-        raise Stale(node.path)
-
-    def _inode_for_writing(self, node: Label, pid: int) -> int:
-        """The inode that the writer ``pid`` was told of, or a new one: the name may be another snapshot's by now."""
-        inode = self._writers.get(_writer(node, pid))
-        if inode is None or inode not in self.tree.writers or unpack(inode)[0] != node.number:
-            inode = node.for_writing().inode
-        self._writers.tell(_writer(node, pid), inode)
-        return inode
-
-    async def _refreshed_node(self, inode: int, pid: int) -> Node:
-        """What is to be read by who opens ``inode``: the node as it is now; raises Stale if that has another inode.
-
-        Who has the size and pages of one inode can't be given another text.  So the kernel is made to look the name up again:
-        then the new text's inode is opened, for which nothing more is to be found out.  It does so once: who comes back with
-        an inode that won't do, because many texts have come since, the name is another snapshot's by now or none was looked
-        up, gets the text past the pages.
-        """
-        number, slot = unpack(inode)
-        asker = pid, slot & 0x7F if slot & Slot.VERSION_OF else slot
-        told = self._refreshed.pop(asker)
-        try:
-            node = self.tree.node(inode)
-        except Stale:
-            node = self.tree.now(inode)
-        if told is not None and unpack(told.inode)[0] == number:
-            return node if node.inode == inode and node.is_known else told
-        if not isinstance(node, File):
-            return node
-        now = await node.refresh()
-        if isinstance(node, AttributeFile) and now is not node:  # the directory shows what was found out
-            self.cache.forget_directory(node.number)
-        # pid 0: a process that can't be seen from here, so it would not be known again
-        if now.inode != inode and told is None and pid:
-            self._refreshed.tell(asker, now)
-            raise Stale(node.path)
-        return now
-
-    def _opened(self, inode: int, node: Node, handle: Handle) -> FileInfo:
-        """``handle`` of ``node`` for who opened ``inode``."""
-        strange = node.inode != inode
-        apart = handle.direct or strange or (isinstance(node, Label) and node.text is None)
-        entry = self.entry(node)
-        entry.st_ino, entry.st_size, entry.attr_timeout = node.shown_inode, handle.size, 0
-        fh = next(self._handles)
-        self._open[fh] = OpenFile(inode, node.path, handle, entry, strange)
-        self._open_inodes.setdefault(inode, []).append(self._open[fh])
-        if strange:
-            self.cache.forget_attributes(inode)
-        return FileInfo(fh=fh, direct_io=apart, keep_cache=apart and not isinstance(handle, OpenLog))
+        return self.retelling.opened(inode, node, handle, self.entry(node))
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        handle = self._open[fh].handle
+        handle = self.files[fh].handle
         if handle.blocks:
             return await trio.to_thread.run_sync(handle.read, off, size)
         return handle.read(off, size)
 
     @answering
     async def poll(self, inode: int, fh: int, poll_handle: pyfuse3.PollHandle | None, ctx: RequestContext) -> int:
-        handle = self._open[fh].handle
+        handle = self.files[fh].handle
         if not isinstance(handle, OpenLog):
             return _ALWAYS_READY
         if poll_handle is not None:  # ready or not: an edge-triggered epoll(7) doesn't ask again when all is read
@@ -437,32 +304,22 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self._open[fh].handle.write(off, buf)
+        return await self.files[fh].handle.write(off, buf)
 
     @answering
     async def release(self, fh: int) -> None:
-        file = self._open[fh]
-        emptied = unpack(file.inode)[0], trio.Event()
-        if isinstance(file.handle, OpenLabel) and file.handle.emptied:
-            # close(2) does not wait for this request, but the kernel has sent it before any that comes after that: whoever
-            # asks for something of this snapshot next is to find the label deleted
-            self._emptying.append(emptied)
-        try:
-            await file.handle.close()
-        finally:
-            if emptied in self._emptying:
-                self._emptying.remove(emptied)
-            emptied[1].set()
-            del self._open[fh]
-            self._open_inodes[file.inode].remove(file)
-            if not self._open_inodes[file.inode]:
-                del self._open_inodes[file.inode]
+        file = self.files[fh]
+        with self.retelling.closing(file):
+            try:
+                await file.handle.close()
+            finally:
+                self.files.remove(fh)
 
     # -- directories
 
     @answering
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        self._note_read(inode, ctx.pid)
+        self.tree.note_read(inode, ctx.pid)
         return self.tree.node(inode).inode
 
     @answering
@@ -475,7 +332,7 @@ class Operations(pyfuse3.Operations):
                 dot.st_mode = 0o040755
                 if not pyfuse3.readdir_reply(token, name, dot, offset):
                     return
-        entry = EntryAttributes()  # one for all: what is told is copied, and making one costs as much as all else
+        entry = EntryAttributes()  # one for all: readdir_reply copies it, and making one costs as much as all else
         reply, describe = pyfuse3.readdir_reply, self._describe
         with closing(node.entries(max(0, start_id - _DOTS))) as entries:  # type: ignore[type-var]
             for offset, text, child in entries:
@@ -488,9 +345,9 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        unflushed, (number, _) = self.tree.snapshotter.unflushed, unpack(fh)
+        number, _ = unpack(fh)
         await self.tree.snapshotter.flush()
-        unflushed.refuse_lost([number] if number else sorted(unflushed.lost))  # an earlier flush may have been told instead
+        self.tree.snapshotter.refuse_lost(number or None)  # an earlier flush may have had the disk's error
 
     @answering
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
@@ -502,16 +359,8 @@ class Operations(pyfuse3.Operations):
         return answer
 
 
-_ROOT_DIRECTORIES = frozenset(range(ROOT_INODE, 16))
-
-
-def _writer(node: Label, pid: int) -> tuple[int, str]:
-    """Who writes the label, as far as can be known: a process, or (0) some of the snapshot's."""
-    return pid or -node.number, node.key
-
-
 def _notify(poll_handle: pyfuse3.PollHandle) -> None:
-    with contextlib.suppress(OSError):  # the mount is gone, and with it who waited
+    with contextlib.suppress(OSError):  # the mount is gone, and with it the process that waited
         poll_handle.notify()
 
 

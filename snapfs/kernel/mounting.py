@@ -24,7 +24,7 @@ _KEPT_FLAGS = 2 | 4 | 8 | 1024 | 2048  # nosuid, nodev, noexec, noatime, nodirat
 
 _OVERLAYFS_MAGIC = 0x794C7630
 
-LACKING = (errno.ENOSYS, errno.EPERM)
+NO_MOUNT_API = (errno.ENOSYS, errno.EPERM)
 """How a kernel without the mount API answers, or a container runtime's filter that doesn't know it.  EPERM may mean what it
 says too; then mount(2) is not permitted either and says so."""
 
@@ -50,7 +50,7 @@ def mount_bind(source: str, target: str, *, read_only: bool) -> None:
     try:
         attach(make_bind(source, read_only=read_only), target)
     except OSError as error:
-        if error.errno not in LACKING:
+        if error.errno not in NO_MOUNT_API:
             raise OSError(error.errno, error.strerror, source, None, target) from None
         mount_bind_classic(source, target, read_only=read_only)
 
@@ -96,7 +96,7 @@ def make_read_only(target: str) -> None:
     mount("", target, "", _MS_REMOUNT | _MS_BIND | MS_RDONLY | kept)
 
 
-def seal(tree: int) -> None:
+def make_file_system_read_only(tree: int) -> None:
     """Let nobody write any more into the file system of the mount ``tree``, through whatever mount of it, also who is inside
     already.  An overlay is written to the disk first.  Raises OSError: EBUSY while a file of it is open for writing."""
     context = mountapi.fspick(tree)
@@ -115,7 +115,7 @@ def unmount(target: str, flags: int = 0) -> None:
         raise OSError(error.errno, error.strerror, target) from None
 
 
-def copy_of(target: str) -> int | None:
+def detached_copy(target: str) -> int | None:
     """A descriptor of a detached copy of the mount at ``target``, None where none can be had (a kernel before 5.2, no
     descriptors left).
 
@@ -145,11 +145,11 @@ def device(path: str) -> str:
     return f"{os.major(number)}:{os.minor(number)}"
 
 
-def expire(target: str) -> bool:
+def unmount_unused(target: str) -> bool:
     """Unmount ``target`` if nobody has used it, or so much as looked at it, since the last call: True.  Otherwise False, and
     it is marked for the next call; EBUSY, an OSError, while it is in use or anything is mounted below it.
 
-    The unmount takes its time unless there is a copy (``copy_of``).
+    The unmount takes its time unless there is a copy (``detached_copy``).
     """
     try:
         unmount(target, MNT_EXPIRE | UMOUNT_NOFOLLOW)

@@ -224,7 +224,7 @@ def _one_process_a_namespace() -> Iterator[int]:
                     yield int(entry)
 
 
-def is_neighbour(pid: int) -> bool:
+def shares_mount_namespace(pid: int) -> bool:
     """Whether process ``pid`` is known to be in the mount namespace of this one."""
     try:
         return os.stat(f"/proc/{pid}/ns/mnt").st_ino == os.stat("/proc/self/ns/mnt").st_ino

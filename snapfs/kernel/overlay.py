@@ -16,7 +16,7 @@ from snapfs.mountspec import PAGE, escape
 _CLONE_FS = 0x200
 
 
-class Lacking(Exception):
+class MountApiLacking(Exception):
     """This kernel's mount API can't do it; mount(2) may."""
 
 
@@ -38,7 +38,7 @@ def mount_overlay(
     """
     try:
         tree = make_overlay(lowers, upper, work, options, read_only=read_only)
-    except Lacking:
+    except MountApiLacking:
         mount_overlay_classic(target, lowers, upper, work, options, read_only=read_only)
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or target) from None
@@ -77,17 +77,17 @@ def _option_string(lowers: Sequence[str], upper: str | None, work: str | None, o
 def make_overlay(lowers: Sequence[str], upper: str | None, work: str | None, options: Sequence[str], *, read_only: bool) -> int:
     """The descriptor of such an overlay as ``mount_overlay`` mounts, attached nowhere yet.
 
-    The mount API makes it, a call a layer.  Raises Lacking where this kernel's can't, and OSError.
+    The mount API makes it, a call a layer.  Raises MountApiLacking where this kernel's can't, and OSError.
     """
     try:
         context = mountapi.fsopen("overlay")
     except OSError as error:
-        if error.errno in mounting.LACKING:
-            raise Lacking from None
+        if error.errno in mounting.NO_MOUNT_API:
+            raise MountApiLacking from None
         raise
     try:
         if not mountapi.takes_value(context, "lowerdir+"):
-            raise Lacking
+            raise MountApiLacking
         for lower in lowers:
             _set_layer(context, "lowerdir+", lower, lower)
         for key, path in (("upperdir", upper), ("workdir", work)):
@@ -120,5 +120,5 @@ def _set_layer(context: int, key: str, path: str, text: str) -> None:
             os.close(layer)
     except OSError as error:
         if error.errno == errno.EINVAL and f"Bad value for '{key}'" in (error.strerror or ""):
-            raise Lacking from None  # overlayfs before 6.13 takes strings only
+            raise MountApiLacking from None  # overlayfs before 6.13 takes strings only
         raise OSError(error.errno, error.strerror, path) from None

@@ -22,12 +22,12 @@ _CAP_SYS_ADMIN = 21
 _WHOLE_RANGE = ["0", "0", "4294967295"]
 
 
-def tells_types(directory: str) -> bool:
+def reports_entry_types(directory: str) -> bool:
     """Whether the file system of ``directory``, which has entries, tells d_type, which overlayfs needs to see whiteouts."""
     return libc.directory_types(directory) != {0}
 
 
-def mounted_as(directory: str) -> str:
+def mount_instance(directory: str) -> str:
     """What tells this time that the file system of ``directory`` is mounted from all others in this boot, in whatever mount
     namespace; "" where the kernel shows nothing of the kind (btrfs, tmpfs …).
 
@@ -76,7 +76,7 @@ def _marks_as_opaque(trial: str) -> bool:
     options = ["userxattr", "volatile"] if mounting.kernel_version() >= (5, 10) else ["userxattr"]  # volatile: no flush
     try:
         tree = overlay.make_overlay(lowers, upper, work, options, read_only=False)
-    except overlay.Lacking:
+    except overlay.MountApiLacking:
         merged = f"{trial}/merged"
         overlay.mount_overlay_classic(merged, lowers, upper, work, options, read_only=False)
         try:
@@ -100,7 +100,7 @@ def overlay_knows(parameter: str) -> bool:
     return os.path.exists(f"/sys/module/overlay/parameters/{parameter}")
 
 
-def why_refused(error: OSError) -> str:
+def why_trial_failed(error: OSError) -> str:
     """Why the trial of mounting an overlay over a root met ``error``, and what to do; the kernel's words in parentheses."""
     words = error.strerror or str(error)
     if error.errno in (errno.EPERM, errno.EACCES):

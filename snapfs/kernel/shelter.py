@@ -19,7 +19,7 @@ _BENEATH = f"not-mounted-in-this-mount-namespace/{INSIDE}"
 """Where a link leads that stands in DIRECTORY beneath the mount: nowhere, so that nothing can be made by way of it, either."""
 
 
-def put(tree: int, directory: str) -> None:
+def attach(tree: int, directory: str) -> None:
     """Attach the mount ``tree`` at DIRECTORY/fs, and close the descriptor.
 
     Who sees anything there sees the mount: both are attached in one step, where the kernel can (6.15).  Raises OSError.
@@ -48,8 +48,8 @@ def put(tree: int, directory: str) -> None:
         os.close(tree)
 
 
-def put_classic(mount: Callable[[str], None], directory: str) -> None:
-    """``put`` by mount(2): ``mount`` mounts at the path that it is given.  Raises OSError."""
+def attach_classic(mount: Callable[[str], None], directory: str) -> None:
+    """``attach`` by mount(2): ``mount`` mounts at the path that it is given.  Raises OSError."""
     mounting.mount("none", directory, "tmpfs", 0, "mode=0555,size=4k")
     try:
         os.mkdir(f"{directory}/{INSIDE}")

@@ -17,10 +17,10 @@ import msgspec
 
 from snapfs.errors import AlreadyExists, InvalidArgument, Unavailable
 from snapfs.kernel.mounttable import mount_table
-from snapfs.root.lock import at_rest
+from snapfs.root.lock import shared_lock
 from snapfs.store.environment import READERS
 from snapfs.store.locktable import open_environment, table_of
-from snapfs.store.soundness import refuse_foreign, unreadable
+from snapfs.store.soundness import open_error, refuse_foreign
 
 _NOT_WITHOUT_A_NAME = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 
@@ -105,7 +105,7 @@ def _copy(root: str, records: str, fd: int) -> None:
     room = 2 * os.stat(records).st_size + ROOM  # it may grow before the copy begins
     deadline = time.monotonic() + PATIENCE
     while True:
-        with at_rest(root) as holder, ExitStack() as ended:
+        with shared_lock(root) as holder, ExitStack() as ended:
             if holder is None and not _keep_unwritten(records, ended):
                 holder = 0  # ROOT/lock was removed
             table = None if holder is None else table_of(holder, records)
@@ -150,7 +150,7 @@ def _copy_with(records: str, table: int | None, room: int, fd: int) -> None:
         code = getattr(error, "code", 0)
         if code > 0:
             raise OSError(code, os.strerror(code)) from error
-        raise unreadable(records, error) from error
+        raise open_error(records, error) from error
 
 
 def _is_of(holder: int | None, records: str, table: int) -> bool:
@@ -174,4 +174,4 @@ def _count(fd: int, records: str) -> int:
             entries: int = txn.stat(env.open_db(b"snapshots", txn, create=False))["entries"]
             return entries
     except lmdb.Error as error:
-        raise unreadable(records, error) from error
+        raise open_error(records, error) from error

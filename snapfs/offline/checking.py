@@ -17,9 +17,10 @@ import msgspec
 
 from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
 from snapfs.model import Kind, Usage
+from snapfs.names import parse_id
 from snapfs.root import imprint, placing
 from snapfs.root.imprint import Imprint
-from snapfs.root.layers import Layers, parse_id
+from snapfs.root.layers import Layers
 from snapfs.root.trash import STUCK
 from snapfs.root.unflushed import Unflushed
 from snapfs.scan.usage import disk_usage
@@ -63,14 +64,14 @@ def check(
     ``accept``: names of unflushed snapshots that are taken as they are.  Raises Unavailable where the root is in use or none,
     NotFound and FailedPrecondition for a name in ``accept`` that is not unflushed.
     """
-    with closing(Layers.hold(root)) as layers:
+    with closing(Layers.claim(root)) as layers:
         try:
             records = MetaStore(_sound(records_of(layers)))
         except Damaged as error:
             yield Finding(Problem.DAMAGED, str(error), "--rebuild makes them anew from what each directory says of itself")
             return
         with closing(records):
-            layers.bears_imprints = imprint.possible(layers.snapshots)
+            layers.supports_imprints = imprint.is_supported(layers.snapshots)
             placing.finish(layers, records)
             for name in accept:
                 yield _accept(layers, records, name)
@@ -161,7 +162,7 @@ class _Check:
 
             def restore(writer: Writer, number: int = number, record: Record = restored) -> None:
                 writer.overwrite(number, record)
-                writer.index_anew()
+                writer.rebuild_indexes()
 
             mended = self._mend(restore, f"restored {_called(restored)} from what its directory says")
             yield Finding(Problem.DAMAGED, text, f"--repair restores {_called(restored)} from what its directory says", mended)
@@ -174,10 +175,10 @@ class _Check:
         if self._unreadable or len({record.name for record in self._known.values()}) < len(self._known):
             return  # what they should say nobody knows
         with self._records.reading() as reader:
-            wrong = reader.misindexed()
+            wrong = reader.wrong_index_entries()
         if wrong:
             text = f"the indexes of the records: {wrong} entries are missing or wrong"
-            mended = self._mend(lambda writer: writer.index_anew(), "made anew from the records")
+            mended = self._mend(lambda writer: writer.rebuild_indexes(), "made anew from the records")
             yield Finding(Problem.MISCOUNTED, text, "--repair makes them anew from the records", mended)
 
     def _check_parents(self) -> Iterator[Finding]:
@@ -221,7 +222,7 @@ class _Check:
             if record.kind is Kind.ACTIVE and not _is_directory(layers.work(number)):
                 text = f"{_called(record)}: its workdir {layers.work(number)} is missing, without which it can't be mounted"
                 yield Finding(Problem.DAMAGED, text, "--repair makes an empty one", self._make_work(number))
-            if layers.bears_imprints:
+            if layers.supports_imprints:
                 yield from self._check_imprint(number, record)
 
     def _make_work(self, number: int) -> str:
@@ -229,7 +230,7 @@ class _Check:
             return ""
         path = self._layers.work(number)
         if os.path.lexists(path):
-            self._layers.lose(path)
+            self._layers.move_to_lost_found(path)
         os.mkdir(path)
         os.chmod(path, 0o711)
         return "made an empty one"
@@ -268,7 +269,7 @@ class _Check:
             if number is None or (number not in self._known and number not in self._unreadable):
                 path = f"{layers.snapshots}/{name}"
                 text = f"{path}: {self._looks(path)}; {self._why(number)}"
-                mended = f"moved to {layers.lose(path)}" if self._repair else ""
+                mended = f"moved to {layers.move_to_lost_found(path)}" if self._repair else ""
                 yield Finding(Problem.ORPHANED, text, "--repair moves it to lost+found", mended)
         waiting = 0
         for name in sorted(os.listdir(layers.trash.directory)):
@@ -282,9 +283,9 @@ class _Check:
             yield Finding(
                 Problem.NOTE, f"{waiting} removed directories in {layers.trash.directory} are deleted at the next start"
             )
-        if os.path.isdir(layers.lost):
-            for name in sorted(os.listdir(layers.lost)):
-                path = f"{layers.lost}/{name}"
+        if os.path.isdir(layers.lost_found):
+            for name in sorted(os.listdir(layers.lost_found)):
+                path = f"{layers.lost_found}/{name}"
                 yield Finding(Problem.NOTE, f"{path}: {self._looks(path)}; remove it when you don't need it")
 
     def _why(self, number: int | None) -> str:
@@ -303,9 +304,8 @@ class _Check:
             usage = disk_usage(path) if _is_directory(path) else Usage(1, os.lstat(path).st_blocks * 512)
         except OSError as error:
             return f"it can't be read ({os.strerror(error.errno or 0)})"
-        return (
-            f"{said_size(usage.size)} in {usage.inodes} files and directories, changed {_said_age(time.time() - changed)} ago"
-        )
+        age = _format_age(time.time() - changed)
+        return f"{format_size(usage.size)} in {usage.inodes} files and directories, changed {age} ago"
 
     def _count(self) -> Iterator[Finding]:
         counted = [number for number in sorted(self._whole) if self._known[number].usage is not None]
@@ -352,7 +352,7 @@ def _is_directory(path: str) -> bool:
         return False
 
 
-def said_size(size: int) -> str:
+def format_size(size: int) -> str:
     """``size`` bytes as people say it: ``3.4 GiB``."""
     amount, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while amount >= 1024 and len(units) > 1:
@@ -361,7 +361,7 @@ def said_size(size: int) -> str:
     return f"{amount:.0f} {units[0]}" if units[0] == "bytes" else f"{amount:.1f} {units[0]}"
 
 
-def _said_age(seconds: float) -> str:
+def _format_age(seconds: float) -> str:
     for length, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= length:
             count = int(seconds // length)

@@ -15,11 +15,11 @@ import msgspec
 
 from snapfs.errors import Damaged, NameTooLong, Unavailable
 from snapfs.model import Kind
-from snapfs.names import encode
+from snapfs.names import encode, parse_id
 from snapfs.offline.checking import Finding, Problem, Progress, records_of
 from snapfs.root import imprint
 from snapfs.root.imprint import Imprint
-from snapfs.root.layers import Layers, parse_id
+from snapfs.root.layers import Layers
 from snapfs.store.metastore import MetaStore
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
@@ -36,7 +36,7 @@ def rebuild(root: str, *, progress: Progress = lambda what, done, total: None) -
     that has no directory any more comes back as a damaged snapshot, so that its children are not taken for whole.
     Raises Unavailable where the root is in use or none, or the disk refuses; then the old records are still there.
     """
-    with closing(Layers.hold(root)) as layers:
+    with closing(Layers.claim(root)) as layers:
         found = {}
         names = sorted(os.listdir(layers.snapshots))
         for done, name in enumerate(names):
@@ -49,7 +49,7 @@ def rebuild(root: str, *, progress: Progress = lambda what, done, total: None) -
             except (Damaged, OSError) as error:
                 said, why = None, f"can't be read: {error}"
             if number is None or said is None:
-                yield Finding(Problem.ORPHANED, f"{path} {why}", mended=f"moved to {layers.lose(path)}")
+                yield Finding(Problem.ORPHANED, f"{path} {why}", mended=f"moved to {layers.move_to_lost_found(path)}")
             else:
                 found[number] = said
         yield from _break_circles(layers, found)
@@ -69,7 +69,8 @@ def _break_circles(layers: Layers, found: dict[int, Imprint]) -> Iterator[Findin
         if above == number:
             path = layers.directory(number)
             del found[number]
-            yield Finding(Problem.ORPHANED, f"{path} says that it is its own parent", mended=f"moved to {layers.lose(path)}")
+            mended = f"moved to {layers.move_to_lost_found(path)}"
+            yield Finding(Problem.ORPHANED, f"{path} says that it is its own parent", mended=mended)
 
 
 def _put_parents(found: dict[int, Imprint]) -> Iterator[Finding]:
@@ -118,7 +119,7 @@ def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> Non
         records.write_now(lambda writer: writer.raise_last_id(_last_id(layers, numbers)))
     try:
         if os.path.lexists(place):
-            layers.lose(place)
+            layers.move_to_lost_found(place)
         os.rename(fresh, place)
         _remove(fresh)
         for directory in (layers.root, layers.snapshots):
@@ -157,8 +158,8 @@ def _with_suffix(name: str, suffix: str) -> str:
 
 def _last_id(layers: Layers, numbers: list[int]) -> int:
     """An id that none ever given out exceeds."""
-    seen = [*numbers, imprint.promised(layers.snapshots)]
-    for directory in (layers.trash.directory, layers.lost):
+    seen = [*numbers, imprint.read_last_reserved_id(layers.snapshots)]
+    for directory in (layers.trash.directory, layers.lost_found):
         with contextlib.suppress(FileNotFoundError):
             seen += [number for name in os.listdir(directory) if (number := parse_id(name.partition("-")[0].rstrip("~")))]
     return max(seen)

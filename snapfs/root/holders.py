@@ -1,6 +1,6 @@
-"""Who uses a snapshot's file system, in words: what the kernel tells of mounts and processes, in whatever namespace.
+"""Holders: the processes that use a snapshot's file system, in words, as far as the kernel shows mounts and processes.
 
-Whether it is in use is not decided here: looking takes long, may find nobody, and finds who has just left.
+Whether it is in use is not decided here: looking takes long, may find no process, and may name one that has just left.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MOST = 3  # that are named
 
 
 def by_users(target: str) -> str:
-    """`` by process 12 (vim)``: who is in the mount at ``target``; empty if nobody is found."""
+    """`` by process 12 (vim)``: the processes in the mount at ``target``; empty if none is found."""
     found = [f"{pid} ({name})" for pid, name in islice(users(target), _MOST)]
     return f" by process {', '.join(found)}" if found else ""
 

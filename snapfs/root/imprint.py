@@ -41,7 +41,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Imprint).decode
 
 
-def possible(directory: str) -> bool:
+def is_supported(directory: str) -> bool:
     """Whether directories can bear imprints there: not on file systems without extended attributes of users'."""
     try:
         os.getxattr(directory, ATTRIBUTE)
@@ -89,12 +89,12 @@ def read(directory: str) -> Imprint | None:
     return said
 
 
-def promise(directory: str, number: int) -> None:
+def write_last_reserved_id(directory: str, number: int) -> None:
     """Let ``directory``, ROOT/snapshots, say that no id above ``number`` was given out; raises OSError."""
     os.setxattr(directory, LAST_ID, str(number).encode())
 
 
-def promised(directory: str) -> int:
+def read_last_reserved_id(directory: str) -> int:
     """The id that ``directory`` says was not exceeded; 0 where it says nothing."""
     try:
         return int(os.getxattr(directory, LAST_ID))

@@ -15,17 +15,17 @@ from snapfs.kernel import mounting
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.root.layers import Layers
 
-FLUSHING = 1.0  # seconds that whoever needs to know waits to see what the close of a copy is: a flush, or nothing
+FLUSHING = 1.0  # seconds in which it must turn out whether the close of a copy is a flush
 
 
 class Closing:
     """The close of the copy of an overlay that is mounted here no more.
 
-    If nobody else has the overlay, that writes all that the file system below has in memory, and until then the kernel says
-    that the layers are in use, though nobody can get there any more.
+    If no other process has the overlay, the close writes all that the file system below has in memory, and until then the
+    kernel says that the layers are in use, though no process can get there any more.
 
-    With ``seal`` the overlay is made read-only before, for whoever may have it after all; ``written`` then tells whether
-    somebody has a file of it open for writing, so that it could not be."""
+    With ``seal`` the overlay is made read-only before, in case a process has it after all; ``written`` then tells whether a
+    process has a file of it open for writing, so that it could not be made so."""
 
     def __init__(self, copy: int, *, seal: bool = False) -> None:
         self.written = False
@@ -43,7 +43,7 @@ class Closing:
         self._thread = threading.get_native_id()
         try:
             if self._seal:
-                mounting.seal(self._copy)
+                mounting.make_file_system_read_only(self._copy)
         except OSError as error:  # a kernel that can't
             self.written = error.errno == errno.EBUSY
         finally:
@@ -80,14 +80,14 @@ class InUse:
     def has_overlay(self, number: int, *, suspected: bool = False) -> bool:
         """Whether an overlay has the layer of snapshot ``number`` as its upper layer, wherever, as far as the kernel tells.
 
-        What is being flushed counts as gone: nobody can get there any more.  If it is not ``suspected``, a layer that shows no
-        trace of a mount is not asked for.  Raises OSError where the kernel doesn't tell, and Busy where it will in a moment.
-        Blocks.
+        What is being flushed counts as gone: no process can get there any more.  If it is not ``suspected``, a layer that
+        shows no trace of a mount is not asked for.  Raises OSError where the kernel doesn't tell, and Busy where it will in a
+        moment. Blocks.
         """
         try:
             if not suspected and not self._layers.may_be_mounted(number):
                 return False
             closing = self.closings.get(number)
             return not (closing is not None and closing.is_flush()) and self._uppers.in_use(self._layers.fs(number))
-        except (FileNotFoundError, NotADirectoryError):  # it is a view, or was damaged behind our back: nobody can have it
+        except (FileNotFoundError, NotADirectoryError):  # it is a view, or was damaged behind our back: no process can have it
             return False

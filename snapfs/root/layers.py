@@ -18,33 +18,29 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import weakref
-from collections.abc import Callable, Collection, Sequence
-from contextlib import closing, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from snapfs.errors import FULL, Damaged, Unavailable
-from snapfs.kernel import mounting, probe, shelter
-from snapfs.kernel.mounttable import mount_id, mount_table
+from snapfs.kernel import forks, mounting, probe, shelter
+from snapfs.kernel.mounttable import mount_id
 from snapfs.model import Kind, Usage
+from snapfs.names import parse_id
 from snapfs.root import imprint
 from snapfs.root import lock as rootlock
+from snapfs.root.claim import claim, claim_existing
 from snapfs.root.pool import FS_MODE, Pool, remove_empty
 from snapfs.root.trash import NOT_EMPTY, Checkpoint, Trash
-from snapfs.scan.walk import directories
 
 log = logging.getLogger(__name__)
 
-PROMISED = 1000  # ids that one mark on snapshots/ covers
-
-_OURS = frozenset(
-    ("lock", "metadata.mdb", "metadata.mdb-reserve", "snapshots", "pool", "trash", "lost+found", "rootfs", "empty")
-)
+RESERVED_AHEAD = 1000  # ids that one mark on snapshots/ covers
 
 _PARTS = frozenset(("fs", "work", imprint.FILE, f"{imprint.FILE}.new"))
 
 
-class Top(NamedTuple):
+class FsTemplate(NamedTuple):
     """What the directory ``fs`` of a new snapshot is to be like: owner (uid, gid; None for whoever makes it), mode, and
     extended attributes."""
 
@@ -56,75 +52,40 @@ class Top(NamedTuple):
 class Layers:
     """One root's directories.  Made by ``open``; ``close`` gives up the lock and the pool, and may be called twice."""
 
-    def __init__(self, root: str, lock: int, found_note: str = "") -> None:
+    def __init__(self, root: str, lock: int, previous_note: str = "") -> None:
         self.root = root
-        self.found_note = found_note
+        self.previous_note = previous_note
         """What the process that had the root before has noted at its end."""
-        self.empty = Usage()
+        self.empty_usage = Usage()
         """What a layer with nothing in it takes: its directory."""
         self.snapshots = f"{root}/snapshots"
         self.rootfs_directory = f"{root}/rootfs"
         self.pool = Pool(f"{root}/pool", self.snapshots)
         self.trash = Trash(f"{root}/trash")
-        self.lost = f"{root}/lost+found"
+        self.lost_found = f"{root}/lost+found"
         self._empty = f"{root}/empty"
-        self._left: set[int] = set()
+        self._left_for_cleanup: set[int] = set()
         self._lock = lock
-        self.bears_imprints = True
+        self.supports_imprints = True
         """Whether directories can bear their records here."""
-        self._promised = 0
+        self._last_reserved_id = 0
         self._owner = (os.geteuid(), os.getegid())
-        _open_layers.add(self)
+        forks.disown_in_children(self)
 
     @classmethod
-    def hold(cls, root: str) -> Layers:
-        """Take ``root``, which must be one, and change nothing in it.
-
-        Raises Unavailable with a sentence: held by another process (which one), no root, or what the operating system refused.
-        """
-        root = os.path.realpath(root)
-        try:
-            try:
-                os.lstat(f"{root}/lock")
-            except (FileNotFoundError, NotADirectoryError):
-                raise Unavailable(f"{root} is no root of snapfs") from None
-            return cls(root, *rootlock.take(root))
-        except OSError as error:
-            raise Unavailable.from_os(f"use {root} as root", error) from error
+    def claim(cls, root: str) -> Layers:
+        """Claim ``root``, which must be one, and change nothing in it.  Raises Unavailable (``claim_existing``)."""
+        return cls(*claim_existing(root))
 
     @classmethod
     def open(cls, root: str) -> Layers:
-        """Take ``root``, made with mode 0700 where missing.
+        """Claim ``root``, made where missing, and have all its directories there.
 
-        Raises Unavailable with a sentence: held by another process (which one), not a directory of ours or of another user, a
-        file system without d_type, or what the operating system refused.
+        Raises Unavailable with a sentence: the root can't be claimed (``claim``), it spans several mounts, its file system
+        tells no d_type, or what the operating system refused.
         """
-        root = os.path.realpath(root)
-        try:
-            root.encode()
-        except UnicodeEncodeError:
-            raise Unavailable(f"the root {root!r} is not UTF-8; mount specs could not name it") from None
-        try:
-            _refuse_tree(root)
-            with suppress(FileNotFoundError):
-                if not stat.S_ISDIR(os.stat(root).st_mode):
-                    raise Unavailable(f"cannot use {root} as root: it is not a directory")
-            os.makedirs(root, mode=0o700, exist_ok=True)
-            present = os.listdir(root)
-            if "lock" not in present and not _OURS.issuperset(present):
-                raise Unavailable(f"{root} is neither empty nor a root of snapfs; give a directory of its own")
-            found = os.stat(root)
-            if found.st_uid != os.geteuid():  # who could put anything in the place of what we made, and have us follow it
-                raise Unavailable(
-                    f"{root} belongs to the user {found.st_uid}, but whoever serves it must be the only one to get in: "
-                    f"serve it as that user, or chown {os.geteuid()} {root}"
-                )
-            if stat.S_IMODE(found.st_mode) & 0o077:
-                os.chmod(root, 0o700)
-            lock, note = rootlock.take(root)
-        except OSError as error:
-            raise Unavailable.from_os(f"use {root} as root", error) from error
-        layers = cls(root, lock, note)
+        claimed = claim(root)
+        layers, root = cls(*claimed), claimed.root
         try:
             for directory in (layers.snapshots, layers.pool.directory, layers.trash.directory, layers.rootfs_directory):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -132,10 +93,10 @@ class Layers:
             with suppress(OSError):  # one of ROOT's own would be the access ACL of each layer
                 os.removexattr(layers.pool.directory, "system.posix_acl_default")
             layers._refuse_several_disks()
-            layers.trash.look()
+            layers.trash.count_leftovers()
             layers._begin_pool()
-            layers.bears_imprints = imprint.possible(layers.pool.directory)
-            layers._promised = imprint.promised(layers.snapshots) if layers.bears_imprints else 0
+            layers.supports_imprints = imprint.is_supported(layers.pool.directory)
+            layers._last_reserved_id = imprint.read_last_reserved_id(layers.snapshots) if layers.supports_imprints else 0
         except OSError as error:
             layers.close()
             raise Unavailable.from_os(f"use {root} as root", error) from error
@@ -158,18 +119,18 @@ class Layers:
         """Make the first directory of the pool, by which the file system is judged.  A full disk has none for us; but then it
         was judged when the root was made."""
         try:
-            made = self.pool.begin()
+            made = self.pool.make_first()
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            self.empty = Usage(1, os.stat(self.rootfs_directory).st_blocks * 512)
+            self.empty_usage = Usage(1, os.stat(self.rootfs_directory).st_blocks * 512)
             return
-        if not probe.tells_types(made):
+        if not probe.reports_entry_types(made):
             raise Unavailable(
                 f"the file system of {self.root} does not tell the types of directory entries (d_type), which overlayfs "
                 "needs; if it is xfs, make it anew with: mkfs.xfs -n ftype=1"
             )
-        self.empty = Usage(1, os.stat(f"{made}/fs").st_blocks * 512)
+        self.empty_usage = Usage(1, os.stat(f"{made}/fs").st_blocks * 512)
 
     def close(self) -> None:
         """Empty the pool and let go of the root."""
@@ -178,13 +139,13 @@ class Layers:
             os.close(self._lock)
             self._lock = -1
 
-    def note(self, text: str) -> None:
+    def leave_note(self, text: str) -> None:
         """Leave ``text`` to whoever has the root next; what can't be written is not there then."""
         with suppress(OSError):
             rootlock.write(self._lock, text)
 
-    def leave_to_parent(self) -> None:
-        """In a process forked from the one that holds the root: hold it no longer than that one does, and touch nothing."""
+    def disown_in_child(self) -> None:
+        """In a forked process: let go of the root, which the parent holds, and leave the pool's directories alone."""
         self.pool.forget()
         self.close()
 
@@ -218,66 +179,54 @@ class Layers:
         """Discard what an earlier process has left in the pool; raises OSError."""
         for leftover in self.pool.leftovers():
             try:
-                self.trash.take(leftover)
+                self.trash.move_here(leftover)
             except OSError as error:
                 if error.errno not in FULL:
                     raise
                 remove_empty(leftover)
 
-    def promise(self, number: int) -> None:
+    def reserve_ids(self, number: int) -> None:
         """Let snapshots/ bear, once in a while, an id that ``number`` and many after it don't exceed: whoever makes the records
         anew gives out higher ones.  Raises OSError."""
-        if number > self._promised and self.bears_imprints:
-            imprint.promise(self.snapshots, number + PROMISED)
-            self._promised = number + PROMISED
+        if number > self._last_reserved_id and self.supports_imprints:
+            imprint.write_last_reserved_id(self.snapshots, number + RESERVED_AHEAD)
+            self._last_reserved_id = number + RESERVED_AHEAD
 
-    def bear(self, number: int, said: imprint.Imprint) -> None:
+    def write_imprint(self, number: int, said: imprint.Imprint) -> None:
         """Let the directory of snapshot ``number`` bear ``said``; raises OSError.
 
         One that was taken away behind our back bears nothing, as whoever needs it will be told.
         """
-        if self.bears_imprints:
+        if self.supports_imprints:
             with suppress(FileNotFoundError, NotADirectoryError):
                 imprint.write(self.directory(number), said)
 
-    def place(self, number: int, kind: Kind, top: Top, name: str | None = None) -> str | None:
-        """Put a fresh directory at snapshots/<number>, its ``fs`` as ``top`` says: that called ``name`` in the pool, or any.
-        Which one, if it was on disk there, else None.
+    def place(self, number: int, kind: Kind, template: FsTemplate, name: str | None = None) -> str | None:
+        """Put a fresh directory of the pool at snapshots/<number>: the one called ``name``, or any.  Its ``fs`` becomes what
+        ``template`` says.  Returns the name that the directory had in the pool if it was on disk there, else None.
 
         It appears whole by one rename; raises OSError, having left nothing.
         """
-        path, was_ready = (f"{self.pool.directory}/{name}", self.pool.syncs) if name is not None else self.pool.take()
+        path, was_ready = (f"{self.pool.directory}/{name}", self.pool.syncs) if name is not None else self.pool.pop_or_make()
         try:
             if kind is Kind.VIEW:
                 with suppress(FileNotFoundError):
                     os.rmdir(f"{path}/work")
-            if top.owner is not None and top.owner != self._owner:
-                os.lchown(f"{path}/fs", *top.owner)
-            for attribute, value in top.attributes:
+            if template.owner is not None and template.owner != self._owner:
+                os.lchown(f"{path}/fs", *template.owner)
+            for attribute, value in template.attributes:
                 os.setxattr(f"{path}/fs", attribute, value)
-            if top.mode != FS_MODE or top.attributes:  # last: an ACL changes the mode, and who lacks it may set no attribute
-                os.chmod(f"{path}/fs", top.mode)
+            if template.mode != FS_MODE or template.attributes:
+                # last: an ACL changes the mode, and a process that the mode keeps out may set no attribute
+                os.chmod(f"{path}/fs", template.mode)
             if os.path.lexists(self.directory(number)):  # a crash left it before there was a record, or somebody put it there
-                self._put_aside(number, discard=self.is_empty(number))
+                self._move_away(number, discard=self.is_empty(number))
             os.rename(path, self.directory(number))
         except OSError:
             remove_empty(path)
             raise
-        self.pool.placed(number)
+        self.pool.note_placed(number)
         return os.path.basename(path) if was_ready else None
-
-    def chown(self, number: int, owner: Callable[[os.stat_result], tuple[int, int]]) -> None:
-        """Give all that snapshot ``number`` has in its layer the owner (uid, gid) that ``owner`` says for it."""
-        base = os.open(self.directory(number), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            _chown(base, "fs", os.stat("fs", dir_fd=base), owner)
-        finally:
-            os.close(base)
-        with closing(directories(self.fs(number))) as visited:
-            for fd, entries in visited:
-                for entry in entries:
-                    with suppress(FileNotFoundError):
-                        _chown(fd, entry.name, entry.stat(follow_symlinks=False), owner)
 
     def refuse_damaged(self, number: int, kind: Kind = Kind.COMMITTED) -> None:
         """Raise Damaged where a directory of snapshot ``number`` is missing or is none; links count as none."""
@@ -295,46 +244,46 @@ class Layers:
     # -- unmaking
 
     @property
-    def waiting(self) -> int:
+    def pending_deletions(self) -> int:
         """How many directories wait to be deleted: in the trash, or where they were."""
-        return self.trash.count + len(self._left)
+        return self.trash.count + len(self._left_for_cleanup)
 
-    def unmake(self, number: int) -> None:
+    def undo_place(self, number: int) -> None:
         """Take back ``place``: nobody has had the directory yet.  Never raises; what doesn't go is left for the next start."""
         for name in (imprint.FILE, f"{imprint.FILE}.new"):
             with suppress(OSError):
                 os.unlink(f"{self.directory(number)}/{name}")
         remove_empty(self.directory(number))
-        self.pool.taken_back(number)
+        self.pool.note_undone(number)
 
-    def leave(self, number: int) -> None:
+    def leave_for_cleanup(self, number: int) -> None:
         """Leave snapshots/<number>, whose record is gone, to the next ``sweep`` or ``empty_trash``."""
         if os.path.lexists(self.directory(number)):
-            self._left.add(number)
+            self._left_for_cleanup.add(number)
 
-    def retire(self, number: int) -> None:
+    def move_to_trash(self, number: int) -> None:
         """Move snapshots/<number>, whose record is gone, into the trash.  Where the disk is too full for that, or it may not be
         moved, it is left to ``empty_trash``.
 
         What snapfs can't have made goes to lost+found.  Raises OSError.
         """
         try:
-            self._put_aside(number)
+            self._move_away(number)
         except OSError as error:
             if not os.path.lexists(self.directory(number)):
-                self._left.discard(number)
+                self._left_for_cleanup.discard(number)
             elif error.errno in FULL or isinstance(error, PermissionError):  # it is immutable, say
-                self._left.add(number)
+                self._left_for_cleanup.add(number)
             else:
                 raise
 
-    def _put_aside(self, number: int, *, discard: bool = True) -> None:
+    def _move_away(self, number: int, *, discard: bool = True) -> None:
         path = self.directory(number)
         if discard and self._is_ours(number):
-            self.trash.take(path)
+            self.trash.move_here(path)
         else:
-            log.warning("%s is none of snapfs's directories; moved to %s", path, self.lose(path))
-        self._left.discard(number)
+            log.warning("%s is none of snapfs's directories; moved to %s", path, self.move_to_lost_found(path))
+        self._left_for_cleanup.discard(number)
 
     def _is_ours(self, number: int) -> bool:
         """Whether snapshots/<number> is such a directory as a Prepare makes, or what is left of one."""
@@ -357,26 +306,26 @@ class Layers:
                 continue
             try:
                 if ours and number is not None:
-                    self.retire(number)
+                    self.move_to_trash(number)
                 elif ours and stat.S_ISDIR(os.lstat(path).st_mode):
-                    self.trash.take(path)
+                    self.trash.move_here(path)
                 else:
-                    log.warning("%s is none of snapfs's directories; moved to %s", path, self.lose(path))
+                    log.warning("%s is none of snapfs's directories; moved to %s", path, self.move_to_lost_found(path))
             except OSError as error:
                 refused = refused or error
         if refused is not None:
             raise refused
 
-    def lose(self, path: str) -> str:
+    def move_to_lost_found(self, path: str) -> str:
         """Move what is at ``path`` to lost+found; where it is now.  Raises OSError."""
-        os.makedirs(self.lost, mode=0o700, exist_ok=True)
-        target = f"{self.lost}/{os.path.basename(path)}"
+        os.makedirs(self.lost_found, mode=0o700, exist_ok=True)
+        target = f"{self.lost_found}/{os.path.basename(path)}"
         while os.path.lexists(target):
             target += "~"
         os.rename(path, target)
         return target
 
-    def put_away(self, path: str) -> None:
+    def remove_directory(self, path: str) -> None:
         """Remove the empty directory ``path``; if it holds anything it goes to lost+found.  What doesn't go is logged."""
         try:
             os.rmdir(path)
@@ -386,7 +335,7 @@ class Layers:
             try:
                 if error.errno not in NOT_EMPTY:
                     raise
-                log.warning("%s is not empty; moved to %s", path, self.lose(path))
+                log.warning("%s is not empty; moved to %s", path, self.move_to_lost_found(path))
             except OSError as failure:
                 log.warning("cannot remove %s: %s", path, failure)
 
@@ -396,7 +345,7 @@ class Layers:
         A mount makes a directory in the working directory, and since Linux 6.6 marks the upper one, unless it is told otherwise
         (``uuid=off``).  Raises OSError.
         """
-        if not self.bears_imprints or mounting.kernel_version() < (6, 6):
+        if not self.supports_imprints or mounting.kernel_version() < (6, 6):
             return True
         marked = any(".overlay." in name for name in os.listxattr(self.fs(number), follow_symlinks=False))
         return marked or any(os.path.lexists(f"{self.work(number)}/{made}") for made in ("work", "index"))
@@ -405,7 +354,7 @@ class Layers:
         """ROOT/empty, made where missing.  Raises OSError."""
         try:
             if os.listdir(self._empty):
-                self.put_away(self._empty)
+                self.remove_directory(self._empty)
         except FileNotFoundError:
             pass
         with suppress(FileExistsError):
@@ -427,7 +376,7 @@ class Layers:
         except NotADirectoryError:
             return False
 
-    def present(self) -> set[int]:
+    def existing_ids(self) -> set[int]:
         """The ids that have a directory."""
         with os.scandir(self.snapshots) as entries:
             found = ((parse_id(entry.name), entry) for entry in entries)
@@ -437,54 +386,15 @@ class Layers:
         """Delete what is in the trash, and what a full disk kept out of it; what can't be deleted, and stays for the next time,
         each with its path in the error.  It is logged, too."""
         refused = self.trash.empty(checkpoint)
-        for number in list(self._left):
+        for number in list(self._left_for_cleanup):
             checkpoint()
             try:
-                self.retire(number)
-                if number in self._left and self._is_ours(number):
+                self.move_to_trash(number)
+                if number in self._left_for_cleanup and self._is_ours(number):
                     self.trash.delete(self.directory(number), checkpoint)
-                    self._left.discard(number)
+                    self._left_for_cleanup.discard(number)
             except OSError as error:
                 error.filename = error.filename or self.directory(number)
                 refused.append(error)
-                self.trash.mark(self.directory(number), error)
+                self.trash.mark_stuck(self.directory(number), error)
         return refused
-
-
-def parse_id(name: str) -> int | None:
-    """The id whose directory is called ``name``: decimal, from 1, no leading zero; None for any other name."""
-    return int(name) if name.isascii() and name.isdigit() and name[0] != "0" and len(name) < 12 else None
-
-
-def _chown(parent: int, name: str, entry: os.stat_result, owner: Callable[[os.stat_result], tuple[int, int]]) -> None:
-    wanted = owner(entry)
-    if wanted != (entry.st_uid, entry.st_gid):
-        os.chown(name, *wanted, dir_fd=parent, follow_symlinks=False)
-        if entry.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(entry.st_mode):  # chown drops these bits
-            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)  # chmod would follow a link put there
-            try:
-                if os.path.samestat(os.fstat(fd), entry):
-                    os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(entry.st_mode))
-            finally:
-                os.close(fd)
-
-
-def _refuse_tree(root: str) -> None:
-    """Raise Unavailable where ``root`` is in a mounted tree, in which nothing but snapshots can be made."""
-    while not os.path.lexists(root):
-        root = os.path.dirname(root)
-    number = mount_id(root)
-    for mount in mount_table():
-        if mount.id == number and mount.type == "fuse.snapfs":
-            raise Unavailable(f"cannot use {root} as root: it is in the tree that snapfs serves on {mount.target}")
-
-
-_open_layers: weakref.WeakSet[Layers] = weakref.WeakSet()
-
-
-def _leave_to_parent() -> None:
-    for layers in _open_layers:
-        layers.leave_to_parent()
-
-
-os.register_at_fork(after_in_child=_leave_to_parent)

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 DYING = 2.0  # seconds that a killed process has to let go of its root, and a backup to end
 
 
-def take(root: str) -> tuple[int, str]:
+def acquire(root: str) -> tuple[int, str]:
     """Take ROOT/lock for this process: a descriptor that holds it until it is closed, by whatever end, and what the last holder
     has left in it: its pid, or its note."""
     fd = os.open(f"{root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -79,7 +79,7 @@ def is_abandoned(root: str) -> bool:
 
 
 @contextmanager
-def at_rest(root: str) -> Iterator[int | None]:
+def shared_lock(root: str) -> Iterator[int | None]:
     """The process that has ``root`` open (0 where it does not say so), or None where nobody has: then nobody can within the
     block, apart from others who do the same."""
     try:

@@ -1,4 +1,4 @@
-"""Where the snapshots of a root are mounted, by whomever: what the kernel's mount tables say of its layers."""
+"""Where the snapshots of a root are mounted, by whatever process: what the kernel's mount tables say of its layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from snapfs.kernel.handles import has_upper, open_elsewhere
 from snapfs.kernel.mounttable import MountPoint, MountTable, mount_id, mount_table, parse
 from snapfs.kernel.namespaces import Namespaces
-from snapfs.root.layers import parse_id
+from snapfs.names import parse_id
 
 _LAYER = re.compile(r"/([1-9][0-9]*)/fs")
 _LAYER_PART = re.compile(r"/([1-9][0-9]*)/fs(?=/|\Z)")
@@ -26,9 +26,9 @@ class Place:
     """One mount: its target, whether it can be written, and which directory of what it mounts it shows ("": the whole).
 
     ``device`` is that of the mounted file system, as ``major:minor``; ``id``, ``unique``, ``group`` and ``master`` are the
-    mount's own, as in ``MountPoint``.
-    ``bound`` is the snapshot whose layer is bound.  ``upper`` and ``lowers`` are the snapshots whose layers an overlay has, by
-    what was said to it (``upperdir``), which anybody can write: in a namespace of their own, or before ROOT was moved.
+    mount's own, as in ``MountPoint``. ``bound`` is the snapshot whose layer is bound.  ``upper`` and ``lowers`` are the
+    snapshots whose layers an overlay has, by its option ``upperdir``, whose text proves nothing: any user can write it in a
+    namespace of their own, and ROOT may have been moved since.
     """
 
     id: int
@@ -48,7 +48,7 @@ class Place:
 class Mounted:
     """The mounts of the layers ``snapshots``/<id>/fs.  Each call tells of this moment; threads may share it.
 
-    Those of this mount namespace are told by what the kernel says in words, which is enough to show them.  What is in use is
+    Those of this mount namespace are told by the text of the mount table, which is enough to show them.  What is in use is
     asked of the kernel itself (``snapfs/root/inuse.py``)."""
 
     def __init__(self, snapshots: str) -> None:
@@ -128,7 +128,7 @@ class Mounted:
     def is_of(self, place: Place, number: int, pid: int) -> bool:
         """Whether ``place``, of the namespace of process ``pid``, is known to show the layer of the active snapshot ``number``.
 
-        In this namespace, where nobody can mount without the right to, words are enough where the kernel can't tell more.
+        In this namespace, where mounting takes privileges, the text of ``upperdir`` is enough where the kernel can't tell more.
         """
         if not place.upperdir:
             return place.bound == number

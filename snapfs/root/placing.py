@@ -4,7 +4,7 @@ A Prepare renames a directory of the pool to ROOT/snapshots/<id>, and a rename i
 is: a flush more for each batch, as dear as all others together.  But the directories of the pool are on disk before anybody
 gets one.  So the record's transaction also says which one it was, and after a power cut, which may take the rename back, the
 next start does it again, with all that was done to the directory besides: that follows from the record.  When the pool is
-filled the journal is flushed in any case, and everything that was placed before is settled.
+filled the journal is flushed in any case, and everything that was placed before is flushed.
 
 Where the pool was empty a directory is made on the spot, and flushed with its batch.
 """
@@ -20,8 +20,8 @@ from snapfs import idmap
 from snapfs.errors import Damaged
 from snapfs.model import Kind
 from snapfs.root.imprint import Imprint
-from snapfs.root.layers import Layers, Top
-from snapfs.scan.changes import is_shown, xattrs
+from snapfs.root.layers import FsTemplate, Layers
+from snapfs.scan.changes import is_shown_by_overlay, list_xattrs
 from snapfs.store.metastore import MetaStore
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
@@ -42,36 +42,36 @@ class Placing:
     def place(self, writer: Writer, number: int, record: Record) -> None:
         """Make the directory of the new snapshot ``number``; raises OSError, having left nothing.  It is on disk when the
         batch is, or made again at the next start."""
-        layers, settled = self._layers, self._layers.pool.settled
-        name = layers.place(number, record.kind, top(layers, record))
-        writer.on_failure(lambda: layers.unmake(number))
+        layers, flushed = self._layers, self._layers.pool.flushed_up_to
+        name = layers.place(number, record.kind, fs_template(layers, record))
+        writer.on_failure(lambda: layers.undo_place(number))
         if name is None:
             writer.sync_directory(self._fd)
         else:
             writer.mark_placed(number, name)
-        if settled > self._cleared:
-            writer.clear_placed(settled)
-            writer.when_durable(lambda: self._note(settled))
+        if flushed > self._cleared:
+            writer.clear_placed(flushed)
+            writer.when_durable(lambda: self._note(flushed))
 
-    def _note(self, settled: int) -> None:
-        self._cleared = max(settled, self._cleared)
+    def _note(self, flushed: int) -> None:
+        self._cleared = max(flushed, self._cleared)
 
 
-def top(layers: Layers, record: Record) -> Top:
+def fs_template(layers: Layers, record: Record) -> FsTemplate:
     """What the layer of a new snapshot is to be like: as its parent's, so that it changes nothing of what is below it.
 
     Ids that are mapped have another owner, and containerd's snapshots have containerd's mode.  Raises OSError.
     """
     owner = idmap.root_owner(record.labels)
     if not record.parent:
-        return Top(owner)
+        return FsTemplate(owner)
     below = layers.fs(record.parent)
     found = os.lstat(below)
     owner = owner or (found.st_uid, found.st_gid)
     if record.origin:
-        return Top(owner)
-    names = [name for name in xattrs(below) if name.startswith(_INHERITED) and is_shown(name)]
-    return Top(owner, stat.S_IMODE(found.st_mode), [(name, os.getxattr(below, name)) for name in names])
+        return FsTemplate(owner)
+    names = [name for name in list_xattrs(below) if name.startswith(_INHERITED) and is_shown_by_overlay(name)]
+    return FsTemplate(owner, stat.S_IMODE(found.st_mode), [(name, os.getxattr(below, name)) for name in names])
 
 
 def finish(layers: Layers, records: MetaStore) -> None:
@@ -88,11 +88,11 @@ def finish(layers: Layers, records: MetaStore) -> None:
         return
     for number, name, said in found:
         kind = Kind.VIEW if said.record.kind is Kind.VIEW else Kind.ACTIVE
-        like = Top()
+        like = FsTemplate()
         with suppress(FileNotFoundError):  # the parent's layer is missing, as whoever needs it will be told
-            like = top(layers, said.record)
+            like = fs_template(layers, said.record)
         layers.place(number, kind, like, name)
-        layers.bear(number, said)
+        layers.write_imprint(number, said)
     log.info("%d directories were put in place that a power cut had put back", len(found))
     layers.pool.sync()
     records.write_now(lambda writer: writer.clear_placed(placed[-1][0]), frees=True)

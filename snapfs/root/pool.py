@@ -27,7 +27,7 @@ class Pool:
         self.directory = directory
         self.syncs = True
         """Whether directories are flushed before they are ready."""
-        self.settled = 0
+        self.flushed_up_to = 0
         """All snapshots with ids up to this have their directories in place on disk."""
         self._snapshots = snapshots
         self._ready: deque[str] = deque()
@@ -35,7 +35,7 @@ class Pool:
         self._wanted = self._full = POOL
         self._placing = threading.Lock()  # of the next two
         self._last_placed = 0
-        self._unmade = 0
+        self._undone = 0
         self._tag = f"{time.time_ns():x}"  # so that no name in the pool is ever used again
         self._serials = itertools.count(1)  # several threads take from it
 
@@ -49,7 +49,7 @@ class Pool:
         while self._ready or self._unflushed:
             remove_empty(self._ready.popleft() if self._ready else self._unflushed.pop())
 
-    def begin(self) -> str:
+    def make_first(self) -> str:
         """Make the first directory: where.  Raises OSError."""
         self._unflushed.append(self.make())
         return self._unflushed[0]
@@ -78,11 +78,11 @@ class Pool:
 
     def _flush_made(self) -> None:
         if self.syncs and self._unflushed:
-            placed, unmade = self._last_placed, self._unmade
+            placed, undone = self._last_placed, self._undone
             self.sync()
             with self._placing:
-                if unmade == self._unmade:  # else that id may have been given out again
-                    self.settled = placed
+                if undone == self._undone:  # else that id may have been given out again
+                    self.flushed_up_to = placed
         self._ready.extend(self._unflushed)
         self._unflushed.clear()
 
@@ -109,7 +109,7 @@ class Pool:
             raise
         return path
 
-    def take(self) -> tuple[str, bool]:
+    def pop_or_make(self) -> tuple[str, bool]:
         """A directory, and whether it is on disk; raises OSError."""
         try:
             return self._ready.popleft(), self.syncs
@@ -117,15 +117,15 @@ class Pool:
             self._wanted = min(2 * self._wanted, POOL_MOST)
             return self.make(), False
 
-    def placed(self, number: int) -> None:
+    def note_placed(self, number: int) -> None:
         """Note that one was put in its place as snapshot ``number``."""
         self._last_placed = number
 
-    def taken_back(self, number: int) -> None:
+    def note_undone(self, number: int) -> None:
         """Note that the directory of snapshot ``number`` is gone, and its id may be given out again."""
         with self._placing:
-            self._unmade += 1
-            self._last_placed, self.settled = min(number - 1, self._last_placed), min(number - 1, self.settled)
+            self._undone += 1
+            self._last_placed, self.flushed_up_to = min(number - 1, self._last_placed), min(number - 1, self.flushed_up_to)
 
     def has(self, name: str) -> bool:
         """Whether there is a directory of this name, of this process or an earlier one."""

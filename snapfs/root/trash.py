@@ -33,7 +33,7 @@ STUCK = "user.snapfs.stuck"
 """The extended attribute of a directory that could not be deleted: why, and what to do."""
 
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS of <linux/fs.h>
-_KEPT = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
+_UNDELETABLE = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
 
 DEPTH = 50  # directories deeper than this are deleted from the trash's top: bounds stack and descriptors
 
@@ -52,9 +52,9 @@ class Trash:
         """How many directories are in it."""
         self._counting = threading.Lock()
         self._serials = itertools.count(1)  # for names; several threads take from it
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
-    def look(self) -> None:
+    def count_leftovers(self) -> None:
         """Count what an earlier process has left in it; raises OSError."""
         self.count = len(os.listdir(self.directory))
 
@@ -62,7 +62,7 @@ class Trash:
         with self._counting:
             self.count += more
 
-    def take(self, path: str) -> None:
+    def move_here(self, path: str) -> None:
         """Move the directory ``path`` here; raises OSError."""
         while True:
             target = f"{self.directory}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
@@ -87,16 +87,16 @@ class Trash:
                         tries[name] += 1 if error.errno in FULL else 2  # there may be room when the others are gone
                         if tries[name] == 2:
                             refused.append(error)
-                            self.mark(f"{self.directory}/{name}", error)
+                            self.mark_stuck(f"{self.directory}/{name}", error)
         finally:
             os.close(fd)
         return refused
 
-    def mark(self, path: str, error: OSError) -> None:
+    def mark_stuck(self, path: str, error: OSError) -> None:
         """Let the directory ``path`` say why it can't be deleted, and, the first time, the log."""
-        sentence = why_not(error)
-        if sentence not in self._told:
-            self._told.add(sentence)
+        sentence = why_undeletable(error)
+        if sentence not in self._logged:
+            self._logged.add(sentence)
             log.warning("%s", sentence)
         with suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -126,34 +126,34 @@ class Trash:
         Raises OSError, with the path of what can't be deleted.
         """
         try:
-            self._take_apart(parent, name, trash, depth, checkpoint)
+            self._delete_whole(parent, name, trash, depth, checkpoint)
         except OSError as error:
             if not os.path.isabs(error.filename or ""):
                 error.filename = f"{os.readlink(f'/proc/self/fd/{parent}')}/{name}"
             raise
 
-    def _take_apart(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> None:
-        insist = partial(_insist, parent, name, depth > 0)
+    def _delete_whole(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> None:
+        retried = partial(_retried, parent, name, depth > 0)
         try:
-            insist(lambda: os.unlink(name, dir_fd=parent))
+            retried(lambda: os.unlink(name, dir_fd=parent))
             return
         except FileNotFoundError:
             return
         except IsADirectoryError:
             pass
         try:
-            insist(lambda: os.rmdir(name, dir_fd=parent))
+            retried(lambda: os.rmdir(name, dir_fd=parent))
             return
         except OSError as error:
             if error.errno not in NOT_EMPTY:
                 raise
         if depth == DEPTH:
             moved = f"deep-{time.time_ns()}-{next(self._serials)}"
-            insist(lambda: os.rename(name, moved, src_dir_fd=parent, dst_dir_fd=trash))
+            retried(lambda: os.rename(name, moved, src_dir_fd=parent, dst_dir_fd=trash))
             self._add(1)
             return
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = insist(lambda: os.open(name, flags, dir_fd=parent))
+        fd = retried(lambda: os.open(name, flags, dir_fd=parent))
         refused: OSError | None = None
         try:
             for child in os.listdir(fd):
@@ -166,10 +166,10 @@ class Trash:
             os.close(fd)
         if refused is not None:  # but all the rest is gone, and has made room
             raise refused
-        insist(lambda: os.rmdir(name, dir_fd=parent))
+        retried(lambda: os.rmdir(name, dir_fd=parent))
 
 
-def _insist(parent: int, name: str, inside: bool, act: Callable[[], T]) -> T:
+def _retried(parent: int, name: str, inside: bool, act: Callable[[], T]) -> T:
     """``act`` on ``name`` in the directory ``parent``; if that is not permitted, once more when what forbids it is gone.
 
     ``inside``: ``parent`` is to be deleted too, and may be changed for that.
@@ -178,17 +178,17 @@ def _insist(parent: int, name: str, inside: bool, act: Callable[[], T]) -> T:
         return act()
     except PermissionError:
         with ExitStack() as stack:
-            changed = inside and _free(parent, stack)
+            changed = inside and _make_deletable(parent, stack)
             with suppress(OSError):
                 fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
                 stack.callback(os.close, fd)
-                changed |= _free(fd, stack)
+                changed |= _make_deletable(fd, stack)
             if not changed:
                 raise
             return act()
 
 
-def _free(fd: int, stack: ExitStack) -> bool:
+def _make_deletable(fd: int, stack: ExitStack) -> bool:
     """Take away what keeps the file or directory ``fd``, and what is in it, from being deleted; whether anything did.  A file
     that is still there when ``stack`` ends, by another name, gets its flags back."""
     found = os.fstat(fd)
@@ -207,9 +207,9 @@ def _clear_flags(fd: int, stack: ExitStack) -> bool:
     file = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     stack.callback(os.close, file)
     flags = _flags(file)
-    if not flags & _KEPT:
+    if not flags & _UNDELETABLE:
         return False
-    _set_flags(file, flags & ~_KEPT)
+    _set_flags(file, flags & ~_UNDELETABLE)
     found = os.fstat(file)
     if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
 
@@ -231,14 +231,14 @@ def _set_flags(file: int, flags: int) -> None:
     fcntl.ioctl(file, _SET_FLAGS, flags.to_bytes(4, sys.byteorder) + bytes(4))
 
 
-def why_not(error: OSError) -> str:
+def why_undeletable(error: OSError) -> str:
     """The sentence that says why what ``error`` names can't be deleted, and what to do."""
     path, reason = str(error.filename), os.strerror(error.errno or 0)
     if error.errno == errno.EBUSY:
         return f"{path} can't be deleted: something is mounted there; unmount that first"
     if isinstance(error, PermissionError):
         for place in (path, os.path.dirname(path)):
-            if _is_kept(place):
+            if _is_undeletable(place):
                 which = "it" if place == path else place
                 return (
                     f"{path} can't be deleted: {which} is immutable or append-only, and this daemon may not change that; do it "
@@ -248,22 +248,22 @@ def why_not(error: OSError) -> str:
     return f"{path} can't be deleted: {reason}"
 
 
-def _is_kept(path: str) -> bool:
+def _is_undeletable(path: str) -> bool:
     try:
         found = os.lstat(path)
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
             return False
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            return bool(_flags(file) & _KEPT)
+            return bool(_flags(file) & _UNDELETABLE)
         finally:
             os.close(file)
     except OSError:
         return False
 
 
-def undeletable(refused: Sequence[OSError]) -> Unavailable:
+def cleanup_error(refused: Sequence[OSError]) -> Unavailable:
     """What a Cleanup says that could not delete these."""
     more = f" (and so it is with {len(refused) - 1} more, which the daemon has logged)" if len(refused) > 1 else ""
     public = f"files of {len(refused)} removed snapshots can't be deleted; the daemon's log says which and what to do"
-    return Unavailable(f"{why_not(refused[0])}; then clean up again{more}", refused[0].errno, public=public)
+    return Unavailable(f"{why_undeletable(refused[0])}; then clean up again{more}", refused[0].errno, public=public)

@@ -37,7 +37,7 @@ class Unflushed:
     """
 
     def __init__(self, layers: Layers, records: MetaStore, *, marks: bool = True) -> None:
-        self.boot = f"{boot_id()} {probe.mounted_as(layers.snapshots)}"
+        self.boot = f"{boot_id()} {probe.mount_instance(layers.snapshots)}"
         self._layers = layers
         self._records = records
         self._marks = marks
@@ -62,7 +62,7 @@ class Unflushed:
                 record = writer.record(number)
                 if record is not None:
                     writer.mark_unflushed(number, FAILED)
-                    self._layers.bear(number, Imprint(record, FAILED))
+                    self._layers.write_imprint(number, Imprint(record, FAILED))
                     info = writer.info(number, record)
                     writer.changed(info, info, counted=True)
 
@@ -73,7 +73,7 @@ class Unflushed:
             with contextlib.suppress(Damaged):
                 record = writer.record(number)
                 if record is not None:
-                    self._layers.bear(number, Imprint(record))
+                    self._layers.write_imprint(number, Imprint(record))
 
     def refuse_lost(self, numbers: Iterable[int]) -> None:
         """Raise Damaged if any of these snapshots may have lost data."""

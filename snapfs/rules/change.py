@@ -30,7 +30,7 @@ def change(root: Root, writer: Writer, number: int, before: Record, after: Recor
 def write_imprint(root: Root, number: int, record: Record, unflushed_since: str = "") -> None:
     """Let the directory of snapshot ``number`` bear ``record``, unless the directory is missing; raises OSError."""
     if number not in root.damaged:
-        root.layers.bear(number, Imprint(record, unflushed_since))
+        root.layers.write_imprint(number, Imprint(record, unflushed_since))
 
 
 def _take_back_imprint(root: Root, number: int, record: Record, unflushed_since: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from snapfs import idmap
 from snapfs.errors import AlreadyExists, InvalidArgument, NotFound
 from snapfs.labels import UPPERDIR, Labels, check_label
 from snapfs.model import Info, Kind, Ref
+from snapfs.root.owners import Shift, mapping_labels
 from snapfs.rules.change import change
 from snapfs.rules.lookup import find
 from snapfs.rules.mapping import refuse_mapped_twice
@@ -63,18 +63,27 @@ class Fields:
         return after
 
 
-def update(root: Root, writer: Writer, key: Ref, given: dict[str, str], fields: Fields) -> Info:
+class ShiftNeeded(Exception):
+    """Before the labels can be written, the owners of all files in the layer have to be changed: ``shift`` does it."""
+
+    def __init__(self, shift: Shift) -> None:
+        super().__init__(f"the owners in the layer of snapshot {shift.number} have to be changed first")
+        self.shift = shift
+
+
+def update(root: Root, writer: Writer, key: Ref, given: dict[str, str], fields: Fields, shifted: Shift | None = None) -> Info:
     """Change the labels of a snapshot; what Stat shows of it now.  ``updated`` moves even where nothing changed.
 
-    Raises NotFound."""
+    ``shifted``: the change of owners that was made for this call.  Raises NotFound, and ShiftNeeded where another one, or the
+    first one, has to be made."""
     number, record = find(writer, key)
-    return _relabel(root, writer, number, record, fields.updated(record.labels, given))
+    return _relabel(root, writer, number, record, fields.updated(record.labels, given), shifted)
 
 
-def move(root: Root, writer: Writer, key: Ref, old: str, new: str, *, replace: bool) -> Info:
-    """Rename one label of a snapshot; a label ``new`` is replaced if ``replace`` allows it.
+def move(root: Root, writer: Writer, key: Ref, old: str, new: str, *, replace: bool, shifted: Shift | None = None) -> Info:
+    """Rename one label of a snapshot; a label ``new`` is replaced if ``replace`` allows it.  ``shifted`` is as in ``update``.
 
-    Raises NotFound (snapshot or label), AlreadyExists, LabelTooBig."""
+    Raises NotFound (snapshot or label), AlreadyExists, LabelTooBig, ShiftNeeded."""
     number, record = find(writer, key)
     if old not in record.labels:
         raise NotFound(f'snapshot "{record.name}" has no label "{old}"')
@@ -82,33 +91,19 @@ def move(root: Root, writer: Writer, key: Ref, old: str, new: str, *, replace: b
         raise AlreadyExists(f'snapshot "{record.name}" has a label "{new}" already')
     after = {label: value for label, value in record.labels.items() if label != old}
     after.update(stored_labels(root, {new: record.labels[old]}))
-    return _relabel(root, writer, number, record, after)
+    return _relabel(root, writer, number, record, after, shifted)
 
 
-def _relabel(root: Root, writer: Writer, number: int, record: Record, labels: dict[str, str]) -> Info:
-    mapped = (idmap.UID_MAPPING, idmap.GID_MAPPING)
-    if any(record.labels.get(label) != labels.get(label) for label in mapped):
+def _relabel(root: Root, writer: Writer, number: int, record: Record, labels: dict[str, str], shifted: Shift | None) -> Info:
+    if mapping_labels(record.labels) != mapping_labels(labels):
         owner = idmap.root_owner(labels)
         if record.kind is not Kind.COMMITTED and record.parent:
             refuse_mapped_twice(root, writer, record.parent, owner)
-        if record.kind is Kind.ACTIVE and root.options.remap_ids and root.options.slow_chown and not root.maps_ids:
-            root.layers.refuse_damaged(number)
-            _shift_owners(root, writer, number, record.labels, labels)
+        if record.kind is Kind.ACTIVE and root.shifts_owners:
+            needed = Shift(root.layers, number, record.labels, labels)
+            if shifted is None or not needed.is_same(shifted):
+                raise ShiftNeeded(needed)
+            shifted.depend_on(writer)
     updated = max(time.time_ns(), record.updated + 1)
     info = change(root, writer, number, record, msgspec.structs.replace(record, labels=labels, updated=updated))
     return shown(root, info)
-
-
-def _shift_owners(root: Root, writer: Writer, number: int, before: Labels, after: Labels) -> None:
-    """Change the owners in the layer of snapshot ``number`` from one mapping to another; undone if the Update fails."""
-    old, new = idmap.mappings(before), idmap.mappings(after)
-    was: dict[int, tuple[int, int]] = {}  # by inode: what has several names is met several times
-
-    def shifted(entry: os.stat_result) -> tuple[int, int]:
-        if entry.st_ino in was:
-            return entry.st_uid, entry.st_gid
-        was[entry.st_ino] = entry.st_uid, entry.st_gid
-        return idmap.remapped(entry.st_uid, old[0], new[0]), idmap.remapped(entry.st_gid, old[1], new[1])
-
-    writer.on_failure(lambda: root.layers.chown(number, lambda entry: was.get(entry.st_ino, (entry.st_uid, entry.st_gid))))
-    root.layers.chown(number, shifted)

@@ -1,4 +1,4 @@
-"""Look-up: which snapshot a key, a name or an id means, and what is refused to everybody who asks for it."""
+"""Look-up: which snapshot a key, a name or an id means, and what is refused whatever the call."""
 
 from __future__ import annotations
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from snapfs import idmap, mountspec
 from snapfs.errors import FailedPrecondition
 from snapfs.labels import PARENT_CHAIN
 from snapfs.model import Kind, Mount
+from snapfs.root.merged import Stack
 from snapfs.rules.lookup import find
 from snapfs.rules.root import Root
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
-
-
-class Stack(msgspec.Struct, frozen=True):
-    """What to mount: the ids of the read-only layers, the nearest first, and that of a writable one above them."""
-
-    lower: tuple[int, ...]
-    upper: int | None = None
 
 
 def mounts(root: Root, reader: Reader, number: int, record: Record, *, alone: bool = False) -> list[Mount]:
@@ -44,7 +36,7 @@ def mounts(root: Root, reader: Reader, number: int, record: Record, *, alone: bo
 
 
 def handed_over(root: Root, reader: Reader, number: int, record: Record) -> list[Mount]:
-    """``mounts`` of a snapshot for the door at which it was made.
+    """``mounts`` of a snapshot for the door at which it was made.  Of a view they are the same at all doors.
 
     containerd 2.2 and later unpacks an image's layers at once where its configuration says ``rebase``: each is prepared
     without a parent, which its Commit names.  What the layer deletes is written down only if the answer is an overlay,

@@ -26,7 +26,7 @@ def remove(root: Root, writer: Writer, number: int, key: Ref, origin: str, *, re
         raise FailedPrecondition(f'snapshot "{before.name}" was not made by {origin}: remove it in the tree')
     if PIN in before.labels:
         raise Pinned.of(before.name)
-    if child := writer.a_child(number):
+    if child := writer.any_child(number):
         raise HasChildren.of(before.name, child[1], child[0])
     if refuse_mounted and record is not None:
         refuse_used(root, number, record, free=free)
@@ -35,18 +35,20 @@ def remove(root: Root, writer: Writer, number: int, key: Ref, origin: str, *, re
     else:
         writer.delete(number, record)
     writer.changed(before, None)
-    writer.when_durable(lambda: (root.layers.leave if root.options.async_remove else root.layers.retire)(number))
+    writer.when_durable(
+        lambda: (root.layers.leave_for_cleanup if root.options.async_remove else root.layers.move_to_trash)(number)
+    )
 
 
 def _last_seen(writer: Writer, number: int, key: Ref) -> tuple[Info, Record | None]:
     """A snapshot that is to be removed; without its record where that is damaged, but the indexes agree about it."""
     try:
         record = find_again(writer, number, number)
-        if writer.listed(number) != (record.kind, record.name):
+        if writer.indexed_as(number) != (record.kind, record.name):
             raise Damaged(f'the record of snapshot {number}, "{record.name}", contradicts the indexes')
         return writer.info(number, find_again(writer, number, key)), record
     except Damaged:
-        kind, name = writer.listed(number)
+        kind, name = writer.indexed_as(number)
         if isinstance(key, str) and name != key:
             raise
         return Info(name=name, kind=kind, id=number, parent=None, labels={}, created=0, updated=0), None

@@ -39,6 +39,11 @@ class Root:
     damaged: set[int]
     agrees: bool
 
+    @property
+    def shifts_owners(self) -> bool:
+        """Whether other mapping labels of an active snapshot mean other owners of all files in its layer."""
+        return self.options.remap_ids and self.options.slow_chown and not self.maps_ids
+
     def refuse_damaged(self, *numbers: int) -> None:
         """Raise Damaged if the directory of one of these snapshots was missing at the start, and still is."""
         for number in numbers:

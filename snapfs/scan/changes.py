@@ -179,7 +179,7 @@ class _Scan:
         if fd < 0:
             return None
         redirected = False
-        for name in xattrs(fd):
+        for name in list_xattrs(fd):
             if name.startswith(_OVERLAYS):
                 mark = name.partition(".overlay.")[2]
                 if mark == "opaque":
@@ -263,16 +263,16 @@ def _metadata(fd: int) -> object:
     if fd < 0:
         return None
     own = os.fstat(fd)
-    shown = [name for name in xattrs(fd) if is_shown(name)]
+    shown = [name for name in list_xattrs(fd) if is_shown_by_overlay(name)]
     return own.st_mode, own.st_uid, own.st_gid, {name: _xattr(fd, name) for name in shown}
 
 
-def is_shown(name: str) -> bool:
+def is_shown_by_overlay(name: str) -> bool:
     """Whether an overlay shows the extended attribute ``name`` of its layers, and not as a mark of its own."""
     return not name.startswith(_OVERLAYS) or name.startswith(_ESCAPED)
 
 
-def xattrs(file: int | str) -> list[str]:
+def list_xattrs(file: int | str) -> list[str]:
     """The names of all extended attributes of what is open, or of a directory; none where the file system has no such thing."""
     try:
         return os.listxattr(file)

@@ -1,4 +1,4 @@
-"""Work in threads that several who ask at once can share, each getting what was begun after they asked."""
+"""Work in threads that calls at the same time share; each call gets a result that was begun after it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Run(Generic[T]):
 
     def __init__(self) -> None:
         self.begun = False
-        self.waiting = 0  # who share it and have not given up
+        self.waiting = 0  # calls that share it and have not been cancelled
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
         self.error: Exception | None = None
@@ -45,9 +45,10 @@ class Sharing(Generic[T]):
     async def run(self, key: Hashable, work: Callable[[], T]) -> T:
         """What ``work`` gives or raises.
 
-        All who ask with the same key before it has begun share it.  One that is under way may have passed by what the caller
-        has just done, so it is waited for, and the next one shared.  Who gives up stops nobody else's; once all have, the work
-        is cancelled: it should call ``trio.from_thread.check_cancelled`` now and then.  Raises Closed once ``serve`` has ended.
+        Calls with the same key before it has begun share it.  Work that is under way may have passed by what the caller has
+        just done, so the call waits for its end and shares the next.  A call that is cancelled stops no other's; once all are,
+        the work is cancelled: it should call ``trio.from_thread.check_cancelled`` now and then.  Raises Closed once ``serve``
+        has ended.
         """
         running = self._runs.get(key)
         if running is not None and running.begun:
@@ -64,7 +65,7 @@ class Sharing(Generic[T]):
         finally:
             run.waiting -= 1
             if not run.waiting and not run.ended.is_set():
-                self._forget(key, run)  # who asks from now on gets another
+                self._forget(key, run)  # a call from now on gets another
                 run.scope.cancel()
         if run.error is not None:
             raise run.error

@@ -40,12 +40,12 @@ class Agreeing:
         self._note = (
             f"agreed {root.unflushed.boot}".rstrip()
         )  # where the file system tells nothing of its mounts the boot is all
-        root.agrees = not self._layers.bears_imprints or self._layers.found_note == self._note
+        root.agrees = not self._layers.supports_imprints or self._layers.previous_note == self._note
         self.settled = trio.Event()
         """Set when they have been compared, if they had to be."""
 
     async def run(self) -> None:
-        """Compare them, if the last process can't have left them right."""
+        """Compare them, unless the last process has noted that they agree."""
         try:
             if not self._root.agrees:
                 self._root.agrees = await self._compare()
@@ -55,9 +55,9 @@ class Agreeing:
             self.settled.set()
 
     def note_end(self) -> None:
-        """Leave word for the next start that they agree, if they do: when nothing is written any more."""
+        """Note in ROOT/lock, for the next start, that they agree, if they do.  Called when nothing is written any more."""
         if self._root.agrees and not self._records.is_in_doubt:
-            self._layers.note(self._note)
+            self._layers.leave_note(self._note)
 
     async def _compare(self) -> bool:
         """Compare all, and mend what disagrees; whether they agree now."""
@@ -78,7 +78,7 @@ class Agreeing:
             return list(reader.numbers())
 
     def _disagreeing(self, numbers: Iterable[int]) -> list[int]:
-        """Those of ``numbers`` that seem to disagree: nobody is kept from changing them meanwhile."""
+        """Those of ``numbers`` that seem to disagree; calls may change them meanwhile."""
         with self._records.reading(long=True) as reader:
             return [number for number in numbers if self._wanted(reader, number) is not None]
 
@@ -105,7 +105,7 @@ class Agreeing:
             wanted = self._wanted(writer, number)
             try:
                 if wanted is not None:
-                    self._layers.bear(number, wanted)
+                    self._layers.write_imprint(number, wanted)
                 agreed += 1
             except OSError as error:
                 log.warning("%s can't be told what its record says: %s", self._layers.directory(number), error)

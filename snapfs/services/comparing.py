@@ -1,4 +1,4 @@
-"""Comparing: what a layer changed against its chain, scanned in threads and shared by all who ask at once."""
+"""Comparing: what a layer changed against its chain, scanned in threads; calls at the same time share a scan."""
 
 from __future__ import annotations
 

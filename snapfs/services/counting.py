@@ -1,7 +1,7 @@
-"""Who takes what: counts of layers that are shared while they run, remembered, and stored for committed snapshots.
+"""Counting: the bytes and inodes that each snapshot takes.  Calls share a count that runs, and committed snapshots store it.
 
-An active snapshot is counted when somebody asks.  A committed one is counted once, in the background right after its Commit,
-which does not wait for it; ``MetaStore``'s table ``uncounted`` carries that over a restart.
+An active snapshot is counted when a call asks for its usage.  A committed one is counted once, in the background right after
+its Commit, which does not wait for it; ``MetaStore``'s table ``uncounted`` carries that over a restart.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Counting:
         """The usage as far as it is known without looking: stored, or from the last scan, or else that of an empty layer."""
         if record.kind is Kind.VIEW:
             return Usage()
-        return record.usage or self._last_known.get(number, self._layers.empty)
+        return record.usage or self._last_known.get(number, self._layers.empty_usage)
 
     def forget(self, number: int) -> None:
         """Snapshot ``number`` is gone."""
@@ -89,7 +89,7 @@ class Counting:
 
     def count_soon(self, number: int) -> None:
         """Count the committed snapshot ``number``, which nothing changes any more, and store what it takes; with others that
-        come soon after it, unless somebody waits for it."""
+        come soon after it, unless a call waits for it."""
         if number not in self._pending and self._nursery is not None:
             if not self._gathered:
                 self._nursery.start_soon(self._gather, name="snapfs counts to come")
@@ -127,7 +127,7 @@ class Counting:
             self._pending.pop(number).ended.set()
 
     async def _scan(self, number: int) -> Usage:
-        """Count a layer in a worker thread, together with all who ask for it now."""
+        """Count a layer in a worker thread; calls for the same layer share the count."""
 
         def count() -> Usage:
             self._layers.refuse_damaged(number)
@@ -145,7 +145,7 @@ class Counting:
         except OSError as error:
             raise Unavailable.from_os(f"count snapshot {number}", error) from error
         with self._records.reading() as reader:
-            if reader.record(number) is not None:  # else it was removed meanwhile, and nobody would ever forget this
+            if reader.record(number) is not None:  # else it was removed meanwhile, and ``forget`` has been called
                 self._last_known[number] = usage
         return usage
 

@@ -1,4 +1,4 @@
-"""Housekeeping: directories made ahead, and removed ones deleted, in the background, so that nobody waits for either."""
+"""Housekeeping: directories made ahead, and removed ones deleted, in the background, so that no call waits for either."""
 
 from __future__ import annotations
 

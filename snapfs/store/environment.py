@@ -16,17 +16,17 @@ import logging
 import os
 import threading
 import time
-import weakref
 from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any, NoReturn
 
 import lmdb
 
 from snapfs.errors import FULL, Closed, Damaged, Forked, SnapshotError, Unavailable
+from snapfs.kernel import forks
 from snapfs.store.locktable import new_table, open_environment
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Tables
-from snapfs.store.soundness import refuse_foreign, refused, unreadable
+from snapfs.store.soundness import disk_error, open_error, refuse_foreign
 from snapfs.store.space import RESERVE, Space, make_file, refuse_without_address_space
 
 log = logging.getLogger(__name__)
@@ -64,12 +64,12 @@ class _Reading(Reader):
         if environment.refusal is not None:
             raise environment.refusal()
         with environment._guard:
-            if environment.shut is not None:
+            if environment.reopen_error is not None:
                 raise Unavailable(
-                    f"cannot read the records: {environment.shut}; the next change tries again",
-                    getattr(environment.shut, "errno", None),
+                    f"cannot read the records: {environment.reopen_error}; the next change tries again",
+                    getattr(environment.reopen_error, "errno", None),
                 )
-            while self._long and environment.is_growing:  # or one after the other might keep the writer waiting for ever
+            while self._long and environment.is_changing:  # or one after the other might keep the writer waiting for ever
                 environment._idle.wait()
             environment._readers += 1
         try:
@@ -79,10 +79,10 @@ class _Reading(Reader):
                 self._txn = environment._begin_when_possible()
             self._tables = environment.tables
         except lmdb.Error as error:
-            environment._has_read()
-            raise refused("read the records", environment.path, error) from error
+            environment._reader_ended()
+            raise disk_error("read the records", environment.path, error) from error
         except BaseException:
-            environment._has_read()
+            environment._reader_ended()
             raise
         return self
 
@@ -93,7 +93,7 @@ class _Reading(Reader):
         try:
             txn.abort()
         finally:
-            self._environment._has_read()
+            self._environment._reader_ended()
         if isinstance(error, _NONSENSE):
             raise Damaged(
                 f"the records in {self._environment.path} can't be read: {error}; put them back from a backup"
@@ -113,9 +113,9 @@ class Environment:
         self.sync = sync
         self.refusal: type[Closed] | None = None
         """What every call raises: Closed after ``close``, Forked in a child of the process that opened it, else None."""
-        self.shut: Unavailable | Damaged | None = None
+        self.reopen_error: Unavailable | Damaged | None = None
         """Why it could not be opened anew."""
-        self.is_growing = False
+        self.is_changing = False
         """It is made larger, or opened anew, or is about to be."""
         self._guard = threading.Lock()  # of what follows: a map can't change its size while anybody uses it
         self._idle = threading.Condition(self._guard)
@@ -124,10 +124,10 @@ class Environment:
         try:
             self._open(map_size)
         except lmdb.Error as error:
-            raise unreadable(path, error) from error
+            raise open_error(path, error) from error
         except OSError as error:
-            raise refused("open the records", path, error) from error
-        _open_environments.add(self)
+            raise disk_error("open the records", path, error) from error
+        forks.disown_in_children(self)
 
     def _open(self, map_size: int) -> None:
         path = self.path
@@ -141,12 +141,12 @@ class Environment:
             undoing.callback(self.space.close)
             self._table = new_table(path)
             undoing.callback(os.close, self._table)
-            self.env = self._opened(map_size)
+            self.env = self._open_lmdb(map_size)
             undoing.callback(self.env.close)
             refuse_foreign(self.env, path)  # before anything is written
             self._page_size: int = self.env.stat()["psize"]
-            self.space.size = self._mapped()
-            self._write_heads_anew()
+            self.space.size = self._map_size()
+            self._rewrite_meta_pages()
             while True:
                 try:
                     with self.env.begin(write=True) as txn:
@@ -154,19 +154,19 @@ class Environment:
                     break
                 except lmdb.MapFullError:
                     self.grow()
-            self.refill()  # not before the file is known to be ours
+            self.refill_reserve()  # not before the file is known to be ours
             undoing.pop_all()
 
-    def _write_heads_anew(self) -> None:
+    def _rewrite_meta_pages(self) -> None:
         """Have the disk hold what the records are by the kernel's word: the last process may have ended in doubt."""
         try:
             if self.env.info()["last_txnid"]:
-                self.write_anew(0, 1)
+                self.rewrite_pages(0, 1)
         except OSError as error:
             if error.errno not in FULL:  # btrfs at its quota refuses even this, and writes nothing in place anyway
                 raise
 
-    def _opened(self, map_size: int, *, readonly: bool = False) -> lmdb.Environment:
+    def _open_lmdb(self, map_size: int, *, readonly: bool = False) -> lmdb.Environment:
         env = open_environment(
             self.path,
             self._table,
@@ -185,7 +185,7 @@ class Environment:
             raise
         return env
 
-    def _mapped(self) -> int:
+    def _map_size(self) -> int:
         """The size of the map as LMDB has it, while no transaction is open."""
         size: int = self.env.info()["map_size"]
         return size
@@ -196,6 +196,12 @@ class Environment:
             self.refusal = Closed
             self.env.close()
             os.close(self._table)
+            self.space.close()
+
+    def disown_in_child(self) -> None:
+        """In a forked process: refuse every call from now on, and let go of the file, which the parent has locked."""
+        if self.refusal is None:
+            self.refusal = Forked
             self.space.close()
 
     def reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
@@ -221,10 +227,10 @@ class Environment:
                     raise Unavailable(busy, errno.EAGAIN) from None
             time.sleep(0.001)
 
-    def _has_read(self) -> None:
+    def _reader_ended(self) -> None:
         with self._guard:
             self._readers -= 1
-            if self.is_growing and not self._readers:
+            if self.is_changing and not self._readers:
                 self._idle.notify_all()
 
     def _wait_for_opening(self) -> None:
@@ -235,7 +241,7 @@ class Environment:
             seen = self._openings
             self._readers -= 1
             self._idle.notify_all()
-            self._idle.wait_for(lambda: self._openings != seen or self.shut is not None, PATIENCE)
+            self._idle.wait_for(lambda: self._openings != seen or self.reopen_error is not None, PATIENCE)
             self._readers += 1
 
     # -- a disk that fails
@@ -250,7 +256,7 @@ class Environment:
             pass
         return False
 
-    def write_anew(self, *pages: int) -> None:
+    def rewrite_pages(self, *pages: int) -> None:
         """Write pages as the kernel has them in memory, so that the disk has the same.  Raises OSError.
 
         The descriptor is a fresh one: an old one would tell of errors of the past.
@@ -267,74 +273,63 @@ class Environment:
     def reopen(self, *, writable: bool = False) -> None:
         """Open the environment anew, while nobody reads; for reading alone on a file system that is read-only by now."""
         with self._idle:
-            self.is_growing = True
+            self.is_changing = True
             try:
                 while self._readers:
                     self._idle.wait()
                 self.env.close()
                 try:
                     self._open_anew(writable)
-                    self.shut = None
+                    self.reopen_error = None
                 except (lmdb.Error, OSError, SnapshotError) as error:
                     self.env.close()
-                    self.shut = error if isinstance(error, Damaged) else refused("open the records anew", self.path, error)
-                    raise self.shut from error
+                    self.reopen_error = (
+                        error if isinstance(error, Damaged) else disk_error("open the records anew", self.path, error)
+                    )
+                    raise self.reopen_error from error
             finally:
                 self._openings += 1
-                self.is_growing = False
+                self.is_changing = False
                 self._idle.notify_all()
 
     def _open_anew(self, writable: bool) -> None:
         try:
-            self.env = self._opened(self.space.size)
+            self.env = self._open_lmdb(self.space.size)
         except lmdb.Error as error:
             if writable or getattr(error, "code", 0) != errno.EROFS:
                 raise
-            self.env = self._opened(self.space.size, readonly=True)
+            self.env = self._open_lmdb(self.space.size, readonly=True)
         refuse_foreign(self.env, self.path)
         self.tables = Tables(self.env)
 
     # -- room for the records
 
-    def refill(self) -> None:
+    def refill_reserve(self) -> None:
         try:
-            self.space.refill()
+            self.space.refill_reserve()
         except OSError as error:  # what is there of it may do
             log.debug("no room for the whole reserve: %s", error)
 
     def grow(self) -> None:
         """Make the map larger; raises OSError where the disk, or the address space, has no room for that."""
-        self.resize(self.space.more())
+        self.resize(self.space.extend())
 
     def resize(self, size: int) -> None:
         """Give the map ``size`` bytes, or what is in use if that is more, while no transaction is open."""
-        if self.shut is not None:
+        if self.reopen_error is not None:
             self.space.size = size  # which it gets when it is opened
             return
-        refuse_without_address_space(size - self._mapped())
+        refuse_without_address_space(size - self._map_size())
         with self._idle:
-            self.is_growing = True
+            self.is_changing = True
             try:
                 while self._readers:
                     self._idle.wait()
                 self.env.set_mapsize(size)
-                self.space.size = self._mapped()
+                self.space.size = self._map_size()
             finally:
-                self.is_growing = False
+                self.is_changing = False
                 self._idle.notify_all()
-
-
-_open_environments: weakref.WeakSet[Environment] = weakref.WeakSet()
-
-
-def _refuse_in_child() -> None:
-    for environment in _open_environments:
-        if environment.refusal is None:
-            environment.refusal = Forked
-            environment.space.close()  # or the child would hold the file when its parent no longer does
-
-
-os.register_at_fork(after_in_child=_refuse_in_child)
 
 
 def _keep_from_children(path: str) -> None:

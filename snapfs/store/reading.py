@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
-from typing import Any
 
 import lmdb
 import msgspec
@@ -13,16 +12,17 @@ import msgspec
 from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument
 from snapfs.model import Info, Kind
-from snapfs.store.schema import Record, Tables, decode, decoded, is_id, key_of, number_of
+from snapfs.store import indexes
+from snapfs.store.schema import Record, Tables, decode, decode_checked, is_id, key_of, number_of
 
-CHUNK = 128  # records that are read ahead: some more than one answer to a listing has room for
-
-Entry = tuple[Any, bytes, bytes]
-"""One entry of an index: the table (py-lmdb's handle, which has no type to name), key, value."""
+CHUNK = 128  # records that ``Reader.records`` reads ahead: some more than one answer to a listing has room for
 
 
 class Reader:
-    """One consistent state of the store; valid inside ``MetaStore.reading`` or a write operation only."""
+    """One consistent state of the records; valid inside the block of ``MetaStore.reading`` or inside a write operation only.
+
+    Wherever a method says "Damaged", the records contradict themselves, or their bytes can't be what they should be.
+    """
 
     _txn: lmdb.Transaction[bytes]
 
@@ -30,7 +30,7 @@ class Reader:
         self._tables = tables
 
     def id_of(self, name: str) -> int | None:
-        """The id of the snapshot called ``name``."""
+        """The id of the snapshot called ``name``, None where there is none.  Raises Damaged."""
         try:
             found = self._txn.get(name.encode(), db=self._tables.names)
         except (lmdb.BadValsizeError, UnicodeEncodeError):  # empty or too long or no UTF-8: no key can be that
@@ -38,12 +38,13 @@ class Reader:
         return None if found is None else number_of(found)
 
     def record(self, number: int) -> Record | None:
-        """The record of snapshot ``number``; raises Damaged where it can't be one."""
+        """The record of snapshot ``number``, None where there is none; raises Damaged where its bytes can't be a record."""
         found = self._txn.get(key_of(number), db=self._tables.snapshots)
-        return decoded(number, found) if found is not None else None
+        return decode_checked(number, found) if found is not None else None
 
     def find(self, name: str) -> tuple[int, Record] | None:
-        """Id and record of the snapshot called ``name``; raises Damaged where the name leads to something else."""
+        """Id and record of the snapshot called ``name``, None where there is none; raises Damaged where the name leads to the
+        id of a snapshot that is called something else."""
         number = self.id_of(name)
         if number is None:
             return None
@@ -53,9 +54,9 @@ class Reader:
             raise Damaged(f'the name "{name}" leads to snapshot {number}, which {what}')
         return number, record
 
-    def listed(self, number: int) -> tuple[Kind, str]:
-        """Kind and name of snapshot ``number`` as far as the indexes agree about them, whatever its record says; raises Damaged
-        where they don't."""
+    def indexed_as(self, number: int) -> tuple[Kind, str]:
+        """Kind and name of snapshot ``number`` by the indexes alone, whatever its record says; raises Damaged where the indexes
+        contradict each other."""
         key = key_of(number)
         found: list[tuple[Kind, bytes]] = []
         for kind in Kind:
@@ -71,14 +72,15 @@ class Reader:
         raise Damaged(f"it cannot be told which snapshot {number} is: the indexes of the records contradict each other")
 
     def parent_of(self, record: Record) -> Record:
-        """The record of the parent of ``record``, which must have one; raises Damaged where there is none."""
+        """The record of the parent that ``record`` names, which it must; raises Damaged where the parent has no record."""
         parent = self.record(record.parent)
         if parent is None:
             raise Damaged(f'the parent of snapshot "{record.name}", number {record.parent}, has no record')
         return parent
 
     def info(self, number: int, record: Record) -> Info:
-        """What Stat shows of ``record``."""
+        """What Stat shows of snapshot ``number``, whose record is ``record``.  Raises Damaged where its parent has no
+        record."""
         return Info(
             name=record.name,
             kind=record.kind,
@@ -91,7 +93,10 @@ class Reader:
         )
 
     def chain(self, record: Record) -> list[int]:
-        """The ids of the parents of ``record``, the nearest first; raises Damaged where one has no record, or they go round."""
+        """The ids of the snapshots that ``record`` stands on, the nearest first.
+
+        Raises Damaged where one of them has no record, or where a snapshot is among its own parents.
+        """
         chain: dict[int, None] = {}
         while record.parent:
             if record.parent in chain:
@@ -101,13 +106,17 @@ class Reader:
         return list(chain)
 
     def lowers(self, number: int, record: Record) -> list[int]:
-        """The ids of the layers that are only read where snapshot ``number`` is mounted, the nearest first: its own among them
-        unless it is active, or a view, which shows its parents."""
+        """The ids of the lower layers (which are only read) of the overlay that shows snapshot ``number``, the nearest first.
+
+        The snapshot's own layer is one of them where it is committed, and where it is a view on nothing; that of an active
+        snapshot is the upper layer, and a view has an empty one.  Raises Damaged (``chain``).
+        """
         chain = self.chain(record)
         return chain if record.kind is Kind.ACTIVE or (record.kind is Kind.VIEW and chain) else [number, *chain]
 
     def listing(self, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
-        """Id and name of all snapshots of ``kind`` with an id above ``after``, in id order.  What is none is left out."""
+        """Id and name of all snapshots of ``kind`` with an id above ``after``, in the order of ids.  Entries of the index that
+        can't be ids are left out."""
         with self._txn.cursor(db=self._tables.kinds[kind]) as cursor:
             if cursor.set_range(key_of(after + 1)):
                 for key, name in cursor:
@@ -115,7 +124,7 @@ class Reader:
                         yield number_of(key), name.decode(errors="replace")
 
     def records(self, kind: Kind, after: int = 0) -> Iterator[tuple[int, str, Record | None]]:
-        """The same as ``listing``, with the records: None where it can't be read, or contradicts the index."""
+        """As ``listing``, each with its record: None where the record can't be read, or contradicts the index."""
         with self._txn.cursor(db=self._tables.kinds[kind]) as index, self._txn.cursor(db=self._tables.snapshots) as cursor:
             more = index.set_range(key_of(after + 1))
             while more:
@@ -135,8 +144,9 @@ class Reader:
                         yield int.from_bytes(key, "big"), name, record
 
     def children(self, parent: int, kind: Kind, after: int = 0) -> Iterator[tuple[int, str]]:
-        """The same for the children of snapshot ``parent``."""
-        prefix = key_of(parent) + kind[0].encode()
+        """Id and name of all children of ``kind`` that snapshot ``parent`` has, with an id above ``after``, in the order of
+        ids."""
+        prefix = indexes.child_prefix(parent, kind)
         with self._txn.cursor(db=self._tables.children) as cursor:
             if cursor.set_range(prefix + key_of(after + 1)):
                 for key, name in cursor:
@@ -145,7 +155,7 @@ class Reader:
                     if is_id(key[9:]):
                         yield number_of(key[9:]), name.decode(errors="replace")
 
-    def a_child(self, parent: int) -> tuple[Kind, str] | None:
+    def any_child(self, parent: int) -> tuple[Kind, str] | None:
         """Kind and name of one of the children of snapshot ``parent``, None where it has none."""
         found = ((kind, name) for kind in Kind for number, name in self.children(parent, kind) if number != parent)
         return next(found, None)
@@ -163,11 +173,12 @@ class Reader:
         return set(self.numbers())
 
     def walk(self, selection: Iterable[tuple[str, str]] | None = None) -> Iterator[Info]:
-        """All snapshots in the order of their keys' bytes; or only those that have one of these names, kinds or parents
-        (``snapfs/filters.py``).
+        """All snapshots in the order of their keys' bytes; with ``selection``, only those that have one of these names, kinds
+        or parents (``Filters.selection``).
 
-        They are collected at once and made out later, also after the block: while a reader of a large store is at it, the
-        writer can't use any page again, and the file would grow all that time.
+        The bytes of the records are collected at once and decoded later, by the iterator, also after the block has ended: while
+        a reader is at work, the writer can't use any page again, and the file would grow all that time.  The iterator raises
+        Damaged at a snapshot whose record can't be read or contradicts the index.
         """
         if selection is None:
             with self._txn.cursor(db=self._tables.names) as cursor:
@@ -177,7 +188,7 @@ class Reader:
         order = sorted({entry for field, value in selection for entry in self._selected(field, value)})
         with self._txn.cursor(db=self._tables.snapshots) as cursor:
             found = dict(cursor.getmulti([key for _, key in order]))
-            parents = {record.parent for key, text in found.items() if (record := decoded(number_of(key), text)).parent}
+            parents = {record.parent for key, text in found.items() if (record := decode_checked(number_of(key), text)).parent}
             found.update(cursor.getmulti([key_of(parent) for parent in parents]))
         return _Collected(self._tables, found).infos(order)
 
@@ -196,8 +207,8 @@ class Reader:
                         yield from ((name.encode(), key_of(number)) for number, name in self.children(parent, kind))
 
     def dump(self) -> Iterator[tuple[int, Record]]:
-        """Id and record of all snapshots in the order of ids, collected and made out like ``walk``; what can't be read is left
-        out."""
+        """Id and record of all snapshots in the order of ids, collected and decoded as in ``walk``; records that can't be read
+        are left out."""
         with self._txn.cursor(db=self._tables.snapshots) as cursor:
             found = [(number_of(key), value) for key, value in cursor if is_id(key)]
         return _readable(found)
@@ -208,48 +219,37 @@ class Reader:
             return [number_of(key) for key in cursor.iternext(values=False) if is_id(key)]
 
     def unflushed(self) -> list[tuple[int, str]]:
-        """The ids of committed snapshots whose data may be in memory only, each with the boot of the machine whose memory."""
+        """The ids of committed snapshots whose data may be in the machine's memory only, each with the boot of the machine in
+        which that was so (``root/unflushed.py``)."""
         with self._txn.cursor(db=self._tables.unflushed) as cursor:
             return [(number_of(key), boot.decode(errors="replace")) for key, boot in cursor if is_id(key)]
 
     def placed(self) -> list[tuple[int, str]]:
-        """The ids of snapshots whose directory may still be in the pool after a power cut, each with its name there."""
+        """The ids of snapshots whose directory a power cut may put back into the pool, each with the directory's name there
+        (``root/placing.py``)."""
         with self._txn.cursor(db=self._tables.placed) as cursor:
             return [(number_of(key), name.decode(errors="replace")) for key, name in cursor if is_id(key)]
 
     def unflushed_since(self, number: int) -> str:
-        """The boot in which snapshot ``number`` was committed, if its data may be in memory only; else ""."""
+        """The boot in which snapshot ``number`` was committed, if its data may be in the machine's memory only; else ""."""
         return self._txn.get(key_of(number), b"", db=self._tables.unflushed).decode()
 
-    def _indexes(self, number: int, record: Record) -> Iterator[Entry]:
-        """All that the indexes hold of a snapshot."""
-        tables, key, name = self._tables, key_of(number), record.name.encode()
-        yield tables.names, name, key
-        yield tables.kinds[record.kind], key, name
-        if record.parent:
-            yield tables.children, key_of(record.parent) + record.kind[0].encode() + key, name
-        if record.kind is Kind.COMMITTED and record.usage is None:
-            yield tables.uncounted, key, b""
-
-    def _all_indexes(self) -> set[Entry]:
+    def _index_entries(self) -> set[indexes.Entry]:
         """What the indexes should hold, for all records that can be read."""
-        entries: set[Entry] = set()
+        entries: set[indexes.Entry] = set()
         for number in self.ids():
             with suppress(Damaged):
                 record = self.record(number)
                 if record is not None:
-                    entries.update(self._indexes(number, record))
+                    entries.update(indexes.entries_of(self._tables, number, record))
         return entries
 
-    def misindexed(self) -> int:
-        """How many entries of the indexes are missing or too many; ``Writer.index_anew`` mends them."""
-        found: set[Entry] = set()
-        for table in self._tables.indexes:
-            with self._txn.cursor(db=table) as cursor:
-                found.update((table, key, value) for key, value in cursor)
-        known = self.ids()
+    def wrong_index_entries(self) -> int:
+        """How many entries the indexes lack or have too many, by what the records say; ``Writer.rebuild_indexes`` mends
+        that."""
+        found, known = indexes.stored_entries(self._txn, self._tables), self.ids()
         strays = sum(number not in known for number, _ in self.unflushed())
-        return len(found ^ self._all_indexes()) + strays + (max(known, default=0) > self.last_id())
+        return len(found ^ self._index_entries()) + strays + (max(known, default=0) > self.last_id())
 
     def count(self, kind: Kind) -> int:
         """How many snapshots of ``kind`` there are."""
@@ -265,11 +265,11 @@ class Reader:
 def _readable(found: list[tuple[int, bytes]]) -> Iterator[tuple[int, Record]]:
     for number, encoded in found:
         with suppress(Damaged):
-            yield number, decoded(number, encoded)
+            yield number, decode_checked(number, encoded)
 
 
 class _Collected(Reader):
-    """Records that were read, to be made out when the transaction has ended."""
+    """The bytes of records, collected within a transaction, to be decoded when that has ended."""
 
     def __init__(self, tables: Tables, found: dict[bytes, bytes]) -> None:
         super().__init__(tables)
@@ -278,7 +278,7 @@ class _Collected(Reader):
 
     def record(self, number: int) -> Record | None:
         found = self._found.get(key_of(number))
-        return decoded(number, found) if found is not None else None
+        return decode_checked(number, found) if found is not None else None
 
     def parent_of(self, record: Record) -> Record:
         parent = self._parents.get(record.parent)

@@ -24,7 +24,10 @@ from snapfs.errors import Damaged, InvalidArgument
 from snapfs.model import Kind, Usage
 
 SCHEMA = 1
-IDS = 1 << 36  # ids are below this: so many an inode number has room for
+"""The version of all this, which the records carry."""
+
+IDS = 1 << 36
+"""All ids are below this: an inode number of the tree has room for so many."""
 
 _Time = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
@@ -33,8 +36,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     """What the table ``snapshots`` holds, as MessagePack: an array in this order; new fields go to the end, with defaults.
 
     ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted;
-    ``origin`` is as in ``model.Info``.  The limits are for what is read: bytes that the disk has mangled must not become a
-    snapshot.
+    ``origin`` is as in ``model.Info``.  The limits are checked when a record is read: bytes that the disk has mangled must not
+    become a snapshot.
     """
 
     name: str
@@ -52,24 +55,28 @@ decode = msgspec.msgpack.Decoder(Record).decode
 
 
 def key_of(number: int) -> bytes:
+    """The id ``number`` as the tables have it: 8 bytes, big-endian."""
     return number.to_bytes(8, "big")
 
 
 def number_of(key: bytes) -> int:
+    """The id that ``key`` stands for; raises Damaged where these bytes can't be an id."""
     if not is_id(key):
         raise Damaged(f"the records name a snapshot by {key.hex() or 'nothing'}, which is no id")
     return int.from_bytes(key, "big")
 
 
 def is_id(key: bytes) -> bool:
+    """Whether ``key`` can be an id: 8 bytes, above 0 and below IDS."""
     return len(key) == 8 and b"\0\0\0\0\0\0\0\0" < key < _END
 
 
 _END = key_of(IDS)
 
 
-def decoded(number: int, found: bytes) -> Record:
-    """The record of snapshot ``number``; raises Damaged where these bytes can't be one."""
+def decode_checked(number: int, found: bytes) -> Record:
+    """The record of snapshot ``number``, which the table holds as the bytes ``found``; raises Damaged where they can't be
+    one."""
     try:
         record = decode(found)
         name = record.name
@@ -83,9 +90,9 @@ def decoded(number: int, found: bytes) -> Record:
 
 
 class Tables:
-    """The tables of one environment, made where missing: py-lmdb's handles, which have no type to name.
+    """The tables of one environment, as py-lmdb's handles, which have no type to name.
 
-    ``txn`` is a write transaction for making them, and none may be open in this thread otherwise.
+    With ``txn``, a write transaction, missing tables are made.  No other transaction may be open in this thread.
     """
 
     def __init__(self, env: lmdb.Environment, txn: lmdb.Transaction[bytes] | None = None) -> None:

@@ -24,7 +24,7 @@ def broken_pages(path: str) -> list[str]:
 
 
 def _refuse_cut(env: lmdb.Environment, path: str) -> None:
-    """Raise Damaged where the end of the file is missing, on which LMDB would die of SIGBUS."""
+    """Raise Damaged where the end of the file is missing: the kernel would end a process that reads it (SIGBUS)."""
     size, needed = os.stat(path).st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
     if size >= needed:
         return
@@ -33,7 +33,7 @@ def _refuse_cut(env: lmdb.Environment, path: str) -> None:
 
 
 def refuse_foreign(env: lmdb.Environment, path: str) -> None:
-    """Raise Damaged unless ``env`` is new, or of this schema, and all there."""
+    """Raise Damaged unless ``env``, LMDB's environment of the file ``path``, is new, or has this schema and is all there."""
     _refuse_cut(env, path)
     with env.begin() as txn:
         if txn.stat()["entries"] == 0:
@@ -55,15 +55,16 @@ def refuse_foreign(env: lmdb.Environment, path: str) -> None:
     raise Damaged(f'the records in {path} have the schema "{version}", which no snapfs writes; this one reads {SCHEMA}')
 
 
-def unreadable(path: str, error: lmdb.Error) -> Damaged | Unavailable:
-    """Why the records can't be opened, as a sentence."""
+def open_error(path: str, error: lmdb.Error) -> Damaged | Unavailable:
+    """The error, with a sentence, that says why LMDB could not open the records in ``path``."""
     if isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError)):
         return Damaged(f"the records in {path} can't be read: {error}; put them back from a backup")
-    return refused("open the records", path, error)
+    return disk_error("open the records", path, error)
 
 
-def refused(doing: str, path: str, error: lmdb.Error | OSError | SnapshotError) -> Unavailable:
-    """The refusal of LMDB or of the operating system, while ``doing`` something with the records in ``path``, as a sentence."""
+def disk_error(doing: str, path: str, error: lmdb.Error | OSError | SnapshotError) -> Unavailable:
+    """The error, with a sentence, that says what LMDB or the operating system refused: ``doing`` is what was being done with
+    the records in ``path``, as words that go on from "cannot "."""
     if isinstance(error, OSError):
         return Unavailable.from_os(doing, error)
     if isinstance(error, SnapshotError):

@@ -6,7 +6,7 @@ the size of its map.  The last ``RESERVE`` bytes are for removing alone.  A full
 where nothing has been changed yet, and what fills the disk can't take the reserve away.
 
 File systems that write nothing in place, where a quota is used up, refuse to write even what is allocated (EDQUOT), but still
-remove files.  So there is one to be removed there (``give_up``).
+remove files.  So there is one to be removed there (``release_reserve``).
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ _GET_FLAGS, _SET_FLAGS, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x00800000  
 
 
 class Space:
-    """The blocks of one file, which is there.  ``size`` bytes of it LMDB may use, ``held`` are allocated.
+    """The disk blocks of one file, which must exist.
 
-    ``is_short``: the reserve is not whole, for want of room.  All functions block on the disk.  Nobody else can have the file
-    meanwhile: raises Unavailable where another process, or another such object, has it, or it is none.
+    ``size``: how many bytes of the file LMDB may use.  ``allocated``: how many bytes have blocks on the disk.
+    ``lacks_reserve``: the disk had no room for the whole reserve.
+
+    All functions block on the disk.  The object locks the file: raises Unavailable where another process, or another such
+    object, has locked it, or where it is no regular file.
     """
 
     def __init__(self, path: str) -> None:
@@ -56,8 +59,8 @@ class Space:
             os.close(self._fd)
             raise Unavailable(f"the records in {path} are in use by another process; stop that one first") from None
         self.size = 0
-        self.held = os.fstat(self._fd).st_size
-        self.is_short = True
+        self.allocated = os.fstat(self._fd).st_size
+        self.lacks_reserve = True
         self._spare = f"{path}-reserve" if mounting.file_system_magic(path) in _NEVER_IN_PLACE else None
 
     def close(self) -> None:
@@ -66,14 +69,14 @@ class Space:
             os.close(self._fd)
             self._fd = -1
 
-    def refill(self) -> None:
+    def refill_reserve(self) -> None:
         """Make the reserve whole; raises OSError where there is no room for it."""
-        self._hold(self.size + RESERVE)
+        self._allocate_up_to(self.size + RESERVE)
         if self._spare is not None:
-            _allocate(self._spare, RESERVE)
-        self.is_short = False
+            _make_reserve_file(self._spare, RESERVE)
+        self.lacks_reserve = False
 
-    def give_up(self) -> bool:
+    def release_reserve(self) -> bool:
         """Remove the file that is there to be removed: whether there was one.  Raises OSError."""
         if self._spare is None:
             return False
@@ -81,21 +84,21 @@ class Space:
             os.unlink(self._spare)
         except FileNotFoundError:
             return False
-        self.is_short = True
+        self.lacks_reserve = True
         mounting.sync_file_system(self._fd)  # until then what is gone counts
         return True
 
-    def more(self) -> int:
+    def extend(self) -> int:
         """Make room for more than ``size``, with the reserve behind it: for how much.  Raises OSError where there is none."""
         space = os.fstatvfs(self._fd)
         free = space.f_bavail * space.f_frsize
         step = min(max(STEP, self.size // 2), MOST, free // 4)  # never the last room of a disk that others write to as well
         step = max(step - step % _PAGE, _LEAST)
-        self._hold(self.size + step + RESERVE)
-        self.is_short = False
+        self._allocate_up_to(self.size + step + RESERVE)
+        self.lacks_reserve = False
         return self.size + step
 
-    def _hold(self, wanted: int) -> None:
+    def _allocate_up_to(self, wanted: int) -> None:
         before = os.fstat(self._fd).st_size
         try:
             os.posix_fallocate(self._fd, 0, wanted)
@@ -103,10 +106,10 @@ class Space:
             if error.errno not in _CANNOT_ALLOCATE:
                 os.ftruncate(self._fd, before)  # some blocks may have been had
                 raise OSError(error.errno, error.strerror, self._path) from None
-        self.held = max(self.held, wanted)
+        self.allocated = max(self.allocated, wanted)
 
 
-def _allocate(path: str, size: int) -> None:
+def _make_reserve_file(path: str, size: int) -> None:
     """Have a file ``path`` of ``size`` bytes, or none."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

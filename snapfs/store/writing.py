@@ -9,7 +9,8 @@ import lmdb
 
 from snapfs.errors import Damaged
 from snapfs.model import Change, Info, Kind
-from snapfs.store.reading import Entry, Reader
+from snapfs.store import indexes
+from snapfs.store.reading import Reader
 from snapfs.store.schema import IDS, Record, Tables, encode, key_of
 
 Undo = Callable[[], None]
@@ -30,7 +31,10 @@ class Operation(Protocol[T_co]):
 
 
 class Writer(Reader):
-    """What a write operation may do besides reading.  It runs in the writer's thread, one operation at a time."""
+    """What a write operation may do besides reading.  Operations run in the writer's thread, one at a time.
+
+    What a method writes is durable when the batch is; where the operation or the batch fails, nothing of it has happened.
+    """
 
     def __init__(self, tables: Tables, txn: lmdb.Transaction[bytes], directories: set[int]) -> None:
         super().__init__(tables)
@@ -53,11 +57,14 @@ class Writer(Reader):
         self._directories.add(fd)
 
     def changed(self, before: Info | None, after: Info | None, *, counted: bool = False) -> None:
-        """Tell the listeners, once it is durable."""
+        """Have the listeners told, once the batch is durable, that a snapshot was ``before`` and is ``after``: None before it
+        was made and after it was removed.  ``counted``: what it takes on disk, or its state, has changed and not what Stat
+        shows."""
         self.changes.append(Change(before, after, counted))
 
     def next_id(self) -> int:
-        """An id that was never given out; given back if the operation fails, since then nobody has seen it."""
+        """An id that was never given out; it is given out again if the operation fails.  Raises Damaged where no id can be
+        left."""
         last = self._txn.get(b"last_id", key_of(0), db=self._tables.meta)
         number = int.from_bytes(last, "big") + 1
         if len(last) != 8 or number >= IDS:
@@ -69,7 +76,8 @@ class Writer(Reader):
         return Damaged(f"no new snapshot can be made: the records say that the last id is {number}, which can't be")
 
     def add(self, number: int, record: Record) -> None:
-        """Write ``record`` as snapshot ``number``, which was just given out, with all indexes; its name must be free."""
+        """Write ``record`` as snapshot ``number``, an id that ``next_id`` has just given out, with all indexes.  The name must
+        be free.  Raises Damaged where there is a record with an id as high."""
         tables, txn, key, name = self._tables, self._txn, key_of(number), record.name.encode()
         # appending is quick, and refused where there is an id as high
         added = txn.put(key, encode(record), db=tables.snapshots, append=True)
@@ -77,23 +85,24 @@ class Writer(Reader):
             raise self._wrong_last_id(number - 1)
         txn.put(name, key, db=tables.names)
         if record.parent:
-            txn.put(key_of(record.parent) + record.kind[0].encode() + key, name, db=tables.children)
+            txn.put(indexes.child_key(record.parent, record.kind, number), name, db=tables.children)
 
     def put(self, number: int, record: Record) -> None:
-        """Write ``record`` as snapshot ``number``, in place of what that was, with all indexes."""
+        """Write ``record`` as snapshot ``number``, in the place of the record that it had, if any, with all indexes.  Raises
+        Damaged where another snapshot has the old or the new name."""
         before = self.record(number)
-        for said in (before, record):
-            if said is not None and self.id_of(said.name) not in (None, number):
-                raise Damaged(f'two snapshots are called "{said.name}": {self.id_of(said.name)} and {number}')
-        self._reindex(set(self._indexes(number, before)) if before is not None else set(), set(self._indexes(number, record)))
+        for either in (before, record):
+            if either is not None and self.id_of(either.name) not in (None, number):
+                raise Damaged(f'two snapshots are called "{either.name}": {self.id_of(either.name)} and {number}')
+        indexes.replace(self._txn, self._entries_of(number, before), self._entries_of(number, record))
         self.overwrite(number, record)
 
     def overwrite(self, number: int, record: Record) -> None:
-        """Write ``record`` as snapshot ``number``, whatever that was, without any index."""
+        """Write ``record`` as snapshot ``number``, whatever record it had, without any index."""
         self._txn.put(key_of(number), encode(record), db=self._tables.snapshots)
 
     def mark_placed(self, number: int, name: str) -> None:
-        """Note that the directory of snapshot ``number`` was ``name`` in the pool, and is in its place in memory only."""
+        """Note that the directory of snapshot ``number`` was called ``name`` in the pool, where a power cut may put it back."""
         self._txn.put(key_of(number), name.encode(), db=self._tables.placed)
 
     def clear_placed(self, last: int) -> None:
@@ -103,7 +112,7 @@ class Writer(Reader):
                 pass
 
     def mark_unflushed(self, number: int, boot: str) -> None:
-        """Note that the data of snapshot ``number`` may be in the memory of this boot only."""
+        """Note that the data of snapshot ``number`` may be in the machine's memory only, of this ``boot``."""
         self._txn.put(key_of(number), boot.encode(), db=self._tables.unflushed)
 
     def clear_unflushed(self, numbers: Iterable[int]) -> None:
@@ -112,34 +121,25 @@ class Writer(Reader):
             self._txn.delete(key_of(number), db=self._tables.unflushed)
 
     def delete(self, number: int, record: Record) -> None:
-        """Take snapshot ``number`` out, with all indexes."""
+        """Delete snapshot ``number``, whose record is ``record``, with all its entries in the indexes."""
         self.clear_unflushed([number])
-        self._reindex(set(self._indexes(number, record)), set())
+        indexes.replace(self._txn, self._entries_of(number, record), set())
         self._txn.delete(key_of(number), db=self._tables.snapshots)
 
     def delete_unreadable(self, number: int, kind: Kind, name: str) -> None:
-        """Take snapshot ``number`` out, whose record can't be read, but of which the indexes say this (``listed``)."""
+        """Delete snapshot ``number``, whose record can't be read, but of which the indexes say this kind and name
+        (``indexed_as``)."""
         self.clear_unflushed([number])
-        tables, txn, key = self._tables, self._txn, key_of(number)
-        for table in (tables.snapshots, tables.kinds[kind], tables.uncounted):
-            txn.delete(key, db=table)
-        txn.delete(name.encode(), db=tables.names)
-        with txn.cursor(db=tables.children) as cursor:
-            for entry in [entry for entry in cursor.iternext(values=False) if entry[9:] == key]:
-                txn.delete(entry, db=tables.children)
+        self._txn.delete(key_of(number), db=self._tables.snapshots)
+        indexes.delete_number(self._txn, self._tables, number, kind, name)
 
-    def _reindex(self, before: set[Entry], after: set[Entry]) -> None:
-        for table, key, _ in before - after:
-            self._txn.delete(key, db=table)
-        for table, key, value in after - before:
-            self._txn.put(key, value, db=table)
+    def _entries_of(self, number: int, record: Record | None) -> set[indexes.Entry]:
+        return set(indexes.entries_of(self._tables, number, record)) if record is not None else set()
 
-    def index_anew(self) -> None:
-        """Make all indexes anew from the records that can be read."""
-        entries, last_id = self._all_indexes(), max(self.ids(), default=0)
-        for table in self._tables.indexes:
-            self._txn.drop(table, delete=False)
-        self._reindex(set(), entries)
+    def rebuild_indexes(self) -> None:
+        """Make all indexes anew from the records that can be read, and drop the marks of snapshots that have no record."""
+        last_id = max(self.ids(), default=0)
+        indexes.rebuild(self._txn, self._tables, self._index_entries())
         self.raise_last_id(last_id)
         known = self.ids()
         self.clear_unflushed([number for number, _ in self.unflushed() if number not in known])

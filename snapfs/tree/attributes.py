@@ -1,34 +1,28 @@
 """The attributes of a snapshot: every file and link that its directory shows, in one table.
 
-To add one, write a function that renders it and add a row.  A function takes the tree, the snapshot's id and its record,
-and gives the file's text or the link's target, or None where this snapshot hasn't got it.
+To add one, write a function that renders it and add a row.  A function takes what the tree's nodes share (``State``), the
+snapshot's id and its record, and gives the file's text or the link's target, or None where this snapshot hasn't got it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import stat
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 import msgspec
-import trio
 
 from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
-from snapfs.kernel.namespaces import is_neighbour, sees_mount
-from snapfs.kernel.processes import name_of
-from snapfs.model import Kind, Usage, rfc3339
-from snapfs.snapshotter import Snapshotter
+from snapfs.model import Kind, rfc3339
 from snapfs.store.schema import Record
-from snapfs.tree.node import Attributes, File, Link, Node, Slot, pack, pack_version
+from snapfs.tree.advice import path_of
+from snapfs.tree.inodes import CHANGES_SLOT, ENTRY_MASK, FIRST_ATTRIBUTE, pack
+from snapfs.tree.node import Attributes, Link, Node
+from snapfs.tree.state import State
+from snapfs.tree.textfile import UNKNOWN_SIZE, TextFile
 from snapfs.tree.texts import Text
 
-if TYPE_CHECKING:
-    from snapfs.tree.tree import Tree
-
-Render = Callable[["Tree", int, Record], str | Text | None]
+Render = Callable[[State, int, Record], str | Text | None]
 
 
 class Attribute(msgspec.Struct, frozen=True):
@@ -36,9 +30,9 @@ class Attribute(msgspec.Struct, frozen=True):
 
     ``present``: whether a snapshot of such a kind has it after all.
     ``fixed``: its text never changes as long as the snapshot has it; each text of any other file has an inode of its own.
-    ``private``: it tells what is in a layer, for those alone who may read that.
+    ``private``: it tells what is in a layer, for users alone who may read that.
     ``refresh`` is awaited when the file is opened, for what must be looked up on disk; ``follow`` when the link is followed by
-    a process (its pid): where that leads.
+    a process (its pid), and gives where that leads.
     """
 
     name: str
@@ -48,9 +42,9 @@ class Attribute(msgspec.Struct, frozen=True):
     type: int = stat.S_IFREG | 0o444
     fixed: bool = False
     private: bool = False
-    present: Callable[[Tree, Record], bool] = lambda tree, record: True
-    refresh: Callable[[Tree, int, Record], Awaitable[object]] | None = None
-    follow: Callable[[Tree, int, Record, int], Awaitable[str]] | None = None
+    present: Callable[[State, Record], bool] = lambda state, record: True
+    refresh: Callable[[State, int, Record], Awaitable[object]] | None = None
+    follow: Callable[[State, int, Record, int], Awaitable[str]] | None = None
 
 
 def json_text(value: object) -> str:
@@ -58,213 +52,198 @@ def json_text(value: object) -> str:
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
 
 
-def mounts_json(tree: Tree, number: int, record: Record) -> str:
-    with tree.reading() as reader:
-        return json_text(tree.snapshotter.mounts_of(reader, number, record))
+def mounts_json(state: State, number: int, record: Record) -> str:
+    with state.reading() as reader:
+        return json_text(state.snapshotter.mounts_of(reader, number, record))
 
 
-def mount_sh(tree: Tree, number: int, record: Record) -> str:
-    with tree.reading() as reader:
-        spec = tree.snapshotter.mounts_of(reader, number, record)
-    return mountspec.script(spec, tree.snapshotter.layers.snapshots, number)
+def mount_sh(state: State, number: int, record: Record) -> str:
+    with state.reading() as reader:
+        spec = state.snapshotter.mounts_of(reader, number, record)
+    return mountspec.script(spec, state.snapshotter.snapshots_directory, number)
 
 
-async def find_layers(tree: Tree, number: int, record: Record) -> None:
-    await tree.snapshotter.find_layers(number)
+async def find_layers(state: State, number: int, record: Record) -> None:
+    await state.snapshotter.find_layers(number)
 
 
-def info_json(tree: Tree, number: int, record: Record) -> str:
-    with tree.reading() as reader:
-        info = tree.snapshotter.shown(reader.info(number, record))
-        places = tree.snapshotter.places(reader, number, record)
+def info_json(state: State, number: int, record: Record) -> str:
+    with state.reading() as reader:
+        info = state.snapshotter.shown(reader.info(number, record))
+        places = state.snapshotter.places(reader, number, record)
     times = {"created": rfc3339(info.created), "updated": rfc3339(info.updated)}
-    state = {"state": "unflushed"} if number in tree.snapshotter.unflushed.lost else {}
+    lost = {"state": "unflushed"} if state.snapshotter.is_lost(number) else {}
     shown = [place.encode(errors="surrogateescape").decode(errors="backslashreplace") for place in places]
-    return json_text({**msgspec.structs.asdict(info), **times, **state, "mounted": shown})
+    return json_text({**msgspec.structs.asdict(info), **times, **lost, "mounted": shown})
 
 
-def usage_json(tree: Tree, number: int, record: Record) -> str:
-    usage: Usage = tree.snapshotter.counting.last_known(number, record)
-    return json_text(usage)
+def usage_json(state: State, number: int, record: Record) -> str:
+    return json_text(state.snapshotter.known_usage(number, record))
 
 
-async def count(tree: Tree, number: int, record: Record) -> None:
-    await tree.snapshotter.counting.usage(number, record)
+async def count_usage(state: State, number: int, record: Record) -> None:
+    await state.snapshotter.usage(number)
 
 
-def has_parent(tree: Tree, record: Record) -> bool:
+def has_parent(state: State, record: Record) -> bool:
     return record.parent != 0
 
 
-def parent(tree: Tree, number: int, record: Record) -> str | None:
+def parent(state: State, number: int, record: Record) -> str | None:
     if not record.parent:
         return None
-    with tree.reading() as reader:
+    with state.reading() as reader:
         return "../../committed/" + names.encode(reader.parent_of(record).name)
 
 
-def diff(tree: Tree, number: int, record: Record) -> str:
-    return tree.snapshotter.layers.fs(number)
+def diff(state: State, number: int, record: Record) -> str:
+    return state.snapshotter.layer_path(number)
 
 
-def last_changes(number: int) -> int:
-    """Under which inode the text of ``changes`` is remembered that was found last; it stays right once committed."""
-    return pack(number, BY_NAME["changes"].slot)
+def changes(state: State, number: int, record: Record) -> Text | None:
+    return state.changes_found(number)
 
 
-def changes(tree: Tree, number: int, record: Record) -> Text | None:
-    return tree.versions.get(last_changes(number))
-
-
-async def compare(tree: Tree, number: int, record: Record) -> None:
-    while record.kind is not Kind.COMMITTED or changes(tree, number, record) is None:
-        text = await tree.snapshotter.changes(number, tree.spool)
-        before, record = record, tree.record(number)
+async def find_changes(state: State, number: int, record: Record) -> None:
+    while record.kind is not Kind.COMMITTED or changes(state, number, record) is None:
+        text = await state.snapshotter.changes(number, state.spool)
+        before, record = record, state.record(number)
         if record.kind is before.kind:  # a scan under way at the Commit may have missed what was written before that
-            tree.versions.keep(last_changes(number), text)
+            state.keep_changes(number, text)
             return
 
 
-def is_mountable(tree: Tree, record: Record) -> bool:
-    snapshotter: Snapshotter = tree.snapshotter
-    return snapshotter.rootfs is not None
+def is_mountable(state: State, record: Record) -> bool:
+    return state.snapshotter.has_rootfs
 
 
-def rootfs(tree: Tree, number: int, record: Record) -> str | None:
-    return tree.snapshotter.rootfs_of(number, record)
+def rootfs(state: State, number: int, record: Record) -> str | None:
+    return state.snapshotter.rootfs_of(number, record)
 
 
-async def mount(tree: Tree, number: int, record: Record, pid: int) -> str:
-    target = await tree.snapshotter.mount(number, pid)
-    if pid and not is_neighbour(pid) and not await trio.to_thread.run_sync(sees_mount, pid, target):
-        where = f"{record.kind}/{names.encode(record.name)}/rootfs"
-        tree.error_log.note("ENOENT", "readlink", where, _unseen(pid, target))
+async def mount_rootfs(state: State, number: int, record: Record, pid: int) -> str:
+    target = await state.snapshotter.mount(number, pid)
+    if unseen := await state.snapshotter.why_unseen(pid, target):
+        state.error_log.note("ENOENT", "readlink", f"{path_of(record)}/{ROOTFS}", unseen)
     return target
-
-
-def _unseen(pid: int, target: str) -> str:
-    return (
-        f"process {pid} ({name_of(pid)}) is in another mount namespace, where {target} is not mounted: "
-        f"follow rootfs before that is made, or enter the daemon's: nsenter --mount --target {os.getpid()}"
-    )
 
 
 ROOTFS = "rootfs"
 
-UNKNOWN_SIZE = 4096  # of a file that has content, as in sysfs
-
 ALL = (Kind.ACTIVE, Kind.VIEW, Kind.COMMITTED)
+MOUNTABLE = (Kind.ACTIVE, Kind.VIEW)
+WITH_LAYER = (Kind.ACTIVE, Kind.COMMITTED)
 _LINK = stat.S_IFLNK | 0o777
 _SCRIPT = stat.S_IFREG | 0o555
 _PRIVATE = stat.S_IFREG | 0o400
 
 ATTRIBUTES = (
-    Attribute("mounts.json", 16, (Kind.ACTIVE, Kind.VIEW), mounts_json, fixed=True, refresh=find_layers),
-    Attribute("mount.sh", 17, (Kind.ACTIVE, Kind.VIEW), mount_sh, type=_SCRIPT, fixed=True, refresh=find_layers),
+    Attribute("mounts.json", 16, MOUNTABLE, mounts_json, fixed=True, refresh=find_layers),
+    Attribute("mount.sh", 17, MOUNTABLE, mount_sh, type=_SCRIPT, fixed=True, refresh=find_layers),
     Attribute("info.json", 18, ALL, info_json),
-    Attribute("usage.json", 19, ALL, usage_json, refresh=count),
+    Attribute("usage.json", 19, ALL, usage_json, refresh=count_usage),
     Attribute("parent", 20, ALL, parent, type=_LINK, present=has_parent),
-    Attribute("diff", 21, (Kind.ACTIVE, Kind.COMMITTED), diff, type=_LINK, fixed=True),
-    Attribute(ROOTFS, 22, ALL, rootfs, type=_LINK, follow=mount, present=is_mountable),
-    Attribute("changes", 23, (Kind.ACTIVE, Kind.COMMITTED), changes, type=_PRIVATE, private=True, refresh=compare),
+    Attribute("diff", 21, WITH_LAYER, diff, type=_LINK, fixed=True),
+    Attribute(ROOTFS, 22, ALL, rootfs, type=_LINK, follow=mount_rootfs, present=is_mountable),
+    Attribute("changes", CHANGES_SLOT, WITH_LAYER, changes, type=_PRIVATE, private=True, refresh=find_changes),
 )
 
 
-def attributes_of(tree: Tree, record: Record) -> list[Attribute]:
+def attributes_of(state: State, record: Record) -> list[Attribute]:
     """The rows that a snapshot with ``record`` has."""
-    return [attribute for attribute in ATTRIBUTES if record.kind in attribute.kinds and attribute.present(tree, record)]
+    return [attribute for attribute in ATTRIBUTES if record.kind in attribute.kinds and attribute.present(state, record)]
 
 
 BY_SLOT = {attribute.slot: attribute for attribute in ATTRIBUTES}
 BY_NAME = {attribute.name: attribute for attribute in ATTRIBUTES}
 
 assert [attribute.slot for attribute in ATTRIBUTES] == sorted(BY_SLOT)  # the listing goes by slots
-assert all(Slot.FIRST_ATTRIBUTE <= attribute.slot < Slot.INSIDE for attribute in ATTRIBUTES)
+assert all(FIRST_ATTRIBUTE <= attribute.slot <= ENTRY_MASK for attribute in ATTRIBUTES)
 
 
-class _Attribute(Node):
-    """What the two kinds of node that stand for a row share."""
+class AttributeFile(TextFile):
+    """A file of the table."""
 
-    def __init__(self, tree: Tree, number: int, record: Record, attribute: Attribute) -> None:
-        super().__init__(tree, pack(number, attribute.slot))
+    def __init__(self, state: State, number: int, record: Record, attribute: Attribute, text: Text | None = None) -> None:
         self.number = number
         self.record = record
         self.attribute = attribute
-        # a Commit takes the names away that not every kind has
-        self.keep_entry = attribute.fixed and len(attribute.kinds) == len(Kind)
+        self.mode = attribute.type
+        self.private = attribute.private
+        self.keep_entry = _keeps_its_name(attribute)
+        super().__init__(state, number, attribute.slot, fixed=attribute.fixed, text=text)
 
     @property
     def path(self) -> str:
-        return f"{self.record.kind}/{names.encode(self.record.name)}/{self.attribute.name}"
+        return f"{path_of(self.record)}/{self.attribute.name}"
 
     def render(self) -> Text | None:
-        text = self.attribute.render(self.tree, self.number, self.record)
+        text = self.attribute.render(self.state, self.number, self.record)
         return Text(text.encode(errors="surrogateescape")) if isinstance(text, str) else text
+
+    def time(self) -> int:
+        return self.record.updated
 
     async def refresh(self) -> Node:
         if self.attribute.refresh is None:
             return self
-        await self.attribute.refresh(self.tree, self.number, self.record)
+        self.known()  # of the record as it is now, whatever comes while the disk is looked at
+        await self.attribute.refresh(self.state, self.number, self.record)
         if self.attribute.fixed:
             return self
-        return self.tree.node(pack(self.number, self.attribute.slot))  # by whatever name the snapshot goes now
+        record = self.state.record(self.number)  # by whatever name the snapshot goes now
+        node = attribute_node(self.state, self.number, record, self.attribute)
+        if node is None:
+            raise NotFound(f"{path_of(record)} has no such entry")
+        return node
 
 
-class AttributeFile(_Attribute, File):
-    """A file of the table: of one text, if that is known.  Its inode is that text's, unless the file is fixed."""
-
-    def __init__(self, tree: Tree, number: int, record: Record, attribute: Attribute, text: Text | None = None) -> None:
-        super().__init__(tree, number, record, attribute)
-        self._text = text
-        if text is None:
-            with contextlib.suppress(Damaged):  # it is listed all the same; who opens it is told
-                self._text = self.render()
-        self.is_known = self._text is not None
-        if self._text is not None and not attribute.fixed:
-            self.inode = pack_version(number, attribute.slot, self._text)
-            tree.versions.keep(self.inode, self._text)
-
-    def text(self) -> Text:
-        text = self._text or self.render()
-        if text is None:
-            raise NotFound(f"{self.path} does not exist")
-        return text
-
-    def attributes(self) -> Attributes:
-        known = self._text is not None
-        size = self._text.size if self._text is not None else UNKNOWN_SIZE
-        private = self.attribute.private
-        return Attributes(self.attribute.type, size, time=self.record.updated, keep=known, private=private)
-
-
-class AttributeLink(_Attribute, Link):
+class AttributeLink(Link):
     """A link of the table."""
 
+    def __init__(self, state: State, number: int, record: Record, attribute: Attribute) -> None:
+        super().__init__(state, pack(number, attribute.slot))
+        self.number = number
+        self.record = record
+        self.attribute = attribute
+        self.keep_entry = _keeps_its_name(attribute)
+
+    @property
+    def path(self) -> str:
+        return f"{path_of(self.record)}/{self.attribute.name}"
+
     def target(self) -> str:
-        text = self.render()
-        if text is None:
+        target = self.attribute.render(self.state, self.number, self.record)
+        if target is None:
             raise NotFound(f"{self.path} does not exist")
-        return text.read(0, text.size).decode(errors="surrogateescape")
+        assert isinstance(target, str)
+        return target
 
     async def follow(self, pid: int) -> str:
         if self.attribute.follow is None:
             return self.target()
-        return await self.attribute.follow(self.tree, self.number, self.record, pid)
+        return await self.attribute.follow(self.state, self.number, self.record, pid)
 
     def attributes(self) -> Attributes:
         try:
             size, keep = len(self.target().encode(errors="surrogateescape")), self.attribute.fixed
-        except Damaged:  # as with files
+        except Damaged:  # it is listed all the same; a process that follows it is told
             size, keep = UNKNOWN_SIZE, False
         return Attributes(self.attribute.type, size=size, time=self.record.updated, keep=keep)
 
 
+def _keeps_its_name(attribute: Attribute) -> bool:
+    """Whether the name leads to the same inode for as long as the snapshot's directory has one: a Commit takes the names away
+    that not every kind has."""
+    return attribute.fixed and len(attribute.kinds) == len(Kind)
+
+
 def attribute_node(
-    tree: Tree, number: int, record: Record, attribute: Attribute, text: Text | None = None
+    state: State, number: int, record: Record, attribute: Attribute, text: Text | None = None
 ) -> AttributeFile | AttributeLink | None:
     """The node of a row, None where this snapshot hasn't got it; ``text`` is what the file held when it was looked up."""
-    if tree.is_hidden(number, attribute.name) or record.kind not in attribute.kinds or not attribute.present(tree, record):
+    if record.kind not in attribute.kinds or not attribute.present(state, record) or state.hidden.has(number, attribute.name):
         return None
     if stat.S_ISLNK(attribute.type):
-        return AttributeLink(tree, number, record, attribute)
-    return AttributeFile(tree, number, record, attribute, text)
+        return AttributeLink(state, number, record, attribute)
+    return AttributeFile(state, number, record, attribute, text)

@@ -1,34 +1,34 @@
-"""The root directory, and the nodes in it that belong to no snapshot: README, .nomedia and .snapfs/."""
+"""The root directory, and what in it belongs to no snapshot: README, .nomedia and .snapfs/."""
 
 from __future__ import annotations
 
 import importlib.resources
 import stat
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from snapfs import names
 from snapfs.errors import InvalidArgument, NotFound
 from snapfs.model import Kind
 from snapfs.tree.advice import why_no_rootfs
-from snapfs.tree.kinds import KindDirectory
+from snapfs.tree.handles import Handle, OpenText
+from snapfs.tree.inodes import KINDS, Slot, pack
 from snapfs.tree.links import ByIdDirectory
 from snapfs.tree.listing import ListingFile
 from snapfs.tree.log import Log, OpenLog
 from snapfs.tree.metrics import metrics
-from snapfs.tree.node import Attributes, Directory, File, Handle, Node, OpenText, Slot, pack, pack_version
+from snapfs.tree.node import Attributes, Directory, File, Node
+from snapfs.tree.snapshots import SnapshotsDirectory
+from snapfs.tree.state import State
 from snapfs.tree.stats import options_json, stats_json
+from snapfs.tree.textfile import TextFile
 from snapfs.tree.texts import Text
-
-if TYPE_CHECKING:
-    from snapfs.tree.tree import Tree
 
 
 class FixedDirectory(Directory):
     """A directory whose entries never change."""
 
-    def __init__(self, tree: Tree, slot: Slot, path: str, contents: dict[str, Slot]) -> None:
-        super().__init__(tree, pack(0, slot))
+    def __init__(self, state: State, slot: Slot, path: str, contents: dict[str, Slot]) -> None:
+        super().__init__(state, pack(0, slot))
         self._path = path
         self._contents = contents
 
@@ -37,56 +37,49 @@ class FixedDirectory(Directory):
         return self._path
 
     def attributes(self) -> Attributes:
-        return Attributes(self.mode, time=self.tree.started)
+        return Attributes(self.mode, time=self.state.started)
 
     def lookup(self, name: str) -> Node:
         slot = self._contents.get(name)
         if slot is None:
             raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
-        return daemon_node(self.tree, slot)
+        return node_outside_snapshots(self.state, slot)
 
     def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
         for name, slot in self._contents.items():
             if slot > after:
-                yield slot, name, daemon_node(self.tree, slot)
+                yield slot, name, node_outside_snapshots(self.state, slot)
 
 
-class DaemonFile(File):
-    """A file of the daemon's: of one text, which is its inode's unless the file is ``fixed``."""
+class DaemonFile(TextFile):
+    """A file about the daemon itself, whose text ``rendered`` makes."""
 
     def __init__(
-        self, tree: Tree, slot: Slot, path: str, render: Callable[[Tree], str], fixed: bool, text: Text | None
+        self, state: State, slot: Slot, path: str, rendered: Callable[[State], str], fixed: bool, text: Text | None
     ) -> None:
-        super().__init__(tree, pack(0, slot))
         self._path = path
-        self._text = text or Text(render(tree).encode())
-        self._fixed = fixed
+        self._rendered = rendered
         self.keep_entry = fixed
-        if not fixed:
-            self.inode = pack_version(0, slot, self._text)
-            known = tree.versions.get(self.inode)
-            if known is not None and (known.size, known.checksum) == (self._text.size, self._text.checksum):
-                self._text = known  # with the time that stat(2) has told of it
-            tree.versions.keep(self.inode, self._text)
+        super().__init__(state, 0, slot, fixed=fixed, text=text)
 
     @property
     def path(self) -> str:
         return self._path
 
-    def text(self) -> Text:
-        return self._text
+    def render(self) -> Text:
+        return Text(self._rendered(self.state).encode())
 
-    def attributes(self) -> Attributes:
-        return Attributes(self.mode, size=self._text.size, time=self.tree.started if self._fixed else self._text.made)
+    def time(self) -> int:
+        return self.state.started if self.fixed else self.text().made
 
 
 class LogFile(File):
-    """A file that grows: each look-up tells its size anew, for sendfile(2) asks for none."""
+    """A file that grows: each look-up tells its size anew, since sendfile(2) goes by that and asks for no other."""
 
     keep_entry = False
 
-    def __init__(self, tree: Tree, slot: Slot, path: str, log: Log) -> None:
-        super().__init__(tree, pack(0, slot))
+    def __init__(self, state: State, slot: Slot, path: str, log: Log) -> None:
+        super().__init__(state, pack(0, slot))
         self._path = path
         self._log = log
 
@@ -116,13 +109,13 @@ class CleanupFile(File):
         return Text(b"Write 1 here to delete what removed snapshots, and crashes, left; the write returns when it is gone.\n")
 
     def attributes(self) -> Attributes:
-        return Attributes(self.mode, size=self.text().size, time=self.tree.started)
+        return Attributes(self.mode, size=self.text().size, time=self.state.started)
 
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
-        return OpenCleanup(self.tree) if writing else OpenText(self.text())
+        return OpenCleanup(self.state) if writing else OpenText(self.text())
 
     async def resize(self, size: int) -> None:
-        """Emptied by who is about to write: nothing happens yet."""
+        """A shell empties the file before it writes: nothing happens yet."""
 
 
 class OpenCleanup(Handle):
@@ -131,8 +124,8 @@ class OpenCleanup(Handle):
     direct = True
     size = 0
 
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
+    def __init__(self, state: State) -> None:
+        self._state = state
 
     def read(self, offset: int, size: int) -> bytes:
         return b""
@@ -143,7 +136,7 @@ class OpenCleanup(Handle):
     async def write(self, offset: int, data: bytes) -> int:
         if data.strip() != b"1":
             raise InvalidArgument("write 1 to have removed files deleted")
-        await self._tree.snapshotter.cleanup()
+        await self._state.snapshotter.cleanup()
         return len(data)
 
 
@@ -161,30 +154,30 @@ _WITHOUT_ROOTFS = {
 assert all(line in README for line in _WITHOUT_ROOTFS)
 
 
-def readme(tree: Tree) -> str:
+def readme(state: State) -> str:
     """README, which says nothing of ``rootfs`` where there is none, but why."""
-    if tree.snapshotter.rootfs is not None:
+    if state.snapshotter.has_rootfs:
         return README
     text = README
     for line, instead in _WITHOUT_ROOTFS.items():
         text = text.replace(line, instead)
-    return f"{text}\nThere is no rootfs here: {why_no_rootfs(tree)}.\n"
+    return f"{text}\nThere is no rootfs here: {why_no_rootfs(state)}.\n"
 
 
 NO_MEDIA = "This file asks what indexes files to stay out of here: it would mount every snapshot's rootfs.\n"
 
-_TEXTS: dict[Slot, tuple[str, Callable[[Tree], str], bool]] = {
+_TEXTS: dict[Slot, tuple[str, Callable[[State], str], bool]] = {
     Slot.README: ("README", readme, True),
-    Slot.VERSION: (".snapfs/version", lambda tree: f"{tree.version}\n", True),
+    Slot.VERSION: (".snapfs/version", lambda state: f"{state.version}\n", True),
     Slot.OPTIONS: (".snapfs/options.json", options_json, True),
     Slot.STATS: (".snapfs/stats.json", stats_json, False),
     Slot.METRICS: (".snapfs/metrics", metrics, False),
-    Slot.NO_MEDIA: (".nomedia", lambda tree: NO_MEDIA, True),
+    Slot.NO_MEDIA: (".nomedia", lambda state: NO_MEDIA, True),
 }
 
-_LOGS: dict[Slot, tuple[str, Callable[[Tree], Log]]] = {
-    Slot.ERROR_LOG: (".snapfs/error_log", lambda tree: tree.error_log),
-    Slot.EVENTS: (".snapfs/events", lambda tree: tree.events),
+_LOGS: dict[Slot, tuple[str, Callable[[State], Log]]] = {
+    Slot.ERROR_LOG: (".snapfs/error_log", lambda state: state.error_log),
+    Slot.EVENTS: (".snapfs/events", lambda state: state.events),
 }
 
 # in the order of their slots, which is the order of the listings
@@ -215,27 +208,25 @@ _DIRECTORIES: dict[Slot, tuple[str, dict[str, Slot]]] = {
 }
 
 
-def daemon_node(tree: Tree, slot: int, text: Text | None = None) -> Node:
-    """The node of ``slot`` that belongs to no snapshot; ``text`` is what the file held when it was looked up.  Raises
-    NotFound."""
-    for kind in Kind:
-        if slot == Slot[kind.name]:
-            return KindDirectory(tree, kind)
+def node_outside_snapshots(state: State, slot: int, text: Text | None = None) -> Node:
+    """The node of ``slot``; ``text`` is what the file held when it was looked up.  Raises NotFound."""
     try:
         known = Slot(slot)
     except ValueError:
         raise NotFound(f"there is no node {slot}") from None
+    if known in KINDS:
+        return SnapshotsDirectory(state, KINDS[known])
     if known is Slot.BY_ID:
-        return ByIdDirectory(tree, pack(0, known))
+        return ByIdDirectory(state, pack(0, known))
     if known in _DIRECTORIES:
-        return FixedDirectory(tree, known, *_DIRECTORIES[known])
+        return FixedDirectory(state, known, *_DIRECTORIES[known])
     if known in _TEXTS:
-        return DaemonFile(tree, known, *_TEXTS[known], text)
+        return DaemonFile(state, known, *_TEXTS[known], text)
     if known is Slot.LISTING:
-        return ListingFile(tree, text)
+        return ListingFile(state, text)
     if known is Slot.CLEANUP:
-        return CleanupFile(tree, pack(0, known))
+        return CleanupFile(state, pack(0, known))
     if known in _LOGS:
         path, log = _LOGS[known]
-        return LogFile(tree, known, path, log(tree))
+        return LogFile(state, known, path, log(state))
     raise NotFound(f"there is no node {slot}")

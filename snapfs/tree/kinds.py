@@ -1,32 +1,30 @@
-"""active/, view/ and committed/: at the root they hold every snapshot of that kind, inside a committed snapshot links to
-its children of that kind."""
+"""Directories that list the snapshots of one kind: what those in the root (``snapshots``) share with those inside a committed
+snapshot, which hold links to its children.  Here mkdir is Prepare or View, and rmdir Remove."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument, NotFound, NotPermitted
 from snapfs.model import Kind
 from snapfs.store.schema import Record
 from snapfs.tree.advice import how_to_make
+from snapfs.tree.deleting import refuse_copied
+from snapfs.tree.inodes import KIND_SLOTS, Slot, pack
 from snapfs.tree.links import DamagedLink, child_link
-from snapfs.tree.node import KIND_SLOTS, Attributes, Directory, Node, Slot, pack
-from snapfs.tree.snapshot import DamagedDirectory, SnapshotDirectory
-
-if TYPE_CHECKING:
-    from snapfs.tree.tree import Tree
+from snapfs.tree.node import Attributes, Directory, Node
+from snapfs.tree.state import State
 
 
 class KindDirectory(Directory):
-    """All snapshots of one kind."""
+    """The snapshots of ``kind``: all of them, or the children of ``parent`` (an id, 0 for none)."""
 
-    parent = 0  # the id of the committed snapshot that it stands in
+    parent = 0
 
-    def __init__(self, tree: Tree, kind: Kind, inode: int | None = None) -> None:
-        super().__init__(tree, pack(0, KIND_SLOTS[kind]) if inode is None else inode)
+    def __init__(self, state: State, kind: Kind, inode: int) -> None:
+        super().__init__(state, inode)
         self.kind = kind
 
     @property
@@ -34,77 +32,58 @@ class KindDirectory(Directory):
         return self.kind
 
     def attributes(self) -> Attributes:
-        return Attributes(self.mode, time=self.tree.changed[self.kind])
+        return Attributes(self.mode, time=self.state.changed[self.kind])
 
     def find(self, name: str) -> tuple[int, Record]:
         """The snapshot whose file name here is ``name``; raises NotFound."""
-        with self.tree.reading() as reader:
-            found = reader.find(self._key(name))
-            if found is not None and found[1].kind is not self.kind and reader.listed(found[0])[0] is self.kind:
+        with self.state.reading() as reader:
+            found = reader.find(self.key(name))
+            if found is not None and found[1].kind is not self.kind and reader.indexed_as(found[0])[0] is self.kind:
                 raise Damaged(f"the record of {self.path}/{name} says that it is {found[1].kind}")
         if found is None or found[1].kind is not self.kind:
             raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
         return found
 
-    def _key(self, name: str) -> str:
+    def key(self, name: str) -> str:
+        """The key or name of the snapshot whose file name is ``name``; raises NotFound where none can be."""
         try:
             return names.decode(name)
         except InvalidArgument as error:
             raise NotFound(str(error)) from None
 
-    def _damaged(self, name: str, damage: Damaged) -> int:
+    def id_of_damaged(self, name: str, damage: Damaged) -> int:
         """The id of the snapshot ``name``, whose record can't be read; raises ``damage`` where even that is not certain."""
-        key = self._key(name)
-        with self.tree.reading() as reader:
+        key = self.key(name)
+        with self.state.reading() as reader:
             number = reader.id_of(key)
-            if number is None or reader.listed(number) != (self.kind, key):
+            if number is None or reader.indexed_as(number) != (self.kind, key):
                 raise damage
         return number
 
-    def lookup(self, name: str) -> Node:
-        try:
-            number, record = self.find(name)
-        except Damaged as damage:
-            return DamagedDirectory(self.tree, self._damaged(name, damage), self.kind, self._key(name))
-        return SnapshotDirectory(self.tree, number, record, self.tree.bank(number, record))
-
-    def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
-        tree = self.tree
-        with tree.reading() as reader:
-            for number, key, record in reader.records(self.kind, after):
-                try:
-                    name = names.encode(key)
-                except InvalidArgument:  # not even the name can be read: nothing is known of it
-                    continue
-                if record is not None:
-                    yield number, name, SnapshotDirectory(tree, number, record, tree.bank(number, record))
-                else:
-                    yield number, name, DamagedDirectory(tree, number, self.kind, key)
-
     def instead(self) -> str:
-        return f"it lists snapshots; {how_to_make(self.tree, self.path.removesuffix(self.kind))}"
+        return f"it lists snapshots; {how_to_make(self.state, self.path.removesuffix(self.kind))}"
 
-    async def mkdir(self, name: str) -> Node:
+    async def mkdir(self, name: str) -> int:
         """Prepare or View."""
         if self.kind is Kind.COMMITTED:
             raise NotPermitted("committed snapshots can't be made by mkdir: rename an active one into committed/")
         key = names.decode(name)
-        self.tree.refuse_taken(key)
-        number = await self.tree.snapshotter.create(self.kind, key, self.parent or None)
-        return SnapshotDirectory(self.tree, number, self.tree.record(number))
+        self.state.snapshotter.refuse_taken(key)
+        number = await self.state.snapshotter.create(self.kind, key, self.parent or None)
+        return pack(number, Slot.SNAPSHOT)
 
     async def rmdir(self, name: str, pid: int) -> None:
         """Remove; the files are deleted in the background."""
         try:
             number, _ = self.find(name)
         except Damaged as damage:
-            number = self._damaged(name, damage)
-        if self.tree.reads.was_refused(pid, number):  # tar --remove-files comes here after any refusal
-            self.tree.refuse_moved(number, pid)
+            number = self.id_of_damaged(name, damage)
+        if self.state.reads.was_refused(pid, number):  # tar --remove-files comes here after any refusal
+            refuse_copied(self.state, number, pid)
         try:
-            await self.tree.snapshotter.remove(number, refuse_mounted=True, wait=False)
+            await self.state.snapshotter.remove(number, refuse_mounted=True, wait=False)
         except NotFound:
-            raise NotFound.snapshot(self._key(name)) from None
+            raise NotFound.snapshot(self.key(name)) from None
 
     async def unlink(self, name: str, pid: int) -> None:
         self.find(name)
@@ -114,8 +93,8 @@ class KindDirectory(Directory):
 class ChildrenDirectory(KindDirectory):
     """The children of one kind of a committed snapshot, as links."""
 
-    def __init__(self, tree: Tree, kind: Kind, number: int, record: Record, bank: int = 0) -> None:
-        super().__init__(tree, kind, pack(number, KIND_SLOTS[kind] | bank))
+    def __init__(self, state: State, kind: Kind, number: int, record: Record, alias: int = 0) -> None:
+        super().__init__(state, kind, pack(number, KIND_SLOTS[kind] | alias))
         self.parent = number
         self.record = record
 
@@ -124,19 +103,23 @@ class ChildrenDirectory(KindDirectory):
         return f"committed/{names.encode(self.record.name)}/{self.kind}"
 
     def attributes(self) -> Attributes:
-        return Attributes(self.mode, time=max(self.record.updated, self.tree.changed[self.kind]), keep=False)
+        return Attributes(self.mode, time=max(self.record.updated, self.state.changed[self.kind]), keep=False)
+
+    def find(self, name: str) -> tuple[int, Record]:
+        number, record = super().find(name)
+        if record.parent != self.parent:
+            raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
+        return number, record
 
     def lookup(self, name: str) -> Node:
         try:
             number, record = self.find(name)
         except Damaged as damage:
-            return DamagedLink(self.tree, self._damaged(name, damage), Slot.CHILD_LINK, f"{self.path}/{name}", damage)
-        if record.parent != self.parent:
-            raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
-        return child_link(self.tree, number, record)
+            return DamagedLink(self.state, self.id_of_damaged(name, damage), Slot.CHILD_LINK, f"{self.path}/{name}", damage)
+        return child_link(self.state, number, record)
 
     def entries(self, after: int) -> Iterator[tuple[int, str, Node]]:
-        with self.tree.reading() as reader:
+        with self.state.reading() as reader:
             for number, key in reader.children(self.parent, self.kind, after):
                 with contextlib.suppress(InvalidArgument):
                     name = names.encode(key)
@@ -145,12 +128,12 @@ class ChildrenDirectory(KindDirectory):
                         record = reader.record(number)
                         if record is None or (record.name, record.kind, record.parent) != (key, self.kind, self.parent):
                             raise Damaged(f"the record of {self.path}/{name} contradicts the indexes")
-                        node = child_link(self.tree, number, record)
+                        node = child_link(self.state, number, record)
                     except Damaged as damage:
-                        node = DamagedLink(self.tree, number, Slot.CHILD_LINK, f"{self.path}/{name}", damage)
+                        node = DamagedLink(self.state, number, Slot.CHILD_LINK, f"{self.path}/{name}", damage)
                     yield number, name, node
 
-    async def mkdir(self, name: str) -> Node:
+    async def mkdir(self, name: str) -> int:
         try:
             return await super().mkdir(name)
         except NotFound:
@@ -165,6 +148,6 @@ class ChildrenDirectory(KindDirectory):
     def _refuse_to_remove(self, name: str, pid: int) -> None:
         """Raise NotPermitted: ``rm -r`` of the parent, which goes on with its other entries, is to leave them alone."""
         self.lookup(name)
-        self.tree.tearing_down(pid, self.parent)
+        self.state.teardowns.note(pid, self.parent)
         shown = names.printable(name)
         raise NotPermitted(f"{self.path}/{shown} is a link to a snapshot: to remove that, rmdir {self.kind}/{shown}")

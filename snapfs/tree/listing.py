@@ -14,64 +14,58 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import trio
 
 from snapfs import names
 from snapfs.errors import InvalidArgument
-from snapfs.model import Usage
-from snapfs.tree.node import Attributes, File, Node, Slot, pack, pack_version
+from snapfs.tree.inodes import Slot, pack
+from snapfs.tree.node import Node
+from snapfs.tree.state import State
+from snapfs.tree.textfile import TextFile
 from snapfs.tree.texts import Text
-
-if TYPE_CHECKING:
-    from snapfs.tree.tree import Tree
-
-UNKNOWN_SIZE = 4096  # as in attributes
 
 _IN_VALUE = re.compile("[%,\x00-\x1f\x7f-\x9f]")
 _IN_KEY = re.compile("[%,=\x00-\x1f\x7f-\x9f]")
 
 
-class ListingFile(File):
-    """snapshots: collected by whoever opens it, unless nothing has changed since."""
+class ListingFile(TextFile):
+    """snapshots: collected when a process opens it, unless nothing has changed since."""
 
     keep_entry = False
+    keep_attributes = False
 
-    def __init__(self, tree: Tree, text: Text | None = None) -> None:
-        super().__init__(tree, pack(0, Slot.LISTING))
-        self._text = text or tree.versions.get(self.inode)
-        self.is_known = self._text is not None
-        if self._text is not None:
-            self.inode = pack_version(0, Slot.LISTING, self._text)
-            tree.versions.keep(self.inode, self._text)
+    def __init__(self, state: State, text: Text | None = None) -> None:
+        super().__init__(state, 0, Slot.LISTING, fixed=False, text=text)
 
     @property
     def path(self) -> str:
         return ".snapfs/snapshots"
 
-    def text(self) -> Text:
-        return self._text or Text(b"")
+    def render(self) -> Text | None:
+        return self.state.versions.get(pack(0, Slot.LISTING))
 
-    def attributes(self) -> Attributes:
-        size = UNKNOWN_SIZE if self._text is None else self._text.size
-        time = self._text.made if self._text is not None else max(self.tree.changed.values())
-        return Attributes(self.mode, size=size, time=time, keep=False)
+    def text(self) -> Text:
+        return self.known() or Text(b"")
+
+    def time(self) -> int:
+        text = self.known()
+        return text.made if text is not None else max(self.state.changed.values())
 
     async def refresh(self) -> Node:
-        before = self.tree.changes
-        if before == self.tree.listed and self.tree.versions.get(pack(0, Slot.LISTING)) is not None:
-            return ListingFile(self.tree)
-        text = await trio.to_thread.run_sync(lambda: self.tree.spool(_lines(self.tree)))
-        self.tree.versions.keep(pack(0, Slot.LISTING), text)
-        self.tree.listed = before
-        return ListingFile(self.tree, text)
+        before = self.state.changes
+        if before == self.state.listed and self.state.versions.get(pack(0, Slot.LISTING)) is not None:
+            return ListingFile(self.state)
+        text = await trio.to_thread.run_sync(lambda: self.state.spool(_lines(self.state)))
+        self.state.versions.keep(pack(0, Slot.LISTING), text)
+        self.state.listed = before
+        return ListingFile(self.state, text)
 
 
-def _lines(tree: Tree) -> Iterator[str]:
-    """In a worker thread."""
-    snapshotter = tree.snapshotter
-    with snapshotter.records.reading(long=True) as reader:
+def _lines(state: State) -> Iterator[str]:
+    """The lines of the file; for a worker thread."""
+    snapshotter = state.snapshotter
+    with snapshotter.reading(long=True) as reader:
         found = list(reader.dump())
     file_names: dict[int, str] = {}
     for number, record in found:
@@ -82,12 +76,12 @@ def _lines(tree: Tree) -> Iterator[str]:
     for number, record in found:
         if number not in file_names:
             continue
-        usage: Usage = snapshotter.counting.last_known(number, record)
+        usage = snapshotter.known_usage(number, record)
         damaged = record.parent and record.parent not in file_names
-        state = "damaged" if damaged else "unflushed" if number in snapshotter.unflushed.lost else "."
+        word = "damaged" if damaged else "unflushed" if snapshotter.is_lost(number) else "."
         yield (
             f"{file_names[number]}\t{record.kind}\t{file_names.get(record.parent, '.')}\t{number}\t{usage.size}\t"
-            f"{usage.inodes}\t{_seconds(record.created)}\t{_seconds(record.updated)}\t{state}\t{_labels(record.labels)}\n"
+            f"{usage.inodes}\t{_seconds(record.created)}\t{_seconds(record.updated)}\t{word}\t{_labels(record.labels)}\n"
         )
 
 

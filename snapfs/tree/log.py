@@ -1,8 +1,8 @@
 """Logs: files that grow line by line, the newest last, and can be followed (``tail -f``, ``poll``).
 
-The size only ever grows, so that what follows it goes on where it was, but only the last few thousand lines are kept.  Who
-reads where nothing is kept any more, because it begins late or fell behind, is told how many lines it missed, and goes on
-with the first that there is.
+The size of the file only ever grows, so that a program which follows it goes on where it was, but only the last few thousand
+lines are kept.  A reader that begins late or fell behind, so that what it asks for is not kept any more, gets a line that says
+how many lines it missed, and after that the first line that there is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from snapfs import names
 from snapfs.model import rfc3339
-from snapfs.tree.node import Handle
+from snapfs.tree.handles import Handle
 
 LINES = 4000  # kept at least
 _SLACK = 1000  # lines that are dropped at once
@@ -22,7 +22,7 @@ _SLACK = 1000  # lines that are dropped at once
 class Log:
     """A bounded log in memory.  ``size`` is the bytes of all lines ever; ``start`` those of the ``dropped`` first ones.
 
-    ``tell_missed`` makes the line for whoever missed so many.
+    ``tell_missed`` makes the line for a reader that missed so many lines.
     """
 
     def __init__(self, tell_missed: Callable[[int], str]) -> None:
@@ -36,7 +36,7 @@ class Log:
         self._ends: list[int] = []
 
     def add(self, line: str) -> None:
-        """Add one line, which ends in a newline, and wake who waits for it."""
+        """Add one line, which ends in a newline, and wake the readers that wait for it."""
         encoded = line.encode()
         self._lines.append(encoded)
         self.size += len(encoded)
@@ -49,8 +49,8 @@ class Log:
         for follower in self.followers:
             follower.wake()
 
-    def wake_nobody(self) -> None:
-        """Forget who waits: what would wake them is about to go."""
+    def forget_waiting(self) -> None:
+        """Wake none of the readers that wait now: what would wake them is about to go."""
         for follower in self.followers:
             follower.wake_with(lambda: None)
 
@@ -76,8 +76,8 @@ class Log:
 class OpenLog(Handle):
     """One reader of a log.
 
-    It reads a stream of its own: at ``_base`` bytes of it stands ``_notice``, what it was told to have missed, and after that
-    the log from ``_origin`` on.  A line that it has begun it gets whole: the rest stands before the notice.
+    The reader reads a stream of its own: at ``_base`` bytes of it stands ``_notice``, how many lines it missed, and after that
+    the log from ``_origin`` on.  A line of which the reader has a part it gets whole: the rest stands before the notice.
     """
 
     direct = True

@@ -5,51 +5,32 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from snapfs.model import Kind
-
-if TYPE_CHECKING:
-    from snapfs.tree.tree import Tree
+from snapfs.tree.state import State
 
 Sample = tuple[dict[str, str], float]
 
 
-def metrics(tree: Tree) -> str:
+def metrics(state: State) -> str:
     """All metrics; counters begin with the daemon, sizes are bytes, times seconds."""
-    snapshotter = tree.snapshotter
-    with tree.reading() as reader:
-        snapshots = {kind.value: reader.count(kind) for kind in Kind}
-        last_id = reader.last_id()
-    space = snapshotter.space()
-    batches = snapshotter.records.batches
-    meters = sorted(tree.meters.items())
+    counts, space = state.snapshotter.statistics(), state.snapshotter.space()
+    meters = sorted(state.meters.items())
     errors = [
         ({"operation": name, "errno": errno}, float(n)) for name, meter in meters for errno, n in sorted(meter.errors.items())
     ]
     families: list[tuple[str, str, str, list[Sample]]] = [
-        ("build_info", "gauge", "The version, as a label.", [({"version": tree.version}, 1)]),
-        ("start_time_seconds", "gauge", "When the daemon started, since the epoch.", [({}, tree.started / 1e9)]),
-        ("snapshots", "gauge", "Snapshots that there are.", [({"kind": kind}, n) for kind, n in snapshots.items()]),
-        ("ids_total", "counter", "Ids that were ever handed out.", [({}, last_id)]),
+        ("build_info", "gauge", "The version, as a label.", [({"version": state.version}, 1)]),
+        ("start_time_seconds", "gauge", "When the daemon started, since the epoch.", [({}, state.started / 1e9)]),
+        ("snapshots", "gauge", "Snapshots that there are.", [({"kind": kind}, n) for kind, n in counts.snapshots.items()]),
+        ("ids_total", "counter", "Ids that were ever handed out.", [({}, counts.last_id)]),
         ("requests_total", "counter", "Requests answered.", [({"operation": name}, meter.count) for name, meter in meters]),
         ("request_errors_total", "counter", "Requests refused, by errno.", errors),
         ("request_seconds_total", "counter", "Time spent answering.", [({"operation": n}, m.seconds) for n, m in meters]),
-        ("batches_total", "counter", "Batches of changes that were made durable.", [({}, batches.total())]),
-        ("changes_total", "counter", "Changes in those batches.", [({}, sum(size * n for size, n in batches.items()))]),
-        (
-            "mounts",
-            "gauge",
-            "File systems held mounted as rootfs.",
-            [({}, snapshotter.rootfs.count if snapshotter.rootfs else 0)],
-        ),
-        ("trash", "gauge", "Removed layers that are not yet deleted.", [({}, snapshotter.layers.waiting)]),
-        (
-            "unflushed",
-            "gauge",
-            "Committed snapshots whose data the disk may have lost.",
-            [({}, len(snapshotter.unflushed.lost))],
-        ),
+        ("batches_total", "counter", "Batches of changes that were made durable.", [({}, sum(counts.batches.values()))]),
+        ("changes_total", "counter", "Changes in those batches.", [({}, sum(size * n for size, n in counts.batches.items()))]),
+        ("mounts", "gauge", "File systems held mounted as rootfs.", [({}, counts.mounts_held)]),
+        ("trash", "gauge", "Removed layers that are not yet deleted.", [({}, counts.trash_waiting)]),
+        ("unflushed", "gauge", "Committed snapshots whose data the disk may have lost.", [({}, counts.lost)]),
         ("filesystem_size_bytes", "gauge", "Size of the file system under ROOT.", [({}, space.f_blocks * space.f_frsize)]),
         ("filesystem_avail_bytes", "gauge", "What is left of it.", [({}, space.f_bavail * space.f_frsize)]),
         ("cpu_seconds_total", "counter", "CPU time of the daemon.", [({}, time.process_time())]),

@@ -1,90 +1,25 @@
-"""What every node of the tree answers, and how inode numbers are made.
-
-An inode number is computed, never stored: the snapshot's id and a slot within that snapshot (id 0: the daemon's own nodes)
-in 64 bits.  Ids are never used twice, so an inode means the same for ever, through rename and Commit.
-
-A file whose text changes by itself (info.json, usage.json …) has another inode for each text, as if it were replaced by a
-rename: what the kernel holds of an inode, its size and pages, is right for ever, and whoever has it open reads on in what
-was opened, whatever happens meanwhile.  stat(2) shows one number for all of them (``shown_inode``).
-"""
+"""What every node of the tree answers: each kind of node overrides what it can do, and refuses the rest in words."""
 
 from __future__ import annotations
 
-import enum
 import stat
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from snapfs.errors import NotFound, NotPermitted
-from snapfs.model import Kind
 from snapfs.tree.advice import how_to_make
+from snapfs.tree.handles import Handle, OpenText
+from snapfs.tree.inodes import without_version
+from snapfs.tree.state import State
 from snapfs.tree.texts import Text
-
-if TYPE_CHECKING:
-    from snapfs.tree.tree import Tree
-
-SLOT_BITS = 28
-
-
-class Slot(enum.IntEnum):
-    """The slots that are not attributes' (``attributes.ATTRIBUTES``, 16 to 127) or labels' (from 256 on)."""
-
-    ROOT = 1  # of id 0, so that the root has inode 1, as FUSE wants it
-    SNAPSHOT = 1  # of any other id
-    ACTIVE = 2
-    VIEW = 3
-    COMMITTED = 4
-    LABELS = 5
-    CHILD_LINK = 6
-    ID_LINK = 7
-    README = 8
-    BY_ID = 9
-    DAEMON = 10
-    VERSION = 11
-    ERROR_LOG = 12
-    EVENTS = 14
-    CLEANUP = 15
-    JUST_MADE = 13  # a child's directory where it was made: in its parent's listing, until that is looked at
-    FIRST_ATTRIBUTE = 16
-    OPTIONS = 16  # of id 0, whose slots from 16 on are no attributes'
-    STATS = 17
-    LISTING = 18
-    METRICS = 19
-    NO_MEDIA = 20
-    INSIDE = 128  # a bit: the same directory under another inode; see Tree.bank
-    FIRST_LABEL = 256
-    VERSION_OF = 1 << SLOT_BITS - 1  # a bit: one text of the file whose slot is in the lowest seven bits
-
-
-KIND_SLOTS = {Kind.ACTIVE: Slot.ACTIVE, Kind.VIEW: Slot.VIEW, Kind.COMMITTED: Slot.COMMITTED}
-
-
-def pack(number: int, slot: int) -> int:
-    """The inode of ``slot`` of snapshot ``number``."""
-    return number << SLOT_BITS | slot
-
-
-def pack_version(number: int, slot: int, text: Text) -> int:
-    """The inode of the file in ``slot`` of snapshot ``number`` as long as it holds ``text``.
-
-    Twenty bits tell the versions apart; two that have the same are mixed up only by who has one open when the other comes.
-    """
-    version = text.checksum & (1 << SLOT_BITS - 8) - 1
-    return pack(number, Slot.VERSION_OF | version << 7 | slot)
-
-
-def unpack(inode: int) -> tuple[int, int]:
-    """Snapshot id and slot of ``inode``."""
-    return inode >> SLOT_BITS, inode & (1 << SLOT_BITS) - 1
 
 
 class Attributes(msgspec.Struct, frozen=True):
     """What stat(2) shows of a node: mode, bytes, blocks of 512 bytes, one time for all (ns since the epoch).
 
-    ``mode`` is the most that anybody may do with it: whoever serves the tree takes a umask from that.  ``private``: it tells
-    what is in a layer, so it belongs to those alone who may read that, whoever the tree belongs to.
+    ``mode`` is the most that anybody may do with it: the server of the tree takes a umask from that.  ``private``: it tells
+    what is in a layer, so it belongs to users alone who may read that, whatever the tree's owner is.
     ``keep``: they stay right until the tree says otherwise, so a cache may hold them.
     """
 
@@ -96,68 +31,18 @@ class Attributes(msgspec.Struct, frozen=True):
     private: bool = False
 
 
-class Handle:
-    """An open file.
-
-    ``direct``: what it holds is its own, or grows, so that no cache of the file's pages may come between.
-    """
-
-    direct = False
-
-    @property
-    def size(self) -> int:
-        """Bytes that reading it to the end gives."""
-        raise NotImplementedError
-
-    @property
-    def blocks(self) -> bool:
-        """Whether reading may wait for the disk."""
-        return False
-
-    def read(self, offset: int, size: int) -> bytes:
-        raise NotImplementedError
-
-    async def write(self, offset: int, data: bytes) -> int:
-        raise NotPermitted("the file was opened for reading only")
-
-    async def resize(self, size: int) -> None:
-        raise NotPermitted("the file was opened for reading only")
-
-    async def close(self) -> None:
-        """The last descriptor of this open is gone."""
-
-
-class OpenText(Handle):
-    """A file open for reading: one consistent text, settled when it was opened."""
-
-    def __init__(self, text: Text) -> None:
-        self.text = text
-
-    @property
-    def size(self) -> int:
-        return self.text.size
-
-    @property
-    def blocks(self) -> bool:
-        return self.text.blocks
-
-    def read(self, offset: int, size: int) -> bytes:
-        return self.text.read(offset, size)
-
-
 class Node:
     """One file, link or directory.  Made for one request and thrown away; knows the state in which it was found.
 
-    Each method that a kind of node lacks refuses with the words for it.  ``keep_entry``: whoever has looked it up by name may
-    go on using that name without asking, until the tree says otherwise.  ``is_known``: what it holds is known, and needn't be
-    found out first.
+    ``keep_entry``: a cache may go on using the name by which the node was looked up, until the tree says otherwise.
+    ``is_known``: what it holds is known, and needn't be found out first (``refresh``).
     """
 
     keep_entry = True
     is_known = True
 
-    def __init__(self, tree: Tree, inode: int) -> None:
-        self.tree = tree
+    def __init__(self, state: State, inode: int) -> None:
+        self.state = state
         self.inode = inode
 
     @property
@@ -166,16 +51,16 @@ class Node:
         raise NotImplementedError
 
     def attributes(self) -> Attributes:
+        """What stat(2) shows of it."""
         raise NotImplementedError
 
     @property
     def shown_inode(self) -> int:
         """The inode number that stat(2) shows; tools take it that a file which has another one is another file."""
-        number, slot = unpack(self.inode)
-        return pack(number, slot & 0x7F) if slot & Slot.VERSION_OF else self.inode
+        return without_version(self.inode)
 
     def must_settle(self) -> bool:
-        """Whether its attributes are just being found out, and waiting a moment (``settle``) gives the right ones."""
+        """Whether ``attributes`` are just being found out, and waiting a moment (``settle``) gives the right ones."""
         return False
 
     async def settle(self) -> None:
@@ -200,18 +85,26 @@ class Node:
 
     def instead(self) -> str:
         """What to do instead of making something here."""
-        return f"there are only snapshots, with their labels, and their files; {how_to_make(self.tree, '')}"
+        return f"there are only snapshots, with their labels, and their files; {how_to_make(self.state, '')}"
 
-    async def mkdir(self, name: str) -> Node:
+    def refusal_to_set(self) -> NotPermitted:
+        """That its mode, owner and times can't be set."""
+        return NotPermitted(f"the mode, owner and times of {self.path or '/'} can't be set")
+
+    async def mkdir(self, name: str) -> int:
+        """Make the directory ``name``: the inode of what was made.  Raises SnapshotError."""
         raise self.refusal_to_make("a directory")
 
     async def rmdir(self, name: str, pid: int) -> None:
+        """Remove the directory ``name`` for process ``pid``.  Raises SnapshotError."""
         raise NotPermitted(f"{self.path or '/'} is fixed: only snapshots can be removed")
 
     async def unlink(self, name: str, pid: int) -> None:
+        """Remove the file or link ``name`` for process ``pid``.  Raises SnapshotError."""
         raise NotPermitted(f"{self.path or '/'} is fixed: only snapshots and labels can be removed")
 
     async def create(self, name: str) -> tuple[Node, Handle]:
+        """Make the file ``name``, open for writing.  Raises SnapshotError."""
         raise self.refusal_to_make("a file")
 
     # -- files and links
@@ -221,6 +114,7 @@ class Node:
         return self
 
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
+        """Open the file, ``truncate``: and cut it to nothing.  Raises SnapshotError."""
         raise NotPermitted(f"{self.path} can't be opened")
 
     async def resize(self, size: int) -> None:

@@ -1,8 +1,8 @@
-"""Who has read what of a snapshot's directory lately: whoever copies it copies links, not the files.
+"""Which process has read what of a snapshot's directory lately: one that copies the directory copies links, not the files.
 
-rename(2) onto another file system never gets here: the kernel says EXDEV, on which mv, file managers and others copy what the
-directory shows and then delete that as ``rm -r`` does.  ``rm -r`` itself reads none of the entries.  So a process (a thread,
-in fact: FUSE tells no more) that has just read all of them and now deletes is taken for one that moves.
+Moving a directory onto another file system is no rename (EXDEV): mv, file managers and others copy what the directory shows
+and then delete that as ``rm -r`` does.  ``rm -r`` itself reads none of the entries.  So a process (a thread, in fact: no more
+is known) that has just read all of them and now deletes is taken for one that moves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import trio
 
-from snapfs.tree.node import Slot
+from snapfs.tree.inodes import Slot
 
 LATELY = 10.0  # seconds from the last entry that was read to a deletion that belongs to it
 
@@ -26,7 +26,7 @@ class Reads:
     """When each process has read which slots of which snapshot, and listed it (the slot of its directory)."""
 
     def __init__(self) -> None:
-        self._read: dict[tuple[int, int], dict[int, float]] = {}  # the one that has read last is the last
+        self._read: dict[tuple[int, int], dict[int, float]] = {}  # the pair that has read last is the last
 
     def note(self, pid: int, number: int, slot: int) -> None:
         """Process ``pid`` has read the entry in ``slot`` of snapshot ``number``; so it no longer deletes what it has copied."""

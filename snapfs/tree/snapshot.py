@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import trio
 
 from snapfs import names
-from snapfs.errors import Damaged, LeftOut, NotEmpty, NotFound, Unavailable
+from snapfs.errors import Damaged, LeftOut, NotEmpty, NotFound, NotPermitted, Unavailable
 from snapfs.model import Kind
 from snapfs.store.schema import Record
 from snapfs.tree.advice import how_to_write, path_of, why_missing
 from snapfs.tree.attributes import ATTRIBUTES, BY_NAME, ROOTFS, attribute_node
+from snapfs.tree.deleting import refuse_copied, refuse_with_children
+from snapfs.tree.inodes import KIND_SLOTS, Slot, pack
+from snapfs.tree.kinds import ChildrenDirectory
 from snapfs.tree.labels import LabelsDirectory
-from snapfs.tree.node import KIND_SLOTS, Attributes, Directory, Node, Slot, pack
-
-if TYPE_CHECKING:
-    from snapfs.tree.tree import Tree
+from snapfs.tree.node import Attributes, Directory, Node
+from snapfs.tree.state import State
 
 LABELS = "labels"
 
-# The order of the listing: the children first, and something that each snapshot has before and behind the labels.  There what
-# deletes a whole directory, from either end, is refused if it has children or is pinned; at the labels it is known then.
+# The order of the listing: the children first, and something that each snapshot has before and behind the labels.  There a
+# process that deletes a whole directory, from either end, is refused if the snapshot has children or is pinned; it is known
+# (``Teardowns``) when it comes to the labels.
 _OFFSETS = dict(
     sorted(
         [(kind.value, 2 * slot) for kind, slot in KIND_SLOTS.items()]
@@ -33,16 +34,16 @@ _OFFSETS = dict(
     )
 )
 
-SETTLE = 1.0  # seconds that stat waits for a count under way: the caller can't be interrupted, so no longer
+SETTLE = 1.0  # seconds that stat(2) waits for a count under way: the caller can't be interrupted, so no longer
 
 
 class DamagedDirectory(Directory):
-    """A snapshot whose record can't be read: it is listed and can be removed; who asks anything else of it is told."""
+    """A snapshot whose record can't be read: it is listed and can be removed, and nothing else of it can be had."""
 
     keep_entry = False
 
-    def __init__(self, tree: Tree, number: int, kind: Kind, name: str) -> None:
-        super().__init__(tree, pack(number, Slot.SNAPSHOT))
+    def __init__(self, state: State, number: int, kind: Kind, name: str) -> None:
+        super().__init__(state, pack(number, Slot.SNAPSHOT))
         self._kind = kind
         self._name = name
 
@@ -57,9 +58,9 @@ class DamagedDirectory(Directory):
 class SnapshotDirectory(Directory):
     """One snapshot: /KIND/NAME."""
 
-    def __init__(self, tree: Tree, number: int, record: Record, bank: int = 0) -> None:
-        super().__init__(tree, pack(number, Slot.SNAPSHOT | bank))
-        self.bank = bank
+    def __init__(self, state: State, number: int, record: Record, alias: int = 0) -> None:
+        super().__init__(state, pack(number, Slot.SNAPSHOT | alias))
+        self.alias = alias
         self.number = number
         self.record = record
 
@@ -69,23 +70,23 @@ class SnapshotDirectory(Directory):
 
     def attributes(self) -> Attributes:
         record = self.record
-        size = (record.usage or self.tree.snapshotter.counting.last_known(self.number, record)).size
+        size = (record.usage or self.state.snapshotter.known_usage(self.number, record)).size
         return Attributes(self.mode, size, size // 512, record.updated, not self.must_settle())
 
     def must_settle(self) -> bool:
         return self.record.kind is Kind.COMMITTED and self.record.usage is None
 
     async def settle(self) -> None:
-        """A Commit returns before its layer is counted; whoever asks for the size right after gets the true one."""
+        """A Commit returns before its layer is counted; a process that asks for the size right after gets the true one."""
         with trio.move_on_after(SETTLE), contextlib.suppress(Damaged, Unavailable):
-            await self.tree.snapshotter.counting.usage(self.number, self.record)
-        self.record = self.tree.record(self.number)
+            await self.state.snapshotter.usage(self.number)
+        self.record = self.state.record(self.number)
 
     def lookup(self, name: str) -> Node:
         node = self._entry(name)
         if node is None:
-            if name == ROOTFS and self.tree.snapshotter.rootfs is None:
-                raise LeftOut(why_missing(self.tree, self.record))
+            if name == ROOTFS and not self.state.snapshotter.has_rootfs:
+                raise LeftOut(why_missing(self.state, self.record))
             raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
         return node
 
@@ -96,31 +97,34 @@ class SnapshotDirectory(Directory):
                 yield offset, name, node
 
     def _entry(self, name: str) -> Node | None:
-        if self.tree.is_hidden(self.number, name):
+        if self.state.hidden.has(self.number, name):
             return None
         if attribute := BY_NAME.get(name):
-            return attribute_node(self.tree, self.number, self.record, attribute)
+            return attribute_node(self.state, self.number, self.record, attribute)
         if name == LABELS:
-            return LabelsDirectory(self.tree, self.number, self.record, self.bank)
+            return LabelsDirectory(self.state, self.number, self.record, self.alias)
         if self.record.kind is Kind.COMMITTED and name in KIND_SLOTS:
-            return self.tree.node(pack(self.number, KIND_SLOTS[Kind(name)] | self.bank))
+            return ChildrenDirectory(self.state, Kind(name), self.number, self.record, self.alias)
         return None
 
     def instead(self) -> str:
-        return how_to_write(self.tree, self.record)
+        return how_to_write(self.state, self.record)
+
+    def refusal_to_set(self) -> NotPermitted:
+        return NotPermitted(f"{super().refusal_to_set()}; {self.instead()}")
 
     async def rmdir(self, name: str, pid: int) -> None:
         node = self.lookup(name)
-        self.tree.refuse_with_children(self.number, pid)
-        self.tree.refuse_moved(self.number, pid)
+        refuse_with_children(self.state, self.number, pid)
+        refuse_copied(self.state, self.number, pid)
         if next(node.entries(0), None):
             raise NotEmpty(f"{node.path} is not empty")
-        self.tree.hide(self.number, name)
-        self.tree.generations[node.inode] += 1
+        self.state.hidden.hide(self.number, name)
+        self.state.removals[node.inode] += 1
 
     async def unlink(self, name: str, pid: int) -> None:
         """Take a fixed entry out of the listing, so that what deletes a directory bottom-up gets to its rmdir."""
         self.lookup(name)
-        self.tree.refuse_with_children(self.number, pid)
-        self.tree.refuse_moved(self.number, pid, name)
-        self.tree.hide(self.number, name)
+        refuse_with_children(self.state, self.number, pid)
+        refuse_copied(self.state, self.number, pid, name)
+        self.state.hidden.hide(self.number, name)

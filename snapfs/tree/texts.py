@@ -1,4 +1,4 @@
-"""Texts: what a file held at one moment.  Whoever has it open reads that, whatever the file holds by now."""
+"""Texts: what a file held at one moment.  A process that has it open reads that, whatever the file holds by now."""
 
 from __future__ import annotations
 
@@ -90,14 +90,15 @@ def _write(file: BinaryIO, data: bytearray) -> None:
 
 
 class Versions:
-    """The texts that were told of lately, by inode, so that whoever has looked up a file can open what was found.  Bounded:
-    the one that was used longest ago goes first."""
+    """The texts that were looked up lately, by inode, so that a process that has looked up a file can open what was found.
+    Bounded: the text that was used longest ago goes first."""
 
     def __init__(self) -> None:
         self._texts: OrderedDict[int, Text] = OrderedDict()
         self._weight = 0
 
     def keep(self, inode: int, text: Text) -> None:
+        """Remember ``text`` as that of ``inode``, in place of any other."""
         self.forget(inode)
         self._texts[inode] = text
         self._weight += text.weight
@@ -105,6 +106,7 @@ class Versions:
             self.forget(next(iter(self._texts)))
 
     def forget(self, inode: int) -> None:
+        """Remember no text of ``inode``."""
         text = self._texts.pop(inode, None)
         self._weight -= text.weight if text else 0
 

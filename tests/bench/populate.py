@@ -59,7 +59,7 @@ def populate(root: Path, count: int, kind: Kind = Kind.COMMITTED, *, chain: int 
             store.write_now(put)
     finally:
         store.close()
-    imprint.promise(layers.snapshots, count)
+    imprint.write_last_reserved_id(layers.snapshots, count)
     settle(root)
 
 

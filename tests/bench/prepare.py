@@ -88,19 +88,19 @@ def imprints(place: Place) -> Iterator[Row]:
     async def measure(root: Path) -> None:
         async with open_snapshotter(root) as snapshots:
             serial, layers = place.name("borne"), snapshots.layers
-            layers.bears_imprints = False
+            layers.supports_imprints = False
             took = []
             for number in range(calls):
                 began = time.perf_counter()
                 await snapshots.prepare(f"{serial}-{number}", labels={"containerd.io/gc.root": "2026-01-01T00:00:00Z"})
                 took.append(time.perf_counter() - began)
-            layers.bears_imprints = True
+            layers.supports_imprints = True
             with snapshots.records.reading() as reader:
                 numbers = list(reader.numbers())[-calls:]
                 found = [(number, Imprint(record)) for number in numbers if (record := reader.record(number)) is not None]
             row.theirs.append(p50(took) * 1e6)
             borne = iter(found)
-            row.ours.append(p50(each_takes(len(found), lambda: layers.bear(*next(borne)))) * 1e6)
+            row.ours.append(p50(each_takes(len(found), lambda: layers.write_imprint(*next(borne)))) * 1e6)
 
     with place.directory("imprints") as own, on(ONE_CPU):
         for _ in range(place.rounds):

@@ -8,7 +8,7 @@ import os
 import select
 import time
 
-from snapfs.tree.tree import TEARDOWN
+from snapfs.tree.hiding import TEARDOWN
 from tests.soak.client import Violation
 from tests.soak.look import Look
 from tests.soak.model import Model, Snapshot

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from snapfs.model import Kind
-from snapfs.tree.tree import HIDDEN
+from snapfs.tree.hiding import HIDDEN
 from tests.soak.client import file_name
 from tests.soak.model import ENTRIES, Model, Snapshot
 

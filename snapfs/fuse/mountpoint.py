@@ -1,0 +1,135 @@
+"""The mountpoint: whether it can be mounted on, what an earlier daemon left there, and why a mount is over."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import grp
+import logging
+import os
+import pwd
+import stat
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from snapfs.errors import Unavailable
+from snapfs.kernel import mounting
+from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.root.lock import is_abandoned
+from snapfs.root.mounted import origin
+
+log = logging.getLogger(__name__)
+
+FILE_SYSTEM = "snapfs"  # the mount table says fuse.snapfs
+
+
+def source_of(root: str) -> str:
+    """The first column of the mount table."""
+    return root if root.isascii() and not set(root) & set(",\\ ") else FILE_SYSTEM  # libfuse takes plain options only
+
+
+def _resolved(mountpoint: str) -> str:
+    """As the mount table has it; found out without a question to what is mounted there."""
+    return os.path.realpath(os.path.dirname(mountpoint)) + "/" + os.path.basename(mountpoint)
+
+
+def why_over(root: str, mountpoint: str) -> str:
+    """Why requests have come to an end without a signal."""
+    ours = (_resolved(mountpoint), source_of(root))
+    if any((mount.target, mount.source) == ours for mount in mount_table()):
+        return "the FUSE connection was aborted; the next start recovers the mountpoint"
+    return "unmounted"
+
+
+def recover_mountpoint(root: str, mountpoint: str) -> None:
+    """Unmount what a daemon that is gone left; any other dead mount is not ours to touch.
+
+    The mount table and the root's lock tell, before anybody asks the mount itself: a daemon that was killed may have left a
+    thread which waits in the kernel for a client that waits for the daemon, and a process that asks would wait with them.
+    """
+    target = _resolved(mountpoint)
+    for _ in range(16):  # daemons may have crashed on top of each other
+        mounts = [mount for mount in mount_table() if mount.target == target]
+        if not mounts:
+            return
+        source = mounts[-1].source
+        if mounts[-1].type == f"fuse.{FILE_SYSTEM}":
+            if not is_abandoned(source if source.startswith("/") else os.path.realpath(root)):
+                return
+            log.warning("%s was left mounted by a daemon that is gone; unmounting it", mountpoint)
+            _detach(mounts[-1])
+            continue
+        try:
+            os.statvfs(mountpoint)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                return
+        dead = mounts[-1].type
+        raise Unavailable(f"{mountpoint} is a dead mount of {dead}; unmount it first: fusermount3 -uz {mountpoint}")
+
+
+def _detach(mount: MountPoint) -> None:
+    """Refuse all requests that wait for the daemon of ``mount``, which frees what waits, and unmount it."""
+    try:
+        mounting.unmount(mount.target, mounting.MNT_FORCE | mounting.MNT_DETACH)
+    except PermissionError:
+        with contextlib.suppress(OSError):  # fusectl is not mounted everywhere
+            Path(f"/sys/fs/fuse/connections/{mount.device.partition(':')[2]}/abort").write_text("1")
+        subprocess.run(["fusermount3", "-u", "-z", "--", mount.target], check=False)
+
+
+def _overlap(root: str, mountpoint: str) -> bool:
+    """Whether one lies within the other, by whatever links and bind mounts they are reached."""
+    inside, outside = os.path.realpath(mountpoint), os.path.realpath(root)
+    existing = outside
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    rest = os.path.relpath(outside, existing)
+    place, above = origin(inside), origin(existing)
+    pairs = [(inside, outside)]
+    if place is not None and above is not None and place[0] == above[0]:
+        pairs.append((place[1], os.path.normpath(os.path.join(above[1], rest))))
+    return any(os.path.commonpath(pair) in pair for pair in pairs)
+
+
+def check_mountpoint(root: str, mountpoint: str) -> None:
+    """Raise Unavailable, with a sentence, for what can be known to fail."""
+    try:
+        mode = os.stat(mountpoint).st_mode
+    except OSError as error:
+        hint = f"; make it first: mkdir {mountpoint}" if error.errno == errno.ENOENT else ""
+        raise Unavailable(f"cannot mount on {mountpoint}: {error.strerror}{hint}", error.errno) from None
+    if not stat.S_ISDIR(mode):
+        raise Unavailable(f"cannot mount on {mountpoint}: it is not a directory")
+    if any(mount.target == os.path.realpath(mountpoint) and mount.type == f"fuse.{FILE_SYSTEM}" for mount in mount_table()):
+        raise Unavailable(f"{mountpoint} is the mountpoint of another snapfs already; unmount that first")
+    if _overlap(root, mountpoint):
+        raise Unavailable(f"the root {root} and the mountpoint {mountpoint} must not lie within each other")
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise Unavailable(f"cannot open /dev/fuse ({os.strerror(error.errno or 0)}): {_why_no_device(error)}") from None
+
+
+def _why_no_device(error: OSError) -> str:
+    """Why /dev/fuse can't be opened, and what to do."""
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return "load the module with modprobe fuse, or give the container the device"
+    if os.access("/dev/fuse", os.R_OK | os.W_OK, effective_ids=True):  # its mode is not the reason
+        return "let the container use the device, and have no nodev where /dev is mounted"
+    found = os.stat("/dev/fuse")
+    user, group = _name(pwd.getpwuid, found.st_uid), _name(grp.getgrgid, found.st_gid)
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o060 == 0o060:
+        return f"its mode {mode:03o} lets only {user} and the group {group} open it; become a member, or chmod 666 /dev/fuse"
+    return f"its mode {mode:03o} lets only {user} open it; chmod 666 /dev/fuse"
+
+
+def _name(entry: Callable[[int], Sequence[object]], number: int) -> object:
+    """The name of a user or group, or the number of one without."""
+    try:
+        return entry(number)[0]
+    except KeyError:
+        return number

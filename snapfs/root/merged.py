@@ -1,0 +1,385 @@
+"""The merged file systems, each of one snapshot, as the kernel mounts them at ROOT/rootfs/<id>/fs: mounting, unmounting, and
+what another process has of them.
+
+Which layers, and whether they may be mounted, is the caller's to say; when, is ``services/rootfs.py``'s.
+
+No upper layer is ever mounted a second time, whichever process has it mounted and in whichever mount namespace: a process that
+was made with a namespace of its own, a sandbox, has a copy of each mount that it saw, and goes on writing there.  So what is
+unmounted here is looked for everywhere else before it is given up, and before anything is mounted the kernel is asked
+(``snapfs/kernel/inuse.py``).
+
+<id> is made with each mount and removed right after it: a process that comes too late meets ENOENT, and so does one in a mount
+namespace that lacks the mount (``snapfs/kernel/shelter.py``).
+
+Everything here blocks, on the disk or on the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+
+import msgspec
+
+from snapfs.errors import FULL, Busy, Unavailable
+from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
+from snapfs.kernel.mounttable import mount_id, mount_table
+from snapfs.kernel.probe import why_trial_failed
+from snapfs.kernel.processes import name_of
+from snapfs.model import Kind
+from snapfs.names import parse_id
+from snapfs.root import holders
+from snapfs.root.inuse import FLUSHING, InUse
+from snapfs.root.layers import Layers
+from snapfs.root.mounted import Mounted, Place
+
+log = logging.getLogger(__name__)
+
+_GONE = (errno.EINVAL, errno.ENOENT)
+"""What umount2(2) says where another process has unmounted it, and perhaps removed the directory."""
+
+
+class Stack(msgspec.Struct, frozen=True):
+    """What to mount: the ids of the read-only layers, the nearest first, and that of a writable one above them."""
+
+    lower: tuple[int, ...]
+    upper: int | None = None
+
+
+class Held:
+    """One mount of ours: when it was last asked for, and a detached copy of it.
+
+    The last unmount of an overlay flushes the whole file system that holds its upper directory, which may take minutes.  The
+    copy makes that the close of the copy instead, in the background: a Commit must not wait for it.  It can also be mounted
+    again.
+
+    ``number`` is the snapshot's id, ``mount`` the mount's; ``device`` that of the overlay (``major:minor``), "" of a bind, and
+    ``shelter`` that of what it stands in.  ``seal``: the overlay is to be made read-only before the copy is closed.
+    """
+
+    def __init__(self, number: int, target: str) -> None:
+        self.number = number
+        self.asked = 0.0
+        self.seal = False
+        self.copy = mounting.detached_copy(target)
+        self.mount = mount_id(target)
+        self.device = mounting.overlay_device(target)
+        self.shelter = mounting.device(os.path.dirname(target))
+
+    def close_copy(self) -> None:
+        """Close the copy, which may flush the disk."""
+        if self.copy is not None:
+            os.close(self.copy)
+            self.copy = None
+
+
+class Merged:
+    """The merged file systems of one root; ``options`` go on each overlay.  Threads may share it, each at another snapshot."""
+
+    def __init__(self, layers: Layers, mounted: Mounted, in_use: InUse, options: Sequence[str]) -> None:
+        self._layers = layers
+        self._mounted = mounted
+        self._in_use = in_use
+        self._options = options
+        self._directory = layers.rootfs_directory
+
+    def trial(self) -> str | None:
+        """Mount an overlay as ``mount`` does; why that is refused and what to do, None where it is not."""
+        try:
+            trial = self._layers.make_trial()
+        except OSError as error:
+            return _why_refused(error)
+        options = [*self._options, "volatile"] if mounting.kernel_version() >= (5, 10) else self._options  # so: no flush
+        directory = f"{self._directory}/trial"
+        try:
+            shelter.prepare(directory)
+            self._put(directory, [f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", options)
+            mounting.unmount(f"{directory}/{shelter.INSIDE}", mounting.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            return _why_refused(error)
+        finally:
+            self._clear(directory)
+            shutil.rmtree(trial, ignore_errors=True)
+        return None
+
+    def recover(self, is_right: Callable[[int], bool]) -> dict[int, Held]:
+        """Unmount what a crashed daemon left, and remove its directories; what is taken over, by snapshot id.
+
+        That is what is in use, here or in another mount namespace, and ``is_right`` for its snapshot; anything else that is in
+        use here is detached."""
+        recovered: dict[int, Held] = {}
+        targets = [mount.target for mount in mount_table() if mount.target.startswith(self._directory + "/")]
+        names = {target[len(self._directory) + 1 :].partition("/")[0] for target in targets}
+        for name in sorted(names):
+            directory, number = f"{self._directory}/{name}", parse_id(name)
+            target = f"{directory}/{shelter.INSIDE}"
+            try:
+                if target in targets:
+                    held = self._recover_one(number, target, is_right)
+                    if held is not None:
+                        recovered[held.number] = held
+                else:  # a user's, or of a version that had no shelters
+                    mounting.unmount(directory, mounting.UMOUNT_NOFOLLOW)
+            except OSError:
+                _detach(target if target in targets else directory)
+        for name in os.listdir(self._directory):
+            if parse_id(name) not in recovered:
+                self._clear(f"{self._directory}/{name}")
+        return recovered
+
+    def _recover_one(self, number: int | None, target: str, is_right: Callable[[int], bool]) -> Held | None:
+        """Unmount ``target``: None; or take it over.  Raises OSError, also where it is in use and not right."""
+        held = Held(number or 0, target)
+        with ExitStack() as undo:
+            undo.callback(held.close_copy)
+            right = number is not None and is_right(number)
+            try:
+                mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
+                shelter.remove(os.path.dirname(target))
+                if not right or held.copy is None or not self.is_elsewhere(held):
+                    return None
+                self.attach_again(held)
+            except OSError as error:
+                if not right or error.errno != errno.EBUSY:
+                    raise
+            undo.pop_all()
+        return held
+
+    def mount(self, number: int, stack: Stack, held: Held | None) -> Held:
+        """Mount the file system of snapshot ``number``; or ``held`` again, which a user has unmounted by hand.
+
+        What another process has mounted is mounted here too, and no second overlay.  Raises Damaged where a layer is missing,
+        Unavailable where the kernel refuses, Busy where the upper layer is in use and its mount can't be got from there.
+        """
+        layers = self._layers
+        for below in stack.lower:
+            layers.refuse_damaged(below)
+        if stack.upper is not None:
+            layers.refuse_damaged(stack.upper, Kind.ACTIVE)
+        directory, target = layers.shelter(number), layers.rootfs(number)
+        try:
+            self._clear(directory)  # any process that knows the path can make something there
+            shelter.prepare(directory)  # on a disk that is read-only by now an old one can't be removed
+            try:
+                if held is not None and held.copy is not None:
+                    self.attach_again(held)
+                    return held
+                tree = self._taken_over(number) if stack.upper is not None else None
+                if tree is not None:
+                    shelter.attach(tree, directory)
+                elif stack.upper is None and len(stack.lower) == 1:
+                    self._put_bind(directory, layers.fs(stack.lower[0]))
+                else:
+                    lowers = [layers.fs(below) for below in stack.lower] or [layers.empty_layer()]
+                    upper = None if stack.upper is None else layers.fs(stack.upper)
+                    work = None if stack.upper is None else layers.work(stack.upper)
+                    self._put(directory, lowers, upper, work, self._options)
+                return Held(number, target)
+            except BaseException:
+                self._clear(directory)
+                raise
+        except OSError as error:
+            raise Unavailable(f"cannot mount the file system of snapshot {number}: {error.strerror}", error.errno) from error
+
+    def _put(self, directory: str, lowers: Sequence[str], upper: str | None, work: str | None, options: Sequence[str]) -> None:
+        read_only = upper is None
+        try:
+            tree = overlay.make_overlay(lowers, upper, work, options, read_only=read_only)
+        except overlay.MountApiLacking:
+
+            def mount(target: str) -> None:
+                overlay.mount_overlay_classic(target, lowers, upper, work, options, read_only=read_only)
+
+            shelter.attach_classic(mount, directory)
+        else:
+            shelter.attach(tree, directory)
+
+    def _put_bind(self, directory: str, layer: str) -> None:
+        try:
+            tree = mounting.make_bind(layer, read_only=True)
+        except OSError as error:
+            if error.errno not in mounting.NO_MOUNT_API:
+                raise
+            shelter.attach_classic(lambda target: mounting.mount_bind_classic(layer, target, read_only=True), directory)
+        else:
+            shelter.attach(tree, directory)
+
+    def attach_again(self, held: Held) -> None:
+        """Mount again what was unmounted here, and another process may still have: the same overlay, no second one.  Raises
+        OSError."""
+        assert held.copy is not None
+        directory, target = self._layers.shelter(held.number), self._layers.rootfs(held.number)
+        shelter.prepare(directory)
+        try:
+            tree = mountapi.copy_tree(held.copy)
+        except OSError:
+            tree, held.copy = held.copy, None
+        shelter.attach(tree, directory)
+        if held.copy is None:
+            held.copy = mounting.detached_copy(target)
+        held.mount, held.shelter = mount_id(target), mounting.device(directory)
+
+    def is_elsewhere(self, held: Held) -> bool:
+        """Whether the overlay that is mounted here, or was a moment ago, is mounted in another place, in whatever namespace.
+
+        What the kernel has mounted there together with ours, it unmounts with ours: that doesn't count.  Raises OSError.
+        """
+        if not held.device:
+            return False
+        found = self._mounted.everywhere(lambda place: place.device == held.device)
+        groups = {place.group for place in found if place.id == held.mount and place.group}
+        count = -1
+        while len(groups) != count:
+            count = len(groups)
+            groups |= {place.group for place in found if place.master in groups and place.group}
+        return any(place.id != held.mount and not groups & {place.group, place.master} for place in found)
+
+    def _taken_over(self, number: int) -> int | None:
+        """The descriptor of a copy of the mount by which another process has the active snapshot ``number``; None if none has.
+
+        Raises Busy where that can't be had, and OSError.
+        """
+
+        def may_be_it(place: Place) -> bool:
+            return (place.bound == number or bool(place.upperdir)) and not place.inside
+
+        closing = self._in_use.closings.get(number)
+        if closing is not None and not closing.wait(FLUSHING):  # another one on the same layer would bear no mark
+            raise Busy("it was unmounted a moment ago, and is still being written to the disk: try again")
+        # a bind of a part of it, or one to read, is no hindrance
+        found = self._mounted.everywhere(lambda place: place.bound == number and not place.inside)
+        bound = any(place.writable for place in found)
+        if not bound and not self._in_use.has_overlay(number, suspected=True):
+            return None
+        for pid, place in self._mounted.by_process(may_be_it):
+            with suppress(OSError):
+                there = self._mounted.open(place, number, pid)
+                try:
+                    return _copy_of_another(pid, there)
+                finally:
+                    os.close(there)
+        raise Busy(f"snapshot {number} {holders.elsewhere(self._mounted, number, self._layers.rootfs(number))}")
+
+    def give_up(self, held: Held) -> bool:
+        """Unmount ``held`` if no process uses it in another namespace, either: whether that is so.  Raises OSError: EBUSY while
+        it is in use here.  Where it isn't unmounted nothing has changed."""
+        directory = self._layers.shelter(held.number)
+        if self.is_elsewhere(held):
+            return False
+        shelters = self._shelters(held)
+        self._unmount(self._layers.rootfs(held.number))
+        shelter.remove(directory)  # at once: what is left in it is an empty directory
+        if held.copy is not None and self.is_elsewhere(held):  # by now
+            self.attach_again(held)
+            return False
+        self._clear(directory, shelters)
+        return True
+
+    def expire(self, held: Held) -> bool:
+        """Unmount ``held`` if no process has used it since the last call, here or in another namespace: whether that is so.
+        Raises OSError."""
+        try:
+            if self.is_elsewhere(held) or not mounting.unmount_unused(self._layers.rootfs(held.number)):
+                return False
+        except OSError as error:
+            if error.errno not in _GONE:
+                return False
+        return self.give_up(held)
+
+    def _unmount(self, target: str) -> None:
+        try:
+            mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+
+    def _shelters(self, held: Held) -> set[int]:
+        """The mounts, in whatever namespace, that are on the directory in which ``held`` stands, ours among them."""
+        return {place.unique for place in self._mounted.everywhere(lambda place: place.device == held.shelter)} - {0}
+
+    def _clear(self, directory: str, shelters: Collection[int] = ()) -> None:
+        """Remove ROOT/rootfs/<id>, and what is mounted there; what a user has put in is kept.
+
+        It stays where something is mounted on it in another namespace (of ``shelters``, which were there before ours was
+        unmounted): the kernel would take that away together with it.
+        """
+        shelter.remove(directory)
+        target = f"{directory}/{shelter.INSIDE}"
+        if not self._mounted.everywhere(lambda place: place.unique in shelters or place.target == target):
+            shelter.clear(directory)
+            self._layers.remove_directory(directory)
+
+    def end(self, held: Held) -> None:
+        """Unmount ``held`` for good; what is in use is detached."""
+        target, shelters = self._layers.rootfs(held.number), set[int]()
+        try:
+            shelters = self._shelters(held)
+            self._unmount(target)
+        except OSError:
+            _detach(target)
+        try:
+            self._clear(self._layers.shelter(held.number), shelters)
+        except OSError as error:
+            log.warning("cannot remove %s: %s", self._layers.shelter(held.number), error)
+        finally:
+            held.close_copy()
+
+
+def _why_refused(error: OSError) -> str | None:
+    """In words why mounting is not permitted; a full disk does not tell whether it is, nor a full table of descriptors."""
+    return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else why_trial_failed(error)
+
+
+def _detach(target: str) -> None:
+    """Unmount ``target`` though it is in use: a process that uses it can go on reading, no other gets there.
+
+    The mount table does not show it any more, so nothing would keep its snapshot from being committed: it is made read-only,
+    unless a process has a file open for writing.
+    """
+    by = ""
+    with suppress(OSError):  # no descriptors left
+        by = by_users(target)
+    log.warning("%s is still in use%s; detaching it", target, by)
+    with suppress(OSError):
+        mounting.make_read_only(target)
+    with suppress(OSError):
+        mounting.unmount(target, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+
+
+def by_users(target: str) -> str:
+    if found := holders.by_users(target):
+        return found
+    below = next((mount.target for mount in mount_table() if mount.target.startswith(target + "/")), None)
+    return f" by what is mounted at {below}" if below else ""
+
+
+def why_unseen(pid: int, target: str) -> str | None:
+    """Why process ``pid`` does not get to what is mounted at ``target`` here, and what to do, in words: it is in another mount
+    namespace.  None where it does, as far as can be known.  Blocks on /proc."""
+    if namespaces.sees_mount(pid, target):
+        return None
+    return (
+        f"process {pid} ({name_of(pid)}) is in another mount namespace, where {target} is not mounted: "
+        f"follow rootfs before that is made, or enter the daemon's: nsenter --mount --target {os.getpid()}"
+    )
+
+
+def _copy_of_another(pid: int, there: int) -> int:
+    """The descriptor of a detached copy of the mount on which ``there`` is open, in the mount namespace of process ``pid``: to
+    be written to.  Raises OSError."""
+
+    def copy() -> int:
+        namespaces.enter(pid)  # this thread, which ends after this
+        return mountapi.copy_tree(there)
+
+    with ThreadPoolExecutor(1) as own_thread:
+        tree = own_thread.submit(copy).result()
+    unwanted = mountapi.MOUNT_ATTR_RDONLY | mountapi.MOUNT_ATTR_NOSUID | mountapi.MOUNT_ATTR_NODEV | mountapi.MOUNT_ATTR_NOEXEC
+    with suppress(OSError):
+        mountapi.mount_setattr(tree, 0, clear=unwanted)
+    return tree

@@ -1,0 +1,133 @@
+"""Owners: other ones for all files of a layer, as its mapping labels ask for where no mount can map ids (``slow_chown``)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import closing, suppress
+
+from snapfs import idmap
+from snapfs.labels import Labels
+from snapfs.root.layers import Layers
+from snapfs.scan.walk import directories
+from snapfs.store.writing import Writer
+
+log = logging.getLogger(__name__)
+
+Owner = tuple[int, int]
+"""uid and gid."""
+
+
+def mapping_labels(labels: Labels) -> tuple[str, str]:
+    """Those of ``labels`` that map users and groups, "" for one that is not there."""
+    return labels.get(idmap.UID_MAPPING, ""), labels.get(idmap.GID_MAPPING, "")
+
+
+class Shift:
+    """The change of all owners in the layer of one active snapshot, from one mapping of ids to another.
+
+    It takes as long as the layer has files, so a caller makes it without the writer: ``apply`` changes the owners; the
+    operation that then writes the new labels says so by ``depend_on``; where that operation fails, or never runs, the caller
+    calls ``fail``, and the owners are again what they were.  Nobody may commit or remove the snapshot meanwhile.
+
+    ``apply`` and ``fail`` block on the disk.
+    """
+
+    def __init__(self, layers: Layers, number: int, before: Labels, after: Labels) -> None:
+        self.number = number
+        self.before = mapping_labels(before)
+        self.after = mapping_labels(after)
+        self._layers = layers
+        self._old, self._new = idmap.mappings(before), idmap.mappings(after)
+        self._was: dict[int, Owner] = {}  # by inode: a file with several names is met several times
+        self._guard = threading.Lock()  # of what follows
+        self._is_undecided = False  # an operation has run whose transaction has neither failed nor become durable
+        self._was_given_up = False
+
+    def is_same(self, other: Shift) -> bool:
+        """Whether ``other`` changes the same owners in the same way."""
+        return (self.number, self.before, self.after) == (other.number, other.before, other.after)
+
+    def apply(self, checkpoint: Callable[[], None]) -> None:
+        """Give each file its new owner; ``checkpoint`` is called once a directory, and may raise.
+
+        Raises Damaged where the layer is missing, and OSError: some owners may have been changed then, until ``fail``.
+        """
+        self._layers.refuse_damaged(self.number)
+        old, new = self._old, self._new
+
+        def shifted(entry: os.stat_result) -> Owner:
+            if entry.st_ino in self._was:
+                return entry.st_uid, entry.st_gid
+            self._was[entry.st_ino] = entry.st_uid, entry.st_gid
+            return idmap.remapped(entry.st_uid, old[0], new[0]), idmap.remapped(entry.st_gid, old[1], new[1])
+
+        change_owners(self._layers.directory(self.number), shifted, checkpoint)
+
+    def depend_on(self, writer: Writer) -> None:
+        """Within the operation that writes the labels: if it fails, the owners are to be put back."""
+        with self._guard:
+            self._is_undecided = True
+        writer.on_failure(self._transaction_failed)
+
+    def _transaction_failed(self) -> None:
+        with self._guard:
+            self._is_undecided = False
+            late = self._was_given_up
+        if late:  # nobody knew for a while what the disk had taken, and the caller has gone
+            self._put_back()
+
+    def fail(self) -> None:
+        """Put the owners back; or leave that to the writer, where the disk has left it in doubt whether the labels are
+        written."""
+        with self._guard:
+            self._was_given_up = True
+            undecided = self._is_undecided
+        if not undecided:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        def owner_before(entry: os.stat_result) -> Owner:
+            return self._was.get(entry.st_ino, (entry.st_uid, entry.st_gid))
+
+        try:
+            change_owners(self._layers.directory(self.number), owner_before)
+        except OSError as error:
+            log.warning("while undoing a failed operation: %s", error)
+
+
+def change_owners(
+    directory: str, owner: Callable[[os.stat_result], Owner], checkpoint: Callable[[], None] = lambda: None
+) -> None:
+    """Give the layer in ``directory`` (ROOT/snapshots/<id>), and all that is in it, the owner that ``owner`` says for it.
+
+    Modes stay as they are, set-user-ID bits included, and no symbolic link is followed.  What vanishes meanwhile is left out.
+    ``checkpoint`` is called once a directory, and may raise.  Blocks on the disk; raises OSError.
+    """
+    base = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _chown(base, "fs", os.stat("fs", dir_fd=base), owner)
+    finally:
+        os.close(base)
+    with closing(directories(f"{directory}/fs")) as visited:
+        for fd, entries in visited:
+            checkpoint()
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    _chown(fd, entry.name, entry.stat(follow_symlinks=False), owner)
+
+
+def _chown(parent: int, name: str, entry: os.stat_result, owner: Callable[[os.stat_result], Owner]) -> None:
+    wanted = owner(entry)
+    if wanted != (entry.st_uid, entry.st_gid):
+        os.chown(name, *wanted, dir_fd=parent, follow_symlinks=False)
+        if entry.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(entry.st_mode):  # chown drops these bits
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)  # chmod would follow a link put there
+            try:
+                if os.path.samestat(os.fstat(fd), entry):
+                    os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(entry.st_mode))
+            finally:
+                os.close(fd)

@@ -1,0 +1,45 @@
+"""What may be deleted inside a snapshot, and when that is refused, which takes more than one request to know.
+
+Two things are kept from harm.  ``rm -r`` of a snapshot that has children, or is pinned, is to leave it whole, though it deletes
+the entries first.  And mv and file managers, which copy a directory elsewhere and then delete it, copy links and not files.
+"""
+
+from __future__ import annotations
+
+from snapfs.errors import HasChildren, NotPermitted, Pinned
+from snapfs.labels import PIN
+from snapfs.tree.advice import how_to_copy, path_of
+from snapfs.tree.attributes import BY_NAME, attributes_of
+from snapfs.tree.state import State
+
+
+def refuse_with_children(state: State, number: int, pid: int) -> None:
+    """Raise HasChildren if snapshot ``number`` has any, or Pinned: nothing of it is to be deleted then."""
+    with state.reading() as reader:
+        child = reader.any_child(number)
+        record = reader.record(number)
+    if record is not None and (child is not None or PIN in record.labels):
+        state.teardowns.note(pid, number)
+        raise HasChildren.of(record.name, child[1], child[0]) if child else Pinned.of(record.name)
+
+
+def refuse_teardown(state: State, number: int, pid: int) -> None:
+    """Raise HasChildren or Pinned if process ``pid`` was refused an entry of snapshot ``number`` for that, and goes on
+    deleting, as ``rm -r`` does.  A label on its own, pin too, can be deleted in any case."""
+    if state.teardowns.has(pid, number):
+        refuse_with_children(state, number, pid)
+
+
+def refuse_copied(state: State, number: int, pid: int, name: str = "") -> None:
+    """Raise NotPermitted if process ``pid`` has just copied what the directory of snapshot ``number`` shows, or the one entry
+    ``name`` without ever having listed the others: it moves that elsewhere, and the files would be lost."""
+    record = state.record(number)
+    slots = [attribute.slot for attribute in attributes_of(state, record)]
+    if state.reads.was_refused(pid, number) or state.reads.has_copied(pid, number, slots):
+        state.reads.note_refusal(pid, number)
+        raise NotPermitted(
+            f"the copy that was just made of {path_of(record)} has links in place of its files, which would be lost: "
+            f"{how_to_copy(state, record)}, then rmdir {path_of(record)}"
+        )
+    if name in BY_NAME and state.reads.has_copied_one(pid, number, BY_NAME[name].slot):
+        raise NotPermitted(f"{path_of(record)}/{name} can't be moved elsewhere: it stays as long as its snapshot")

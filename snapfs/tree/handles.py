@@ -1,0 +1,58 @@
+"""Open files: what a process reads from and writes to, whatever becomes of the node that it opened."""
+
+from __future__ import annotations
+
+from snapfs.errors import NotPermitted
+from snapfs.tree.texts import Text
+
+
+class Handle:
+    """An open file.
+
+    ``direct``: what it holds is its own, or grows, so that no cache of the file's pages may come between.
+    """
+
+    direct = False
+
+    @property
+    def size(self) -> int:
+        """Bytes that reading it to the end gives."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> bool:
+        """Whether reading may wait for the disk, so that it is for a worker thread."""
+        return False
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to ``size`` bytes from ``offset``; fewer at the end alone."""
+        raise NotImplementedError
+
+    async def write(self, offset: int, data: bytes) -> int:
+        """Write ``data`` at ``offset``; how many bytes of it were taken.  Raises SnapshotError."""
+        raise NotPermitted("the file was opened for reading only")
+
+    async def resize(self, size: int) -> None:
+        """Cut the file, or lengthen it with zeros, to ``size`` bytes.  Raises SnapshotError."""
+        raise NotPermitted("the file was opened for reading only")
+
+    async def close(self) -> None:
+        """The last descriptor of this open is gone."""
+
+
+class OpenText(Handle):
+    """A file open for reading: one consistent text, settled when it was opened."""
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+
+    @property
+    def size(self) -> int:
+        return self.text.size
+
+    @property
+    def blocks(self) -> bool:
+        return self.text.blocks
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.text.read(offset, size)

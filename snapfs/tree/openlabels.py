@@ -1,0 +1,123 @@
+"""Labels that are open for writing, and the inodes of their writers.
+
+Each process that writes a label has an inode of its own, from before it opens the file: no other process sees what it cuts and
+writes there.  Each write is one durable Update with all that this open has written so far, so ``write`` itself reports errors.
+"""
+
+from __future__ import annotations
+
+from snapfs.errors import LabelTooBig, NotUtf8, SnapshotError
+from snapfs.labels import MAX
+from snapfs.snapshotter import Snapshotter
+from snapfs.tree.handles import Handle
+from snapfs.tree.inodes import label_slot, pack
+
+WRITERS = 1000  # of labels, whose inodes are remembered: more than open one at once
+
+
+class OpenLabels:
+    """The labels of all snapshots that are open for writing, and the inodes that were lately given to writers."""
+
+    def __init__(self, snapshotter: Snapshotter) -> None:
+        self.snapshotter = snapshotter
+        self._open: dict[int, list[OpenLabel]] = {}  # by snapshot id
+        self._keys: dict[int, str] = {}  # by the inode of a writer, the latest is the last
+        self._writers_made = 0
+
+    def of(self, number: int) -> list[OpenLabel]:
+        """Those of snapshot ``number``."""
+        return self._open.get(number, [])
+
+    def new_writer(self, number: int, key: str) -> int:
+        """An inode for one writer of label ``key`` of snapshot ``number``."""
+        self._writers_made += 1
+        inode = pack(number, label_slot(f"{key}\0\0{self._writers_made}"))
+        self._keys[inode] = key
+        if len(self._keys) > WRITERS:
+            del self._keys[next(iter(self._keys))]
+        return inode
+
+    def key_of(self, inode: int) -> str | None:
+        """The label for a writer of which ``inode`` was lately made; None for any other inode."""
+        return self._keys.get(inode)
+
+    def is_writers(self, inode: int) -> bool:
+        """Whether ``inode`` was lately made for a writer."""
+        return inode in self._keys
+
+    def add(self, handle: OpenLabel) -> None:
+        """``handle`` is open from now on."""
+        self._open.setdefault(handle.number, []).append(handle)
+
+    def remove(self, handle: OpenLabel) -> None:
+        """``handle`` is about to be closed."""
+        handles = self._open[handle.number]
+        handles.remove(handle)
+        if not handles:
+            del self._open[handle.number]
+
+
+class OpenLabel(Handle):
+    """A label's file open for writing, with a content of its own until it is closed.
+
+    ``emptied``: it was cut to nothing and nothing was written since, which is not yet applied.  ``appends``: every write goes
+    to the end, wherever the writer believes that to be (O_APPEND).
+    """
+
+    direct = True
+
+    def __init__(self, labels: OpenLabels, number: int, key: str, inode: int, content: bytes, emptied: bool) -> None:
+        self.content = content
+        self.number = number
+        self.key = key
+        self.inode = inode
+        self.emptied = emptied
+        self.appends = False
+        self._labels = labels
+        labels.add(self)
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.content[offset : offset + size]
+
+    async def write(self, offset: int, data: bytes) -> int:
+        if self.appends:
+            offset = len(self.content)
+        try:
+            self._refuse_beyond(offset + len(data))
+            before = self.content[:offset].ljust(offset, b"\0")
+            await self._apply(before + data + self.content[offset + len(data) :])
+        except SnapshotError:
+            self.emptied = False  # what was to replace the label is refused, so the label stays
+            raise
+        return len(data)
+
+    async def resize(self, size: int) -> None:
+        if size == 0:
+            self.content, self.emptied = b"", True
+        elif size != len(self.content):
+            self._refuse_beyond(size)
+            await self._apply(self.content[:size].ljust(size, b"\0"))
+
+    def _refuse_beyond(self, size: int) -> None:
+        """Raise LabelTooBig, before any memory is taken for it, where the content can't have ``size`` bytes."""
+        if size > MAX + 1:  # with a newline
+            raise LabelTooBig(
+                f'label "{self.key[:40]}": the value alone would take {size} bytes; with the key at most {MAX} fit'
+            )
+
+    async def _apply(self, content: bytes) -> None:
+        try:
+            value = content.removesuffix(b"\n").decode()
+        except UnicodeDecodeError:
+            raise NotUtf8(f'the value of label "{self.key[:40]}" must be UTF-8') from None
+        await self._labels.snapshotter.update(self.number, {self.key: value}, [f"labels.{self.key}"])
+        self.content, self.emptied = content, False
+
+    async def close(self) -> None:
+        self._labels.remove(self)
+        if self.emptied and self.key in self._labels.snapshotter.record(self.number).labels:
+            await self._apply(b"")

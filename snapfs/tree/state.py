@@ -1,0 +1,103 @@
+"""State: the little that the nodes of a tree share and that is in no record.  All of it is gone when the daemon ends.
+
+Every node has it (``Node.state``); nothing here knows a node.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+
+import snapfs
+from snapfs.model import Change, Kind
+from snapfs.snapshotter import Snapshotter
+from snapfs.store.reading import Reader
+from snapfs.store.schema import Record
+from snapfs.tree.events import Events
+from snapfs.tree.hiding import Hidden, Teardowns
+from snapfs.tree.inodes import ALIAS, CHANGES_SLOT, pack, unpack
+from snapfs.tree.log import ErrorLog
+from snapfs.tree.meters import Meter
+from snapfs.tree.openlabels import OpenLabels
+from snapfs.tree.reads import Reads
+from snapfs.tree.texts import LongText, Text, Versions
+
+
+class State:
+    """What the nodes of one tree share.
+
+    ``snapshotter``: the snapshots that the tree shows.  ``served``: where and how the tree is served, for options.json.
+    ``dirsync``: Commit waits for the data.  ``version``, ``started``: of the daemon (ns since the epoch).
+
+    ``error_log``, ``events``: the logs in .snapfs/.  ``meters``: the requests, by operation, for stats.json.  ``reads``: which
+    process has read what lately.  ``versions``: texts that were looked up lately.  ``open_labels``: labels that are open for
+    writing.  ``hidden``: entries that were just unlinked.  ``teardowns``: processes that were just refused to delete.
+
+    ``removals``: how often a directory inside a snapshot was removed (and came back), by inode.  ``aliased``: the ids of
+    committed snapshots whose directories are found under their other inode (``inodes.ALIAS``): the server of the tree says
+    which.  ``changes``: how many changes there were; ``listed``: how many of them .snapfs/snapshots shows.  ``changed``: when
+    each kind last gained or lost a snapshot (ns since the epoch).
+    """
+
+    def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object], *, dirsync: bool) -> None:
+        self.snapshotter = snapshotter
+        self.served = served
+        self.dirsync = dirsync
+        self.version: str = snapfs.__version__
+        self.started = time.time_ns()
+        self.error_log = ErrorLog()
+        self.events = Events()
+        self.meters: defaultdict[str, Meter] = defaultdict(Meter)
+        self.reads = Reads()
+        self.versions = Versions()
+        self.open_labels = OpenLabels(snapshotter)
+        self.hidden = Hidden()
+        self.teardowns = Teardowns()
+        self.removals: defaultdict[int, int] = defaultdict(int)
+        self.aliased: set[int] = set()
+        self.changes = 0
+        self.listed = -1
+        self.changed = dict.fromkeys(Kind, self.started)
+        snapshotter.subscribe(self._note)
+
+    def reading(self) -> AbstractContextManager[Reader]:
+        """One consistent state of the records, during the block."""
+        return self.snapshotter.reading()
+
+    def record(self, number: int) -> Record:
+        """The record of snapshot ``number``; raises NotFound."""
+        return self.snapshotter.record(number)
+
+    def alias(self, number: int, record: Record) -> int:
+        """The bit that the inodes of the directories of snapshot ``number`` have when they are looked up from the root: ALIAS,
+        or none."""
+        return ALIAS if record.kind is Kind.COMMITTED and number in self.aliased else 0
+
+    def spool(self, lines: Iterable[str]) -> Text:
+        """A text of ``lines``; in a worker thread."""
+        return LongText(lines, self.snapshotter.root)
+
+    def changes_found(self, number: int) -> Text | None:
+        """The text of ``changes`` that was found last; it stays right once the snapshot is committed."""
+        return self.versions.get(pack(number, CHANGES_SLOT))
+
+    def keep_changes(self, number: int, text: Text) -> None:
+        """Remember ``text`` as the ``changes`` of snapshot ``number``, until another one is found or the kind changes."""
+        self.versions.keep(pack(number, CHANGES_SLOT), text)
+
+    def _note(self, change: Change) -> None:
+        self.events.note(change)
+        self.changes += 1
+        before, after = change.before, change.after
+        if before is not None and (after is None or after.kind is not before.kind):
+            self.versions.forget(pack(before.id, CHANGES_SLOT))
+        for info in (before, after):
+            if info is not None and not (before and after and (before.name, before.kind) == (after.name, after.kind)):
+                self.changed[info.kind] = max(time.time_ns(), self.changed[info.kind] + 1)
+        if before is not None and after is None:
+            self.hidden.forget(before.id)
+            for inode in [inode for inode in self.removals if unpack(inode)[0] == before.id]:
+                del self.removals[inode]
+            self.aliased.discard(before.id)
