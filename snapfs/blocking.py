@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., object])
 
 _Manager = Callable[[], AbstractAsyncContextManager[AsyncSnapshotter]]
 
@@ -82,6 +83,16 @@ def _on_the_loop(method: Callable[Concatenate[AsyncSnapshotter, P], T]) -> Calla
     return call
 
 
+def _documented_by(original: object) -> Callable[[Function], Function]:
+    """The docstring of ``original`` for the decorated function."""
+
+    def decorate(function: Function) -> Function:
+        function.__doc__ = original.__doc__
+        return function
+
+    return decorate
+
+
 class Snapshotter:
     """The snapshots of one root.  Made by ``open_snapshotter``; as a context manager it closes itself.
 
@@ -95,6 +106,9 @@ class Snapshotter:
     is called in a thread that runs a trio loop; its errors are logged.
 
     A snapshotter that was never closed is closed when nothing refers to it any more, or when the interpreter ends.
+
+    What takes or gives a Reader is the async one's alone: the records can't grow while a reader is open, and a thread that
+    keeps one open would wait for itself.
     """
 
     def __init__(self, loop: _Loop) -> None:
@@ -109,10 +123,11 @@ class Snapshotter:
     def __del__(self) -> None:
         self._loop.leave()  # without waiting: any thread, even the loop's, may be the one that calls this
 
+    @_documented_by(AsyncSnapshotter.close)
     def close(self) -> None:
         self._loop.close()
 
-    close.__doc__ = AsyncSnapshotter.close.__doc__
+    # -- what never changes
 
     @property
     def options(self) -> Options:
@@ -123,6 +138,26 @@ class Snapshotter:
     def features(self) -> Mapping[str, Feature]:
         """What depends on kernel, file system, privileges or options, by name, and whether it is in use."""
         return self._loop.snapshotter.features
+
+    @property
+    @_documented_by(AsyncSnapshotter.root)
+    def root(self) -> str:
+        return self._loop.snapshotter.root
+
+    @property
+    @_documented_by(AsyncSnapshotter.snapshots_directory)
+    def snapshots_directory(self) -> str:
+        return self._loop.snapshotter.snapshots_directory
+
+    @property
+    @_documented_by(AsyncSnapshotter.overlay_options)
+    def overlay_options(self) -> tuple[str, ...]:
+        return self._loop.snapshotter.overlay_options
+
+    @property
+    @_documented_by(AsyncSnapshotter.has_rootfs)
+    def has_rootfs(self) -> bool:
+        return self._loop.snapshotter.has_rootfs
 
     # -- making
 
@@ -152,13 +187,25 @@ class Snapshotter:
     mount = _awaited(AsyncSnapshotter.mount)
     find_layers = _awaited(AsyncSnapshotter.find_layers)
     space = _on_the_loop(AsyncSnapshotter.space)
-    shown = _on_the_loop(AsyncSnapshotter.shown)
 
+    # -- how it is
+
+    @_documented_by(AsyncSnapshotter.subscribe)
     def subscribe(self, listener: Callable[[Change], None]) -> None:
         self._subscribe(partial(_tell, listener))
 
-    subscribe.__doc__ = AsyncSnapshotter.subscribe.__doc__
     _subscribe = _on_the_loop(AsyncSnapshotter.subscribe)
+
+    shown = _on_the_loop(AsyncSnapshotter.shown)
+    record = _on_the_loop(AsyncSnapshotter.record)
+    known_usage = _on_the_loop(AsyncSnapshotter.known_usage)
+    rootfs_of = _on_the_loop(AsyncSnapshotter.rootfs_of)
+    layer_path = _on_the_loop(AsyncSnapshotter.layer_path)
+    refuse_taken = _on_the_loop(AsyncSnapshotter.refuse_taken)
+    is_lost = _on_the_loop(AsyncSnapshotter.is_lost)
+    refuse_lost = _on_the_loop(AsyncSnapshotter.refuse_lost)
+    statistics = _on_the_loop(AsyncSnapshotter.statistics)
+    why_unseen = _awaited(AsyncSnapshotter.why_unseen)
 
 
 def _tell(listener: Callable[[Change], None], change: Change) -> None:

@@ -112,8 +112,8 @@ def ctrl_c(*when: Callable[[], object]) -> Iterator[None]:
 
 # -- it has what the async one has
 
-OF_THE_LOOP = {"run_background", "mounts_of", "places", "rootfs_of"}
-"""What the async one has for code on its own loop: what starts it, and what takes a reader, or a record just read."""
+OF_THE_LOOP = {"run_background", "reading", "mounts_of", "places"}
+"""What the async one has for code on its own loop: what starts it, and what gives or takes a reader."""
 
 
 def public(door: type) -> dict[str, object]:
@@ -148,6 +148,11 @@ def test_no_call_returns_what_must_be_awaited(snapshots: blocking.Snapshotter) -
     assert snapshots.space().f_blocks > 0
     assert snapshots.shown(snapshots.stat("web")) == snapshots.stat("web")
     assert snapshots.create(Kind.ACTIVE, "two") == 2
+    assert snapshots.layer_path(2) == f"{snapshots.snapshots_directory}/2/fs" == f"{snapshots.root}/snapshots/2/fs"
+    assert snapshots.has_rootfs
+    assert snapshots.rootfs_of(2, snapshots.record(2)) == snapshots.mount("two")
+    assert not snapshots.is_lost(2)
+    assert snapshots.statistics().snapshots[Kind.ACTIVE] == 2
     assert snapshots.changes("web", list) == []
     assert snapshots.walk("name==web")[0].created_at.tzinfo is not None
     snapshots.flush()
