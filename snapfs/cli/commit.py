@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 from snapfs.cli.grammar import Given, Option, Verb
-from snapfs.cli.place import Place, find_tree
+from snapfs.cli.place import MountedTree, find_tree
 from snapfs.cli.refusal import NOT_FOUND, TAKEN, Refusal, missing
 
 
-def commit(place: Place, key: str, name: str, parent: str | None = None) -> str:
+def commit(place: MountedTree, key: str, name: str, parent: str | None = None) -> str:
     """Commit the active snapshot ``key`` as ``name``, onto ``parent`` if that is given; returns the directory of ``name`` in
     the tree.  Raises Refusal."""
     target = place.made_at("committed", name, parent)

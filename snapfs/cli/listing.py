@@ -8,7 +8,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from snapfs.cli.place import Place
+    from snapfs.cli.place import MountedTree
 
 
 class Row:
@@ -64,7 +64,7 @@ def _ns(text: str) -> int:
     return int(seconds) * 1_000_000_000 + int(fraction)
 
 
-def rows(place: Place) -> list[Row]:
+def rows(place: MountedTree) -> list[Row]:
     """All snapshots, in the order of their ids."""
     return [Row(line) for line in place.read(f"{place.path}/.snapfs/snapshots").split("\n")[:-1]]
 

@@ -17,7 +17,7 @@ KINDS = ("active", "committed", "view")
 _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_:@+,=. ")
 
 
-class Place:
+class MountedTree:
     """A mounted tree at ``path``.  The methods do nothing that a shell could not do there."""
 
     def __init__(self, path: str) -> None:
@@ -167,7 +167,7 @@ def unquoted(text: str) -> str:
     return b"".join((first, *(bytes.fromhex(part[:2].decode()) + part[2:] for part in rest))).decode(errors="surrogateescape")
 
 
-def find_tree(at: str | None, *, changes: bool = False) -> Place:
+def find_tree(at: str | None, *, changes: bool = False) -> MountedTree:
     """The tree that ``at`` or $SNAPFS names, or that the working directory is in, or else the only one that is mounted.
 
     ``changes``: the verb changes something; where it is the only tree that is meant, and a user is at the terminal, a line says
@@ -180,7 +180,7 @@ def find_tree(at: str | None, *, changes: bool = False) -> Place:
                 others = ", ".join(mounted_trees())
                 to_do = f"give {others}" if others else "snapfs serve ROOT MOUNTPOINT mounts one"
                 raise Refusal(f"{what}: no snapfs tree is mounted on {given}: {to_do}", NO_TREE)
-            return Place(path)
+            return MountedTree(path)
     trees = mounted_trees()
     here = f"{os.getcwd()}/" if len(trees) > 1 or changes else ""
     if len(trees) > 1:
@@ -191,7 +191,7 @@ def find_tree(at: str | None, *, changes: bool = False) -> Place:
         raise Refusal(f"several trees are mounted: say which with --at or $SNAPFS: {', '.join(sorted(trees))}", NO_TREE)
     if changes and not here.startswith(trees[0] + "/") and sys.stderr.isatty():
         print(f"snapfs: working in {trees[0]}, the only tree that is mounted", file=sys.stderr)
-    return Place(trees[0])
+    return MountedTree(trees[0])
 
 
 def _above(path: str) -> str | None:

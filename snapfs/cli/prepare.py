@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from snapfs.cli.place import Place
+    from snapfs.cli.place import MountedTree
 
 
 def read_labels(items: Sequence[str]) -> list[tuple[str, str]]:
@@ -26,7 +26,7 @@ def read_labels(items: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def make(place: Place, kind: str, key: str, parent: str | None, labels: Sequence[tuple[str, str]] = ()) -> str:
+def make(place: MountedTree, kind: str, key: str, parent: str | None, labels: Sequence[tuple[str, str]] = ()) -> str:
     """Make a snapshot with these labels; returns its directory in the tree.  Raises Refusal, and no snapshot is left."""
     directory = place.directory(kind, key)
     try:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from snapfs.cli import table
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.listing import Row, children_first, rows, with_descendants
-from snapfs.cli.place import Place, find_tree
+from snapfs.cli.place import MountedTree, find_tree
 from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import NOT_FOUND, Refusal, missing
 
 
-def remove(place: Place, wanted: Sequence[Row]) -> tuple[list[Row], list[Refusal]]:
+def remove(place: MountedTree, wanted: Sequence[Row]) -> tuple[list[Row], list[Refusal]]:
     """Remove ``wanted``, in this order; returns those that were removed, and the refusals."""
     removed, refused = [], []
     progress = Progress()

@@ -17,7 +17,7 @@ from snapfs.cli import table
 from snapfs.cli.commit import commit, sync
 from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.listing import Row, rows
-from snapfs.cli.place import Place, file_name, find_tree
+from snapfs.cli.place import MountedTree, file_name, find_tree
 from snapfs.cli.prepare import make
 from snapfs.cli.refusal import BUSY, NOT_FOUND, NOT_PERMITTED, TAKEN, Refusal, missing
 from snapfs.errors import Pinned
@@ -40,7 +40,7 @@ def checkpoints(everything: list[Row], key: str) -> dict[int, Row]:
 class Workspace:
     """The workspace ``key`` and its checkpoints; one that is missing because something was cut short is put back."""
 
-    def __init__(self, place: Place, key: str) -> None:
+    def __init__(self, place: MountedTree, key: str) -> None:
         self.place = place
         self.key = key
         file_name(NEW + key)  # which must fit
