@@ -40,7 +40,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 _Manager = Callable[[], AbstractAsyncContextManager[AsyncSnapshotter]]
 
 _INTERRUPTIBLE = 0.5
-"""Seconds until a thread that waits looks up: CPython overlooks a Ctrl-C that comes just before a thread waits."""
+"""Seconds after which a thread that waits looks for a Ctrl-C: CPython overlooks one that comes just before a thread waits."""
 
 
 def open_snapshotter(
@@ -378,7 +378,7 @@ class _Loop:
         try:
             self._token.run_sync_soon(act)
         except trio.RunFinishedError:
-            raise self._closed() from None
+            raise self._closed() from self._failure
 
     def _closed(self) -> Closed:
         error = Closed()
