@@ -40,7 +40,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 _Manager = Callable[[], AbstractAsyncContextManager[AsyncSnapshotter]]
 
 _INTERRUPTIBLE = 0.5
-"""Seconds until a thread that waits looks up: CPython overlooks a Ctrl-C that comes just before a thread waits."""
+"""Seconds after which a thread that waits looks for a Ctrl-C: CPython overlooks one that comes just before a thread waits."""
 
 
 def open_snapshotter(
@@ -216,27 +216,33 @@ def _tell(listener: Callable[[Change], None], change: Change) -> None:
 
 
 class _Outcome(Generic[T]):
-    """A value or an error: the loop's thread sets it once, another thread waits for it."""
+    """A value or an error: the loop's thread sets it once, another thread waits for it.
+
+    It waits for a lock as such: a Ctrl-C within ``threading.Event.wait`` may leave that broken.
+    """
 
     def __init__(self) -> None:
-        self._is_set = threading.Event()
+        self.is_set = False
         self._value: T
         self._error: BaseException | None = None
-
-    def is_set(self) -> bool:
-        return self._is_set.is_set()
+        self._setting = threading.Lock()
+        self._setting.acquire()
 
     def succeed(self, value: T) -> None:
         self._value = value
-        self._is_set.set()
+        self._set()
 
     def fail(self, error: BaseException) -> None:
         self._error = error
-        self._is_set.set()
+        self._set()
+
+    def _set(self) -> None:
+        self.is_set = True
+        self._setting.release()
 
     def wait(self) -> None:
-        while not self._is_set.wait(_INTERRUPTIBLE):
-            pass
+        while not self.is_set:
+            self._setting.acquire(timeout=_INTERRUPTIBLE)
 
     def result(self) -> T:
         """Wait for the value, or raise the error."""
@@ -266,7 +272,7 @@ class _Call(_Outcome[T]):
     def cancel(self) -> None:
         """Cancel the task, or see to it that it never begins; on the loop.  The outcome is set when the task has ended."""
         self._scope.cancel()
-        if not self._has_begun:
+        if not self._has_begun and not self.is_set:
             self.fail(_Interrupted())
 
     async def _run(self) -> None:
@@ -331,7 +337,7 @@ class _Loop:
             self._soon(partial(self._begin, call))
             return call.result()
         except BaseException:
-            if not call.is_set():  # Ctrl-C, or what another signal's handler raises
+            if not call.is_set:  # Ctrl-C, or what another signal's handler raises
                 with suppress(Closed):
                     self._soon(call.cancel)
                     call.wait()
@@ -378,7 +384,7 @@ class _Loop:
         try:
             self._token.run_sync_soon(act)
         except trio.RunFinishedError:
-            raise self._closed() from None
+            raise self._closed() from self._failure
 
     def _closed(self) -> Closed:
         error = Closed()
@@ -394,9 +400,9 @@ class _Loop:
             self._failure = error
         self._has_ended = True
         for call in list(self._calls):
-            if not call.is_set():
+            if not call.is_set:
                 call.fail(self._closed())
-        if not opened.is_set():
+        if not opened.is_set:
             opened.fail(self._failure or Closed())
         atexit.unregister(self._close_at_exit)
 

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import inspect
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -406,6 +407,49 @@ def test_interrupted_before_it_was_sent_the_call_never_begins(
     monkeypatch.undo()
     assert len(calls) == 2
     assert snapshots.walk() == []
+
+
+def test_ctrl_c_at_any_moment(snapshots: blocking.Snapshotter) -> None:
+    """What an interrupted call has done is done when the interruption comes out of it, and what has returned has happened."""
+    presses = 0
+    is_calling = False
+    enough = threading.Event()
+    returned: set[str] = set()
+    interrupted = 0
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal presses
+        if is_calling:
+            presses += 1
+            raise KeyboardInterrupt
+
+    def press() -> None:
+        seeded = random.Random(1)
+        while not enough.wait(seeded.random() * 0.004):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(press)
+            while interrupted < 200:
+                presses, key = 0, f"k{len(returned) + interrupted}"
+                try:
+                    is_calling = True
+                    snapshots.prepare(key)
+                    is_calling = False
+                    returned.add(key)
+                except KeyboardInterrupt:
+                    is_calling = False
+                    interrupted += 1
+                    then, now = snapshots.walk(f"name=={key}"), snapshots.walk(f"name=={key}")
+                    assert then == now or presses > 1
+            enough.set()
+    finally:
+        enough.set()
+        signal.signal(signal.SIGINT, before)
+    assert returned <= {info.name for info in snapshots.walk()}
+    assert not snapshots._loop._calls
 
 
 def test_opening_that_is_interrupted_leaves_nothing_open(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
