@@ -472,3 +472,20 @@ async def test_deletion_can_be_stopped_and_goes_on_later(snapshotter: Snapshotte
     assert len(os.listdir(root / "trash")) == 1
     snapshotter.layers.empty_trash()
     assert os.listdir(root / "trash") == []
+
+
+async def test_a_listener_that_fails_keeps_nobody_waiting(store: MetaStore, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[Change] = []
+
+    def fail(change: Change) -> None:
+        raise RuntimeError("a bug")
+
+    def add(writer: Writer) -> None:
+        adding("a")(writer)
+        writer.changed(None, None)
+
+    store.listeners += [fail, heard.append]
+    with trio.fail_after(20):
+        await store.write(add)
+    assert len(heard) == 1
+    assert "a listener of changes has failed" in caplog.text

@@ -8,6 +8,7 @@ a batch (``batches.py``).  Where the disk fails in the middle of one, it may be 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -25,6 +26,8 @@ from snapfs.store.reading import Reader
 from snapfs.store.requests import Request
 from snapfs.store.schema import Tables
 from snapfs.store.writing import Operation
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -188,4 +191,7 @@ class MetaStore:
     def _announce(self, changes: list[Change]) -> None:
         for change in changes:
             for listener in self.listeners:
-                listener(change)
+                try:
+                    listener(change)
+                except Exception:  # a bug of one listener keeps no caller waiting, and no other listener from hearing of it
+                    log.exception("a listener of changes has failed")
