@@ -1,5 +1,6 @@
 # make run    mount a tree on /tmp/snapfs/snap (make run DEMO=/elsewhere: on /elsewhere/snap) and show what to type
 # make test   run every test (as root; mounts for real, in a mount namespace of its own)
+# make quick  what needs no mount, as any user, in less than 20 s: QUICK="rooms names" is tests/test_rooms.py and tests/test_names.py
 # make soak   64 clients do everything at once for ten minutes: make soak SOAK_ARGS="--clients 16 --seconds 60"
 # make crash  kill the daemon between any two of its system calls, some thousand times, and see what is left
 # make fresh  the first session and make test on a bare bookworm and trixie: SUITES=trixie PYTEST_ARGS=tests/test_cli.py does less
@@ -26,13 +27,16 @@ SUITES ?= bookworm trixie
 FRESH_COMMAND ?= make test
 export FRESH_COMMAND PYTEST_ARGS
 
+# Tests of names, filters, records, the library and the tree's nodes; those of them that need a mount are left out
+QUICK ?= rooms exports names filters mountspec model metastore rules snapshotter blocking usage tree
+
 # Not in the clone: pip, pytest, grep and git would walk through all that is mounted there
 DEMO ?= /tmp/snapfs
 
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
 
-.PHONY: run test fresh fresh-packages lint crash soak fuzz powercut systemd desktop picture bench clean
+.PHONY: run test quick fresh fresh-packages lint crash soak fuzz powercut systemd desktop picture bench clean
 
 run: .venv/ready
 	@mkdir -p -m 700 '$(DEMO)'
@@ -52,6 +56,11 @@ run: .venv/ready
 
 test: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m pytest $(PYTEST_ARGS)
+
+quick: .venv/ready-for-development
+	TMPDIR=$(firstword $(wildcard /dev/shm) /tmp) .venv/bin/python -m pytest -q -m 'not mounts' \
+	  -p no:cacheprovider --hypothesis-profile=quick -o tmp_path_retention_policy=failed \
+	  $(QUICK:%=tests/test_%.py) $(PYTEST_ARGS)
 
 soak: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m tests.soak --seconds 600 --clients 64 $(SOAK_ARGS)
@@ -76,7 +85,7 @@ bench: .venv/ready-for-tests
 crash: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m tests.crash
 
-lint: .venv/ready-for-tests
+lint: .venv/ready-for-development
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
@@ -107,9 +116,12 @@ clean:
 	CFLAGS="-g0 $$CFLAGS" .venv/bin/pip install --quiet --disable-pip-version-check --editable .  # compiles pyfuse3
 	@touch $@
 
-.venv/ready-for-tests: .venv/ready .venv/containerd/ready Makefile
-	@$(call install_packages,$(TEST_PACKAGES))
+.venv/ready-for-development: .venv/ready
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.venv/ready-for-tests: .venv/ready-for-development .venv/containerd/ready Makefile
+	@$(call install_packages,$(TEST_PACKAGES))
 	@touch $@
 
 .venv/containerd/ready: tests/containerds.py | .venv/ready

@@ -1,7 +1,8 @@
 """Fixtures: a library on a fresh root, and a daemon on a real mount.
 
-The whole run has a mount namespace of its own, made here before anything is mounted, and every process that it starts dies
-with it: whatever interrupts it, nothing stays mounted or running.
+Root's whole run has a mount namespace of its own, made here before anything is mounted, and every process that it starts dies
+with it: whatever interrupts it, nothing stays mounted or running.  Where there can be none, tests that are marked ``mounts``
+fail, by their mark or because they ask for one of the fixtures that mount; the others run as any user.
 """
 
 from __future__ import annotations
@@ -14,33 +15,60 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import hypothesis
 import pytest
 import trio
 
 from snapfs import Snapshotter, open_snapshotter
 from snapfs.kernel import mounting
+from snapfs.options import Options, Sync
 from snapfs.store.metastore import MetaStore
 from tests.daemon import Daemon
 from tests.mounts import loop_mounted, own_mount_namespace
 from tests.users import ALICE, BOB, STAFF, bind
 
+NO_MOUNTS = pytest.StashKey[str]()  # why there can be none
+MOUNTING = {"make_daemon", "module_daemon", "everybodys_fuse", "small_disk", "users"}  # fixtures that do
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background; what tests start would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.addinivalue_line("markers", "mounts: it mounts for real, or does what only root may; needs root and /dev/fuse")
     config.addinivalue_line(
         "markers", "durable: its root flushes, as everybody's does; those of other tests may be thrown away"
     )
-    own_mount_namespace()
+    hypothesis.settings.register_profile("quick", database=None)  # for a clone that is another user's
+    try:
+        own_mount_namespace()
+    except pytest.UsageError as refusal:
+        config.stash[NO_MOUNTS] = str(refusal)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if not MOUNTING.isdisjoint(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.mounts)
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures are made
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("mounts") and NO_MOUNTS in item.config.stash:
+        pytest.fail(item.config.stash[NO_MOUNTS], pytrace=False)
+
+
+def flushes(request: pytest.FixtureRequest) -> bool:
+    """Whether the roots of the test, or of the module, flush: where it is marked ``durable``."""
+    return request.node.get_closest_marker("durable") is not None
 
 
 @pytest.fixture
-def make_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
-    """Make daemons (not yet started) on ROOT ``tmp_path/root`` and ``tmp_path/mnt`` unless told otherwise."""
+def make_daemon(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Make daemons (not yet started) on ROOT ``tmp_path/root`` and ``tmp_path/mnt`` unless told otherwise; they flush nothing
+    unless the test is ``durable``."""
     made: list[Daemon] = []
 
     def make(*arguments: str, root: Path | None = None, mnt: Path | None = None) -> Daemon:
-        daemon = Daemon(root or tmp_path / "root", mnt or tmp_path / "mnt", *arguments)
+        daemon = Daemon(root or tmp_path / "root", mnt or tmp_path / "mnt", *arguments, flushes=flushes(request))
         made.append(daemon)
         return daemon
 
@@ -50,10 +78,10 @@ def make_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
 
 
 @pytest.fixture(scope="module")
-def module_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def module_daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A running daemon for all tests of a module, which must not make it complain."""
     base = tmp_path_factory.mktemp("module")
-    served = Daemon(base / "root", base / "mnt").start()
+    served = Daemon(base / "root", base / "mnt", flushes=flushes(request)).start()
     try:
         yield served
         assert served.stop() == 0
@@ -81,9 +109,9 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def snapshotter(root: Path) -> AsyncIterator[Snapshotter]:
-    """The library on a fresh root."""
-    async with open_snapshotter(root) as opened:
+async def snapshotter(request: pytest.FixtureRequest, root: Path) -> AsyncIterator[Snapshotter]:
+    """The library on a fresh root, which flushes nothing unless the test is ``durable``."""
+    async with open_snapshotter(root, Options(sync=Sync.FULL if flushes(request) else Sync.NONE)) as opened:
         yield opened
 
 
@@ -116,9 +144,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[MetaStore]:
-    """Records by themselves."""
-    made = MetaStore(str(tmp_path / "records.mdb"), map_size=1 << 24)
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[MetaStore]:
+    """Records by themselves, which flush nothing unless the test is ``durable``."""
+    made = MetaStore(str(tmp_path / "records.mdb"), map_size=1 << 24, sync=flushes(request))
     async with trio.open_nursery() as nursery:
         await nursery.start(made.serve)
         yield made

@@ -17,12 +17,13 @@ from tests.processes import die_with_parent
 
 class Daemon:
     """A ``snapfs serve`` of its own process.  ``mnt`` is the mounted tree, ``root`` where its layers are, ``prefix`` a command
-    that runs it, ``program`` what the interpreter is given."""
+    that runs it, ``program`` what the interpreter is given, ``flushes`` whether a power cut leaves anything of its root."""
 
-    def __init__(self, root: Path, mnt: Path, *arguments: str) -> None:
+    def __init__(self, root: Path, mnt: Path, *arguments: str, flushes: bool = True) -> None:
         self.root = root
         self.mnt = mnt
         self.arguments = arguments
+        self.flushes = flushes
         self.prefix: tuple[str, ...] = ()
         self.program: tuple[str, ...] = ("-m", "snapfs.cli")
         self.process: subprocess.Popen[str] | None = None
@@ -32,7 +33,8 @@ class Daemon:
 
     def start(self) -> Daemon:
         """Start it and wait until it says that it is ready."""
-        command = [*self.prefix, sys.executable, *self.program, "serve", str(self.root), str(self.mnt), *self.arguments]
+        serve = [*self.program, "serve", str(self.root), str(self.mnt), *(() if self.flushes else ("-o", "sync=none"))]
+        command = [*self.prefix, sys.executable, *serve, *self.arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
         assert self.process.stderr is not None
         while line := self.process.stderr.readline():

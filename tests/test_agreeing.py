@@ -24,6 +24,8 @@ from snapfs.store.writing import Writer
 from tests.daemon import Daemon
 from tests.processes import until
 
+pytestmark = pytest.mark.durable
+
 KILLED = """
 import os, signal, sys, trio
 from snapfs import open_snapshotter

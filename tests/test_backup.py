@@ -28,6 +28,8 @@ from tests.daemon import Daemon
 from tests.processes import until
 from tests.records import check_indexes, readers
 
+pytestmark = pytest.mark.durable
+
 
 @pytest.fixture
 def served(root: Path) -> Path:

@@ -9,11 +9,14 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import pytest
+
 from tests.bench import table, wire
 from tests.bench.rows import Row, at_least, at_most
 from tests.processes import die_with_parent
 
 
+@pytest.mark.mounts
 def test_everything_can_be_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.bench", "--quick", "--rounds=1", f"--where={tmp_path}", f"--out={tmp_path}/out"]
     with subprocess.Popen(

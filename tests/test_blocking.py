@@ -142,6 +142,7 @@ def test_opening_takes_the_same() -> None:
     assert here.parameters == there.parameters
 
 
+@pytest.mark.mounts
 def test_no_call_returns_what_must_be_awaited(snapshots: blocking.Snapshotter) -> None:
     snapshots.prepare("web")
     assert snapshots.options == THROWN_AWAY
@@ -689,7 +690,7 @@ def is_closed(root: Path) -> bool:
     "text",
     [
         "",
-        "print(snapshots.mount('web'))",
+        pytest.param("print(snapshots.mount('web'))", marks=pytest.mark.mounts),
         "threading.Thread(target=waiting, daemon=True).start()\nbegun.wait()",
         "sys.exit(0)",
         "if os.fork() == 0: sys.exit(0)\nassert os.wait()[1] == 0",

@@ -19,6 +19,8 @@ from snapfs.scan.walk import Descriptors
 from tests.kernel_changes import compare_with_kernel, expected, found, merged, raw, said
 from tests.processes import die_with_parent
 
+pytestmark = pytest.mark.mounts
+
 # What the kernel shows
 
 

@@ -43,6 +43,8 @@ from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
 from tests.daemon import Daemon
 
+pytestmark = pytest.mark.durable
+
 WIDE = {f"label{n}": "x" * 4000 for n in range(3)}
 
 

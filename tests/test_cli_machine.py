@@ -50,6 +50,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
         mounting.unmount("/usr/local/bin")
 
 
+@pytest.mark.mounts
 def test_mount(place: Path) -> None:
     words = ["mount", "-t", "fuse.snapfs", str(place / "root"), str(place / "mnt"), "-o", "dirsync,rootfs_max=9,nofail,x-y=z"]
     subprocess.run(words, timeout=60, check=True)
@@ -68,6 +69,7 @@ def test_mount(place: Path) -> None:
     assert not is_mounted(place / "mnt")
 
 
+@pytest.mark.mounts
 def test_fstab(place: Path) -> None:
     (place / "fstab").write_text(f"{place}/root {place}/mnt fuse.snapfs defaults,_netdev,nofail,x-systemd.automount 0 0\n")
     subprocess.run(["mount", "--fstab", str(place / "fstab"), str(place / "mnt")], timeout=60, check=True)
@@ -75,6 +77,7 @@ def test_fstab(place: Path) -> None:
     os.mkdir(place / "mnt/active/a")
 
 
+@pytest.mark.mounts
 def test_detach(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     words = [*SNAPFS, "serve", "--detach", str(tmp_path / "root"), str(tmp_path / "mnt")]
@@ -99,6 +102,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.mounts
 def test_detached_it_says_why_it_ended_to_syslog(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     program = [sys.executable, "-c", WITH_SYSLOG, str(tmp_path / "said")]
@@ -114,6 +118,7 @@ def test_detached_it_says_why_it_ended_to_syslog(tmp_path: Path) -> None:
 # -- systemd
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize("abstract", [False, True])
 def test_readiness_and_stop(tmp_path: Path, abstract: bool) -> None:
     (tmp_path / "mnt").mkdir()
@@ -142,6 +147,7 @@ def test_units(tmp_path: Path, name: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.mounts
 def test_units_under_systemd(place: Path) -> None:
     """Started they are mounted, killed they are started again, stopped they are unmounted."""
     words = ["unshare", "--fork", "--pid", "--kill-child", "--mount", "--mount-proc", "sh", "tests/systemd.sh", str(UNITS)]

@@ -87,6 +87,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         served.end()
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize(
     "words",
     [
@@ -109,12 +110,14 @@ def test_what_works_in_the_clone_asks_the_tree_nothing(served: Served, words: tu
     assert served.requests() == before
 
 
+@pytest.mark.mounts
 def test_make_run_says_where_it_serves(served: Served) -> None:
     assert f"The tree will be at {served.tree} until you press Ctrl-C here. In another shell:\n" in served.said
     assert served.said[-1] == f"snapfs: serving {served.demo}/root on {served.tree}\n"
     assert served.demo.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize("whose", ["somebody else's", "a link"])
 def test_make_run_serves_in_nobody_elses_directory(served: Served, whose: str, tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()

@@ -331,6 +331,7 @@ def test_every_verb_of_ctr_snapshots(both: Both, tmp_path: Path) -> None:
     assert both.shown() == EMPTY
 
 
+@pytest.mark.durable
 def test_either_may_restart_under_the_other(both: Both, make_daemon: Callable[..., Daemon]) -> None:
     both.load()
     both.ctr("run", "-d", "--snapshotter", "snapfs", *both.runc, IMAGE, "web", "/bin/sleep", "1000")
@@ -353,6 +354,7 @@ def test_either_may_restart_under_the_other(both: Both, make_daemon: Callable[..
     assert both.shown() == EMPTY
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("layer", [1, 3])
 def test_the_daemon_is_killed_during_an_import(both: Both, layer: int) -> None:
     """While a layer is being unpacked: the next import goes on from there, and nothing of the first is left in the end."""

@@ -11,6 +11,8 @@ from tests.crash import Arena, arena
 from tests.syscalls import Call
 from tests.workloads import CLIENTS, WORKLOADS, named
 
+pytestmark = [pytest.mark.mounts, pytest.mark.durable]
+
 STRIDE = 5
 """Of so many points one is tried; each workload begins at another, so that together they meet what they share everywhere."""
 

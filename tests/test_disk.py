@@ -16,6 +16,8 @@ from snapfs import Info, Kind, open_snapshotter
 from tests.daemon import Daemon
 from tests.mounts import loop_mounted, mounted
 
+pytestmark = pytest.mark.durable
+
 
 async def test_a_power_cut_after_any_call_loses_nothing_of_it(small_disk: Path, tmp_path: Path) -> None:
     """The image of the disk is copied the moment a call returns, which is what a power cut at that moment would leave:
@@ -109,6 +111,7 @@ def test_a_root_that_cannot_be_written(make_daemon: Callable[..., Daemon], small
     assert len(daemon.said) == 1
 
 
+@pytest.mark.mounts
 async def test_a_copy_is_a_backup(tmp_path: Path) -> None:
     """cp -a of ROOT carries records, whiteouts and opaque directories; mount specs follow to where the copy is."""
     async with open_snapshotter(tmp_path / "root") as snapshotter:

@@ -21,6 +21,8 @@ from snapfs.root.layers import Layers
 from tests.daemon import Daemon
 from tests.disk import Disk, disk, loop_device, make_file_system, mounted
 
+pytestmark = [pytest.mark.mounts, pytest.mark.durable]
+
 each_kind = pytest.mark.parametrize("kind", ["ext4", "xfs"])
 
 

@@ -20,6 +20,8 @@ from snapfs.kernel import mounting
 from snapfs.root import unflushed as unflushed_room
 from tests.disk import BLOCK, Disk, Write, after_power_cut, disk, loop_device, mounted
 
+pytestmark = [pytest.mark.mounts, pytest.mark.durable]
+
 ROUNDS = 16
 SPARED = 4
 """Of the writes of a batch each in turn is the first to fail; there are no more than so many."""

@@ -111,6 +111,7 @@ def _depth(snapshot: Path) -> int:
     return 1 + _depth(snapshot / "parent") if (snapshot / "parent").exists() else 0
 
 
+@pytest.mark.mounts
 def test_tour(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     snapfs = tmp_path / "snapfs"

@@ -30,6 +30,8 @@ from tests.disk import loop_device, make_file_system, mounted
 from tests.processes import until
 from tests.records import Held, adding, check_indexes
 
+pytestmark = pytest.mark.durable
+
 Make = Callable[..., Daemon]
 
 # -- the records' map
@@ -333,6 +335,7 @@ def test_removing_on_a_full_disk(make_daemon: Make, small_disk: Path) -> None:
     assert not any("Traceback" in line for line in daemon.said)
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
 async def test_all_is_removed_from_a_disk_filled_to_the_last_block(kind: str, tmp_path: Path) -> None:
     """Under a library that has it open, by somebody who takes what becomes free at once.  Each Remove is done, and in the end
@@ -372,6 +375,7 @@ async def test_all_is_removed_from_a_disk_filled_to_the_last_block(kind: str, tm
                 await snapshotter.prepare(f"k{n}")
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize("where", ["in the root", "elsewhere"])
 async def test_a_quota_that_is_used_up(where: str, tmp_path: Path) -> None:
     """The layers' owner has no more: Prepare says EDQUOT in words, each Remove is done, and then there is room again.
@@ -627,6 +631,7 @@ def test_a_directory_that_is_not_there(make_daemon: Make, damage: Callable[[Path
     assert not any("Traceback" in line for line in daemon.said)
 
 
+@pytest.mark.mounts
 async def test_a_parent_that_went_missing(snapshotter: Snapshotter, root: Path) -> None:
     await snapshotter.prepare("a")
     await snapshotter.commit("base", "a")

@@ -21,6 +21,8 @@ from snapfs.tree import Tree
 from tests.daemon import Daemon
 from tests.mounts import loop_mounted
 
+pytestmark = pytest.mark.durable
+
 CONTENT = b"0123456789abcdef" * 20_000
 
 

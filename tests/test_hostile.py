@@ -121,6 +121,7 @@ def make_zoo(layer: Path, outside: Path) -> int:
     return count + 1
 
 
+@pytest.mark.durable
 def test_whatever_stands_in_a_layer_it_is_counted_compared_committed_and_deleted(make_daemon: Make, outside: Path) -> None:
     """No link is followed, nothing is opened that could block, no path is too long."""
     daemon = make_daemon("--async-remove").start()
@@ -172,6 +173,7 @@ def test_the_merged_file_system_of_such_a_layer(make_daemon: Make, outside: Path
     assert len(daemon.said) == 1
 
 
+@pytest.mark.mounts
 def test_owners_are_changed_of_links_and_not_of_what_they_lead_to(root: Path, outside: Path) -> None:
     with closing(Layers.open(str(root))) as layers:
         layers.place(1, Kind.ACTIVE, FsTemplate())
@@ -259,6 +261,7 @@ def test_a_directory_is_swapped_while_it_is_deleted(root: Path, outside: Path, m
     assert swapped >= 10
 
 
+@pytest.mark.mounts
 def test_a_file_is_swapped_for_a_link_while_its_owner_is_changed(root: Path, outside: Path) -> None:
     """chown(2) takes the set-user-ID bit away: when it is put back it is not put on what the link leads to."""
     with closing(Layers.open(str(root))) as layers:
@@ -487,6 +490,7 @@ async def test_a_library_and_a_daemon(make_daemon: Make, root: Path, tmp_path: P
     assert daemon.stop() == 0
 
 
+@pytest.mark.mounts
 def test_of_many_at_once_one_gets_the_root(tmp_path: Path) -> None:
     commands = []
     for number in range(5):
@@ -515,6 +519,7 @@ def test_of_many_at_once_one_gets_the_root(tmp_path: Path) -> None:
 WITHIN = "must not lie within each other"
 
 
+@pytest.mark.mounts
 def test_root_and_mountpoint_within_each_other_by_links_and_binds(tmp_path: Path) -> None:
     root, around = tmp_path / "root", tmp_path / "around"
     (root / "in/side").mkdir(parents=True)

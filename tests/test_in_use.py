@@ -223,6 +223,7 @@ def failing_or_same(workspace: Path, devices: set[str]) -> Iterator[None]:
     assert not devices or f"{os.major(device)}:{os.minor(device)}" in devices
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("hold", HELD)
 def test_the_next_daemon_does_not_mount_it_twice(served: Daemon, hold: Hold, how: signal.Signals) -> None:
@@ -402,6 +403,7 @@ def test_words_of_a_stranger_are_not_believed(served: Daemon) -> None:
         os.rename(workspace, served.mnt / "committed/v1")
 
 
+@pytest.mark.durable
 def test_what_another_root_of_the_same_path_had_mounted(make_daemon: Make, served: Daemon, tmp_path: Path) -> None:
     """What the mount table says of it is true of the root that was moved away."""
     (served.mnt / "active/w/rootfs/old").write_text("old")
@@ -528,6 +530,8 @@ def in_flight(where: str, name: str, flags: int) -> Iterator[socket.socket]:
         yield receiver
 
 
+@pytest.mark.durable
+@pytest.mark.mounts
 async def test_who_was_not_found_can_write_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapfs.services.rootfs, "MUCH", 0)  # as if that much waited for the disk
     async with open_snapshotter(tmp_path / "root", Options()) as snapshotter:
@@ -545,6 +549,8 @@ async def test_who_was_not_found_can_write_no_more(tmp_path: Path, monkeypatch: 
         assert os.listdir(await snapshotter.mount("on it")) == []
 
 
+@pytest.mark.durable
+@pytest.mark.mounts
 async def test_what_is_still_written_by_somebody_is_in_doubt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -40,6 +40,8 @@ from tests.nodes import crawl
 from tests.processes import die_with_parent, in_fork
 from tests.records import adding, check_indexes, readers
 
+pytestmark = pytest.mark.durable
+
 PACKAGE = Path(snapfs.__file__).parent
 
 
@@ -227,6 +229,7 @@ def test_nothing_is_beside_the_records_nor_left_in_memory(tmp_path: Path) -> Non
     assert (set(os.listdir("/dev/shm")), set(os.listdir("/proc/self/fd"))) == before
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize("options", ["ro", "nr_inodes=1", "size=4k", "nosymfollow", None])
 def test_memory_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str | None) -> None:
     """/dev/shm may be full of what others put there, as in a small container, or not be there: another directory does."""
@@ -250,6 +253,7 @@ def test_memory_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert os.listdir(beside) == ["m"]
 
 
+@pytest.mark.mounts
 def test_no_directory_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locktable, "_MEMORY", "/proc/none")
     monkeypatch.setenv("TMPDIR", "/proc")
@@ -456,6 +460,7 @@ def test_an_empty_file_becomes_a_store_unless_there_are_layers(tmp_path: Path, r
     assert (root / "metadata.mdb").stat().st_size == 0
 
 
+@pytest.mark.mounts
 def test_records_that_one_may_not_read(tmp_path: Path) -> None:
     a_store(tmp_path / "m")
     script = "import sys; from snapfs import *\ntry: MetaStore(sys.argv[1])\nexcept SnapshotError as error: print(error)"

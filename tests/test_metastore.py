@@ -120,6 +120,7 @@ async def test_an_id_is_given_back_only_by_an_operation_that_failed(store: MetaS
 # -- batches
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize(
     ("error", "told"),
     [
@@ -156,6 +157,7 @@ async def test_a_failing_operation_fails_alone(store: MetaStore, error: Exceptio
         assert [info.name for info in reader.walk()] == ["a", "b"]
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 async def test_if_the_sync_fails_all_of_its_batch_do_and_are_undone(
     snapshotter: Snapshotter, root: Path, monkeypatch: pytest.MonkeyPatch, code: int
@@ -210,6 +212,7 @@ async def test_if_the_sync_fails_all_of_its_batch_do_and_are_undone(
     assert os.listdir(root / "trash") == []
 
 
+@pytest.mark.durable
 async def test_an_undone_prepare_leaves_nothing(snapshotter: Snapshotter, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -222,6 +225,7 @@ async def test_an_undone_prepare_leaves_nothing(snapshotter: Snapshotter, root: 
     assert os.listdir(root / "snapshots") == os.listdir(root / "trash") == []
 
 
+@pytest.mark.durable
 async def test_a_directory_is_synced_once_a_batch_and_before_the_records(
     store: MetaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +255,7 @@ async def test_a_directory_is_synced_once_a_batch_and_before_the_records(
         assert reader.id_of("k5") == 6
 
 
+@pytest.mark.durable
 async def test_more_than_a_batch_is_done_in_several(store: MetaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     syncs: list[int] = []
     monkeypatch.setattr(os, "fsync", syncs.append)
@@ -267,6 +272,7 @@ async def test_more_than_a_batch_is_done_in_several(store: MetaStore, tmp_path: 
     assert entries(store, "names") == BATCH + 1
 
 
+@pytest.mark.durable
 async def test_what_comes_after_is_done_when_the_batch_is_durable(store: MetaStore) -> None:
     seen: list[int | None] = []
 

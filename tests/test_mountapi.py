@@ -18,6 +18,8 @@ from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.mountspec import escape
 from tests.processes import die_with_parent
 
+pytestmark = pytest.mark.mounts
+
 MountOverlay = Callable[..., None]
 MountBind = Callable[..., None]
 

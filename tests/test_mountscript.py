@@ -15,6 +15,8 @@ from snapfs.kernel.mounttable import mount_table
 from snapfs.model import Kind
 from snapfs.mountspec import PAGE, escape, mounts, script
 
+pytestmark = pytest.mark.mounts
+
 SHELLS = ["dash", "bash", "busybox sh"]
 PROGRAMS = ["the machine's", "busybox"]
 NAMES = [

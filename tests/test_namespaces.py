@@ -18,6 +18,8 @@ from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.kernel.namespaces import Namespaces, sees_mount, shares_mount_namespace
 from tests.processes import die_with_parent
 
+pytestmark = pytest.mark.mounts
+
 Put = Callable[[str, str], None]
 
 

@@ -14,6 +14,8 @@ from snapfs.kernel import mounting
 from tests.daemon import Daemon
 from tests.mounts import mounted
 
+pytestmark = pytest.mark.mounts
+
 
 async def test_a_parentless_snapshot_is_its_own_layer(snapshotter: Snapshotter, tmp_path: Path) -> None:
     with mounted(await snapshotter.prepare("a"), tmp_path / "m") as m:

@@ -20,6 +20,8 @@ from snapfs.kernel import mounting
 from snapfs.model import Kind
 from snapfs.root.owners import Shift
 
+pytestmark = pytest.mark.mounts
+
 
 class SlowChown:
     """Stands in for ``os.chown``: the first call waits until it is let go on."""

@@ -61,6 +61,7 @@ async def test_with_async_remove(root: Path) -> None:
         assert os.listdir(root / "snapshots") == ["1"]
 
 
+@pytest.mark.mounts
 async def test_its_rootfs_stays_mounted(snapshotter: Snapshotter) -> None:
     await snapshotter.prepare("k", labels={"pin": "yes"})
     place = await snapshotter.mount("k")

@@ -17,6 +17,8 @@ from snapfs.store.writing import Writer
 from tests.mounts import loop_mounted
 from tests.placing import FILL, DryPool, placed
 
+pytestmark = pytest.mark.durable
+
 
 @pytest.fixture
 def nobody_fills(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,12 +56,14 @@ async def in_place(root: Path) -> None:
         assert await snapshotter.mounts("web")
 
 
+@pytest.mark.mounts
 @pytest.mark.usefixtures("nobody_fills")
 async def test_a_start_puts_them_in_place_again(root: Path) -> None:
     await back_to_the_pool(root)
     await in_place(root)
 
 
+@pytest.mark.mounts
 @pytest.mark.usefixtures("nobody_fills")
 async def test_so_does_a_check(root: Path) -> None:
     await back_to_the_pool(root)
@@ -68,6 +72,7 @@ async def test_so_does_a_check(root: Path) -> None:
     await in_place(root)
 
 
+@pytest.mark.mounts
 @pytest.mark.usefixtures("nobody_fills")
 async def test_a_directory_that_is_nowhere_is_damage(root: Path) -> None:
     for name in await back_to_the_pool(root):

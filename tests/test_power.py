@@ -21,6 +21,8 @@ from tests.daemon import Daemon
 from tests.disk import disk, mounted
 from tests.power import Left, State, Story, cut, fill
 
+pytestmark = [pytest.mark.mounts, pytest.mark.durable]
+
 CUTS = int(os.environ.get("POWER_CUTS", "30"))
 
 each_kind = pytest.mark.parametrize("kind", ["ext4", "xfs"])

@@ -62,6 +62,7 @@ def test_a_workspace(daemon: Daemon, tmp_path: Path) -> None:
     assert (daemon.mnt / "active/other/rootfs/version").read_text() == "1\n"
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("program", ["cp", "tar", "rsync"])
 def test_a_whole_backup(daemon: Daemon, tmp_path: Path, program: str) -> None:
     """The daemon ends a moment after umount: until then file systems are mounted in ROOT, and the records are written."""

@@ -90,6 +90,7 @@ async def test_an_empty_directory_becomes_a_root_that_nobody_else_can_read(root:
     assert stat.S_IMODE(root.stat().st_mode) == 0o700
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize("name", ["with blank", "co:lon,com\\ma", "é", "new\nline"])
 async def test_any_path_of_a_root(tmp_path: Path, name: str) -> None:
     """Escaped as overlayfs wants it: the mount works."""
@@ -162,6 +163,7 @@ async def test_a_root_that_is_no_directory(root: Path) -> None:
         await use(root)
 
 
+@pytest.mark.mounts
 async def test_a_root_on_a_read_only_file_system(tmp_path: Path) -> None:
     mounting.mount("tmpfs", str(tmp_path), "tmpfs", mounting.MS_RDONLY)
     try:
@@ -171,6 +173,7 @@ async def test_a_root_on_a_read_only_file_system(tmp_path: Path) -> None:
         mounting.unmount(str(tmp_path))
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize("part", ["snapshots", "pool", "trash"])
 @pytest.mark.parametrize("how", ["tmpfs", "bind"])
 async def test_a_root_of_several_mounts(root: Path, part: str, how: str) -> None:
@@ -210,6 +213,7 @@ def loop_mounted(image: Path, target: Path, *make: str) -> Iterator[None]:
         subprocess.run(["umount", str(target)], check=True)  # which releases the loop device, too
 
 
+@pytest.mark.mounts
 async def test_a_file_system_without_d_type_is_refused(tmp_path: Path) -> None:
     """A real one: ext2 without ``filetype``.  (xfs with ftype=0 needs its format V4, which many kernels no longer have.)"""
     with loop_mounted(tmp_path / "image", tmp_path / "mnt", "mkfs.ext2", "-q", "-O", "^filetype"):
@@ -220,6 +224,7 @@ async def test_a_file_system_without_d_type_is_refused(tmp_path: Path) -> None:
                 await use(tmp_path / "mnt/root")
 
 
+@pytest.mark.mounts
 async def test_the_same_file_system_with_d_type_is_taken(tmp_path: Path) -> None:
     with loop_mounted(tmp_path / "image", tmp_path / "mnt", "mkfs.ext2", "-q", "-O", "filetype"):
         await use(tmp_path / "mnt/root")
@@ -372,6 +377,7 @@ async def body(s):
 """
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize(
     ("inside", "why"),
     [
@@ -395,6 +401,7 @@ def open_root() -> Iterator[Path]:
         yield Path(directory, "root")
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize("option", ["nosuch=1", "redirect_dir=maybe"])
 async def test_a_mount_option_that_overlayfs_refuses(root: Path, option: str) -> None:
     async with open_snapshotter(root, Options(mount_options=(option,))) as snapshotter:
@@ -404,6 +411,7 @@ async def test_a_mount_option_that_overlayfs_refuses(root: Path, option: str) ->
     assert option.partition("=")[0] in feature.why
 
 
+@pytest.mark.mounts
 async def test_a_kernel_without_overlayfs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is none to be had; the kernel answers so for a file system that it lacks."""
     fsopen = mountapi.fsopen
@@ -644,6 +652,7 @@ async def committed_base(snapshotter: Snapshotter) -> None:
     await snapshotter.commit("base", "b")
 
 
+@pytest.mark.mounts
 async def test_remap_ids_puts_the_mappings_first_on_every_mount(root: Path) -> None:
     """On a real kernel with idmapped mounts (5.19 for overlayfs), as the tests' machine has it."""
     async with open_snapshotter(root, Options(remap_ids=True)) as snapshotter:
@@ -658,6 +667,7 @@ async def test_remap_ids_puts_the_mappings_first_on_every_mount(root: Path) -> N
         assert (root / "snapshots/2/fs").stat().st_uid == 1000
 
 
+@pytest.mark.mounts
 async def test_mapping_labels_without_remap_ids_are_no_mount_options(root: Path) -> None:
     async with open_snapshotter(root) as snapshotter:
         assert (await snapshotter.prepare("lone", None, BOTH))[0].options == ("rw", "rbind")
@@ -688,6 +698,7 @@ def test_where_ids_can_not_be_remapped_slow_chown_does_it(root: Path) -> None:
     assert python(code, str(root), inside=USER_NAMESPACE) == "made ('rw', 'rbind') 0\n2 []\n"
 
 
+@pytest.mark.mounts
 async def test_slow_chown_changes_the_owners_of_the_upper_layers_content(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mounting, "maps_ids", lambda directory: False)
     async with open_snapshotter(root, Options(remap_ids=True, slow_chown=True)) as snapshotter:
@@ -743,6 +754,7 @@ async def shifted_base(snapshotter: Snapshotter, labels: Mapping[str, str] | Non
     await snapshotter.commit("shifted", "copy")
 
 
+@pytest.mark.mounts
 async def test_what_has_the_hosts_ids_already_is_not_mapped_again(root: Path) -> None:
     """As where remap_ids is served and containerd was not told so: all files would be nobody's."""
     async with open_snapshotter(root, Options(remap_ids=True)) as snapshotter:
@@ -763,6 +775,7 @@ async def test_what_has_the_hosts_ids_already_is_not_mapped_again(root: Path) ->
         await snapshotter.update("on base", {**MAPPED, "a": "b"})
 
 
+@pytest.mark.mounts
 async def test_root_that_is_root_is_what_any_image_has(root: Path) -> None:
     async with open_snapshotter(root, Options(remap_ids=True)) as snapshotter:
         await committed_base(snapshotter)
@@ -770,6 +783,7 @@ async def test_root_that_is_root_is_what_any_image_has(root: Path) -> None:
         assert mount.options[:2] == ("uidmap=0:0:10", "gidmap=0:0:1,1:5000:9")
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize("options", [Options(), Options(slow_chown=True), Options(remap_ids=True, slow_chown=True)])
 async def test_where_no_mount_maps_ids_such_a_copy_is_what_is_wanted(
     root: Path, options: Options, monkeypatch: pytest.MonkeyPatch

@@ -37,6 +37,8 @@ from tests.refusals import failing, refused
 from tests.rootfs import chain, feature, files, held, mounts_below, somebody, stats
 from tests.tree import info, mounted, remove_all, shell, usage
 
+pytestmark = pytest.mark.mounts
+
 Make = Callable[..., Daemon]
 
 
@@ -638,6 +640,7 @@ def test_who_sat_inside_at_the_end_cannot_change_what_is_committed_later(make_da
         assert files(mnt / "committed" / name / "diff") == {"new": "new"}
 
 
+@pytest.mark.durable
 def test_what_a_crashed_daemon_left_is_cleared_or_taken_over(make_daemon: Make) -> None:
     daemon = make_daemon("--rootfs-idle=0.3").start()
     mnt = daemon.mnt
@@ -670,6 +673,7 @@ def test_what_a_crashed_daemon_left_is_cleared_or_taken_over(make_daemon: Make) 
     assert [line for line in daemon.said if "detach" in line or "still" in line] == []
 
 
+@pytest.mark.durable
 def test_what_does_not_fit_is_never_taken_over(make_daemon: Make) -> None:
     """Mounts at ROOT/rootfs/* that are in use and are not what following would mount there: all are detached at the start."""
     daemon = make_daemon().start()
@@ -735,6 +739,7 @@ def assert_left_out(daemon: Daemon, why: str) -> None:
     assert held(daemon) == []
 
 
+@pytest.mark.durable
 def test_no_rootfs(make_daemon: Make) -> None:
     """It clears what a crashed one with rootfs has left, used or not."""
     daemon = make_daemon().start()
@@ -998,6 +1003,7 @@ def test_many_clients_at_once(make_daemon: Make) -> None:
     assert mounts_below(daemon) == []
 
 
+@pytest.mark.durable
 def test_kill_9_in_the_middle_of_it(make_daemon: Make) -> None:
     """Again and again, with clients at work: the next start takes over what is in use, and nothing else is left."""
     daemon = make_daemon("--rootfs-idle=0.3", "--rootfs-max=6").start()
@@ -1043,6 +1049,7 @@ def disk(tmp_path: Path, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", str(target)], check=False)
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("how", ["committed", "removed", "evicted", "expired"])
 def test_no_request_waits_for_the_flush(make_daemon: Make, tmp_path: Path, how: str) -> None:
     """The last unmount of an overlay writes all that the file system below it has in memory: never while somebody waits."""
@@ -1317,6 +1324,7 @@ def test_below_a_shared_mount(make_daemon: Make, tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", str(shared)], check=True)
 
 
+@pytest.mark.durable
 async def test_what_is_being_flushed_is_not_mounted_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel would mount a second overlay on the layer without a word, and not see later that it is there."""
     flushed, run = threading.Event(), Closing.run

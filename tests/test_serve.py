@@ -64,6 +64,7 @@ def test_the_root_is_made_where_it_is_missing(make_daemon: Make, tmp_path: Path)
     assert daemon.stop() == 0
 
 
+@pytest.mark.mounts
 def test_relative_paths_and_a_mountpoint_that_is_a_link(tmp_path: Path) -> None:
     for name in ("mnt", "root"):
         (tmp_path / name).mkdir()
@@ -212,6 +213,7 @@ except OSError:
 """
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, "umount -l"])
 def test_ended_while_requests_are_under_way(make_daemon: Make, how: signal.Signals | str) -> None:
     """However it ends, everything that was acknowledged is there afterwards, and at most what was under way besides."""
@@ -249,6 +251,7 @@ def test_ended_while_requests_are_under_way(make_daemon: Make, how: signal.Signa
     assert os.listdir(daemon.root / "pool") == []
 
 
+@pytest.mark.durable
 def test_after_kill_9_everything_acknowledged_is_there(make_daemon: Make) -> None:
     daemon = make_daemon().start()
     base = committed(daemon.mnt, "base", content="x" * 10_000)
@@ -272,6 +275,7 @@ def test_after_kill_9_everything_acknowledged_is_there(make_daemon: Make) -> Non
     assert daemon.stop() == 0
 
 
+@pytest.mark.durable
 def test_a_crashed_daemons_mountpoint_is_recovered(make_daemon: Make) -> None:
     daemon = make_daemon().start()
     for _ in range(2):
@@ -470,6 +474,7 @@ def test_a_mountpoint_that_is_a_file(tmp_path: Path) -> None:
     assert "Not a directory" in refusal(tmp_path / "root", tmp_path / "file/below")
 
 
+@pytest.mark.mounts
 def test_a_root_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     (tmp_path / "file").write_text("precious")
@@ -478,6 +483,7 @@ def test_a_root_that_is_a_file(tmp_path: Path) -> None:
     refusal(tmp_path / "file/below", tmp_path / "mnt")
 
 
+@pytest.mark.mounts
 def test_a_root_that_holds_something_else(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     (tmp_path / "home").mkdir(mode=0o755)
@@ -487,6 +493,7 @@ def test_a_root_that_holds_something_else(tmp_path: Path) -> None:
     assert os.stat(tmp_path / "home").st_mode & 0o777 == 0o755
 
 
+@pytest.mark.mounts
 def test_a_root_on_a_read_only_disk(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     disk = tmp_path / "disk"
@@ -500,6 +507,7 @@ def test_a_root_on_a_read_only_disk(tmp_path: Path) -> None:
     assert not is_mounted(tmp_path / "mnt")
 
 
+@pytest.mark.durable
 def test_records_that_are_damaged(make_daemon: Make, tmp_path: Path) -> None:
     daemon = make_daemon().start()
     os.mkdir(daemon.mnt / "active/a")
@@ -524,6 +532,7 @@ def test_root_and_mountpoint_within_each_other(tmp_path: Path, root: str, mountp
     assert not is_mounted(tmp_path / "a")
 
 
+@pytest.mark.mounts
 def test_without_dev_fuse(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     (tmp_path / "empty").mkdir()
@@ -543,6 +552,7 @@ sys.exit(snapfs.cli.main(["serve", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize(
     ("mode", "words"),
     [
@@ -564,6 +574,7 @@ def test_a_user_who_may_not_use_dev_fuse(open_path: Path, mode: str, words: str)
     assert done.stderr == f"snapfs: cannot open /dev/fuse (Permission denied): {words}\n"
 
 
+@pytest.mark.mounts
 def test_dev_fuse_that_no_mode_forbids(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     make = "mknod /dev/fuse c 10 229 && chmod 666 /dev/fuse"
@@ -636,6 +647,7 @@ def test_stopped_while_threads_read(make_daemon: Make) -> None:
     assert set(errors) <= {errno.ENOTCONN, errno.ENOENT, errno.ECONNABORTED, errno.EIO, errno.ENODEV}
 
 
+@pytest.mark.durable
 def test_a_dead_mount_that_the_kernel_remembers_is_recovered(make_daemon: Make) -> None:
     """stat(2) of what a killed daemon left is answered from the kernel's cache, as if it lived."""
     daemon = make_daemon().start()
@@ -647,6 +659,7 @@ def test_a_dead_mount_that_the_kernel_remembers_is_recovered(make_daemon: Make) 
     assert daemon.stop() == 0
 
 
+@pytest.mark.mounts
 def test_a_mount_that_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     command = [sys.executable, "-m", "snapfs.cli", "serve", str(tmp_path / "root"), str(tmp_path / "mnt")]
@@ -703,6 +716,7 @@ sys.exit(main(["serve", *sys.argv[2:]]))
 """
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("how", ["between", "stuck"])
 def test_killed_between_a_commit_and_its_answer(make_daemon: Make, how: str) -> None:
     """The client has the directory's lock in the kernel then.  "stuck": one of the daemon's own threads waits for that lock and

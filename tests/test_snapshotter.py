@@ -345,6 +345,7 @@ async def test_modes_whatever_the_umask(open_snapshotter: Opener, root: Path, um
     assert os.listdir(root / "snapshots/2") == ["fs"]
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [
@@ -425,6 +426,7 @@ async def test_any_key_that_fits(snapshotter: Snapshotter, key: str) -> None:
     assert [info.name for info in await snapshotter.walk()] == [key]
 
 
+@pytest.mark.mounts
 @pytest.mark.parametrize("function", ["lchown", "rename"])
 async def test_a_prepare_that_the_disk_refuses_leaves_nothing(
     filled: Snapshotter, root: Path, monkeypatch: pytest.MonkeyPatch, function: str
@@ -452,6 +454,7 @@ async def test_a_prepare_that_the_disk_refuses_leaves_nothing(
     assert owner(root / "snapshots/7/fs") == (1000, 0)
 
 
+@pytest.mark.mounts
 async def test_a_prepare_on_a_full_disk_leaves_nothing(open_snapshotter: Opener, tmp_path: Path) -> None:
     """A real one, with no inode left and the pool used up."""
     small = tmp_path / "small"
@@ -530,6 +533,7 @@ async def test_commit_rebases_what_had_no_parent(filled: Snapshotter, root: Path
     assert mount.options[2] == "lowerdir=" + ":".join(f"{root}/snapshots/{number}/fs" for number in (4, 6, 5, 1))
 
 
+@pytest.mark.mounts
 async def test_commit_can_refuse_what_is_mounted_read_write(filled: Snapshotter, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (mount,) = await filled.mounts("web")

@@ -25,6 +25,7 @@ def soak(place: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.mounts
 def test_many_clients_do_everything_at_once(tmp_path: Path) -> None:
     with soak(tmp_path, "--seconds=15", "--clients=16", "--seed=1") as running:
         told = running.communicate(timeout=180)[0]
@@ -33,6 +34,7 @@ def test_many_clients_do_everything_at_once(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.mounts
 def test_it_notices_what_somebody_else_does(tmp_path: Path) -> None:
     """A label that no client has written, in the snapshots of one: its model and the history of that name tell."""
     with soak(tmp_path, "--seconds=20", "--clients=2", "--seed=1") as running:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -124,6 +125,7 @@ class Model(dict[str, Snapshot]):
         return {key for key, its in self.items() if its.parent == parent and kind in (None, its.kind)}
 
 
+@pytest.mark.mounts
 async def test_library_and_tree_against_the_model(tmp_path: Path) -> None:
     (mnt := tmp_path / "mnt").mkdir()
     ready, stop = trio.Event(), trio.Event()

@@ -8,6 +8,8 @@ import pytest
 
 from tests.plugin import run
 
+pytestmark = pytest.mark.mounts
+
 EXAMPLE = Path(__file__).parent.parent / "examples/pytest"
 
 

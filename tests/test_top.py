@@ -23,6 +23,8 @@ from tests.daemon import Daemon
 from tests.placing import FILL, placed
 from tests.plugin import run
 
+pytestmark = pytest.mark.mounts
+
 Make = Callable[..., Daemon]
 
 
@@ -148,6 +150,7 @@ async def test_acls_of_root_itself_are_no_layers(root: Path) -> None:
         assert await snapshotter.changes("web", list) == []
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("change", KINDS)
 async def test_it_is_so_again_after_a_power_cut(
     root: Path, change: Callable[[str], None], monkeypatch: pytest.MonkeyPatch

@@ -146,6 +146,7 @@ def test_mkdir_in_a_parent_that_is_gone(daemon: Daemon) -> None:
     assert os.listdir(daemon.mnt / "active") == []
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("limit", ["nr_inodes=120", "size=400k"])
 def test_mkdir_on_a_full_disk_fails_whole_and_works_again_later(
     make_daemon: Callable[..., Daemon], tmp_path: Path, limit: str
@@ -642,6 +643,10 @@ ATTRIBUTE_CALLS: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture
 def two(daemon: Daemon) -> Daemon:
+    return with_two(daemon)
+
+
+def with_two(daemon: Daemon) -> Daemon:
     """A daemon with an active snapshot that has a label, and a committed one."""
     committed(daemon.mnt, "base")
     os.mkdir(daemon.mnt / "active/a")
@@ -705,8 +710,10 @@ def test_what_is_computed_cannot_be_truncated(two: Daemon) -> None:
 # -- fsync, statfs
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("node", [node for node in NODES if not node.endswith(("json", "sh", "README", ".nomedia", "version"))])
-def test_fsync_of_any_directory(two: Daemon, node: str) -> None:
+def test_fsync_of_any_directory(make_daemon: Callable[..., Daemon], node: str) -> None:
+    two = with_two(make_daemon().start())
     lines = two.error_log()
     fd = os.open(two.mnt / node, os.O_RDONLY | os.O_DIRECTORY)
     try:

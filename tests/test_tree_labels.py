@@ -632,6 +632,7 @@ for number in range(int(sys.argv[2])):
 """
 
 
+@pytest.mark.mounts
 def test_writers_whose_pids_the_daemon_cannot_see(tmp_path: Path) -> None:
     """To a daemon in a pid namespace of its own they are all the same process."""
     (tmp_path / "mnt").mkdir()

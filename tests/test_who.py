@@ -292,6 +292,7 @@ def alices(make_daemon: Make, tmp_path: Path, everybodys_fuse: None) -> Iterator
         yield make
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("end", ["stop", "unmount", "kill"])
 def test_an_ordinary_user_serves_containerd_too(alices: Callable[..., Daemon], end: str) -> None:
     """fusermount3 mounts before there are gRPC's threads, and unmounts, a child of the daemon's, after their end."""
