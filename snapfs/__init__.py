@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         WrongParent,
     )
     from snapfs.labels import Labels
-    from snapfs.model import Change, Info, Kind, Mount, Ref, Usage
+    from snapfs.model import Change, Info, Kind, Mount, Ref, Statistics, Usage
     from snapfs.opening import open_snapshotter
     from snapfs.options import Feature, Options, Sync
     from snapfs.snapshotter import Snapshotter
@@ -81,6 +81,7 @@ __all__ = [
     "SnapshotError",
     "Snapshotter",
     "Stale",
+    "Statistics",
     "Sync",
     "TooDeep",
     "Unavailable",
@@ -98,7 +99,7 @@ _ROOMS = {
     "Snapshotter": "snapshotter",
     "open_snapshotter": "opening",
     **dict.fromkeys(("Feature", "Options", "Sync"), "options"),
-    **dict.fromkeys(("Change", "Info", "Kind", "Mount", "Ref", "Usage"), "model"),
+    **dict.fromkeys(("Change", "Info", "Kind", "Mount", "Ref", "Statistics", "Usage"), "model"),
 }
 """Where the exported names are; all others are errors."""
 

@@ -17,7 +17,6 @@ import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial, wraps
 from types import TracebackType
@@ -36,6 +35,12 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., object])
+
+_Manager = Callable[[], AbstractAsyncContextManager[AsyncSnapshotter]]
+
+_INTERRUPTIBLE = 0.5
+"""Seconds until a thread that waits looks up: CPython overlooks a Ctrl-C that comes just before a thread waits."""
 
 
 def open_snapshotter(
@@ -78,6 +83,16 @@ def _on_the_loop(method: Callable[Concatenate[AsyncSnapshotter, P], T]) -> Calla
     return call
 
 
+def _documented_by(original: object) -> Callable[[Function], Function]:
+    """The docstring of ``original`` for the decorated function."""
+
+    def decorate(function: Function) -> Function:
+        function.__doc__ = original.__doc__
+        return function
+
+    return decorate
+
+
 class Snapshotter:
     """The snapshots of one root.  Made by ``open_snapshotter``; as a context manager it closes itself.
 
@@ -91,6 +106,9 @@ class Snapshotter:
     is called in a thread that runs a trio loop; its errors are logged.
 
     A snapshotter that was never closed is closed when nothing refers to it any more, or when the interpreter ends.
+
+    What takes or gives a Reader is the async one's alone: the records can't grow while a reader is open, and a thread that
+    keeps one open would wait for itself.
     """
 
     def __init__(self, loop: _Loop) -> None:
@@ -105,10 +123,11 @@ class Snapshotter:
     def __del__(self) -> None:
         self._loop.leave()  # without waiting: any thread, even the loop's, may be the one that calls this
 
+    @_documented_by(AsyncSnapshotter.close)
     def close(self) -> None:
         self._loop.close()
 
-    close.__doc__ = AsyncSnapshotter.close.__doc__
+    # -- what never changes
 
     @property
     def options(self) -> Options:
@@ -119,6 +138,26 @@ class Snapshotter:
     def features(self) -> Mapping[str, Feature]:
         """What depends on kernel, file system, privileges or options, by name, and whether it is in use."""
         return self._loop.snapshotter.features
+
+    @property
+    @_documented_by(AsyncSnapshotter.root)
+    def root(self) -> str:
+        return self._loop.snapshotter.root
+
+    @property
+    @_documented_by(AsyncSnapshotter.snapshots_directory)
+    def snapshots_directory(self) -> str:
+        return self._loop.snapshotter.snapshots_directory
+
+    @property
+    @_documented_by(AsyncSnapshotter.overlay_options)
+    def overlay_options(self) -> tuple[str, ...]:
+        return self._loop.snapshotter.overlay_options
+
+    @property
+    @_documented_by(AsyncSnapshotter.has_rootfs)
+    def has_rootfs(self) -> bool:
+        return self._loop.snapshotter.has_rootfs
 
     # -- making
 
@@ -148,13 +187,25 @@ class Snapshotter:
     mount = _awaited(AsyncSnapshotter.mount)
     find_layers = _awaited(AsyncSnapshotter.find_layers)
     space = _on_the_loop(AsyncSnapshotter.space)
-    shown = _on_the_loop(AsyncSnapshotter.shown)
 
+    # -- how it is
+
+    @_documented_by(AsyncSnapshotter.subscribe)
     def subscribe(self, listener: Callable[[Change], None]) -> None:
         self._subscribe(partial(_tell, listener))
 
-    subscribe.__doc__ = AsyncSnapshotter.subscribe.__doc__
     _subscribe = _on_the_loop(AsyncSnapshotter.subscribe)
+
+    shown = _on_the_loop(AsyncSnapshotter.shown)
+    record = _on_the_loop(AsyncSnapshotter.record)
+    known_usage = _on_the_loop(AsyncSnapshotter.known_usage)
+    rootfs_of = _on_the_loop(AsyncSnapshotter.rootfs_of)
+    layer_path = _on_the_loop(AsyncSnapshotter.layer_path)
+    refuse_taken = _on_the_loop(AsyncSnapshotter.refuse_taken)
+    is_lost = _on_the_loop(AsyncSnapshotter.is_lost)
+    refuse_lost = _on_the_loop(AsyncSnapshotter.refuse_lost)
+    statistics = _on_the_loop(AsyncSnapshotter.statistics)
+    why_unseen = _awaited(AsyncSnapshotter.why_unseen)
 
 
 def _tell(listener: Callable[[Change], None], change: Change) -> None:
@@ -164,11 +215,45 @@ def _tell(listener: Callable[[Change], None], change: Change) -> None:
         log.exception("a listener of changes has failed")
 
 
-class _Call(Generic[T]):
-    """One call on its way: a task in the loop, and a future for which its caller waits."""
+class _Outcome(Generic[T]):
+    """A value or an error: the loop's thread sets it once, another thread waits for it."""
+
+    def __init__(self) -> None:
+        self._is_set = threading.Event()
+        self._value: T
+        self._error: BaseException | None = None
+
+    def is_set(self) -> bool:
+        return self._is_set.is_set()
+
+    def succeed(self, value: T) -> None:
+        self._value = value
+        self._is_set.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._is_set.set()
+
+    def wait(self) -> None:
+        while not self._is_set.wait(_INTERRUPTIBLE):
+            pass
+
+    def result(self) -> T:
+        """Wait for the value, or raise the error."""
+        self.wait()
+        try:
+            if self._error is not None:
+                raise self._error
+            return self._value
+        finally:
+            del self  # else the error would refer to itself, by way of its traceback
+
+
+class _Call(_Outcome[T]):
+    """One call on its way: a task in the loop, for which its caller waits."""
 
     def __init__(self, function: Callable[[], Awaitable[T]]) -> None:
-        self.future: Future[T] = Future()
+        super().__init__()
         self._function = function
         self._scope = trio.CancelScope()
         self._has_begun = False
@@ -179,23 +264,27 @@ class _Call(Generic[T]):
         nursery.start_soon(self._run, name="snapfs call")
 
     def cancel(self) -> None:
-        """Cancel the task, or see to it that it never begins; on the loop.  The future is done when the task has ended."""
+        """Cancel the task, or see to it that it never begins; on the loop.  The outcome is set when the task has ended."""
         self._scope.cancel()
         if not self._has_begun:
-            self.future.cancel()
+            self.fail(_Interrupted())
 
     async def _run(self) -> None:
         try:
             with self._scope:
-                self.future.set_result(await self._function())
+                self.succeed(await self._function())
             if self._scope.cancelled_caught:
-                self.future.cancel()
+                self.fail(_Interrupted())
         except trio.Cancelled:  # not by the caller: a bug has ended the loop, which tells all callers
             raise
         except BaseException as error:
-            self.future.set_exception(error)
+            self.fail(error)
         finally:
             del self  # else the error would refer to itself, by way of its traceback
+
+
+class _Interrupted(Exception):
+    """A call was cancelled.  No caller sees this: it raises what has interrupted it."""
 
 
 class _Loop:
@@ -207,7 +296,7 @@ class _Loop:
 
     snapshotter: AsyncSnapshotter
 
-    def __init__(self, manager: Callable[[], AbstractAsyncContextManager[AsyncSnapshotter]]) -> None:
+    def __init__(self, manager: _Manager) -> None:
         self._process = os.getpid()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
@@ -216,14 +305,14 @@ class _Loop:
         self._has_ended = False
         self._failure: BaseException | None = None
         self._calls: set[_Call[Any]] = set()
-        opened: Future[None] = Future()
+        opened: _Outcome[None] = _Outcome()
         self._thread = threading.Thread(target=self._run, args=(manager, opened), name="snapfs", daemon=True)
         self._thread.start()
         try:
             opened.result()
         except BaseException:  # refused, or interrupted: then it is opened and closed
             self.leave()
-            self._thread.join()
+            self._join()
             raise
         finally:
             del opened  # else the error would refer to itself, by way of its traceback
@@ -240,12 +329,12 @@ class _Loop:
         self._calls.add(call)
         try:
             self._soon(partial(self._begin, call))
-            return call.future.result()
+            return call.result()
         except BaseException:
-            if not call.future.done():  # Ctrl-C, or what another signal's handler raises
-                with suppress(Closed, CancelledError):
+            if not call.is_set():  # Ctrl-C, or what another signal's handler raises
+                with suppress(Closed):
                     self._soon(call.cancel)
-                    call.future.exception()
+                    call.wait()
             raise
         finally:
             self._calls.discard(call)
@@ -266,7 +355,7 @@ class _Loop:
             return
         _refuse_in_trio()
         self.leave()
-        self._thread.join()
+        self._join()
         if self._failure is not None:
             raise self._failure
 
@@ -275,7 +364,11 @@ class _Loop:
         a SIGKILL."""
         if os.getpid() == self._process:
             self.leave()
-            self._thread.join()
+            self._join()
+
+    def _join(self) -> None:
+        while self._thread.is_alive():
+            self._thread.join(_INTERRUPTIBLE)
 
     def _soon(self, act: Callable[[], object]) -> None:
         """Have ``act`` called on the loop; raises Closed where that has ended."""
@@ -294,25 +387,25 @@ class _Loop:
 
     # -- in the loop's thread
 
-    def _run(self, manager: Callable[[], AbstractAsyncContextManager[AsyncSnapshotter]], opened: Future[None]) -> None:
+    def _run(self, manager: _Manager, opened: _Outcome[None]) -> None:
         try:
             trio.run(self._serve, manager, opened)
         except BaseException as error:
             self._failure = error
         self._has_ended = True
         for call in list(self._calls):
-            if not call.future.done():
-                call.future.set_exception(self._closed())
-        if not opened.done():
-            opened.set_exception(self._failure or Closed())
+            if not call.is_set():
+                call.fail(self._closed())
+        if not opened.is_set():
+            opened.fail(self._failure or Closed())
         atexit.unregister(self._close_at_exit)
 
-    async def _serve(self, manager: Callable[[], AbstractAsyncContextManager[AsyncSnapshotter]], opened: Future[None]) -> None:
+    async def _serve(self, manager: _Manager, opened: _Outcome[None]) -> None:
         self._token = trio.lowlevel.current_trio_token()
         async with manager() as self.snapshotter, trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
-                opened.set_result(None)
+                opened.succeed(None)
                 if not self._is_left:
                     await self._leaving.wait()
                 await self.snapshotter.close()  # what waits is done or refused
@@ -321,7 +414,7 @@ class _Loop:
 
     def _begin(self, call: _Call[Any]) -> None:
         if self._nursery is None:
-            call.future.set_exception(self._closed())
+            call.fail(self._closed())
         else:
             call.begin(self._nursery)
 

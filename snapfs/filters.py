@@ -25,7 +25,7 @@ from snapfs.model import Info
 Predicate = Callable[[Info], bool]
 
 Selection = set[tuple[str, str]]
-"""Fields (name, kind or parent) and values: what holds has one of these."""
+"""Pairs of a field (name, kind or parent) and a value: all snapshots that a filter selects have one of these."""
 
 _INDEXED = ("name", "parent", "kind")  # the one that selects least comes first
 
@@ -37,7 +37,8 @@ _HEX_ESCAPES = {"x": 2, "u": 4, "U": 8}
 class Filters:
     """Filters, compiled: ``holds`` is a predicate that is true where any of them is.
 
-    ``selection``: all that it can hold for, as far as name, kind and parent tell; None where they don't.
+    ``selection``: ``holds`` can be true only of snapshots that have one of these names, kinds or parents; None where the
+    filters don't limit it so.
 
     Raises InvalidArgument that says where a bad filter breaks, and Unavailable where a filter has ``~=`` and the package
     google-re2 is not installed; it comes with the extra ``containerd``.
@@ -215,7 +216,7 @@ def _matches(path: list[str], expression: str) -> Predicate:
         raise Unavailable(f"~= needs RE2, which can't be loaded ({error}); install it: pip install google-re2") from None
     options = re2.Options()
     options.log_errors = False
-    options.never_capture = True  # nobody asks for groups, and looking for thousands of them takes minutes
+    options.never_capture = True  # groups are not needed, and looking for thousands of them takes minutes
     try:
         regex = re2.compile(expression, options)
     except (re2.error, UnicodeError):

@@ -15,7 +15,7 @@ Mapped = tuple[int, int, int]
 
 
 NO_ID = 2**32 - 1
-"""What chown(2) takes as "leave it": the one number that is no id."""
+"""The one number that is no id: chown(2) leaves the owner as it is."""
 
 
 def mappings(labels: Mapping[str, str]) -> tuple[list[Mapped], list[Mapped]]:
@@ -47,8 +47,8 @@ def to_host(container_id: int, mapping: Sequence[Mapped]) -> int | None:
 
 
 def remapped(host_id: int, before: Sequence[Mapped], after: Sequence[Mapped]) -> int:
-    """The host's id that ``after`` has for what is ``host_id`` in ``before``; an empty mapping is the identity, and an id
-    without a counterpart stays."""
+    """The host's id to which ``after`` maps the container's id that ``before`` maps to ``host_id``.  An empty mapping maps each
+    id to itself; ``host_id`` where either mapping has no counterpart."""
     inside = to_host(host_id, [(host, container, size) for container, host, size in before]) if before else host_id
     outside = None if inside is None else to_host(inside, after) if after else inside
     return host_id if outside is None else outside

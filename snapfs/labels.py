@@ -12,7 +12,7 @@ UPPERDIR = "containerd.io/snapshot/overlay.upperdir"
 """containerd's name: the path of the snapshot's layer; shown where the option ``upperdir_label`` asks for it, never stored."""
 
 PIN = "pin"
-"""What bears it, with whatever value, is not removed at any door."""
+"""A snapshot with this label, of any value, is not removed at any door."""
 
 PARENT_CHAIN = "containerd.io/snapshot/parent-chain-id"
 """The name of the layer below: on a snapshot without a parent, the parent that its Commit is going to name."""

@@ -28,7 +28,7 @@ from snapfs.root.trash import cleanup_error
 from snapfs.rules import commit, lookup, prepare, remove, rename
 from snapfs.rules import labels as label_rules
 from snapfs.rules import mounts as mount_rules
-from snapfs.rules.prepare import Request
+from snapfs.rules.prepare import PrepareRequest
 from snapfs.rules.root import Root
 from snapfs.rules.use import Used
 from snapfs.services.agreeing import Agreeing
@@ -156,7 +156,7 @@ class Snapshotter:
 
     async def _make(
         self,
-        rule: Callable[[Root, Writer, Request], T],
+        rule: Callable[[Root, Writer, PrepareRequest], T],
         kind: Kind,
         key: str,
         parent: Ref | None,

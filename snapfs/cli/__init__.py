@@ -1,6 +1,6 @@
 """The command ``snapfs``.  Each verb has a module of its own, imported when it is called.
 
-Whoever lists or makes snapshots in a loop pays for each start, so what those verbs need imports no ``re``, ``json``,
+A script that lists or makes snapshots in a loop pays for each start, so what those verbs need imports no ``re``, ``json``,
 ``argparse``, ``enum`` or ``typing``: each of them takes as long as the verb itself.
 """
 
@@ -71,7 +71,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status, as ``snapfs --help`` tells it."""
+    """Run the command with these arguments (None: those of the process); returns the exit status (``snapfs --help``)."""
     if arguments is None and sys.getfilesystemencoding() != "utf-8":  # the names in a tree are UTF-8 in every locale
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
@@ -128,7 +128,7 @@ def _run(given: list[str]) -> int:
 
 
 def verb(word: str) -> Verb:
-    """The verb ``word``."""
+    """The verb that is called ``word``, which must be one of ``VERBS``; imports its module."""
     module = __import__(f"snapfs.cli.{VERBS[word][0]}", fromlist=["VERBS"])
     found: Verb = module.VERBS[word]
     return found

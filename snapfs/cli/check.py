@@ -17,23 +17,23 @@ def _check(given: Given) -> int:
     from snapfs.offline.rebuilding import rebuild
 
     root = given_root(given.arguments[0])
-    shown = Progress()
-    findings = check(root, repair=given.has("repair"), accept=given.all("accept"), progress=shown.show)
+    progress = Progress()
+    findings = check(root, repair=given.has("repair"), accept=given.all("accept"), progress=progress.show)
     left: Counter[Problem] = Counter()
     mended = 0
-    for finding in chain(rebuild(root, progress=shown.show), findings) if given.has("rebuild") else findings:
-        shown.clear()
+    for finding in chain(rebuild(root, progress=progress.show), findings) if given.has("rebuild") else findings:
+        progress.clear()
         mended += bool(finding.mended)
         if given.has("json"):
-            said = {"problem": finding.problem, "text": finding.text, "remedy": finding.remedy, "mended": finding.mended}
-            print(json.dumps(said, ensure_ascii=False))
+            shown = {"problem": finding.problem, "text": finding.text, "remedy": finding.remedy, "mended": finding.mended}
+            print(json.dumps(shown, ensure_ascii=False))
         else:
             print(f"{finding.problem}: {finding.text}")
             what = f"  mended: {finding.mended}" if finding.mended else f"  to do: {finding.remedy}"
             print(f"{what}\n" * bool(finding.mended or finding.remedy), end="")
         if finding.problem is not Problem.NOTE and not finding.mended:
             left[finding.problem] += 1
-    shown.clear()
+    progress.clear()
     if given.has("json"):
         return 1 if left else 0
     words = ", ".join(f"{count} {problem}" for problem in Problem if (count := left[problem])) or "nothing is wrong"

@@ -10,7 +10,8 @@ from snapfs.cli.refusal import NOT_FOUND, TAKEN, Refusal, missing
 
 
 def commit(place: Place, key: str, name: str, parent: str | None = None) -> str:
-    """Commit active ``key`` as ``name``; its directory.  Raises Refusal."""
+    """Commit the active snapshot ``key`` as ``name``, onto ``parent`` if that is given; returns the directory of ``name`` in
+    the tree.  Raises Refusal."""
     target = place.made_at("committed", name, parent)
     try:
         place.do(f'commit "{key}"', os.rename, place.directory("active", key), target)

@@ -1,4 +1,4 @@
-"""``snapfs completion``: scripts for bash, zsh and fish.  All ask ``snapfs _complete WORD…``, which knows the snapshots."""
+"""``snapfs completion``: scripts for bash, zsh and fish.  All call ``snapfs _complete WORD…``, which knows the snapshots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
     "USER": _users,
     "GROUP": _groups,
 }
-"""What completes the value of an option, by its metavar."""
+"""The values that an option can have, by its metavar."""
 
 SCRIPTS = {
     "bash": r"""
@@ -80,18 +80,19 @@ def _completion(given: Given) -> int:
 
 
 def complete(words: Sequence[str]) -> int:
-    """Print what the last of ``words`` may become, one a line; nothing where only the shell knows (a path)."""
+    """Print the words that the last of ``words`` can be completed to, one a line; none where the shell has to complete a path.
+    Returns the exit status."""
     try:
         for each in candidates(list(words) or [""]):
             if each.startswith(words[-1] if words else "") and "\n" not in each:
                 print(each)
-    except Exception:  # a shell that completes is no place for words
+    except Exception:  # a shell that completes must not show error messages
         return 1
     return 0
 
 
 def candidates(words: list[str]) -> list[str]:
-    """What may stand where the last of ``words`` is."""
+    """The words that may stand in the place of the last of ``words``."""
     *before, last = words
     if not before:
         return [*ALL, "--help", "--version"]
@@ -115,7 +116,7 @@ def candidates(words: list[str]) -> list[str]:
 
 
 def _in_list(text: str) -> list[str]:
-    """What the comma-separated list of mount options may become."""
+    """The lists that ``text``, the beginning of a comma-separated list of mount options, can be completed to."""
     import re
 
     from snapfs.cli.serve import MOUNT_OPTIONS

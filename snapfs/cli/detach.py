@@ -1,4 +1,5 @@
-"""Serving in the background: whoever started it returns when the tree is mounted, as mount(8) wants it, or with the refusal."""
+"""Serving in the background: the process that was started returns when the tree is mounted, as mount(8) wants it, or when it is
+refused."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import sys
 
 
 class Detached:
-    """Forks when it is made, before there are threads: the child goes on and serves, the parent waits for word from it."""
+    """Two processes, from when it is made: the child goes on and serves, the parent waits until the child is ready.  Make it
+    before there are threads."""
 
     def __init__(self, root: str, mountpoint: str) -> None:
         self._what = f"{root} on {mountpoint}"
@@ -20,18 +22,19 @@ class Detached:
             os.setsid()
 
     def wait_in_parent(self) -> int | None:
-        """In the parent the exit status, once it is known; None in the child."""
+        """In the parent: wait until the child is ready, or has ended, and return the exit status.  In the child: None, at
+        once."""
         if self._child == 0:
             return None
         os.close(self._writes)
         with open(self._reads, "rb") as word:
             if word.read():
                 return 0
-        _, status = os.waitpid(self._child, 0)  # it has said why on standard error
+        _, status = os.waitpid(self._child, 0)  # the child has written the reason to standard error
         return os.waitstatus_to_exitcode(status) or 1
 
     def ready(self) -> None:
-        """Let the parent return, and let go of its terminal."""
+        """In the child: let the parent return, and leave its terminal."""
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(nothing, descriptor)

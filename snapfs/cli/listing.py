@@ -70,7 +70,7 @@ def rows(place: Place) -> list[Row]:
 
 
 def children_first(wanted: Iterable[Row]) -> list[Row]:
-    """``wanted`` in an order in which each can be removed."""
+    """``wanted`` in an order in which they can be removed: children before their parents."""
     chosen = {row.name: row for row in wanted}
     depth: dict[str, int] = {}
     for start in chosen.values():

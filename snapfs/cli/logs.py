@@ -1,4 +1,4 @@
-"""Where the daemon's words go: the journal, if standard error leads there; else standard error, and syslog once detached.
+"""Where the daemon logs to: the journal, if standard error leads there; else standard error, and syslog(3) once detached.
 
 Sources: systemd's "Native Journal Protocol" and systemd.journal-fields(7); sd-daemon(3) for ``<3>`` before a line;
 systemd.exec(5) for $JOURNAL_STREAM.
@@ -14,14 +14,19 @@ import syslog
 
 JOURNAL = "/run/systemd/journal/socket"
 
-_detached = False
+_detached = False  # of this process
 
-_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+_PRIORITIES = (
+    (logging.CRITICAL, syslog.LOG_CRIT),
+    (logging.ERROR, syslog.LOG_ERR),
+    (logging.WARNING, syslog.LOG_WARNING),
+    (logging.INFO, syslog.LOG_INFO),
+)
 
 
 def priority(level: int) -> int:
     """syslog(3)'s number for a level of logging."""
-    return next((number for least, number in _PRIORITIES if level >= least), 7)
+    return next((number for least, number in _PRIORITIES if level >= least), syslog.LOG_DEBUG)
 
 
 def is_journal() -> bool:
@@ -47,8 +52,10 @@ class _Syslog(logging.Handler):
 
 
 class _Journal(logging.Handler):
-    """Each record is one entry, whatever lines it has, with the ``fields`` that it brings.  Warnings and worse go to
-    ``instead`` where the journal does not take them; it is never waited for."""
+    """Writes each record to the journal as one entry, however many lines it has, with the ``fields`` that the record has.
+
+    Never waits for the journal: where it takes no entry, warnings and worse go to ``instead``.
+    """
 
     def __init__(self, instead: logging.Handler) -> None:
         super().__init__()
@@ -78,7 +85,7 @@ class _Journal(logging.Handler):
 
 
 def set_up() -> None:
-    """Warnings and worse to standard error; to the journal also what was refused."""
+    """Have warnings and worse logged to standard error; where that leads to the journal, also refusals (INFO)."""
     stream = logging.StreamHandler()
     journal = is_journal()
     stream.setFormatter(_Stream("%(message)s") if journal else logging.Formatter("snapfs: %(message)s"))
@@ -87,7 +94,7 @@ def set_up() -> None:
 
 
 def detach() -> None:
-    """From now on to the journal, or syslog where there is none: nobody reads standard error any more."""
+    """Log to the journal from now on, or to syslog where there is none: standard error leads nowhere any more."""
     syslog.openlog("snapfs", syslog.LOG_PID, syslog.LOG_DAEMON)
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -99,12 +106,13 @@ def detach() -> None:
 
 
 def is_detached() -> bool:
-    """Whether nobody reads standard error any more."""
+    """Whether ``detach`` was called: standard error leads nowhere any more."""
     return _detached
 
 
 def say(line: str, level: int = logging.INFO) -> None:
-    """A line that is no complaint, unless ``level`` says so; once detached to syslog, from which the journal has it too."""
+    """Write a line to standard error, also one that is no complaint (INFO); once detached, to syslog, whose lines the journal
+    has too."""
     if _detached:
         _Syslog().emit(logging.makeLogRecord({"msg": line, "levelno": level}))
         return

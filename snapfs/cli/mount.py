@@ -55,7 +55,8 @@ def _mount(given: Given) -> int:
 
 
 def _bind(source: str, target: str) -> bool:
-    """Show on ``target`` what is mounted on ``source``, if it still is: two overlays must not write to one layer."""
+    """Bind the mount at ``source`` to ``target``; False where nothing is mounted at ``source`` any more.  A second overlay must
+    not write to the same layer."""
     from snapfs.kernel import mounting
     from snapfs.kernel.mounttable import mount_table
 
@@ -75,7 +76,7 @@ def _plain(path: str) -> str:
 
 
 def _is_ours(mount: MountPoint) -> bool:
-    """Whether it is a tree, or shows a snapshot's layers."""
+    """Whether ``mount`` is a tree of snapfs, or shows layers of a snapshot."""
     layers = [mount.root] if mount.type != "overlay" else [each for each in mount.super_options if "dir" in each]
     return mount.type == "fuse.snapfs" or any(re.search(r"(?:^|[=:/])[1-9][0-9]*/fs(?=[/:]|\Z)", each) for each in layers)
 

@@ -1,4 +1,4 @@
-"""What systemd wants to be told by a unit of Type=notify: sd_notify(3), a datagram to $NOTIFY_SOCKET."""
+"""Telling systemd how a unit of Type=notify is getting on: sd_notify(3), a datagram to $NOTIFY_SOCKET."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 
 
 def notify(state: str) -> None:
-    """Tell systemd ``state`` (``READY=1``, lines of assignments); nothing where nobody wants to know."""
+    """Tell systemd ``state`` (``READY=1``, lines of assignments); does nothing where systemd has not asked for it."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return

@@ -18,17 +18,17 @@ _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 
 
 class Place:
-    """A mounted tree.  Each call is what a shell could do."""
+    """A mounted tree at ``path``.  The methods do nothing that a shell could not do there."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def directory(self, kind: str, key: str) -> str:
-        """Where snapshot ``key`` of ``kind`` is or would be."""
+        """The path in the tree at which snapshot ``key`` of ``kind`` is, or would be."""
         return f"{self.path}/{kind}/{file_name(key)}"
 
     def made_at(self, kind: str, key: str, parent: str | None) -> str:
-        """Where a snapshot is made on ``parent``."""
+        """The path at which mkdir, or mv, makes the snapshot ``key`` of ``kind`` on ``parent``."""
         return (
             f"{self.path}/{kind}/{file_name(key)}"
             if parent is None
@@ -48,8 +48,8 @@ class Place:
         return None
 
     def key(self, word: str) -> str:
-        """The key that ``word`` means: the key itself, or the path of a snapshot, from the root of the tree or from where the
-        command was called.  A snapshot whose key looks like a path is meant before the one that is there."""
+        """The key that the user means by ``word``: the key itself, or the path of a snapshot, from the root of the tree or from
+        the working directory.  Where there is a snapshot whose key is ``word``, it is meant, and not the one at that path."""
         found = self._at(word) if "/" in word else None
         if found is None:
             return word
@@ -71,8 +71,8 @@ class Place:
         return None
 
     def new_key(self, word: str, kind: str) -> str:
-        """The key that ``word`` means for a snapshot of ``kind`` that is to be made: the key itself, or the path where it will
-        be, likewise."""
+        """The key that the user means by ``word`` for a snapshot of ``kind`` that is to be made: the key itself, or the path
+        where the snapshot will be, as in ``key``."""
         tree = os.path.realpath(self.path)
         directory, name = os.path.split(word.rstrip("/"))
         if name and (directory == kind or (directory and os.path.realpath(directory) == f"{tree}/{kind}")):
@@ -89,7 +89,8 @@ class Place:
         return kind, self.directory(kind, key)
 
     def do(self, what: str, call: Callable[..., object], *arguments: object) -> None:
-        """``call`` with ``arguments``; raises Refusal with the tree's own words where it is refused."""
+        """Call ``call`` with ``arguments``; where it raises OSError, raises Refusal with the sentence that the tree has logged
+        for that.  ``what`` is what was being done, in words that go on from "cannot "."""
         began = time.time_ns()
         try:
             call(*arguments)
@@ -106,7 +107,7 @@ class Place:
             raise refusal(error, self.path, began, f"cannot read {path}") from None
 
     def wrong_parent(self, parent: str) -> Refusal:
-        """Why nothing can stand on ``parent``, which is not found among the committed snapshots."""
+        """The refusal that says why no snapshot can stand on ``parent``, which is not among the committed snapshots."""
         there = self.kind_of(parent)
         why = f'"{parent}" is {there}: only a committed snapshot can be a parent' if there else ""
         lost = f'parent snapshot "{parent}" does not exist in {self.path}; snapfs ls --kind committed lists all'
@@ -167,8 +168,11 @@ def unquoted(text: str) -> str:
 
 
 def find_tree(at: str | None, *, changes: bool = False) -> Place:
-    """The tree that ``at`` or $SNAPFS names, or that the working directory is in, or else the only one that is mounted; raises
-    Refusal.  Somebody at a terminal who has something changed in the only one, and stands elsewhere, is told which it is."""
+    """The tree that ``at`` or $SNAPFS names, or that the working directory is in, or else the only one that is mounted.
+
+    ``changes``: the verb changes something; where it is the only tree that is meant, and a user is at the terminal, a line says
+    which tree that is.  Raises Refusal.
+    """
     for given, what in ((at, "--at"), (os.environ.get("SNAPFS"), "$SNAPFS")):
         if given:
             path = _above(os.path.abspath(given))
@@ -206,7 +210,7 @@ def _above(path: str) -> str | None:
 
 
 def given_root(path: str) -> str:
-    """``path``, which is to be a root; raises Refusal where it is none, such as the mounted tree of one."""
+    """``path``, which a user has given as a root; raises Refusal where it can't be one: it is the mounted tree of one, say."""
     if os.path.realpath(path) in mounted_trees():
         raise Refusal(f"{path} is where a tree is mounted, not its root: findmnt -no SOURCE {path} says which that is", USAGE)
     if not any(os.path.lexists(f"{path}/{each}") for each in ("lock", "snapshots", "metadata.mdb")):

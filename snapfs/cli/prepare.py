@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def read_labels(items: Sequence[str]) -> list[tuple[str, str]]:
-    """``key=value`` of the command line; raises Refusal."""
+    """The labels that the command line gives as ``key=value``, as pairs; raises Refusal."""
     found = []
     for item in items:
         key, equals, value = item.partition("=")
@@ -27,7 +27,7 @@ def read_labels(items: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def make(place: Place, kind: str, key: str, parent: str | None, labels: Sequence[tuple[str, str]] = ()) -> str:
-    """Make a snapshot with these labels, or nothing; its directory.  Raises Refusal."""
+    """Make a snapshot with these labels; returns its directory in the tree.  Raises Refusal, and no snapshot is left."""
     directory = place.directory(kind, key)
     try:
         place.do(f'make "{key}"', os.mkdir, place.made_at(kind, key, parent))

@@ -1,4 +1,4 @@
-"""How far something is that takes long, in one line on standard error, if that is a terminal."""
+"""How far a long piece of work has got, in one line on standard error, if that is a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EVERY = 0.05  # seconds between two pictures
 
 
 class Progress:
-    """One line, which is overwritten and at the end wiped out."""
+    """The line, which each ``show`` overwrites and ``clear`` wipes out."""
 
     def __init__(self) -> None:
         self._on = sys.stderr.isatty()
@@ -18,7 +18,7 @@ class Progress:
         self._shown = 0.0
 
     def show(self, what: str, done: int, total: int) -> None:
-        """Say that ``what`` is at hand after ``done`` of ``total``."""
+        """Show that ``done`` of ``total`` are done, and that ``what`` (in words) is being done now."""
         now = time.monotonic()
         if self._on and now - self._shown >= EVERY:
             self._shown = now
@@ -28,7 +28,7 @@ class Progress:
             self._width = len(line)
 
     def clear(self) -> None:
-        """Make room for something else."""
+        """Wipe the line out, so that other output can follow."""
         if self._width:
             print(f"\r{'':<{self._width}}\r", end="", file=sys.stderr, flush=True)
             self._width, self._shown = 0, 0.0

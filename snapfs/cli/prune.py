@@ -25,7 +25,7 @@ def seconds(text: str) -> float | None:
 
 
 def choose(everything: list[Row], given: Given, now: float) -> tuple[list[Row], list[tuple[Row, str]]]:
-    """What is to go, in an order in which it can; and what was asked for and stays, with the reason."""
+    """The snapshots to remove, children first; and those that were asked for and stay, each with the reason."""
     age = given.value("older-than")
     limit = seconds(age) if age is not None else 0.0
     if limit is None:

@@ -24,7 +24,7 @@ _TAIL = 65536  # bytes of error_log that are searched
 
 
 class Refusal(Exception):
-    """It was not done: ``str`` is the sentence, ``status`` the exit status."""
+    """The command was not carried out: ``str`` is the sentence that says why, ``status`` the exit status."""
 
     def __init__(self, sentence: str, status: int = FAILED) -> None:
         super().__init__(sentence)
@@ -32,13 +32,14 @@ class Refusal(Exception):
 
 
 def missing(key: str, tree: str) -> Refusal:
-    """There is no snapshot ``key`` in the tree at ``tree``."""
+    """The refusal that says that there is no snapshot ``key`` in the tree at ``tree``."""
     return Refusal(f'snapshot "{key}" does not exist in {tree}; snapfs ls lists all', NOT_FOUND)
 
 
 def refusal(error: OSError, tree: str, began: int, otherwise: str) -> Refusal:
-    """What the tree at ``tree`` said of the call that failed with ``error`` and was begun at ``began`` (ns since the epoch);
-    where it said nothing, because the kernel refused by itself, ``otherwise`` and the kernel's words."""
+    """The refusal with the sentence that the tree at ``tree`` has logged for a call that failed with ``error`` and was begun at
+    ``began`` (ns since the epoch).  Where it has logged none, since the kernel itself refused: ``otherwise``, and the kernel's
+    words."""
     number = error.errno or 0
     status = _STATUS.get(number, FAILED)
     if status == NO_TREE:

@@ -15,7 +15,7 @@ from snapfs.cli.refusal import NOT_FOUND, Refusal, missing
 
 
 def remove(place: Place, wanted: Sequence[Row]) -> tuple[list[Row], list[Refusal]]:
-    """Remove ``wanted``, which stand in an order in which they can be; those removed, and what was refused."""
+    """Remove ``wanted``, in this order; returns those that were removed, and the refusals."""
     removed, refused = [], []
     progress = Progress()
     try:

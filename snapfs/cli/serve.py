@@ -59,7 +59,7 @@ _IGNORED = frozenset(
 
 def _serve(given: Given) -> int:
     """Serve; returns 0 when it was ended cleanly."""
-    import logging  # who asks for help, or completes, waits for none of these
+    import logging  # --help and completion need none of these, and wait for none
     import signal
 
     import trio
@@ -148,13 +148,14 @@ def _serve(given: Given) -> int:
         return 1
     try:
         logs.say(f"ended: {reason}")
-    except BrokenPipeError:  # who waited for it to be ready may not read any more
+    except BrokenPipeError:  # the process that waited for the tree may not read any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # or the interpreter's end would try to write it again
     return 0
 
 
 def _containerd(path: str) -> dict[str, Any]:
-    """What ``serve`` takes for serving containerd beside the tree."""
+    """The arguments of ``fuse.serve.serve`` for serving containerd beside the tree, on the socket ``path``.  Raises Unavailable
+    where gRPC is not installed."""
     try:
         from snapfs.containerd.server import serving
     except ImportError as error:

@@ -22,7 +22,7 @@ def coloured(text: str, colour: str) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, without what a terminal would obey."""
+    """``text`` on one line, without characters that a terminal would obey."""
     if text.isascii() and text.isprintable():
         return text
     from snapfs import names
@@ -43,7 +43,7 @@ def show_table(heads: Sequence[str], lines: Sequence[Sequence[str]], right_align
 
 
 def format_size(size: int) -> str:
-    """Bytes as ls -h says them: ``3.4M``."""
+    """``size`` bytes as ls -h shows them: ``3.4M``."""
     if size < 1024:
         return f"{size}B"
     amount = float(size)
@@ -55,7 +55,7 @@ def format_size(size: int) -> str:
 
 
 def format_age(since: float) -> str:
-    """Seconds since the epoch as an age: ``5m``, ``3h``, ``12d``."""
+    """The time from ``since`` (seconds since the epoch) until now: ``5m``, ``3h``, ``12d``."""
     seconds = max(0, int(time.time() - since))
     for length, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= length:

@@ -67,7 +67,7 @@ class Workspace:
         self.names = {row.name: row for row in rows(self.place)}
 
     def _prepare(self, parent: str | None, labels: dict[str, str]) -> None:
-        """Have a new active snapshot on ``parent`` under the key NEW."""
+        """Make a new active snapshot on ``parent`` under the key NEW, in the place of any that is there."""
         if self.place.kind_of(NEW + self.key):
             left = self.place.directory("active", NEW + self.key)
             self.place.write_label(left, PIN, "")
@@ -83,7 +83,10 @@ class Workspace:
         self._take_place()
 
     def checkpoint(self, message: str, *, fork: str | None = None, wait: bool = False) -> str:
-        """Commit the state, and go on on top of it (with ``fork``, in two places): the name of the checkpoint."""
+        """Commit the state, and make the workspace anew on top of it; returns the name of the checkpoint.
+
+        ``fork``: the key of a second active snapshot to make on it.  ``wait``: return when the checkpoint is on disk.
+        """
         number = max(self.checkpoints, default=0) + 1
         while f"{self.key}@{number}" in self.names:
             number += 1

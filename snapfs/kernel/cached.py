@@ -1,4 +1,4 @@
-"""What the kernel knows without asking the disk (openat2(2) with RESOLVE_CACHED, from Linux 5.12 on)."""
+"""Looking directories up in the kernel's memory, without the disk (openat2(2) with RESOLVE_CACHED, from Linux 5.12 on)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,16 @@ _how_address, _how_size = ctypes.byref(_how), ctypes.c_size_t(ctypes.sizeof(_how
 
 
 def open_directory(fd: int, path: str) -> int:
-    """A descriptor (O_PATH) of the directory ``path``, below the one open as ``fd`` and by way of no link.
+    """A descriptor (O_PATH) of the directory ``path``, relative to the one open as ``fd`` and by way of no link.
 
-    Raises OSError, also where finding it would take the disk (EAGAIN) or a newer kernel (ENOSYS, EINVAL).
+    Raises OSError: EAGAIN where the kernel would have to read the disk, ENOSYS or EINVAL where it is too old.
     """
     return libc.call("syscall", _OPENAT2, fd, os.fsencode(path), _how_address, _how_size)
 
 
 def is_directory(fd: int, path: str) -> bool:
-    """Whether ``path``, below the directory open as ``fd`` and by way of no link, is known to be a directory.
-
-    False where it is none, and where finding out would take the disk or a newer kernel.
-    """
+    """Whether the kernel knows, without the disk, that ``path`` is a directory: relative to the one open as ``fd``, and by way
+    of no link.  False where it is none, and where it can't be told so."""
     try:
         os.close(open_directory(fd, path))
     except OSError:

@@ -8,7 +8,7 @@ import os
 from snapfs.kernel import cached, libc
 
 _AT_EMPTY_PATH = 0x1000
-_AT_HANDLE_FID = 0x200  # an identifier, which file systems give that open nothing by it; from Linux 6.5 on
+_AT_HANDLE_FID = 0x200  # an identifier, also from file systems that open no file by its handle; from Linux 6.5 on
 _MOST = 128  # bytes of a handle: MAX_HANDLE_SZ
 
 
@@ -31,10 +31,10 @@ def has_upper(overlay: int, upper: str) -> bool:
 
 
 def open_elsewhere(pid: int, path: str) -> int:
-    """A descriptor (O_PATH) of the directory ``path``, absolute, as process ``pid`` has it.
+    """A descriptor (O_PATH) of the directory ``path``, an absolute path in the mount namespace and root of process ``pid``.
 
-    Nothing but what the kernel has in memory is asked, and no link is followed: the path may lead over a server that does not
-    answer, or through a tree of our own.  Raises OSError.
+    The kernel looks into its memory alone, and follows no link: the path may lead over a server that does not answer, or
+    through a tree of our own.  Raises OSError.
     """
     root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -1,8 +1,8 @@
 """Whether an overlay has a directory as its upper layer, in whatever mount namespace, attached or not: the kernel knows.
 
-overlayfs marks the upper directory of each overlay for as long as that one lives, and refuses to mount another that has the
-directory among its layers, if that one has ``index=on``.  So such a mount is tried; it comes to nothing either way, and leaves
-nothing behind.  A bind is no overlay, and is not seen.
+overlayfs marks the upper directory of each overlay for as long as the overlay lives, and refuses to mount a second overlay that
+has the directory among its layers, if the second has ``index=on``.  So this module tries such a mount, which mounts nothing
+either way and leaves nothing behind.  A bind is no overlay, and is not noticed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from snapfs.kernel import mountapi
 from snapfs.kernel.spare import Spare
 
 _FREE = (0, errno.ESTALE, errno.EINVAL)
-"""What a trial is answered for a directory that no overlay has."""
+"""How the kernel answers the trial for a directory that no overlay has as its upper layer."""
 
 
 class UpperLayers:
-    """The directories that overlays have as upper layers; made by ``choose``.  Threads may share one.  ``close`` it."""
+    """Asks the kernel which directories overlays have as upper layers.  Made by ``choose``.  Threads may share one; ``close``
+    it."""
 
     def __init__(self, ask: Callable[[str, str], None] | None, own: int = -1) -> None:
         self._ask = ask
@@ -31,8 +32,11 @@ class UpperLayers:
 
     @classmethod
     def choose(cls, directory: str, mounted: Callable[[], int]) -> UpperLayers:
-        """The one that is right here: of ``directory``, which is the upper layer of an overlay as long as the descriptor that
-        ``mounted`` gives is open, and of no other."""
+        """One that asks in the way that works on this kernel and with these privileges, or else in none (``works``).
+
+        It is tried on ``directory``: ``mounted`` mounts an overlay that has the directory as its upper layer, and returns a
+        descriptor; closing that unmounts the overlay.
+        """
         try:
             own = _private_tmpfs()
         except OSError:
@@ -57,6 +61,7 @@ class UpperLayers:
         return self._ask is not None
 
     def close(self) -> None:
+        """Close all descriptors; from now on ``works`` is False."""
         if self._own >= 0:
             os.close(self._own)
         self._own, self._ask = -1, None
@@ -65,7 +70,7 @@ class UpperLayers:
     def in_use(self, directory: str) -> bool:
         """Whether an overlay has ``directory`` as its upper layer; False where the kernel can't be asked.
 
-        Raises OSError where it does not answer that.
+        Raises OSError where the kernel fails to answer.
         """
         with self._lock:
             ask = self._ask
@@ -86,9 +91,10 @@ class UpperLayers:
 
 
 def _as_lower(own: str, directory: str) -> None:
-    """Try an overlay that has ``directory`` as a lower layer and all else in a file system of ours: nothing of it changes.
+    """Try an overlay that has ``directory`` as a lower layer, which it can't change, and all other layers in a file system of
+    ours, open as ``own``.  Raises OSError.
 
-    The constant empty layer must be the first: it is of that layer that the kernel notes the origin.
+    Our empty layer must be the first lower one: it is of that one that the kernel notes the origin.
     """
     with _context() as context:
         mountapi.set_string(context, "lowerdir", f"{own}/empty:{directory}")
@@ -99,10 +105,10 @@ def _as_lower(own: str, directory: str) -> None:
 
 
 def _as_both(own: str, directory: str) -> None:
-    """Try one that has ``directory`` as upper layer and working directory, which the kernel refuses once it has looked at the
-    mark.
+    """Try an overlay that has ``directory`` as its upper layer and as its work directory, which the kernel refuses, after it
+    has looked at the mark.  Raises OSError, always.
 
-    This is for user namespaces, where the other way sees nothing.  The kernel logs a line.
+    This is for user namespaces, where ``_as_lower`` does not notice the mark.  The kernel logs a line.
     """
     with _context() as context:
         mountapi.set_string(context, "lowerdir", f"{own}/empty")
@@ -122,7 +128,7 @@ def _context() -> Iterator[int]:
 
 
 def _private_tmpfs() -> int:
-    """A descriptor of a file system in memory that is attached nowhere, with the directories that the trials take."""
+    """A descriptor of a file system in memory that is attached nowhere, with the directories that the trials need."""
     context = mountapi.fsopen("tmpfs")
     try:
         mountapi.create(context)

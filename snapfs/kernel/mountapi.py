@@ -103,11 +103,11 @@ def fsmount(context: int, attributes: int = 0) -> int:
 
 
 def takes_value(context: int, key: str) -> bool:
-    """Whether the fresh ``context`` knows a parameter ``key`` that takes a value.  Nothing is set by asking.
+    """Whether the file system of the fresh ``context`` has a parameter ``key`` that takes a value.  Nothing is set.
 
-    Asked by giving it none.  A file system that has the parameter calls that a bad value, one that lacks it an unknown
-    parameter.  One that keeps to mount(2)'s option string inside the kernel (overlayfs before 6.5) takes whatever comes and
-    would refuse it only in ``create``, with a bare EINVAL: such a context is of no more use after this.
+    Tried by setting the parameter without a value.  A file system that has the parameter calls that a bad value, one that lacks
+    it an unknown parameter.  A file system that reads mount(2)'s option string inside the kernel (overlayfs before 6.5) accepts
+    everything here, and would refuse it only in ``create``, with a bare EINVAL: such a context is of no more use after this.
     """
     try:
         set_flag(context, key)
@@ -119,8 +119,8 @@ def takes_value(context: int, key: str) -> bool:
 
 
 def open_tree(path: str, *, recursive: bool = False) -> int:
-    """A descriptor of a detached copy of the mount at ``path``, as a bind mount would be, with those below it if
-    ``recursive``.  Closing it drops the copy."""
+    """A descriptor of a detached copy of the mount at ``path``, as a bind mount would be, with the mounts below if
+    ``recursive``.  Closing the descriptor drops the copy."""
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
     return libc.call("syscall", _SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
 
@@ -132,8 +132,8 @@ def copy_tree(tree: int) -> int:
 
 
 def mount_setattr(tree: int, attributes: int, *, clear: int = 0, recursive: bool = False, namespace: int = 0) -> None:
-    """Set MOUNT_ATTR_* on the mount ``tree`` and ``clear`` others, with those below it if ``recursive``; ``namespace`` is the
-    descriptor of the user namespace that MOUNT_ATTR_IDMAP needs."""
+    """Set MOUNT_ATTR_* on the mount ``tree`` and ``clear`` others, and on the mounts below if ``recursive``; ``namespace`` is
+    the descriptor of the user namespace that MOUNT_ATTR_IDMAP needs."""
     wanted = _MountAttr(attr_set=attributes, attr_clr=clear, userns_fd=namespace)
     flags = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
     size = ctypes.c_size_t(ctypes.sizeof(wanted))
@@ -155,11 +155,11 @@ def _fsconfig(context: int, command: int, key: str | None = None, value: str | N
 
 def _explained(error: OSError, context: int) -> OSError:
     """``error`` with the errors in the context's message log as its text, if there are any; empties the log."""
-    said = []
+    messages = []
     try:
         while message := os.read(context, _MESSAGE_MAX):  # "e overlay: too many lower directories, limit is 500\n"
             if message.startswith(b"e "):
-                said.append(os.fsdecode(message[2:]).rstrip("\n"))
+                messages.append(os.fsdecode(message[2:]).rstrip("\n"))
     except OSError:  # ENODATA: no more
         pass
-    return OSError(error.errno, "; ".join(said) or error.strerror)
+    return OSError(error.errno, "; ".join(messages) or error.strerror)

@@ -25,8 +25,8 @@ _KEPT_FLAGS = 2 | 4 | 8 | 1024 | 2048  # nosuid, nodev, noexec, noatime, nodirat
 _OVERLAYFS_MAGIC = 0x794C7630
 
 NO_MOUNT_API = (errno.ENOSYS, errno.EPERM)
-"""How a kernel without the mount API answers, or a container runtime's filter that doesn't know it.  EPERM may mean what it
-says too; then mount(2) is not permitted either and says so."""
+"""The errors of a kernel without the mount API, or of a container runtime's filter that doesn't know it.  EPERM may also mean
+that mounting is not permitted; then mount(2) fails with it, too."""
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
@@ -78,8 +78,8 @@ def attach(tree: int, target: str) -> None:
 
 
 def mount_bind_classic(source: str, target: str, *, read_only: bool) -> None:
-    """``mount_bind`` by mount(2), which makes a bind read-only in a second step, and not what is below it: so with
-    ``read_only`` what is mounted below ``source`` stays away, and ``target`` is writable for an instant."""
+    """``mount_bind`` by mount(2), which makes a bind read-only in a second step, and not the mounts below it: so with
+    ``read_only`` the mounts below ``source`` are left out, and ``target`` is writable for an instant."""
     mount(source, target, "", _MS_BIND | (0 if read_only else _MS_REC))
     if read_only:
         try:
@@ -90,15 +90,15 @@ def mount_bind_classic(source: str, target: str, *, read_only: bool) -> None:
 
 
 def make_read_only(target: str) -> None:
-    """Let nobody write any more through the mount at ``target``, also who is inside already.  Raises OSError: EBUSY while a
-    file is open for writing."""
+    """Let no process write any more through the mount at ``target``, not even one that works in there.  Raises OSError: EBUSY
+    while a file is open for writing."""
     kept = os.statvfs(target).f_flag & _KEPT_FLAGS  # a remount drops what it isn't told, or may not (EPERM)
     mount("", target, "", _MS_REMOUNT | _MS_BIND | MS_RDONLY | kept)
 
 
 def make_file_system_read_only(tree: int) -> None:
-    """Let nobody write any more into the file system of the mount ``tree``, through whatever mount of it, also who is inside
-    already.  An overlay is written to the disk first.  Raises OSError: EBUSY while a file of it is open for writing."""
+    """Let no process write any more into the file system of the mount ``tree``, through any mount of it, not even one that
+    works in there.  The kernel flushes an overlay first.  Raises OSError: EBUSY while a file of it is open for writing."""
     context = mountapi.fspick(tree)
     try:
         mountapi.set_flag(context, "ro")
@@ -119,13 +119,13 @@ def detached_copy(target: str) -> int | None:
     """A descriptor of a detached copy of the mount at ``target``, None where none can be had (a kernel before 5.2, no
     descriptors left).
 
-    The last unmount of an overlay flushes the whole file system that holds its upper directory, which may take minutes.  With
-    a copy that is not the umount2(2) of ``target``, which is then done at once, but the close(2) of the copy: it returns when
-    all is flushed and does not tell its errors.  Neither does it count as use of ``target`` (but making it does), nor does
-    the mount table show it.
+    The last unmount of an overlay flushes the whole file system that holds its upper directory, which may take minutes.  Where
+    there is a copy, the umount2(2) of ``target`` is done at once, and the close(2) of the copy flushes: it returns when all is
+    flushed, and does not report errors.  A copy does not count as use of ``target`` (but making one does), and the mount table
+    does not show it.
 
     Until the copy is closed the overlay holds its upper and work directory: another overlay on them is EBUSY with
-    ``index=on``, and with ``index=off`` a warning in the kernel's log (harmless here: nobody is left to use the first).
+    ``index=on``, and with ``index=off`` a warning in the kernel's log (harmless here: no process uses the first any more).
     """
     try:
         return mountapi.open_tree(target)
@@ -146,10 +146,10 @@ def device(path: str) -> str:
 
 
 def unmount_unused(target: str) -> bool:
-    """Unmount ``target`` if nobody has used it, or so much as looked at it, since the last call: True.  Otherwise False, and
-    it is marked for the next call; EBUSY, an OSError, while it is in use or anything is mounted below it.
+    """Unmount ``target`` if no process has used it, or so much as looked at it, since the last call; True then.
 
-    The unmount takes its time unless there is a copy (``detached_copy``).
+    Otherwise False, and the kernel marks the mount for the next call.  Raises OSError: EBUSY while the mount is in use, or
+    anything is mounted below it.  The unmount may take minutes unless there is a copy (``detached_copy``).
     """
     try:
         unmount(target, MNT_EXPIRE | UMOUNT_NOFOLLOW)
@@ -182,8 +182,8 @@ def kernel_version() -> tuple[int, int]:
 
 
 def maps_ids(directory: str) -> bool:
-    """Whether overlay mounts over ``directory`` can have idmapped layers: tried, since it depends on kernel (5.19 for
-    overlayfs), file system and privileges alike.  Takes some milliseconds and a short-lived process."""
+    """Whether overlays can have idmapped layers in ``directory``.  This is tried, since it depends on kernel (5.19 for
+    overlayfs), file system and privileges alike; it takes some milliseconds and a short-lived process."""
     if kernel_version() < (5, 19):
         return False
     holder = subprocess.Popen(

@@ -16,7 +16,7 @@ _MOUNTINFO = Path("/proc/self/mountinfo")
 class MountPoint:
     """One line of the table.  ``root`` is the mounted directory as a path inside its file system; ``device`` is
     ``major:minor``; ``options`` are those of the mount, ``super_options`` those of the file system.  ``group`` is the peer
-    group in which it shares what is mounted below it, ``master`` the one from which it receives that; 0 for none.
+    group with which it shares the mounts below it, ``master`` the group from which it receives such mounts; 0 for none.
     ``unique`` is an id that is never used again, 0 where the kernel tells none.
     """
 
@@ -44,7 +44,7 @@ def mount_table() -> Iterator[MountPoint]:
 
 
 def mount_id(path: str) -> int:
-    """The id, as in the table, of the mount that ``path`` is on: at a mountpoint, of what is mounted there.  Links are not
+    """The id, as in the table, of the mount that ``path`` is on; of a mountpoint, that of the mount on it.  Links are not
     followed.  Raises OSError."""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -55,7 +55,7 @@ def mount_id(path: str) -> int:
 
 
 def parse(line: str) -> MountPoint:
-    """One line of the table."""
+    """The mount that one line of the table describes."""
     fields, _, rest = line.partition(" - ")
     number, _parent, device, root, target, options, *tags = fields.split(" ")
     propagation = dict(tag.partition(":")[::2] for tag in tags)
@@ -75,7 +75,9 @@ def parse(line: str) -> MountPoint:
 
 
 class MountTable:
-    """The table, for who asks again and again: it is read only where it has changed.  ``close`` it; not for several threads."""
+    """The table, for a caller that needs it again and again: ``has_changed`` tells whether it must be read again.
+
+    ``close`` it.  Not for several threads at once."""
 
     def __init__(self) -> None:
         self._fd = os.open(_MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
@@ -84,10 +86,11 @@ class MountTable:
         self._read = False
 
     def close(self) -> None:
+        """Close the descriptor of the table."""
         os.close(self._fd)
 
     def has_changed(self) -> bool:
-        """Whether it may have changed since the last call; the first time it has."""
+        """Whether the table may have changed since the last call; True the first time."""
         changed, self._read = bool(self._poll.poll(0)) or not self._read, True
         return changed
 

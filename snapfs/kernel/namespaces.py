@@ -1,9 +1,9 @@
 """The mounts of all mount namespaces, as far as this process may see them.
 
 Linux lists the namespaces since 6.12 (NS_MNT_GET_NEXT, ioctl_nsfs(2)) and their mounts (listmount(2), statmount(2)).  A mount
-has an id there that the kernel never uses again, so what was learnt of a mount stays right, and a scan costs some ten
-microseconds a namespace.  Older kernels, and containers, which may not list the namespaces, leave /proc/PID/mountinfo of one
-process of each.  Neither shows a mount that is attached nowhere."""
+has an id there that the kernel never uses again, so facts about a mount can be kept, and a scan costs some ten microseconds a
+namespace.  On older kernels, and in containers, which may not list the namespaces, /proc/PID/mountinfo of one process in each
+namespace is read.  Neither way shows a mount that is attached nowhere."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ _STRINGS = 512  # the size of struct statmount, where its strings begin
 
 
 class Namespaces(Generic[T]):
-    """What ``classify`` makes of the mounts of all namespaces; mounts of which it makes None are of no interest.
+    """The mounts of all namespaces, each as ``classify`` returns it; mounts for which it returns None are left out.
 
-    Threads may share one.  ``close`` it.  It keeps the descriptors that a scan takes, so that one is possible when none are
-    left."""
+    Threads may share one.  ``close`` it.  It keeps the descriptors that a scan takes, so that a scan is possible when the
+    process has none left."""
 
     def __init__(self, classify: Callable[[MountPoint], T | None]) -> None:
         self._own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
@@ -89,13 +89,15 @@ class Namespaces(Generic[T]):
         self._buffer = ctypes.create_string_buffer(_BUFFER)
 
     def close(self) -> None:
+        """Close all descriptors."""
         os.close(self._own)
         self._spare.close()
 
     def find(self, wanted: Callable[[T], bool]) -> list[T]:
-        """The mounts of this moment, in whatever namespace, that are ``wanted``.
+        """All mounts that there are now, in any namespace, for which ``wanted`` is true.  Raises OSError.
 
-        ``wanted`` must not ask whether a mount is writable, which may change: the answers say that as it is now.
+        ``wanted`` must not depend on whether a mount is writable: what it is given may be old in that respect, but what is
+        returned is not.
         """
         with self._lock:
             if self._lists:
@@ -108,7 +110,7 @@ class Namespaces(Generic[T]):
             return self._spare.give_to(lambda: [found for _, found in self.by_process(wanted)])
 
     def by_process(self, wanted: Callable[[T], bool]) -> Iterator[tuple[int, T]]:
-        """The mounts that are ``wanted``, each with the pid of a process in whose namespace it is."""
+        """All mounts for which ``wanted`` is true, each with the pid of a process in whose namespace it is.  Raises OSError."""
         seen: dict[str, T | None] = {}
         for pid in _one_process_a_namespace():
             try:
@@ -156,7 +158,7 @@ class Namespaces(Generic[T]):
                 return ids
 
     def _stat(self, mount: int, namespace: int) -> MountPoint | None:
-        """The mount of this id; None where nothing can be said of it."""
+        """The mount with the id ``mount`` in ``namespace``; None where the kernel tells nothing of it."""
         request = _REQUEST.pack(_REQUEST.size, 0, mount, _WANTED, namespace)
         while True:
             try:
@@ -243,7 +245,7 @@ def sees_mount(pid: int, target: str) -> bool:
 
 
 def enter(pid: int) -> None:
-    """Have this thread, and no other, in the mount namespace of process ``pid`` from here on; raises OSError."""
+    """Move this thread, and no other, into the mount namespace of process ``pid``, for good; raises OSError."""
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
         libc.call("unshare", _CLONE_FS)  # root and working directory, which threads share, become this one's own

@@ -17,7 +17,7 @@ _CLONE_FS = 0x200
 
 
 class MountApiLacking(Exception):
-    """This kernel's mount API can't do it; mount(2) may."""
+    """This kernel's mount API can't mount the overlay; mount(2) may."""
 
 
 def mount_overlay(
@@ -75,9 +75,9 @@ def _option_string(lowers: Sequence[str], upper: str | None, work: str | None, o
 
 
 def make_overlay(lowers: Sequence[str], upper: str | None, work: str | None, options: Sequence[str], *, read_only: bool) -> int:
-    """The descriptor of such an overlay as ``mount_overlay`` mounts, attached nowhere yet.
+    """Make such an overlay as ``mount_overlay`` mounts, attached nowhere yet; its descriptor.
 
-    The mount API makes it, a call a layer.  Raises MountApiLacking where this kernel's can't, and OSError.
+    This uses the mount API, a call a layer.  Raises MountApiLacking where this kernel's can't, and OSError.
     """
     try:
         context = mountapi.fsopen("overlay")

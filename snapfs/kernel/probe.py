@@ -12,7 +12,7 @@ from snapfs.errors import FULL
 from snapfs.kernel import libc, mounting, overlay
 
 _UNTOLD = (*FULL, errno.EMFILE, errno.ENFILE, errno.EPERM)
-"""How a trial fails that tells nothing of what was tried."""
+"""Errors of a trial that tell nothing of what was tried."""
 
 _NO_UPPER_LAYERS = (errno.EINVAL, errno.EOPNOTSUPP, errno.EREMOTE, errno.EXDEV, errno.ENOSYS, errno.EIO)
 """How overlayfs refuses an upper directory, or what it has to make in the work directory, on a file system that can't."""
@@ -23,13 +23,14 @@ _WHOLE_RANGE = ["0", "0", "4294967295"]
 
 
 def reports_entry_types(directory: str) -> bool:
-    """Whether the file system of ``directory``, which has entries, tells d_type, which overlayfs needs to see whiteouts."""
+    """Whether the file system of ``directory``, which must not be empty, reports the types of entries (d_type), without which
+    overlayfs can't see whiteouts."""
     return libc.directory_types(directory) != {0}
 
 
 def mount_instance(directory: str) -> str:
-    """What tells this time that the file system of ``directory`` is mounted from all others in this boot, in whatever mount
-    namespace; "" where the kernel shows nothing of the kind (btrfs, tmpfs …).
+    """A text that is the same in all mount namespaces for as long as the file system of ``directory`` stays mounted anywhere,
+    and never the same again in this boot; "" where the kernel shows nothing of the kind (btrfs, tmpfs …).
 
     ext4, xfs and some others have a directory in sysfs from their first mount to their last unmount, and no two directories of
     sysfs have ever had the same inode number.
@@ -43,7 +44,7 @@ def mount_instance(directory: str) -> str:
 
 
 def in_user_namespace() -> bool:
-    """Whether this process runs in another user namespace than the initial one (user_namespaces(7))."""
+    """Whether this process runs in a user namespace other than the initial one (user_namespaces(7))."""
     try:
         return Path("/proc/self/uid_map").read_text().split() != _WHOLE_RANGE
     except FileNotFoundError:  # a kernel without user namespaces

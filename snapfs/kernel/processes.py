@@ -1,4 +1,4 @@
-"""Who uses a directory: what /proc tells of other processes (proc(5)), as fuser(1) does."""
+"""Which processes use a directory: what /proc tells of them (proc(5)), as fuser(1) reads it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-ENOUGH = 0.02  # seconds after which nobody else is looked for, once somebody was found
-LONGEST = 0.25  # seconds after which the search is given up: who asks may hold locks that everybody waits for
+ENOUGH = 0.02  # seconds after which no further process is looked for, once one was found
+LONGEST = 0.25  # seconds after which the search is given up: the caller may hold locks that all other calls wait for
 
 
 def users(directory: str) -> Iterator[tuple[int, str]]:
@@ -29,10 +29,11 @@ def users(directory: str) -> Iterator[tuple[int, str]]:
 
 
 def users_of_device(device: str, *, longest: float = LONGEST) -> Iterator[tuple[int, str]]:
-    """The same of the file system ``device`` (``major:minor``), by whatever path and in whatever mount namespace; not this
-    process.  The search is given up after ``longest`` seconds.
+    """As ``users``, of the file system with the device ``device`` (``major:minor``), by any path and in any mount namespace.
+    The search is given up after ``longest`` seconds.
 
-    It asks for the device of all that processes have open, for which a server that does not answer can take any time.
+    It asks for the device of every file that a process has open, which can take any time where that is on a server that does
+    not answer.
     """
     major, minor = map(int, device.split(":"))
     number, shown = os.makedev(major, minor), f" {major:02x}:{minor:02x} ".encode()
@@ -55,7 +56,7 @@ def users_of_device(device: str, *, longest: float = LONGEST) -> Iterator[tuple[
 
 
 def name_of(pid: int) -> str:
-    """What process ``pid`` is called; "?" where it has ended."""
+    """The name of process ``pid``; "?" where it has ended."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
     except OSError:

@@ -1,7 +1,7 @@
-"""A mount that nobody takes for an empty directory: it stands in a read-only file system of its own.
+"""A shelter: a tiny read-only file system in which a mount stands, so that its place is no empty directory where it is missing.
 
-DIRECTORY/fs is where it is; DIRECTORY itself is the mountpoint of a tiny tmpfs that holds nothing but ``fs``.  A process in
-another mount namespace, where neither is mounted, finds no ``fs`` in DIRECTORY: whatever it does with the path fails, instead
+The mount is at DIRECTORY/fs; DIRECTORY itself is the mountpoint of a tmpfs that holds nothing but ``fs``.  A process in
+another mount namespace, where neither is mounted, finds no ``fs`` in DIRECTORY: all that it does with the path fails, instead
 of reading and writing the directory beneath the mount."""
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from contextlib import suppress
 
 from snapfs.kernel import mountapi, mounting
 
-INSIDE = "fs"
+INSIDE = "fs"  # the name in DIRECTORY at which the mount stands
 
 _BENEATH = f"not-mounted-in-this-mount-namespace/{INSIDE}"
-"""Where a link leads that stands in DIRECTORY beneath the mount: nowhere, so that nothing can be made by way of it, either."""
+"""The target of a link that stands in DIRECTORY beneath the mount: it leads nowhere, so that nothing can be made by way of it,
+either."""
 
 
 def attach(tree: int, directory: str) -> None:
-    """Attach the mount ``tree`` at DIRECTORY/fs, and close the descriptor.
+    """Attach the mount ``tree`` at DIRECTORY/fs, in a shelter, and close the descriptor.
 
-    Who sees anything there sees the mount: both are attached in one step, where the kernel can (6.15).  Raises OSError.
+    A process never sees the shelter without the mount, where the kernel can attach both in one step (6.15).  Raises OSError.
     """
     try:
         shelter = _make()
@@ -49,7 +50,7 @@ def attach(tree: int, directory: str) -> None:
 
 
 def attach_classic(mount: Callable[[str], None], directory: str) -> None:
-    """``attach`` by mount(2): ``mount`` mounts at the path that it is given.  Raises OSError."""
+    """``attach`` by mount(2): ``mount`` is called with the path to mount at.  Raises OSError."""
     mounting.mount("none", directory, "tmpfs", 0, "mode=0555,size=4k")
     try:
         os.mkdir(f"{directory}/{INSIDE}")
@@ -61,14 +62,14 @@ def attach_classic(mount: Callable[[str], None], directory: str) -> None:
 
 
 def prepare(directory: str) -> None:
-    """Make DIRECTORY, which may be there, for a mount.  Raises OSError."""
+    """Make DIRECTORY, unless it is there, and what stands in it beneath the mount.  Raises OSError."""
     os.makedirs(directory, mode=0o700, exist_ok=True)
     with suppress(OSError):  # it is there; or the disk is full, or read-only by now
         os.symlink(_BENEATH, f"{directory}/{INSIDE}")
 
 
 def clear(directory: str) -> None:
-    """Take out of DIRECTORY, where nothing is mounted, what ``prepare`` has put in."""
+    """Remove what ``prepare`` has put into DIRECTORY, where nothing is mounted any more."""
     path = f"{directory}/{INSIDE}"
     with suppress(OSError):
         if os.readlink(path) == _BENEATH:
@@ -76,7 +77,7 @@ def clear(directory: str) -> None:
 
 
 def remove(directory: str) -> None:
-    """Detach what is mounted on DIRECTORY, with all that is mounted in there; nothing is no error.  Raises OSError."""
+    """Detach all mounts on DIRECTORY and below, if there are any.  Raises OSError."""
     try:
         while True:
             mounting.unmount(directory, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)

@@ -1,4 +1,4 @@
-"""Descriptors that are kept for what must be possible when none are left."""
+"""Descriptors that are kept for work that must be possible when the process has none left."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-PATIENCE = 0.25  # seconds that it is tried for, while other threads have taken what was given up
+PATIENCE = 0.25  # seconds for which work is tried again, while other threads have taken the descriptors given up for it
 
 
 class Spare:
-    """``count`` descriptors.  Not for several threads at once; ``close`` it."""
+    """``count`` descriptors, kept in reserve.  Not for several threads at once; ``close`` it."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -28,11 +28,13 @@ class Spare:
                 self._kept.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
 
     def close(self) -> None:
+        """Close all of them."""
         while self._kept:
             os.close(self._kept.pop())
 
     def give_to(self, work: Callable[[], T]) -> T:
-        """What ``work``, which takes as many, returns.  Raises what it raises."""
+        """Give the descriptors up for ``work``, which opens as many at most; returns what it returns, and raises what it
+        raises."""
         deadline = time.monotonic() + PATIENCE
         while True:
             self.close()

@@ -1,1 +1,1 @@
-"""What is done to a root that nobody serves: checking, rebuilding, copies of its records."""
+"""Work on a root that no daemon serves: checking and rebuilding; and copies of its records."""

@@ -1,6 +1,6 @@
-"""A copy of the records while they are in use, by whomever: of one consistent state, whole or not there at all.
+"""A copy of the records, also while a process has them open: of one consistent state, whole or not there at all.
 
-It holds what LMDB's own copy holds, without the free pages.  The layers are not in it: they are directories, and what copies
+The copy is made by LMDB, without the free pages.  The layers are not in it: they are directories, and any program that copies
 directories copies them.
 """
 
@@ -25,13 +25,13 @@ from snapfs.store.soundness import open_error, refuse_foreign
 _NOT_WITHOUT_A_NAME = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 
 
-ROOM = 1 << 30  # address space, not memory or disk
+ROOM = 1 << 30  # bytes of address space, not of memory or disk, that the records may grow by while they are copied
 
-PATIENCE = 5.0  # seconds in which a daemon that is being started, or stopped, has or lets go of the records
+PATIENCE = 5.0  # seconds in which a daemon that is being started, or stopped, opens or closes the records
 
 
 class Backup(msgspec.Struct, frozen=True):
-    """What was written: ``snapshots`` is how many the records name, ``size`` the file's length in bytes."""
+    """What was written: ``snapshots`` is how many the copy has, ``size`` the file's length in bytes."""
 
     snapshots: int
     size: int
@@ -40,10 +40,11 @@ class Backup(msgspec.Struct, frozen=True):
 def backup(root: str, file: str) -> Backup:
     """Write a copy of the records of ``root`` to ``file``, mode 0600, on disk when this returns.
 
-    It holds all that was acknowledged before the call.  ``file`` appears whole or not at all, and is never replaced.  For any
-    process but the one that has the root open; blocks on the disk.
+    The copy holds all changes whose calls had returned before this one began.  ``file`` appears whole or not at all, and a file
+    that is there is never replaced.  Every process may call this but the one that has the root open; blocks on the disk.
 
-    Raises AlreadyExists; InvalidArgument: ``file`` lies within the root or on a mount of snapfs; Damaged; Unavailable.
+    Raises AlreadyExists; InvalidArgument: ``file`` lies within the root or on a mount of snapfs; Damaged: the records can't be
+    read; Unavailable: there are none, or the operating system refused.
     """
     records = os.path.realpath(root) + "/metadata.mdb"
     try:
@@ -78,8 +79,8 @@ def _refuse_place(root: str, directory: str, file: str) -> None:
 
 
 def _write(root: str, records: str, directory: str, name: str) -> Backup:
-    """Copy ``records`` into a file that has no name yet, where the file system has such (else one that says what it is), and
-    give it its own."""
+    """Copy ``records`` to a file without a name, where the file system has such files (else to one with a name that tells), and
+    give it its name when the copy is on disk."""
     partial = ""
     with ExitStack() as ended:
         place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -115,7 +116,7 @@ def _copy(root: str, records: str, fd: int) -> None:
                 _copy_with(records, table, room, fd)
                 if table is None or _is_of(holder, records, table):
                     return
-                os.ftruncate(fd, 0)  # whoever has the root by now did not know that it was being read
+                os.ftruncate(fd, 0)  # another process has the root by now, and did not know that the records were being read
                 os.lseek(fd, 0, os.SEEK_SET)
         if time.monotonic() > deadline:
             raise Unavailable(
@@ -126,7 +127,7 @@ def _copy(root: str, records: str, fd: int) -> None:
 
 
 def _keep_unwritten(records: str, ended: ExitStack) -> bool:
-    """Have nobody open ``records`` until ``ended``; False where somebody has them open (``Space``)."""
+    """Keep every process from opening ``records`` until ``ended``; False where one has them open (``Space``)."""
     fd = os.open(records, os.O_RDONLY | os.O_CLOEXEC)
     ended.callback(os.close, fd)
     try:
@@ -137,7 +138,8 @@ def _keep_unwritten(records: str, ended: ExitStack) -> bool:
 
 
 def _copy_with(records: str, table: int | None, room: int, fd: int) -> None:
-    """Copy ``records``, which somebody may be writing who has the lock table ``table``; nobody is where that is None."""
+    """Copy ``records`` to the file open as ``fd``.  ``table`` is the lock table of the process that may be writing to them,
+    None where no process is."""
     try:
         if table is None:
             environment = lmdb.open(records, room, subdir=False, readonly=True, lock=False, max_dbs=16)
@@ -165,7 +167,7 @@ def _is_of(holder: int | None, records: str, table: int) -> bool:
 
 
 def _count(fd: int, records: str) -> int:
-    """How many snapshots the copy names: it is opened, as it will be one day."""
+    """How many snapshots the copy, open as ``fd``, has.  This opens it, which shows that it can be read."""
     try:
         with (
             lmdb.open(f"/proc/self/fd/{fd}", subdir=False, readonly=True, lock=False, max_dbs=16) as env,

@@ -1,7 +1,8 @@
-"""Checking a root that nobody has open: what is damaged, orphaned, miscounted or torn, and what can be done about it.
+"""Checking a root that no process has open: what is damaged, orphaned, miscounted or torn, and what can be done about it.
 
-Nothing is guessed and nothing is thrown away: what is mended is either said twice on disk (indexes by the records, a record by
-its directory's imprint, a usage by the layer itself) or moved to lost+found, whole.  Everything here blocks on the disk.
+Nothing is guessed and nothing is thrown away: what is mended is either on the disk twice (indexes follow from the records, a
+record from its directory's imprint, a usage from the layer itself) or moved to lost+found, whole.  Everything here blocks on
+the disk.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from snapfs.store.soundness import broken_pages
 from snapfs.store.writing import Writer
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being looked at, how many were before it, and how many there are."""
+"""A function that is called with what is being looked at, in words, how many were looked at before, and how many there are."""
 
 
 class Problem(enum.StrEnum):
@@ -59,10 +60,10 @@ def check(
     accept: Sequence[str] = (),
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[Finding]:
-    """What is wrong in ``root``, as it is found; with ``repair`` what can be mended without guessing is.
+    """A generator of what is wrong in ``root``, as it is found; with ``repair`` it mends what it can without guessing.
 
-    ``accept``: names of unflushed snapshots that are taken as they are.  Raises Unavailable where the root is in use or none,
-    NotFound and FailedPrecondition for a name in ``accept`` that is not unflushed.
+    ``accept``: names of unflushed snapshots that are taken as they are.  Raises Unavailable where ``root`` is in use or is no
+    root, NotFound for a name in ``accept`` that no snapshot has, FailedPrecondition for one that is not unflushed.
     """
     with closing(Layers.claim(root)) as layers:
         try:
@@ -137,7 +138,7 @@ class _Check:
         yield from self._count()
 
     def _mend(self, operation: Callable[[Writer], None], done: str) -> str:
-        """Do it, if anything is to be repaired; what was done."""
+        """Run ``operation`` if the check is to repair; returns ``done``, which says what was done, or ""."""
         if not self._repair:
             return ""
         self._records.write_now(operation)
@@ -153,12 +154,12 @@ class _Check:
             if record is not None:
                 self._known[number] = record
                 continue
-            said = self._imprint(number)
-            if said is None:
+            found = self._imprint(number)
+            if found is None:
                 self._unreadable.add(number)
                 yield Finding(Problem.DAMAGED, text, "neither does its directory say what it was; --rebuild leaves it out")
                 continue
-            restored = said.record
+            restored = found.record
 
             def restore(writer: Writer, number: int = number, record: Record = restored) -> None:
                 writer.overwrite(number, record)
@@ -173,7 +174,7 @@ class _Check:
 
     def _check_indexes(self) -> Iterator[Finding]:
         if self._unreadable or len({record.name for record in self._known.values()}) < len(self._known):
-            return  # what they should say nobody knows
+            return  # it is unknown what they should hold
         with self._records.reading() as reader:
             wrong = reader.wrong_index_entries()
         if wrong:
@@ -239,10 +240,10 @@ class _Check:
         path = self._layers.directory(number)
         with self._records.reading() as reader:
             expected = Imprint(msgspec.structs.replace(record, usage=None), reader.unflushed_since(number))
-        said = self._imprint(number)
-        if said != expected:
-            wrong = "does not bear its record" if said is None else f"says that it is {_called(said.record)}"
-            if said is not None and _called(said.record) == _called(record):
+        found = self._imprint(number)
+        if found != expected:
+            wrong = "does not bear its record" if found is None else f"says that it is {_called(found.record)}"
+            if found is not None and _called(found.record) == _called(record):
                 wrong = "bears another record of it, as a crash may leave"
             mended = ""
             if self._repair:
@@ -291,14 +292,14 @@ class _Check:
     def _why(self, number: int | None) -> str:
         if number is None:
             return "snapfs makes nothing of that name here"
-        said = self._imprint(number)
-        what = f", and says that it was {_called(said.record)}" if said is not None else ""
+        found = self._imprint(number)
+        what = f", and says that it was {_called(found.record)}" if found is not None else ""
         if number > self._last_id:
             return f"it is newer than the records{what}: were they put back from a backup? --rebuild would find it"
         return f"no record names it{what}: its removal, or its making, was cut short"
 
     def _looks(self, path: str) -> str:
-        """Size and age of what nobody knows."""
+        """Size and age, in words, of the file or directory ``path``, of which the records say nothing."""
         try:
             changed = max(os.lstat(place).st_mtime for place in (path, f"{path}/fs") if os.path.lexists(place))
             usage = disk_usage(path) if _is_directory(path) else Usage(1, os.lstat(path).st_blocks * 512)
@@ -353,7 +354,7 @@ def _is_directory(path: str) -> bool:
 
 
 def format_size(size: int) -> str:
-    """``size`` bytes as people say it: ``3.4 GiB``."""
+    """``size`` bytes in words: ``3.4 GiB``."""
     amount, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while amount >= 1024 and len(units) > 1:
         amount /= 1024

@@ -26,15 +26,16 @@ from snapfs.store.writing import Writer
 
 BATCH = 10_000  # records that one transaction writes
 
-UNKNOWN_BOOT = "unknown"  # of a snapshot that nobody can say to have been flushed
+UNKNOWN_BOOT = "unknown"  # in the mark of a snapshot of which it is unknown whether its data was ever flushed
 
 
 def rebuild(root: str, *, progress: Progress = lambda what, done, total: None) -> Iterator[Finding]:
-    """Make the records of ``root`` anew; what is worth knowing of it.
+    """Make the records of ``root`` anew: a generator of what is worth knowing of that, as it is done.
 
-    A directory that says nothing goes to lost+found.  Of two snapshots of one name the one changed last keeps it.  A parent
-    that has no directory any more comes back as a damaged snapshot, so that its children are not taken for whole.
-    Raises Unavailable where the root is in use or none, or the disk refuses; then the old records are still there.
+    A directory without an imprint goes to lost+found.  Of two snapshots of one name the one changed last keeps the name.  A
+    parent that has no directory any more comes back as a damaged snapshot, so that its children are not taken for whole.
+
+    Raises Unavailable where ``root`` is in use or is no root, or the disk refuses; then the old records are still there.
     """
     with closing(Layers.claim(root)) as layers:
         found = {}
@@ -44,14 +45,14 @@ def rebuild(root: str, *, progress: Progress = lambda what, done, total: None) -
             number = parse_id(name)
             path = f"{layers.snapshots}/{name}"
             try:
-                said = imprint.read(path) if number is not None else None
+                read = imprint.read(path) if number is not None else None
                 why = "says nothing of a snapshot"
             except (Damaged, OSError) as error:
-                said, why = None, f"can't be read: {error}"
-            if number is None or said is None:
+                read, why = None, f"can't be read: {error}"
+            if number is None or read is None:
                 yield Finding(Problem.ORPHANED, f"{path} {why}", mended=f"moved to {layers.move_to_lost_found(path)}")
             else:
-                found[number] = said
+                found[number] = read
         yield from _break_circles(layers, found)
         yield from _put_parents(found)
         yield from _tell_apart(found)
@@ -60,7 +61,7 @@ def rebuild(root: str, *, progress: Progress = lambda what, done, total: None) -
 
 
 def _break_circles(layers: Layers, found: dict[int, Imprint]) -> Iterator[Finding]:
-    """No chain may lead back to itself, whatever directories say."""
+    """Take out snapshots that are among their own parents, by what the imprints say."""
     for number in list(found):
         above, seen = number, set[int]()
         while above in found and above not in seen:
@@ -74,7 +75,7 @@ def _break_circles(layers: Layers, found: dict[int, Imprint]) -> Iterator[Findin
 
 
 def _put_parents(found: dict[int, Imprint]) -> Iterator[Finding]:
-    """Have each parent there, and committed."""
+    """Add parents that are missing, and make parents committed that are not."""
     for child in list(found.values()):
         above = child.record.parent
         if not above:
@@ -93,16 +94,16 @@ def _put_parents(found: dict[int, Imprint]) -> Iterator[Finding]:
 
 
 def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
-    """Have each name once."""
+    """Give new names to snapshots whose name another one has, too."""
     taken: set[str] = set()
-    for number, said in sorted(found.items(), key=lambda item: (item[1].record.updated, item[0]), reverse=True):
-        name = said.record.name
+    for number, each in sorted(found.items(), key=lambda item: (item[1].record.updated, item[0]), reverse=True):
+        name = each.record.name
         while name in taken:
             name = _with_suffix(name, f"~{number}")
         taken.add(name)
-        if name != said.record.name:
-            found[number] = msgspec.structs.replace(said, record=msgspec.structs.replace(said.record, name=name))
-            text = f'another snapshot is called "{said.record.name}" too, and changed later'
+        if name != each.record.name:
+            found[number] = msgspec.structs.replace(each, record=msgspec.structs.replace(each.record, name=name))
+            text = f'another snapshot is called "{each.record.name}" too, and changed later'
             yield Finding(Problem.DAMAGED, text, mended=f'number {number} is called "{name}"')
 
 
@@ -133,21 +134,21 @@ def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> Non
 
 
 def _remove(records: str) -> None:
-    """Remove the file ``records``, and what is given up beside it on a full disk, as far as they are there."""
+    """Remove the file ``records`` and the file that is its reserve (``store/space.py``), if they are there."""
     for path in (records, f"{records}-reserve"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 
 
 def _put(part: dict[int, Imprint], writer: Writer) -> None:
-    for number, said in part.items():
-        writer.put(number, said.record)
-        if said.boot:
-            writer.mark_unflushed(number, said.boot)
+    for number, each in part.items():
+        writer.put(number, each.record)
+        if each.boot:
+            writer.mark_unflushed(number, each.boot)
 
 
 def _with_suffix(name: str, suffix: str) -> str:
-    """``name``, cut as far as it must be, and ``suffix``."""
+    """``name``, cut as far as needed to be a key, with ``suffix``."""
     while True:
         try:
             encode(name + suffix)
@@ -157,7 +158,7 @@ def _with_suffix(name: str, suffix: str) -> str:
 
 
 def _last_id(layers: Layers, numbers: list[int]) -> int:
-    """An id that none ever given out exceeds."""
+    """The highest id that may ever have been given out."""
     seen = [*numbers, imprint.read_last_reserved_id(layers.snapshots)]
     for directory in (layers.trash.directory, layers.lost_found):
         with contextlib.suppress(FileNotFoundError):

@@ -1,10 +1,11 @@
-"""Imprints: the record that each snapshot's directory bears itself, so that a lost or broken database can be made anew.
+"""Imprints: each snapshot's directory has a copy of the snapshot's record, from which lost or broken records can be made anew.
 
-It is the extended attribute ``user.snapfs`` of ROOT/snapshots/<id>, beside the layer and not in it, so that no mount shows it
-and no container can change it.  It costs a few microseconds and no flush of its own: it reaches the disk with the next flush of
-the file system (or a start writes it again: ``snapfs/root/placing.py``), and nobody reads it while the database is whole.
+An imprint is the extended attribute ``user.snapfs`` of ROOT/snapshots/<id>, beside the layer and not in it, so that no mount
+shows it and no container can change it.  Writing one costs a few microseconds and no flush of its own: it reaches the disk with
+the next flush of the file system (or a start writes it again: ``services/agreeing.py``).  It is read by ``snapfs check`` and by
+a start that can't be sure that imprints and records agree.
 
-What is too big for an attribute (ext4 has room for some 4,000 bytes) is in the file ``record`` beside ``fs`` instead.
+A record that is too big for an attribute (ext4 has room for some 4,000 bytes) is in the file ``record`` beside ``fs`` instead.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument
 from snapfs.store.schema import Record
 
-ATTRIBUTE = "user.snapfs"
-LAST_ID = "user.snapfs.last_id"
-FILE = "record"
+ATTRIBUTE = "user.snapfs"  # of ROOT/snapshots/<id>
+LAST_ID = "user.snapfs.last_id"  # of ROOT/snapshots
+FILE = "record"  # in ROOT/snapshots/<id>
 
 _ABSENT = (errno.ENODATA, errno.ENOTSUP)
 _TOO_BIG = (errno.E2BIG, errno.ENOSPC, errno.ERANGE)
-_ALWAYS_FITS = 256
+_ALWAYS_FITS = 256  # bytes of an attribute, on every file system
 
 
 class Imprint(msgspec.Struct, frozen=True, array_like=True):
-    """What a directory says of its snapshot, as MessagePack: the record, without the usage, and the boot of the machine in
-    whose memory the data of a committed snapshot may still be ("": it is on disk, or not committed)."""
+    """What a directory says of its snapshot, as MessagePack.
+
+    ``record``: the record, without the usage.  ``boot``: where the data of a committed snapshot may be in the machine's memory
+    only, the boot in which that is so (``root/unflushed.py``); "" where the data is on the disk, or not committed.
+    """
 
     record: Record
     boot: str = ""
@@ -42,7 +46,7 @@ _decode = msgspec.msgpack.Decoder(Imprint).decode
 
 
 def is_supported(directory: str) -> bool:
-    """Whether directories can bear imprints there: not on file systems without extended attributes of users'."""
+    """Whether directories can have imprints on the file system of ``directory``: it must have extended attributes of users'."""
     try:
         os.getxattr(directory, ATTRIBUTE)
     except OSError as error:
@@ -51,7 +55,7 @@ def is_supported(directory: str) -> bool:
 
 
 def write(directory: str, imprint: Imprint) -> None:
-    """Let ``directory``, ROOT/snapshots/<id>, bear ``imprint`` instead of what it bore; raises OSError."""
+    """Write ``imprint`` to ``directory``, ROOT/snapshots/<id>, in the place of the one that it had; raises OSError."""
     value = _encode(Imprint(msgspec.structs.replace(imprint.record, usage=None), imprint.boot))
     try:
         os.setxattr(directory, ATTRIBUTE, value)
@@ -66,12 +70,12 @@ def write(directory: str, imprint: Imprint) -> None:
             with contextlib.suppress(OSError):
                 fresh.unlink()
             raise
-        with contextlib.suppress(OSError):  # there may be none; an old one would be believed
+        with contextlib.suppress(OSError):  # there may be none; but ``read`` would take an old one
             os.removexattr(directory, ATTRIBUTE)
 
 
 def read(directory: str) -> Imprint | None:
-    """What ``directory`` bears, None where that is nothing.  Raises Damaged where it can't be read, OSError."""
+    """The imprint of ``directory``, None where it has none.  Raises Damaged where its bytes can't be one, and OSError."""
     try:
         value = os.getxattr(directory, ATTRIBUTE, follow_symlinks=False)
     except OSError as error:
@@ -82,20 +86,20 @@ def read(directory: str) -> Imprint | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
     try:
-        said = _decode(value)
-        names.encode(said.record.name)
+        imprint = _decode(value)
+        names.encode(imprint.record.name)
     except (msgspec.MsgspecError, UnicodeDecodeError, InvalidArgument) as error:
         raise Damaged(f"what {directory} says of its snapshot can't be read: {error}") from error
-    return said
+    return imprint
 
 
 def write_last_reserved_id(directory: str, number: int) -> None:
-    """Let ``directory``, ROOT/snapshots, say that no id above ``number`` was given out; raises OSError."""
+    """Note on ``directory``, ROOT/snapshots, that no id above ``number`` has been given out; raises OSError."""
     os.setxattr(directory, LAST_ID, str(number).encode())
 
 
 def read_last_reserved_id(directory: str) -> int:
-    """The id that ``directory`` says was not exceeded; 0 where it says nothing."""
+    """The id above which, as noted on ``directory``, none has been given out; 0 where there is no note."""
     try:
         return int(os.getxattr(directory, LAST_ID))
     except (OSError, ValueError):

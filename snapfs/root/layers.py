@@ -3,14 +3,14 @@
     ROOT/            0700
       lock           held by the process that has the root open; says its pid, or a note of its end (``services/agreeing.py``)
       metadata.mdb   the records (``store/metastore.py``), and after them a megabyte that is kept for removing on a full disk
-      snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots; <id> bears its record (``imprint.py``)
+      snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots; <id> has an imprint (``imprint.py``)
       pool/          new-… directories, made beforehand, so that Prepare costs one rename
-      trash/         what was removed and is being deleted
+      trash/         directories of removed snapshots, on their way out
       rootfs/        <id>/fs: the merged file systems, while they are mounted (``services/rootfs.py``)
-      empty/         what a snapshot without a parent stands on where it is mounted as rootfs; never holds anything
-      lost+found/    what stood in snapshots/ and nobody knows
+      empty/         the lower layer of a rootfs whose snapshot has no parent; never holds anything
+      lost+found/    what stood in snapshots/ and snapfs can't have made
 
-All functions block on the disk: they are for worker threads.  Nothing here knows what is in records.
+All functions block on the disk: they are for worker threads.  Nothing here knows what is in the records.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from snapfs.root.trash import NOT_EMPTY, Checkpoint, Trash
 
 log = logging.getLogger(__name__)
 
-RESERVED_AHEAD = 1000  # ids that one mark on snapshots/ covers
+RESERVED_AHEAD = 1000  # ids that are reserved at once
 
 _PARTS = frozenset(("fs", "work", imprint.FILE, f"{imprint.FILE}.new"))
 
 
 class FsTemplate(NamedTuple):
-    """What the directory ``fs`` of a new snapshot is to be like: owner (uid, gid; None for whoever makes it), mode, and
-    extended attributes."""
+    """What the directory ``fs`` of a new snapshot is to be like: its owner (uid and gid; None: this process), its mode, and its
+    extended attributes (name and value)."""
 
     owner: tuple[int, int] | None = None
     mode: int = FS_MODE
@@ -50,14 +50,14 @@ class FsTemplate(NamedTuple):
 
 
 class Layers:
-    """One root's directories.  Made by ``open``; ``close`` gives up the lock and the pool, and may be called twice."""
+    """One root's directories, while this process has the root.  Made by ``open`` or ``claim``; ``close`` it."""
 
     def __init__(self, root: str, lock: int, previous_note: str = "") -> None:
         self.root = root
         self.previous_note = previous_note
-        """What the process that had the root before has noted at its end."""
+        """What the process that had the root before has noted at its end (``leave_note``)."""
         self.empty_usage = Usage()
-        """What a layer with nothing in it takes: its directory."""
+        """What an empty layer takes on the disk: its directory."""
         self.snapshots = f"{root}/snapshots"
         self.rootfs_directory = f"{root}/rootfs"
         self.pool = Pool(f"{root}/pool", self.snapshots)
@@ -67,7 +67,7 @@ class Layers:
         self._left_for_cleanup: set[int] = set()
         self._lock = lock
         self.supports_imprints = True
-        """Whether directories can bear their records here."""
+        """Whether directories can have imprints here: extended attributes of users'."""
         self._last_reserved_id = 0
         self._owner = (os.geteuid(), os.getegid())
         forks.disown_in_children(self)
@@ -106,7 +106,8 @@ class Layers:
         return layers
 
     def _refuse_several_disks(self) -> None:
-        """Directories are renamed from the pool to snapshots/ and on to the trash, which takes one mount, and one subvolume."""
+        """Raise Unavailable where pool, snapshots/ and trash are not in one mount and one subvolume: directories are renamed
+        from one to the next."""
         for directory in (self.pool.directory, self.trash.directory):
             first, second = ((os.stat(path).st_dev, mount_id(path)) for path in (self.snapshots, directory))
             if first != second:
@@ -116,8 +117,10 @@ class Layers:
                 )
 
     def _begin_pool(self) -> None:
-        """Make the first directory of the pool, by which the file system is judged.  A full disk has none for us; but then it
-        was judged when the root was made."""
+        """Make the first directory of the pool, and raise Unavailable where it shows that overlayfs can't use this file system.
+
+        A full disk has no room for a directory; but it had when the root was made, and the file system was looked at then.
+        """
         try:
             made = self.pool.make_first()
         except OSError as error:
@@ -133,14 +136,14 @@ class Layers:
         self.empty_usage = Usage(1, os.stat(f"{made}/fs").st_blocks * 512)
 
     def close(self) -> None:
-        """Empty the pool and let go of the root."""
+        """Empty the pool and release the lock; twice is fine."""
         self.pool.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def leave_note(self, text: str) -> None:
-        """Leave ``text`` to whoever has the root next; what can't be written is not there then."""
+        """Leave ``text`` in the lock for the process that has the root next; where the disk refuses, there is no note."""
         with suppress(OSError):
             rootlock.write(self._lock, text)
 
@@ -150,7 +153,7 @@ class Layers:
         self.close()
 
     def directory(self, number: int) -> str:
-        """ROOT/snapshots/<id>."""
+        """ROOT/snapshots/<id>: the directory of snapshot ``number``."""
         return f"{self.snapshots}/{number}"
 
     def fs(self, number: int) -> str:
@@ -158,19 +161,20 @@ class Layers:
         return f"{self.snapshots}/{number}/fs"
 
     def work(self, number: int) -> str:
-        """ROOT/snapshots/<id>/work: overlayfs's, of an active snapshot."""
+        """ROOT/snapshots/<id>/work: the work directory that overlayfs needs, of an active snapshot."""
         return f"{self.snapshots}/{number}/work"
 
     def shelter(self, number: int) -> str:
-        """ROOT/rootfs/<id>: what its merged file system is mounted in (``snapfs/kernel/shelter.py``)."""
+        """ROOT/rootfs/<id>: the directory in which the snapshot's merged file system is mounted
+        (``snapfs/kernel/shelter.py``)."""
         return f"{self.rootfs_directory}/{number}"
 
     def rootfs(self, number: int) -> str:
-        """ROOT/rootfs/<id>/fs: where its merged file system is mounted."""
+        """ROOT/rootfs/<id>/fs: where the snapshot's merged file system is mounted."""
         return f"{self.shelter(number)}/{shelter.INSIDE}"
 
     def is_rootfs(self, path: str) -> bool:
-        """Whether ``path`` is such a place."""
+        """Whether ``path`` is the ``rootfs`` of any snapshot."""
         return os.path.basename(path) == shelter.INSIDE and os.path.dirname(os.path.dirname(path)) == self.rootfs_directory
 
     # -- making
@@ -186,26 +190,30 @@ class Layers:
                 remove_empty(leftover)
 
     def reserve_ids(self, number: int) -> None:
-        """Let snapshots/ bear, once in a while, an id that ``number`` and many after it don't exceed: whoever makes the records
-        anew gives out higher ones.  Raises OSError."""
+        """Write an id to the directory snapshots/ that is at least ``number``, unless one is there; once for many ids.
+
+        Records that are made anew from the directories (``offline/rebuilding.py``) give out higher ids only, so that no id is
+        ever used twice.  Raises OSError.
+        """
         if number > self._last_reserved_id and self.supports_imprints:
             imprint.write_last_reserved_id(self.snapshots, number + RESERVED_AHEAD)
             self._last_reserved_id = number + RESERVED_AHEAD
 
-    def write_imprint(self, number: int, said: imprint.Imprint) -> None:
-        """Let the directory of snapshot ``number`` bear ``said``; raises OSError.
+    def write_imprint(self, number: int, written: imprint.Imprint) -> None:
+        """Write the imprint of snapshot ``number`` to its directory, in the place of the one it had; raises OSError.
 
-        One that was taken away behind our back bears nothing, as whoever needs it will be told.
+        Does nothing where directories can't have imprints, or where the directory was taken away: calls that need the directory
+        raise Damaged then.
         """
         if self.supports_imprints:
             with suppress(FileNotFoundError, NotADirectoryError):
-                imprint.write(self.directory(number), said)
+                imprint.write(self.directory(number), written)
 
     def place(self, number: int, kind: Kind, template: FsTemplate, name: str | None = None) -> str | None:
         """Put a fresh directory of the pool at snapshots/<number>: the one called ``name``, or any.  Its ``fs`` becomes what
         ``template`` says.  Returns the name that the directory had in the pool if it was on disk there, else None.
 
-        It appears whole by one rename; raises OSError, having left nothing.
+        The directory appears whole, by one rename; raises OSError, having left nothing.
         """
         path, was_ready = (f"{self.pool.directory}/{name}", self.pool.syncs) if name is not None else self.pool.pop_or_make()
         try:
@@ -219,7 +227,7 @@ class Layers:
             if template.mode != FS_MODE or template.attributes:
                 # last: an ACL changes the mode, and a process that the mode keeps out may set no attribute
                 os.chmod(f"{path}/fs", template.mode)
-            if os.path.lexists(self.directory(number)):  # a crash left it before there was a record, or somebody put it there
+            if os.path.lexists(self.directory(number)):  # a crash left it before there was a record, or a user put it there
                 self._move_away(number, discard=self.is_empty(number))
             os.rename(path, self.directory(number))
         except OSError:
@@ -229,7 +237,8 @@ class Layers:
         return os.path.basename(path) if was_ready else None
 
     def refuse_damaged(self, number: int, kind: Kind = Kind.COMMITTED) -> None:
-        """Raise Damaged where a directory of snapshot ``number`` is missing or is none; links count as none."""
+        """Raise Damaged where a directory of snapshot ``number`` is missing or is not a directory, but a link, say: its own,
+        ``fs``, and of an active snapshot ``work``.  Raises Unavailable where the disk refuses to tell."""
         for part in ("", "/fs", "/work") if kind is Kind.ACTIVE else ("", "/fs"):
             path = self.directory(number) + part
             try:
@@ -245,11 +254,12 @@ class Layers:
 
     @property
     def pending_deletions(self) -> int:
-        """How many directories wait to be deleted: in the trash, or where they were."""
+        """How many directories wait to be deleted: in the trash, or (``leave_for_cleanup``) in snapshots/."""
         return self.trash.count + len(self._left_for_cleanup)
 
     def undo_place(self, number: int) -> None:
-        """Take back ``place``: nobody has had the directory yet.  Never raises; what doesn't go is left for the next start."""
+        """Undo ``place``: remove the directory of snapshot ``number``, which no caller has seen yet.  Never raises: where the
+        disk refuses, the next start removes it."""
         for name in (imprint.FILE, f"{imprint.FILE}.new"):
             with suppress(OSError):
                 os.unlink(f"{self.directory(number)}/{name}")
@@ -257,13 +267,13 @@ class Layers:
         self.pool.note_undone(number)
 
     def leave_for_cleanup(self, number: int) -> None:
-        """Leave snapshots/<number>, whose record is gone, to the next ``sweep`` or ``empty_trash``."""
+        """Leave snapshots/<number>, whose record is removed, where it is, for the next ``sweep`` or ``empty_trash``."""
         if os.path.lexists(self.directory(number)):
             self._left_for_cleanup.add(number)
 
     def move_to_trash(self, number: int) -> None:
-        """Move snapshots/<number>, whose record is gone, into the trash.  Where the disk is too full for that, or it may not be
-        moved, it is left to ``empty_trash``.
+        """Move snapshots/<number>, whose record is removed, into the trash.  Where the disk is too full for that, or the
+        directory may not be moved, ``empty_trash`` deletes it where it is.
 
         What snapfs can't have made goes to lost+found.  Raises OSError.
         """
@@ -294,9 +304,11 @@ class Layers:
         return "fs" in found or _PARTS.issuperset(found)
 
     def sweep(self, known: Collection[int], last_id: int) -> None:
-        """Move what stands in snapshots/ without a record into the trash: ids up to ``last_id`` that are not in ``known``, and
-        abandoned ``new-…`` directories.  What snapfs can't have made goes to lost+found, unseen and whole.  Raises OSError when
-        all that could be moved is."""
+        """Move what stands in snapshots/ without a record into the trash: directories of ids up to ``last_id`` that are not in
+        ``known``, and abandoned ``new-…`` directories.  What snapfs can't have made goes to lost+found, unseen and whole.
+
+        Raises OSError where anything could not be moved, after all else was.
+        """
         refused: OSError | None = None
         for name in os.listdir(self.snapshots):
             number = parse_id(name)
@@ -317,7 +329,7 @@ class Layers:
             raise refused
 
     def move_to_lost_found(self, path: str) -> str:
-        """Move what is at ``path`` to lost+found; where it is now.  Raises OSError."""
+        """Move the file or directory ``path`` to lost+found, and return its path there.  Raises OSError."""
         os.makedirs(self.lost_found, mode=0o700, exist_ok=True)
         target = f"{self.lost_found}/{os.path.basename(path)}"
         while os.path.lexists(target):
@@ -326,7 +338,8 @@ class Layers:
         return target
 
     def remove_directory(self, path: str) -> None:
-        """Remove the empty directory ``path``; if it holds anything it goes to lost+found.  What doesn't go is logged."""
+        """Remove the directory ``path``, which should be empty; one that is not goes to lost+found.  Never raises: where the
+        disk refuses, that is logged."""
         try:
             os.rmdir(path)
         except FileNotFoundError:
@@ -340,10 +353,11 @@ class Layers:
                 log.warning("cannot remove %s: %s", path, failure)
 
     def may_be_mounted(self, number: int) -> bool:
-        """Whether an overlay may ever have had the layer of snapshot ``number`` as upper layer; False if certainly none had.
+        """Whether an overlay may ever have had the layer of snapshot ``number`` as its upper layer; False if certainly none
+        had.
 
-        A mount makes a directory in the working directory, and since Linux 6.6 marks the upper one, unless it is told otherwise
-        (``uuid=off``).  Raises OSError.
+        A mount makes a directory in the work directory, and since Linux 6.6 marks the upper one, unless a mount option says
+        otherwise (``uuid=off``).  Raises OSError.
         """
         if not self.supports_imprints or mounting.kernel_version() < (6, 6):
             return True
@@ -351,7 +365,7 @@ class Layers:
         return marked or any(os.path.lexists(f"{self.work(number)}/{made}") for made in ("work", "index"))
 
     def empty_layer(self) -> str:
-        """ROOT/empty, made where missing.  Raises OSError."""
+        """The path of ROOT/empty, made where missing.  Raises OSError."""
         try:
             if os.listdir(self._empty):
                 self.remove_directory(self._empty)
@@ -362,13 +376,14 @@ class Layers:
         return self._empty
 
     def make_trial(self) -> str:
-        """A directory with ``fs``, ``work`` and ``lower``, for trying what can be mounted; remove it."""
+        """Make a directory with ``fs``, ``work`` and ``lower``, for trying what can be mounted; its path.  The caller removes
+        it.  Raises OSError."""
         path = self.pool.make()
         os.mkdir(f"{path}/lower")
         return path
 
     def is_empty(self, number: int) -> bool:
-        """Whether nothing was ever written to the layer of snapshot ``number``, as far as can be seen."""
+        """Whether the layer of snapshot ``number`` is empty, or missing."""
         try:
             return not os.listdir(self.fs(number))
         except FileNotFoundError:
@@ -377,14 +392,17 @@ class Layers:
             return False
 
     def existing_ids(self) -> set[int]:
-        """The ids that have a directory."""
+        """The ids that have a directory in snapshots/.  Raises OSError."""
         with os.scandir(self.snapshots) as entries:
             found = ((parse_id(entry.name), entry) for entry in entries)
             return {number for number, entry in found if number is not None and entry.is_dir(follow_symlinks=False)}
 
     def empty_trash(self, checkpoint: Checkpoint = lambda: None) -> list[OSError]:
-        """Delete what is in the trash, and what a full disk kept out of it; what can't be deleted, and stays for the next time,
-        each with its path in the error.  It is logged, too."""
+        """Delete all that is in the trash, and the directories that could not be moved there (``move_to_trash``).
+
+        Returns an error, with its path, for each directory that can't be deleted and stays; that is logged, too.
+        ``checkpoint`` is called once an entry, and may raise to stop.
+        """
         refused = self.trash.empty(checkpoint)
         for number in list(self._left_for_cleanup):
             checkpoint()

@@ -13,12 +13,15 @@ from snapfs.errors import FULL, Unavailable
 
 log = logging.getLogger(__name__)
 
-DYING = 2.0  # seconds that a killed process has to let go of its root, and a backup to end
+DYING = 2.0  # seconds for which ``acquire`` waits until a killed process has released the lock, or a backup has ended
 
 
 def acquire(root: str) -> tuple[int, str]:
-    """Take ROOT/lock for this process: a descriptor that holds it until it is closed, by whatever end, and what the last holder
-    has left in it: its pid, or its note."""
+    """Lock ROOT/lock for this process, made where missing, and write the pid to it.
+
+    Returns the descriptor that holds the lock until it is closed, or the process ends, and the text that the last holder has
+    left: its pid, or its note.  Raises Unavailable where another process holds it (which one), OSError.
+    """
     fd = os.open(f"{root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + DYING
     while True:
@@ -49,7 +52,7 @@ def acquire(root: str) -> tuple[int, str]:
 
 
 def write(fd: int, text: str) -> None:
-    """Let the lock open as ``fd`` say ``text``, unless the disk is full; raises OSError."""
+    """Write ``text`` to the lock that is open as ``fd``, unless the disk is full; raises OSError."""
     line = f"{text}\n".encode()
     try:
         os.pwrite(fd, line, 0)  # over what was there, for which there is room on a full disk too
@@ -63,7 +66,7 @@ def write(fd: int, text: str) -> None:
 def is_abandoned(root: str) -> bool:
     """Whether no living process has ``root`` open.
 
-    One that was killed may still hold the lock, if a thread of it is stuck in the kernel: it counts as gone.
+    A process that was killed may still hold the lock, while one of its threads is stuck in the kernel: it counts as dead.
     """
     try:
         fd = os.open(f"{root}/lock", os.O_RDONLY | os.O_CLOEXEC)
@@ -80,8 +83,11 @@ def is_abandoned(root: str) -> bool:
 
 @contextmanager
 def shared_lock(root: str) -> Iterator[int | None]:
-    """The process that has ``root`` open (0 where it does not say so), or None where nobody has: then nobody can within the
-    block, apart from others who do the same."""
+    """A context manager: keeps all processes from opening ``root`` within the block, if none has it open; then it gives None.
+
+    Otherwise it gives the pid of the process that has ``root`` open, 0 where the lock does not say which.  Several processes
+    may be in such blocks at once.  Raises OSError.
+    """
     try:
         fd = os.open(f"{root}/lock", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -77,7 +77,7 @@ class Shift:
         with self._guard:
             self._is_undecided = False
             late = self._was_given_up
-        if late:  # nobody knew for a while what the disk had taken, and the caller has gone
+        if late:  # it was unknown for a while what the disk had taken, and the caller has gone
             self._put_back()
 
     def fail(self) -> None:

@@ -1,10 +1,10 @@
 """Placing: the directories of new snapshots on their way to the disk, without a flush of their own.
 
 A Prepare renames a directory of the pool to ROOT/snapshots/<id>, and a rename is on disk only when its file system's journal
-is: a flush more for each batch, as dear as all others together.  But the directories of the pool are on disk before anybody
-gets one.  So the record's transaction also says which one it was, and after a power cut, which may take the rename back, the
-next start does it again, with all that was done to the directory besides: that follows from the record.  When the pool is
-filled the journal is flushed in any case, and everything that was placed before is flushed.
+is: a flush more for each batch, as dear as all others together.  But the directories of the pool are on disk before a Prepare
+gets one.  So the record's transaction also says which directory it was, and after a power cut, which may take the rename back,
+the next start renames it again, and does all that was done to the directory besides: that follows from the record.  When the
+pool is filled the journal is flushed in any case, and with it everything that was placed before.
 
 Where the pool was empty a directory is made on the spot, and flushed with its batch.
 """
@@ -32,7 +32,7 @@ _INHERITED = ("user.", "system.posix_acl_")
 
 
 class Placing:
-    """Puts directories in place within write operations.  ``fd`` is open on ROOT/snapshots."""
+    """Puts directories of the pool in their places, within write operations.  ``fd`` is open on ROOT/snapshots."""
 
     def __init__(self, layers: Layers, fd: int) -> None:
         self._layers = layers
@@ -40,8 +40,11 @@ class Placing:
         self._cleared = 0
 
     def place(self, writer: Writer, number: int, record: Record) -> None:
-        """Make the directory of the new snapshot ``number``; raises OSError, having left nothing.  It is on disk when the
-        batch is, or made again at the next start."""
+        """Put the directory of the new snapshot ``number``, whose record will be ``record``, in its place.
+
+        When the batch is durable the directory is on disk, too, or the next start puts it in its place (``finish``).  Raises
+        OSError, having left nothing.
+        """
         layers, flushed = self._layers, self._layers.pool.flushed_up_to
         name = layers.place(number, record.kind, fs_template(layers, record))
         writer.on_failure(lambda: layers.undo_place(number))
@@ -58,9 +61,10 @@ class Placing:
 
 
 def fs_template(layers: Layers, record: Record) -> FsTemplate:
-    """What the layer of a new snapshot is to be like: as its parent's, so that it changes nothing of what is below it.
+    """What ``fs`` of a new snapshot with this record is to be like: as its parent's, so that the empty layer changes nothing.
 
-    Ids that are mapped have another owner, and containerd's snapshots have containerd's mode.  Raises OSError.
+    Labels that map ids ask for another owner, and snapshots of containerd's have the mode that containerd gives them.  Raises
+    OSError.
     """
     owner = idmap.root_owner(record.labels)
     if not record.parent:
@@ -75,7 +79,10 @@ def fs_template(layers: Layers, record: Record) -> FsTemplate:
 
 
 def finish(layers: Layers, records: MetaStore) -> None:
-    """Put in place what a power cut has put back into the pool; at a start, before the pool is emptied.  Raises OSError."""
+    """Put the directories in their places that a power cut has put back into the pool.
+
+    Called at a start, before the pool is emptied.  Raises OSError.
+    """
     with records.reading() as reader:
         placed = reader.placed()
         found: list[tuple[int, str, Imprint]] = []
@@ -86,13 +93,13 @@ def finish(layers: Layers, records: MetaStore) -> None:
                     found.append((number, name, Imprint(record, reader.unflushed_since(number))))
     if not found:
         return
-    for number, name, said in found:
-        kind = Kind.VIEW if said.record.kind is Kind.VIEW else Kind.ACTIVE
-        like = FsTemplate()
-        with suppress(FileNotFoundError):  # the parent's layer is missing, as whoever needs it will be told
-            like = fs_template(layers, said.record)
-        layers.place(number, kind, like, name)
-        layers.write_imprint(number, said)
+    for number, name, imprint in found:
+        kind = Kind.VIEW if imprint.record.kind is Kind.VIEW else Kind.ACTIVE
+        template = FsTemplate()
+        with suppress(FileNotFoundError):  # the parent's layer is missing: calls that need it raise Damaged
+            template = fs_template(layers, imprint.record)
+        layers.place(number, kind, template, name)
+        layers.write_imprint(number, imprint)
     log.info("%d directories were put in place that a power cut had put back", len(found))
     layers.pool.sync()
     records.write_now(lambda writer: writer.clear_placed(placed[-1][0]), frees=True)

@@ -14,21 +14,22 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 POOL = 128  # directories that are kept ready, to begin with; refilled when half are gone, which may wait for a busy disk
-POOL_MOST = 512  # that a burst of Prepares, which finds none left, makes it
-POOL_LEAST = 16  # however small the disk is
-FS_MODE = 0o755  # of an empty layer, as in containerd; its parent may ask for another
-POOL_SHARE = 300  # of how many free inodes and blocks, of which each takes three, there may be one
+POOL_MOST = 512  # directories that are kept ready after bursts of Prepares that found none left
+POOL_LEAST = 16  # directories that are kept ready however small the disk is
+FS_MODE = 0o755  # the mode of an empty layer, as in containerd; that of its parent may be another
+POOL_SHARE = 300  # free inodes, and blocks, for each directory that is kept ready, of which it takes three
 
 
 class Pool:
-    """The directories ready to be put into ``snapshots``.  All functions block on the disk."""
+    """The directories ready to be put into ``snapshots``; the pool itself is ``directory``.  All functions block on the
+    disk."""
 
     def __init__(self, directory: str, snapshots: str) -> None:
         self.directory = directory
         self.syncs = True
-        """Whether directories are flushed before they are ready."""
+        """Whether directories are flushed before they count as ready."""
         self.flushed_up_to = 0
-        """All snapshots with ids up to this have their directories in place on disk."""
+        """The directories of all snapshots with ids up to this are in their places on the disk."""
         self._snapshots = snapshots
         self._ready: deque[str] = deque()
         self._unflushed: list[str] = []  # made, and not ready yet
@@ -40,38 +41,41 @@ class Pool:
         self._serials = itertools.count(1)  # several threads take from it
 
     def forget(self) -> None:
-        """In a process forked from the one that has the pool: leave it alone."""
+        """In a process forked from the one that has the pool: know none of its directories any more, so that ``close`` removes
+        none."""
         self._ready.clear()
         self._unflushed.clear()
 
     def close(self) -> None:
-        """Remove what is ready; what doesn't go is left for the next start."""
+        """Remove the directories that are ready; where the disk refuses, the next start removes them."""
         while self._ready or self._unflushed:
             remove_empty(self._ready.popleft() if self._ready else self._unflushed.pop())
 
     def make_first(self) -> str:
-        """Make the first directory: where.  Raises OSError."""
+        """Make the first directory, and return its path.  Raises OSError."""
         self._unflushed.append(self.make())
         return self._unflushed[0]
 
     @property
     def is_low(self) -> bool:
+        """Whether at least half of the directories are used up."""
         return len(self._ready) <= self._full // 2
 
     def fill(self, checkpoint: Callable[[], None]) -> None:
-        """Make directories until the pool is full, and flush them; ``checkpoint`` may raise between two of them."""
+        """Make directories until the pool is full, and flush them; ``checkpoint`` is called before each, and may raise to stop.
+        Raises OSError where the disk refuses."""
         try:
             self._full = min(self._wanted, self._room())
             while len(self._ready) + len(self._unflushed) < self._full:
                 checkpoint()
                 self._unflushed.append(self.make())
-        except OSError:  # a full disk: what there is of it is used up
+        except OSError:  # a full disk: the directories that were made are used nevertheless
             self._flush_made()
             raise
         self._flush_made()
 
     def _room(self) -> int:
-        """How many directories the pool may have: it is not to take what others need of a small disk."""
+        """How many directories the pool may have: it must not take what others need of a small disk."""
         space = os.statvfs(self.directory)
         inodes = space.f_favail if space.f_files else POOL_MOST * POOL_SHARE  # btrfs doesn't count them
         return max(POOL_LEAST, min(inodes, space.f_bavail) // POOL_SHARE)
@@ -87,9 +91,9 @@ class Pool:
         self._unflushed.clear()
 
     def sync(self) -> None:
-        """Return when the directories here, and those that were placed before, are on disk.  Raises OSError."""
+        """Return when the directories of the pool, and those that were placed before, are on disk.  Raises OSError."""
         for directory in (self.directory, self._snapshots):
-            os.utime(directory)  # xfs flushes what was done until its last change; what is in the last one made came after that
+            os.utime(directory)  # xfs flushes what came before a directory's last change; this makes a change that came last
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(fd)
@@ -97,7 +101,7 @@ class Pool:
                 os.close(fd)
 
     def make(self) -> str:
-        """A fresh directory, flushed by nobody; raises OSError."""
+        """Make a directory with ``fs`` and ``work``, not flushed, and return its path; raises OSError."""
         path = f"{self.directory}/new-{self._tag}-{next(self._serials)}"
         os.mkdir(path, 0o700)
         try:
@@ -110,7 +114,8 @@ class Pool:
         return path
 
     def pop_or_make(self) -> tuple[str, bool]:
-        """A directory, and whether it is on disk; raises OSError."""
+        """The path of a directory that is the caller's from now on, and whether the directory is on disk.  Where none is ready,
+        one is made, which is not.  Raises OSError."""
         try:
             return self._ready.popleft(), self.syncs
         except IndexError:
@@ -118,7 +123,7 @@ class Pool:
             return self.make(), False
 
     def note_placed(self, number: int) -> None:
-        """Note that one was put in its place as snapshot ``number``."""
+        """Note that a directory was put in its place as snapshot ``number``."""
         self._last_placed = number
 
     def note_undone(self, number: int) -> None:
@@ -128,17 +133,18 @@ class Pool:
             self._last_placed, self.flushed_up_to = min(number - 1, self._last_placed), min(number - 1, self.flushed_up_to)
 
     def has(self, name: str) -> bool:
-        """Whether there is a directory of this name, of this process or an earlier one."""
+        """Whether the pool has a directory of this name, that this process or an earlier one has made."""
         return os.path.isdir(f"{self.directory}/{name}/fs") and "/" not in name
 
     def leftovers(self) -> list[str]:
-        """The paths of what an earlier process has left here; raises OSError."""
+        """The paths of all that an earlier process has left in the pool; raises OSError."""
         ready = {os.path.basename(path) for path in (*self._ready, *self._unflushed)}
         return [f"{self.directory}/{name}" for name in os.listdir(self.directory) if name not in ready]
 
 
 def remove_empty(path: str) -> None:
-    """Remove a fresh directory; what doesn't go is left for the next start."""
+    """Remove the directory ``path`` with its empty ``fs`` and ``work``.  Never raises: where the disk refuses, that is logged,
+    and the next start removes it."""
     for part in (f"{path}/fs", f"{path}/work", path):
         try:
             os.rmdir(part)
@@ -147,6 +153,6 @@ def remove_empty(path: str) -> None:
         except OSError as error:
             level = (
                 logging.DEBUG if error.errno in (errno.EROFS, errno.EIO) else logging.WARNING
-            )  # so it is with all: who asked is told
+            )  # so it is with all writes: the caller has been told
             log.log(level, "cannot remove %s: %s", part, error.strerror)
             return

@@ -1,8 +1,8 @@
-"""ROOT/trash: directories whose records are gone, on their way out.
+"""ROOT/trash: directories of removed snapshots, on their way out.
 
-A directory that may not be written to gets the mode 0700 first, and the flags immutable and append-only (chattr(1)) are cleared
-where the daemon may do that.  Nothing else is changed for it: a file that has another name elsewhere gets its flags back.  What
-can't be deleted all the same is marked with the reason.
+Before it is deleted, a directory that may not be written to gets the mode 0700, and the flags immutable and append-only
+(chattr(1)) are cleared where the daemon may do that.  Nothing else is changed: a file that has another name elsewhere gets its
+flags back.  A directory that can't be deleted all the same gets the reason as an extended attribute.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DEPTH = 50  # directories deeper than this are deleted from the trash's top: bou
 NOT_EMPTY = frozenset((errno.ENOTEMPTY, errno.EEXIST))
 
 Checkpoint = Callable[[], None]
-"""Is called once an entry, and may raise to stop."""
+"""A function that is called once an entry, and may raise to stop the work."""
 
 
 class Trash:
@@ -55,7 +55,7 @@ class Trash:
         self._logged: set[str] = set()
 
     def count_leftovers(self) -> None:
-        """Count what an earlier process has left in it; raises OSError."""
+        """Count the directories that an earlier process has left in the trash; raises OSError."""
         self.count = len(os.listdir(self.directory))
 
     def _add(self, more: int) -> None:
@@ -63,7 +63,7 @@ class Trash:
             self.count += more
 
     def move_here(self, path: str) -> None:
-        """Move the directory ``path`` here; raises OSError."""
+        """Move the directory ``path`` into the trash; raises OSError."""
         while True:
             target = f"{self.directory}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
@@ -72,7 +72,9 @@ class Trash:
         self._add(1)
 
     def empty(self, checkpoint: Checkpoint) -> list[OSError]:
-        """Delete what is in it; what can't be deleted, and stays for the next time, each with its path in the error."""
+        """Delete all that is in the trash; returns an error, with its path, for each directory that can't be deleted and stays.
+
+        Raises OSError where the trash itself can't be read."""
         tries: Counter[str] = Counter()
         refused: list[OSError] = []
         fd = self._open()
@@ -93,7 +95,7 @@ class Trash:
         return refused
 
     def mark_stuck(self, path: str, error: OSError) -> None:
-        """Let the directory ``path`` say why it can't be deleted, and, the first time, the log."""
+        """Write to an extended attribute of the directory ``path`` why it can't be deleted, and to the log the first time."""
         sentence = why_undeletable(error)
         if sentence not in self._logged:
             self._logged.add(sentence)
@@ -106,7 +108,7 @@ class Trash:
                 os.close(fd)
 
     def delete(self, path: str, checkpoint: Checkpoint) -> None:
-        """Delete the directory ``path`` where it is; raises OSError when all of it that can be deleted is."""
+        """Delete the directory ``path`` where it is; raises OSError where some of it can't be deleted, after all else was."""
         parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fd = self._open()
@@ -121,9 +123,10 @@ class Trash:
         return os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _delete(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> None:
-        """Delete ``name`` in the directory ``parent`` and all below it; what lies too deep is moved to the top of ``trash``.
+        """Delete ``name`` in the directory open as ``parent``, and all below it; directories that lie too deep are moved to the
+        top of the trash, which is open as ``trash``.
 
-        Raises OSError, with the path of what can't be deleted.
+        Raises OSError, with the path of the file or directory that can't be deleted.
         """
         try:
             self._delete_whole(parent, name, trash, depth, checkpoint)
@@ -170,7 +173,8 @@ class Trash:
 
 
 def _retried(parent: int, name: str, inside: bool, act: Callable[[], T]) -> T:
-    """``act`` on ``name`` in the directory ``parent``; if that is not permitted, once more when what forbids it is gone.
+    """What ``act``, which does something to ``name`` in the directory open as ``parent``, returns.  If that is not permitted,
+    ``act`` is called once more after mode and flags that forbid it are changed.
 
     ``inside``: ``parent`` is to be deleted too, and may be changed for that.
     """
@@ -189,8 +193,8 @@ def _retried(parent: int, name: str, inside: bool, act: Callable[[], T]) -> T:
 
 
 def _make_deletable(fd: int, stack: ExitStack) -> bool:
-    """Take away what keeps the file or directory ``fd``, and what is in it, from being deleted; whether anything did.  A file
-    that is still there when ``stack`` ends, by another name, gets its flags back."""
+    """Change mode and flags that keep the file or directory open as ``fd``, and its entries, from being deleted; whether
+    anything was changed.  A file that is still there when ``stack`` ends, by another name, gets its flags back."""
     found = os.fstat(fd)
     changed = False
     if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):  # to open anything else may do something
@@ -223,7 +227,7 @@ def _clear_flags(fd: int, stack: ExitStack) -> bool:
 
 
 def _flags(file: int) -> int:
-    """The flags of chattr(1)."""
+    """The flags of the file open as ``file``, as chattr(1) sets them."""
     return int.from_bytes(fcntl.ioctl(file, _GET_FLAGS, bytes(8))[:4], sys.byteorder)
 
 
@@ -232,7 +236,7 @@ def _set_flags(file: int, flags: int) -> None:
 
 
 def why_undeletable(error: OSError) -> str:
-    """The sentence that says why what ``error`` names can't be deleted, and what to do."""
+    """The sentence that says why the file or directory that ``error`` names can't be deleted, and what to do."""
     path, reason = str(error.filename), os.strerror(error.errno or 0)
     if error.errno == errno.EBUSY:
         return f"{path} can't be deleted: something is mounted there; unmount that first"
@@ -263,7 +267,7 @@ def _is_undeletable(path: str) -> bool:
 
 
 def cleanup_error(refused: Sequence[OSError]) -> Unavailable:
-    """What a Cleanup says that could not delete these."""
+    """The error of a Cleanup that could not delete some directories: one of ``refused`` for each."""
     more = f" (and so it is with {len(refused) - 1} more, which the daemon has logged)" if len(refused) > 1 else ""
     public = f"files of {len(refused)} removed snapshots can't be deleted; the daemon's log says which and what to do"
     return Unavailable(f"{why_undeletable(refused[0])}; then clean up again{more}", refused[0].errno, public=public)

@@ -20,7 +20,7 @@ from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
 
 
-class Request(msgspec.Struct, frozen=True):
+class PrepareRequest(msgspec.Struct, frozen=True):
     """What a Prepare asks for.
 
     ``kind`` is active or view, ``parent`` a committed snapshot (None or "": none), ``labels`` are as they are stored,
@@ -34,7 +34,7 @@ class Request(msgspec.Struct, frozen=True):
     origin: str
 
 
-def request(root: Root, kind: Kind, key: str, parent: Ref | None, labels: Labels | None, origin: str) -> Request:
+def request(root: Root, kind: Kind, key: str, parent: Ref | None, labels: Labels | None, origin: str) -> PrepareRequest:
     """A request that is sound, as far as that shows before anything is looked up.
 
     Raises InvalidArgument: key or labels are no good; FailedPrecondition: the mapping labels can't be followed here."""
@@ -46,10 +46,10 @@ def request(root: Root, kind: Kind, key: str, parent: Ref | None, labels: Labels
             f"cannot remap ids: layers in {root.layers.root} can't be mounted idmapped here "
             "(kernel, file system or privileges); set slow_chown to change owners instead"
         )
-    return Request(kind, key, parent, stored, origin)
+    return PrepareRequest(kind, key, parent, stored, origin)
 
 
-def prepare(root: Root, writer: Writer, request: Request) -> list[Mount]:
+def prepare(root: Root, writer: Writer, request: PrepareRequest) -> list[Mount]:
     """Make the active snapshot, or the view; its mounts, as they are handed over at the door of ``request``.
 
     Raises NotFound: no such parent; InvalidArgument: the parent is not committed; AlreadyExists: the key is in use, by any
@@ -60,12 +60,12 @@ def prepare(root: Root, writer: Writer, request: Request) -> list[Mount]:
     return mounts.handed_over(root, writer, number, record)
 
 
-def make(root: Root, writer: Writer, request: Request) -> int:
+def make(root: Root, writer: Writer, request: PrepareRequest) -> int:
     """The same; the id of the new snapshot."""
     return _make(root, writer, request)[0]
 
 
-def _make(root: Root, writer: Writer, request: Request) -> tuple[int, Record]:
+def _make(root: Root, writer: Writer, request: PrepareRequest) -> tuple[int, Record]:
     above = find_parent(root, writer, request.parent) if request.parent else 0
     refuse_taken(writer, request.key)
     number, now = writer.next_id(), time.time_ns()

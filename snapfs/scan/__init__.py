@@ -1,1 +1,1 @@
-"""Walks of layers: what they take, what they changed; and work that several who ask can share."""
+"""Walks of layers: what they take on the disk, what they changed; and work in threads that several callers share."""

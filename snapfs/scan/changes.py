@@ -1,9 +1,9 @@
 r"""What a layer changed against its chain: one line a path, as overlayfs shows it.
 
-``A /path`` was added, ``C /path`` changed, ``D /path`` deleted.  What is not a directory counts as changed as soon as the
+``A /path`` was added, ``C /path`` changed, ``D /path`` deleted.  A file that is no directory counts as changed as soon as the
 layer has it, a directory only if its own mode, owner, group or extended attributes changed; of a deleted directory there is
-one line, and none for what was in it.  Lines are sorted by the bytes of their paths, and a path shows so that
-``printf %b`` of a POSIX shell gives it back: ``\\`` for a backslash, ``\n`` for a newline, ``\0ooo`` for each byte of other
+one line, and none for what was in it.  Lines are sorted by the bytes of their paths, and paths are written so that
+``printf %b`` of a POSIX shell gives them back: ``\\`` for a backslash, ``\n`` for a newline, ``\0ooo`` for each byte of other
 control characters and for bytes that are not UTF-8.
 
 Source: the kernel's ``Documentation/filesystems/overlayfs.rst`` and, where that is silent, ``fs/overlayfs/namei.c``.
@@ -22,7 +22,7 @@ from snapfs.errors import FailedPrecondition
 from snapfs.scan.walk import Descriptors, Directory
 
 _OVERLAYS = ("trusted.overlay.", "user.overlay.")
-_ESCAPED = ("trusted.overlay.overlay.", "user.overlay.overlay.")  # what an overlay inside an overlay set: no mark of this one
+_ESCAPED = ("trusted.overlay.overlay.", "user.overlay.overlay.")  # set by an overlay inside this one: no marks of this one
 _SPECIAL = re.compile("[\\\\\x00-\x1f\x7f-\x9f\udc80-\udcff]")
 _FEW = 30  # names that are looked up one by one; for more, listing the directory is faster
 
@@ -44,12 +44,12 @@ class _Directory(Directory):
 
 
 class _Level:
-    """A directory of the layer, and those of the chain that make up what is visible below it, the nearest first.
+    """A directory of the layer, and the directories of the chain that are merged below it, the nearest first.
 
-    ``opaque``: what is below does not shine through, so what the layer lacks is deleted.  ``items``: what is still to be said,
-    in order: names, and names with a slash for all that is in them.  ``verbs``: what to say of each name; "" of a directory
-    over a directory.  ``length``: of the path up to here, with its slash.  ``is_leaf``: it has
-    no directories, nothing lies below it, and no name is to be escaped.
+    ``opaque``: the layer hides the directories below, so all that they have and the layer lacks is deleted.  ``items``: what
+    lines are still to be made of, in order: names, and names with a slash for all that is in them.  ``verbs``: the letter for
+    each name; "" for a directory over a directory.  ``length``: how long the path of the directory is, with its slash.
+    ``plain``: no name has to be escaped.  ``is_leaf``: ``plain``, without directories, and with nothing below.
     """
 
     __slots__ = ("below", "directory", "entered", "is_leaf", "items", "length", "opaque", "plain", "verbs")
@@ -67,14 +67,14 @@ class _Level:
 
 
 def changes(layers: Sequence[str], *, checkpoint: Callable[[], None] = lambda: None) -> Generator[str, None, None]:
-    r"""The lines, each with its newline, of what ``layers[0]`` changed against the others: its parents, nearest first.
+    r"""What ``layers[0]`` changed against the others, which are its parents, the nearest first: lines, each with its newline.
 
-    ``layers`` are the directories that overlayfs takes as upperdir and lowerdir.  Without parents everything is added (but the
+    ``layers`` are the paths that overlayfs takes as upperdir and lowerdir.  Without parents everything is added (but the
     root, which gets a line only where it changed).  Memory is in proportion to the entries of the directories from the root
-    to where the scan is, and the open descriptors are bounded.  What vanishes meanwhile is left out.
+    to where the scan is, and the open descriptors are bounded.  Files that vanish meanwhile are left out.
 
     Blocks on the disk, so step it in a worker thread; ``checkpoint`` is called once a directory and may raise to stop the
-    scan; close the generator to let go of what it has open.  Raises FailedPrecondition at a directory that was renamed with
+    scan; close the generator to close what it has open.  Raises FailedPrecondition at a directory that was renamed with
     ``redirect_dir=on``, OSError where a layer is missing or the disk fails.
     """
     roots = [_Directory(layer, None, number == len(layers) - 1) for number, layer in enumerate(layers)]
@@ -129,13 +129,13 @@ def changes(layers: Sequence[str], *, checkpoint: Callable[[], None] = lambda: N
 
 
 class _Scan:
-    """What the scan asks of the disk."""
+    """What the scan reads from the disk."""
 
     def __init__(self, descriptors: Descriptors) -> None:
         self.descriptors = descriptors
 
     def expanded(self, level: _Level, path: str) -> _Level:
-        """``level``, whose directory is ``path``, with all that is to be said of its entries."""
+        """``level``, whose directory has the path ``path``, after its entries have been read and compared."""
         level.length = len(path)
         entries = self.entries(level.directory)
         directories = [f"{name}/" for name, kind in entries.items() if kind == _DIRECTORY]
@@ -152,7 +152,7 @@ class _Scan:
         return level
 
     def enter(self, level: _Level, name: str, path: str) -> _Level | None:
-        """The directory ``name`` of ``level``, whose path is ``path``, with what is below it; None where it vanished."""
+        """The level of the directory ``name`` in ``level``, whose path will be ``path``; None where it has vanished."""
         directory = _Directory(name, level.directory, level.directory.lowest)
         opaque = self.marks(directory, path)
         if opaque is None:
@@ -171,9 +171,10 @@ class _Scan:
         return _Level(directory, below, opaque=level.opaque or opaque)
 
     def marks(self, directory: _Directory, path: str) -> bool | None:
-        """Whether ``directory`` hides what is below it; None where it vanished.  Notes what else its marks say.
+        """Whether overlayfs's marks on ``directory`` hide the directories below it; None where it has vanished.  Notes whether
+        empty files in it may be whiteouts.
 
-        Raises FailedPrecondition where its contents come from elsewhere.
+        Raises FailedPrecondition where a mark says that its contents come from a directory of another name.
         """
         fd = self.descriptors.get(directory)
         if fd < 0:
@@ -197,14 +198,15 @@ class _Scan:
         return False
 
     def differs(self, level: _Level) -> bool:
-        """Whether the directory itself differs from the nearest below it."""
+        """Whether the directory of ``level`` itself (mode, owner, group, attributes) differs from the nearest below it."""
         if not level.below:
             return False
         own, below = (_metadata(self.descriptors.get(directory)) for directory in (level.directory, level.below[0]))
         return own is not None and own != below
 
     def visible(self, directories: Sequence[_Directory], wanted: Collection[str] | None) -> dict[str, int]:
-        """What the merged ``directories`` show of ``wanted``, or all of it; also the whiteouts, which hide."""
+        """Which entries the merged ``directories`` have, by name, and what they are; only those that are ``wanted``, if that is
+        not None.  Whiteouts are among them."""
         found: dict[str, int] = {}
         for directory in directories:
             if wanted is None:
@@ -214,7 +216,7 @@ class _Scan:
         return found
 
     def among(self, directory: _Directory, names: Collection[str]) -> dict[str, int]:
-        """Those of ``names`` that ``directory`` has, and what they are."""
+        """Which of ``names`` the directory has, and what they are."""
         if len(names) > _FEW:
             entries = self.entries(directory)
             return {name: entries[name] for name in names if name in entries}
@@ -222,7 +224,7 @@ class _Scan:
         return {name: kind for name, kind in kinds if kind is not None}
 
     def entries(self, directory: _Directory) -> dict[str, int]:
-        """All that ``directory`` has; nothing where it vanished."""
+        """All entries of ``directory``, by name, and what they are; none where it has vanished."""
         fd = self.descriptors.get(directory)
         if fd < 0:
             return {}
@@ -239,7 +241,7 @@ class _Scan:
         return found
 
     def kind(self, directory: _Directory, name: str) -> int | None:
-        """What ``name`` in ``directory`` is; None where there is no such entry."""
+        """What the entry ``name`` of ``directory`` is; None where there is no such entry."""
         fd = self.descriptors.get(directory)
         if fd < 0:
             return None
@@ -259,7 +261,7 @@ class _Scan:
 
 
 def _metadata(fd: int) -> object:
-    """All that a merged directory shows of itself, to be compared; None where it vanished."""
+    """All that an overlay shows of the directory open as ``fd`` itself, to be compared; None where it has vanished."""
     if fd < 0:
         return None
     own = os.fstat(fd)
@@ -268,12 +270,13 @@ def _metadata(fd: int) -> object:
 
 
 def is_shown_by_overlay(name: str) -> bool:
-    """Whether an overlay shows the extended attribute ``name`` of its layers, and not as a mark of its own."""
+    """Whether an overlay shows the extended attribute ``name`` of its layers; its own marks it doesn't."""
     return not name.startswith(_OVERLAYS) or name.startswith(_ESCAPED)
 
 
 def list_xattrs(file: int | str) -> list[str]:
-    """The names of all extended attributes of what is open, or of a directory; none where the file system has no such thing."""
+    """The names of all extended attributes of ``file``, a descriptor or a path; none where the file system has no attributes.
+    Raises OSError."""
     try:
         return os.listxattr(file)
     except OSError as error:
@@ -283,7 +286,7 @@ def list_xattrs(file: int | str) -> list[str]:
 
 
 def _xattr(fd: int, name: str) -> bytes | None:
-    """The value of an extended attribute; None where it vanished."""
+    """The value of an extended attribute of the file open as ``fd``; None where the attribute has vanished."""
     try:
         return os.getxattr(fd, name)
     except OSError as error:
@@ -293,7 +296,7 @@ def _xattr(fd: int, name: str) -> bytes | None:
 
 
 def _shown(name: str) -> str:
-    """``name`` with all escaped that could break or forge a line."""
+    """``name`` with all characters escaped that could break or forge a line."""
     return _SPECIAL.sub(_escape, os.fsencode(name).decode(errors="surrogateescape"))  # UTF-8, in whatever locale
 
 

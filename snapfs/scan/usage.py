@@ -11,19 +11,19 @@ from snapfs.scan.walk import directories
 
 
 def disk_usage(directory: str, checkpoint: Callable[[], None] = lambda: None) -> Usage:
-    """What ``directory`` and all below it take: allocated blocks × 512, each inode once, whiteouts and the directory itself
-    included.  What vanishes meanwhile is not counted.
+    """What ``directory`` and all below it take on the disk: bytes (allocated blocks × 512) and inodes, each inode once, with
+    whiteouts and the directory itself.  Files that vanish meanwhile are not counted.
 
     Blocks on the disk, so call it in a worker thread; ``checkpoint`` is called once a directory and may raise to stop
     the scan.  Raises OSError where ``directory`` is missing or the disk fails.
     """
     own = os.lstat(directory)
     inodes, blocks = 1, own.st_blocks
-    linked: set[tuple[int, int]] = set()  # only what has several names can be met twice
+    linked: set[tuple[int, int]] = set()  # only files with several names can be met twice
     with closing(directories(directory)) as visited:
         for _, entries in visited:
             checkpoint()
-            for entry in entries:  # a microsecond each, of which little is ours
+            for entry in entries:  # a microsecond each, most of it the kernel's
                 try:
                     stat = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:

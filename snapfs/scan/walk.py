@@ -1,4 +1,4 @@
-"""Every directory of a layer, however deep and long its paths are: what counts, changes or deletes a layer walks it so."""
+"""Walking every directory of a layer, however deep and long its paths are."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
-    """An open descriptor of ``top`` and then of each directory below it, parents first, with its entries, of which nothing is
-    known yet but names and types.
+    """An open descriptor of ``top``, and then of each directory below it, parents first; each with the directory's entries, of
+    which nothing but names and types has been read.
 
-    Descriptor and entries are valid until the next step.  What vanishes meanwhile is left out (and an entry's ``stat`` may
-    raise FileNotFoundError); no symbolic link is ever followed, whatever is put in the way meanwhile.  Depth costs neither
-    stack nor more than a few descriptors, and no path is too long.  Raises OSError where ``top`` is missing or the disk fails.
-    Blocks on the disk; close the generator to let go of what it has open.
+    Descriptor and entries are valid until the next step.  A directory that vanishes meanwhile is left out (and an entry's
+    ``stat`` may raise FileNotFoundError); no symbolic link is ever followed, also where another process puts one in the way.
+    Depth costs neither stack nor more than a few descriptors, and no path is too long.
+
+    Raises OSError where ``top`` is missing or the disk fails.  Blocks on the disk; close the generator to close what it has
+    open.
     """
     with Descriptors() as descriptors:
         pending = [Directory(top)]
@@ -39,7 +41,8 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
 
 
 class Directory:
-    """A directory by its name in ``parent``; one without a parent by its path.  ``Descriptors`` opens it."""
+    """A directory, by its name in ``parent``, or without a parent by its path.  ``Descriptors`` opens it; ``fd`` is -1 while it
+    is not open."""
 
     __slots__ = ("fd", "name", "parent")
 
@@ -51,13 +54,13 @@ class Directory:
 
 class Descriptors:
     """Descriptors for any number of directories, of which only the last used stay open: the others are opened again, name
-    by name from the nearest open ancestor, so that no symbolic link is ever followed, whatever was put there meanwhile.
+    by name from the nearest open ancestor, so that no symbolic link is ever followed that was put in the way meanwhile.
 
     A context manager: leaving it closes all.
     """
 
     OPEN = 128  # descriptors at most, but for two on the way down
-    NEAR = 16  # of a long way down, how many directories stay open: whoever climbs back up needs them next
+    NEAR = 16  # of a long way down, how many directories stay open: a walk that climbs back up needs them next
 
     def __init__(self) -> None:
         self._open: OrderedDict[Directory, None] = OrderedDict()
@@ -70,7 +73,7 @@ class Descriptors:
             self.close(directory)
 
     def get(self, directory: Directory) -> int:
-        """A descriptor of ``directory``, valid until the next call; -1 where it vanished, or is a directory no more.
+        """A descriptor of ``directory``, valid until the next call; -1 where the directory has vanished, or is none any more.
 
         Raises OSError where a directory without a parent is missing, or the disk fails.
         """
@@ -101,7 +104,7 @@ class Descriptors:
         return directory.fd
 
     def close(self, directory: Directory) -> None:
-        """Nobody needs ``directory`` soon."""
+        """Close the descriptor of ``directory``, which its user needs no more for now."""
         if directory.fd >= 0:
             del self._open[directory]
             os.close(directory.fd)

@@ -38,7 +38,7 @@ class BatchRunner:
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether nobody knows if the last batch is on the disk, which fails."""
+        """Whether it is unknown if the last batch is on the disk, since it fails."""
         return self._doubt is not None
 
     def run(self, requests: Sequence[Request[Any]]) -> None:

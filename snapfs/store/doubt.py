@@ -1,6 +1,6 @@
-"""What is in doubt: a batch of which nobody knows whether it is on the disk, which fails.
+"""What is in doubt: a batch of which it is unknown whether it is on the disk, since the disk fails.
 
-Where the disk refuses LMDB's meta page, the last step of a batch, nobody knows whether the batch is on the disk, and LMDB
+Where the disk refuses LMDB's meta page, the last step of a batch, it is unknown whether the batch is on the disk, and LMDB
 refuses everything from then on.  So the environment is opened anew, for reading at once.  The meta page is written again as the
 kernel has it, and not before the disk has taken that is anything else written: what the records then say is what happened, and
 the batch is finished or undone accordingly.  Until then nothing can be written.

@@ -1,12 +1,12 @@
 """One LMDB environment that can be made larger, and opened anew, while others read.
 
 **Reading** takes an LMDB read transaction of its own for each call: about a microsecond, no lock, no thread, one
-consistent state.  It ends with its block and lets go of its place in LMDB's table of readers, whoever still holds the
-``Reader`` (an error that somebody keeps does, by its traceback).
+consistent state.  The transaction ends with its block and frees its place in LMDB's table of readers, also where an object
+still refers to the ``Reader`` (an error that a caller keeps does, by its traceback).
 
 **Forking** is fine as long as the child leaves all of this alone: LMDB keeps its locks by process.  So each call is refused
-there, and what the child inherited is neither closed nor ended, since both would undo the parent's.  It must leave by exec
-or os._exit: unwinding trio in a child breaks the parent's loop, whatever it runs.
+in the child, and the environment and the transactions that it inherited are neither closed nor ended, since both would undo
+the parent's.  The child must leave by exec or os._exit: unwinding trio in a child breaks the parent's loop.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from snapfs.store.space import RESERVE, Space, make_file, refuse_without_address
 
 log = logging.getLogger(__name__)
 
-READERS = 1024  # that may read at once, in all processes: 64 bytes of the lock file each, and far more than there are threads
-PATIENCE = 2.0  # seconds that one more than these waits for a place
+READERS = 1024  # transactions that may read at once, in all processes: 64 bytes of the lock table each
+PATIENCE = 2.0  # seconds that one more reader waits for a place
 
-_NONSENSE = (lmdb.Error, UnicodeDecodeError, OverflowError)  # what reading gives where pages of the file are not what they were
+_NONSENSE = (lmdb.Error, UnicodeDecodeError, OverflowError)  # what reading raises where the disk has mangled pages of the file
 
 
 class _Ended:
-    """The transaction of a reader whose block has ended."""
+    """Stands in for the transaction of a reader whose block has ended."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise RuntimeError("the records were read after the block that reads them had ended")
@@ -50,8 +50,8 @@ _ended: Any = _Ended()
 class _Reading(Reader):
     """A reader with a transaction of its own, for one ``with`` block.
 
-    Its place in LMDB's table of readers is free only when no object refers to the transaction any more, so that none may be
-    left behind in the frames of an error's traceback.
+    The transaction's place in LMDB's table of readers becomes free only when no object refers to the transaction any more, so
+    that no reference may be left behind in the frames of an error's traceback.
     """
 
     def __init__(self, environment: Environment, *, long: bool) -> None:
@@ -69,7 +69,7 @@ class _Reading(Reader):
                     f"cannot read the records: {environment.reopen_error}; the next change tries again",
                     getattr(environment.reopen_error, "errno", None),
                 )
-            while self._long and environment.is_changing:  # or one after the other might keep the writer waiting for ever
+            while self._long and environment.is_changing:  # or long readers, one after the other, could keep the writer waiting
                 environment._idle.wait()
             environment._readers += 1
         try:
@@ -89,7 +89,7 @@ class _Reading(Reader):
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         txn, self._txn = self._txn, _ended
         if self._environment.refusal is Forked:
-            return  # it is the parent's, and py-lmdb leaves it alone as long as nobody ends it here
+            return  # the transaction is the parent's, and py-lmdb leaves it alone as long as it is not ended here
         try:
             txn.abort()
         finally:
@@ -101,11 +101,12 @@ class _Reading(Reader):
 
 
 class Environment:
-    """One LMDB environment, which many read and one writer writes to: ``env`` is LMDB's, ``tables`` are its tables, ``space``
-    are its blocks on the disk.
+    """One LMDB environment, which many threads and processes read, and to which one thread writes, the writer.
 
-    Raises Unavailable where the file can't be opened or another process has it, Damaged where it is none of ours or of a
-    newer schema: it is not touched then.  A file that is missing or empty becomes a new one.
+    ``env`` is py-lmdb's object, ``tables`` are the tables in it, ``space`` are the file's blocks on the disk.
+
+    Raises Unavailable where the file can't be opened or another process has it open, Damaged where it is no file of snapfs or
+    has a newer schema: it is not touched then.  A file that is missing or empty becomes a new one.
     """
 
     def __init__(self, path: str, map_size: int, *, sync: bool) -> None:
@@ -114,10 +115,10 @@ class Environment:
         self.refusal: type[Closed] | None = None
         """What every call raises: Closed after ``close``, Forked in a child of the process that opened it, else None."""
         self.reopen_error: Unavailable | Damaged | None = None
-        """Why it could not be opened anew."""
+        """Why the environment, closed since the disk failed, could not be opened again; None as long as it is open."""
         self.is_changing = False
-        """It is made larger, or opened anew, or is about to be."""
-        self._guard = threading.Lock()  # of what follows: a map can't change its size while anybody uses it
+        """Whether the writer makes the map larger, or opens the environment again, or waits for the readers in order to."""
+        self._guard = threading.Lock()  # of what follows: a map can't change its size while a transaction is open
         self._idle = threading.Condition(self._guard)
         self._readers = 0
         self._openings = 0
@@ -133,7 +134,7 @@ class Environment:
         path = self.path
         with ExitStack() as undoing:
             if not os.path.lexists(path):
-                undoing.callback(_remove, path)  # a database that was cut short could not be read the next time
+                undoing.callback(_remove, path)  # a database that was left half made could not be read the next time
             else:
                 map_size = max(map_size, os.path.getsize(path) - RESERVE)
             make_file(path)
@@ -158,7 +159,8 @@ class Environment:
             undoing.pop_all()
 
     def _rewrite_meta_pages(self) -> None:
-        """Have the disk hold what the records are by the kernel's word: the last process may have ended in doubt."""
+        """Have the disk hold the meta pages as the kernel has them in memory: the last process may have ended while a disk that
+        failed left it in doubt whether they were written."""
         try:
             if self.env.info()["last_txnid"]:
                 self.rewrite_pages(0, 1)
@@ -191,7 +193,7 @@ class Environment:
         return size
 
     def close(self) -> None:
-        """Close it; twice is fine.  Nobody may be writing."""
+        """Close the environment; twice is fine.  The writer must have ended."""
         if self.refusal is None:
             self.refusal = Closed
             self.env.close()
@@ -205,14 +207,15 @@ class Environment:
             self.space.close()
 
     def reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
-        """One consistent state, for a block that must be short and must not await anything.
+        """A context manager: one consistent state, for a block that must be short and must not await anything.
 
-        In a worker thread, outside of any other such block, it may be ``long``.
+        In a worker thread, outside of any other such block, the block may be ``long``: it begins when the writer is not just
+        waiting for all readers to end.  Raises Closed, Forked, and Unavailable where the disk fails or READERS others read.
         """
         return _Reading(self, long=long)
 
     def _begin_when_possible(self) -> lmdb.Transaction[bytes]:
-        """A read transaction although all places were taken, by dead processes, or by others who read and are soon done."""
+        """A read transaction, although all places were taken: by processes that are dead, or by readers that end soon."""
         deadline = time.monotonic() + PATIENCE
         while True:
             self.env.reader_check()
@@ -234,7 +237,7 @@ class Environment:
                 self._idle.notify_all()
 
     def _wait_for_opening(self) -> None:
-        """Return when the writer, which has just met a disk that fails, has opened the environment anew."""
+        """Return when the writer, whose disk has just failed, has opened the environment again."""
         with self._idle:
             if self._readers > 1:  # this thread may be one of them, and the writer waits for all to end
                 raise Unavailable(f"the disk has just failed under {self.path}: try again", errno.EAGAIN)
@@ -247,7 +250,7 @@ class Environment:
     # -- a disk that fails
 
     def is_panicking(self) -> bool:
-        """Whether LMDB has given up, since it doesn't know what is on the disk."""
+        """Whether LMDB refuses everything, since it doesn't know what the disk has taken."""
         try:
             self.env.begin().abort()
         except lmdb.PanicError:
@@ -257,9 +260,9 @@ class Environment:
         return False
 
     def rewrite_pages(self, *pages: int) -> None:
-        """Write pages as the kernel has them in memory, so that the disk has the same.  Raises OSError.
+        """Write these pages of the file, by their numbers, as the kernel has them in memory, so that the disk has the same.
 
-        The descriptor is a fresh one: an old one would tell of errors of the past.
+        Uses a fresh descriptor: an old one would report errors of the past.  Raises OSError.
         """
         fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -271,7 +274,8 @@ class Environment:
             os.close(fd)
 
     def reopen(self, *, writable: bool = False) -> None:
-        """Open the environment anew, while nobody reads; for reading alone on a file system that is read-only by now."""
+        """Wait until all readers have ended, and open the environment again.  Where the file system has become read-only, open
+        it for reading alone, unless it must be ``writable``.  Raises Unavailable, or Damaged."""
         with self._idle:
             self.is_changing = True
             try:
@@ -305,19 +309,20 @@ class Environment:
     # -- room for the records
 
     def refill_reserve(self) -> None:
+        """Make the reserve whole, as far as the disk has room for it."""
         try:
             self.space.refill_reserve()
-        except OSError as error:  # what is there of it may do
+        except OSError as error:  # the part of it that is there may be enough
             log.debug("no room for the whole reserve: %s", error)
 
     def grow(self) -> None:
-        """Make the map larger; raises OSError where the disk, or the address space, has no room for that."""
+        """Make the map larger, by a step; raises OSError where the disk, or the address space, has no room for that."""
         self.resize(self.space.extend())
 
     def resize(self, size: int) -> None:
-        """Give the map ``size`` bytes, or what is in use if that is more, while no transaction is open."""
+        """Wait until no transaction is open, and give the map ``size`` bytes, or as many as are in use if that is more."""
         if self.reopen_error is not None:
-            self.space.size = size  # which it gets when it is opened
+            self.space.size = size  # the map gets this size when the environment is opened
             return
         refuse_without_address_space(size - self._map_size())
         with self._idle:
@@ -333,7 +338,7 @@ class Environment:
 
 
 def _keep_from_children(path: str) -> None:
-    """Close on exec what LMDB has open of the file: it forgets that of one descriptor."""
+    """Set close-on-exec on all descriptors that LMDB has of the file: it forgets to on one of them."""
     mine = os.stat(path)
     for fd in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):

@@ -21,23 +21,28 @@ import lmdb
 
 from snapfs.errors import Unavailable
 
-_MEMORY = "/dev/shm"  # any other directory does as well, for that moment
+_MEMORY = "/dev/shm"  # the first choice for the temporary directory; any other will do
 
 _PREFIX = "snapfs-records-"
 
-_ABANDONED = 60.0  # seconds, after which whoever made such a directory is gone: it has it for a millisecond
+_ABANDONED = 60.0  # seconds after which the process that made such a directory is gone: it needs it for a millisecond
 
 
 def new_table(path: str) -> int:
-    """A lock table for the file ``path``, which is there: the descriptor of a memfd, to be kept as long as LMDB has it open,
-    since closing it would let go of LMDB's locks."""
+    """A new lock table for the file ``path``, which must exist: the descriptor of a memfd.
+
+    Keep it open as long as LMDB has the file open: closing it would release LMDB's locks.  Raises OSError.
+    """
     fd = os.memfd_create(_name(path), os.MFD_CLOEXEC)
     os.fchmod(fd, 0o600)
     return fd
 
 
 def table_of(pid: int, path: str) -> int | None:
-    """The lock table that process ``pid`` has for the file ``path``, opened; None where none can be seen from here."""
+    """A descriptor of the lock table that process ``pid`` has for the file ``path``; None where this process can see none.
+
+    Raises OSError where ``path`` is missing.
+    """
     try:
         theirs = os.listdir(f"/proc/{pid}/fd")
     except OSError:
@@ -50,7 +55,9 @@ def table_of(pid: int, path: str) -> int | None:
 
 
 def open_environment(path: str, table: int, **options: Any) -> lmdb.Environment:
-    """``lmdb.open`` of the one file ``path``, with the lock table ``table``.  Raises lmdb.Error, OSError."""
+    """``lmdb.open`` of the file ``path``, with the lock table open as ``table`` and further ``options`` of that function.
+
+    Raises lmdb.Error, OSError, and Unavailable where no directory can be had for a moment."""
     with _side_by_side(path, table) as seen:
         try:
             return lmdb.open(seen, subdir=False, **options)
@@ -61,7 +68,7 @@ def open_environment(path: str, table: int, **options: Any) -> lmdb.Environment:
 
 @contextmanager
 def _side_by_side(path: str, table: int) -> Iterator[str]:
-    """A name for the file ``path``, beside which LMDB finds the lock table; in the first directory that takes both."""
+    """A name for the file ``path``, for the block: LMDB finds the lock table beside it.  It is in a temporary directory."""
     refusals = []
     for place in (_MEMORY, os.environ.get("TMPDIR", "/tmp"), os.path.dirname(os.path.abspath(path))):
         directory = ""
@@ -81,8 +88,8 @@ def _side_by_side(path: str, table: int) -> Iterator[str]:
         finally:
             _clear(directory)
         return
-    said = "; ".join(f"{refusal.strerror}: {refusal.filename}" for refusal in refusals)
-    raise Unavailable(f"a directory is needed for a moment, in {_MEMORY}, $TMPDIR or /tmp: {said}", refusals[0].errno)
+    refused = "; ".join(f"{refusal.strerror}: {refusal.filename}" for refusal in refusals)
+    raise Unavailable(f"a directory is needed for a moment, in {_MEMORY}, $TMPDIR or /tmp: {refused}", refusals[0].errno)
 
 
 def _clear(directory: str) -> None:
@@ -94,7 +101,7 @@ def _clear(directory: str) -> None:
 
 
 def _clear_abandoned(place: str) -> None:
-    """Remove what processes that were killed in just that moment have left in ``place``."""
+    """Remove the directories that processes have left in ``place``, which were killed in just that moment."""
     with os.scandir(place) as entries:
         for entry in entries:
             if entry.name.startswith(_PREFIX):
@@ -105,6 +112,6 @@ def _clear_abandoned(place: str) -> None:
 
 
 def _name(path: str) -> str:
-    """Of the memfd: copies of a file are other files, whatever they are called."""
+    """The name of the memfd: it tells the file by device and inode, since a copy of a file, of whatever name, is another."""
     file = os.stat(path)
     return f"snapfs lock table {file.st_dev}:{file.st_ino}"

@@ -1,6 +1,6 @@
 """The records (``schema.py``) in one LMDB environment (``environment.py``), durable when a call returns.
 
-**Reading** is for everybody, at any time.
+**Reading** (``reading.py``) is possible in every thread at any time, and waits for no writing.
 
 **Writing** goes through one thread, the writer (``serve``): it takes all requests that wait (``requests.py``) and runs them as
 a batch (``batches.py``).  Where the disk fails in the middle of one, it may be in doubt for a while (``doubt.py``).
@@ -35,10 +35,14 @@ BATCH = 128  # operations that one sync serves at most, so that nobody waits for
 class MetaStore:
     """One LMDB environment with one writer.
 
-    Open it (``MetaStore(path)``: the file), run ``serve`` in a nursery, ``close`` it.
-    Without ``sync`` nothing is ever flushed: a power cut may take the whole store, a crash of the process takes nothing.
-    Raises Unavailable where the file can't be opened or another process has it, Damaged where it is none of ours or of a
-    newer schema: it is not touched then.  A file that is missing or empty becomes a new store.
+    Make one (``path`` is the file), run ``serve`` in a nursery, and ``close`` it at the end.  ``map_size``: bytes for the
+    records to begin with.  Without ``sync`` nothing is ever flushed: a power cut may take the whole store, a crash of the
+    process takes nothing.
+
+    ``listeners`` are called on the trio loop with each change that has become durable, before the call that made it returns.
+
+    Raises Unavailable where the file can't be opened or another process has it open, Damaged where it is no file of snapfs or
+    has a newer schema: it is not touched then.  A file that is missing or empty becomes a new store.
     """
 
     def __init__(self, path: str, map_size: int = MAP_SIZE, *, sync: bool = True) -> None:
@@ -47,7 +51,7 @@ class MetaStore:
         self.environment = Environment(path, map_size, sync=sync)
         self.listeners: list[Callable[[Change], None]] = []
         self.batches: Counter[int] = Counter()
-        """How often so many operations were made durable with one sync."""
+        """How many batches there were of so many operations: the keys are sizes of batches."""
         self._runner = BatchRunner(self.environment)
         self._queue: SimpleQueue[Request[Any] | None] | None = None
 
@@ -58,11 +62,12 @@ class MetaStore:
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether nobody knows if the last changes are on the disk, which fails."""
+        """Whether it is unknown if the last changes are on the disk, since it fails."""
         return self._runner.is_in_doubt
 
     @property
     def tables(self) -> Tables:
+        """The tables in the environment."""
         return self.environment.tables
 
     @property
@@ -71,24 +76,21 @@ class MetaStore:
         return self.environment.space.size
 
     def close(self) -> None:
-        """Close the environment; twice is fine.  The writer must have ended (``serve``)."""
+        """Close the environment; twice is fine.  ``serve`` must have returned."""
         self.environment.close()
 
     def reading(self, *, long: bool = False) -> AbstractContextManager[Reader]:
-        """One consistent state, for a block that must be short and must not await anything.
-
-        In a worker thread, outside of any other such block, it may be ``long``.
-        """
+        """A context manager that gives one consistent state of the records (``Environment.reading``)."""
         return self.environment.reading(long=long)
 
     async def write(self, operation: Operation[T], *, frees: bool = False) -> T:
-        """Run ``operation`` in the writer's thread; returns its result when that is durable, or raises what it raised,
-        having changed nothing.
+        """Run ``operation`` in the writer's thread; returns what it returned when its changes are durable, or raises what it
+        raised, and nothing has changed then.
 
-        ``frees``: it leaves less than there was, so that it may use what is kept in reserve for a full disk.
+        ``frees``: the operation leaves less in the records than there was, so that on a full disk it may use the reserve.
 
-        Cancellation takes back what the writer has not begun; what it has begun is finished, so it is done or not done.
-        Raises Unavailable where the disk refuses (ENOSPC …) and after ``close``.
+        A cancelled call either has not happened, where the writer had not begun with it, or returns as if it was not cancelled.
+        Raises Unavailable where the disk refuses (ENOSPC …), Closed before ``serve`` and after ``stop``, Forked.
         """
         queue = self._queue
         if queue is None or self.refusal is not None:
@@ -105,28 +107,29 @@ class MetaStore:
         return request.result()
 
     def write_now(self, operation: Operation[T], *, frees: bool = False) -> T:
-        """The same, blocking, for a process that serves nobody."""
+        """``write`` without a loop and a writer's thread: blocks, in a thread that is the only one to write."""
         request = Request(operation, frees)
         self._runner.run([request])
         return request.result()
 
     def stop(self) -> None:
-        """Let ``serve`` finish what waits and return; later writes are refused."""
+        """Have ``serve`` run the requests that wait, and return; later requests are refused."""
         if self._queue is not None:
             self._queue.put(None)
             self._queue = None
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """The writer: one batch after the other until ``stop``.  May be run again after that.
+        """Run the writer, one batch after the other, until ``stop``.  ``serve`` may be called again after that.
 
-        It is one thread for all that time: who asks wakes it, and it wakes who asked, with no task in between.
+        The writer is one thread for all that time: a caller's ``write`` wakes it, and it wakes the caller, with no task in
+        between.
         """
         queue: SimpleQueue[Request[Any] | None] = SimpleQueue()
         ended = trio.Event()
 
         async def work() -> None:
             try:
-                with trio.CancelScope(shield=True):  # a thread can't be stopped, and its outcome must be told
+                with trio.CancelScope(shield=True):  # a thread can't be stopped, and callers wait for its results
                     loop = trio.lowlevel.current_trio_token()
                     await trio.to_thread.run_sync(self._work, queue, loop, limiter=trio.CapacityLimiter(1))
             finally:
@@ -140,13 +143,13 @@ class MetaStore:
                 await ended.wait()
             finally:
                 self.stop()
-        while not queue.empty():  # a bug has ended the writer, but nobody may wait for ever
+        while not queue.empty():  # a bug has ended the writer, but no caller may wait for ever
             if (left := queue.get()) is not None:
                 left.error = Closed()
                 left.done.set()
 
     def _work(self, queue: SimpleQueue[Request[Any] | None], loop: trio.lowlevel.TrioToken) -> None:
-        """Take what waits and run it, until None comes; in the writer's thread."""
+        """In the writer's thread: take the requests that wait from ``queue`` and run them, until None comes."""
         stopping = False
         while not stopping and (first := queue.get()) is not None:
             requests = [first]
@@ -158,7 +161,7 @@ class MetaStore:
             batch = [request for request in requests if request.claim()]
             if not batch:
                 continue
-            with suppress(lmdb.Error):  # a backup that was killed: no page that it was reading would ever be used again
+            with suppress(lmdb.Error):  # else no page that a killed backup was reading would ever be used again
                 self.environment.env.reader_check()
             try:
                 self._runner.run(batch)

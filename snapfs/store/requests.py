@@ -1,4 +1,4 @@
-"""Requests: operations that were asked for, on their way through the writer, and what follows when their outcome is known."""
+"""Requests: operations on their way through the writer, and what is done when it is known whether they are durable."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class Request(Generic[T]):
-    """One operation that a caller wants done.
+    """One call of ``MetaStore.write``: an operation, and a caller that waits for it.
 
-    ``frees``: it leaves less than there was, so that it may use what is kept in reserve for a full disk.  When ``done`` is set,
-    ``result`` gives the outcome, and ``changes`` are what the listeners are told.
+    ``frees``: the operation leaves less in the records than there was, so that on a full disk it may use the reserve.  When
+    ``done`` is set, ``result`` gives the outcome, and ``changes`` is what the listeners have been told.
     """
 
     def __init__(self, operation: Operation[T], frees: bool) -> None:
@@ -34,7 +34,8 @@ class Request(Generic[T]):
         self._claimed = threading.Lock()
 
     def claim(self) -> bool:
-        """Whether the caller is the first to claim it: the writer claims it to do it, its caller to have it not done."""
+        """True for the first that claims the request.  The writer claims it before it runs the operation; a caller that is
+        cancelled claims it so that the operation is not run."""
         return self._claimed.acquire(blocking=False)
 
     def result(self) -> T:

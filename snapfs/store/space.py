@@ -2,11 +2,11 @@
 
 LMDB writes each page that changes to another place: even a deletion takes new pages, some ten for each snapshot.  So the file
 is longer than what is in use: its blocks are allocated ahead, a step at a time, and LMDB may use them up to ``size``, which is
-the size of its map.  The last ``RESERVE`` bytes are for removing alone.  A full disk is thus met when more is to be allocated,
-where nothing has been changed yet, and what fills the disk can't take the reserve away.
+the size of its map.  The last ``RESERVE`` bytes are for removing alone.  So a full disk is noticed when more blocks are to be
+allocated, before anything has been changed, and other programs that fill the disk can't take the reserve away.
 
-File systems that write nothing in place, where a quota is used up, refuse to write even what is allocated (EDQUOT), but still
-remove files.  So there is one to be removed there (``release_reserve``).
+File systems that write nothing in place, where a quota is used up, refuse to write even to allocated blocks (EDQUOT), but still
+remove files.  On these a file of its own is the reserve: it is removed where room is needed (``release_reserve``).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from contextlib import suppress
 from snapfs.errors import Unavailable
 from snapfs.kernel import mounting
 
-RESERVE = 1 << 20
-STEP = 1 << 20  # bytes at least, while the disk has plenty, that are allocated at once
-MOST = 64 << 20  # and at most
+RESERVE = 1 << 20  # bytes
+STEP = 1 << 20  # bytes that are allocated at once, at least, while the disk has plenty
+MOST = 64 << 20  # bytes that are allocated at once, at most
 
 _PAGE = mmap.PAGESIZE
 
 _NEVER_IN_PLACE = (0x9123683E, 0x2FC12FC1, 0xCA451A4E)  # statfs(2)'s types of btrfs, zfs, bcachefs
 
-_LEAST = 4 * _PAGE  # that it is worth while to go on for
+_LEAST = 4 * _PAGE  # bytes that are allocated at once on a disk that is nearly full
 
 _CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # only musl says so; glibc writes zeros instead
 
@@ -64,20 +64,21 @@ class Space:
         self._spare = f"{path}-reserve" if mounting.file_system_magic(path) in _NEVER_IN_PLACE else None
 
     def close(self) -> None:
-        """Let go of the file; twice is fine."""
+        """Unlock and close the file; twice is fine."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def refill_reserve(self) -> None:
-        """Make the reserve whole; raises OSError where there is no room for it."""
+        """Allocate the reserve; raises OSError where the disk has no room for it."""
         self._allocate_up_to(self.size + RESERVE)
         if self._spare is not None:
             _make_reserve_file(self._spare, RESERVE)
         self.lacks_reserve = False
 
     def release_reserve(self) -> bool:
-        """Remove the file that is there to be removed: whether there was one.  Raises OSError."""
+        """Remove the file that is the reserve, and return when its blocks are free.  False where there is no such file.  Raises
+        OSError."""
         if self._spare is None:
             return False
         try:
@@ -89,7 +90,8 @@ class Space:
         return True
 
     def extend(self) -> int:
-        """Make room for more than ``size``, with the reserve behind it: for how much.  Raises OSError where there is none."""
+        """Allocate blocks for more than ``size`` bytes, and for the reserve behind them; returns the new size.  Raises OSError
+        where the disk has no room."""
         space = os.fstatvfs(self._fd)
         free = space.f_bavail * space.f_frsize
         step = min(max(STEP, self.size // 2), MOST, free // 4)  # never the last room of a disk that others write to as well
@@ -104,13 +106,13 @@ class Space:
             os.posix_fallocate(self._fd, 0, wanted)
         except OSError as error:
             if error.errno not in _CANNOT_ALLOCATE:
-                os.ftruncate(self._fd, before)  # some blocks may have been had
+                os.ftruncate(self._fd, before)  # some blocks may have been allocated
                 raise OSError(error.errno, error.strerror, self._path) from None
         self.allocated = max(self.allocated, wanted)
 
 
 def _make_reserve_file(path: str, size: int) -> None:
-    """Have a file ``path`` of ``size`` bytes, or none."""
+    """Make a file ``path`` of ``size`` allocated bytes, unless it is there; raises OSError, having left no file."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(fd, 0, size)
@@ -122,16 +124,17 @@ def _make_reserve_file(path: str, size: int) -> None:
 
 
 def refuse_without_address_space(more: int) -> None:
-    """Raise OSError (ENOMEM) where the address space has no room for so many bytes more (RLIMIT_AS).
+    """Raise OSError (ENOMEM) where the address space has no room for ``more`` bytes besides (RLIMIT_AS).
 
-    LMDB makes its old map go before it asks for the new one: refused, it has none at all.
+    LMDB unmaps its old map before it asks the kernel for the new one: where the kernel refuses that, LMDB has none at all.
     """
     if more > 0:
         mmap.mmap(-1, more, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
 
 
 def make_file(path: str) -> None:
-    """Make the file ``path``, unless it is there; on btrfs one that is written in place, as far as blocks are allocated."""
+    """Make an empty file ``path``, unless there is one; on btrfs one that is written in place where its blocks are allocated.
+    Raises OSError."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:

@@ -49,6 +49,7 @@ def why_missing(state: State, record: Record) -> str:
 
 
 def why_no_rootfs(state: State) -> str:
+    """Why merged file systems can't be mounted here."""
     return state.snapshotter.features["rootfs"].why
 
 

@@ -53,21 +53,25 @@ def json_text(value: object) -> str:
 
 
 def mounts_json(state: State, number: int, record: Record) -> str:
+    """The mounts that make the snapshot's file system, as containerd gets them."""
     with state.reading() as reader:
         return json_text(state.snapshotter.mounts_of(reader, number, record))
 
 
 def mount_sh(state: State, number: int, record: Record) -> str:
+    """The same as a shell script, which mounts it on the directory that is its argument."""
     with state.reading() as reader:
         spec = state.snapshotter.mounts_of(reader, number, record)
     return mountspec.script(spec, state.snapshotter.snapshots_directory, number)
 
 
 async def find_layers(state: State, number: int, record: Record) -> None:
+    """Raise Damaged where a layer that the mounts name is missing."""
     await state.snapshotter.find_layers(number)
 
 
 def info_json(state: State, number: int, record: Record) -> str:
+    """What Stat shows, and where the file system is mounted."""
     with state.reading() as reader:
         info = state.snapshotter.shown(reader.info(number, record))
         places = state.snapshotter.places(reader, number, record)
@@ -78,18 +82,22 @@ def info_json(state: State, number: int, record: Record) -> str:
 
 
 def usage_json(state: State, number: int, record: Record) -> str:
+    """What the snapshot takes, as far as that is known without counting."""
     return json_text(state.snapshotter.known_usage(number, record))
 
 
 async def count_usage(state: State, number: int, record: Record) -> None:
+    """Count what it takes, if that may have changed."""
     await state.snapshotter.usage(number)
 
 
 def has_parent(state: State, record: Record) -> bool:
+    """Whether there is a link ``parent``."""
     return record.parent != 0
 
 
 def parent(state: State, number: int, record: Record) -> str | None:
+    """The link to the parent's directory."""
     if not record.parent:
         return None
     with state.reading() as reader:
@@ -97,14 +105,17 @@ def parent(state: State, number: int, record: Record) -> str | None:
 
 
 def diff(state: State, number: int, record: Record) -> str:
+    """The link to the layer: the directory that holds the snapshot's own files."""
     return state.snapshotter.layer_path(number)
 
 
 def changes(state: State, number: int, record: Record) -> Text | None:
+    """The paths that differ from the parent's, as they were found last; None before that."""
     return state.changes_found(number)
 
 
 async def find_changes(state: State, number: int, record: Record) -> None:
+    """Find them again, unless the snapshot is committed and they are known."""
     while record.kind is not Kind.COMMITTED or changes(state, number, record) is None:
         text = await state.snapshotter.changes(number, state.spool)
         before, record = record, state.record(number)
@@ -114,14 +125,17 @@ async def find_changes(state: State, number: int, record: Record) -> None:
 
 
 def is_mountable(state: State, record: Record) -> bool:
+    """Whether there is a link ``rootfs``."""
     return state.snapshotter.has_rootfs
 
 
 def rootfs(state: State, number: int, record: Record) -> str | None:
+    """The link to where the merged file system is, or will be, mounted."""
     return state.snapshotter.rootfs_of(number, record)
 
 
 async def mount_rootfs(state: State, number: int, record: Record, pid: int) -> str:
+    """Mount it for process ``pid``, which follows the link: where.  error_log says why, if that process does not get there."""
     target = await state.snapshotter.mount(number, pid)
     if unseen := await state.snapshotter.why_unseen(pid, target):
         state.error_log.note("ENOENT", "readlink", f"{path_of(record)}/{ROOTFS}", unseen)

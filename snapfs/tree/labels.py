@@ -68,7 +68,7 @@ class Label(Node):
         size = (self.text or self.now()).size
         for handle in self.state.open_labels.of(self.number):
             if handle.inode == self.inode:
-                size = handle.size  # a writer sees what it has made: the kernel appends there
+                size = handle.size  # a writer sees what it has made, and appends there
         return Attributes(self.mode, size=size, time=self.record.updated, keep=False)
 
     def for_writing(self) -> Label:

@@ -134,6 +134,7 @@ class OpenLog(Handle):
         self._waiting = notify
 
     def wake(self) -> None:
+        """There is more to read: call what ``wake_with`` was given."""
         notify, self._waiting = self._waiting, None
         if notify is not None:
             notify()
