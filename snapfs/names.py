@@ -22,6 +22,8 @@ NAME_MAX = 255
 
 _ENCODED = re.compile("[%/\x00-\x1f\x7f-\x9f]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_DISGUISE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_RAW_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _DECODED = re.compile("(?:%[0-9A-F]{2})+")
 _SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
@@ -69,7 +71,14 @@ def parse_id(name: str) -> int | None:
 
 
 def printable(text: str) -> str:
-    """``text`` on one line for a log: control characters percent-encoded, bytes that are not UTF-8 as ``\\xNN``."""
+    """``text`` on one line for a log or a table: bytes that are not UTF-8 as ``\\xNN``, and what a terminal would obey
+    percent-encoded: control characters, and those that break lines or turn the direction of writing (Unicode's Bidi_Control).
+    """
     text = _SURROGATES.sub(lambda m: f"\\u{ord(m[0]):04x}", text)  # which stand for no byte, so no file name has them
     text = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return _CONTROL.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)
+    return _DISGUISE.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)
+
+
+def plain_json(text: str) -> str:
+    """The JSON document ``text`` with what a terminal would obey escaped as ``\\uNNNN``: JSON lets such characters stand."""
+    return text if text.isascii() and "\x7f" not in text else _RAW_IN_JSON.sub(lambda m: f"\\u{ord(m[0]):04x}", text)

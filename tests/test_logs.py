@@ -64,10 +64,11 @@ def replay(text: bytes, position: int = 0) -> int:
     steps=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12), st.sampled_from([1, 1, 2, 3, 7, 20, 500]))),
     kept=st.integers(1, 8),
     slack=st.integers(1, 4),
+    most=st.sampled_from([1 << 20, 60, 25]),
 )
 @settings(max_examples=400, deadline=None)
-def test_a_sequential_reader_gets_all_or_is_told(steps: list[tuple[int, int, int]], kept: int, slack: int) -> None:
-    with mock.patch.object(log_module, "LINES", kept), mock.patch.object(log_module, "_SLACK", slack):
+def test_a_sequential_reader_gets_all_or_is_told(steps: list[tuple[int, int, int]], kept: int, slack: int, most: int) -> None:
+    with mock.patch.multiple(log_module, LINES=kept, _SLACK=slack, MOST=most):
         log = Log(lambda missed: f"missed {missed}\n")
         reader = OpenLog(log)
         text, lines = b"", 0
@@ -95,11 +96,12 @@ def test_a_sequential_reader_gets_all_or_is_told(steps: list[tuple[int, int, int
     lengths=st.lists(st.integers(0, 20), max_size=40),
     kept=st.integers(1, 8),
     slack=st.integers(1, 4),
+    most=st.sampled_from([1 << 20, 60, 25]),
     reads=st.lists(st.tuples(st.integers(0, 500), st.integers(1, 100)), max_size=10),
 )
 @settings(max_examples=300, deadline=None)
-def test_reading_anywhere(lengths: list[int], kept: int, slack: int, reads: list[tuple[int, int]]) -> None:
-    with mock.patch.object(log_module, "LINES", kept), mock.patch.object(log_module, "_SLACK", slack):
+def test_reading_anywhere(lengths: list[int], kept: int, slack: int, most: int, reads: list[tuple[int, int]]) -> None:
+    with mock.patch.multiple(log_module, LINES=kept, _SLACK=slack, MOST=most):
         log = Log(lambda missed: f"missed {missed}\n")
         lines = [f"{number}-{'x' * length}\n".encode() for number, length in enumerate(lengths)]
         sizes = [log.size]
@@ -110,7 +112,10 @@ def test_reading_anywhere(lengths: list[int], kept: int, slack: int, reads: list
         assert sizes == sorted(sizes)
         assert log.size == len(everything)
         assert log.start == len(b"".join(lines[: log.dropped]))
-        assert min(kept, len(lines)) <= len(lines) - log.dropped < kept + slack
+        assert len(lines) - log.dropped < kept + slack
+        assert log.size - log.start <= most or len(lines) - log.dropped == 1
+        if most > log.size:
+            assert min(kept, len(lines)) <= len(lines) - log.dropped
         for offset, size in reads:
             if offset >= log.start:
                 assert log.read(offset, size) == everything[offset : offset + size]

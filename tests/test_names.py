@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from snapfs.errors import InvalidArgument, NameTooLong, NotUtf8
-from snapfs.names import NAME_MAX, decode, encode, printable
+from snapfs.names import NAME_MAX, decode, encode, plain_json, printable
 
 keys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 """Any text that is UTF-8, not empty, and short enough however it is encoded (four bytes a character, tripled)."""
@@ -163,3 +164,20 @@ def test_what_is_wrong_is_not_shown_as_it_is_to_be_written() -> None:
     with pytest.raises(InvalidArgument) as refused:
         decode("a\nb")
     assert str(refused.value) == '"a\\nb" is no key\'s file name; write "a%0Ab"'
+
+
+DISGUISES = ["\x9b31m", "\u202egpj.exe", "a\u2066b\u2069", "\u200f", "line\u2028break", "\x7f"]
+
+
+@pytest.mark.parametrize("text", DISGUISES)
+def test_what_a_terminal_would_obey_is_shown_escaped(text: str) -> None:
+    assert printable(text).isprintable()
+    document = json.dumps({text: [text]}, ensure_ascii=False)
+    plain = plain_json(document)
+    assert plain.isprintable()
+    assert json.loads(plain) == {text: [text]}
+
+
+def test_json_that_is_plain_stays_as_it_is() -> None:
+    document = json.dumps({"grün": "日本", "😀": "\n"}, ensure_ascii=False)
+    assert plain_json(document) == document

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "__init__": PURE | DOORS | {"store", "blocking"},
     "tree": PURE | {"store", "snapshotter", "tree"},
     "fuse": PURE | DOORS | {"kernel", "root", "tree", "fuse"},
-    "containerd": PURE | {"snapshotter", "containerd"},
+    "containerd": PURE | {"kernel", "snapshotter", "containerd"},
     "testing": {"kernel"},
     "cli": PURE | DOORS | {"kernel", "root", "offline", "fuse", "containerd", "cli"},
 }

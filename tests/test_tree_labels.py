@@ -362,7 +362,7 @@ def test_a_key_that_is_not_utf8(daemon: Daemon, labels: Path) -> None:
 
 def test_a_key_that_is_too_long(daemon: Daemon, labels: Path) -> None:
     name = "x" * 256
-    with refused(daemon, errno.ENAMETOOLONG, "(lookup|create)", f"active/k/labels/{name}", "255"):
+    with refused(daemon, errno.ENAMETOOLONG, "create", f"active/k/labels/{name}", "255"):
         os.close(os.open(labels / name, os.O_CREAT | os.O_WRONLY))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from itertools import chain
 
+from snapfs.cli import table
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import given_root
 from snapfs.cli.progress import Progress
@@ -26,7 +26,7 @@ def _check(given: Given) -> int:
         mended += bool(finding.mended)
         if given.has("json"):
             shown = {"problem": finding.problem, "text": finding.text, "remedy": finding.remedy, "mended": finding.mended}
-            print(json.dumps(shown, ensure_ascii=False))
+            table.show_json(shown, indent=None)
         else:
             print(f"{finding.problem}: {finding.text}")
             what = f"  mended: {finding.mended}" if finding.mended else f"  to do: {finding.remedy}"

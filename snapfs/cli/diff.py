@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Verb
 from snapfs.cli.place import find_tree
@@ -20,7 +18,7 @@ def _diff(given: Given) -> int:
         raise Refusal(f'"{key}" is a view, which changes nothing')
     lines = place.read(f"{directory}/changes").split("\n")[:-1]
     if given.has("json"):
-        print(json.dumps([{"change": line[0], "path": line[2:]} for line in lines], indent=2, ensure_ascii=False))
+        table.show_json([{"change": line[0], "path": line[2:]} for line in lines])
     else:
         for line in lines:
             print(table.coloured(line, _COLOURS[line[0]]))

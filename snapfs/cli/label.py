@@ -26,7 +26,7 @@ def _label(given: Given) -> int:
         return 0
     now: dict[str, str] = json.loads(place.read(f"{directory}/info.json"))["labels"]
     if given.has("json"):
-        print(json.dumps(now, indent=2, ensure_ascii=False))
+        table.show_json(now)
     else:
         for key, value in sorted(now.items()):
             print(table.printable(f"{key}={value}"))

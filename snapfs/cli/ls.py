@@ -20,9 +20,7 @@ def _ls(given: Given) -> int:
     ]
     found.sort(key=lambda row: row.name)
     if given.has("json"):
-        import json
-
-        print(json.dumps([row.shown() for row in found], indent=2, ensure_ascii=False))
+        table.show_json([row.shown() for row in found])
     elif given.has("null") or given.has("quiet"):
         end = "\0" if given.has("null") else "\n"
         sys.stdout.write("".join(row.name + end for row in found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -67,7 +66,7 @@ def _prune(given: Given) -> int:
     removed, refused = (going, []) if given.has("dry-run") else remove(place, going)
     if given.has("json"):
         shown = {"removed": [row.shown() for row in removed], "kept": [{"name": row.name, "why": why} for row, why in staying]}
-        print(json.dumps(shown, indent=2, ensure_ascii=False))
+        table.show_json(shown)
     else:
         verb = "would remove" if given.has("dry-run") else "removed"
         for row in removed:

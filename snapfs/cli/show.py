@@ -30,7 +30,7 @@ def _show(given: Given) -> int:
     if given.has("path"):
         return 0
     if given.has("json"):
-        print(json.dumps(shown, indent=2, ensure_ascii=False))
+        table.show_json(shown)
         return 0
     for n, info in enumerate(shown):
         if n:

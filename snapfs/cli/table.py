@@ -30,6 +30,15 @@ def printable(text: str) -> str:
     return names.printable(text)
 
 
+def show_json(value: object, *, indent: int | None = 2) -> None:
+    """Print ``value`` as a JSON document, without characters that a terminal would obey."""
+    import json
+
+    from snapfs import names
+
+    print(names.plain_json(json.dumps(value, indent=indent, ensure_ascii=False)))
+
+
 def show_table(heads: Sequence[str], lines: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> None:
     """Print columns, as wide as what is in them; those in ``right_aligned`` are flush right."""
     widths = (

@@ -22,14 +22,12 @@ def _tree(given: Given) -> int:
         if not tops:
             raise missing(name, place.path)
     if given.has("json"):
-        import json
-
         shown = {row.name: {**row.shown(), "children": []} for row in everything}
         for row in everything:
             children = shown[row.parent]["children"] if row.parent in shown else None
             if isinstance(children, list):
                 children.append(shown[row.name])
-        print(json.dumps([shown[row.name] for row in tops], indent=2, ensure_ascii=False))
+        table.show_json([shown[row.name] for row in tops])
         return 0
     waiting = [(row, "", "", "") for row in reversed(tops)]
     while waiting:  # chains are longer than the interpreter's stack

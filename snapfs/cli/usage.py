@@ -36,7 +36,7 @@ def _usage(given: Given) -> int:
     finally:
         progress.clear()
     if given.has("json"):
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        table.show_json(found)
         return 0
     found.sort(key=lambda each: -int(str(each["size"])))
     lines = [

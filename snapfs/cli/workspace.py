@@ -142,7 +142,7 @@ def _checkpoint(given: Given) -> int:
         if not found and place.kind_of(key) is None:
             raise missing(key, place.path)
         if given.has("json"):
-            print(json.dumps([{"checkpoint": n, **row.shown()} for n, row in found.items()], indent=2, ensure_ascii=False))
+            table.show_json([{"checkpoint": n, **row.shown()} for n, row in found.items()])
             return 0
         lines = [
             (

@@ -22,7 +22,7 @@ from google.protobuf.message_factory import GetMessageClass
 from snapfs.containerd import snapshots_pb2
 from snapfs.containerd.messages import pages
 from snapfs.containerd.service import Service, Settle
-from snapfs.containerd.socketfile import SocketFile
+from snapfs.containerd.socketfile import SocketFile, private_umask
 from snapfs.containerd.status import status_of
 from snapfs.errors import SnapshotError, Unavailable
 from snapfs.snapshotter import Snapshotter
@@ -116,8 +116,9 @@ class _Server:
         handlers = {method.name: self._handler(method) for method in _SERVICE.methods}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
         try:
-            server.add_insecure_port(f"unix:{place.fresh}")
-        except RuntimeError as error:
+            with private_umask():
+                server.add_insecure_port(f"unix:{place.fresh}")
+        except (OSError, RuntimeError) as error:
             raise Unavailable(f"cannot listen on {place.path}: {error}") from None
         await server.start()
         try:

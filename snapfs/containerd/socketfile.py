@@ -6,11 +6,15 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import socket
 import stat
-import tempfile
+from collections.abc import Iterator
 
 from snapfs.errors import InvalidArgument, Unavailable
+from snapfs.kernel import libc
+
+_CLONE_FS = 0x200
 
 LONGEST = 107  # bytes of a path that connect(2) takes
 
@@ -18,8 +22,10 @@ LONGEST = 107  # bytes of a path that connect(2) takes
 class SocketFile:
     """The socket at ``path``, an absolute one, whose directory is made where missing.
 
-    Bind at ``fresh``, then ``put`` it in its place in one step.  Meanwhile other daemons that want the same place wait: the
-    directory is locked.  Blocks on the disk.  Raises InvalidArgument or Unavailable where the path can't be used.
+    Bind at ``fresh`` within ``private_umask``, then ``put`` it in its place in one step.  Meanwhile other daemons that want
+    the same place wait: the directory is locked.  What another user does to that directory, whose owner the user may be, can
+    change no file of ours: all is done by descriptors, to what was made here.  Blocks on the disk.  Raises InvalidArgument or
+    Unavailable where the path can't be used.
     """
 
     def __init__(self, path: str) -> None:
@@ -34,13 +40,13 @@ class SocketFile:
             try:
                 fcntl.flock(self._directory, fcntl.LOCK_EX)
                 self._refuse_taken()
-                self._private = tempfile.mkdtemp(prefix=".", dir=directory)  # nobody else gets in there
+                self._name, self._private = _private_directory(self._directory)
             except BaseException:
                 os.close(self._directory)
                 raise
         except OSError as error:
             raise Unavailable.from_os(f"make the socket {path}", error) from error
-        self.fresh = f"/proc/self/fd/{self._directory}/{os.path.basename(self._private)}/s"
+        self.fresh = f"/proc/self/fd/{self._private}/s"
 
     def _refuse_taken(self) -> None:
         try:
@@ -62,10 +68,9 @@ class SocketFile:
     def put(self) -> None:
         """Put what was bound at ``fresh`` in its place, over what is stale there."""
         try:
-            os.chmod(self.fresh, 0o600)
-            found = os.lstat(self.fresh)
-            os.rename(self.fresh, self.path)
-            os.rmdir(self._private)
+            found = os.stat("s", dir_fd=self._private, follow_symlinks=False)
+            os.rename("s", os.path.basename(self.path), src_dir_fd=self._private, dst_dir_fd=self._directory)
+            os.rmdir(self._name, dir_fd=self._directory)
         except OSError as error:
             raise Unavailable.from_os(f"make the socket {self.path}", error) from error
         self._identity = found.st_dev, found.st_ino
@@ -74,11 +79,40 @@ class SocketFile:
     def remove(self) -> None:
         """Remove it, unless another daemon has taken the place since."""
         with contextlib.suppress(OSError):
-            found = os.lstat(self.path)
+            name = os.path.basename(self.path)
+            found = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
             if (found.st_dev, found.st_ino) == self._identity:
-                os.unlink(self.path)
+                os.unlink(name, dir_fd=self._directory)
         with contextlib.suppress(OSError):
-            os.unlink(self.fresh)
+            os.unlink("s", dir_fd=self._private)
         with contextlib.suppress(OSError):
-            os.rmdir(self._private)
+            os.rmdir(self._name, dir_fd=self._directory)
+        os.close(self._private)
         os.close(self._directory)
+
+
+def _private_directory(directory: int) -> tuple[str, int]:
+    """Name and descriptor of a new directory in ``directory``, 0700.  Raises OSError."""
+    name = f".{secrets.token_hex(8)}"
+    os.mkdir(name, 0o700, dir_fd=directory)
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if os.fstat(fd).st_uid != os.geteuid() or os.listdir(fd):
+            raise PermissionError(errno.EPERM, "another user has put something in its place")
+    except BaseException:
+        os.close(fd)
+        raise
+    return name, fd
+
+
+@contextlib.contextmanager
+def private_umask() -> Iterator[None]:
+    """For a block in which this thread makes files for their owner alone, 0600 at most; other threads go on as before.
+
+    The thread has an umask and a working directory of its own from then on.  Raises OSError."""
+    libc.call("unshare", _CLONE_FS)
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)

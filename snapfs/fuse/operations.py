@@ -19,7 +19,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from snapfs import names
-from snapfs.errors import InvalidArgument, LeftOut, NameTooLong, NotFound, NotUtf8, SnapshotError, Stale
+from snapfs.errors import InvalidArgument, LeftOut, NotFound, NotUtf8, SnapshotError, Stale
 from snapfs.fuse.access import Access
 from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
@@ -160,8 +160,8 @@ class Operations(pyfuse3.Operations):
     @answering
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         directory = self.tree.node(parent_inode)
-        if len(name) > names.NAME_MAX:  # the kernel asks this first, whatever is to be done with the name
-            raise NameTooLong(f"the name is longer than {names.NAME_MAX} bytes")
+        if len(name) > names.NAME_MAX:  # nothing has it; to make it is refused in words
+            raise FUSEError(errno.ENOENT)
         try:
             return self.entry(self.retelling.look_up(directory, name.decode(), ctx.pid))
         except LeftOut:

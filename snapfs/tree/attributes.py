@@ -49,7 +49,7 @@ class Attribute(msgspec.Struct, frozen=True):
 
 def json_text(value: object) -> str:
     """One JSON document as all files show it: indented by two, ending in a newline."""
-    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
+    return names.plain_json(msgspec.json.format(msgspec.json.encode(value), indent=2).decode()) + "\n"
 
 
 def mounts_json(state: State, number: int, record: Record) -> str:

@@ -15,6 +15,7 @@ from itertools import count
 
 import msgspec
 
+from snapfs import names
 from snapfs.model import Change, Kind, rfc3339
 from snapfs.tree.log import Log
 
@@ -43,7 +44,7 @@ class Events(Log):
             "id": shown.id,
             "labels": shown.labels,
         }
-        self.add(msgspec.json.format(msgspec.json.encode(event), indent=0).decode() + "\n")
+        self.add(names.plain_json(msgspec.json.format(msgspec.json.encode(event), indent=0).decode()) + "\n")
 
 
 def _call(change: Change) -> tuple[str, str, str | None]:

@@ -1,8 +1,8 @@
 """Logs: files that grow line by line, the newest last, and can be followed (``tail -f``, ``poll``).
 
 The size of the file only ever grows, so that a program which follows it goes on where it was, but only the last few thousand
-lines are kept.  A reader that begins late or fell behind, so that what it asks for is not kept any more, gets a line that says
-how many lines it missed, and after that the first line that there is.
+lines are kept, and fewer of long ones.  A reader that begins late or fell behind, so that what it asks for is not kept any
+more, gets a line that says how many lines it missed, and after that the first line that there is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from snapfs import names
 from snapfs.model import rfc3339
 from snapfs.tree.handles import Handle
 
-LINES = 4000  # kept at least
+LINES = 4000  # kept at least, if they are not long
+MOST = 4 << 20  # bytes of lines kept at most: any user who may write can make long ones
 _SLACK = 1000  # lines that are dropped at once
 
 
@@ -43,11 +44,19 @@ class Log:
         self._ends.append(self.size)
         self.changed = max(time.time_ns(), self.changed + 1)
         if len(self._lines) >= LINES + _SLACK:
-            self.start = self._ends[_SLACK - 1]
-            self.dropped += _SLACK
-            del self._lines[:_SLACK], self._ends[:_SLACK]
+            self._drop(_SLACK)
+        if self.size - self.start > MOST:
+            self._drop(bisect_left(self._ends, self.size - MOST // 2) + 1)  # half of it: the next lines need not drop any
         for follower in self.followers:
             follower.wake()
+
+    def _drop(self, count: int) -> None:
+        """Drop the first ``count`` lines, but not the last that there is."""
+        count = min(count, len(self._lines) - 1)
+        if count > 0:
+            self.start = self._ends[count - 1]
+            self.dropped += count
+            del self._lines[:count], self._ends[:count]
 
     def forget_waiting(self) -> None:
         """Wake none of the readers that wait now: what would wake them is about to go."""
