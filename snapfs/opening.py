@@ -24,7 +24,7 @@ from snapfs.root.mounted import Mounted
 from snapfs.root.placing import Placing
 from snapfs.root.unflushed import Unflushed
 from snapfs.rules.mounts import is_rightly_mounted
-from snapfs.rules.root import Root
+from snapfs.rules.root import Root, overlay_prefix
 from snapfs.services.rootfs import Rootfs
 from snapfs.snapshotter import Snapshotter
 from snapfs.store.metastore import MetaStore
@@ -90,7 +90,7 @@ def _opened(root: str, options: Options, metastore: MetaStore | None, opened: Ex
         options=options,
         layers=layers,
         fd=fd,
-        placing=Placing(layers, fd),
+        placing=Placing(layers, fd, overlay_prefix(overlay_options)),
         mounted=mounted,
         in_use=in_use,
         unflushed=Unflushed(layers, records, marks=options.sync is Sync.FULL),
@@ -100,7 +100,7 @@ def _opened(root: str, options: Options, metastore: MetaStore | None, opened: Ex
         agrees=True,
     )
     rootfs = _rootfs(state, records, features)
-    state.damaged |= _recover(layers, records, retire=not options.async_remove)
+    state.damaged |= _recover(layers, records, state.overlay_prefix, retire=not options.async_remove)
     return Snapshotter(state, records, owns_records=metastore is None, rootfs=rootfs, features=features)
 
 
@@ -205,14 +205,14 @@ def _rootfs(root: Root, records: MetaStore, features: dict[str, Feature]) -> Roo
     return rootfs
 
 
-def _recover(layers: Layers, records: MetaStore, *, retire: bool) -> set[int]:
+def _recover(layers: Layers, records: MetaStore, prefix: str, *, retire: bool) -> set[int]:
     """Bring records and directories together after whatever happened; the ids of damaged snapshots.
 
     What no record names goes to the trash if ``retire``, and what a Prepare that was cut short left in any case.  A record
     whose directory is missing or none is reported as damaged, never guessed.  Raises Damaged where the records can't be this
     root's: without the right ones every layer would look abandoned.
     """
-    placing.finish(layers, records)
+    placing.finish(layers, records, prefix)
     layers.clear_pool()
     with records.reading() as reader:
         known, last_id = reader.ids(), reader.last_id()

@@ -71,7 +71,7 @@ class Snapshotter:
         self.agreeing = Agreeing(root, records)
         self.rootfs = rootfs
         self._root = root
-        self._comparing = Comparing(root.layers, records)
+        self._comparing = Comparing(root.layers, records, root.overlay_prefix)
         self._housekeeping = Housekeeping(root.layers)
         self._shifting = Shifting(root, records)
         self._owns_records = owns_records
@@ -413,7 +413,7 @@ class Snapshotter:
         It is called in a worker thread, with one line a path as it is found (``scan/changes.py`` says which).  Calls at
         the same time with the same ``consume`` share a scan, begun after they came, and its result.
 
-        Raises NotFound; FailedPrecondition: a view, or a directory that was renamed with redirect_dir=on; Damaged.
+        Raises NotFound; FailedPrecondition: a view; Damaged.
         """
         await trio.lowlevel.checkpoint()
         with self.reading() as reader:

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapfs.kernel import mounting
-from snapfs.scan.changes import changes
+from snapfs.rules.root import overlay_prefix
+from snapfs.scan.changes import PREFIX, changes
 
 
 def raw(line: str) -> tuple[str, bytes]:
@@ -33,16 +34,16 @@ def raw(line: str) -> tuple[str, bytes]:
     return verb, re.sub(rb"\\(\\|n|0[0-7]{3})", plain, path.encode())
 
 
-def found(layers: Sequence[str | Path]) -> list[tuple[str, bytes]]:
+def found(layers: Sequence[str | Path], prefix: str = PREFIX) -> list[tuple[str, bytes]]:
     """What ``changes`` says, in order, which is asserted."""
-    result = [raw(line) for line in changes([str(layer) for layer in layers])]
+    result = [raw(line) for line in changes([str(layer) for layer in layers], prefix=prefix)]
     paths = [path for _, path in result]
     assert paths == sorted(set(paths))
     return result
 
 
-def said(layers: Sequence[str | Path]) -> list[str]:
-    return [line[:-1] for line in changes([str(layer) for layer in layers])]
+def said(layers: Sequence[str | Path], prefix: str = PREFIX) -> list[str]:
+    return [line[:-1] for line in changes([str(layer) for layer in layers], prefix=prefix)]
 
 
 @contextlib.contextmanager
@@ -62,14 +63,15 @@ def merged(layers: Sequence[str], target: str, options: str, writable: str | Non
         mounting.unmount(target)
 
 
-def attributes(path: bytes) -> dict[str, bytes]:
+def attributes(path: bytes, prefix: str) -> dict[str, bytes]:
+    """All that are no marks of the overlay's, of which a bind mount shows more."""
     with contextlib.suppress(OSError):
         names = os.listxattr(path, follow_symlinks=False)
-        return {name: os.getxattr(path, name, follow_symlinks=False) for name in names if ".overlay." not in name}
+        return {name: os.getxattr(path, name, follow_symlinks=False) for name in names if not name.startswith(prefix)}
     return {}
 
 
-def tree(top: str) -> dict[bytes, tuple[object, ...]]:
+def tree(top: str, prefix: str) -> dict[bytes, tuple[object, ...]]:
     """All that is in ``top``: path -> (whether it is a directory, all else that can be seen of it)."""
     result: dict[bytes, tuple[object, ...]] = {}
     start = os.fsencode(top)
@@ -89,17 +91,18 @@ def tree(top: str) -> dict[bytes, tuple[object, ...]]:
             content = os.readlink(path)
         result[path[len(start) :] or b"/"] = (
             stat.S_ISDIR(own.st_mode),
-            (own.st_mode, own.st_uid, own.st_gid, content, attributes(path)),
+            (own.st_mode, own.st_uid, own.st_gid, content, attributes(path, prefix)),
         )
     return result
 
 
 def expected(layers: Sequence[str], scratch: str, options: str) -> set[tuple[str, bytes]]:
     """The difference of what the kernel shows without and with the layer."""
+    prefix = overlay_prefix(options.split(","))
     with merged(layers[1:], f"{scratch}/lower", options) as target:
-        old = tree(target)
+        old = tree(target, prefix)
     with merged(layers, f"{scratch}/all", options) as target:
-        new = tree(target)
+        new = tree(target, prefix)
     result = {("A", path) for path in new.keys() - old.keys()}
     for path in old.keys() - new.keys():
         if new.get(os.path.dirname(path), (False,))[0]:  # else it went with its directory
@@ -163,6 +166,15 @@ def fill(path: str, other: str) -> None:
         write(f"{path}/{name}/a", other)
 
 
+FORGED = {"opaque": (b"y", b"x"), "redirect": (b"/a", b"b"), "whiteout": (b"",), "metacopy": (b"",), "origin": (b"",)}
+
+
+def forge(path: str, other: str) -> None:
+    """What any user can set, and the kernel obeys only where the overlay is mounted with userxattr."""
+    mark = list(FORGED)[len(other) % len(FORGED)]
+    os.setxattr(path, f"user.overlay.{mark}", FORGED[mark][len(path) % len(FORGED[mark])])
+
+
 MAKING: list[Callable[[str, str], None]] = [
     write,
     fill,
@@ -201,6 +213,7 @@ def some_path(random: Random, target: str, new: bool) -> str:
 @given(random=st.randoms(use_true_random=True))
 def compare_with_kernel(random: Random, options: str) -> None:
     """Trees that are made through overlay mounts, layer on layer; the choices come seeded, so that they make dense trees."""
+    steps = STEPS if "userxattr" in options else [*STEPS, forge, forge]
     scratch = tempfile.mkdtemp(prefix="changes-")
     try:
         chain: list[str] = []
@@ -212,11 +225,11 @@ def compare_with_kernel(random: Random, options: str) -> None:
             upper = merged(chain, f"{scratch}/mnt", options, work) if number else contextlib.nullcontext(layer)
             with upper as target:
                 for _ in range(random.randint(0, 12) if number else 25):
-                    step = random.choice(STEPS if number else MAKING)
+                    step = random.choice(steps if number else MAKING)
                     with contextlib.suppress(OSError):
                         step(some_path(random, target, step in MAKING), some_path(random, target, True))
                 if random.random() < 0.1:
                     os.chmod(target, 0o700)
-        assert set(found(chain)) == expected(chain, scratch, options)
+        assert set(found(chain, overlay_prefix(options.split(",")))) == expected(chain, scratch, options)
     finally:
         shutil.rmtree(scratch)

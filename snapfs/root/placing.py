@@ -21,7 +21,7 @@ from snapfs.errors import Damaged
 from snapfs.model import Kind
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import FsTemplate, Layers
-from snapfs.scan.changes import is_shown_by_overlay, list_xattrs
+from snapfs.scan.changes import PREFIX, is_shown_by_overlay, list_xattrs
 from snapfs.store.metastore import MetaStore
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
@@ -32,10 +32,12 @@ _INHERITED = ("user.", "system.posix_acl_")
 
 
 class Placing:
-    """Puts directories of the pool in their places, within write operations.  ``fd`` is open on ROOT/snapshots."""
+    """Puts directories of the pool in their places, within write operations.  ``fd`` is open on ROOT/snapshots; the overlays'
+    own attributes begin with ``prefix`` (``scan/changes.py``)."""
 
-    def __init__(self, layers: Layers, fd: int) -> None:
+    def __init__(self, layers: Layers, fd: int, prefix: str = PREFIX) -> None:
         self._layers = layers
+        self._prefix = prefix
         self._fd = fd
         self._cleared = 0
 
@@ -46,7 +48,7 @@ class Placing:
         OSError, having left nothing.
         """
         layers, flushed = self._layers, self._layers.pool.flushed_up_to
-        name = layers.place(number, record.kind, fs_template(layers, record))
+        name = layers.place(number, record.kind, fs_template(layers, record, self._prefix))
         writer.on_failure(lambda: layers.undo_place(number))
         if name is None:
             writer.sync_directory(self._fd)
@@ -60,7 +62,7 @@ class Placing:
         self._cleared = max(flushed, self._cleared)
 
 
-def fs_template(layers: Layers, record: Record) -> FsTemplate:
+def fs_template(layers: Layers, record: Record, prefix: str) -> FsTemplate:
     """What ``fs`` of a new snapshot with this record is to be like: as its parent's, so that the empty layer changes nothing.
 
     Labels that map ids ask for another owner, and snapshots of containerd's have the mode that containerd gives them.  Raises
@@ -74,11 +76,11 @@ def fs_template(layers: Layers, record: Record) -> FsTemplate:
     owner = owner or (found.st_uid, found.st_gid)
     if record.origin:
         return FsTemplate(owner)
-    names = [name for name in list_xattrs(below) if name.startswith(_INHERITED) and is_shown_by_overlay(name)]
+    names = [name for name in list_xattrs(below) if name.startswith(_INHERITED) and is_shown_by_overlay(name, prefix)]
     return FsTemplate(owner, stat.S_IMODE(found.st_mode), [(name, os.getxattr(below, name)) for name in names])
 
 
-def finish(layers: Layers, records: MetaStore) -> None:
+def finish(layers: Layers, records: MetaStore, prefix: str = PREFIX) -> None:
     """Put the directories in their places that a power cut has put back into the pool.
 
     Called at a start, before the pool is emptied.  Raises OSError.
@@ -97,7 +99,7 @@ def finish(layers: Layers, records: MetaStore) -> None:
         kind = Kind.VIEW if imprint.record.kind is Kind.VIEW else Kind.ACTIVE
         template = FsTemplate()
         with suppress(FileNotFoundError):  # the parent's layer is missing: calls that need it raise Damaged
-            template = fs_template(layers, imprint.record)
+            template = fs_template(layers, imprint.record, prefix)
         layers.place(number, kind, template, name)
         layers.write_imprint(number, imprint)
     log.info("%d directories were put in place that a power cut had put back", len(found))

@@ -14,8 +14,14 @@ from snapfs.root.layers import Layers
 from snapfs.root.mounted import Mounted
 from snapfs.root.placing import Placing
 from snapfs.root.unflushed import Unflushed
+from snapfs.scan.changes import PREFIX
 
 _FEW = 50  # layers that are looked at without a thread, if that takes no disk: a microsecond or two each
+
+
+def overlay_prefix(options: Sequence[str]) -> str:
+    """``Root.overlay_prefix`` of overlays that are mounted with ``options``."""
+    return "user.overlay." if "userxattr" in options else PREFIX
 
 
 @dataclass(eq=False)
@@ -38,6 +44,11 @@ class Root:
     maps_ids: bool
     damaged: set[int]
     agrees: bool
+
+    @property
+    def overlay_prefix(self) -> str:
+        """What the names of overlays' own extended attributes begin with here (``scan/changes.py``)."""
+        return overlay_prefix(self.overlay_options)
 
     @property
     def shifts_owners(self) -> bool:

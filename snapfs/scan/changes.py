@@ -2,7 +2,9 @@ r"""What a layer changed against its chain: one line a path, as overlayfs shows 
 
 ``A /path`` was added, ``C /path`` changed, ``D /path`` deleted.  A file that is no directory counts as changed as soon as the
 layer has it, a directory only if its own mode, owner, group or extended attributes changed; of a deleted directory there is
-one line, and none for what was in it.  Lines are sorted by the bytes of their paths, and paths are written so that
+one line, and none for what was in it.  ``R /path/`` comes after the line of a directory that was renamed with redirect_dir=on,
+here or in the chain: its contents come from a directory of another name, and the lines below it tell what the layers have there
+under this one.  Lines are sorted by the bytes of their paths, and paths are written so that
 ``printf %b`` of a POSIX shell gives them back: ``\\`` for a backslash, ``\n`` for a newline, ``\0ooo`` for each byte of other
 control characters and for bytes that are not UTF-8.
 
@@ -18,11 +20,12 @@ import stat
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import Final
 
-from snapfs.errors import FailedPrecondition
 from snapfs.scan.walk import Descriptors, Directory
 
-_OVERLAYS = ("trusted.overlay.", "user.overlay.")
-_ESCAPED = ("trusted.overlay.overlay.", "user.overlay.overlay.")  # set by an overlay inside this one: no marks of this one
+PREFIX = "trusted.overlay."
+"""What the names of overlayfs's own attributes begin with; "user.overlay." where overlays are mounted with userxattr.  The
+kernel obeys those alone, and shows the others like any attribute: every user can set them."""
+
 _SPECIAL = re.compile("[\\\\\x00-\x1f\x7f-\x9f\udc80-\udcff]")
 _FEW = 30  # names that are looked up one by one; for more, listing the directory is faster
 
@@ -33,14 +36,16 @@ _WHITEOUT: Final = 2
 
 
 class _Directory(Directory):
-    """A directory of one layer.  ``xwhiteouts``: empty files in it may be whiteouts; ``lowest``: of the last layer."""
+    """A directory of one layer.  ``xwhiteouts``: empty files in it may be whiteouts; ``lowest``: of the last layer;
+    ``redirected``: its contents come from a directory of another name."""
 
-    __slots__ = ("lowest", "xwhiteouts")
+    __slots__ = ("lowest", "redirected", "xwhiteouts")
 
     def __init__(self, name: str, parent: _Directory | None, lowest: bool) -> None:
         super().__init__(name, parent)
         self.lowest = lowest
         self.xwhiteouts = False
+        self.redirected = False
 
 
 class _Level:
@@ -65,8 +70,15 @@ class _Level:
         self.is_leaf = False
         self.length = 0
 
+    @property
+    def is_redirected(self) -> bool:
+        """Whether contents come from a directory of another name, in one of the layers."""
+        return self.directory.redirected or any(directory.redirected for directory in self.below)
 
-def changes(layers: Sequence[str], *, checkpoint: Callable[[], None] = lambda: None) -> Generator[str, None, None]:
+
+def changes(
+    layers: Sequence[str], *, prefix: str = PREFIX, checkpoint: Callable[[], None] = lambda: None
+) -> Generator[str, None, None]:
     r"""What ``layers[0]`` changed against the others, which are its parents, the nearest first: lines, each with its newline.
 
     ``layers`` are the paths that overlayfs takes as upperdir and lowerdir.  Without parents everything is added (but the
@@ -74,14 +86,14 @@ def changes(layers: Sequence[str], *, checkpoint: Callable[[], None] = lambda: N
     to where the scan is, and the open descriptors are bounded.  Files that vanish meanwhile are left out.
 
     Blocks on the disk, so step it in a worker thread; ``checkpoint`` is called once a directory and may raise to stop the
-    scan; close the generator to close what it has open.  Raises FailedPrecondition at a directory that was renamed with
-    ``redirect_dir=on``, OSError where a layer is missing or the disk fails.
+    scan; close the generator to close what it has open.  ``prefix`` is what overlayfs's own attributes begin with where these
+    layers are mounted.  Raises OSError where a layer is missing or the disk fails.
     """
     roots = [_Directory(layer, None, number == len(layers) - 1) for number, layer in enumerate(layers)]
     with Descriptors() as descriptors:
-        scan = _Scan(descriptors)
+        scan = _Scan(descriptors, prefix)
         for root in roots:
-            scan.marks(root, "/")  # overlayfs merges the roots, opaque or not; this only learns of whiteouts
+            scan.marks(root)  # overlayfs merges the roots, opaque or not; this only learns of whiteouts
         level = _Level(roots[0], roots[1:], opaque=False)
         if scan.differs(level):
             yield "C /\n"
@@ -103,7 +115,7 @@ def changes(layers: Sequence[str], *, checkpoint: Callable[[], None] = lambda: N
                 elif item[-1] != "/":
                     shown = item if plain else _shown(item)
                     if not verb:
-                        entered = scan.enter(level, item, path + shown)
+                        entered = scan.enter(level, item)
                         if entered is None:
                             continue
                         level.entered[item] = entered
@@ -113,10 +125,11 @@ def changes(layers: Sequence[str], *, checkpoint: Callable[[], None] = lambda: N
                     yield f"{verb} {path}{shown}\n"
                 else:
                     name = item[:-1]
-                    below = f"{path}{name if plain else _shown(name)}"
-                    entered = scan.enter(level, name, below) if verbs[name] else level.entered.pop(name, None)
+                    entered = scan.enter(level, name) if verbs[name] else level.entered.pop(name, None)
                     if entered is not None:
-                        path = below + "/"
+                        path = f"{path}{name if plain else _shown(name)}/"
+                        if entered.is_redirected:
+                            yield f"R {path}\n"
                         checkpoint()
                         stack.append(scan.expanded(entered, path))
                         break
@@ -131,8 +144,10 @@ def changes(layers: Sequence[str], *, checkpoint: Callable[[], None] = lambda: N
 class _Scan:
     """What the scan reads from the disk."""
 
-    def __init__(self, descriptors: Descriptors) -> None:
+    def __init__(self, descriptors: Descriptors, prefix: str) -> None:
         self.descriptors = descriptors
+        self._prefix = prefix
+        self._opaque, self._redirect, self._whiteout = f"{prefix}opaque", f"{prefix}redirect", f"{prefix}whiteout"
 
     def expanded(self, level: _Level, path: str) -> _Level:
         """``level``, whose directory has the path ``path``, after its entries have been read and compared."""
@@ -151,57 +166,50 @@ class _Scan:
         level.items = iter(sorted([*verbs, *directories], key=None if ascii_only else os.fsencode))
         return level
 
-    def enter(self, level: _Level, name: str, path: str) -> _Level | None:
-        """The level of the directory ``name`` in ``level``, whose path will be ``path``; None where it has vanished."""
+    def enter(self, level: _Level, name: str) -> _Level | None:
+        """The level of the directory ``name`` in ``level``; None where it has vanished."""
         directory = _Directory(name, level.directory, level.directory.lowest)
-        opaque = self.marks(directory, path)
+        opaque = self.marks(directory)
         if opaque is None:
             return None
-        below = []
-        if not level.verbs[name]:
+        below: list[_Directory] = []
+        if not level.verbs[name] and not directory.redirected:
             for parent in level.below:
                 lower = _Directory(name, parent, parent.lowest)
-                ends = self.marks(lower, path)
+                ends = self.marks(lower)
                 if ends is not None:
                     below.append(lower)
                 elif self.kind(parent, name) is not None:
                     break
-                if ends:
+                if ends or lower.redirected:
                     break
         return _Level(directory, below, opaque=level.opaque or opaque)
 
-    def marks(self, directory: _Directory, path: str) -> bool | None:
-        """Whether overlayfs's marks on ``directory`` hide the directories below it; None where it has vanished.  Notes whether
-        empty files in it may be whiteouts.
-
-        Raises FailedPrecondition where a mark says that its contents come from a directory of another name.
-        """
+    def marks(self, directory: _Directory) -> bool | None:
+        """Whether overlayfs's marks on ``directory`` hide the directories below it; None where it has vanished.  Notes what
+        else they say: that empty files in it may be whiteouts, that its contents come from a directory of another name."""
         fd = self.descriptors.get(directory)
         if fd < 0:
             return None
         redirected = False
         for name in list_xattrs(fd):
-            if name.startswith(_OVERLAYS):
-                mark = name.partition(".overlay.")[2]
-                if mark == "opaque":
-                    value = _xattr(fd, name)
-                    if value == b"y":
-                        return True  # and overlayfs does not look for a redirect
-                    directory.xwhiteouts |= value == b"x"
-                elif mark == "redirect":
-                    redirected = directory.parent is not None and not directory.lowest
-        if redirected:
-            raise FailedPrecondition(
-                f"changes cannot tell where the contents of {path} come from: the directory was renamed with redirect_dir=on",
-                public="changes cannot tell where the contents of a directory come from that was renamed with redirect_dir=on",
-            )
+            if name == self._opaque:
+                value = _xattr(fd, name)
+                if value == b"y":
+                    return True  # and overlayfs does not look for a redirect
+                directory.xwhiteouts |= value == b"x"
+            elif name == self._redirect:
+                redirected = directory.parent is not None and not directory.lowest
+        directory.redirected = redirected
         return False
 
     def differs(self, level: _Level) -> bool:
         """Whether the directory of ``level`` itself (mode, owner, group, attributes) differs from the nearest below it."""
         if not level.below:
             return False
-        own, below = (_metadata(self.descriptors.get(directory)) for directory in (level.directory, level.below[0]))
+        own, below = (
+            _metadata(self.descriptors.get(directory), self._prefix) for directory in (level.directory, level.below[0])
+        )
         return own is not None and own != below
 
     def visible(self, directories: Sequence[_Directory], wanted: Collection[str] | None) -> dict[str, int]:
@@ -254,24 +262,25 @@ class _Scan:
             if directory.xwhiteouts and stat.S_ISREG(found.st_mode) and found.st_size == 0:
                 # Not opened, since it may be a device by now; and there is no listxattrat(2) before Linux 6.13.
                 marks = os.listxattr(f"/proc/self/fd/{fd}/{name}", follow_symlinks=False)
-                return _WHITEOUT if any(f"{overlay}whiteout" in marks for overlay in _OVERLAYS) else _OTHER
+                return _WHITEOUT if self._whiteout in marks else _OTHER
         except FileNotFoundError:
             return None
         return _OTHER
 
 
-def _metadata(fd: int) -> object:
+def _metadata(fd: int, prefix: str) -> object:
     """All that an overlay shows of the directory open as ``fd`` itself, to be compared; None where it has vanished."""
     if fd < 0:
         return None
     own = os.fstat(fd)
-    shown = [name for name in list_xattrs(fd) if is_shown_by_overlay(name)]
+    shown = [name for name in list_xattrs(fd) if is_shown_by_overlay(name, prefix)]
     return own.st_mode, own.st_uid, own.st_gid, {name: _xattr(fd, name) for name in shown}
 
 
-def is_shown_by_overlay(name: str) -> bool:
-    """Whether an overlay shows the extended attribute ``name`` of its layers; its own marks it doesn't."""
-    return not name.startswith(_OVERLAYS) or name.startswith(_ESCAPED)
+def is_shown_by_overlay(name: str, prefix: str = PREFIX) -> bool:
+    """Whether an overlay shows the extended attribute ``name`` of its layers; its own, which begin with ``prefix``, it
+    doesn't, but those that an overlay inside it has set."""
+    return not name.startswith(prefix) or name.startswith(f"{prefix}overlay.")
 
 
 def list_xattrs(file: int | str) -> list[str]:

@@ -19,10 +19,11 @@ T = TypeVar("T")
 
 
 class Comparing:
-    """The scans of one root.  ``serve`` must be running."""
+    """The scans of one root, with overlays' own attributes that begin with ``prefix``.  ``serve`` must be running."""
 
-    def __init__(self, layers: Layers, records: MetaStore) -> None:
+    def __init__(self, layers: Layers, records: MetaStore, prefix: str) -> None:
         self._layers = layers
+        self._prefix = prefix
         self._records = records
         self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
 
@@ -33,15 +34,14 @@ class Comparing:
     async def changes(self, number: int, name: str, chain: list[int], consume: Callable[[Iterable[str]], T]) -> T:
         """What ``consume`` makes of the lines (``scan/changes.py``) of snapshot ``number``, called ``name``, with this chain.
 
-        Raises NotFound where it was removed meanwhile; FailedPrecondition: a directory that was renamed with redirect_dir=on;
-        Damaged; Unavailable.
+        Raises NotFound where it was removed meanwhile; Damaged; Unavailable.
         """
 
         def scan() -> T:
             for layer in (number, *chain):
                 self._layers.refuse_damaged(layer)
             directories = [self._layers.fs(layer) for layer in (number, *chain)]
-            with closing(changes(directories, checkpoint=trio.from_thread.check_cancelled)) as lines:
+            with closing(changes(directories, prefix=self._prefix, checkpoint=trio.from_thread.check_cancelled)) as lines:
                 return consume(lines)
 
         try:
