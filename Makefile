@@ -28,7 +28,7 @@ FRESH_COMMAND ?= make test
 export FRESH_COMMAND PYTEST_ARGS
 
 # Tests of names, filters, records, the library and the tree's nodes; those of them that need a mount are left out
-QUICK ?= rooms exports names filters mountspec model metastore rules snapshotter blocking usage tree
+QUICK ?= rooms exports names filters mountspec model metastore rules snapshotter usage tree
 
 # Not in the clone: pip, pytest, grep and git would walk through all that is mounted there
 DEMO ?= /tmp/snapfs
@@ -58,7 +58,7 @@ test: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m pytest $(PYTEST_ARGS)
 
 quick: .venv/ready-for-development
-	TMPDIR=$(firstword $(wildcard /dev/shm) /tmp) .venv/bin/python -m pytest -q -m 'not mounts' \
+	TMPDIR=$(firstword $(wildcard /dev/shm) /tmp) .venv/bin/python -m pytest -q -m 'not mounts' -k 'not blocking-' \
 	  -p no:cacheprovider --hypothesis-profile=quick -o tmp_path_retention_policy=failed \
 	  $(QUICK:%=tests/test_%.py) $(PYTEST_ARGS)
 
