@@ -100,7 +100,7 @@ def _opened(root: str, options: Options, metastore: MetaStore | None, opened: Ex
         agrees=True,
     )
     rootfs = _rootfs(state, records, features)
-    state.damaged |= _recover(layers, records, state.overlay_prefix, retire=not options.async_remove)
+    state.damaged |= _recover(layers, records, state.overlay_prefix, to_trash=not options.async_remove)
     return Snapshotter(state, records, owns_records=metastore is None, rootfs=rootfs, features=features)
 
 
@@ -205,10 +205,10 @@ def _rootfs(root: Root, records: MetaStore, features: dict[str, Feature]) -> Roo
     return rootfs
 
 
-def _recover(layers: Layers, records: MetaStore, prefix: str, *, retire: bool) -> set[int]:
+def _recover(layers: Layers, records: MetaStore, prefix: str, *, to_trash: bool) -> set[int]:
     """Bring records and directories together after whatever happened; the ids of damaged snapshots.
 
-    What no record names goes to the trash if ``retire``, and what a Prepare that was cut short left in any case.  A record
+    What no record names goes to the trash if ``to_trash``, and what a Prepare that was cut short left in any case.  A record
     whose directory is missing or none is reported as damaged, never guessed.  Raises Damaged where the records can't be this
     root's: without the right ones every layer would look abandoned.
     """
@@ -236,7 +236,7 @@ def _recover(layers: Layers, records: MetaStore, prefix: str, *, retire: bool) -
     for number in unknown:
         if number > last_id:
             layers.undo_place(number)
-        elif retire:
+        elif to_trash:
             layers.move_to_trash(number)
         else:
             layers.leave_for_cleanup(number)
