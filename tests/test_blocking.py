@@ -671,8 +671,8 @@ def waiting():
 
 
 def script(root: Path, text: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-X", "dev", "-c", BEGIN + text, str(root)],
+    return subprocess.run(  # Python 3.12 and later warn of every fork with threads: the one here is what is tried
+        [sys.executable, "-X", "dev", "-W", "ignore:This process:DeprecationWarning", "-c", BEGIN + text, str(root)],
         capture_output=True,
         text=True,
         timeout=30,
