@@ -27,6 +27,7 @@ from snapfs.root.inuse import Closing, InUse
 from snapfs.root.layers import Layers
 from snapfs.root.merged import Held, Merged, Stack, by_users
 from snapfs.root.mounted import Mounted
+from snapfs.services.locks import Locks
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Rootfs:
         self._mounted = mounted
         self._in_use = in_use
         self._held: dict[int, Held] = {}
-        self._locks: dict[int, trio.Lock] = {}
+        self._locks = Locks()
         self._making_room = trio.Lock()
         self._threads = trio.CapacityLimiter(8)
         self._closing = trio.CapacityLimiter(math.inf)  # each may wait for the disk, and nothing may wait for them
@@ -87,7 +88,7 @@ class Rootfs:
             self._spare.close()
             with trio.CancelScope(shield=True):
                 for number in {*self._held, *self._locks}:
-                    async with self._locked(number):
+                    async with self._locks.held(number):
                         if number in self._held:
                             await trio.to_thread.run_sync(self._merged.end, self._held.pop(number))
 
@@ -113,11 +114,11 @@ class Rootfs:
         others are mounted and all in use, or the upper layer is in use where it can't be got from."""
         if number not in self._locks and self._is_there(number):  # a task with the lock may be unmounting it
             return self._layers.rootfs(number)
-        async with self._locked(number):
+        async with self._locks.held(number):
             if self._is_there(number):
                 return self._layers.rootfs(number)
         # room may take a while, so without the lock: a Commit or Remove would wait for it, and the whole tree for that
-        async with self._room(), self._locked(number):
+        async with self._room(), self._locks.held(number):
             if not self._is_there(number):
                 work = functools.partial(self._merged.mount, number, stack(), self._held.get(number))
                 held = await trio.to_thread.run_sync(work, limiter=self._threads)
@@ -163,7 +164,7 @@ class Rootfs:
                 return
             else:
                 with suppress(OSError, Busy):
-                    async with self._locked(number):
+                    async with self._locks.held(number):
                         if self._held.get(number) is held:
                             await self._release(held)
                             self._let_go(held)
@@ -181,7 +182,7 @@ class Rootfs:
         Raises Busy while a process uses it, wherever; then it is mounted as before, or in use where it can't be got from.
         Where it could not be found out wholly, no process can write into it once the block has ended without an error.
         """
-        async with self._locked(number):
+        async with self._locks.held(number):
             held = self._held.get(number)
             if held is None:
                 yield False
@@ -249,7 +250,7 @@ class Rootfs:
     async def _expire(self, number: int) -> None:
         """Unmount ``number`` if no call asked for it and no process used it for ``idle`` seconds."""
 
-        async with self._locked(number):
+        async with self._locks.held(number):
             held = self._held.get(number)
             if held is None or trio.current_time() - held.asked < max(self.idle, GRACE):
                 return
@@ -281,16 +282,6 @@ class Rootfs:
                 await self._still_written(number)
         if self._in_use.closings.get(number) is closing:
             del self._in_use.closings[number]
-
-    @asynccontextmanager
-    async def _locked(self, number: int) -> AsyncIterator[None]:
-        lock = self._locks.setdefault(number, trio.Lock())
-        try:
-            async with lock:
-                yield
-        finally:
-            if not lock.locked() and self._locks.get(number) is lock:
-                del self._locks[number]
 
 
 def _unwritten() -> int:

@@ -17,6 +17,7 @@ from snapfs.model import Info, Kind
 from snapfs.root.owners import Shift, mapping_labels
 from snapfs.rules.labels import ShiftNeeded
 from snapfs.rules.root import Root
+from snapfs.services.locks import Locks
 from snapfs.store.metastore import MetaStore
 from snapfs.store.writing import Writer
 
@@ -27,7 +28,7 @@ class Shifting:
     def __init__(self, root: Root, records: MetaStore) -> None:
         self._root = root
         self._records = records
-        self._locks: dict[int, trio.Lock] = {}
+        self._locks = Locks()
         self._threads = trio.CapacityLimiter(2)  # disks gain little from more
         self._under_way: set[trio.Event] = set()
 
@@ -38,13 +39,8 @@ class Shifting:
         if not self._root.shifts_owners:
             yield
             return
-        lock = self._locks.setdefault(number, trio.Lock())
-        try:
-            async with lock:
-                yield
-        finally:
-            if not lock.locked():  # by a task that has waited
-                self._locks.pop(number, None)
+        async with self._locks.held(number):
+            yield
 
     async def update(self, rule: Callable[[Writer, Shift | None], Info]) -> Info:
         """Run ``rule`` in the writer, and where it asks for a shift, make that and run it again; what it returns.

@@ -1,0 +1,32 @@
+"""Locks: one for each snapshot that a task is at, for as long as it is."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import trio
+
+
+class Locks:
+    """Locks by snapshot id; those that are held or waited for are ``in`` it."""
+
+    def __init__(self) -> None:
+        self._locks: dict[int, trio.Lock] = {}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._locks
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._locks)
+
+    @asynccontextmanager
+    async def held(self, number: int) -> AsyncIterator[None]:
+        """For a block in which no other task holds the lock of snapshot ``number``."""
+        lock = self._locks.setdefault(number, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked() and self._locks.get(number) is lock:  # else a task that has waited holds it by now
+                del self._locks[number]
