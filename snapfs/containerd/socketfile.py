@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from snapfs.errors import InvalidArgument, Unavailable
 from snapfs.kernel import libc
 
-_CLONE_FS = 0x200
-
 LONGEST = 107  # bytes of a path that connect(2) takes
 
 
@@ -110,7 +108,7 @@ def private_umask() -> Iterator[None]:
     """For a block in which this thread makes files for their owner alone, 0600 at most; other threads go on as before.
 
     The thread has an umask and a working directory of its own from then on.  Raises OSError."""
-    libc.call("unshare", _CLONE_FS)
+    libc.separate_thread()
     before = os.umask(0o177)
     try:
         yield

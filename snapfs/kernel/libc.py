@@ -6,6 +6,8 @@ import ctypes
 import os
 from typing import Any
 
+_CLONE_FS = 0x200
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
@@ -39,6 +41,12 @@ def call(function: str, *arguments: Any) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return result
+
+
+def separate_thread() -> None:
+    """Give this thread a root, a working directory and an umask of its own, for good; threads share them otherwise (unshare(2),
+    CLONE_FS).  Raises OSError."""
+    call("unshare", _CLONE_FS)
 
 
 def directory_types(path: str) -> set[int]:

@@ -38,7 +38,7 @@ _WANTED = _SB_BASIC | _MNT_BASIC | _MNT_ROOT | _MNT_POINT | _FS_TYPE | _MNT_OPTS
 _RDONLY = 1  # MOUNT_ATTR_RDONLY in mnt_attr
 _BUFFER = 64 << 10  # bytes for one mount, to begin with: the options of an overlay name all its layers
 
-_CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
+_CLONE_NEWNS = 0x20000
 
 _VANISHED = (errno.ENOENT, errno.ESRCH, errno.EINVAL)
 
@@ -248,7 +248,7 @@ def enter(pid: int) -> None:
     """Move this thread, and no other, into the mount namespace of process ``pid``, for good; raises OSError."""
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        libc.call("unshare", _CLONE_FS)  # root and working directory, which threads share, become this one's own
+        libc.separate_thread()
         libc.call("setns", namespace, _CLONE_NEWNS)
     finally:
         os.close(namespace)

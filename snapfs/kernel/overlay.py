@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from snapfs.kernel import libc, mountapi, mounting
 from snapfs.mountspec import PAGE, escape
 
-_CLONE_FS = 0x200
-
 
 class MountApiLacking(Exception):
     """This kernel's mount API can't mount the overlay; mount(2) may."""
@@ -60,7 +58,7 @@ def mount_overlay_classic(
     words = _option_string([os.path.relpath(lower, directory) for lower in lowers], upper, work, options)
 
     def mount_from_there() -> None:
-        libc.call("unshare", _CLONE_FS)  # from here on this thread's working directory is its own
+        libc.separate_thread()
         os.chdir(directory)
         mounting.mount("overlay", target, "overlay", flags, words)
 
