@@ -28,6 +28,7 @@ from snapfs.rules.root import Root, overlay_prefix
 from snapfs.services.rootfs import Rootfs
 from snapfs.snapshotter import Snapshotter
 from snapfs.store.metastore import MetaStore
+from snapfs.store.soundness import refuse_unusable
 
 log = logging.getLogger(__name__)
 
@@ -70,18 +71,21 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
 
 
 def _opened(root: str, options: Options, metastore: MetaStore | None, opened: ExitStack) -> Snapshotter:
-    layers = Layers.open(root)
-    opened.callback(layers.close)
+    layers = Layers.begin(root)
+    opened.callback(layers.unmake)
     layers.pool.syncs = options.sync is Sync.FULL
+    records = metastore
+    if records is None:
+        _refuse_lost_records(layers)
+        refuse_unusable(layers.records)
+        records = MetaStore(layers.records, sync=options.sync is Sync.FULL)
+        opened.callback(records.close)
+    _refuse_unrecorded(layers, records)
+    layers.make_ready()
     fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     opened.callback(os.close, fd)
     mounted = Mounted(layers.snapshots)
     opened.callback(mounted.close)
-    records = metastore
-    if records is None:
-        _refuse_lost_records(layers)
-        records = MetaStore(f"{layers.root}/metadata.mdb", sync=options.sync is Sync.FULL)
-        opened.callback(records.close)
     features = {"imprints": _imprints(layers)}
     overlay_options = _overlay_options(options.mount_options, layers.snapshots, features)
     in_use = InUse(layers, _upper_layers(layers, overlay_options, features))
@@ -209,8 +213,7 @@ def _recover(layers: Layers, records: MetaStore, prefix: str, *, to_trash: bool)
     """Bring records and directories together after whatever happened; the ids of damaged snapshots.
 
     What no record names goes to the trash if ``to_trash``, and what a Prepare that was cut short left in any case.  A record
-    whose directory is missing or none is reported as damaged, never guessed.  Raises Damaged where the records can't be this
-    root's: without the right ones every layer would look abandoned.
+    whose directory is missing or none is reported as damaged, never guessed.
     """
     placing.finish(layers, records, prefix)
     layers.clear_pool()
@@ -226,14 +229,7 @@ def _recover(layers: Layers, records: MetaStore, prefix: str, *, to_trash: bool)
             name = record.name if record else "?"
             wrong = "is not a directory" if os.path.lexists(layers.directory(number)) else "is missing"
             log.error('snapshot "%s" is damaged: its directory %s %s', name, layers.directory(number), wrong)
-    unknown = present - known
-    for number in unknown:
-        if number > last_id and not layers.is_empty(number):  # no Prepare that was cut short leaves that
-            raise Damaged(
-                f"{layers.directory(number)} holds files, but no such snapshot was ever recorded in {records.path}: "
-                f"put back the records that belong to this root, or have them made anew: snapfs check {layers.root} --rebuild"
-            )
-    for number in unknown:
+    for number in present - known:
         if number > last_id:
             layers.undo_place(number)
         elif to_trash:
@@ -243,9 +239,21 @@ def _recover(layers: Layers, records: MetaStore, prefix: str, *, to_trash: bool)
     return damaged
 
 
+def _refuse_unrecorded(layers: Layers, records: MetaStore) -> None:
+    """Raise Damaged where the records can't be this root's: without the right ones every layer would look abandoned."""
+    with records.reading() as reader:
+        known, last_id = reader.ids(), reader.last_id()
+    for number in layers.existing_ids() - known:
+        if number > last_id and not layers.is_empty(number):  # no Prepare that was cut short leaves that
+            raise Damaged(
+                f"{layers.directory(number)} holds files, but no such snapshot was ever recorded in {records.path}: "
+                f"put back the records that belong to this root, or have them made anew: snapfs check {layers.root} --rebuild"
+            )
+
+
 def _refuse_lost_records(layers: Layers) -> None:
     """Without records every layer would look abandoned and be deleted; better to stop."""
-    path = f"{layers.root}/metadata.mdb"
+    path = layers.records
     if layers.existing_ids() and not (os.path.exists(path) and os.path.getsize(path)):
         raise Damaged(
             f"{layers.snapshots} holds layers but {path} is missing or empty: "

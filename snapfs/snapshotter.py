@@ -102,6 +102,10 @@ class Snapshotter:
         finally:
             self._background_ended.set()
 
+    def abandon(self) -> None:
+        """Have ``close`` leave nothing of a root that was new, and in which no snapshot was made: it can't be served."""
+        self._root.abandoned = True
+
     async def close(self) -> None:
         """Finish the writes and the flush under way, stop all else and let go of the root; twice is fine."""
         if self._closed:

@@ -178,8 +178,8 @@ async def test_a_root_on_a_read_only_file_system(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["tmpfs", "bind"])
 async def test_a_root_of_several_mounts(root: Path, part: str, how: str) -> None:
     """No directory could be moved from one to the other."""
-    (root / part).mkdir(parents=True)
-    words = ["-t", "tmpfs", "tmpfs"] if how == "tmpfs" else ["--bind", str(root / part)]
+    await use(root)
+    words = ["-t", "tmpfs", "-o", "mode=700", "tmpfs"] if how == "tmpfs" else ["--bind", str(root / part)]
     subprocess.run(["mount", *words, str(root / part)], check=True)
     try:
         with pytest.raises(Unavailable, match=f"{root}/snapshots and {root}/.* are not in one mount: nothing but the whole"):
@@ -397,7 +397,7 @@ def test_without_the_right_to_mount(open_root: Path, inside: tuple[str, ...], wh
 def open_root() -> Iterator[Path]:
     """A root that is everybody's to make."""
     with tempfile.TemporaryDirectory() as directory:  # pytest's are for root only
-        os.chmod(directory, 0o777)
+        os.chmod(directory, 0o1777)
         yield Path(directory, "root")
 
 

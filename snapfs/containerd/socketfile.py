@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 
 from snapfs.errors import InvalidArgument, Unavailable
-from snapfs.kernel import libc
+from snapfs.kernel import libc, trusted
 
 LONGEST = 107  # bytes of a path that connect(2) takes
 
@@ -21,9 +21,9 @@ class SocketFile:
     """The socket at ``path``, an absolute one, whose directory is made where missing.
 
     Bind at ``fresh`` within ``private_umask``, then ``put`` it in its place in one step.  Meanwhile other daemons that want
-    the same place wait: the directory is locked.  What another user does to that directory, whose owner the user may be, can
-    change no file of ours: all is done by descriptors, to what was made here.  Blocks on the disk.  Raises InvalidArgument or
-    Unavailable where the path can't be used.
+    the same place wait: the directory is locked.  A directory that another user could exchange is refused.  What
+    others do in it (it may be /tmp) can change no file of ours: all is done by descriptors, to what was made here.  Blocks on
+    the disk.  Raises InvalidArgument or Unavailable where the path can't be used.
     """
 
     def __init__(self, path: str) -> None:
@@ -31,10 +31,10 @@ class SocketFile:
         self._identity: tuple[int, int] | None = None
         if len(os.fsencode(path)) > LONGEST:
             raise InvalidArgument(f"the path of a socket has at most {LONGEST} bytes: {path} is longer")
-        directory = os.path.dirname(path)
         try:
-            os.makedirs(directory, mode=0o700, exist_ok=True)
-            self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            with trusted.find(os.path.dirname(path), inside=True) as found:
+                found.make()
+                self._directory = os.open(f"/proc/self/fd/{found.fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 fcntl.flock(self._directory, fcntl.LOCK_EX)
                 self._refuse_taken()
@@ -42,6 +42,10 @@ class SocketFile:
             except BaseException:
                 os.close(self._directory)
                 raise
+        except trusted.Untrusted as error:
+            raise Unavailable(
+                f"cannot make the socket {path}: {error}; put it below directories that nobody else can write, such as /run"
+            ) from None
         except OSError as error:
             raise Unavailable.from_os(f"make the socket {path}", error) from error
         self.fresh = f"/proc/self/fd/{self._private}/s"

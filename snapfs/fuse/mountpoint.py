@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from snapfs.errors import Unavailable
-from snapfs.kernel import mounting
+from snapfs.kernel import mounting, trusted
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.root.lock import is_abandoned
 from snapfs.root.mounted import origin
@@ -29,28 +29,81 @@ def source_of(root: str) -> str:
     return root if root.isascii() and not set(root) & set(",\\ ") else FILE_SYSTEM  # libfuse takes plain options only
 
 
-def _resolved(mountpoint: str) -> str:
-    """As the mount table has it; found out without a question to what is mounted there."""
-    return os.path.realpath(os.path.dirname(mountpoint)) + "/" + os.path.basename(mountpoint)
+def resolve(mountpoint: str) -> str:
+    """``mountpoint`` as the mount table has it, found out without a question to what is mounted there.
+
+    Raises Unavailable where somebody else could lead it elsewhere (``kernel/trusted.py``), or where it is missing.
+    """
+    directory, name = os.path.split(os.path.normpath(mountpoint))
+    try:
+        with trusted.find(directory, inside=True) as found:
+            if found.missing:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            return f"{found.path.rstrip('/')}/{name}"
+    except trusted.Untrusted as error:
+        raise Unavailable(_untrusted(mountpoint, error)) from None
+    except OSError as error:
+        raise Unavailable(f"cannot mount on {mountpoint}: {error.strerror}{_hint(error, mountpoint)}", error.errno) from None
 
 
-def why_over(root: str, mountpoint: str) -> str:
+def _untrusted(mountpoint: str, error: Exception) -> str:
+    return (
+        f"cannot mount on {mountpoint}: {error}; mount on a directory of yours, below directories that nobody else can write, "
+        "such as /mnt"
+    )
+
+
+def _hint(error: OSError, mountpoint: str) -> str:
+    return f"; make it first: mkdir {mountpoint}" if error.errno == errno.ENOENT else ""
+
+
+def mounted_at(target: str) -> MountPoint | None:
+    """The tree that is mounted on top of ``target``, None where that is something else."""
+    top = None
+    for mount in mount_table():
+        if mount.target == target:
+            top = mount
+    return top if top is not None and top.type == f"fuse.{FILE_SYSTEM}" else None
+
+
+def unmount(own: MountPoint) -> bool:
+    """Refuse all requests that wait in the kernel for us and detach our mount ``own``, and no other that may be at its place by
+    now.  False where this process may not unmount: fusermount3 can.
+
+    Closing the device would do so too, but not while our own thread waits in it for a lock that such a request holds
+    (``cache.forget_name``)."""
+    mounts = list(mount_table())
+    now = next((mount for mount in mounts if (mount.id, mount.device) == (own.id, own.device)), None)
+    if now is None:
+        return True
+    if mounts[-1] is not now and any(mount.target == now.target for mount in mounts[mounts.index(now) + 1 :]):
+        log.warning("something else is mounted over %s: unmount that, and then %s", now.target, now.target)
+        _abort(now)
+        return True
+    try:
+        mounting.unmount(now.target, mounting.MNT_FORCE | mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+    except PermissionError:
+        return False
+    except OSError as error:
+        log.warning("cannot unmount %s: %s", now.target, error.strerror)
+    return True
+
+
+def why_over(own: MountPoint) -> str:
     """Why requests have come to an end without a signal."""
-    ours = (_resolved(mountpoint), source_of(root))
-    if any((mount.target, mount.source) == ours for mount in mount_table()):
+    if any((mount.id, mount.device) == (own.id, own.device) for mount in mount_table()):
         return "the FUSE connection was aborted; the next start recovers the mountpoint"
     return "unmounted"
 
 
 def recover_mountpoint(root: str, mountpoint: str) -> None:
-    """Unmount what a daemon that is gone left; any other dead mount is not ours to touch.
+    """Unmount at ``mountpoint`` (``resolve``) what a daemon that is gone left; any other dead mount is not ours to touch.
 
     The mount table and the root's lock tell, before anybody asks the mount itself: a daemon that was killed may have left a
     thread which waits in the kernel for a client that waits for the daemon, and a process that asks would wait with them.
     """
-    target = _resolved(mountpoint)
     for _ in range(16):  # daemons may have crashed on top of each other
-        mounts = [mount for mount in mount_table() if mount.target == target]
+        mounts = [mount for mount in mount_table() if mount.target == mountpoint]
         if not mounts:
             return
         source = mounts[-1].source
@@ -73,11 +126,15 @@ def recover_mountpoint(root: str, mountpoint: str) -> None:
 def _detach(mount: MountPoint) -> None:
     """Refuse all requests that wait for the daemon of ``mount``, which frees what waits, and unmount it."""
     try:
-        mounting.unmount(mount.target, mounting.MNT_FORCE | mounting.MNT_DETACH)
+        mounting.unmount(mount.target, mounting.MNT_FORCE | mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
     except PermissionError:
-        with contextlib.suppress(OSError):  # fusectl is not mounted everywhere
-            Path(f"/sys/fs/fuse/connections/{mount.device.partition(':')[2]}/abort").write_text("1")
+        _abort(mount)
         subprocess.run(["fusermount3", "-u", "-z", "--", mount.target], check=False)
+
+
+def _abort(mount: MountPoint) -> None:
+    with contextlib.suppress(OSError):  # fusectl is not mounted everywhere
+        Path(f"/sys/fs/fuse/connections/{mount.device.partition(':')[2]}/abort").write_text("1")
 
 
 def _overlap(root: str, mountpoint: str) -> bool:
@@ -94,16 +151,23 @@ def _overlap(root: str, mountpoint: str) -> bool:
     return any(os.path.commonpath(pair) in pair for pair in pairs)
 
 
-def check_mountpoint(root: str, mountpoint: str) -> None:
-    """Raise Unavailable, with a sentence, for what can be known to fail."""
+def check_mountpoint(root: str, mountpoint: str) -> str:
+    """``mountpoint`` without links.  Raises Unavailable, with a sentence, for what can be known to fail."""
+    target = resolve(mountpoint)
+    if mounted_at(target) is not None:
+        raise Unavailable(f"{mountpoint} is the mountpoint of another snapfs already; unmount that first")
     try:
-        mode = os.stat(mountpoint).st_mode
+        with trusted.find(target) as found:
+            if found.missing:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            if not stat.S_ISDIR(os.fstat(found.fd).st_mode):
+                raise Unavailable(f"cannot mount on {mountpoint}: it is not a directory")
+            target = found.path
+    except trusted.Untrusted as error:
+        raise Unavailable(_untrusted(mountpoint, error)) from None
     except OSError as error:
-        hint = f"; make it first: mkdir {mountpoint}" if error.errno == errno.ENOENT else ""
-        raise Unavailable(f"cannot mount on {mountpoint}: {error.strerror}{hint}", error.errno) from None
-    if not stat.S_ISDIR(mode):
-        raise Unavailable(f"cannot mount on {mountpoint}: it is not a directory")
-    if any(mount.target == os.path.realpath(mountpoint) and mount.type == f"fuse.{FILE_SYSTEM}" for mount in mount_table()):
+        raise Unavailable(f"cannot mount on {mountpoint}: {error.strerror}{_hint(error, mountpoint)}", error.errno) from None
+    if mounted_at(target) is not None:
         raise Unavailable(f"{mountpoint} is the mountpoint of another snapfs already; unmount that first")
     if _overlap(root, mountpoint):
         raise Unavailable(f"the root {root} and the mountpoint {mountpoint} must not lie within each other")
@@ -111,6 +175,7 @@ def check_mountpoint(root: str, mountpoint: str) -> None:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         raise Unavailable(f"cannot open /dev/fuse ({os.strerror(error.errno or 0)}): {_why_no_device(error)}") from None
+    return target
 
 
 def _why_no_device(error: OSError) -> str:

@@ -15,9 +15,17 @@ import trio
 
 from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
 from snapfs.fuse.access import Access
-from snapfs.fuse.mountpoint import FILE_SYSTEM, check_mountpoint, recover_mountpoint, source_of, why_over
+from snapfs.fuse.mountpoint import (
+    FILE_SYSTEM,
+    check_mountpoint,
+    mounted_at,
+    recover_mountpoint,
+    resolve,
+    source_of,
+    unmount,
+    why_over,
+)
 from snapfs.fuse.operations import Operations
-from snapfs.kernel import mounting
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
 from snapfs.snapshotter import Snapshotter
@@ -70,8 +78,9 @@ async def serve(
     _check_access(mount.access, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         try:
-            await trio.to_thread.run_sync(recover_mountpoint, root, mountpoint)
-            await trio.to_thread.run_sync(check_mountpoint, root, mountpoint)
+            target = await trio.to_thread.run_sync(resolve, mountpoint)
+            await trio.to_thread.run_sync(recover_mountpoint, root, target)
+            target = await trio.to_thread.run_sync(check_mountpoint, root, mountpoint)
         except OSError as error:
             raise Unavailable.from_os(f"mount on {mountpoint}", error) from error
         refusal: SnapshotError | None = None
@@ -83,10 +92,11 @@ async def serve(
                 access = {**msgspec.structs.asdict(mount.access), "umask": f"{mount.access.umask:03o}"}
                 served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync, **(also_shown or {})}
                 tree = Tree(snapshotter, served, dirsync=mount.dirsync)
-                await serve_tree(tree, mountpoint, mount, on_ready, stop, beside)
-                reason = received[0] if received else why_over(snapshotter.root, mountpoint)
+                reason = await serve_tree(tree, target, mount, on_ready, stop, beside)
+                reason = received[0] if received else reason
             except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group
                 refusal = error
+                snapshotter.abandon()
             nursery.cancel_scope.cancel()
         if refusal is not None:
             raise refusal
@@ -100,8 +110,9 @@ async def serve_tree(
     on_ready: Callable[[], None],
     stop: trio.Event,
     beside: Beside = _nothing,
-) -> None:
-    """Mount ``tree`` and answer requests until ``stop`` is set or somebody unmounts it.  One a process at a time."""
+) -> str:
+    """Mount ``tree`` and answer requests until ``stop`` is set or somebody unmounts it; why it is over, if not for ``stop``.
+    ``mountpoint`` is as the mount table has it.  One a process at a time."""
     operations = Operations(tree, mount.access, on_ready)
     try:
         pyfuse3.init(operations, mountpoint, _fuse_options(tree.snapshotter.root, mount))
@@ -110,6 +121,7 @@ async def serve_tree(
         if mount.access.allow_other and os.geteuid() != 0:
             hint += ", and for allow_other the line user_allow_other in /etc/fuse.conf, which is root's to add"
         raise Unavailable(f"cannot mount on {mountpoint}: {error}; {hint}") from None
+    own = mounted_at(mountpoint)
     try:
         async with beside(tree.snapshotter, operations.cache.settle), trio.open_nursery() as nursery:
             loop = trio.CancelScope()
@@ -117,12 +129,11 @@ async def serve_tree(
             with loop:
                 await pyfuse3.main(min_tasks=IDLE_TASKS)
             nursery.cancel_scope.cancel()
+        return "unmounted" if own is None else why_over(own)
     finally:
         for followed in (tree.state.events, tree.state.error_log):  # changes may still become durable after the mount is gone
             followed.forget_waiting()
-        if stop.is_set():
-            _abort(mountpoint)
-        pyfuse3.close(unmount=True)
+        pyfuse3.close(unmount=own is None or not unmount(own))
 
 
 async def _set_on_signal(
@@ -140,15 +151,6 @@ async def _end_loop(loop: trio.CancelScope, stop: trio.Event) -> None:
     await stop.wait()
     loop.deadline = trio.current_time() + GRACE
     pyfuse3.terminate()
-
-
-def _abort(mountpoint: str) -> None:
-    """Refuse all requests that wait in the kernel and detach the mount.  Closing the device would do so too, but not while our
-    own thread waits in it for a lock that such a request holds (``cache.forget_name``)."""
-    try:
-        mounting.unmount(mountpoint, mounting.MNT_FORCE | mounting.MNT_DETACH)
-    except OSError as error:  # not root: fusermount3 detaches it when pyfuse3 closes
-        log.debug("cannot unmount %s directly: %s", mountpoint, error)
 
 
 def _fuse_options(root: str, mount: MountOptions) -> set[str]:

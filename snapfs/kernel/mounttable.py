@@ -48,10 +48,15 @@ def mount_id(path: str) -> int:
     followed.  Raises OSError."""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        with open(f"/proc/self/fdinfo/{fd}") as file:
-            return next(int(line.partition(":")[2]) for line in file if line.startswith("mnt_id:"))
+        return mount_id_of(fd)
     finally:
         os.close(fd)
+
+
+def mount_id_of(fd: int) -> int:
+    """The id, as in the table, of the mount on which ``fd`` is open.  Raises OSError."""
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        return next(int(line.partition(":")[2]) for line in file if line.startswith("mnt_id:"))
 
 
 def parse(line: str) -> MountPoint:

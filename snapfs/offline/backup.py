@@ -17,6 +17,7 @@ import msgspec
 
 from snapfs.errors import AlreadyExists, InvalidArgument, Unavailable
 from snapfs.kernel.mounttable import mount_table
+from snapfs.root.claim import RECORDS, look
 from snapfs.root.lock import shared_lock
 from snapfs.store.environment import READERS
 from snapfs.store.locktable import open_environment, table_of
@@ -46,12 +47,17 @@ def backup(root: str, file: str) -> Backup:
     Raises AlreadyExists; InvalidArgument: ``file`` lies within the root or on a mount of snapfs; Damaged: the records can't be
     read; Unavailable: there are none, or the operating system refused.
     """
-    records = os.path.realpath(root) + "/metadata.mdb"
+    with look(root) as found:
+        return _backup(found.path, root, file)
+
+
+def _backup(root: str, given: str, file: str) -> Backup:
+    records = f"{root}/{RECORDS}"
     try:
         if os.stat(records).st_size == 0:
-            raise Unavailable(f"there are no records in {root} yet: {records} is empty")
-    except (FileNotFoundError, NotADirectoryError):
-        raise Unavailable(f"{root} is no root of snapfs: give the one that snapfs serve was given") from None
+            raise Unavailable(f"there are no records in {given} yet: {records} is empty")
+    except FileNotFoundError:
+        raise Unavailable(f"there are no records in {given}: {records} is missing") from None
     except OSError as error:
         raise Unavailable.from_os("read the records", error) from error
     directory, name = os.path.split(os.path.abspath(file))
@@ -59,8 +65,8 @@ def backup(root: str, file: str) -> Backup:
     if os.path.lexists(f"{directory}/{name}"):
         raise AlreadyExists(f"{file} exists already, and a backup never replaces anything: give another name")
     try:
-        _refuse_place(os.path.realpath(root), directory, file)
-        return _write(os.path.realpath(root), records, directory, name)
+        _refuse_place(root, directory, file)
+        return _write(root, records, directory, name)
     except OSError as error:
         if error.errno == errno.EEXIST:
             raise AlreadyExists(f"{file} has just been made by somebody else: give another name") from None

@@ -67,7 +67,7 @@ def check(
     """
     with closing(Layers.claim(root)) as layers:
         try:
-            records = MetaStore(_sound(records_of(layers)))
+            records = MetaStore(_sound(layers.records))
         except Damaged as error:
             yield Finding(Problem.DAMAGED, str(error), "--rebuild makes them anew from what each directory says of itself")
             return
@@ -77,11 +77,6 @@ def check(
             for name in accept:
                 yield _accept(layers, records, name)
             yield from _Check(layers, records, repair, progress).run()
-
-
-def records_of(layers: Layers) -> str:
-    """The path of the records of a root."""
-    return f"{layers.root}/metadata.mdb"
 
 
 def _sound(path: str) -> str:

@@ -16,7 +16,7 @@ import msgspec
 from snapfs.errors import Damaged, NameTooLong, Unavailable
 from snapfs.model import Kind
 from snapfs.names import encode, parse_id
-from snapfs.offline.checking import Finding, Problem, Progress, records_of
+from snapfs.offline.checking import Finding, Problem, Progress
 from snapfs.root import imprint
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
@@ -109,7 +109,7 @@ def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
 
 def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> None:
     """Write the records beside the old ones, then put them in their place."""
-    place, fresh = records_of(layers), f"{records_of(layers)}.new"
+    place, fresh = layers.records, f"{layers.records}.new"
     _remove(fresh)
     numbers = sorted(found)
     with closing(MetaStore(fresh)) as records:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
+import stat
 from pathlib import Path
 
 import msgspec
@@ -27,6 +29,8 @@ FILE = "record"  # in ROOT/snapshots/<id>
 
 _ABSENT = (errno.ENODATA, errno.ENOTSUP)
 _TOO_BIG = (errno.E2BIG, errno.ENOSPC, errno.ERANGE)
+FEW = 100  # directories of snapshots that are looked at for an imprint, to know a root
+
 _ALWAYS_FITS = 256  # bytes of an attribute, on every file system
 
 
@@ -54,17 +58,37 @@ def is_supported(directory: str) -> bool:
     return True
 
 
+def has_some(snapshots: str) -> bool:
+    """Whether the directory ``snapshots`` says that it is a root's: it notes the last id, or one of the first directories in it
+    bears an imprint.  Raises no OSError."""
+    with contextlib.suppress(OSError):
+        os.getxattr(snapshots, LAST_ID, follow_symlinks=False)
+        return True
+    with contextlib.suppress(OSError), os.scandir(snapshots) as entries:
+        for entry in itertools.islice((entry for entry in entries if names.parse_id(entry.name)), FEW):
+            with contextlib.suppress(OSError, Damaged):
+                if read(entry.path) is not None:
+                    return True
+    return False
+
+
 def write(directory: str, imprint: Imprint) -> None:
     """Write ``imprint`` to ``directory``, ROOT/snapshots/<id>, in the place of the one that it had; raises OSError."""
     value = _encode(Imprint(msgspec.structs.replace(imprint.record, usage=None), imprint.boot))
     try:
-        os.setxattr(directory, ATTRIBUTE, value)
+        os.setxattr(directory, ATTRIBUTE, value, follow_symlinks=False)
+    except PermissionError:
+        if os.path.islink(directory):  # which can bear none
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory) from None
+        raise
     except OSError as error:
         if error.errno not in _TOO_BIG or len(value) <= _ALWAYS_FITS:
             raise
         fresh = Path(directory, f"{FILE}.new")
+        fresh.unlink(missing_ok=True)
         try:
-            fresh.write_bytes(value)
+            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+                file.write(value)
             fresh.rename(Path(directory, FILE))
         except OSError:
             with contextlib.suppress(OSError):
@@ -82,9 +106,13 @@ def read(directory: str) -> Imprint | None:
         if error.errno not in _ABSENT:
             raise
         try:
-            value = Path(directory, FILE).read_bytes()
+            fd = os.open(f"{directory}/{FILE}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise Damaged(f"{directory}/{FILE} is not a file") from None
+            value = file.read()
     try:
         imprint = _decode(value)
         names.encode(imprint.record.name)

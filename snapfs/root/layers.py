@@ -10,6 +10,9 @@
       empty/         the lower layer of a rootfs whose snapshot has no parent; never holds anything
       lost+found/    what stood in snapshots/ and snapfs can't have made
 
+What is made, moved or deleted here is reached by ``held``, a descriptor of ROOT: its name may come to mean something else (a
+directory that another user has made in /tmp, say, once ROOT was moved away).
+
 All functions block on the disk: they are for worker threads.  Nothing here knows what is in the records.
 """
 
@@ -29,7 +32,7 @@ from snapfs.model import Kind, Usage
 from snapfs.names import parse_id
 from snapfs.root import imprint
 from snapfs.root import lock as rootlock
-from snapfs.root.claim import claim, claim_existing
+from snapfs.root.claim import RECORDS, Claim, claim, claim_existing, refuse_exchanged, remove_made
 from snapfs.root.pool import FS_MODE, Pool, remove_empty
 from snapfs.root.trash import NOT_EMPTY, Checkpoint, Trash
 
@@ -52,20 +55,24 @@ class FsTemplate(NamedTuple):
 class Layers:
     """One root's directories, while this process has the root.  Made by ``open`` or ``claim``; ``close`` it."""
 
-    def __init__(self, root: str, lock: int, previous_note: str = "") -> None:
-        self.root = root
-        self.previous_note = previous_note
+    def __init__(self, claimed: Claim) -> None:
+        self.root = claimed.root
+        self.held = claimed.held
+        """A path of ROOT that leads nowhere else, whatever is renamed."""
+        self.previous_note = claimed.note
         """What the process that had the root before has noted at its end (``leave_note``)."""
         self.empty_usage = Usage()
         """What an empty layer takes on the disk: its directory."""
-        self.snapshots = f"{root}/snapshots"
-        self.rootfs_directory = f"{root}/rootfs"
-        self.pool = Pool(f"{root}/pool", self.snapshots)
-        self.trash = Trash(f"{root}/trash")
-        self.lost_found = f"{root}/lost+found"
-        self._empty = f"{root}/empty"
+        self.records = f"{self.root}/{RECORDS}"
+        self.snapshots = f"{self.root}/snapshots"
+        self.rootfs_directory = f"{self.root}/rootfs"
+        self.lost_found = f"{self.root}/lost+found"
+        self.pool = Pool(f"{self.held}/pool", f"{self.held}/snapshots")
+        self.trash = Trash(f"{self.root}/trash", f"{self.held}/trash")
         self._left_for_cleanup: set[int] = set()
-        self._lock = lock
+        self._claim = claimed
+        self._naming = _Naming(self)
+        self._lock = claimed.lock
         self.supports_imprints = True
         """Whether directories can have imprints here: extended attributes of users'."""
         self._last_reserved_id = 0
@@ -74,46 +81,92 @@ class Layers:
 
     @classmethod
     def claim(cls, root: str) -> Layers:
-        """Claim ``root``, which must be one, and change nothing in it.  Raises Unavailable (``claim_existing``)."""
-        return cls(*claim_existing(root))
+        """Claim ``root``, which must be one, and change nothing in it but the pid in its lock.  Raises Unavailable
+        (``claim_existing``)."""
+        layers = cls(claim_existing(root))
+        layers.leave_note(str(os.getpid()))
+        return layers
+
+    @classmethod
+    def begin(cls, root: str) -> Layers:
+        """Claim ``root``, made where missing; what is in one that is there stays as it is until ``make_ready``.
+
+        Raises Unavailable with a sentence: the root can't be claimed (``claim``), it spans several mounts, or what the
+        operating system refused.
+        """
+        layers = cls(claim(root))
+        try:
+            layers._refuse_several_disks()
+        except BaseException as error:
+            layers.unmake()
+            if isinstance(error, OSError):
+                raise Unavailable.from_os(f"use {root} as root", error) from error
+            raise
+        return layers
 
     @classmethod
     def open(cls, root: str) -> Layers:
-        """Claim ``root``, made where missing, and have all its directories there.
-
-        Raises Unavailable with a sentence: the root can't be claimed (``claim``), it spans several mounts, its file system
-        tells no d_type, or what the operating system refused.
-        """
-        claimed = claim(root)
-        layers, root = cls(*claimed), claimed.root
+        """``begin``, and at once ``make_ready``."""
+        layers = cls.begin(root)
         try:
-            for directory in (layers.snapshots, layers.pool.directory, layers.trash.directory, layers.rootfs_directory):
-                os.makedirs(directory, mode=0o700, exist_ok=True)
-                os.chmod(directory, 0o700)
-            with suppress(OSError):  # one of ROOT's own would be the access ACL of each layer
-                os.removexattr(layers.pool.directory, "system.posix_acl_default")
-            layers._refuse_several_disks()
-            layers.trash.count_leftovers()
-            layers._begin_pool()
-            layers.supports_imprints = imprint.is_supported(layers.pool.directory)
-            layers._last_reserved_id = imprint.read_last_reserved_id(layers.snapshots) if layers.supports_imprints else 0
-        except OSError as error:
-            layers.close()
-            raise Unavailable.from_os(f"use {root} as root", error) from error
+            layers.make_ready()
         except BaseException:
-            layers.close()
+            layers.unmake()
             raise
         return layers
+
+    def make_ready(self) -> None:
+        """Have all directories there, and nobody else in ROOT.
+
+        Raises Unavailable with a sentence: the file system tells no d_type, or what the operating system refused."""
+        try:
+            os.chmod(self.held, 0o700)
+            refuse_exchanged(self.held, self.root)  # once more: from here on nobody else gets in
+            for name in ("snapshots", "pool", "trash", "rootfs"):
+                path = f"{self.held}/{name}"
+                with suppress(FileExistsError):
+                    os.mkdir(path, 0o700)
+                os.chmod(path, 0o700)
+            with suppress(OSError):  # one of ROOT's own would be the access ACL of each layer
+                os.removexattr(self.pool.directory, "system.posix_acl_default")
+            self._refuse_several_disks()
+            self.trash.count_leftovers()
+            self._begin_pool()
+            self.supports_imprints = imprint.is_supported(self.pool.directory)
+            self._last_reserved_id = imprint.read_last_reserved_id(self.snapshots) if self.supports_imprints else 0
+            self.leave_note(str(os.getpid()))
+        except OSError as error:
+            self._naming.name(error)
+            raise Unavailable.from_os(f"use {self.root} as root", error) from error
+
+    def unmake(self) -> None:
+        """Close it; and where this process has made it, and it holds nothing, leave nothing of it."""
+        self.pool.close()
+        if self._claim.is_new and not self._closed:
+            with suppress(OSError):
+                for name in ("snapshots", "pool", "trash", "rootfs", "empty"):
+                    with suppress(FileNotFoundError):
+                        os.rmdir(f"{self.held}/{name}")
+                for name in (RECORDS, f"{RECORDS}-reserve", "lock"):
+                    with suppress(FileNotFoundError):
+                        os.unlink(f"{self.held}/{name}")
+                remove_made(self._claim.made)
+        self.close()
+
+    def held_path(self, path: str) -> str:
+        """``path``, the name of something in ROOT, by way of the descriptor."""
+        return self.held + path[len(self.root) :]
 
     def _refuse_several_disks(self) -> None:
         """Raise Unavailable where pool, snapshots/ and trash are not in one mount and one subvolume: directories are renamed
         from one to the next."""
-        for directory in (self.pool.directory, self.trash.directory):
-            first, second = ((os.stat(path).st_dev, mount_id(path)) for path in (self.snapshots, directory))
-            if first != second:
+        places = {name: f"{self.held}/{name}" for name in ("snapshots", "pool", "trash")}
+        found = {name: (os.stat(path).st_dev, mount_id(path)) for name, path in places.items() if os.path.exists(path)}
+        for name, place in found.items():
+            if place != found.get("snapshots", place):
                 raise Unavailable(
-                    f"{self.snapshots} and {directory} are not in one mount: nothing but the whole of {self.root} can be "
-                    "mounted, or be a subvolume"
+                    f"{self.snapshots} and {self.root}/{name} are not in one mount: nothing but the whole of {self.root} can "
+                    "be mounted, or be a subvolume"
                 )
 
     def _begin_pool(self) -> None:
@@ -126,7 +179,7 @@ class Layers:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            self.empty_usage = Usage(1, os.stat(self.rootfs_directory).st_blocks * 512)
+            self.empty_usage = Usage(1, os.stat(f"{self.held}/rootfs").st_blocks * 512)
             return
         if not probe.reports_entry_types(made):
             raise Unavailable(
@@ -138,9 +191,14 @@ class Layers:
     def close(self) -> None:
         """Empty the pool and release the lock; twice is fine."""
         self.pool.close()
-        if self._lock >= 0:
+        if not self._closed:
             os.close(self._lock)
+            os.close(self._claim.fd)
             self._lock = -1
+
+    @property
+    def _closed(self) -> bool:
+        return self._lock < 0
 
     def leave_note(self, text: str) -> None:
         """Leave ``text`` in the lock for the process that has the root next; where the disk refuses, there is no note."""
@@ -151,6 +209,10 @@ class Layers:
         """In a forked process: let go of the root, which the parent holds, and leave the pool's directories alone."""
         self.pool.forget()
         self.close()
+
+    def _held(self, number: int) -> str:
+        """``directory``, by way of the descriptor."""
+        return f"{self.held}/snapshots/{number}"
 
     def directory(self, number: int) -> str:
         """ROOT/snapshots/<id>: the directory of snapshot ``number``."""
@@ -181,13 +243,19 @@ class Layers:
 
     def clear_pool(self) -> None:
         """Discard what an earlier process has left in the pool; raises OSError."""
-        for leftover in self.pool.leftovers():
-            try:
-                self.trash.move_here(leftover)
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise
-                remove_empty(leftover)
+        with self._naming:
+            for leftover in self.pool.leftovers():
+                try:
+                    self.trash.move_here(leftover)
+                except OSError as error:
+                    if error.errno not in FULL:
+                        raise
+                    remove_empty(leftover)
+
+    def fill_pool(self, checkpoint: Checkpoint) -> None:
+        """Make directories until the pool is full (``Pool.fill``).  Raises OSError."""
+        with self._naming:
+            self.pool.fill(checkpoint)
 
     def reserve_ids(self, number: int) -> None:
         """Write an id to the directory snapshots/ that is at least ``number``, unless one is there; once for many ids.
@@ -196,7 +264,8 @@ class Layers:
         ever used twice.  Raises OSError.
         """
         if number > self._last_reserved_id and self.supports_imprints:
-            imprint.write_last_reserved_id(self.snapshots, number + RESERVED_AHEAD)
+            with self._naming:
+                imprint.write_last_reserved_id(f"{self.held}/snapshots", number + RESERVED_AHEAD)
             self._last_reserved_id = number + RESERVED_AHEAD
 
     def write_imprint(self, number: int, written: imprint.Imprint) -> None:
@@ -206,8 +275,8 @@ class Layers:
         raise Damaged then.
         """
         if self.supports_imprints:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                imprint.write(self.directory(number), written)
+            with suppress(FileNotFoundError, NotADirectoryError), self._naming:
+                imprint.write(self._held(number), written)
 
     def place(self, number: int, kind: Kind, template: FsTemplate, name: str | None = None) -> str | None:
         """Put a fresh directory of the pool at snapshots/<number>: the one called ``name``, or any.  Its ``fs`` becomes what
@@ -215,24 +284,26 @@ class Layers:
 
         The directory appears whole, by one rename; raises OSError, having left nothing.
         """
-        path, was_ready = (f"{self.pool.directory}/{name}", self.pool.syncs) if name is not None else self.pool.pop_or_make()
-        try:
-            if kind is Kind.VIEW:
-                with suppress(FileNotFoundError):
-                    os.rmdir(f"{path}/work")
-            if template.owner is not None and template.owner != self._owner:
-                os.lchown(f"{path}/fs", *template.owner)
-            for attribute, value in template.attributes:
-                os.setxattr(f"{path}/fs", attribute, value)
-            if template.mode != FS_MODE or template.attributes:
-                # last: an ACL changes the mode, and a process that the mode keeps out may set no attribute
-                os.chmod(f"{path}/fs", template.mode)
-            if os.path.lexists(self.directory(number)):  # a crash left it before there was a record, or a user put it there
-                self._move_away(number, discard=self.is_empty(number))
-            os.rename(path, self.directory(number))
-        except OSError:
-            remove_empty(path)
-            raise
+        with self._naming:
+            ready = (f"{self.pool.directory}/{name}", self.pool.syncs) if name is not None else self.pool.pop_or_make()
+            path, was_ready = ready
+            try:
+                if kind is Kind.VIEW:
+                    with suppress(FileNotFoundError):
+                        os.rmdir(f"{path}/work")
+                if template.owner is not None and template.owner != self._owner:
+                    os.lchown(f"{path}/fs", *template.owner)
+                for attribute, value in template.attributes:
+                    os.setxattr(f"{path}/fs", attribute, value)
+                if template.mode != FS_MODE or template.attributes:
+                    # last: an ACL changes the mode, and a process that the mode keeps out may set no attribute
+                    os.chmod(f"{path}/fs", template.mode)
+                if os.path.lexists(self._held(number)):  # a crash left it before there was a record, or a user put it there
+                    self._move_away(number, discard=self.is_empty(number))
+                os.rename(path, self._held(number))
+            except OSError:
+                remove_empty(path)
+                raise
         self.pool.note_placed(number)
         return os.path.basename(path) if was_ready else None
 
@@ -242,7 +313,7 @@ class Layers:
         for part in ("", "/fs", "/work") if kind is Kind.ACTIVE else ("", "/fs"):
             path = self.directory(number) + part
             try:
-                wrong = None if stat.S_ISDIR(os.lstat(path).st_mode) else "not a directory"
+                wrong = None if stat.S_ISDIR(os.lstat(self._held(number) + part).st_mode) else "not a directory"
             except FileNotFoundError:
                 wrong = "missing"
             except OSError as error:
@@ -262,13 +333,13 @@ class Layers:
         disk refuses, the next start removes it."""
         for name in (imprint.FILE, f"{imprint.FILE}.new"):
             with suppress(OSError):
-                os.unlink(f"{self.directory(number)}/{name}")
-        remove_empty(self.directory(number))
+                os.unlink(f"{self._held(number)}/{name}")
+        remove_empty(self._held(number))
         self.pool.note_undone(number)
 
     def leave_for_cleanup(self, number: int) -> None:
         """Leave snapshots/<number>, whose record is removed, where it is, for the next ``sweep`` or ``empty_trash``."""
-        if os.path.lexists(self.directory(number)):
+        if os.path.lexists(self._held(number)):
             self._left_for_cleanup.add(number)
 
     def move_to_trash(self, number: int) -> None:
@@ -280,7 +351,7 @@ class Layers:
         try:
             self._move_away(number)
         except OSError as error:
-            if not os.path.lexists(self.directory(number)):
+            if not os.path.lexists(self._held(number)):
                 self._left_for_cleanup.discard(number)
             elif error.errno in FULL or isinstance(error, PermissionError):  # it is immutable, say
                 self._left_for_cleanup.add(number)
@@ -290,14 +361,15 @@ class Layers:
     def _move_away(self, number: int, *, discard: bool = True) -> None:
         path = self.directory(number)
         if discard and self._is_ours(number):
-            self.trash.move_here(path)
+            with self._naming:
+                self.trash.move_here(self._held(number))
         else:
             log.warning("%s is none of snapfs's directories; moved to %s", path, self.move_to_lost_found(path))
         self._left_for_cleanup.discard(number)
 
     def _is_ours(self, number: int) -> bool:
         """Whether snapshots/<number> is such a directory as a Prepare makes, or what is left of one."""
-        path = self.directory(number)
+        path = self._held(number)
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             return False
         found = os.listdir(path)
@@ -310,7 +382,7 @@ class Layers:
         Raises OSError where anything could not be moved, after all else was.
         """
         refused: OSError | None = None
-        for name in os.listdir(self.snapshots):
+        for name in os.listdir(f"{self.held}/snapshots"):
             number = parse_id(name)
             path = f"{self.snapshots}/{name}"
             ours = name.startswith("new-") or (number is not None and number <= last_id)
@@ -319,8 +391,9 @@ class Layers:
             try:
                 if ours and number is not None:
                     self.move_to_trash(number)
-                elif ours and stat.S_ISDIR(os.lstat(path).st_mode):
-                    self.trash.move_here(path)
+                elif ours and stat.S_ISDIR(os.lstat(self.held_path(path)).st_mode):
+                    with self._naming:
+                        self.trash.move_here(self.held_path(path))
                 else:
                     log.warning("%s is none of snapfs's directories; moved to %s", path, self.move_to_lost_found(path))
             except OSError as error:
@@ -329,19 +402,20 @@ class Layers:
             raise refused
 
     def move_to_lost_found(self, path: str) -> str:
-        """Move the file or directory ``path`` to lost+found, and return its path there.  Raises OSError."""
-        os.makedirs(self.lost_found, mode=0o700, exist_ok=True)
-        target = f"{self.lost_found}/{os.path.basename(path)}"
-        while os.path.lexists(target):
-            target += "~"
-        os.rename(path, target)
+        """Move the file or directory ``path``, a name in ROOT, to lost+found, and return its path there.  Raises OSError."""
+        with self._naming:
+            os.makedirs(f"{self.held}/lost+found", mode=0o700, exist_ok=True)
+            target = f"{self.lost_found}/{os.path.basename(path)}"
+            while os.path.lexists(self.held_path(target)):
+                target += "~"
+            os.rename(self.held_path(path), self.held_path(target))
         return target
 
     def remove_directory(self, path: str) -> None:
-        """Remove the directory ``path``, which should be empty; one that is not goes to lost+found.  Never raises: where the
-        disk refuses, that is logged."""
+        """Remove the directory ``path``, a name in ROOT, which should be empty; one that is not goes to lost+found.  Never
+        raises: where the disk refuses, that is logged."""
         try:
-            os.rmdir(path)
+            os.rmdir(self.held_path(path))
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -366,34 +440,39 @@ class Layers:
 
     def empty_layer(self) -> str:
         """The path of ROOT/empty, made where missing.  Raises OSError."""
-        try:
-            if os.listdir(self._empty):
-                self.remove_directory(self._empty)
-        except FileNotFoundError:
-            pass
-        with suppress(FileExistsError):
-            os.mkdir(self._empty, 0o555)
-        return self._empty
+        path = f"{self.root}/empty"
+        with self._naming:
+            try:
+                if os.listdir(self.held_path(path)):
+                    self.remove_directory(path)
+            except FileNotFoundError:
+                pass
+            with suppress(FileExistsError):
+                os.mkdir(self.held_path(path), 0o555)
+        return path
 
     def make_trial(self) -> str:
         """Make a directory with ``fs``, ``work`` and ``lower``, for trying what can be mounted; its path.  The caller removes
         it.  Raises OSError."""
-        path = self.pool.make()
-        os.mkdir(f"{path}/lower")
+        with self._naming:
+            path = self.pool.make()
+            os.mkdir(f"{path}/lower")
         return path
 
     def is_empty(self, number: int) -> bool:
         """Whether the layer of snapshot ``number`` is empty, or missing."""
         try:
-            return not os.listdir(self.fs(number))
+            return not os.listdir(f"{self._held(number)}/fs")
         except FileNotFoundError:
             return True
         except NotADirectoryError:
             return False
 
     def existing_ids(self) -> set[int]:
-        """The ids that have a directory in snapshots/.  Raises OSError."""
-        with os.scandir(self.snapshots) as entries:
+        """The ids that have a directory in snapshots/, where that is there yet.  Raises OSError."""
+        if not os.path.isdir(f"{self.held}/snapshots"):
+            return set()
+        with self._naming, os.scandir(f"{self.held}/snapshots") as entries:
             found = ((parse_id(entry.name), entry) for entry in entries)
             return {number for number, entry in found if number is not None and entry.is_dir(follow_symlinks=False)}
 
@@ -403,16 +482,38 @@ class Layers:
         Returns an error, with its path, for each directory that can't be deleted and stays; that is logged, too.
         ``checkpoint`` is called once an entry, and may raise to stop.
         """
-        refused = self.trash.empty(checkpoint)
+        with self._naming:
+            refused = self.trash.empty(checkpoint)
         for number in list(self._left_for_cleanup):
             checkpoint()
             try:
                 self.move_to_trash(number)
                 if number in self._left_for_cleanup and self._is_ours(number):
-                    self.trash.delete(self.directory(number), checkpoint)
+                    self.trash.delete(self._held(number), checkpoint)
                     self._left_for_cleanup.discard(number)
             except OSError as error:
                 error.filename = error.filename or self.directory(number)
                 refused.append(error)
-                self.trash.mark_stuck(self.directory(number), error)
+                self.trash.mark_stuck(self._held(number), error)
         return refused
+
+
+class _Naming:
+    """For a block that reaches ROOT by the descriptor: errors that leave it tell paths by their names."""
+
+    def __init__(self, layers: Layers) -> None:
+        self._held = layers.held + "/"
+        self._root = layers.root + "/"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError):
+            self.name(error)
+
+    def name(self, error: OSError) -> None:
+        for which in ("filename", "filename2"):
+            path = getattr(error, which)
+            if isinstance(path, str) and path.startswith(self._held):
+                setattr(error, which, self._root + path[len(self._held) :])

@@ -13,42 +13,38 @@ from snapfs.errors import FULL, Unavailable
 
 log = logging.getLogger(__name__)
 
+NAME = "lock"
+
 DYING = 2.0  # seconds for which ``acquire`` waits until a killed process has released the lock, or a backup has ended
 
 
-def acquire(root: str) -> tuple[int, str]:
-    """Lock ROOT/lock for this process, made where missing, and write the pid to it.
+def acquire(directory: int, root: str) -> tuple[int, str]:
+    """Lock the file ``lock`` in the directory open as ``directory``, ROOT, called ``root``; it is made where missing, and not
+    written yet.
 
     Returns the descriptor that holds the lock until it is closed, or the process ends, and the text that the last holder has
     left: its pid, or its note.  Raises Unavailable where another process holds it (which one), OSError.
     """
-    fd = os.open(f"{root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + DYING
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            holder = _holder(fd)
-            gone = _is_dying(holder) or not os.path.exists(f"/proc/{holder}")
-            if gone and time.monotonic() < deadline:
-                time.sleep(0.01)
-                continue
-            os.close(fd)
-            by = f"the process with pid {holder or 'unknown'}; stop that one first"
-            if gone:
-                by = "a backup, or by a process that can't be seen from here: wait for it, or stop that one first"
-            raise Unavailable(f"{root} is in use by {by}") from None
-        except BaseException:
-            os.close(fd)
-            raise
+    fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=directory)
     try:
-        left = os.pread(fd, 4096, 0).decode(errors="replace").strip()
-        write(fd, str(os.getpid()))
-    except OSError:
+        deadline = time.monotonic() + DYING
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd, os.pread(fd, 4096, 0).decode(errors="replace").strip()
+            except BlockingIOError:
+                holder = _holder(fd)
+                gone = _is_dying(holder) or not os.path.exists(f"/proc/{holder}")
+                if gone and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                    continue
+                by = f"the process with pid {holder or 'unknown'}; stop that one first"
+                if gone:
+                    by = "a backup, or by a process that can't be seen from here: wait for it, or stop that one first"
+                raise Unavailable(f"{root} is in use by {by}") from None
+    except BaseException:
         os.close(fd)
         raise
-    return fd, left
 
 
 def write(fd: int, text: str) -> None:
@@ -69,7 +65,7 @@ def is_abandoned(root: str) -> bool:
     A process that was killed may still hold the lock, while one of its threads is stuck in the kernel: it counts as dead.
     """
     try:
-        fd = os.open(f"{root}/lock", os.O_RDONLY | os.O_CLOEXEC)
+        fd = _open(root)
     except OSError:
         return not os.path.isdir(root)
     try:
@@ -89,7 +85,7 @@ def shared_lock(root: str) -> Iterator[int | None]:
     may be in such blocks at once.  Raises OSError.
     """
     try:
-        fd = os.open(f"{root}/lock", os.O_RDONLY | os.O_CLOEXEC)
+        fd = _open(root)
     except FileNotFoundError:
         yield None
         return
@@ -103,6 +99,11 @@ def shared_lock(root: str) -> Iterator[int | None]:
             yield None
     finally:
         os.close(fd)
+
+
+def _open(root: str) -> int:
+    """A descriptor of the lock, to read; whatever it is, that doesn't wait.  Raises OSError."""
+    return os.open(f"{root}/{NAME}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _holder(fd: int) -> str:

@@ -87,6 +87,7 @@ class Merged:
         self._in_use = in_use
         self._options = options
         self._directory = layers.rootfs_directory
+        self._reach = layers.held_path  # whatever is made, mounted or removed below ROOT
 
     def trial(self) -> str | None:
         """Mount an overlay as ``mount`` does; why that is refused and what to do, None where it is not."""
@@ -97,9 +98,9 @@ class Merged:
         options = [*self._options, "volatile"] if mounting.kernel_version() >= (5, 10) else self._options  # so: no flush
         directory = f"{self._directory}/trial"
         try:
-            shelter.prepare(directory)
+            shelter.prepare(self._reach(directory))
             self._put(directory, [f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", options)
-            mounting.unmount(f"{directory}/{shelter.INSIDE}", mounting.UMOUNT_NOFOLLOW)
+            mounting.unmount(self._reach(f"{directory}/{shelter.INSIDE}"), mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
             return _why_refused(error)
         finally:
@@ -124,10 +125,10 @@ class Merged:
                     if held is not None:
                         recovered[held.number] = held
                 else:  # a user's, or of a version that had no shelters
-                    mounting.unmount(directory, mounting.UMOUNT_NOFOLLOW)
+                    mounting.unmount(self._reach(directory), mounting.UMOUNT_NOFOLLOW)
             except OSError:
-                _detach(target if target in targets else directory)
-        for name in os.listdir(self._directory):
+                self._detach(target if target in targets else directory)
+        for name in os.listdir(self._reach(self._directory)):
             if parse_id(name) not in recovered:
                 self._clear(f"{self._directory}/{name}")
         return recovered
@@ -139,8 +140,8 @@ class Merged:
             undo.callback(held.close_copy)
             right = number is not None and is_right(number)
             try:
-                mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
-                shelter.remove(os.path.dirname(target))
+                mounting.unmount(self._reach(target), mounting.UMOUNT_NOFOLLOW)
+                shelter.remove(self._reach(os.path.dirname(target)))
                 if not right or held.copy is None or not self.is_elsewhere(held):
                     return None
                 self.attach_again(held)
@@ -164,14 +165,14 @@ class Merged:
         directory, target = layers.shelter(number), layers.rootfs(number)
         try:
             self._clear(directory)  # any process that knows the path can make something there
-            shelter.prepare(directory)  # on a disk that is read-only by now an old one can't be removed
+            shelter.prepare(self._reach(directory))  # on a disk that is read-only by now an old one can't be removed
             try:
                 if held is not None and held.copy is not None:
                     self.attach_again(held)
                     return held
                 tree = self._taken_over(number) if stack.upper is not None else None
                 if tree is not None:
-                    shelter.attach(tree, directory)
+                    shelter.attach(tree, self._reach(directory))
                 elif stack.upper is None and len(stack.lower) == 1:
                     self._put_bind(directory, layers.fs(stack.lower[0]))
                 else:
@@ -195,9 +196,9 @@ class Merged:
             def mount(target: str) -> None:
                 overlay.mount_overlay_classic(target, lowers, upper, work, options, read_only=read_only)
 
-            shelter.attach_classic(mount, directory)
+            shelter.attach_classic(mount, self._reach(directory))
         else:
-            shelter.attach(tree, directory)
+            shelter.attach(tree, self._reach(directory))
 
     def _put_bind(self, directory: str, layer: str) -> None:
         try:
@@ -205,21 +206,23 @@ class Merged:
         except OSError as error:
             if error.errno not in mounting.NO_MOUNT_API:
                 raise
-            shelter.attach_classic(lambda target: mounting.mount_bind_classic(layer, target, read_only=True), directory)
+            shelter.attach_classic(
+                lambda target: mounting.mount_bind_classic(layer, target, read_only=True), self._reach(directory)
+            )
         else:
-            shelter.attach(tree, directory)
+            shelter.attach(tree, self._reach(directory))
 
     def attach_again(self, held: Held) -> None:
         """Mount again what was unmounted here, and another process may still have: the same overlay, no second one.  Raises
         OSError."""
         assert held.copy is not None
         directory, target = self._layers.shelter(held.number), self._layers.rootfs(held.number)
-        shelter.prepare(directory)
+        shelter.prepare(self._reach(directory))
         try:
             tree = mountapi.copy_tree(held.copy)
         except OSError:
             tree, held.copy = held.copy, None
-        shelter.attach(tree, directory)
+        shelter.attach(tree, self._reach(directory))
         if held.copy is None:
             held.copy = mounting.detached_copy(target)
         held.mount, held.shelter = mount_id(target), mounting.device(directory)
@@ -273,7 +276,7 @@ class Merged:
             return False
         shelters = self._shelters(held)
         self._unmount(self._layers.rootfs(held.number))
-        shelter.remove(directory)  # at once: what is left in it is an empty directory
+        shelter.remove(self._reach(directory))  # at once: what is left in it is an empty directory
         if held.copy is not None and self.is_elsewhere(held):  # by now
             self.attach_again(held)
             return False
@@ -284,7 +287,7 @@ class Merged:
         """Unmount ``held`` if no process has used it since the last call, here or in another namespace: whether that is so.
         Raises OSError."""
         try:
-            if self.is_elsewhere(held) or not mounting.unmount_unused(self._layers.rootfs(held.number)):
+            if self.is_elsewhere(held) or not mounting.unmount_unused(self._reach(self._layers.rootfs(held.number))):
                 return False
         except OSError as error:
             if error.errno not in _GONE:
@@ -293,7 +296,7 @@ class Merged:
 
     def _unmount(self, target: str) -> None:
         try:
-            mounting.unmount(target, mounting.UMOUNT_NOFOLLOW)
+            mounting.unmount(self._reach(target), mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
             if error.errno not in _GONE:
                 raise
@@ -308,10 +311,10 @@ class Merged:
         It stays where something is mounted on it in another namespace (of ``shelters``, which were there before ours was
         unmounted): the kernel would take that away together with it.
         """
-        shelter.remove(directory)
+        shelter.remove(self._reach(directory))
         target = f"{directory}/{shelter.INSIDE}"
         if not self._mounted.everywhere(lambda place: place.unique in shelters or place.target == target):
-            shelter.clear(directory)
+            shelter.clear(self._reach(directory))
             self._layers.remove_directory(directory)
 
     def end(self, held: Held) -> None:
@@ -321,7 +324,7 @@ class Merged:
             shelters = self._shelters(held)
             self._unmount(target)
         except OSError:
-            _detach(target)
+            self._detach(target)
         try:
             self._clear(self._layers.shelter(held.number), shelters)
         except OSError as error:
@@ -329,26 +332,25 @@ class Merged:
         finally:
             held.close_copy()
 
+    def _detach(self, target: str) -> None:
+        """Unmount ``target`` though it is in use: a process that uses it can go on reading, no other gets there.
+
+        The mount table does not show it any more, so nothing would keep its snapshot from being committed: it is made
+        read-only, unless a process has a file open for writing.
+        """
+        by = ""
+        with suppress(OSError):  # no descriptors left
+            by = by_users(target)
+        log.warning("%s is still in use%s; detaching it", target, by)
+        with suppress(OSError):
+            mounting.make_read_only(self._reach(target))
+        with suppress(OSError):
+            mounting.unmount(self._reach(target), mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+
 
 def _why_refused(error: OSError) -> str | None:
     """In words why mounting is not permitted; a full disk does not tell whether it is, nor a full table of descriptors."""
     return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else why_trial_failed(error)
-
-
-def _detach(target: str) -> None:
-    """Unmount ``target`` though it is in use: a process that uses it can go on reading, no other gets there.
-
-    The mount table does not show it any more, so nothing would keep its snapshot from being committed: it is made read-only,
-    unless a process has a file open for writing.
-    """
-    by = ""
-    with suppress(OSError):  # no descriptors left
-        by = by_users(target)
-    log.warning("%s is still in use%s; detaching it", target, by)
-    with suppress(OSError):
-        mounting.make_read_only(target)
-    with suppress(OSError):
-        mounting.unmount(target, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
 
 
 def by_users(target: str) -> str:

@@ -44,10 +44,11 @@ Checkpoint = Callable[[], None]
 
 
 class Trash:
-    """One root's trash.  All functions block on the disk."""
+    """One root's trash, called ``directory`` and reached by ``held``.  All functions block on the disk."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, held: str) -> None:
         self.directory = directory
+        self._held = held
         self.count = 0
         """How many directories are in it."""
         self._counting = threading.Lock()
@@ -56,7 +57,7 @@ class Trash:
 
     def count_leftovers(self) -> None:
         """Count the directories that an earlier process has left in the trash; raises OSError."""
-        self.count = len(os.listdir(self.directory))
+        self.count = len(os.listdir(self._held))
 
     def _add(self, more: int) -> None:
         with self._counting:
@@ -65,7 +66,7 @@ class Trash:
     def move_here(self, path: str) -> None:
         """Move the directory ``path`` into the trash; raises OSError."""
         while True:
-            target = f"{self.directory}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
+            target = f"{self._held}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
                 break
         os.rename(path, target)
@@ -89,7 +90,7 @@ class Trash:
                         tries[name] += 1 if error.errno in FULL else 2  # there may be room when the others are gone
                         if tries[name] == 2:
                             refused.append(error)
-                            self.mark_stuck(f"{self.directory}/{name}", error)
+                            self.mark_stuck(f"{self._held}/{name}", error)
         finally:
             os.close(fd)
         return refused
@@ -120,7 +121,7 @@ class Trash:
             os.close(parent)
 
     def _open(self) -> int:
-        return os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(self._held, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _delete(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> None:
         """Delete ``name`` in the directory open as ``parent``, and all below it; directories that lie too deep are moved to the

@@ -31,6 +31,7 @@ class Root:
     ``fd`` is open on ROOT/snapshots.  ``overlay_options`` are those of every overlay mount.  ``maps_ids``: labels that map ids
     become options of the mounts.  ``damaged`` are the ids of the snapshots whose directory was missing at the start, to be
     looked at again before use.  ``agrees``: each directory bears what its record says, as far as this process can tell.
+    ``abandoned``: it is not to be used after all, so that nothing is to be left of it if it is new.
     """
 
     options: Options
@@ -44,6 +45,7 @@ class Root:
     maps_ids: bool
     damaged: set[int]
     agrees: bool
+    abandoned: bool = False
 
     @property
     def overlay_prefix(self) -> str:
@@ -83,4 +85,7 @@ class Root:
         self.mounted.close()
         self.in_use.close()
         os.close(self.fd)
-        self.layers.close()
+        if self.abandoned:
+            self.layers.unmake()
+        else:
+            self.layers.close()

@@ -57,7 +57,7 @@ class Housekeeping:
             await self._pool_wakeup.wait()
             self._pool_wakeup = trio.Event()
             try:
-                await trio.to_thread.run_sync(self._layers.pool.fill, trio.from_thread.check_cancelled)
+                await trio.to_thread.run_sync(self._layers.fill_pool, trio.from_thread.check_cancelled)
             except OSError as error:  # Prepare makes its own then, and tells its user
                 log.warning("cannot make directories ahead: %s", error)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+import sys
 
 import lmdb
 from lmdb.verify import VerifyError, verify
 
 from snapfs.errors import Damaged, SnapshotError, Unavailable
 from snapfs.store.schema import SCHEMA
+
+_MAGIC, _MAGIC_AT = 0xBEEFC0DE, 16  # of LMDB's first meta page, after its page header
 
 FEW = 1 << 20  # bytes left on a disk on which a failed write is taken for want of space
 
@@ -21,6 +25,31 @@ def broken_pages(path: str) -> list[str]:
     except VerifyError as error:
         problems = [str(error)]
     return problems
+
+
+def is_lmdb(path: str) -> bool:
+    """Whether ``path`` begins as LMDB's files do; links are not followed.  Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode) and int.from_bytes(os.pread(fd, 4, _MAGIC_AT), sys.byteorder) == _MAGIC
+    finally:
+        os.close(fd)
+
+
+def refuse_unusable(path: str) -> None:
+    """Raise Damaged or Unavailable where the file of records ``path`` can't be used; nothing is changed.  One that is missing
+    or empty can: it becomes a new one.  No process may be writing to it."""
+    try:
+        if not os.path.getsize(path):
+            return
+        with lmdb.open(path, subdir=False, readonly=True, lock=False, max_dbs=16) as env:
+            refuse_foreign(env, path)
+    except FileNotFoundError:
+        return
+    except lmdb.Error as error:
+        raise open_error(path, error) from error
+    except OSError as error:
+        raise disk_error("open the records", path, error) from error
 
 
 def _refuse_cut(env: lmdb.Environment, path: str) -> None:
