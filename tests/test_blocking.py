@@ -113,8 +113,8 @@ def ctrl_c(*when: Callable[[], object]) -> Iterator[None]:
 
 # -- it has what the async one has
 
-OF_THE_LOOP = {"run_background", "reading", "mounts_of", "places"}
-"""What the async one has for code on its own loop: what starts it, and what gives or takes a reader."""
+OF_THE_LOOP = {"run_background", "reading", "mounts_of", "places", "abandon"}
+"""What the async one has for code on its own loop: what starts it, gives it up, and gives or takes a reader."""
 
 
 def public(door: type) -> dict[str, object]:

@@ -6,65 +6,95 @@ import contextlib
 import json
 import os
 import re
+import stat
 from itertools import islice
 
-from snapfs.cli.grammar import Given, Verb
+from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import find_tree
 from snapfs.cli.refusal import BUSY, FAILED, NOT_PERMITTED, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from snapfs.cli.place import MountedTree
     from snapfs.kernel.mounttable import MountPoint
+    from snapfs.kernel.trusted import Found
 
 
 def _mount(given: Given) -> int:
-    from snapfs.kernel import mounting, overlay
-
     place = find_tree(given.value("at"), changes=True)
-    key, target = place.key(given.arguments[0]), os.path.realpath(given.arguments[1])
+    key = place.key(given.arguments[0])
     kind, directory = place.find(key)
     if kind == "committed":
         raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {key}')
-    if (target + "/").startswith(place.path + "/"):
-        raise Refusal(f"{target} lies in the tree: mount it elsewhere")
-    if not os.path.isdir(target):
-        to_do = "give a directory" if os.path.lexists(target) else f"make it first: mkdir {target}"
+    if (os.path.realpath(given.arguments[1]) + "/").startswith(place.path + "/"):
+        raise Refusal(f"{given.arguments[1]} lies in the tree: mount it elsewhere")
+    with _found(given.arguments[1], f'mount "{key}" on') as found:
+        _mount_at(place, key, kind, directory, found, _attributes(given))
+    return 0
+
+
+def _found(target: str, doing: str, *, inside: bool = False) -> Found:
+    """TARGET, which nobody else can lead elsewhere (nor what is ``inside``); raises Refusal."""
+    from snapfs.kernel import trusted
+
+    try:
+        return trusted.find(target, inside=inside)
+    except trusted.Untrusted as error:
+        to_do = "use a directory of yours, below directories that nobody else can write, such as /mnt or /srv"
+        raise Refusal(f"cannot {doing} {target}: {error}; {to_do}", NOT_PERMITTED) from None
+    except OSError as error:
+        raise Refusal(f"cannot {doing} {target}: {error.strerror}") from None
+
+
+def _attributes(given: Given) -> int:
+    """What holds for all that is mounted: no program gets another user's rights there, and no device node works."""
+    from snapfs.kernel import mountapi
+
+    return mountapi.MOUNT_ATTR_NOSUID * (not given.has("suid")) | mountapi.MOUNT_ATTR_NODEV * (not given.has("dev"))
+
+
+def _mount_at(place: MountedTree, key: str, kind: str, directory: str, found: Found, attributes: int) -> None:
+    from snapfs.kernel import mounting, overlay
+
+    target = found.path
+    if found.missing or not stat.S_ISDIR(os.fstat(found.fd).st_mode):
+        to_do = f"make it first: mkdir {target}" if found.missing else "give a directory"
         raise Refusal(f"{target}, where it is to be mounted, is no directory: {to_do}")
     mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
     if target in mounted:
         raise Refusal(f'"{key}" is mounted on {target} already', BUSY)
-    if kind == "active" and mounted and _bind(mounted[0], target):
-        return 0
+    if kind == "active" and mounted and _bind(mounted[0], found.fd, attributes):
+        return
     for spec in json.loads(place.read(f"{directory}/mounts.json")):
         options: list[str] = spec["options"]
         if any(option.startswith(("uidmap=", "gidmap=")) for option in options):
             raise Refusal(f'"{key}" wants its ids mapped, which a container runtime does from mounts.json')
         try:
             if spec["type"] == "bind":
-                mounting.mount_bind(spec["source"], target, read_only="ro" in options)
+                mounting.mount_bind(spec["source"], found.fd, read_only="ro" in options, attributes=attributes)
                 continue
-            found = dict(option.partition("=")[::2] for option in options)
-            lowers = [_plain(part) for part in re.findall(r"((?:[^\\:]|\\.)+)(?::|\Z)", found.pop("lowerdir"))]
-            upper, work = (_plain(found.pop(name)) if name in found else None for name in ("upperdir", "workdir"))
-            others = [f"{name}={value}" if value else name for name, value in found.items()]
-            overlay.mount_overlay(target, lowers, upper, work, others, read_only=upper is None)
+            given = dict(option.partition("=")[::2] for option in options)
+            lowers = [_plain(part) for part in re.findall(r"((?:[^\\:]|\\.)+)(?::|\Z)", given.pop("lowerdir"))]
+            upper, work = (_plain(given.pop(name)) if name in given else None for name in ("upperdir", "workdir"))
+            others = [f"{name}={value}" if value else name for name, value in given.items()]
+            read_only = upper is None
+            overlay.mount_overlay(found.fd, lowers, upper, work, others, read_only=read_only, attributes=attributes)
         except OSError as error:
             status = NOT_PERMITTED if isinstance(error, PermissionError) else FAILED
             raise Refusal(f'cannot mount "{key}" on {target}: {error.strerror}', status) from None
-    return 0
 
 
-def _bind(source: str, target: str) -> bool:
-    """Bind the mount at ``source`` to ``target``; False where nothing is mounted at ``source`` any more.  A second overlay must
-    not write to the same layer."""
+def _bind(source: str, target: int, attributes: int) -> bool:
+    """Bind the mount at ``source`` to the directory open as ``target``; False where nothing is mounted at ``source`` any more.
+    A second overlay must not write to the same layer."""
     from snapfs.kernel import mounting
-    from snapfs.kernel.mounttable import mount_table
+    from snapfs.kernel.mounttable import mount_id_of, mount_table
 
     with contextlib.suppress(FileNotFoundError):
-        held = os.open(source, os.O_RDONLY | os.O_DIRECTORY)  # keeps the daemon from unmounting its rootfs meanwhile
+        held = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # so the daemon doesn't unmount its rootfs
         try:
-            if any(mount.target == source for mount in mount_table()):
-                mounting.mount_bind(source, target, read_only=False)
+            if any(mount.target == source and mount.id == mount_id_of(held) for mount in mount_table()):
+                mounting.mount_bind(f"/proc/self/fd/{held}", target, read_only=False, attributes=attributes)
                 return True
         finally:
             os.close(held)
@@ -101,6 +131,10 @@ def _umount(given: Given) -> int:
         if not places:
             raise Refusal(f'"{word}" ({kind}) is not mounted, but perhaps as its rootfs, which needs no umount')
     for each in places:
+        with _found(
+            os.path.dirname(each), "unmount what is in", inside=True
+        ):  # or it might be another one by the time it is unmounted
+            pass
         try:
             mounting.unmount(each, mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
@@ -120,8 +154,12 @@ VERBS = {
     "mount": Verb(
         "mount",
         "KEY TARGET",
-        (),
-        "Mount the file system of an active snapshot or a view on the directory TARGET, as its mounts.json says.",
+        (
+            Option("suid", "let setuid programs in it work"),
+            Option("dev", "let device nodes in it work"),
+        ),
+        "Mount the file system of an active snapshot or a view on the directory TARGET, as its mounts.json says.\n"
+        "TARGET must be yours or root's, and below directories that nobody else can write.",
         """
 snapfs mount web /mnt/web
 """,

@@ -39,6 +39,7 @@ _FSPICK_CLOEXEC = 1
 _FSPICK_EMPTY_PATH = 8
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOVE_MOUNT_T_EMPTY_PATH = 0x40
 _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
 _FSCONFIG_SET_FD = 5
@@ -140,9 +141,11 @@ def mount_setattr(tree: int, attributes: int, *, clear: int = 0, recursive: bool
     libc.call("syscall", _SYS_MOUNT_SETATTR, tree, b"", flags, ctypes.byref(wanted), size)
 
 
-def move_mount(tree: int, target: str) -> None:
-    """Attach the mount ``tree`` at ``target``, which is not followed if it is a symbolic link."""
-    libc.call("syscall", _SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+def move_mount(tree: int, target: str | int) -> None:
+    """Attach the mount ``tree`` at ``target``: a path, which is not followed if it is a symbolic link, or a descriptor of a
+    directory."""
+    directory, path, flags = (_AT_FDCWD, target, 0) if isinstance(target, str) else (target, "", _MOVE_MOUNT_T_EMPTY_PATH)
+    libc.call("syscall", _SYS_MOVE_MOUNT, tree, b"", directory, os.fsencode(path), _MOVE_MOUNT_F_EMPTY_PATH | flags)
 
 
 def _fsconfig(context: int, command: int, key: str | None = None, value: str | None = None, number: int = 0) -> None:

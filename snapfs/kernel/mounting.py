@@ -40,50 +40,59 @@ def mount(source: str, target: str, kind: str, flags: int = 0, options: str = ""
         raise OSError(error.errno, error.strerror, target) from None
 
 
-def mount_bind(source: str, target: str, *, read_only: bool) -> None:
-    """Make ``source`` and all that is mounted below it appear at ``target`` too (``rbind``); absolute paths.
+def mount_bind(source: str, target: str | int, *, read_only: bool, attributes: int = 0) -> None:
+    """Make ``source``, an absolute path, and all that is mounted below it appear at ``target`` too (``rbind``): an absolute
+    path, or a descriptor of a directory, O_PATH for one.
 
-    With ``read_only`` none of it can be written through ``target``, not for an instant; the file systems themselves and
-    other ways to them are left as they are.  Raises OSError, and nothing has been mounted.  Kernels before 5.12 keep to
-    ``mount_bind_classic``.
+    With ``read_only`` none of it can be written through ``target``, not for an instant, and so it is with ``attributes``, of
+    MOUNT_ATTR_NOSUID, NODEV, NOEXEC; the file systems themselves and other ways to them are left as they are.  Raises OSError,
+    and nothing has been mounted.  Kernels before 5.12 keep to ``mount_bind_classic``.
     """
     try:
-        attach(make_bind(source, read_only=read_only), target)
+        attach(make_bind(source, read_only=read_only, attributes=attributes), target)
     except OSError as error:
         if error.errno not in NO_MOUNT_API:
-            raise OSError(error.errno, error.strerror, source, None, target) from None
-        mount_bind_classic(source, target, read_only=read_only)
+            raise OSError(error.errno, error.strerror, source, None, str(target)) from None
+        mount_bind_classic(source, path_of(target), read_only=read_only, attributes=attributes)
 
 
-def make_bind(source: str, *, read_only: bool) -> int:
+def make_bind(source: str, *, read_only: bool, attributes: int = 0) -> int:
     """The descriptor of such a mount as ``mount_bind`` makes, attached nowhere yet; raises OSError."""
     tree = mountapi.open_tree(source, recursive=True)
+    attributes |= mountapi.MOUNT_ATTR_RDONLY if read_only else 0
     try:
-        if read_only:
-            mountapi.mount_setattr(tree, mountapi.MOUNT_ATTR_RDONLY, recursive=True)
+        if attributes:
+            mountapi.mount_setattr(tree, attributes, recursive=True)
     except OSError:
         os.close(tree)
         raise
     return tree
 
 
-def attach(tree: int, target: str) -> None:
-    """Attach the mount ``tree`` at ``target`` and close the descriptor; raises OSError, and then the mount is gone."""
+def path_of(target: str | int) -> str:
+    """``target``, or a path of the directory that it is a descriptor of."""
+    return target if isinstance(target, str) else f"/proc/self/fd/{target}"
+
+
+def attach(tree: int, target: str | int) -> None:
+    """Attach the mount ``tree`` at ``target`` (as in ``mount_bind``) and close the descriptor of the tree; raises OSError, and
+    then the mount is gone."""
     try:
         mountapi.move_mount(tree, target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, target) from None
+        raise OSError(error.errno, error.strerror, path_of(target)) from None
     finally:
         os.close(tree)
 
 
-def mount_bind_classic(source: str, target: str, *, read_only: bool) -> None:
-    """``mount_bind`` by mount(2), which makes a bind read-only in a second step, and not the mounts below it: so with
-    ``read_only`` the mounts below ``source`` are left out, and ``target`` is writable for an instant."""
-    mount(source, target, "", _MS_BIND | (0 if read_only else _MS_REC))
-    if read_only:
+def mount_bind_classic(source: str, target: str, *, read_only: bool, attributes: int = 0) -> None:
+    """``mount_bind`` by mount(2), which changes a bind's attributes in a second step, and not those of the mounts below it: so
+    with any the mounts below ``source`` are left out, and ``target`` is without them for an instant."""
+    attributes |= MS_RDONLY if read_only else 0
+    mount(source, target, "", _MS_BIND | (0 if attributes else _MS_REC))
+    if attributes:
         try:
-            make_read_only(target)
+            _remount(target, attributes)
         except OSError:
             unmount(target, MNT_DETACH | UMOUNT_NOFOLLOW)
             raise
@@ -92,8 +101,12 @@ def mount_bind_classic(source: str, target: str, *, read_only: bool) -> None:
 def make_read_only(target: str) -> None:
     """Let no process write any more through the mount at ``target``, not even one that works in there.  Raises OSError: EBUSY
     while a file is open for writing."""
+    _remount(target, MS_RDONLY)
+
+
+def _remount(target: str, flags: int) -> None:
     kept = os.statvfs(target).f_flag & _KEPT_FLAGS  # a remount drops what it isn't told, or may not (EPERM)
-    mount("", target, "", _MS_REMOUNT | _MS_BIND | MS_RDONLY | kept)
+    mount("", target, "", _MS_REMOUNT | _MS_BIND | flags | kept)
 
 
 def make_file_system_read_only(tree: int) -> None:

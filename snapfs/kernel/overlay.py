@@ -19,14 +19,21 @@ class MountApiLacking(Exception):
 
 
 def mount_overlay(
-    target: str, lowers: Sequence[str], upper: str | None, work: str | None, options: Sequence[str], *, read_only: bool
+    target: str | int,
+    lowers: Sequence[str],
+    upper: str | None,
+    work: str | None,
+    options: Sequence[str],
+    *,
+    read_only: bool,
+    attributes: int = 0,
 ) -> None:
-    """Mount an overlay at ``target``.
+    """Mount an overlay at ``target``: a path, or a descriptor of a directory, O_PATH for one.
 
     ``lowers`` are its lower layers, the nearest first, up to 500; ``upper`` and ``work`` are given together or not at all,
     and without them the overlay is read-only anyway.  All paths are absolute, without ``.`` and ``..``, and may hold any
     bytes.  ``options`` are further options of overlayfs as mount(8) takes them: ``index=off``, ``userxattr``.  With
-    ``read_only`` nothing can be written through ``target``.
+    ``read_only`` nothing can be written through ``target``; ``attributes`` are of MOUNT_ATTR_NOSUID, NODEV, NOEXEC.
 
     A single lower without an upper is EINVAL: overlayfs wants two layers, and a bind is what such a snapshot needs.
 
@@ -35,21 +42,29 @@ def mount_overlay(
     where the options of mount(2) can't hold the layers.
     """
     try:
-        tree = make_overlay(lowers, upper, work, options, read_only=read_only)
+        tree = make_overlay(lowers, upper, work, options, read_only=read_only, attributes=attributes)
     except MountApiLacking:
-        mount_overlay_classic(target, lowers, upper, work, options, read_only=read_only)
+        place = mounting.path_of(target)
+        mount_overlay_classic(place, lowers, upper, work, options, read_only=read_only, attributes=attributes)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or target) from None
+        raise OSError(error.errno, error.strerror, error.filename or mounting.path_of(target)) from None
     else:
         mounting.attach(tree, target)
 
 
 def mount_overlay_classic(
-    target: str, lowers: Sequence[str], upper: str | None, work: str | None, options: Sequence[str], *, read_only: bool
+    target: str,
+    lowers: Sequence[str],
+    upper: str | None,
+    work: str | None,
+    options: Sequence[str],
+    *,
+    read_only: bool,
+    attributes: int = 0,
 ) -> None:
     """``mount_overlay`` by mount(2), whose options have to fit a page: if need be, the paths of the lower layers are given
     relative to the directory that holds them all."""
-    flags = mounting.MS_RDONLY if read_only else 0
+    flags = attributes | (mounting.MS_RDONLY if read_only else 0)  # MS_NOSUID and its kin are the same bits
     words = _option_string(lowers, upper, work, options)
     if len(os.fsencode(words)) < PAGE or not lowers:
         mounting.mount("overlay", target, "overlay", flags, words)
@@ -72,7 +87,15 @@ def _option_string(lowers: Sequence[str], upper: str | None, work: str | None, o
     return ",".join([*words, *options])
 
 
-def make_overlay(lowers: Sequence[str], upper: str | None, work: str | None, options: Sequence[str], *, read_only: bool) -> int:
+def make_overlay(
+    lowers: Sequence[str],
+    upper: str | None,
+    work: str | None,
+    options: Sequence[str],
+    *,
+    read_only: bool,
+    attributes: int = 0,
+) -> int:
     """Make such an overlay as ``mount_overlay`` mounts, attached nowhere yet; its descriptor.
 
     This uses the mount API, a call a layer.  Raises MountApiLacking where this kernel's can't, and OSError.
@@ -99,7 +122,7 @@ def make_overlay(lowers: Sequence[str], upper: str | None, work: str | None, opt
             else:
                 mountapi.set_flag(context, key)
         mountapi.create(context)
-        return mountapi.fsmount(context, mountapi.MOUNT_ATTR_RDONLY if read_only else 0)
+        return mountapi.fsmount(context, attributes | (mountapi.MOUNT_ATTR_RDONLY if read_only else 0))
     finally:
         os.close(context)
 

@@ -74,9 +74,16 @@ def check(
         with closing(records):
             layers.supports_imprints = imprint.is_supported(layers.snapshots)
             placing.finish(layers, records)
-            for name in accept:
-                yield _accept(layers, records, name)
-            yield from _Check(layers, records, repair, progress).run()
+            changed = repair
+            try:
+                for name in accept:
+                    found = _accept(layers, records, name)
+                    changed = True
+                    yield found
+                yield from _Check(layers, records, repair, progress).run()
+            finally:
+                if not changed:  # else the next start is to compare directories and records itself
+                    layers.leave_note(layers.previous_note)
 
 
 def _sound(path: str) -> str:

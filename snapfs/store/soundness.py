@@ -28,8 +28,13 @@ def broken_pages(path: str) -> list[str]:
 
 
 def is_lmdb(path: str) -> bool:
-    """Whether ``path`` begins as LMDB's files do; links are not followed.  Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    """Whether ``path`` is a file, no link, that begins as LMDB's files do.  Raises OSError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
     try:
         return stat.S_ISREG(os.fstat(fd).st_mode) and int.from_bytes(os.pread(fd, 4, _MAGIC_AT), sys.byteorder) == _MAGIC
     finally:
