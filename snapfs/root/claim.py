@@ -104,7 +104,7 @@ def _find(root: str) -> trusted.Found:
         return trusted.find(root)
     except trusted.Untrusted as error:
         raise Unavailable(
-            f"cannot use {root} as root: {error}; a root is safe below directories that nobody else can write, such as /srv"
+            f"cannot use {root} as root: {error}; give one that is yours, below directories that nobody else can write, such as /srv"
         ) from None
 
 
@@ -126,8 +126,8 @@ def _look(found: trusted.Found, root: str, *, may_make: bool) -> bool:
         raise Unavailable(f"cannot use {root} as root: it is not a directory" if may_make else lacks)
     if shown.st_uid != os.geteuid():
         raise Unavailable(
-            f"{root} belongs to the user {shown.st_uid}, but whoever serves it must be the only one to get in: serve it as "
-            "that user, or give another"
+            f"{root} belongs to the user {shown.st_uid}, but whoever uses it must be the only one to get in: run this as that "
+            "user, or give another"
         )
     held = f"/proc/self/fd/{found.fd}"
     present = os.listdir(held)
