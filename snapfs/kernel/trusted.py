@@ -55,10 +55,14 @@ class Found:
         above = self.path[: len(self.path) - sum(len(name) + 1 for name in self.missing)]
         for name in self.missing:
             above = f"{above}/{name}"
-            with suppress(FileExistsError):
-                os.mkdir(name, 0o700, dir_fd=self.fd)
-                made.append(above)
-            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+            try:
+                with suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=self.fd)
+                    made.append(above)
+                fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+            except OSError as error:
+                error.filename = above
+                raise
             os.close(self.fd)
             self.fd = fd
             if os.fstat(fd).st_uid != os.geteuid():
@@ -104,6 +108,9 @@ def find(path: str, *, inside: bool = False) -> Found:
                 found = Found("/".join([here.rstrip("/"), *missing]), fd, missing)
                 fd = -1
                 return found
+            except OSError as error:
+                error.filename = there
+                raise
             number = mount_id_of(below)
             way.append((name, fd))
             fd = below

@@ -25,7 +25,12 @@ def acquire(directory: int, root: str) -> tuple[int, str]:
     Returns the descriptor that holds the lock until it is closed, or the process ends, and the text that the last holder has
     left: its pid, or its note.  Raises Unavailable where another process holds it (which one), OSError.
     """
-    fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(NAME, flags, 0o600, dir_fd=directory)
+    except OSError as error:
+        error.filename = f"{root}/{NAME}"
+        raise
     try:
         deadline = time.monotonic() + DYING
         while True:
