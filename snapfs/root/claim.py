@@ -104,7 +104,7 @@ def _find(root: str) -> trusted.Found:
         return trusted.find(root)
     except trusted.Untrusted as error:
         raise Unavailable(
-            f"cannot use {root} as root: {error}; give one that is yours, below directories that nobody else can write, such as /srv"
+            f"cannot use {root} as root: {error}; give one of yours, below directories that nobody else can write, such as /srv"
         ) from None
 
 
@@ -131,6 +131,8 @@ def _look(found: trusted.Found, root: str, *, may_make: bool) -> bool:
         )
     held = f"/proc/self/fd/{found.fd}"
     present = os.listdir(held)
+    if "lost+found" in present and _is_begun(f"{held}/lost+found"):  # mkfs has made it
+        present.remove("lost+found")
     if present and not _is_root(held, present):
         raise Unavailable(f"{root} is neither empty nor a root of snapfs; give a directory of its own" if may_make else lacks)
     if not present and not may_make:
