@@ -22,7 +22,7 @@ from snapfs.store.soundness import is_lmdb
 RECORDS = "metadata.mdb"
 
 _FILES = ("lock", RECORDS, f"{RECORDS}-reserve", f"{RECORDS}.new", f"{RECORDS}.new-reserve")
-_BEGUN = ("lock", "snapshots", "pool", "trash", "rootfs")  # in the order in which they are made
+_BEGUN = ("lock", "snapshots", "pool", "trash", "rootfs")
 _DIRECTORIES = (*_BEGUN[1:], "empty", "lost+found")
 
 
@@ -150,15 +150,15 @@ def _is_root(held: str, present: list[str]) -> bool:
         return True
     if set(_BEGUN[:4]) <= set(present):
         return True
-    begun = _BEGUN[: len(present)]
-    return set(begun) == set(present) and all(_is_begun(f"{held}/{name}") for name in begun)
+    return {*_BEGUN, RECORDS}.issuperset(present) and all(_is_begun(f"{held}/{name}") for name in present)
 
 
 def _is_begun(path: str) -> bool:
+    """Whether ``path`` is an empty file or directory, whichever its name is for."""
     found = os.lstat(path)
-    if stat.S_ISDIR(found.st_mode):
-        return os.path.basename(path) != "lock" and not os.listdir(path)
-    return stat.S_ISREG(found.st_mode) and found.st_size == 0
+    if os.path.basename(path) in _FILES:
+        return stat.S_ISREG(found.st_mode) and found.st_size == 0
+    return stat.S_ISDIR(found.st_mode) and not os.listdir(path)
 
 
 def refuse_exchanged(held: str, root: str) -> None:
