@@ -344,7 +344,7 @@ def test_another_root_in_the_place_of_one_that_was_moved_away(make_daemon: Make,
         ("lock", "status", "info/"),
         ("lock", "snapshots/x"),
         ("snapshots/", "data"),
-        ("metadata.mdb",),
+        ("metadata.mdb=x",),
         ("lock=7",),
     ],
 )
