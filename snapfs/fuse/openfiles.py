@@ -12,7 +12,7 @@ from snapfs.errors import Unavailable
 from snapfs.tree import Handle
 from snapfs.tree.texts import Text
 
-SHARE = 16 << 20  # bytes that one user may make the daemon hold by what the user has open
+SHARE = 8 << 20  # bytes that one user may make the daemon hold by what the user has open
 ALL = 4 * SHARE  # bytes that all of them may, for one user may have many ids
 
 

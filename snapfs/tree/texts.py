@@ -72,8 +72,13 @@ class LongText(Text):
             raise
         if self._file is None:
             self.weight = OVERHEAD + self.size
-        else:  # it costs a descriptor and room on the disk; but two that are remembered must have room, however long
-            self.weight = min(max(IN_MEMORY // 2, self.size // ON_DISK), MOST // 3)
+        else:
+            self.weight = self.weigh(self.size)
+
+    @staticmethod
+    def weigh(size: int) -> int:
+        """The weight of so many bytes on the disk, with their descriptor: two such texts can be remembered, however long."""
+        return min(max(IN_MEMORY // 2, size // ON_DISK), MOST // 3)
 
     def _note(self, part: bytearray) -> None:
         self.size += len(part)
