@@ -21,6 +21,7 @@ def _mount(given: Given) -> int:
     from snapfs.kernel import mounting, overlay
 
     place = find_tree(given.value("at"), changes=True)
+    place.refuse_foreign("mounted")
     key, target = place.key(given.arguments[0]), os.path.realpath(given.arguments[1])
     kind, directory = place.find(key)
     if kind == "committed":
@@ -93,6 +94,7 @@ def _umount(given: Given) -> int:
     places = [target] if found else []
     if not places:
         place = find_tree(given.value("at"), changes=True)
+        place.refuse_foreign("unmounted")
         word = place.key(word)
         kind, directory = place.find(word)
         root = json.loads(place.read(f"{place.path}/.snapfs/options.json"))["root"]
