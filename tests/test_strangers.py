@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from snapfs.kernel import mounting
-from tests.command import OnATerminal, run
+from tests.command import SNAPFS, OnATerminal, run
 from tests.daemon import Daemon
 from tests.mounts import is_mounted
 from tests.processes import die_with_parent
@@ -172,9 +172,7 @@ def test_a_forged_tree_mounts_and_unmounts_nothing(daemon: Daemon, tmp_path: Pat
     assert run("mount", "web", str(target), "--at", str(plain)).returncode == 6, "a plain directory is no tree of anybody's"
 
 
-def test_what_is_mounted_by_the_word_of_ones_own_tree(
-    daemon: Daemon, alices: Daemon, tmp_path: Path
-) -> None:
+def test_what_is_mounted_by_the_word_of_ones_own_tree(daemon: Daemon, alices: Daemon, tmp_path: Path) -> None:
     (target := tmp_path / "target").mkdir()
     (daemon.mnt / "active/web").mkdir()
     assert run("mount", "web", str(target)).returncode == 0
@@ -185,3 +183,26 @@ def test_what_is_mounted_by_the_word_of_ones_own_tree(
     done = as_alice("mount", "mine", str(target), "--at", str(alices.mnt))
     assert "another user's" not in done.stderr, "her own she may try"
     assert done.returncode == 6
+
+
+def test_what_stands_at_a_target_in_another_mount_namespace_stays(daemon: Daemon, tmp_path: Path) -> None:
+    """The daemon tells of the mounts that it sees: a user of another mount namespace may have something else there."""
+    (target := tmp_path / "target").mkdir()
+    (daemon.mnt / "active/web").mkdir()
+    assert run("mount", "web", str(target)).returncode == 0
+    script = """
+        umount "$0" && mount -t tmpfs mine "$0" && touch "$0/file" && "$@"
+        echo $? && ls "$0"
+    """
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, str(target), *SNAPFS, "umount", "web"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "1\nfile\n"
+    assert '"web" (active) is not mounted' in done.stderr
+    assert is_mounted(target)
+    assert run("umount", "web").returncode == 0
+    assert not is_mounted(target)
