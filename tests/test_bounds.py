@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from snapfs.fuse import retelling
 from snapfs.fuse.openfiles import ALL, SHARE, OpenFile, OpenFiles
 from snapfs.labels import COUNT, ROOM
 from snapfs.options import Sync
-from snapfs.tree import Handle, Tree, inodes
+from snapfs.tree import Handle, Tree, inodes, listing
 from snapfs.tree.handles import OpenText
 from snapfs.tree.inodes import label_slot
 from snapfs.tree.labels import LabelText
@@ -47,6 +48,12 @@ def resident(daemon: Daemon) -> float:
 def everybodys(make_daemon: Make, open_path: None, users: None) -> Daemon:
     """A daemon of root's whose tree everybody may write."""
     return make_daemon("-o", "allow_other,umask=000").start()
+
+
+@pytest.fixture
+async def tree(tmp_path: Path) -> AsyncIterator[Tree]:
+    async with open_snapshotter(tmp_path / "root", options=Options(sync=Sync.NONE)) as snapshotter:
+        yield Tree(snapshotter)
 
 
 AS_ALICE = f"""
@@ -196,6 +203,29 @@ def test_texts_that_are_remembered_weigh_what_they_cost(tmp_path: Path) -> None:
     assert versions.get(-1) is versions.get(-2) is longest
 
 
+def peak(work: Callable[[], object]) -> float:
+    """The memory that ``work`` takes at most, in MiB."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1] / (1 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_text_of_long_lines_is_never_whole_in_memory(tmp_path: Path) -> None:
+    lines = ("x" * 64 * 1024 + "\n" for _ in range(1000))
+    assert peak(lambda: LongText(lines, str(tmp_path))) < 8
+
+
+async def test_the_listing_of_many_labels_decodes_one_record_after_the_other(tree: Tree) -> None:
+    labels = {f"k{n:03}": VALUE for n in range(COUNT)}
+    for n in range(200):
+        await tree.snapshotter.prepare(f"k{n}", labels=labels)
+    records = 200 * ROOM / (1 << 20)
+    assert peak(lambda: sum(map(len, listing._lines(tree.state)))) < 1.5 * records
+
+
 async def test_what_is_kept_for_processes_that_never_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     awaited: retelling.Awaited[int, str] = retelling.Awaited()
     size = retelling.MOST // 4
@@ -213,12 +243,6 @@ async def test_what_is_kept_for_processes_that_never_come_back(monkeypatch: pyte
 
 
 # -- how much work it is
-
-
-@pytest.fixture
-async def tree(tmp_path: Path) -> AsyncIterator[Tree]:
-    async with open_snapshotter(tmp_path / "root", options=Options(sync=Sync.NONE)) as snapshotter:
-        yield Tree(snapshotter)
 
 
 async def test_the_work_of_listing_labels_grows_as_their_number(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:

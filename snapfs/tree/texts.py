@@ -14,7 +14,8 @@ from typing import BinaryIO
 MOST = 8 << 20  # bytes of texts that are remembered
 OVERHEAD = 1000  # bytes that a text takes besides its content, or an open file
 ON_DISK = 16  # bytes on the disk that weigh as much as one in memory
-LINES = 500  # that are taken at once
+LINES = 500  # that are taken at once, at most
+AT_ONCE = 64 << 10  # bytes; where lines take more, fewer of them are
 IN_MEMORY = 1 << 20  # bytes of one text that is made line by line; a longer one goes to the disk
 
 
@@ -51,8 +52,9 @@ class LongText(Text):
         self.size = self.checksum = 0
         buffer = bytearray()
         try:
-            some = iter(lines)
-            while part := "".join(islice(some, LINES)):
+            some, count = iter(lines), 1
+            while part := "".join(islice(some, count)):
+                count = min(2 * count, LINES) if len(part) < AT_ONCE else max(count // 2, 1)
                 buffer += part.encode()
                 if len(buffer) > IN_MEMORY:
                     if self._file is None:
