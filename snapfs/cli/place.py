@@ -257,7 +257,7 @@ def given_root(path: str) -> str:
 class Mounted:
     """A tree that is mounted on ``path``.  ``device`` is that of its files, ``major:minor``; ``uid`` whoever mounted it: the
     kernel says that, and not the file system, which anybody can make look like a tree of snapfs.  It is the id in the user
-    namespace of the mount: in a container that is not the host's only where the container itself has mounted it."""
+    namespace that the mount belongs to, whoever reads it."""
 
     def __init__(self, line: str) -> None:
         fields, _, rest = line.partition(" - ")
