@@ -105,7 +105,7 @@ class NotUtf8(InvalidArgument):
 
 
 class LabelTooBig(InvalidArgument):
-    """A label of more than 4,096 bytes, key and value together."""
+    """A label that is too big, or one that is too much for its snapshot (``snapfs/labels.py`` has the bounds)."""
 
 
 class WrongParent(InvalidArgument):

@@ -20,6 +20,13 @@ PARENT_CHAIN = "containerd.io/snapshot/parent-chain-id"
 MAX = 4096
 """Bytes that a label's key and value may take together."""
 
+COUNT = 256
+"""Labels that one snapshot may have.  containerd bounds only each label; but whoever may write labels decides how much memory
+and time each request about the snapshot takes, for everybody."""
+
+ROOM = 64 << 10
+"""Bytes that all keys and values of one snapshot may take together."""
+
 
 def check_label(label: str, value: str) -> None:
     """Raise InvalidArgument unless ``label`` with ``value`` may be stored: not without a key, UTF-8, 4,096 bytes together."""
@@ -31,3 +38,19 @@ def check_label(label: str, value: str) -> None:
         raise NotUtf8(f"the label {label!r} is not UTF-8") from None
     if size > MAX:
         raise LabelTooBig(f'label "{label[:40]}": key and value take {size} bytes together; at most {MAX} fit')
+
+
+def refuse_too_many(name: str, labels: Labels, before: Labels) -> None:
+    """Raise LabelTooBig where ``labels`` are more, by number or bytes, than snapshot ``name`` may have.
+
+    ``before`` are those that it has.  They may be more, from before there was this bound: what makes them no more than they
+    are is allowed."""
+    if len(labels) > max(COUNT, len(before)):
+        raise LabelTooBig(f'snapshot "{name}" would have {len(labels)} labels; at most {COUNT} fit')
+    size = _size(labels)
+    if size > ROOM and size > _size(before):
+        raise LabelTooBig(f'the labels of snapshot "{name}" would take {size} bytes together, with keys; at most {ROOM} fit')
+
+
+def _size(labels: Labels) -> int:
+    return sum(len(label.encode()) + len(value.encode()) for label, value in labels.items())

@@ -131,7 +131,7 @@ def test_every_error_has_a_status(error: SnapshotError, code: grpc.StatusCode, w
 
 
 def test_a_message_of_list_is_small_enough_for_gos_clients() -> None:
-    big = {f"l{number}": "v" * 4000 for number in range(100)}
+    big = {f"l{number}": "v" * 4000 for number in range(100)}  # as a root may have from before there was a bound
     infos = [Info(name=f"{n}", kind=Kind.ACTIVE, id=1, parent=None, labels=big, created=1, updated=1) for n in range(10)]
     made = list(pages(infos))
     assert [info.name for page in made for info in page.info] == [str(number) for number in range(10)]
@@ -294,6 +294,13 @@ def test_what_is_refused_says_why(client: Client) -> None:
     assert refused(client, code.INVALID_ARGUMENT, "View", key="").endswith(": invalid argument")
     assert refused(client, code.INVALID_ARGUMENT, "Prepare", key="x" * 256).endswith(": invalid argument")
     assert refused(client, code.INVALID_ARGUMENT, "Prepare", key="k", labels={"": "x"}).endswith(": invalid argument")
+    many = {f"k{number}": "x" for number in range(257)}
+    too_many = "would have 257 labels; at most 256 fit: invalid argument"  # as containerd refuses a label that is too big
+    assert refused(client, code.INVALID_ARGUMENT, "Prepare", key="k", labels=many) == f'snapshot "k" {too_many}'
+    assert refused(client, code.INVALID_ARGUMENT, "View", key="k", labels=many) == f'snapshot "k" {too_many}'
+    assert refused(client, code.INVALID_ARGUMENT, "Commit", key="web", name="n", labels=many) == f'snapshot "n" {too_many}'
+    info = wire.Info(name="web", labels=many)
+    assert refused(client, code.INVALID_ARGUMENT, "Update", info=info) == f'snapshot "web" {too_many}'
     assert refused(client, code.NOT_FOUND, "Commit", key="none", name="base").endswith(": not found")
     assert refused(client, code.ALREADY_EXISTS, "Commit", key="web", name="base").endswith(": already exists")
     assert refused(client, code.FAILED_PRECONDITION, "Commit", key="peek", name="n").endswith(": failed precondition")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import threading
 import time
@@ -30,6 +31,7 @@ from snapfs import (
     Unavailable,
     Usage,
 )
+from snapfs import labels as label_bounds
 from snapfs.errors import Busy, HasChildren, LabelTooBig, NameTooLong, NotPermitted, NotUtf8, WrongParent
 from snapfs.filters import Filters
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
@@ -416,6 +418,68 @@ async def test_4096_bytes_of_label_fit_and_no_more(snapshotter: Snapshotter, key
         with pytest.raises(LabelTooBig, match="4097"):
             await call
     assert [info.labels for info in await snapshotter.walk()] == [{key: value}]
+
+
+MANY = {f"k{n}": "v" for n in range(256)}
+MUCH = {f"{n:02}": "v" * 4094 for n in range(15)} | {"é": "v" * 94, "k": "v" * 3999}
+
+
+@pytest.mark.parametrize(
+    ("most", "more", "words"),
+    [
+        (MANY, "another", "would have 257 labels; at most 256 fit"),
+        (MUCH, "m", "would take 65538 bytes together, with keys; at most 65536 fit"),
+    ],
+    ids=["many", "much"],
+)
+async def test_256_labels_of_64_kib_together_fit_and_no_more(
+    snapshotter: Snapshotter, most: dict[str, str], more: str, words: str
+) -> None:
+    await snapshotter.prepare("web", labels=most)
+    await snapshotter.update("web", most)
+    for call in (
+        snapshotter.prepare("more", labels={**most, more: "w"}),
+        snapshotter.view("more", labels={**most, more: "w"}),
+        snapshotter.commit("base", "web", {**most, more: "w"}),
+        snapshotter.commit("base", "web", {more: "w"}, keep_labels=True),
+        snapshotter.update("web", {**most, more: "w"}),
+        snapshotter.update("web", {more: "w"}, [f"labels.{more}"]),
+    ):
+        with pytest.raises(LabelTooBig, match=re.escape(words)):
+            await call
+    assert [(info.name, info.labels) for info in await snapshotter.walk()] == [("web", most)]
+    if most is MUCH:
+        with pytest.raises(LabelTooBig, match="65537 bytes"):
+            await snapshotter.move_label("web", "k", "kk")
+    await snapshotter.commit("base", "web", keep_labels=True)
+    assert (await snapshotter.stat("base")).labels == most
+
+
+async def test_more_labels_from_before_there_was_a_bound_stay_and_may_become_fewer(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = {f"key {n}": "v" * 1000 for n in range(300)}
+    with monkeypatch.context() as before:
+        for bound in ("COUNT", "ROOM"):
+            before.setattr(label_bounds, bound, 1 << 20)
+        await snapshotter.prepare("web", labels=older)
+    assert (await snapshotter.stat("web")).labels == older
+    for labels, paths in (({"more": "v"}, ["labels.more"]), ({"key 1": "v" * 1001}, ["labels.key 1"])):
+        with pytest.raises(LabelTooBig):
+            await snapshotter.update("web", labels, paths)
+    with pytest.raises(LabelTooBig):
+        await snapshotter.commit("base", "web", {"more": "v"}, keep_labels=True)
+    await snapshotter.update("web", {"key 1": "w" * 1000}, ["labels.key 1"])
+    await snapshotter.update("web", {}, ["labels.key 0"])
+    await snapshotter.update("web", {"key 0": "v"}, ["labels.key 1", "labels.key 0"])
+    await snapshotter.move_label("web", "key 2", "two")
+    await snapshotter.rename("web", "site")
+    await snapshotter.commit("base", "site", keep_labels=True)
+    labels = dict((await snapshotter.stat("base")).labels)
+    assert (len(labels), labels["key 0"], labels["two"]) == (299, "v", "v" * 1000)
+    await snapshotter.update("base", {"only": "this"})
+    with pytest.raises(LabelTooBig):
+        await snapshotter.update("base", labels)
 
 
 @pytest.mark.parametrize("key", ["x" * 255, "/" * 85, "%.", "..", ".", "a\nb", " ", "default/1/sha256:" + "0" * 64, "🐙" * 63])

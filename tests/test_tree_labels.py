@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from snapfs.labels import COUNT, ROOM
 from tests.daemon import Daemon
 from tests.processes import die_with_parent
 from tests.reading import are_content, readers
@@ -41,6 +42,12 @@ def stored(labels: Path) -> dict[str, str]:
     """The labels as info.json says them."""
     found: dict[str, str] = info(labels.parent)["labels"]
     return found
+
+
+def put(label: Path, value: str) -> None:
+    """Write a label with one write(2)."""
+    with open(label, "wb", 0) as file:
+        file.write(value.encode())
 
 
 def run(labels: Path, command: str) -> str:
@@ -247,7 +254,7 @@ def test_the_listing_is_stable(labels: Path) -> None:
 
 def test_colliding_label_keys(labels: Path) -> None:
     """Many labels of one snapshot: each keeps its own content, whatever their hashes."""
-    wanted = {f"{number:x}": str(number) for number in range(300)}
+    wanted = {f"{number:x}": str(number) for number in range(COUNT)}
     for key, value in wanted.items():
         (labels / key).write_text(value)
     assert stored(labels) == wanted
@@ -309,6 +316,27 @@ def test_a_label_of_4096_bytes_fits_and_one_of_4097_does_not(daemon: Daemon, lab
     assert stored(labels) == {"key": "x" * 4093}
     run(labels, f"printf '{'y' * 4093}\\n' > key")
     assert stored(labels) == {"key": "y" * 4093}, "the newline that is dropped does not count"
+
+
+def test_more_labels_than_a_snapshot_may_have(daemon: Daemon, labels: Path) -> None:
+    for number in range(COUNT):
+        (labels / f"k{number}").write_text("v")
+    before = stored(labels)
+    with refused(daemon, errno.E2BIG, "write", "active/k/labels/more", f"257 labels; at most {COUNT} fit"):
+        put(labels / "more", "v")
+    assert stored(labels) == before
+    (labels / "k0").rename(labels / "more")
+    (labels / "k1").unlink()
+    (labels / "k0").write_text("v")
+    for number in range(2, 18):
+        (labels / f"k{number}").write_text("v" * 3900)
+    room = ROOM - sum(len(key) + len(value) for key, value in stored(labels).items())
+    with refused(daemon, errno.E2BIG, "write", "active/k/labels/more", f"{ROOM + 1} bytes together, with keys; at most {ROOM}"):
+        put(labels / "more", "v" * (room + 2))
+    put(labels / "more", "v" * (room + 1))
+    for number in range(COUNT):
+        (labels / f"k{number}").unlink(missing_ok=True)
+    assert list(stored(labels)) == ["more"]
 
 
 def test_a_shell_that_writes_too_much_is_told_and_the_label_stays(labels: Path) -> None:

@@ -48,7 +48,8 @@ Copy-on-write snapshots for overlayfs, as a file system.
 
 {verbs}
 
-The tree is the one that --at or $SNAPFS names, or that you stand in, or the only one that is mounted.
+The tree is the one that --at or $SNAPFS names, or that you stand in, or the only one that is mounted.  Not named, only
+trees that root or you have mounted count.
 A snapshot is given by its name, or by its path in the tree: active/web, ./web, /mnt/snapfs/committed/v1.
 
 exit status:

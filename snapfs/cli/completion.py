@@ -149,7 +149,7 @@ def _snapshots(its: Verb, argument: str, before: list[str]) -> list[str]:
     from snapfs.cli.place import find_tree
 
     at = before[before.index("--at") + 1] if "--at" in before[:-1] else None
-    return sorted(row.name for row in rows(find_tree(at)) if row.kind in kinds)
+    return sorted(row.name for row in rows(find_tree(at, tell=False)) if row.kind in kinds)
 
 
 VERBS = {

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 def _mount(given: Given) -> int:
     place = find_tree(given.value("at"), changes=True)
+    place.refuse_foreign("mounted")
     key = place.key(given.arguments[0])
     kind, directory = place.find(key)
     if kind == "committed":
@@ -117,17 +118,20 @@ def _umount(given: Given) -> int:
 
     word = given.arguments[0]
     target = os.path.realpath(word)
-    found = [mount for mount in mount_table() if mount.target == target]
-    if found and not _is_ours(found[-1]):
+    shown = {mount.target: mount for mount in mount_table()}  # the uppermost is the last
+    found = shown.get(target)
+    if found is not None and not _is_ours(found):
         raise Refusal(f"{target} is no snapshot's file system: nothing for snapfs to unmount")
     places = [target] if found else []
     if not places:
         place = find_tree(given.value("at"), changes=True)
+        place.refuse_foreign("unmounted")
         word = place.key(word)
         kind, directory = place.find(word)
         root = json.loads(place.read(f"{place.path}/.snapfs/options.json"))["root"]
         mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
-        places = [each for each in mounted if not each.startswith(f"{root}/rootfs/")]
+        ours = [each for each in mounted if each in shown and _is_ours(shown[each])]  # the daemon may see other mounts than we
+        places = [each for each in ours if not each.startswith(f"{root}/rootfs/")]
         if not places:
             raise Refusal(f'"{word}" ({kind}) is not mounted, but perhaps as its rootfs, which needs no umount')
     for each in places:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from snapfs.cli.refusal import NO_TREE, NOT_FOUND, USAGE, Refusal, missing, refusal
+from snapfs.cli.refusal import NO_TREE, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, missing, refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +22,23 @@ class MountedTree:
 
     def __init__(self, path: str) -> None:
         self.path = path
+
+    def is_trusted(self) -> bool:
+        """Whether root or the user has mounted the file system that stands at the path.  Raises Refusal."""
+        try:
+            device = os.stat(self.path).st_dev  # the kernel says it, not the file system
+        except OSError as error:
+            raise refusal(error, self.path, 0, f"cannot look at {self.path}") from None
+        shown = f"{os.major(device)}:{os.minor(device)}"
+        return any(tree.device == shown and tree.is_trusted for tree in mounted_trees())
+
+    def refuse_foreign(self, what: str) -> None:
+        """Raise Refusal where the tree is another user's, by whose word nothing is to be ``what`` ("mounted")."""
+        if not self.is_trusted():
+            raise Refusal(
+                f"{self.path} is a tree of another user's, and what it says is up to them: nothing is {what} by that",
+                NOT_PERMITTED,
+            )
 
     def directory(self, kind: str, key: str) -> str:
         """The path in the tree at which snapshot ``key`` of ``kind`` is, or would be."""
@@ -167,31 +184,50 @@ def unquoted(text: str) -> str:
     return b"".join((first, *(bytes.fromhex(part[:2].decode()) + part[2:] for part in rest))).decode(errors="surrogateescape")
 
 
-def find_tree(at: str | None, *, changes: bool = False) -> MountedTree:
+def find_tree(at: str | None, *, changes: bool = False, tell: bool = True) -> MountedTree:
     """The tree that ``at`` or $SNAPFS names, or that the working directory is in, or else the only one that is mounted.
 
-    ``changes``: the verb changes something; where it is the only tree that is meant, and a user is at the terminal, a line says
-    which tree that is.  Raises Refusal.
+    Only trees that root or the user has mounted count: a tree of somebody else's, who can make it hold whatever they like, is
+    taken only where it is named.
+
+    Where the tree is not named, and the user does not stand in it, a line on standard error says which it is (unless ``tell``
+    is False): at a terminal, if the verb ``changes`` something or others' trees don't count; elsewhere, as in a cron job's
+    mail, if both.  Raises Refusal.
     """
     for given, what in ((at, "--at"), (os.environ.get("SNAPFS"), "$SNAPFS")):
         if given:
             path = _above(os.path.abspath(given))
             if path is None:
-                others = ", ".join(mounted_trees())
-                to_do = f"give {others}" if others else "snapfs serve ROOT MOUNTPOINT mounts one"
+                own = ", ".join(dict.fromkeys(tree.path for tree in mounted_trees() if tree.is_trusted))
+                to_do = f"give {own}" if own else "snapfs serve ROOT MOUNTPOINT mounts one"
                 raise Refusal(f"{what}: no snapfs tree is mounted on {given}: {to_do}", NO_TREE)
             return MountedTree(path)
-    trees = mounted_trees()
-    here = f"{os.getcwd()}/" if len(trees) > 1 or changes else ""
-    if len(trees) > 1:
-        trees = [tree for tree in trees if here.startswith(tree + "/")] or trees
+    everything = mounted_trees()
+    trees = list(dict.fromkeys(tree.path for tree in everything if tree.is_trusted))
+    others = [tree for tree in everything if tree.path not in trees]
+    whose = "root's" if os.geteuid() == 0 else "yours or root's"
+    here = f"{os.getcwd()}/" if len(trees) > 1 or changes or others else ""
+    inside = [tree for tree in trees if here.startswith(tree + "/")]
+    stranger = next((tree for tree in others if here.startswith(tree.path + "/")), None)
+    if stranger is not None and not any(len(tree) > len(stranger.path) for tree in inside):
+        raise Refusal(f"you stand in {stranger.named()}, which is not {whose}: name it with --at if you mean it", NO_TREE)
+    trees = inside or trees
+    if not trees and others:
+        named = ", ".join(tree.named() for tree in others[:5]) + ", and others" * (len(others) > 5)
+        raise Refusal(
+            f"no tree of {whose} is mounted; to work in another user's, name it with --at or $SNAPFS: {named}", NO_TREE
+        )
     if not trees:
         raise Refusal("no snapfs tree is mounted: snapfs serve ROOT MOUNTPOINT mounts one", NO_TREE)
     if len(trees) > 1:
         raise Refusal(f"several trees are mounted: say which with --at or $SNAPFS: {', '.join(sorted(trees))}", NO_TREE)
-    if changes and not here.startswith(trees[0] + "/") and sys.stderr.isatty():
-        print(f"snapfs: working in {trees[0]}, the only tree that is mounted", file=sys.stderr)
-    return MountedTree(trees[0])
+    found = MountedTree(trees[0])
+    if not found.is_trusted():
+        raise Refusal(f"another file system hides {found.path}, where a tree of {whose} is mounted", NO_TREE)
+    if tell and not inside and (changes or others) and ((changes and others) or sys.stderr.isatty()):
+        only = f"the only tree of {whose} that is mounted (--at names another)" if others else "the only tree that is mounted"
+        print(f"snapfs: working in {found.path}, {only}", file=sys.stderr)
+    return found
 
 
 def _above(path: str) -> str | None:
@@ -211,15 +247,38 @@ def _above(path: str) -> str | None:
 
 def given_root(path: str) -> str:
     """``path``, which a user has given as a root; raises Refusal where it can't be one: it is the mounted tree of one, say."""
-    if os.path.realpath(path) in mounted_trees():
+    if os.path.realpath(path) in [tree.path for tree in mounted_trees()]:
         raise Refusal(f"{path} is where a tree is mounted, not its root: findmnt -no SOURCE {path} says which that is", USAGE)
     return path
 
 
-def mounted_trees() -> list[str]:
-    """Where trees are mounted, as this process sees it."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        targets = [line.split(" ", 5)[4] for line in table if " - fuse.snapfs " in line]
-    for escaped, meant in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        targets = [target.replace(escaped, meant) for target in targets]
-    return list(dict.fromkeys(targets))
+class Mounted:
+    """A tree that is mounted on ``path``.  ``device`` is that of its files, ``major:minor``; ``uid`` whoever mounted it: the
+    kernel says that, and not the file system, which anybody can make look like a tree of snapfs.  It is the id in the user
+    namespace that the mount belongs to, whoever reads it."""
+
+    def __init__(self, line: str) -> None:
+        fields, _, rest = line.partition(" - ")
+        self.device, path = fields.split(" ", 5)[2:5:2]
+        for escaped, meant in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+            path = path.replace(escaped, meant)
+        self.path = path
+        options = rest.split(" ", 2)[2].strip().split(",")
+        self.uid = [-1, *(int(option[8:]) for option in options if option.startswith("user_id="))][-1]
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether root or the user has mounted it."""
+        return self.uid in (0, os.geteuid())
+
+    def named(self) -> str:
+        """It, for a sentence: its path is another user's choice."""
+        from snapfs import names
+
+        return f"{names.printable(self.path)} (of user {self.uid})"
+
+
+def mounted_trees() -> list[Mounted]:
+    """The trees that are mounted, as this process sees it, or what looks like one."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as table:
+        return [Mounted(line) for line in table if " - fuse.snapfs " in line]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+from collections import Counter
 from itertools import count
 
 from pyfuse3 import EntryAttributes
 
+from snapfs.errors import Unavailable
 from snapfs.tree import Handle
+from snapfs.tree.texts import Text
+
+SHARE = 8 << 20  # bytes that one user may make the daemon hold by what the user has open
+ALL = 4 * SHARE  # bytes that all of them may, for one user may have many ids
 
 
 class OpenFile:
@@ -24,13 +31,77 @@ class OpenFile:
         self.is_misfit = is_misfit
 
 
+class Held:
+    """What the daemon holds for one user: handles, and the texts that they have open, each once."""
+
+    def __init__(self) -> None:
+        self.weight = 0
+        self._texts: Counter[Text] = Counter()
+
+    def cost(self, handle: Handle) -> int:
+        """What ``handle`` adds to that."""
+        return handle.weight + (handle.text.weight if handle.text is not None and handle.text not in self._texts else 0)
+
+    def add(self, handle: Handle) -> None:
+        """``handle`` is open from now on."""
+        self.weight += self.cost(handle)
+        if handle.text is not None:
+            self._texts[handle.text] += 1
+
+    def remove(self, handle: Handle) -> None:
+        """``handle`` is closed."""
+        if handle.text is not None:
+            self._texts[handle.text] -= 1
+            if not self._texts[handle.text]:
+                del self._texts[handle.text]
+        self.weight -= self.cost(handle)
+
+
 class OpenFiles:
-    """All open files of one mount."""
+    """All open files of one mount.
+
+    A file that is open keeps its text in memory, or on the disk, whatever the file holds by now; so users who change what is
+    shown and keep each text open could fill both.
+    """
 
     def __init__(self) -> None:
         self._by_number: dict[int, OpenFile] = {}
         self._by_inode: dict[int, list[OpenFile]] = {}
         self._numbers = count(1)
+        self._held: dict[int, Held] = {}  # by user
+        self._users: dict[Handle, int] = {}
+        self._weight = 0  # of all that is held for users
+
+    def charge(self, handle: Handle, uid: int) -> None:
+        """Count ``handle``, which is about to be added, as one that user ``uid`` has open, until it is removed.
+
+        Raises Unavailable where the user, or all who are counted, would have too much open by that."""
+        held = self._held.get(uid) or Held()
+        cost = held.cost(handle)
+        if held.weight + cost > SHARE:
+            raise Unavailable(
+                f"user {uid} has too many files open, or too many texts of files that have changed since: close some of them",
+                errno.EMFILE,
+            )
+        if self._weight + cost > ALL:
+            raise Unavailable(
+                "users have too many files open, or too many texts of files that have changed since: some must be closed",
+                errno.ENFILE,
+            )
+        held.add(handle)
+        self._weight += cost
+        self._held[uid] = held
+        self._users[handle] = uid
+
+    def _discharge(self, handle: Handle) -> None:
+        uid = self._users.pop(handle, None)
+        if uid is not None:
+            held = self._held[uid]
+            self._weight -= held.weight
+            held.remove(handle)
+            self._weight += held.weight
+            if not held.weight:
+                del self._held[uid]
 
     def add(self, file: OpenFile) -> int:
         """The number by which the kernel asks for ``file`` from now on."""
@@ -52,6 +123,7 @@ class OpenFiles:
         self._by_inode[file.inode].remove(file)
         if not self._by_inode[file.inode]:
             del self._by_inode[file.inode]
+        self._discharge(file.handle)
 
     def any_of(self, inode: int) -> OpenFile | None:
         """The first file that was opened under ``inode``, if one still is."""

@@ -19,13 +19,13 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from snapfs import names
-from snapfs.errors import InvalidArgument, LeftOut, NotFound, NotUtf8, SnapshotError, Stale
+from snapfs.errors import InvalidArgument, LeftOut, NotFound, NotUtf8, SnapshotError, Stale, Unavailable
 from snapfs.fuse.access import Access
 from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
 from snapfs.fuse.openfiles import OpenFile, OpenFiles
 from snapfs.fuse.retelling import Retelling
-from snapfs.tree import Node, Tree
+from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.inodes import ROOT_INODE, unpack
 from snapfs.tree.labels import Label
 from snapfs.tree.log import OpenLog
@@ -255,6 +255,7 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         node, handle = await self.tree.node(parent_inode).create(_text(name))
+        await self._charge(handle, ctx.uid)
         return self.retelling.opened(node.inode, node, handle, self.entry(node)), self.entry(node)
 
     @answering
@@ -280,9 +281,22 @@ class Operations(pyfuse3.Operations):
         else:
             node = await self.retelling.to_read(inode, ctx.pid)
         handle = await node.open(writing, truncate)
+        await self._charge(handle, ctx.uid)
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
         return self.retelling.opened(inode, node, handle, self.entry(node))
+
+    async def _charge(self, handle: Handle, uid: int) -> None:
+        """Refuse to open ``handle`` for a user who has too much open; those who may fill the disk below ROOT may this too."""
+        if self.rights.may_enter_root(uid):
+            return
+        try:
+            self.files.charge(handle, uid)
+        except Unavailable:
+            if isinstance(handle, OpenLabel):
+                handle.emptied = False  # the label stays
+            await handle.close()
+            raise
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:

@@ -32,36 +32,46 @@ from snapfs.tree.log import OpenLog
 from snapfs.tree.node import File
 from snapfs.tree.openlabels import OpenLabel
 from snapfs.tree.renaming import Rename
+from snapfs.tree.textfile import TextFile
+from snapfs.tree.texts import OVERHEAD
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 RETRY = 10.0  # seconds within which a process that was told to look a file up again has done so
 
+MOST = 8 << 20  # bytes of what was found for all processes that were
+
 
 class Awaited(Generic[K, V]):
     """What was found for processes that were told to look a name up again, by a key that tells process and file: until the
-    process has come back, or too long ago (RETRY)."""
+    process has come back, or too long ago (RETRY), or so many others were told (MOST) that the oldest is forgotten."""
 
     def __init__(self) -> None:
-        self._found: dict[K, tuple[V, float]] = {}
+        self._found: dict[K, tuple[V, float, int]] = {}  # the latest is the last
+        self._weight = 0
 
-    def keep(self, key: K, found: V) -> None:
-        """``found`` is for the process of ``key``, which is told to look again now."""
+    def keep(self, key: K, found: V, weight: int = OVERHEAD) -> None:
+        """``found``, which takes so many bytes, is for the process of ``key``, which is told to look again now."""
+        self._forget(key)
         now = trio.current_time()
-        for other in [other for other, (_, when) in self._found.items() if when < now - RETRY]:
-            del self._found[other]  # the process never came back
-        self._found[key] = found, now
+        self._found[key] = found, now, weight
+        self._weight += weight
+        while len(self._found) > 1 and (self._weight > MOST or next(iter(self._found.values()))[1] < now - RETRY):
+            self._forget(next(iter(self._found)))  # the process never came back
+
+    def _forget(self, key: K) -> None:
+        self._weight -= self._found.pop(key, (None, 0.0, 0))[2]
 
     def get(self, key: K) -> V | None:
         """What was found for the process of ``key``; None where it was not told to look again, or too long ago."""
-        found, when = self._found.get(key, (None, 0.0))
+        found, when, _ = self._found.get(key, (None, 0.0, 0))
         return found if when > trio.current_time() - RETRY else None
 
     def pop(self, key: K) -> V | None:
         """The same, which is forgotten by that."""
         found = self.get(key)
-        self._found.pop(key, None)
+        self._forget(key)
         return found
 
 
@@ -153,7 +163,8 @@ class Retelling:
             self._cache.forget_directory(node.number)
         # pid 0: a process that can't be seen from here, so it would not be known again
         if now.inode != inode and found is None and pid:
-            self._refreshed.keep(key, now)
+            text = now.known() if isinstance(now, TextFile) else None
+            self._refreshed.keep(key, now, text.weight if text is not None else OVERHEAD)
             raise Stale(node.path)
         return now
 

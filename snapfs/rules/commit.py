@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from snapfs.errors import FailedPrecondition, InvalidArgument, WrongParent
+from snapfs.labels import refuse_too_many
 from snapfs.model import Kind, Ref
 from snapfs.rules.change import change
 from snapfs.rules.lookup import find, find_again, find_parent, refuse_taken, refuse_too_deep
@@ -36,7 +37,8 @@ def commit(
 
     Raises NotFound: no such key, or no such parent to rebase onto; FailedPrecondition: the snapshot is not active, or that
     parent is not committed; Used; TooDeep: its layer would be one too many for the kernel to mount; AlreadyExists: the name
-    is in use (the key itself is fine); InvalidArgument: another parent than its own, or itself; Damaged.
+    is in use (the key itself is fine); InvalidArgument: another parent than its own, or itself; LabelTooBig: labels
+    that are too many, and more than it has; Damaged.
     """
     record = find_again(writer, number, key)
     if record.kind is not Kind.ACTIVE:
@@ -45,13 +47,14 @@ def commit(
     if parent == name:
         raise InvalidArgument(f'snapshot "{name}" cannot be its own parent')
     refuse_taken(writer, name, number)
+    kept = {**(record.labels if keep_labels else {}), **labels}
+    refuse_too_many(name, kept, record.labels)
     above = _new_parent(root, writer, record, parent) if parent else record.parent
     if refuse_mounted:
         refuse_used(root, number, record, free=free)
     now = time.time_ns()
-    kept = record.labels if keep_labels else {}
     whose = origin if record.origin == origin else ""
-    after = Record(name, Kind.COMMITTED, above, now, now, {**kept, **labels}, None, whose)
+    after = Record(name, Kind.COMMITTED, above, now, now, kept, None, whose)
     if above:
         refuse_too_deep(writer, number, after)
     change(root, writer, number, record, after)

@@ -9,7 +9,7 @@ import msgspec
 
 from snapfs import idmap
 from snapfs.errors import AlreadyExists, InvalidArgument, NotFound
-from snapfs.labels import UPPERDIR, Labels, check_label
+from snapfs.labels import UPPERDIR, Labels, check_label, refuse_too_many
 from snapfs.model import Info, Kind, Ref
 from snapfs.root.owners import Shift, mapping_labels
 from snapfs.rules.change import change
@@ -75,7 +75,7 @@ def update(root: Root, writer: Writer, key: Ref, given: dict[str, str], fields: 
     """Change the labels of a snapshot; what Stat shows of it now.  ``updated`` moves even where nothing changed.
 
     ``shifted``: the change of owners that was made for this call.  Raises NotFound, and ShiftNeeded where another one, or the
-    first one, has to be made."""
+    first one, has to be made; LabelTooBig where the labels would be too many."""
     number, record = find(writer, key)
     return _relabel(root, writer, number, record, fields.updated(record.labels, given), shifted)
 
@@ -95,6 +95,7 @@ def move(root: Root, writer: Writer, key: Ref, old: str, new: str, *, replace: b
 
 
 def _relabel(root: Root, writer: Writer, number: int, record: Record, labels: dict[str, str], shifted: Shift | None) -> Info:
+    refuse_too_many(record.name, labels, record.labels)
     if mapping_labels(record.labels) != mapping_labels(labels):
         owner = idmap.root_owner(labels)
         if record.kind is not Kind.COMMITTED and record.parent:

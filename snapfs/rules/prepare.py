@@ -8,7 +8,7 @@ import msgspec
 
 from snapfs import idmap, names
 from snapfs.errors import FailedPrecondition, Unavailable
-from snapfs.labels import Labels
+from snapfs.labels import Labels, refuse_too_many
 from snapfs.model import Kind, Mount, Ref
 from snapfs.rules import mounts
 from snapfs.rules.change import write_imprint
@@ -40,6 +40,7 @@ def request(root: Root, kind: Kind, key: str, parent: Ref | None, labels: Labels
     Raises InvalidArgument: key or labels are no good; FailedPrecondition: the mapping labels can't be followed here."""
     names.encode(key)
     stored = stored_labels(root, labels)
+    refuse_too_many(key, stored, {})
     remaps = root.options.remap_ids and not root.maps_ids and not root.options.slow_chown
     if remaps and idmap.root_owner(stored) is not None:
         raise FailedPrecondition(

@@ -206,12 +206,12 @@ class Reader:
                     for kind in Kind:
                         yield from ((name.encode(), key_of(number)) for number, name in self.children(parent, kind))
 
-    def dump(self) -> Iterator[tuple[int, Record]]:
-        """Id and record of all snapshots in the order of ids, collected and decoded as in ``walk``; records that can't be read
-        are left out."""
+    def dump(self) -> Iterable[tuple[int, Record]]:
+        """Id and record of all snapshots in the order of ids, collected as in ``walk`` and decoded each time that they are gone
+        through, for decoded they take several times as much; records that can't be read are left out."""
         with self._txn.cursor(db=self._tables.snapshots) as cursor:
             found = [(number_of(key), value) for key, value in cursor if is_id(key)]
-        return _readable(found)
+        return _Readable(found)
 
     def uncounted(self) -> list[int]:
         """The ids of committed snapshots whose usage is not yet known."""
@@ -262,10 +262,16 @@ class Reader:
         return number_of(found) if is_id(found) else max(self.numbers(), default=0)
 
 
-def _readable(found: list[tuple[int, bytes]]) -> Iterator[tuple[int, Record]]:
-    for number, encoded in found:
-        with suppress(Damaged):
-            yield number, decode_checked(number, encoded)
+class _Readable:
+    """Those of the collected records that can be read."""
+
+    def __init__(self, found: list[tuple[int, bytes]]) -> None:
+        self._found = found
+
+    def __iter__(self) -> Iterator[tuple[int, Record]]:
+        for number, encoded in self._found:
+            with suppress(Damaged):
+                yield number, decode_checked(number, encoded)
 
 
 class _Collected(Reader):

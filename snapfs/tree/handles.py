@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from snapfs.errors import NotPermitted
-from snapfs.tree.texts import Text
+from snapfs.tree.texts import OVERHEAD, Text
 
 
 class Handle:
     """An open file.
 
-    ``direct``: what it holds is its own, or grows, so that no cache of the file's pages may come between.
+    ``direct``: what it holds is its own, or grows, so that no cache of the file's pages may come between.  ``weight``: bytes of
+    memory that it takes at most, besides ``text``, which other handles may have too.
     """
 
     direct = False
+    weight = OVERHEAD
+    text: Text | None = None
 
     @property
     def size(self) -> int:
@@ -42,6 +45,8 @@ class Handle:
 
 class OpenText(Handle):
     """A file open for reading: one consistent text, settled when it was opened."""
+
+    text: Text
 
     def __init__(self, text: Text) -> None:
         self.text = text

@@ -34,6 +34,7 @@ CHECKSUM_MASK = (VERSION - 1) >> ENTRY_BITS
 
 FIRST_ATTRIBUTE = 16  # of a snapshot; the attributes go up to ENTRY_MASK
 FIRST_LABEL = 256
+REMEMBERED = 8  # snapshots whose labels' inodes are
 LABELS = VERSION - FIRST_LABEL  # slots that labels have
 
 
@@ -126,6 +127,25 @@ def label_slots(words: Iterable[str]) -> dict[str, int]:
         while taken.setdefault(slot, word) != word:
             slot = slot + 1 if slot + 1 < VERSION else FIRST_LABEL
     return {word: slot for slot, word in taken.items()}
+
+
+class LabelInodes:
+    """The inodes of the values of labels, found out once for all requests about them: listing the labels of a snapshot asks
+    for each, and to find one out takes all.  Those of the few snapshots that were asked for last."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[dict[str, str], dict[str, int]]] = {}
+
+    def of(self, number: int, labels: dict[str, str]) -> dict[str, int]:
+        """The inode of the value of each of the ``labels`` that snapshot ``number`` has, by key."""
+        known = self._known.pop(number, None)
+        if known is None or known[0] != labels:
+            words = {f"{key}\0{value}": key for key, value in labels.items()}
+            known = labels, {words[word]: pack(number, slot) for word, slot in label_slots(words).items()}
+        self._known[number] = known  # the last
+        if len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
+        return known[1]
 
 
 def label_slot(word: str) -> int:

@@ -35,6 +35,7 @@ class LabelText(Text):
 
     def __init__(self, key: str, value: str) -> None:
         super().__init__(value.encode() + b"\n")
+        self.weight += len(key.encode())
         self.key = key
 
 
@@ -65,10 +66,8 @@ class Label(Node):
         return Text(b"") if value is None else LabelText(self.key, value)
 
     def attributes(self) -> Attributes:
-        size = (self.text or self.now()).size
-        for handle in self.state.open_labels.of(self.number):
-            if handle.inode == self.inode:
-                size = handle.size  # a writer sees what it has made, and appends there
+        handle = self.state.open_labels.at(self.inode)  # a writer sees what it has made, and appends there
+        size = (handle or self.text or self.now()).size
         return Attributes(self.mode, size=size, time=self.record.updated, keep=False)
 
     def for_writing(self) -> Label:
@@ -111,8 +110,7 @@ class LabelsDirectory(Directory):
     def _inodes(self) -> dict[str, int]:
         """The inodes of the files that there are, by key: that of the value, or of the writer that is just making the label."""
         inodes = {handle.key: handle.inode for handle in self.state.open_labels.of(self.number) if handle.emptied}
-        words = {f"{key}\0{value}": key for key, value in self.record.labels.items()}
-        return inodes | {words[word]: pack(self.number, slot) for word, slot in label_slots(words).items()}
+        return inodes | self.state.label_inodes.of(self.number, self.record.labels)
 
     def _label(self, key: str, inode: int, text: Text | None) -> Label:
         return Label(self.state, self.number, self.record, key, inode, text)
@@ -126,9 +124,9 @@ class LabelsDirectory(Directory):
 
     def node(self, inode: int) -> Label:
         """The label with ``inode``; raises NotFound, or Stale where it has another value by now."""
-        for handle in self.state.open_labels.of(self.number):
-            if handle.inode == inode:
-                return self._label(handle.key, inode, None)
+        handle = self.state.open_labels.at(inode)
+        if handle is not None:
+            return self._label(handle.key, inode, None)
         key_written = self.state.open_labels.key_of(inode)
         if key_written is not None:
             return self._label(key_written, inode, None)

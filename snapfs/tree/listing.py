@@ -66,7 +66,7 @@ def _lines(state: State) -> Iterator[str]:
     """The lines of the file; for a worker thread."""
     snapshotter = state.snapshotter
     with snapshotter.reading(long=True) as reader:
-        found = list(reader.dump())
+        found = reader.dump()
     file_names: dict[int, str] = {}
     for number, record in found:
         try:

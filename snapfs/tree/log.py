@@ -12,8 +12,10 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 from snapfs import names
+from snapfs.labels import ROOM
 from snapfs.model import rfc3339
 from snapfs.tree.handles import Handle
+from snapfs.tree.texts import OVERHEAD
 
 LINES = 4000  # kept at least, if they are not long
 MOST = 4 << 20  # bytes of lines kept at most: any user who may write can make long ones
@@ -90,6 +92,7 @@ class OpenLog(Handle):
     """
 
     direct = True
+    weight = OVERHEAD + ROOM  # the rest of one line
 
     def __init__(self, log: Log) -> None:
         self._log = log

@@ -11,6 +11,7 @@ from snapfs.labels import MAX
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree.handles import Handle
 from snapfs.tree.inodes import label_slot, pack
+from snapfs.tree.texts import OVERHEAD
 
 WRITERS = 1000  # of labels, whose inodes are remembered: more than open one at once
 
@@ -21,12 +22,18 @@ class OpenLabels:
     def __init__(self, snapshotter: Snapshotter) -> None:
         self.snapshotter = snapshotter
         self._open: dict[int, list[OpenLabel]] = {}  # by snapshot id
+        self._by_inode: dict[int, list[OpenLabel]] = {}
         self._keys: dict[int, str] = {}  # by the inode of a writer, the latest is the last
         self._writers_made = 0
 
     def of(self, number: int) -> list[OpenLabel]:
         """Those of snapshot ``number``."""
         return self._open.get(number, [])
+
+    def at(self, inode: int) -> OpenLabel | None:
+        """The one that was opened last under ``inode``."""
+        handles = self._by_inode.get(inode)
+        return handles[-1] if handles else None
 
     def new_writer(self, number: int, key: str) -> int:
         """An inode for one writer of label ``key`` of snapshot ``number``."""
@@ -48,13 +55,14 @@ class OpenLabels:
     def add(self, handle: OpenLabel) -> None:
         """``handle`` is open from now on."""
         self._open.setdefault(handle.number, []).append(handle)
+        self._by_inode.setdefault(handle.inode, []).append(handle)
 
     def remove(self, handle: OpenLabel) -> None:
         """``handle`` is about to be closed."""
-        handles = self._open[handle.number]
-        handles.remove(handle)
-        if not handles:
-            del self._open[handle.number]
+        for handles, key in ((self._open, handle.number), (self._by_inode, handle.inode)):
+            handles[key].remove(handle)
+            if not handles[key]:
+                del handles[key]
 
 
 class OpenLabel(Handle):
@@ -65,6 +73,7 @@ class OpenLabel(Handle):
     """
 
     direct = True
+    weight = OVERHEAD + MAX
 
     def __init__(self, labels: OpenLabels, number: int, key: str, inode: int, content: bytes, emptied: bool) -> None:
         self.content = content

@@ -17,7 +17,7 @@ from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
 from snapfs.tree.events import Events
 from snapfs.tree.hiding import Hidden, Teardowns
-from snapfs.tree.inodes import ALIAS, CHANGES_SLOT, pack, unpack
+from snapfs.tree.inodes import ALIAS, CHANGES_SLOT, LabelInodes, pack, unpack
 from snapfs.tree.log import ErrorLog
 from snapfs.tree.meters import Meter
 from snapfs.tree.openlabels import OpenLabels
@@ -33,7 +33,8 @@ class State:
 
     ``error_log``, ``events``: the logs in .snapfs/.  ``meters``: the requests, by operation, for stats.json.  ``reads``: which
     process has read what lately.  ``versions``: texts that were looked up lately.  ``open_labels``: labels that are open for
-    writing.  ``hidden``: entries that were just unlinked.  ``teardowns``: processes that were just refused to delete.
+    writing; ``label_inodes``: the inodes of those that are not.  ``hidden``: entries that were just unlinked.  ``teardowns``:
+    processes that were just refused to delete.
 
     ``removals``: how often a directory inside a snapshot was removed (and came back), by inode.  ``aliased``: the ids of
     committed snapshots whose directories are found under their other inode (``inodes.ALIAS``): the server of the tree says
@@ -53,6 +54,7 @@ class State:
         self.reads = Reads()
         self.versions = Versions()
         self.open_labels = OpenLabels(snapshotter)
+        self.label_inodes = LabelInodes()
         self.hidden = Hidden()
         self.teardowns = Teardowns()
         self.removals: defaultdict[int, int] = defaultdict(int)

@@ -12,13 +12,16 @@ from itertools import islice
 from typing import BinaryIO
 
 MOST = 8 << 20  # bytes of texts that are remembered
-LINES = 500  # that are taken at once
+OVERHEAD = 1000  # bytes that a text takes besides its content, or an open file
+ON_DISK = 16  # bytes on the disk that weigh as much as one in memory
+LINES = 500  # that are taken at once, at most
+AT_ONCE = 64 << 10  # bytes; where lines take more, fewer of them are
 IN_MEMORY = 1 << 20  # bytes of one text that is made line by line; a longer one goes to the disk
 
 
 class Text:
-    """A text in memory.  ``size`` is in bytes, ``checksum`` its CRC-32, ``weight`` the bytes of memory that it takes, ``made``
-    when that was (ns since the epoch).
+    """A text in memory.  ``size`` is in bytes, ``checksum`` its CRC-32, ``weight`` what keeping it costs, in bytes of memory,
+    ``made`` when that was (ns since the epoch).
 
     ``blocks``: reading may wait for the disk.
     """
@@ -28,7 +31,8 @@ class Text:
     def __init__(self, content: bytes) -> None:
         self.made = time.time_ns()
         self._content = content
-        self.size = self.weight = len(content)
+        self.size = len(content)
+        self.weight = OVERHEAD + self.size
         self.checksum = zlib.crc32(content)
 
     def read(self, offset: int, size: int) -> bytes:
@@ -48,8 +52,9 @@ class LongText(Text):
         self.size = self.checksum = 0
         buffer = bytearray()
         try:
-            some = iter(lines)
-            while part := "".join(islice(some, LINES)):
+            some, count = iter(lines), 1
+            while part := "".join(islice(some, count)):
+                count = min(2 * count, LINES) if len(part) < AT_ONCE else max(count // 2, 1)
                 buffer += part.encode()
                 if len(buffer) > IN_MEMORY:
                     if self._file is None:
@@ -67,7 +72,15 @@ class LongText(Text):
             if self._file is not None:
                 self._file.close()  # now, and not when nobody looks at the traceback any more
             raise
-        self.weight = len(buffer) if self._file is None else MOST // 16  # it costs a descriptor and room on the disk
+        if self._file is None:
+            self.weight = OVERHEAD + self.size
+        else:
+            self.weight = self.weigh(self.size)
+
+    @staticmethod
+    def weigh(size: int) -> int:
+        """The weight of so many bytes on the disk, with their descriptor: two such texts can be remembered, however long."""
+        return min(max(IN_MEMORY // 2, size // ON_DISK), MOST // 3)
 
     def _note(self, part: bytearray) -> None:
         self.size += len(part)
@@ -91,7 +104,7 @@ def _write(file: BinaryIO, data: bytearray) -> None:
 
 class Versions:
     """The texts that were looked up lately, by inode, so that a process that has looked up a file can open what was found.
-    Bounded: the text that was used longest ago goes first."""
+    Together they weigh MOST at most: the text that was used longest ago goes first."""
 
     def __init__(self) -> None:
         self._texts: OrderedDict[int, Text] = OrderedDict()
@@ -102,7 +115,7 @@ class Versions:
         self.forget(inode)
         self._texts[inode] = text
         self._weight += text.weight
-        while self._weight > MOST or len(self._texts) > MOST // 1000:
+        while self._weight > MOST:
             self.forget(next(iter(self._texts)))
 
     def forget(self, inode: int) -> None:

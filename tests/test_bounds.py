@@ -1,0 +1,284 @@
+"""What users who may write can make the daemon hold, and how much work: bounded, however many labels they write and whatever
+they keep open."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from pyfuse3 import EntryAttributes
+
+from snapfs import Options, open_snapshotter
+from snapfs.errors import Unavailable
+from snapfs.fuse import retelling
+from snapfs.fuse.openfiles import ALL, SHARE, OpenFile, OpenFiles
+from snapfs.labels import COUNT, ROOM
+from snapfs.options import Sync
+from snapfs.tree import Handle, Tree, inodes, listing
+from snapfs.tree.handles import OpenText
+from snapfs.tree.inodes import label_slot
+from snapfs.tree.labels import LabelText
+from snapfs.tree.openlabels import OpenLabel
+from snapfs.tree.texts import IN_MEMORY, MOST, ON_DISK, OVERHEAD, LongText, Text, Versions
+from tests.daemon import Daemon
+from tests.processes import until
+from tests.tree import info
+from tests.users import ALICE, alice, bob, run
+
+Make = Callable[..., Daemon]
+
+VALUE = "v" * (ROOM // COUNT - 4)  # COUNT labels with keys of four bytes fill a snapshot
+
+
+def resident(daemon: Daemon) -> float:
+    """The memory that the daemon has, in MiB."""
+    status = Path(f"/proc/{daemon.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+
+
+@pytest.fixture
+def everybodys(make_daemon: Make, open_path: None, users: None) -> Daemon:
+    """A daemon of root's whose tree everybody may write."""
+    return make_daemon("-o", "allow_other,umask=000").start()
+
+
+@pytest.fixture
+async def tree(tmp_path: Path) -> AsyncIterator[Tree]:
+    async with open_snapshotter(tmp_path / "root", options=Options(sync=Sync.NONE)) as snapshotter:
+        yield Tree(snapshotter)
+
+
+AS_ALICE = f"""
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (20000, 20000))
+os.setgroups([]); os.setgid({ALICE}); os.setuid({ALICE})
+"""  # not by setpriv: she can't run this interpreter
+
+ATTACK = """
+snapshots, updates, value = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+for s in range(snapshots):
+    os.mkdir(f"active/a{s}")
+    for n in range(256):
+        with open(f"active/a{s}/labels/k{n:03}", "wb", 0) as label:
+            label.write(value.encode())
+kept, refused = [], 0
+for n in range(updates):
+    with open(f"active/a{n % snapshots}/labels/k000", "wb", 0) as label:
+        label.write(b"%d" % n)
+    for path in (f"active/a{n % snapshots}/info.json", ".snapfs/snapshots", ".snapfs/events"):
+        try:
+            kept.append(os.open(path, os.O_RDONLY))
+            os.pread(kept[-1], 1, 0)
+        except OSError as error:
+            assert error.strerror == "Too many open files", error
+            refused += 1
+    if n % 10 == 0:
+        os.listdir(f"active/a{n % snapshots}/labels")
+        for key in os.listdir(f"active/a{n % snapshots}/labels"):
+            os.stat(f"active/a{n % snapshots}/labels/{key}")
+print(len(kept), refused, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def attacking(daemon: Daemon, script: str, *arguments: str) -> Iterator[str]:
+    """Alice runs ``script`` in the tree, up to where it has printed a line; she goes on in the block."""
+    command = [sys.executable, "-c", AS_ALICE + script, *arguments]
+    with subprocess.Popen(command, cwd=daemon.mnt, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield process.stdout.readline()
+        process.stdin.close()
+    assert process.returncode == 0
+
+
+def test_labels_and_what_is_kept_open_do_not_fill_the_memory(everybodys: Daemon) -> None:
+    """Each update makes another text of info.json and of .snapfs/snapshots, of 64 and 256 KiB, and she keeps all open."""
+    before = resident(everybodys)
+    with attacking(everybodys, ATTACK, "4", "300", VALUE) as said:
+        kept, refused = map(int, said.split())
+        assert refused > kept > 0
+        assert resident(everybodys) - before < 48  # MiB; 100 and more where nobody counts
+        assert "user 1001 has too many files open, or too many texts" in everybodys.error_log()[-1]
+        assert run(bob, "cat", everybodys.mnt / "active/a1/info.json", everybodys.mnt / ".snapfs/snapshots").returncode == 0
+        assert len(info(everybodys.mnt / "active/a1")["labels"]) == COUNT, "root is not counted"
+    assert run(alice, "cat", everybodys.mnt / "active/a1/info.json").returncode == 0, "she has closed them"
+
+
+WRITERS = """
+os.mkdir("active/k")
+with open("active/k/labels/l", "w") as label:
+    label.write("stays")
+kept, refused = [], 0
+for n in range(4000):
+    path, flags = (f"active/k/labels/new{n}", os.O_CREAT) if n % 2 else ("active/k/labels/l", os.O_TRUNC * (refused > 0))
+    try:
+        kept.append(os.open(path, os.O_WRONLY | flags))
+    except OSError as error:
+        assert error.strerror == "Too many open files", error
+        refused += 1
+print(len(kept), refused, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_labels_open_for_writing_do_not_fill_the_memory(everybodys: Daemon) -> None:
+    labels = everybodys.mnt / "active/k/labels"
+    with attacking(everybodys, WRITERS) as said:
+        kept, refused = map(int, said.split())
+        assert refused > 1000
+        assert kept * OpenLabel.weight <= SHARE
+        assert (labels / "l").read_text() == "stays\n", "an open that was refused has emptied nothing"
+        assert len(os.listdir(labels)) == 1 + kept // 2, "nor made anything"
+        (labels / "l").write_text("root's")
+    until(lambda: os.listdir(labels) == ["l"], "what was never written is gone")
+    assert (labels / "l").read_text() == "root's\n"
+
+
+def handle(size: int) -> OpenText:
+    return OpenText(Text(b"x" * size))
+
+
+def opened(files: OpenFiles, handle: Handle, uid: int) -> int:
+    files.charge(handle, uid)
+    return files.add(OpenFile(2, "f", handle, EntryAttributes(), False))
+
+
+def test_the_share_of_a_user_and_of_all() -> None:
+    files = OpenFiles()
+    size = SHARE // 4
+    mine = [opened(files, handle(size), 1) for _ in range(3)]
+    with pytest.raises(Unavailable, match="user 1 has too many files open") as refused:
+        opened(files, handle(size), 1)
+    assert refused.value.errno == errno.EMFILE
+    files.remove(mine.pop())
+    shared = Text(b"x" * size)
+    again = [opened(files, OpenText(shared), 1) for _ in range(100)]  # a text counts once, a handle each time
+    with pytest.raises(Unavailable):
+        opened(files, handle(size), 1)
+    for fh in again[1:]:
+        files.remove(fh)
+    with pytest.raises(Unavailable):
+        opened(files, handle(size), 1)
+    files.remove(again[0])
+    opened(files, handle(size), 1)
+    others: list[int] = []
+    with pytest.raises(Unavailable, match="some must be closed") as refused:
+        others += (opened(files, handle(size), uid) for uid in range(2, 99))
+    assert refused.value.errno == errno.ENFILE
+    assert ALL // size - 4 <= len(others) + 3 <= ALL // size
+    files.remove(others.pop())
+    opened(files, handle(size), 99)
+
+
+def test_texts_that_are_remembered_weigh_what_they_cost(tmp_path: Path) -> None:
+    """By bytes, whatever they are: thousands of small ones, long ones on the disk, and still two of the longest."""
+    texts: tuple[tuple[Callable[[int], Text], int], ...] = (
+        (lambda n: LabelText("k" * 255, "v"), MOST // 1255),
+        (lambda n: Text(b""), MOST // OVERHEAD),
+        (lambda n: LongText(["x" * (IN_MEMORY + 1)], str(tmp_path)), 2 * MOST // IN_MEMORY),
+        (lambda n: LongText(["x" * IN_MEMORY] * 30, str(tmp_path)), MOST * ON_DISK // (30 * IN_MEMORY)),
+    )
+    for make, most in texts:
+        versions = Versions()
+        count = 2 * most
+        for n in range(count):
+            versions.keep(n, make(n))
+        kept = [n for n in range(count) if versions.get(n) is not None]
+        assert kept == list(range(count))[-len(kept) :], "the newest"
+        assert 0.9 * most <= len(kept) <= most
+    longest = LongText(["x" * IN_MEMORY] * 100, str(tmp_path))
+    longest.weight = LongText.weigh(1 << 40)
+    for n in (-1, -2):
+        versions.keep(n, longest)
+    assert versions.get(-1) is versions.get(-2) is longest
+
+
+def peak(work: Callable[[], object]) -> float:
+    """The memory that ``work`` takes at most, in MiB."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1] / (1 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_text_of_long_lines_is_never_whole_in_memory(tmp_path: Path) -> None:
+    lines = ("x" * 64 * 1024 + "\n" for _ in range(1000))
+    assert peak(lambda: LongText(lines, str(tmp_path))) < 8
+
+
+async def test_the_listing_of_many_labels_decodes_one_record_after_the_other(tree: Tree) -> None:
+    labels = {f"k{n:03}": VALUE for n in range(COUNT)}
+    for n in range(200):
+        await tree.snapshotter.prepare(f"k{n}", labels=labels)
+    records = 200 * ROOM / (1 << 20)
+    assert peak(lambda: sum(map(len, listing._lines(tree.state)))) < 1.5 * records
+
+
+async def test_what_is_kept_for_processes_that_never_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    awaited: retelling.Awaited[int, str] = retelling.Awaited()
+    size = retelling.MOST // 4
+    for pid in range(10):
+        awaited.keep(pid, f"for {pid}", size)
+    assert [awaited.get(pid) for pid in range(5, 10)] == [None, "for 6", "for 7", "for 8", "for 9"]
+    awaited.keep(6, "again", size)
+    awaited.keep(10, "for 10", size)
+    assert [awaited.pop(pid) for pid in (6, 7, 8, 9, 10, 10)] == ["again", None, "for 8", "for 9", "for 10", None]
+    for pid in range(4):
+        awaited.keep(pid, f"for {pid}", size)
+    assert awaited.get(0) == "for 0", "what was fetched counts no more"
+    monkeypatch.setattr(retelling, "RETRY", -1.0)
+    assert awaited.get(0) is None
+
+
+# -- how much work it is
+
+
+async def test_the_work_of_listing_labels_grows_as_their_number(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``ls -l`` and ``cat labels/*``: the directory is listed, each label looked up, looked at and read."""
+    found_out = Counter[str]()
+
+    def counted(word: str) -> int:
+        found_out[word] += 1
+        return label_slot(word)
+
+    monkeypatch.setattr(inodes, "label_slot", counted)
+    work = {}
+    for count in (COUNT // 8, COUNT):
+        await tree.snapshotter.prepare(f"k{count}", labels={f"k{n:03}": VALUE for n in range(count)})
+        directory = tree.walk(f"active/k{count}/labels").inode
+        found_out.clear()
+        for name in [name for _, name, _ in tree.node(directory).entries(0)]:
+            inode = tree.node(directory).lookup(name).inode
+            label = tree.node(inode)
+            assert label.attributes().size == len(VALUE) + 1
+            assert (await label.open()).read(0, 4096) == VALUE.encode() + b"\n"
+        work[count] = found_out.total()
+    assert work[COUNT] <= 8 * work[COUNT // 8], work
+
+
+async def test_an_update_is_seen_whatever_inodes_are_remembered(tree: Tree) -> None:
+    for n in range(20):
+        await tree.snapshotter.prepare(f"k{n}", labels={"a": "1", "b": "1"})
+    for _ in range(2):
+        seen = {tree.walk(f"active/k{n}/labels/{key}").inode for n in range(20) for key in "ab"}
+        assert len(seen) == 40
+    before = tree.walk("active/k0/labels/a").inode
+    await tree.snapshotter.update("k0", {"a": "2"}, ["labels.a"])
+    after = tree.walk("active/k0/labels/a")
+    assert after.inode != before
+    assert after.attributes().size == 2
+    assert (await tree.node(before).open()).read(0, 9) == b"1\n", "what was looked up can still be opened"
+    await tree.snapshotter.update("k0", {}, ["labels.b"])
+    assert [name for _, name, _ in tree.walk("active/k0/labels").entries(0)] == ["a"]
