@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.command import OnATerminal, run
+from tests.command import SNAPFS, OnATerminal, run
 from tests.daemon import Daemon
 
 Make = Callable[..., Daemon]
@@ -153,3 +154,21 @@ def test_somebody_at_a_terminal_is_told_which_tree_is_changed(
     monkeypatch.chdir(tree)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     assert "snapfs: working" not in OnATerminal(*words.split()).said()
+
+
+@pytest.mark.parametrize(
+    "words", [("mount", "a", "b"), ("check", "x"), ("backup", "x", "y"), ("serve", "x", "y"), ("ls", "--at", "x")]
+)
+def test_in_a_directory_that_was_removed(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        ["sh", "-c", 'rmdir "$0" && exec "$@"', gone, *SNAPFS, *words],
+        cwd=gone,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "snapfs: the directory that this runs in was removed: cd to another one first\n"

@@ -93,17 +93,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from snapfs.cli.refusal import Refusal
         from snapfs.errors import SnapshotError
 
+        said: Exception = error
         if not isinstance(error, (Refusal, SnapshotError)):
-            raise
+            if not isinstance(error, FileNotFoundError) or not _has_no_directory():
+                raise
+            said = Refusal("the directory that this runs in was removed: cd to another one first")
         if "JOURNAL_STREAM" in os.environ:
             import logging
 
             from snapfs.cli import logs
 
-            logs.say(str(error), logging.ERROR)
+            logs.say(str(said), logging.ERROR)
         else:
-            print(f"snapfs: {error}", file=sys.stderr)
-        return error.status if isinstance(error, Refusal) else 1
+            print(f"snapfs: {said}", file=sys.stderr)
+        return said.status if isinstance(said, Refusal) else 1
+
+
+def _has_no_directory() -> bool:
+    """Whether the working directory is gone, so that no path can be told from where it is."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _run(given: list[str]) -> int:

@@ -135,9 +135,8 @@ def _umount(given: Given) -> int:
         if not places:
             raise Refusal(f'"{word}" ({kind}) is not mounted, but perhaps as its rootfs, which needs no umount')
     for each in places:
-        with _found(
-            os.path.dirname(each), "unmount what is in", inside=True
-        ):  # or it might be another one by the time it is unmounted
+        # or it might be another one by the time it is unmounted
+        with _found(os.path.dirname(each), "unmount what is in", inside=True):
             pass
         try:
             mounting.unmount(each, mounting.UMOUNT_NOFOLLOW)
