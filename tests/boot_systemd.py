@@ -62,7 +62,7 @@ FEATURES = {
         rmdir active/a
         timeout 5 sh -c 'while find /srv/images -name immutable | grep .; do sleep 0.1; done'""",
     "CAP_MKNOD": """
-        mknod active/a/rootfs/device c 1 3""",
+        mknod active/a/rootfs/device c 1 11""",
     "CAP_SETFCAP": """
         feature remap_ids""",
     "CAP_SYS_ADMIN": """
@@ -346,11 +346,12 @@ def test_the_unit_leaves_no_more(images: Machine, capability: str) -> None:
 def test_owners_by_slow_chown(images: Machine) -> None:
     """Where the daemon may make no user namespace, and so finds that layers can't be mounted idmapped."""
     with changed(images, "RestrictNamespaces=", "RestrictNamespaces=mnt"):
-        images(f"cd {IMAGES}; mkdir active/a; cd active/a/rootfs; touch file; chmod 6755 file; mknod device c 1 3")
+        images(f"cd {IMAGES}; mkdir active/a; cd active/a/rootfs; touch file; chmod 6755 file; mknod device c 1 11")
         for kind in "ug":
             images(f"echo 0:100000:65536 >'{IMAGES}/active/a/labels/containerd.io%2Fsnapshot%2F{kind}idmapping'")
         assert images(f"stat -c %u:%g:%a {IMAGES}/active/a/rootfs/*").split() == ["100000:100000:644", "100000:100000:6755"]
-        images(f"rmdir {IMAGES}/active/a")
+        assert "A /device" in images(f"cd {IMAGES}; mv active/a committed/b; cat committed/b/changes committed/b/usage.json")
+        images(f"rmdir {IMAGES}/committed/b")
 
 
 def test_what_a_user_may_enter(images: Machine) -> None:
