@@ -343,6 +343,18 @@ def test_the_unit_leaves_no_more(images: Machine, capability: str) -> None:
         assert not started or works(images, capability) != ""
 
 
+def test_mounts_are_taken_over(images: Machine) -> None:
+    """Who works in a snapshot when the daemon is killed works on, and is named by the next one."""
+    images(f"mkdir {IMAGES}/active/a; cd {IMAGES}/active/a/rootfs; touch file; setsid sleep 60 >/dev/null 2>&1 &")
+    before, (pid,) = images.mounts(), images.show("snapfs@srv-images", "MainPID")
+    images(f"kill -KILL {pid}")
+    until(lambda: images.show("snapfs@srv-images", "NRestarts", "ActiveState") == ["1", "active"], "it is started again")
+    assert images.mounts() == before
+    assert "busy" in images(f"mv {IMAGES}/active/a {IMAGES}/committed/a", check=False)
+    assert re.search(r"is in use by process \d+ \(sleep\)", images(f"tail -n 1 {IMAGES}/.snapfs/error_log"))
+    images(f"pkill -x sleep; cd {IMAGES} && mv active/a committed/a && ls committed/a/rootfs/file && rmdir committed/a")
+
+
 def test_owners_by_slow_chown(images: Machine) -> None:
     """Where the daemon may make no user namespace, and so finds that layers can't be mounted idmapped."""
     with changed(images, "RestrictNamespaces=", "RestrictNamespaces=mnt"):
