@@ -10,6 +10,8 @@
 # make systemd   boot a machine in namespaces, with systemd, and see that units, fstab and journal do as the README says
 # make desktop  the tests with file managers and indexers, also those that take too many packages for make test
 # make picture  make the README's first picture anew, from a tree, a file manager and a shell as they are
+# make lock   pin the newest versions: with hashes for who deploys (examples/deploy), and those that LOCKED=1 installs (.ci/run)
+# make newest   see whether what is newer than those, and a newcomer gets, does as well
 # make powercut   cut the power of test disks some thousand times, and say what was lost
 #
 # Each installs what it needs first: Debian packages where missing (with sudo if not root), and Python packages into .venv.
@@ -30,13 +32,23 @@ export FRESH_COMMAND PYTEST_ARGS
 # Tests of names, filters, records, the library and the tree's nodes; those of them that need a mount are left out
 QUICK ?= rooms exports names filters mountspec model metastore rules snapshotter usage tree
 
+# What serves a tree and containerd's socket, in a few seconds
+SERVED := tests/test_readme.py tests/test_containerd_service.py
+
+# Where lint and quick run
+BIN ?= .venv/bin
+
 # Not in the clone: pip, pytest, grep and git would walk through all that is mounted there
 DEMO ?= /tmp/snapfs
 
 SECONDS ?= 300
 FUZZ_TARGETS := names filters records
 
-.PHONY: run test quick fresh fresh-packages lint crash soak fuzz powercut systemd desktop picture bench clean
+compile = .venv/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --system-certs --custom-compile-command 'make lock'
+
+LOCK := $(if $(LOCKED),--constraint tests/constraints.txt)
+
+.PHONY: run test quick fresh fresh-packages lint crash soak fuzz powercut systemd desktop picture bench lock newest clean
 
 run: .venv/ready
 	@mkdir -p -m 700 '$(DEMO)'
@@ -58,7 +70,7 @@ test: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m pytest $(PYTEST_ARGS)
 
 quick: .venv/ready-for-development
-	TMPDIR=$(firstword $(wildcard /dev/shm) /tmp) .venv/bin/python -m pytest -q -m 'not mounts' -k 'not blocking-' \
+	TMPDIR=$(firstword $(wildcard /dev/shm) /tmp) $(BIN)/python -m pytest -q -m 'not mounts' -k 'not blocking-' \
 	  -p no:cacheprovider --hypothesis-profile=quick -o tmp_path_retention_policy=failed \
 	  $(QUICK:%=tests/test_%.py) $(PYTEST_ARGS)
 
@@ -86,9 +98,25 @@ crash: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m tests.crash
 
 lint: .venv/ready-for-development
-	.venv/bin/ruff check
-	.venv/bin/ruff format --check
-	.venv/bin/mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+lock: .venv/lock/ready
+	$(compile) --generate-hashes --extra containerd --output-file examples/deploy/requirements.txt pyproject.toml
+	$(compile) --no-annotate --extra dev --constraint examples/deploy/requirements.txt \
+	  --output-file tests/constraints.txt pyproject.toml
+
+newest: .venv/ready-for-tests
+	@$(PYTHON) -m venv --clear .venv/newest
+	@.venv/newest/bin/pip install --quiet --disable-pip-version-check --upgrade pip
+	@CFLAGS="-g0 $$CFLAGS" .venv/newest/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' || \
+	  { echo "THE NEWEST VERSIONS of what snapfs takes can't be installed" >&2; exit 1; }
+	@changed=$$(.venv/newest/bin/pip freeze --all --exclude-editable --exclude pip | .venv/bin/python -m tests.newest) || exit; \
+	test -n "$$changed" || { echo "the newest versions are those of tests/constraints.txt"; exit 0; }; \
+	echo "newer than in tests/constraints.txt: $$changed"; \
+	{ $(MAKE) BIN=.venv/newest/bin lint quick && $(SUDO) .venv/newest/bin/python -m pytest -q $(SERVED); } || \
+	  { echo "THE NEWEST VERSIONS of what snapfs takes BREAK IT: $$changed" >&2; exit 1; }
 
 fresh: fresh-packages
 	@ended=0; for suite in $(SUITES); do \
@@ -108,16 +136,16 @@ fuzz: .venv/ready-for-fuzzing
 clean:
 	rm -rf .fresh .fuzz .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml $(if $(LOCKED),tests/constraints.txt)
 	@$(call install_packages,$(RUN_PACKAGES) $$($(call python_packages)))
 	@$(call check_python)
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.2'  # its commands start faster
-	CFLAGS="-g0 $$CFLAGS" .venv/bin/pip install --quiet --disable-pip-version-check --editable .  # compiles pyfuse3
+	CFLAGS="-g0 $$CFLAGS" .venv/bin/pip install --quiet --disable-pip-version-check $(LOCK) --editable .  # compiles pyfuse3
 	@touch $@
 
 .venv/ready-for-development: .venv/ready
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	.venv/bin/pip install --quiet --disable-pip-version-check $(LOCK) --editable '.[dev]'
 	@touch $@
 
 .venv/ready-for-tests: .venv/ready-for-development .venv/containerd/ready Makefile
@@ -126,6 +154,11 @@ clean:
 
 .venv/containerd/ready: tests/containerds.py | .venv/ready
 	.venv/bin/python -m tests.containerds
+	@touch $@
+
+.venv/lock/ready: | .venv/ready
+	$(PYTHON) -m venv .venv/lock
+	.venv/lock/bin/pip install --quiet --disable-pip-version-check uv
 	@touch $@
 
 .venv/ready-for-fuzzing: .venv/ready

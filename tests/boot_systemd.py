@@ -11,7 +11,7 @@ import re
 import subprocess
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,61 @@ UNITS = HERE / "examples/systemd"
 README = (UNITS / "README.md").read_text()
 EMPTY = ("etc/systemd/system", "etc/init.d", "usr/local/bin", "var/lib", "var/log", "srv", "mnt")
 """Where nothing of this system is seen: none of its services starts, none of its data is in reach."""
+
+
+IMAGES = "/run/snapfs-srv-images"
+
+CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_DAC_READ_SEARCH": 2, "CAP_FOWNER": 3, "CAP_FSETID": 4}
+CAPABILITIES |= {"CAP_LINUX_IMMUTABLE": 9, "CAP_SYS_CHROOT": 18, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
+CAPABILITIES |= {"CAP_MKNOD": 27, "CAP_SETFCAP": 31}
+"""Their numbers, in linux/capability.h."""
+
+FEATURES = {
+    "CAP_CHOWN": """
+        touch active/a/rootfs/file
+        chown 1000:1000 active/a/rootfs/file""",
+    "CAP_DAC_OVERRIDE": """
+        install -d -m 700 -o 1000 active/a/rootfs/hers
+        install -m 600 -o 1000 /etc/hostname active/a/rootfs/hers/file
+        mv active/a committed/base
+        mkdir committed/base/active/b
+        echo more >>active/b/rootfs/hers/file
+        grep '^C /hers/file' active/b/changes
+        rm -r active/b/rootfs/hers""",
+    "CAP_DAC_READ_SEARCH": """
+        feature in_use""",
+    "CAP_FOWNER": """
+        touch active/a/rootfs/file
+        chown 1000 active/a/rootfs/file
+        chmod 640 active/a/rootfs/file""",
+    "CAP_FSETID": """
+        touch active/a/rootfs/file
+        chown 1000:1000 active/a/rootfs/file
+        chmod 2711 active/a/rootfs/file
+        test -g active/a/rootfs/file""",
+    "CAP_LINUX_IMMUTABLE": """
+        touch active/a/rootfs/immutable
+        chattr +i "$(readlink -f active/a/diff)/immutable"
+        rmdir active/a
+        timeout 5 sh -c 'while find /srv/images -name immutable | grep .; do sleep 0.1; done'""",
+    "CAP_MKNOD": """
+        mknod active/a/rootfs/device c 1 11""",
+    "CAP_SETFCAP": """
+        feature remap_ids""",
+    "CAP_SYS_ADMIN": """
+        touch active/a/rootfs/file""",
+    "CAP_SYS_CHROOT": """
+        timeout 5 unshare -m sh -c 'sh active/a/mount.sh /mnt; touch /mnt/file /run/there; sleep 5' &
+        until test -e /run/there; do sleep 0.05; done
+        test -e active/a/rootfs/file""",
+    "CAP_SYS_PTRACE": """
+        cd active/a/rootfs
+        timeout 5 sleep 5 &
+        cd ../../..
+        ! mv active/a committed/no
+        grep 'is in use by process [0-9]* (timeout)' .snapfs/error_log""",
+}
+"""What works, in a tree, because of one capability that the units leave.  All of them need most of the others besides."""
 
 
 class Machine:
@@ -51,6 +106,8 @@ class Machine:
         (self.root / "usr/local/bin/snapfs").symlink_to(HERE / ".venv/bin/snapfs")
         for name in ("systemd-tmpfiles-setup.service", "systemd-tmpfiles-clean.timer"):  # /tmp has no end, here
             (self.root / "etc/systemd/system" / name).symlink_to("/dev/null")
+        (self.root / "etc/systemd/system.conf.d").mkdir(exist_ok=True)  # a test is quicker than the limit of starts
+        (self.root / "etc/systemd/system.conf.d/tests.conf").write_text("[Manager]\nDefaultStartLimitIntervalSec=0\n")
         self.cgroup = self.cgroups / f"snapfs-boot-{os.getpid()}"
         self.cgroup.mkdir()
 
@@ -241,3 +298,93 @@ def test_behind_containerd(machine: Machine) -> None:
     assert "default%2F1%2Fweb" in machine("ls /run/snapfs/tree/active").split()
     machine("systemctl stop snapfs")
     assert machine.mounts() == []
+
+
+def works(machine: Machine, capability: str) -> str:
+    """What goes wrong in the tree of /srv/images; "" where nothing does."""
+    feature = """feature() { tr -d ' \\n' <.snapfs/options.json | grep "\\"$1\\":{\\"on\\":true"; }"""
+    try:
+        machine(f"exec 2>&1; {feature}; cd {IMAGES}; mkdir active/a{FEATURES[capability]}")
+    except AssertionError as failure:
+        return str(failure)
+    finally:
+        machine("set +e; pkill -x timeout; rm -f /run/there; chattr -R -f -i /srv/images/snapshots", check=False)
+        machine(f"set +e; cd {IMAGES}; rmdir active/*; rmdir committed/*", check=False)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def images(machine: Machine) -> Machine:
+    """With /srv/images served with all options that take rights."""
+    machine("mkdir -p /etc/snapfs && echo 'OPTIONS=-o allow_other,remap_ids,slow_chown' >/etc/snapfs/srv-images.conf")
+    machine("systemctl restart snapfs@srv-images")
+    return machine
+
+
+@contextmanager
+def changed(machine: Machine, *lines: str) -> Iterator[bool]:
+    """With these lines added to the unit of /srv/images; whether it starts."""
+    drop_in = "/run/systemd/system/snapfs@srv-images.service.d"
+    text = "".join(f"{line}\\n" for line in ("[Service]", *lines))
+    machine(f"mkdir -p {drop_in} && printf '{text}' >{drop_in}/changed.conf && systemctl daemon-reload")
+    try:
+        yield "failed" not in machine("systemctl restart snapfs@srv-images", check=False)
+    finally:
+        machine(f"rm -r {drop_in} && systemctl daemon-reload && systemctl restart snapfs@srv-images")
+
+
+@pytest.mark.parametrize("capability", FEATURES)
+def test_what_the_unit_leaves(images: Machine, capability: str) -> None:
+    assert works(images, capability) == ""
+
+
+@pytest.mark.parametrize("capability", FEATURES)
+def test_the_unit_leaves_no_more(images: Machine, capability: str) -> None:
+    """Without the capability it is for, the feature does not work."""
+    with changed(images, f"CapabilityBoundingSet=~{capability}", "Restart=no") as started:
+        assert not started or works(images, capability) != ""
+
+
+def test_mounts_are_taken_over(images: Machine) -> None:
+    """Who works in a snapshot when the daemon is killed works on, and is named by the next one."""
+    images(f"mkdir {IMAGES}/active/a; cd {IMAGES}/active/a/rootfs; touch file; setsid sleep 60 >/dev/null 2>&1 &")
+    before, (pid,) = images.mounts(), images.show("snapfs@srv-images", "MainPID")
+    images(f"kill -KILL {pid}")
+    until(lambda: images.show("snapfs@srv-images", "NRestarts", "ActiveState") == ["1", "active"], "it is started again")
+    assert images.mounts() == before
+    assert "busy" in images(f"mv {IMAGES}/active/a {IMAGES}/committed/a", check=False)
+    assert re.search(r"is in use by process \d+ \(sleep\)", images(f"tail -n 1 {IMAGES}/.snapfs/error_log"))
+    images(f"pkill -x sleep; cd {IMAGES} && mv active/a committed/a && ls committed/a/rootfs/file && rmdir committed/a")
+
+
+def test_owners_by_slow_chown(images: Machine) -> None:
+    """Where the daemon may make no user namespace, and so finds that layers can't be mounted idmapped."""
+    with changed(images, "RestrictNamespaces=", "RestrictNamespaces=mnt"):
+        images(f"cd {IMAGES}; mkdir active/a; cd active/a/rootfs; touch file; chmod 6755 file; mknod device c 1 11")
+        for kind in "ug":
+            images(f"echo 0:100000:65536 >'{IMAGES}/active/a/labels/containerd.io%2Fsnapshot%2F{kind}idmapping'")
+        assert images(f"stat -c %u:%g:%a {IMAGES}/active/a/rootfs/*").split() == ["100000:100000:644", "100000:100000:6755"]
+        assert "A /device" in images(f"cd {IMAGES}; mv active/a committed/b; cat committed/b/changes committed/b/usage.json")
+        images(f"rmdir {IMAGES}/committed/b")
+
+
+def test_what_a_user_may_enter(images: Machine) -> None:
+    """The unit's umask is not that of the directories that it makes on the way to the tree."""
+    images(f"mkdir {IMAGES}/active/a && cd / && setpriv --reuid 1000 --regid 1000 --clear-groups ls {IMAGES}/active")
+    images(f"rmdir {IMAGES}/active/a; systemctl stop snapfs@srv-images")
+    images("echo MOUNTPOINT=/mnt/far/away >>/etc/snapfs/srv-images.conf; systemctl start snapfs@srv-images")
+    assert images("cd /; setpriv --reuid 1000 --regid 1000 --clear-groups ls /mnt/far/away/active") == ""
+    images("systemctl stop snapfs@srv-images")
+
+
+def test_hardened_as_it_says(images: Machine) -> None:
+    """What systemd has made of the unit: no mount namespace of its own, no device but FUSE's, no socket but a local one."""
+    images("systemctl start snapfs@srv-images")
+    (pid,) = images.show("snapfs@srv-images", "MainPID")
+    assert images(f"readlink /proc/{pid}/ns/mnt") == images("readlink /proc/1/ns/mnt")
+    status = dict(line.split(":\t", 1) for line in images(f"cat /proc/{pid}/status").splitlines() if ":\t" in line)
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    wanted = sum(1 << CAPABILITIES[name] for name in FEATURES)
+    assert {int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")} == {wanted}
+    assert "Max core file size 0 0" in " ".join(images(f"cat /proc/{pid}/limits").split())
+    assert images.show("snapfs@srv-images", "MemoryMax") == [str(1 << 30)]

@@ -128,7 +128,7 @@ within() {
     repository=$1 image=$2 suite=$3 command=$4 root=/mnt/root clone=/srv/snapfs
     mapfile -t passed < <(
         pip_variables | sort -s -u -t= -k1,1
-        env | grep -E '^(CI|PYTEST_ARGS|(http|https|no|HTTP|HTTPS|NO)_(proxy|PROXY))='
+        env | grep -E '^(CI|LOCKED|PYTEST_ARGS|(http|https|no|HTTP|HTTPS|NO)_(proxy|PROXY))='
     )
     cert=$(printf '%s\n' "${passed[@]}" | sed -n 's/^PIP_CERT=//p')
     clean=(env -i HOME=/root USER=root LOGNAME=root SHELL=/bin/bash LANG=C.UTF-8 TERM="${TERM:-dumb}"

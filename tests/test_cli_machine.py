@@ -22,6 +22,17 @@ from tests.processes import die_with_parent, until
 Make = Callable[..., Daemon]
 
 UNITS = Path(__file__).parent.parent / "examples/systemd"
+ALL_UNITS = [UNITS / "snapfs.service", UNITS / "snapfs@.service", UNITS.parent / "containerd/snapfs.service"]
+
+MAKE_A_MOUNT_NAMESPACE = {
+    *("BindPaths", "BindReadOnlyPaths", "DynamicUser", "ExecPaths", "ExtensionDirectories", "ExtensionImages"),
+    *("InaccessiblePaths", "IPCNamespacePath", "MountAPIVFS", "MountFlags", "MountImages", "NetworkNamespacePath"),
+    *("NoExecPaths", "PrivateBPF", "PrivateDevices", "PrivateIPC", "PrivateMounts", "PrivateNetwork", "PrivatePIDs"),
+    *("PrivateTmp", "ProcSubset", "ProtectControlGroups", "ProtectHome", "ProtectKernelLogs", "ProtectKernelModules"),
+    *("ProtectKernelTunables", "ProtectProc", "ProtectSystem", "ReadOnlyPaths", "ReadWritePaths", "RootDirectory"),
+    *("RootImage", "TemporaryFileSystem"),
+}
+"""The directives that do, or may do with some systemd or other."""
 
 
 def is_mounted(path: Path) -> bool:
@@ -145,6 +156,25 @@ def test_units(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(source.read_text().replace("/usr/local/bin/snapfs", shutil.which("true") or ""))
     done = subprocess.run(["systemd-analyze", "verify", str(tmp_path / name)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def hardening(unit: Path) -> list[tuple[str, str]]:
+    """The directives in which the units agree."""
+    own = "Type|Environment.*|Exec.*|Restart.*|Runtime.*|Timeout.*|KillMode"
+    lines = unit.read_text().partition("[Service]\n")[2].partition("[Install]")[0]
+    return [
+        (name, value) for name, value in re.findall("^([A-Za-z]+)=(.*)$", lines, re.MULTILINE) if not re.fullmatch(own, name)
+    ]
+
+
+@pytest.mark.parametrize("unit", ALL_UNITS, ids=lambda unit: "/".join(unit.parts[-2:]))
+def test_hardened_units(unit: Path) -> None:
+    """As far as goes with mounts that everybody is to see."""
+    assert hardening(unit) == hardening(ALL_UNITS[0])
+    assert MAKE_A_MOUNT_NAMESPACE.isdisjoint(re.findall("^([A-Za-z]+)=", unit.read_text(), re.MULTILINE))
+    words = ["systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=52", str(unit)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"it is less hardened than it was:\n{done.stdout}{done.stderr}"
 
 
 @pytest.mark.mounts

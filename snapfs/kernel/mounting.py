@@ -209,10 +209,11 @@ def maps_ids(directory: str) -> bool:
         try:
             if holder.stdout is None or not holder.stdout.readline():
                 return False
-            for table in ("uid_map", "gid_map"):
+            tables = {"setgroups": b"deny", "uid_map": b"0 0 1", "gid_map": b"0 0 1"}  # denied, the last takes no CAP_SETGID
+            for table, line in tables.items():
                 fd = os.open(f"/proc/{holder.pid}/{table}", os.O_WRONLY)
                 try:
-                    os.write(fd, b"0 0 1")
+                    os.write(fd, line)
                 finally:
                     os.close(fd)
             namespace = os.open(f"/proc/{holder.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
