@@ -17,6 +17,7 @@ from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
 from snapfs.fuse.access import Access
 from snapfs.fuse.mountpoint import FILE_SYSTEM, check_mountpoint, recover_mountpoint, source_of, why_over
 from snapfs.fuse.operations import Operations
+from snapfs.fuse.waiting import MAX_TASKS
 from snapfs.kernel import mounting
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
@@ -115,7 +116,7 @@ async def serve_tree(
             loop = trio.CancelScope()
             nursery.start_soon(_end_loop, loop, stop)
             with loop:
-                await pyfuse3.main(min_tasks=IDLE_TASKS)
+                await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:
         for followed in (tree.state.events, tree.state.error_log):  # changes may still become durable after the mount is gone

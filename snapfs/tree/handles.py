@@ -9,10 +9,12 @@ from snapfs.tree.texts import Text
 class Handle:
     """An open file.
 
-    ``direct``: what it holds is its own, or grows, so that no cache of the file's pages may come between.
+    ``direct``: what it holds is its own, or grows, so that no cache of the file's pages may come between.  ``waits_for``: what
+    ``write`` waits for, in a word, if that may take long.
     """
 
     direct = False
+    waits_for: str | None = None
 
     @property
     def size(self) -> int:
