@@ -51,6 +51,8 @@ T = TypeVar("T")
 
 AFTER = 0.25  # seconds for what is to be flushed after a Commit that others wait for
 
+LOCKED = 1.5  # seconds that a Commit or Remove in the tree waits for another task, since the kernel holds locks meanwhile
+
 
 class Snapshotter:
     """The snapshots of one root.  Made by ``open_snapshotter`` (``snapfs/opening.py``).
@@ -218,7 +220,7 @@ class Snapshotter:
         deadline = trio.current_time() + patience
         if wait and patience < math.inf:
             await self._flush_before(key, patience - AFTER)
-        async with self._unmounted(key) as (number, free):
+        async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free):
             await self._write_record(
                 lambda writer: commit.commit(
                     self._root,
@@ -265,7 +267,7 @@ class Snapshotter:
             _, found = lookup.find(reader, key)
             if PIN in found.labels:
                 raise Pinned.of(found.name)
-        async with self._unmounted(key) as (number, free):
+        async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free):
             await self._write_record(
                 lambda writer: remove.remove(self._root, writer, number, key, origin, refuse_mounted=refuse_mounted, free=free),
                 frees=True,
@@ -620,15 +622,15 @@ class Snapshotter:
         return await self.records.write(operation, frees=frees)
 
     @asynccontextmanager
-    async def _unmounted(self, key: Ref) -> AsyncIterator[tuple[int, bool]]:
+    async def _unmounted(self, key: Ref, patience: float) -> AsyncIterator[tuple[int, bool]]:
         """For a block in which ``key`` must not be mounted as rootfs: its id, and whether it was a moment ago, in which case
-        the kernel has said that no process has that.
+        the kernel has said that no process has that.  It waits for a shift of its owners for ``patience`` seconds.
 
         Where the block finds the layer in use (Used), Busy says which process has it: finding that out takes longer."""
         with self.reading() as reader:
             number = lookup.find_id(reader, key)
         try:
-            async with self._shifting.kept_out(number):
+            async with self._shifting.kept_out(number, patience):
                 if self.rootfs is None:
                     yield number, False
                 else:
