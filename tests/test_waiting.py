@@ -456,11 +456,11 @@ def test_usage_of_large_layers(make_held: Callable[..., Held]) -> None:
     held.hold()
     with bounded(60, held.daemon):
         with hammering(alice, "read", 150, *(layer / "usage.json" for layer in layers)) as done:
-            until(lambda: held.count("count") >= 2)
+            until(lambda: held.count("count") >= 1)
             until(lambda: refusals(held.daemon, "open"))
             assert ordinary(bob, held.mnt) == {}
             assert ordinary((), held.mnt) == {}
-            assert held.count("count") == 2, "one user has half of the threads"
+            assert held.count("count") == 1, "one user has no more than half of the threads"
             held.let_go()
         assert done[REFUSED] > 0
         assert done["0"] >= OF_USER, "who waited for a count got it"
@@ -476,7 +476,7 @@ def test_users_who_are_one(make_held: Callable[..., Held]) -> None:
     held.hold()
     with bounded(60, held.daemon):
         with hammering((), "read", 150, *(layer / "usage.json" for layer in layers), users_from=100_000) as done:
-            until(lambda: held.count("count") >= 4)
+            until(lambda: held.count("count") >= 3)
             until(lambda: refusals(held.daemon, "open"))
             assert ordinary(bob, held.mnt) in ({}, {"usage.json": errno.EAGAIN})
             assert ordinary((), held.mnt) == {}

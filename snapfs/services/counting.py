@@ -32,7 +32,7 @@ class Counting:
         self._layers = layers
         self._records = records
         self._nursery: trio.Nursery | None = None
-        self._scans: Sharing[Usage] = Sharing(Turns(4))  # disks gain little from more
+        self._scans: Sharing[Usage] = Sharing(Turns(3))  # disks gain little from more, and each makes the loop wait
         self._pending: dict[int, _Count] = {}
         self._gathered: list[_Count] = []
         self._last_known: dict[int, Usage] = {}
