@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from snapfs.errors import TryAgain
-from snapfs.tree.attributes import ATTRIBUTES
+from snapfs.tree.attributes import ATTRIBUTES, ROOTFS
 
 STAT, SYNC, CLEANUP, LISTING = "stat", "sync", "cleanup", "snapshots"
 
@@ -27,9 +27,11 @@ KINDS = frozenset((STAT, SYNC, CLEANUP, LISTING, *(each.name for each in ATTRIBU
 
 OF_OWNER, OF_USER, OF_USERS = 64, 16, 32  # requests of one kind
 
+OF_ROOTFS = 256  # all the owner's: every process that has a path through the link follows it, and seldom has to wait
+
 ROOM = 136  # tasks for all that is answered soon
 
-MAX_TASKS = len(KINDS) * (OF_OWNER + OF_USERS) + ROOM
+MAX_TASKS = (len(KINDS) - 1) * (OF_OWNER + OF_USERS) + OF_ROOTFS + ROOM
 """For pyfuse3: one that waits takes some 11 KiB of memory (and 1 MiB of addresses), and one that has gone takes nothing."""
 
 PATIENCE = 1.5  # seconds that a request waits for what is done for others
@@ -81,7 +83,8 @@ class Waiting:
     def counted(self, kind: str, user: int | None) -> Iterator[None]:
         """For the time that a request of this kind may wait.  Raises TryAgain where too many do already."""
         assert kind in KINDS
-        if self._counts[kind, user] >= (OF_OWNER if user is None else OF_USER):
+        most = OF_USER if user is not None else OF_ROOTFS if kind == ROOTFS else OF_OWNER
+        if self._counts[kind, user] >= most:
             raise TryAgain(f"as many requests of this user as may be are waiting already ({kind})")
         if user is not None and self._of_users[kind] >= OF_USERS:
             raise TryAgain(f"as many requests of other users as may be are waiting already ({kind})")
