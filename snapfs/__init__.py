@@ -36,11 +36,12 @@ if TYPE_CHECKING:
         SnapshotError,
         Stale,
         TooDeep,
+        TryAgain,
         Unavailable,
         WrongParent,
     )
     from snapfs.labels import Labels
-    from snapfs.model import Change, Info, Kind, Mount, Ref, Statistics, Usage
+    from snapfs.model import Caller, Change, Info, Kind, Mount, Ref, Statistics, Usage
     from snapfs.opening import open_snapshotter
     from snapfs.options import Feature, Options, Sync
     from snapfs.snapshotter import Snapshotter
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyExists",
     "Busy",
+    "Caller",
     "Change",
     "Closed",
     "Damaged",
@@ -84,6 +86,7 @@ __all__ = [
     "Statistics",
     "Sync",
     "TooDeep",
+    "TryAgain",
     "Unavailable",
     "Usage",
     "WrongParent",
@@ -99,7 +102,7 @@ _ROOMS = {
     "Snapshotter": "snapshotter",
     "open_snapshotter": "opening",
     **dict.fromkeys(("Feature", "Options", "Sync"), "options"),
-    **dict.fromkeys(("Change", "Info", "Kind", "Mount", "Ref", "Statistics", "Usage"), "model"),
+    **dict.fromkeys(("Caller", "Change", "Info", "Kind", "Mount", "Ref", "Statistics", "Usage"), "model"),
 }
 """Where the exported names are; all others are errors."""
 

@@ -175,6 +175,7 @@ class Snapshotter:
     accept = _awaited(AsyncSnapshotter.accept)
     cleanup = _awaited(AsyncSnapshotter.cleanup)
     flush = _awaited(AsyncSnapshotter.flush)
+    flush_committed = _awaited(AsyncSnapshotter.flush_committed)
 
     # -- reading
 

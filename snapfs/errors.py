@@ -8,7 +8,7 @@ exit code.  ``str(error)`` is always one sentence that says what was wrong and, 
 from __future__ import annotations
 
 import os
-from errno import EDQUOT, ENOSPC, ESTALE
+from errno import EAGAIN, EDQUOT, ENOSPC, ESTALE
 
 TYPE_CHECKING = False  # typing's own would import typing, which takes the command longer than all that it does
 if TYPE_CHECKING:
@@ -151,6 +151,13 @@ class Stale(Unavailable):
 
     def __init__(self, path: str) -> None:
         super().__init__(f"{path} has changed since it was looked up", ESTALE)
+
+
+class TryAgain(Unavailable):
+    """The call would wait too long for what is done for others.  Nothing has changed, and the same call soon succeeds."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why}: try again in a moment", EAGAIN)
 
 
 class Damaged(SnapshotError):

@@ -9,6 +9,7 @@ are bytes.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
@@ -25,6 +26,23 @@ class Kind(enum.StrEnum):
     ACTIVE = "active"
     VIEW = "view"
     COMMITTED = "committed"
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """For whom something is done that may take long.
+
+    ``user``: the uid of somebody whom the owner of the tree lets in; None: the owner, root, or a program with the library.
+    ``patience``: how many seconds it may wait for what is done for others; for its own work it waits as long as that takes.
+    """
+
+    user: int | None = None
+    patience: float = math.inf
+
+
+OWNER = Caller()
+
+BACKGROUND = Caller(user=-1)
+"""For nobody who waits."""
 
 
 class Info(msgspec.Struct, frozen=True, kw_only=True):

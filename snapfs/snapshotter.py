@@ -7,6 +7,8 @@ for.  This door knows keys and names only; file names, errno, gRPC and commands 
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
@@ -16,11 +18,11 @@ from typing import TypeVar
 import trio
 
 from snapfs import names
-from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, Pinned, Unavailable
+from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, Pinned, TryAgain, Unavailable
 from snapfs.filters import Filters
 from snapfs.kernel.namespaces import shares_mount_namespace
 from snapfs.labels import PIN, Labels
-from snapfs.model import Change, Info, Kind, Mount, Ref, Statistics, Usage
+from snapfs.model import OWNER, Caller, Change, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
 from snapfs.root.merged import Stack, why_unseen
@@ -36,14 +38,20 @@ from snapfs.services.comparing import Comparing
 from snapfs.services.counting import Counting
 from snapfs.services.flushing import Flushing
 from snapfs.services.housekeeping import Housekeeping
-from snapfs.services.rootfs import Rootfs
+from snapfs.services.rootfs import SEARCH, Rootfs
 from snapfs.services.shifting import Shifting
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
 from snapfs.store.writing import Operation, Writer
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+AFTER = 0.25  # seconds for what is to be flushed after a Commit that others wait for
+
+LOCKED = 1.5  # seconds that a Commit or Remove in the tree waits for another task, since the kernel holds locks meanwhile
 
 
 class Snapshotter:
@@ -182,6 +190,7 @@ class Snapshotter:
         keep_labels: bool = False,
         refuse_mounted: bool = False,
         wait: bool = True,
+        patience: float = math.inf,
         origin: str = "",
     ) -> None:
         """Make the active snapshot ``key`` the committed snapshot ``name``: the id stays, the key is gone.
@@ -195,6 +204,11 @@ class Snapshotter:
         the data is flushed in the background: ``flush`` waits for it.  After a power cut before that, the snapshot is there
         but refused as parent and mount (Damaged), until it is removed or accepted.
 
+        ``patience`` is how many seconds that may take, for a caller that keeps others waiting.  Then the data is flushed before
+        the Commit; where that takes longer, TryAgain is raised, nothing has changed, and the flush goes on: a call soon after
+        that waits for what is left of it.  What was written after the first of these calls is flushed after the Commit: where
+        that takes longer, the call returns all the same, and the snapshot is what it is without ``wait``.
+
         The usage is counted after that, in the background, or when ``usage`` is called, which waits for it and says what is
         counted of what processes write after the Commit.
 
@@ -207,7 +221,10 @@ class Snapshotter:
         """
         names.encode(name)
         given = label_rules.stored_labels(self._root, labels)
-        async with self._unmounted(key) as (number, free):
+        deadline = trio.current_time() + patience
+        if wait and patience < math.inf:
+            await self._flush_before(key, patience - AFTER)
+        async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free):
             await self._write_record(
                 lambda writer: commit.commit(
                     self._root,
@@ -225,8 +242,16 @@ class Snapshotter:
             )
         self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless a call for its usage comes before
         if wait:
-            await self.flushing.flush()
+            try:
+                await self.flushing.flush(max(AFTER, deadline - trio.current_time()))
+            except TryAgain:
+                log.warning('snapshot "%s" was committed, and what was written last is still on its way to the disk', name)
             self._root.unflushed.refuse_lost([number])  # another flush may have failed on it meanwhile
+
+    async def _flush_before(self, key: Ref, patience: float) -> None:
+        with self.reading() as reader:
+            number = lookup.find_id(reader, key)
+        await self.flushing.flush_before_commit(number, patience)
 
     # -- changing
 
@@ -246,7 +271,7 @@ class Snapshotter:
             _, found = lookup.find(reader, key)
             if PIN in found.labels:
                 raise Pinned.of(found.name)
-        async with self._unmounted(key) as (number, free):
+        async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free):
             await self._write_record(
                 lambda writer: remove.remove(self._root, writer, number, key, origin, refuse_mounted=refuse_mounted, free=free),
                 frees=True,
@@ -397,27 +422,29 @@ class Snapshotter:
 
         return await trio.to_thread.run_sync(collect)
 
-    async def usage(self, key: Ref) -> Usage:
+    async def usage(self, key: Ref, *, caller: Caller = OWNER) -> Usage:
         """What the snapshot alone takes: an active one is scanned now, a committed one was once, a view takes nothing.
 
         A committed one is counted once: in the background as soon as its data is flushed, or when this is first called, if that
         is sooner.  What a process writes into its layer between Commit and count (through ``mounts``, or ``diff``) is counted;
         what comes later never is, until ``snapfs check --repair`` counts anew.
 
-        Raises NotFound, or Damaged where the layer is missing.
+        Raises NotFound, or Damaged where the layer is missing; TryAgain where ``caller`` would wait for others beyond its
+        patience.
         """
         await trio.lowlevel.checkpoint()
         with self.reading() as reader:
             number, record = lookup.find(reader, key)
-        return await self.counting.usage(number, record)
+        return await self.counting.usage(number, record, caller)
 
-    async def changes(self, key: Ref, consume: Callable[[Iterable[str]], T]) -> T:
+    async def changes(self, key: Ref, consume: Callable[[Iterable[str]], T], *, caller: Caller = OWNER) -> T:
         """What an active or committed snapshot changed against its parent: what ``consume`` makes of the lines, ``list`` say.
 
         It is called in a worker thread, with one line a path as it is found (``scan/changes.py`` says which).  Calls at
         the same time with the same ``consume`` share a scan, begun after they came, and its result.
 
-        Raises NotFound; FailedPrecondition: a view; Damaged.
+        Raises NotFound; FailedPrecondition: a view; Damaged; TryAgain where ``caller`` would wait for others beyond its
+        patience.
         """
         await trio.lowlevel.checkpoint()
         with self.reading() as reader:
@@ -425,7 +452,7 @@ class Snapshotter:
             chain = reader.chain(record)
         if record.kind is Kind.VIEW:
             raise FailedPrecondition(f'snapshot "{record.name}" is a view, which changes nothing')
-        return await self._comparing.changes(number, record.name, chain, consume)
+        return await self._comparing.changes(number, record.name, chain, consume, caller)
 
     async def mount(self, key: Ref, pid: int | None = None) -> str:
         """Have the merged file system of a snapshot mounted by the kernel, read-only unless the snapshot is active: where.
@@ -461,6 +488,18 @@ class Snapshotter:
         """Return when all data written to ROOT's file system so far is on disk."""
         self._refuse_closed()
         await self.flushing.flush()
+
+    async def flush_committed(self, number: int | None, *, patience: float) -> None:
+        """Return when the data of the committed snapshot ``number``, or (None) of all that are committed, is on disk; of any
+        other snapshot what ``flush`` flushes.
+
+        Raises Damaged where some of it may be lost, Unavailable where the disk fails, and TryAgain where it takes longer than
+        ``patience`` seconds: then it goes on.
+        """
+        self._refuse_closed()
+        if not self.flushing.is_flushed(number):
+            await self.flushing.flush(patience)
+        self.refuse_lost(number)  # an earlier flush may have had the disk's error
 
     def space(self) -> os.statvfs_result:
         """The file system that holds ROOT, as statvfs(3) tells it."""
@@ -587,20 +626,23 @@ class Snapshotter:
         return await self.records.write(operation, frees=frees)
 
     @asynccontextmanager
-    async def _unmounted(self, key: Ref) -> AsyncIterator[tuple[int, bool]]:
+    async def _unmounted(self, key: Ref, patience: float) -> AsyncIterator[tuple[int, bool]]:
         """For a block in which ``key`` must not be mounted as rootfs: its id, and whether it was a moment ago, in which case
-        the kernel has said that no process has that.
+        the kernel has said that no process has that.  It waits for a shift of its owners for ``patience`` seconds.
 
         Where the block finds the layer in use (Used), Busy says which process has it: finding that out takes longer."""
         with self.reading() as reader:
             number = lookup.find_id(reader, key)
         try:
-            async with self._shifting.kept_out(number):
+            async with self._shifting.kept_out(number, patience):
                 if self.rootfs is None:
                     yield number, False
                 else:
                     async with self.rootfs.unmounted(number) as free:
                         yield number, free
         except Used as used:
-            words = await trio.to_thread.run_sync(holders.elsewhere, self._root.mounted, number, self.layers.rootfs(number))
+            words = "is in use elsewhere: end what uses it first"
+            look = partial(holders.elsewhere, self._root.mounted, number, self.layers.rootfs(number))
+            with trio.move_on_after(SEARCH):  # the kernel may hold locks meanwhile
+                words = await trio.to_thread.run_sync(look, abandon_on_cancel=True)
             raise Busy(f'snapshot "{used.name}" {words}') from None

@@ -150,7 +150,7 @@ def handle(size: int) -> OpenText:
 
 def opened(files: OpenFiles, handle: Handle, uid: int) -> int:
     files.charge(handle, uid)
-    return files.add(OpenFile(2, "f", handle, EntryAttributes(), False))
+    return files.add(OpenFile(2, None, "f", handle, EntryAttributes(), False))
 
 
 def test_the_share_of_a_user_and_of_all() -> None:

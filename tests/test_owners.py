@@ -14,11 +14,12 @@ import pytest
 import trio
 import trio.testing
 
-from snapfs import Options, Snapshotter, Unavailable, open_snapshotter
+from snapfs import Options, Snapshotter, TryAgain, Unavailable, open_snapshotter
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
 from snapfs.model import Kind
 from snapfs.root.owners import Shift
+from snapfs.tree import Tree
 
 pytestmark = pytest.mark.mounts
 
@@ -89,6 +90,25 @@ async def test_the_writer_serves_others_while_owners_are_changed(
     assert done == ["update", "commit"]
     assert owners(root) == SHIFTED
     assert (await shifting.stat("v1")).labels == TO
+
+
+async def test_what_keeps_others_waiting_in_the_tree_waits_for_the_owners_for_a_moment_only(
+    shifting: Snapshotter, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snapfs.snapshotter.LOCKED", 0.05)
+    slow = SlowChown(monkeypatch)
+    tree = Tree(shifting)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(shifting.update, "web", TO)
+        await trio.to_thread.run_sync(slow.began.wait)
+        with trio.fail_after(30):
+            with pytest.raises(TryAgain, match="just being done to this snapshot: try again"):
+                await tree.rename(tree.walk("active"), "web", tree.walk("committed"), "v1")
+            with pytest.raises(TryAgain):
+                await tree.walk("active").rmdir("web", 0)
+        slow.may_go_on.set()
+    assert owners(root) == SHIFTED
+    await tree.rename(tree.walk("active"), "web", tree.walk("committed"), "v1")
 
 
 async def test_updates_that_change_owners_come_one_after_the_other(

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
+from collections.abc import Callable
 
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import MountedTree, find_tree
+from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import NOT_FOUND, TAKEN, Refusal, missing
+
+AGAIN = 0.2  # seconds until what the tree refuses for the moment is tried again
+
+
+def persistently(call: Callable[..., object], *arguments: object) -> None:
+    """Call ``call`` with ``arguments`` until the tree says nothing of trying again (EAGAIN): it does so where others would have
+    to wait while it writes files to the disk."""
+    progress, began = Progress(), time.monotonic()
+    try:
+        while True:
+            try:
+                call(*arguments)
+            except BlockingIOError as error:
+                if error.errno != errno.EAGAIN:
+                    raise
+                progress.show_waiting("writing its files to the disk", time.monotonic() - began)
+                time.sleep(AGAIN)
+            else:
+                return
+    finally:
+        progress.clear()
 
 
 def commit(place: MountedTree, key: str, name: str, parent: str | None = None) -> str:
@@ -14,7 +39,7 @@ def commit(place: MountedTree, key: str, name: str, parent: str | None = None) -
     the tree.  Raises Refusal."""
     target = place.made_at("committed", name, parent)
     try:
-        place.do(f'commit "{key}"', os.rename, place.directory("active", key), target)
+        place.do(f'commit "{key}"', persistently, os.rename, place.directory("active", key), target)
     except Refusal as refused:
         if refused.status == NOT_FOUND:
             kind = place.kind_of(key)
@@ -44,7 +69,7 @@ def _commit(given: Given) -> int:
     key, name, parent = given.arguments[0], given.arguments[1], given.value("parent")
     directory = commit(place, place.key(key), place.new_key(name, "committed"), None if parent is None else place.key(parent))
     if not given.has("no-sync"):
-        place.do("wait for the disk", sync, directory)
+        place.do("wait for the disk", persistently, sync, directory)
     print(directory)
     return 0
 

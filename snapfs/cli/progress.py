@@ -19,11 +19,17 @@ class Progress:
 
     def show(self, what: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` are done, and that ``what`` (in words) is being done now."""
+        full = WIDTH * done // max(total, 1)
+        self._show(f"[{'#' * full}{'.' * (WIDTH - full)}] {done + 1}/{total} {what}"[:100])
+
+    def show_waiting(self, what: str, seconds: float) -> None:
+        """Show that ``what`` (in words) has taken ``seconds`` so far, and that nobody knows how long it will take."""
+        self._show(f"{what} ({seconds:.0f} s)")
+
+    def _show(self, line: str) -> None:
         now = time.monotonic()
         if self._on and now - self._shown >= EVERY:
             self._shown = now
-            full = WIDTH * done // max(total, 1)
-            line = f"[{'#' * full}{'.' * (WIDTH - full)}] {done + 1}/{total} {what}"[:100]
             print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
             self._width = len(line)
 

@@ -23,7 +23,7 @@ _DEFAULTS = Options()
 _FLAGS = {
     "allow_other": "let other users enter (the kernel then checks modes)",
     "ro": "mount the tree read-only",
-    "dirsync": "let mv to committed return when the data is on disk",
+    "dirsync": "let mv to committed return when the data is on disk; it is to be tried again (EAGAIN) where that takes long",
     "async_remove": "leave the files of removed snapshots to Cleanup",
     "upperdir_label": "show each layer's path as a label in info.json",
     "remap_ids": "put uidmap= and gidmap= from the mapping labels into the mount specs",

@@ -14,7 +14,7 @@ import json
 import os
 
 from snapfs.cli import table
-from snapfs.cli.commit import commit, sync
+from snapfs.cli.commit import commit, persistently, sync
 from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import MountedTree, file_name, find_tree
@@ -104,7 +104,7 @@ class Workspace:
                     self.place.write_label(directory, label, before.get(label, ""))
             raise
         if wait:
-            self.place.do("wait for the disk", sync, self.place.directory("committed", name))
+            self.place.do("wait for the disk", persistently, sync, self.place.directory("committed", name))
         if fork is not None:
             make(self.place, "active", fork, name)
         self._move(name, before)

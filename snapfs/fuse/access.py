@@ -53,6 +53,10 @@ class Access(msgspec.Struct, frozen=True):
         """Whether a process with this user id gets into ROOT; others may have a capability for that, which is not known."""
         return uid in (0, os.geteuid())
 
+    def user(self, uid: int) -> int | None:
+        """The user with this id, as ``Caller`` has it: None for the owner and root."""
+        return None if self.may_enter_root(uid) else uid
+
     def words(self, error: Exception) -> str:
         """What error_log, which every user of the tree may read, says of ``error``."""
         if isinstance(error, SnapshotError):

@@ -1,4 +1,4 @@
-"""The files that processes have open through one mount, by the number that the kernel has for each."""
+"""The files and directories that processes have open through one mount, by the number that the kernel has for each."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ ALL = 4 * SHARE  # bytes that all of them may, for one user may have many ids
 class OpenFile:
     """One open file.
 
-    ``inode`` is the one that was opened, ``path`` where it stood then, ``handle`` what the tree has opened, ``entry`` what
-    stat(2) says of it.  ``is_misfit``: its text is not that of its inode.
+    ``inode`` is the one that was opened, ``user`` who has done so (``Caller``), ``path`` where it stood then, ``handle`` what
+    the tree has opened, ``entry`` what stat(2) says of it.  ``is_misfit``: its text is not that of its inode.
     """
 
-    def __init__(self, inode: int, path: str, handle: Handle, entry: EntryAttributes, is_misfit: bool) -> None:
+    def __init__(
+        self, inode: int, user: int | None, path: str, handle: Handle, entry: EntryAttributes, is_misfit: bool
+    ) -> None:
         self.inode = inode
+        self.user = user
         self.path = path
         self.handle = handle
         self.entry = entry
@@ -136,3 +139,34 @@ class OpenFiles:
             if file.is_misfit:
                 return file
         return None
+
+
+class OpenDirectory:
+    """One open directory: its ``inode``, and ``user``, who has opened it (``Caller``)."""
+
+    __slots__ = ("inode", "user")
+
+    def __init__(self, inode: int, user: int | None) -> None:
+        self.inode = inode
+        self.user = user
+
+
+class OpenDirectories:
+    """All open directories of one mount."""
+
+    def __init__(self) -> None:
+        self._by_number: dict[int, OpenDirectory] = {}
+        self._numbers = count(1)
+
+    def add(self, directory: OpenDirectory) -> int:
+        """The number by which the kernel asks for ``directory`` from now on."""
+        fh = next(self._numbers)
+        self._by_number[fh] = directory
+        return fh
+
+    def __getitem__(self, fh: int) -> OpenDirectory:
+        return self._by_number[fh]
+
+    def remove(self, fh: int) -> None:
+        """The directory with number ``fh`` is closed."""
+        del self._by_number[fh]

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import logging
+import math
 import os
 import select
 import time
@@ -19,12 +20,14 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from snapfs import names
-from snapfs.errors import InvalidArgument, LeftOut, NotFound, NotUtf8, SnapshotError, Stale, Unavailable
+from snapfs.errors import InvalidArgument, LeftOut, NotFound, NotUtf8, SnapshotError, Stale, TryAgain, Unavailable
 from snapfs.fuse.access import Access
 from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
-from snapfs.fuse.openfiles import OpenFile, OpenFiles
+from snapfs.fuse.openfiles import OpenDirectories, OpenDirectory, OpenFile, OpenFiles
 from snapfs.fuse.retelling import Retelling
+from snapfs.fuse.waiting import PATIENCE, STAT, SYNC, Waiting
+from snapfs.model import Caller
 from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.inodes import ROOT_INODE, unpack
 from snapfs.tree.labels import Label
@@ -58,7 +61,8 @@ def answering(
         except SnapshotError as error:
             number = errno_of(error)
             answer_enough = number == errno.ENOENT and handler.__name__ in _READING and not isinstance(error, LeftOut)
-            if not answer_enough and not isinstance(error, Stale):
+            again = isinstance(error, TryAgain) and not self.waiting.is_news(handler.__name__)
+            if not answer_enough and not isinstance(error, Stale) and not again:
                 self.log_refusal(number, handler.__name__, args, error)
             raise FUSEError(number) from None
         except FUSEError as error:
@@ -82,7 +86,7 @@ def answering(
 
 
 class Operations(pyfuse3.Operations):
-    """One mount of one tree.  A file's handle is a number for an open file; a directory's handle is its inode."""
+    """One mount of one tree.  The handle of a file or a directory is a number for an open one."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -93,7 +97,9 @@ class Operations(pyfuse3.Operations):
         self.rights = rights
         self.cache = KernelCache()
         self.files = OpenFiles()
-        self.retelling = Retelling(tree, self.cache, self.files)
+        self.directories = OpenDirectories()
+        self.waiting = Waiting(trio.current_time)
+        self.retelling = Retelling(tree, self.cache, self.files, self.waiting)
         self._on_ready = on_ready
         tree.snapshotter.subscribe(self.cache.note)
 
@@ -101,6 +107,10 @@ class Operations(pyfuse3.Operations):
         self._on_ready()
 
     # -- translation
+
+    def caller(self, ctx: RequestContext) -> Caller:
+        """Who has made a request, as those are told who have to wait for something."""
+        return Caller(self.rights.user(ctx.uid), PATIENCE)
 
     def entry(self, node: Node) -> EntryAttributes:
         """What the kernel wants to know of ``node``, and for how long it may believe that."""
@@ -142,6 +152,8 @@ class Operations(pyfuse3.Operations):
         if operation in ("read", "write", "release", "fsync"):
             file = self.files.get(args[0]) if isinstance(args[0], int) else None
             return file.path if file is not None else str(args[0])
+        if operation in ("readdir", "fsyncdir") and isinstance(args[0], int):
+            args = (self.directories[args[0]].inode,)
         paths: list[str] = []
         for arg in args:
             if isinstance(arg, int) and len(paths) < (2 if operation in ("rename", "link") else 1):
@@ -175,7 +187,9 @@ class Operations(pyfuse3.Operations):
         if isinstance(node, OpenFile):
             return node.entry
         if node.must_settle():
-            await node.settle()
+            caller = self.caller(ctx)
+            with contextlib.suppress(TryAgain), self.waiting.counted(STAT, caller.user):  # else it is what is known
+                await node.settle(caller)
         entry = self.entry(node)
         entry.st_ino = node.shown_inode
         return entry
@@ -210,8 +224,10 @@ class Operations(pyfuse3.Operations):
         node = self.tree.node(inode)
         self.tree.note_read(inode, ctx.pid)
         # mounted for a process that can't get there, a file system would only push out another
-        target = await node.follow(ctx.pid) if self.rights.may_enter_root(ctx.uid) else node.target()
-        return target.encode(errors="surrogateescape")
+        if not self.rights.may_enter_root(ctx.uid):
+            return node.target().encode(errors="surrogateescape")
+        with self.waiting.counted(node.waits_for, None) if node.waits_for else contextlib.nullcontext():
+            return (await node.follow(ctx.pid)).encode(errors="surrogateescape")
 
     # -- changing
 
@@ -247,8 +263,12 @@ class Operations(pyfuse3.Operations):
         source, target = self.tree.node(parent_inode_old), self.tree.node(parent_inode_new)
         replace = not flags & pyfuse3.RENAME_NOREPLACE
         rename = self.tree.what_rename_means(source, old, target, new, replace=replace)
-        with self.retelling.renaming(rename, source, old, target, new):
-            await rename.carry_out()
+        user = self.rights.user(ctx.uid)
+        with (
+            self.waiting.holding(user) if rename.flushes else contextlib.nullcontext(math.inf) as patience,
+            self.retelling.renaming(rename, source, old, target, new),
+        ):
+            await rename.carry_out(patience)
 
     @answering
     async def create(
@@ -256,7 +276,8 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         node, handle = await self.tree.node(parent_inode).create(_text(name))
         await self._charge(handle, ctx.uid)
-        return self.retelling.opened(node.inode, node, handle, self.entry(node)), self.entry(node)
+        user = self.rights.user(ctx.uid)
+        return self.retelling.opened(node.inode, user, node, handle, self.entry(node)), self.entry(node)
 
     @answering
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
@@ -279,12 +300,12 @@ class Operations(pyfuse3.Operations):
         if writing or truncate:
             node = self.retelling.to_write(inode, ctx.pid)
         else:
-            node = await self.retelling.to_read(inode, ctx.pid)
+            node = await self.retelling.to_read(inode, ctx.pid, self.caller(ctx))
         handle = await node.open(writing, truncate)
         await self._charge(handle, ctx.uid)
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
-        return self.retelling.opened(inode, node, handle, self.entry(node))
+        return self.retelling.opened(inode, self.rights.user(ctx.uid), node, handle, self.entry(node))
 
     async def _charge(self, handle: Handle, uid: int) -> None:
         """Refuse to open ``handle`` for a user who has too much open; those who may fill the disk below ROOT may this too."""
@@ -318,7 +339,10 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self.files[fh].handle.write(off, buf)
+        file = self.files[fh]
+        waits_for = file.handle.waits_for
+        with self.waiting.counted(waits_for, file.user) if waits_for else contextlib.nullcontext():
+            return await file.handle.write(off, buf)
 
     @answering
     async def release(self, fh: int) -> None:
@@ -334,15 +358,18 @@ class Operations(pyfuse3.Operations):
     @answering
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         self.tree.note_read(inode, ctx.pid)
-        return self.tree.node(inode).inode
+        return self.directories.add(OpenDirectory(self.tree.node(inode).inode, self.rights.user(ctx.uid)))
 
     @answering
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        node = self.tree.node(fh)
+        inode = self.directories[fh].inode
+        if self.retelling.is_emptying:
+            await self.retelling.emptied(inode)
+        node = self.tree.node(inode)
         for offset, name in enumerate((b".", b".."), start=1):
             if start_id < offset:
                 dot = EntryAttributes()
-                dot.st_ino = fh if name == b"." else ROOT_INODE
+                dot.st_ino = inode if name == b"." else ROOT_INODE
                 dot.st_mode = 0o040755
                 if not pyfuse3.readdir_reply(token, name, dot, offset):
                     return
@@ -355,13 +382,18 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def releasedir(self, fh: int) -> None:
-        pass
+        self.directories.remove(fh)
 
     @answering
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        number, _ = unpack(fh)
-        await self.tree.snapshotter.flush()
-        self.tree.snapshotter.refuse_lost(number or None)  # an earlier flush may have had the disk's error
+        directory = self.directories[fh]
+        number, _ = unpack(directory.inode)
+        with self.waiting.counted(SYNC, directory.user), self.waiting.holding(directory.user) as patience:
+            # Whoever looks something up in the directory waits meanwhile.  In one that belongs to one snapshot alone, the owner
+            # may let them; and where there are no others.
+            if directory.user is None and (number or not self.rights.allow_other):
+                patience = math.inf
+            await self.tree.snapshotter.flush_committed(number or None, patience=patience)
 
     @answering
     async def statfs(self, ctx: RequestContext) -> StatvfsData:

@@ -23,6 +23,8 @@ from pyfuse3 import EntryAttributes, FileInfo
 from snapfs.errors import NotFound, Stale
 from snapfs.fuse.cache import KernelCache
 from snapfs.fuse.openfiles import OpenFile, OpenFiles
+from snapfs.fuse.waiting import Waiting
+from snapfs.model import Caller
 from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.attributes import AttributeFile
 from snapfs.tree.inodes import Slot, entry_of, is_in_snapshot, kind_inode, pack, unpack
@@ -76,10 +78,12 @@ class Awaited(Generic[K, V]):
 
 
 class Retelling:
-    """What one mount of ``tree`` tells the kernel besides what the tree has; ``cache`` and ``files`` are that mount's."""
+    """What one mount of ``tree`` tells the kernel besides what the tree has; ``cache``, ``files`` and ``waiting`` are that
+    mount's."""
 
-    def __init__(self, tree: Tree, cache: KernelCache, files: OpenFiles) -> None:
+    def __init__(self, tree: Tree, cache: KernelCache, files: OpenFiles, waiting: Waiting) -> None:
         self._tree = tree
+        self._waiting = waiting
         self._cache = cache
         self._files = files
         self._writers: Awaited[tuple[int, str], int] = Awaited()  # inodes for writers of labels, by process and label
@@ -139,8 +143,9 @@ class Retelling:
         self._writers.keep(_writer(node, pid), inode)
         return inode
 
-    async def to_read(self, inode: int, pid: int) -> Node:
-        """What process ``pid`` is to read that opens ``inode``: the node as it is now; raises Stale if that has another inode.
+    async def to_read(self, inode: int, pid: int, caller: Caller) -> Node:
+        """What process ``pid`` of ``caller`` is to read that opens ``inode``: the node as it is now; raises Stale if that has
+        another inode, TryAgain.
 
         A process that has the size and pages of one inode can't be given another text.  So the kernel is made to look the name
         up again: then the new text's inode is opened, for which nothing more is to be found out.  It does so once: a process
@@ -158,7 +163,8 @@ class Retelling:
             return node if node.inode == inode and node.is_known else found
         if not isinstance(node, File):
             return node
-        now = await node.refresh()
+        with self._waiting.counted(node.waits_for, caller.user) if node.waits_for else contextlib.nullcontext():
+            now = await node.refresh(caller)
         if isinstance(node, AttributeFile) and now is not node:  # the directory shows what was found out
             self._cache.forget_directory(node.number)
         # pid 0: a process that can't be seen from here, so it would not be known again
@@ -168,13 +174,13 @@ class Retelling:
             raise Stale(node.path)
         return now
 
-    def opened(self, inode: int, node: Node, handle: Handle, entry: EntryAttributes) -> FileInfo:
-        """``handle`` of ``node``, of which the kernel is told ``entry``, for the process that opened ``inode``: what the kernel
-        may remember of it."""
+    def opened(self, inode: int, user: int | None, node: Node, handle: Handle, entry: EntryAttributes) -> FileInfo:
+        """``handle`` of ``node``, of which the kernel is told ``entry``, for the process of ``user`` that opened ``inode``:
+        what the kernel may remember of it."""
         misfit = node.inode != inode
         apart = handle.direct or misfit or (isinstance(node, Label) and node.text is None)
         entry.st_ino, entry.st_size, entry.attr_timeout = node.shown_inode, handle.size, 0
-        fh = self._files.add(OpenFile(inode, node.path, handle, entry, misfit))
+        fh = self._files.add(OpenFile(inode, user, node.path, handle, entry, misfit))
         if misfit:
             self._cache.forget_attributes(inode)
         return FileInfo(fh=fh, direct_io=apart, keep_cache=apart and not isinstance(handle, OpenLog))

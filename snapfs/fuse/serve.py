@@ -26,6 +26,7 @@ from snapfs.fuse.mountpoint import (
     why_over,
 )
 from snapfs.fuse.operations import Operations
+from snapfs.fuse.waiting import MAX_TASKS
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
 from snapfs.snapshotter import Snapshotter
@@ -127,7 +128,7 @@ async def serve_tree(
             loop = trio.CancelScope()
             nursery.start_soon(_end_loop, loop, stop)
             with loop:
-                await pyfuse3.main(min_tasks=IDLE_TASKS)
+                await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
         return "unmounted" if own is None else why_over(own)
     finally:

@@ -1,23 +1,65 @@
-"""Work in threads that calls at the same time share; each call gets a result that was begun after it."""
+"""Work in threads that calls at the same time share; each call gets a result that was begun after it.
+
+``Turns`` says how many threads there are, and for whom: whatever one user asks for, the work of the others begins soon, or they
+are told to try again.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 import trio
 
-from snapfs.errors import Closed
+from snapfs.errors import Closed, TryAgain
+from snapfs.model import BACKGROUND, OWNER, Caller
 
 T = TypeVar("T")
+
+
+class Turns:
+    """How many pieces of work may run at once: ``most`` for the owner, ``most`` for all other users, of whom one has half of
+    that, and half of it for what goes on in the background.  None of the three waits for another.
+
+    Users are those of ``Caller``.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._running: Counter[int | None] = Counter()
+
+    def has_all(self, user: int | None) -> bool:
+        """Whether ``user`` has as many as it may have, however few the others have."""
+        return self._running[user] >= (self._most if user is OWNER.user else max(1, self._most // 2))
+
+    def take(self, user: int | None) -> bool:
+        """Take one for ``user``, if it may have one more now; whether that is so."""
+        if self.has_all(user):
+            return False
+        apart = (OWNER.user, BACKGROUND.user)
+        others = sum(count for whose, count in self._running.items() if whose not in apart)
+        if user not in apart and others >= self._most:
+            return False
+        self._running[user] += 1
+        return True
+
+    def give_back(self, user: int | None) -> None:
+        """What was taken for ``user`` has ended."""
+        self._running[user] -= 1
+        if not self._running[user]:
+            del self._running[user]
 
 
 class _Run(Generic[T]):
     """One piece of work, until it has ended."""
 
     def __init__(self) -> None:
+        self.turn = trio.Event()  # it may begin
         self.begun = False
-        self.waiting = 0  # calls that share it and have not been cancelled
+        self.users: Counter[int | None] = Counter()  # of calls that share it and have not been cancelled
+        self.taken_for: int | None = None  # whose turn it was
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
         self.error: Exception | None = None
@@ -25,11 +67,13 @@ class _Run(Generic[T]):
 
 
 class Sharing(Generic[T]):
-    """Runs work by key, in worker threads that ``limiter`` bounds; ``serve`` must be running."""
+    """Runs work by key, in worker threads that ``turns`` bounds; ``serve`` must be running."""
 
-    def __init__(self, limiter: trio.CapacityLimiter) -> None:
-        self._limiter = limiter
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._threads = trio.CapacityLimiter(math.inf)
         self._runs: dict[Hashable, _Run[T]] = {}
+        self._waiting: list[_Run[T]] = []  # for their turn, the oldest first
         self._nursery: trio.Nursery | None = None
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -42,34 +86,65 @@ class Sharing(Generic[T]):
             finally:
                 self._nursery = None
 
-    async def run(self, key: Hashable, work: Callable[[], T]) -> T:
-        """What ``work`` gives or raises.
+    async def run(self, key: Hashable, work: Callable[[], T], caller: Caller = OWNER, *, settled: bool = False) -> T:
+        """What ``work`` gives or raises, for ``caller``.
 
         Calls with the same key before it has begun share it.  Work that is under way may have passed by what the caller has
-        just done, so the call waits for its end and shares the next.  A call that is cancelled stops no other's; once all are,
-        the work is cancelled: it should call ``trio.from_thread.check_cancelled`` now and then.  Raises Closed once ``serve``
-        has ended.
+        just done, so the call waits for its end and shares the next; where that can't be (``settled``) it shares what is under
+        way.  A call that is cancelled stops no other's; once all are, the work is cancelled: it should call
+        ``trio.from_thread.check_cancelled`` now and then.
+
+        Raises Closed once ``serve`` has ended, and TryAgain where the work could not be begun within the caller's patience,
+        because of others.
         """
+        deadline = trio.current_time() + caller.patience
         running = self._runs.get(key)
-        if running is not None and running.begun:
-            await running.ended.wait()
+        if running is not None and running.begun and not settled:
+            with trio.move_on_at(math.inf if caller.user in running.users else deadline):
+                await running.ended.wait()
+            if not running.ended.is_set():
+                raise TryAgain("this layer is just being looked through for somebody else, and would be again for you")
         run = self._runs.get(key)
         if run is None:
             if self._nursery is None:
                 raise Closed()
             run = self._runs[key] = _Run()
+            self._waiting.append(run)
             self._nursery.start_soon(self._perform, key, run, work, name=f"snapfs {key}")
-        run.waiting += 1
+        run.users[caller.user] += 1
+        self._give_turns()
         try:
+            await self._wait_for_turn(run, caller, deadline)
             await run.ended.wait()
         finally:
-            run.waiting -= 1
-            if not run.waiting and not run.ended.is_set():
+            run.users[caller.user] -= 1
+            run.users += Counter()  # none of those that are gone
+            if not run.users and not run.ended.is_set():
                 self._forget(key, run)  # a call from now on gets another
                 run.scope.cancel()
         if run.error is not None:
             raise run.error
         return run.value
+
+    async def _wait_for_turn(self, run: _Run[T], caller: Caller, deadline: float) -> None:
+        while True:
+            with trio.move_on_at(deadline):
+                await run.turn.wait()
+            if run.turn.is_set():
+                return
+            if not self._turns.has_all(caller.user):
+                raise TryAgain("layers are being looked through for others, as many as can be at once")
+            deadline = trio.current_time() + caller.patience  # it waits for other work of its own
+
+    def _give_turns(self) -> None:
+        """Let begin what may."""
+        for run in list(self._waiting):
+            for user in run.users:
+                if self._turns.take(user):
+                    run.taken_for = user
+                    self._waiting.remove(run)
+                    run.turn.set()
+                    break
 
     async def _perform(self, key: Hashable, run: _Run[T], work: Callable[[], T]) -> None:
         def begin() -> T:
@@ -78,7 +153,8 @@ class Sharing(Generic[T]):
 
         try:
             with run.scope:
-                run.value = await trio.to_thread.run_sync(begin, limiter=self._limiter)
+                await run.turn.wait()
+                run.value = await trio.to_thread.run_sync(begin, limiter=self._threads)
         except trio.Cancelled:
             run.error = Closed()
             raise
@@ -86,7 +162,12 @@ class Sharing(Generic[T]):
             run.error = error
         finally:
             self._forget(key, run)
+            if run.turn.is_set():
+                self._turns.give_back(run.taken_for)
+            else:
+                self._waiting.remove(run)
             run.ended.set()
+            self._give_turns()
 
     def _forget(self, key: Hashable, run: _Run[T]) -> None:
         if self._runs.get(key) is run:

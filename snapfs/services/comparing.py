@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import trio
 
 from snapfs.errors import Damaged, Unavailable
+from snapfs.model import Caller
 from snapfs.root.layers import Layers
 from snapfs.rules.lookup import find
 from snapfs.scan.changes import changes
-from snapfs.scan.sharing import Sharing
+from snapfs.scan.sharing import Sharing, Turns
 from snapfs.store.metastore import MetaStore
 
 T = TypeVar("T")
@@ -25,16 +26,19 @@ class Comparing:
         self._layers = layers
         self._prefix = prefix
         self._records = records
-        self._scans: Sharing[Any] = Sharing(trio.CapacityLimiter(2))  # disks gain little from more
+        self._scans: Sharing[Any] = Sharing(Turns(2))  # disks gain little from more
 
     async def serve(self, task_status: trio.TaskStatus[None]) -> None:
         """Scan until cancelled."""
         await self._scans.serve(task_status)
 
-    async def changes(self, number: int, name: str, chain: list[int], consume: Callable[[Iterable[str]], T]) -> T:
-        """What ``consume`` makes of the lines (``scan/changes.py``) of snapshot ``number``, called ``name``, with this chain.
+    async def changes(
+        self, number: int, name: str, chain: list[int], consume: Callable[[Iterable[str]], T], caller: Caller
+    ) -> T:
+        """What ``consume`` makes of the lines (``scan/changes.py``) of snapshot ``number``, called ``name``, with this chain;
+        for ``caller``.
 
-        Raises NotFound where it was removed meanwhile; Damaged; Unavailable.
+        Raises NotFound where it was removed meanwhile; Damaged; Unavailable, and TryAgain where it would wait for others.
         """
 
         def scan() -> T:
@@ -45,7 +49,7 @@ class Comparing:
                 return consume(lines)
 
         try:
-            result: T = await self._scans.run((number, consume), scan)
+            result: T = await self._scans.run((number, consume), scan, caller)
         except (Damaged, OSError) as error:
             with self._records.reading() as reader:  # it may have been removed meanwhile
                 find(reader, number)

@@ -12,9 +12,9 @@ import msgspec
 import trio
 
 from snapfs.errors import Closed, Damaged, NotFound, SnapshotError, Unavailable
-from snapfs.model import Kind, Usage
+from snapfs.model import BACKGROUND, Caller, Kind, Usage
 from snapfs.root.layers import Layers
-from snapfs.scan.sharing import Sharing
+from snapfs.scan.sharing import Sharing, Turns
 from snapfs.scan.usage import disk_usage
 from snapfs.store.metastore import MetaStore
 from snapfs.store.schema import Record
@@ -32,7 +32,7 @@ class Counting:
         self._layers = layers
         self._records = records
         self._nursery: trio.Nursery | None = None
-        self._scans: Sharing[Usage] = Sharing(trio.CapacityLimiter(4))  # disks gain little from more
+        self._scans: Sharing[Usage] = Sharing(Turns(3))  # disks gain little from more, and each makes the loop wait
         self._pending: dict[int, _Count] = {}
         self._gathered: list[_Count] = []
         self._last_known: dict[int, Usage] = {}
@@ -52,21 +52,23 @@ class Counting:
             finally:
                 self._nursery = None
 
-    async def usage(self, number: int, record: Record) -> Usage:
-        """What snapshot ``number`` alone takes: an active one is counted now, a committed one was or just is.
+    async def usage(self, number: int, record: Record, caller: Caller) -> Usage:
+        """What snapshot ``number`` alone takes, for ``caller``: an active one is counted now, a committed one was or just is.
 
-        Raises NotFound where it was removed meanwhile, Damaged where its layer is missing or could not be counted.
+        Raises NotFound where it was removed meanwhile, Damaged where its layer is missing or could not be counted, TryAgain
+        where it would wait for others.
         """
         if record.kind is Kind.VIEW:
             return Usage()
         if record.kind is Kind.ACTIVE:
-            return await self._scan(number)
+            return await self._scan(number, record.kind, caller)
         while record.usage is None:
             self.count_soon(number)
             pending = self._pending.get(number)
             if pending is None:
                 raise Closed()
             pending.begin.set()
+            await self._scan(number, record.kind, caller)  # the same count: it begins as soon as it may for the caller
             await pending.ended.wait()
             if pending.error is not None:
                 raise pending.error
@@ -113,7 +115,7 @@ class Counting:
 
         try:
             await self._pending[number].begin.wait()
-            usage = await self._scan(number)
+            usage = await self._scan(number, Kind.COMMITTED, BACKGROUND)
             await self._records.write(operation)
         except (NotFound, Closed) as error:
             self._pending[number].error = error  # removed meanwhile, or left to the next start
@@ -126,15 +128,17 @@ class Counting:
         finally:
             self._pending.pop(number).ended.set()
 
-    async def _scan(self, number: int) -> Usage:
-        """Count a layer in a worker thread; calls for the same layer share the count."""
+    async def _scan(self, number: int, kind: Kind, caller: Caller) -> Usage:
+        """Count a layer in a worker thread; calls for the same layer share the count.  In a committed one, which it is from
+        before the count on, nothing changes any more, so that they share one under way, too."""
 
         def count() -> Usage:
             self._layers.refuse_damaged(number)
             return disk_usage(self._layers.fs(number), trio.from_thread.check_cancelled)
 
         try:
-            usage = await self._scans.run(f"count of snapshot {number}", count)
+            key = f"count of {kind} snapshot {number}"
+            usage = await self._scans.run(key, count, caller, settled=kind is Kind.COMMITTED)
         except (Damaged, FileNotFoundError) as error:
             with self._records.reading() as reader:
                 if reader.record(number) is None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 
 import trio
 
-from snapfs.errors import Closed, SnapshotError, Unavailable
+from snapfs.errors import Closed, SnapshotError, TryAgain, Unavailable
 from snapfs.kernel import mounting
 from snapfs.model import Kind
 from snapfs.root.unflushed import Unflushed
 from snapfs.store.metastore import MetaStore
 
 log = logging.getLogger(__name__)
+
+LATELY = 10.0  # seconds from the end of a flush within which the Commit that was told to try again does so
 
 
 class Flushing:
@@ -33,6 +36,7 @@ class Flushing:
         self._records = records
         self._sync = sync
         self._next: _Flush | None = None
+        self._before: dict[int, _Flush] = {}  # a Commit, by the snapshot's id
         self._wakeup = trio.Event()
         self._running = False
 
@@ -127,18 +131,49 @@ class Flushing:
         else:
             then()
 
-    async def flush(self) -> None:
-        """Return when all that was written so far is on disk, and known to be.  Raises Unavailable where the disk fails."""
+    async def flush(self, patience: float = math.inf) -> None:
+        """Return when all that was written so far is on disk, and known to be.
+
+        Raises Unavailable where the disk fails, and TryAgain where it takes longer than ``patience`` seconds: then it goes on.
+        """
+        if self._sync:
+            await self._ask().wait(patience)
+
+    def is_flushed(self, number: int | None) -> bool:
+        """Whether the files of the committed snapshot ``number``, or (None) of all committed ones, are known to be on disk."""
+        with self._records.reading() as reader:
+            if number is None:
+                return not reader.unflushed()
+            record = reader.record(number)
+            return record is not None and record.kind is Kind.COMMITTED and not reader.unflushed_since(number)
+
+    async def flush_before_commit(self, number: int, patience: float) -> None:
+        """Return when all that was written when this was first asked for the active snapshot ``number`` is on disk.
+
+        Raises Unavailable where the disk fails, and TryAgain where it takes longer than ``patience`` seconds: then it goes on,
+        and who asks again within LATELY waits for the same.
+        """
         if not self._sync:
             return
+        long_ago = trio.current_time() - LATELY
+        for other in [other for other, flush in self._before.items() if flush.when < long_ago]:
+            del self._before[other]
+        flush = self._before.get(number)
+        if flush is None:
+            flush = self._before[number] = self._ask()
+        try:
+            await flush.wait(patience)
+        finally:
+            if flush.ended.is_set():
+                self._before.pop(number, None)
+
+    def _ask(self) -> _Flush:
+        """A flush that is still to begin.  Raises Closed."""
         if not self._running:
             raise Closed()
         self.flush_soon()
-        flush = self._next
-        assert flush is not None
-        await flush.ended.wait()
-        if flush.error is not None:
-            raise flush.error
+        assert self._next is not None
+        return self._next
 
 
 class _Flush:
@@ -148,9 +183,20 @@ class _Flush:
         self.ended = trio.Event()
         self.error: SnapshotError | None = None
         self.then: list[Callable[[], None]] = []
+        self.when = math.inf  # it ended
+
+    async def wait(self, patience: float) -> None:
+        """Return when it has ended; raises what it has met, and TryAgain where that takes longer than ``patience`` seconds."""
+        with trio.move_on_after(max(0, patience)):
+            await self.ended.wait()
+        if not self.ended.is_set() or patience < 0:
+            raise TryAgain("its files are still being written to the disk")
+        if self.error is not None:
+            raise self.error
 
     def end(self, error: SnapshotError | None) -> None:
         self.error = error
+        self.when = trio.current_time()
         self.ended.set()
         for call in self.then:
             call()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import trio
+
+from snapfs.errors import TryAgain
 
 
 class Locks:
@@ -21,12 +24,19 @@ class Locks:
         return iter(self._locks)
 
     @asynccontextmanager
-    async def held(self, number: int) -> AsyncIterator[None]:
-        """For a block in which no other task holds the lock of snapshot ``number``."""
+    async def held(self, number: int, patience: float = math.inf) -> AsyncIterator[None]:
+        """For a block in which no other task holds the lock of snapshot ``number``.  Raises TryAgain where one holds it for
+        longer than ``patience`` seconds."""
         lock = self._locks.setdefault(number, trio.Lock())
         try:
-            async with lock:
+            with trio.move_on_after(patience) as waiting:
+                await lock.acquire()
+            if waiting.cancelled_caught:
+                raise TryAgain("something that takes long is just being done to this snapshot")
+            try:
                 yield
+            finally:
+                lock.release()
         finally:
             if not lock.locked() and self._locks.get(number) is lock:  # else a task that has waited holds it by now
                 del self._locks[number]

@@ -234,7 +234,9 @@ class Rootfs:
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            by = await trio.to_thread.run_sync(by_users, target)
+            by = ""
+            with trio.move_on_after(SEARCH):
+                by = await trio.to_thread.run_sync(by_users, target, abandon_on_cancel=True)
             raise Busy(f"its file system {target} is in use{by}: leave it first") from None
         raise await self._elsewhere(held)
 

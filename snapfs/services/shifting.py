@@ -7,6 +7,7 @@ the writer writes the labels.  If that fails the owners are put back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -33,13 +34,13 @@ class Shifting:
         self._under_way: set[trio.Event] = set()
 
     @asynccontextmanager
-    async def kept_out(self, number: int) -> AsyncIterator[None]:
+    async def kept_out(self, number: int, patience: float = math.inf) -> AsyncIterator[None]:
         """For a block in which the owners in the layer of snapshot ``number`` stay as they are: it begins when a shift of them
-        has ended."""
+        has ended.  Raises TryAgain where that takes longer than ``patience`` seconds."""
         if not self._root.shifts_owners:
             yield
             return
-        async with self._locks.held(number):
+        async with self._locks.held(number, patience):
             yield
 
     async def update(self, rule: Callable[[Writer, Shift | None], Info]) -> Info:

@@ -13,7 +13,7 @@ import msgspec
 
 from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
-from snapfs.model import Kind, rfc3339
+from snapfs.model import OWNER, Caller, Kind, rfc3339
 from snapfs.store.schema import Record
 from snapfs.tree.advice import path_of
 from snapfs.tree.inodes import CHANGES_SLOT, ENTRY_MASK, FIRST_ATTRIBUTE, pack
@@ -31,8 +31,8 @@ class Attribute(msgspec.Struct, frozen=True):
     ``present``: whether a snapshot of such a kind has it after all.
     ``fixed``: its text never changes as long as the snapshot has it; each text of any other file has an inode of its own.
     ``private``: it tells what is in a layer, for users alone who may read that.
-    ``refresh`` is awaited when the file is opened, for what must be looked up on disk; ``follow`` when the link is followed by
-    a process (its pid), and gives where that leads.
+    ``refresh`` is awaited when the file is opened (by a caller), for what must be looked up on disk; ``follow`` when the link
+    is followed by a process (its pid), and gives where that leads.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Attribute(msgspec.Struct, frozen=True):
     fixed: bool = False
     private: bool = False
     present: Callable[[State, Record], bool] = lambda state, record: True
-    refresh: Callable[[State, int, Record], Awaitable[object]] | None = None
+    refresh: Callable[[State, int, Record, Caller], Awaitable[object]] | None = None
     follow: Callable[[State, int, Record, int], Awaitable[str]] | None = None
 
 
@@ -65,7 +65,7 @@ def mount_sh(state: State, number: int, record: Record) -> str:
     return mountspec.script(spec, state.snapshotter.snapshots_directory, number)
 
 
-async def find_layers(state: State, number: int, record: Record) -> None:
+async def find_layers(state: State, number: int, record: Record, caller: Caller) -> None:
     """Raise Damaged where a layer that the mounts name is missing."""
     await state.snapshotter.find_layers(number)
 
@@ -86,9 +86,11 @@ def usage_json(state: State, number: int, record: Record) -> str:
     return json_text(state.snapshotter.known_usage(number, record))
 
 
-async def count_usage(state: State, number: int, record: Record) -> None:
+async def count_usage(state: State, number: int, record: Record, caller: Caller) -> None:
     """Count what it takes, if that may have changed."""
-    await state.snapshotter.usage(number)
+    if record.usage is not None:
+        return
+    await state.snapshotter.usage(number, caller=caller)
 
 
 def has_parent(state: State, record: Record) -> bool:
@@ -114,10 +116,10 @@ def changes(state: State, number: int, record: Record) -> Text | None:
     return state.changes_found(number)
 
 
-async def find_changes(state: State, number: int, record: Record) -> None:
+async def find_changes(state: State, number: int, record: Record, caller: Caller) -> None:
     """Find them again, unless the snapshot is committed and they are known."""
     while record.kind is not Kind.COMMITTED or changes(state, number, record) is None:
-        text = await state.snapshotter.changes(number, state.spool)
+        text = await state.snapshotter.changes(number, state.spool, caller=caller)
         before, record = record, state.record(number)
         if record.kind is before.kind:  # a scan under way at the Commit may have missed what was written before that
             state.keep_changes(number, text)
@@ -183,6 +185,7 @@ class AttributeFile(TextFile):
         self.record = record
         self.attribute = attribute
         self.mode = attribute.type
+        self.waits_for = attribute.name if attribute.refresh else None
         self.private = attribute.private
         self.keep_entry = _keeps_its_name(attribute)
         super().__init__(state, number, attribute.slot, fixed=attribute.fixed, text=text)
@@ -198,11 +201,11 @@ class AttributeFile(TextFile):
     def time(self) -> int:
         return self.record.updated
 
-    async def refresh(self) -> Node:
+    async def refresh(self, caller: Caller = OWNER) -> Node:
         if self.attribute.refresh is None:
             return self
         self.known()  # of the record as it is now, whatever comes while the disk is looked at
-        await self.attribute.refresh(self.state, self.number, self.record)
+        await self.attribute.refresh(self.state, self.number, self.record, caller)
         if self.attribute.fixed:
             return self
         record = self.state.record(self.number)  # by whatever name the snapshot goes now
@@ -221,6 +224,7 @@ class AttributeLink(Link):
         self.record = record
         self.attribute = attribute
         self.keep_entry = _keeps_its_name(attribute)
+        self.waits_for = attribute.name if attribute.follow else None
 
     @property
     def path(self) -> str:

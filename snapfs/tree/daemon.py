@@ -6,8 +6,10 @@ import importlib.resources
 import stat
 from collections.abc import Callable, Iterator
 
+import trio
+
 from snapfs import names
-from snapfs.errors import InvalidArgument, NotFound
+from snapfs.errors import InvalidArgument, NotFound, TryAgain
 from snapfs.model import Kind
 from snapfs.tree.advice import why_no_rootfs
 from snapfs.tree.handles import Handle, OpenText
@@ -22,6 +24,8 @@ from snapfs.tree.state import State
 from snapfs.tree.stats import options_json, stats_json
 from snapfs.tree.textfile import TextFile
 from snapfs.tree.texts import Text
+
+AFTER_ANOTHER = 1.5  # seconds that a Cleanup waits for another to end
 
 
 class FixedDirectory(Directory):
@@ -112,6 +116,13 @@ class CleanupFile(File):
         return Attributes(self.mode, size=self.text().size, time=self.state.started)
 
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
+        """Raises TryAgain while another Cleanup takes long: the kernel lets one write at a time, and the next would wait for
+        that without anybody who could tell it how long."""
+        if writing and self.state.cleaned is not None:
+            with trio.move_on_after(AFTER_ANOTHER):
+                await self.state.cleaned.wait()
+            if self.state.cleaned is not None:
+                raise TryAgain("the Cleanup that another process has asked for is still deleting files")
         return OpenCleanup(self.state) if writing else OpenText(self.text())
 
     async def resize(self, size: int) -> None:
@@ -123,6 +134,7 @@ class OpenCleanup(Handle):
 
     direct = True
     size = 0
+    waits_for = "cleanup"
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -136,7 +148,13 @@ class OpenCleanup(Handle):
     async def write(self, offset: int, data: bytes) -> int:
         if data.strip() != b"1":
             raise InvalidArgument("write 1 to have removed files deleted")
-        await self._state.snapshotter.cleanup()
+        cleaned = self._state.cleaned = trio.Event()
+        try:
+            await self._state.snapshotter.cleanup()
+        finally:
+            cleaned.set()
+            if self._state.cleaned is cleaned:
+                self._state.cleaned = None
         return len(data)
 
 

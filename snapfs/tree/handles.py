@@ -10,12 +10,14 @@ class Handle:
     """An open file.
 
     ``direct``: what it holds is its own, or grows, so that no cache of the file's pages may come between.  ``weight``: bytes of
-    memory that it takes at most, besides ``text``, which other handles may have too.
+    memory that it takes at most, besides ``text``, which other handles may have too.  ``waits_for``: what ``write`` waits for,
+    in a word, if that may take long.
     """
 
     direct = False
     weight = OVERHEAD
     text: Text | None = None
+    waits_for: str | None = None
 
     @property
     def size(self) -> int:

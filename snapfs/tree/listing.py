@@ -19,6 +19,7 @@ import trio
 
 from snapfs import names
 from snapfs.errors import InvalidArgument
+from snapfs.model import OWNER, Caller
 from snapfs.tree.inodes import Slot, pack
 from snapfs.tree.node import Node
 from snapfs.tree.state import State
@@ -34,6 +35,7 @@ class ListingFile(TextFile):
 
     keep_entry = False
     keep_attributes = False
+    waits_for = "snapshots"
 
     def __init__(self, state: State, text: Text | None = None) -> None:
         super().__init__(state, 0, Slot.LISTING, fixed=False, text=text)
@@ -52,14 +54,23 @@ class ListingFile(TextFile):
         text = self.known()
         return text.made if text is not None else max(self.state.changed.values())
 
-    async def refresh(self) -> Node:
-        before = self.state.changes
-        if before == self.state.listed and self.state.versions.get(pack(0, Slot.LISTING)) is not None:
+    async def refresh(self, caller: Caller = OWNER) -> Node:
+        if self._is_right():
             return ListingFile(self.state)
-        text = await trio.to_thread.run_sync(lambda: self.state.spool(_lines(self.state)))
-        self.state.versions.keep(pack(0, Slot.LISTING), text)
-        self.state.listed = before
-        return ListingFile(self.state, text)
+        collecting = self.state.collecting
+        begun = collecting.begun
+        async with collecting.lock:
+            if collecting.done <= begun and not self._is_right():  # else what was begun since then serves this one too
+                collecting.begun += 1
+                before = self.state.changes
+                text = await trio.to_thread.run_sync(lambda: self.state.spool(_lines(self.state)))
+                self.state.versions.keep(pack(0, Slot.LISTING), text)
+                self.state.listed = before
+                collecting.done = collecting.begun
+            return ListingFile(self.state)
+
+    def _is_right(self) -> bool:
+        return self.state.changes == self.state.listed and self.state.versions.get(pack(0, Slot.LISTING)) is not None
 
 
 def _lines(state: State) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from snapfs.errors import NotFound, NotPermitted
+from snapfs.model import OWNER, Caller
 from snapfs.tree.advice import how_to_make
 from snapfs.tree.handles import Handle, OpenText
 from snapfs.tree.inodes import without_version
@@ -36,10 +37,12 @@ class Node:
 
     ``keep_entry``: a cache may go on using the name by which the node was looked up, until the tree says otherwise.
     ``is_known``: what it holds is known, and needn't be found out first (``refresh``).
+    ``waits_for``: what ``refresh`` and ``follow`` wait for, in a word, if that may take long.
     """
 
     keep_entry = True
     is_known = True
+    waits_for: str | None = None
 
     def __init__(self, state: State, inode: int) -> None:
         self.state = state
@@ -63,7 +66,7 @@ class Node:
         """Whether ``attributes`` are just being found out, and waiting a moment (``settle``) gives the right ones."""
         return False
 
-    async def settle(self) -> None:
+    async def settle(self, caller: Caller = OWNER) -> None:
         """Wait until they are known."""
 
     # -- directories
@@ -109,8 +112,9 @@ class Node:
 
     # -- files and links
 
-    async def refresh(self) -> Node:
-        """The node as it is once what must be looked up on disk for it has been: another one where that changed."""
+    async def refresh(self, caller: Caller = OWNER) -> Node:
+        """The node as it is once what must be looked up on disk for it has been, for ``caller``: another one where that
+        changed.  Raises SnapshotError."""
         return self
 
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -19,15 +20,20 @@ class Rename:
     """One rename that is allowed, as far as can be told, and not yet done: ``carry_out`` does it.
 
     ``committed_inside`` is the id of the snapshot if this commits one out of its parent's listing, or into it; otherwise 0.
+    ``flushes``: it waits for data that is to be written to the disk, and others may wait for it meanwhile, so ``carry_out`` is
+    told for how many seconds it may.
     """
 
-    def __init__(self, carry_out: Callable[[], Awaitable[object]], committed_inside: int = 0) -> None:
+    def __init__(
+        self, carry_out: Callable[[float], Awaitable[object]], committed_inside: int = 0, *, flushes: bool = False
+    ) -> None:
         self._carry_out = carry_out
+        self.flushes = flushes
         self.committed_inside = committed_inside
 
-    async def carry_out(self) -> None:
-        """Rename, and return when that is durable.  Raises SnapshotError."""
-        await self._carry_out()
+    async def carry_out(self, patience: float = math.inf) -> None:
+        """Rename, and return when that is durable.  Raises SnapshotError; TryAgain where it would wait longer."""
+        await self._carry_out(patience)
 
 
 def what_rename_means(state: State, source: Node, name: str, target: Node, new_name: str, *, replace: bool = True) -> Rename:
@@ -37,7 +43,7 @@ def what_rename_means(state: State, source: Node, name: str, target: Node, new_n
     Raises NotFound, AlreadyExists, NameTooLong, Damaged; NotPermitted for a rename that means nothing.
     """
     if isinstance(source, LabelsDirectory) and isinstance(target, LabelsDirectory) and source.inode == target.inode:
-        return Rename(partial(source.rename, name, new_name, replace))
+        return Rename(lambda patience: source.rename(name, new_name, replace))
     if not isinstance(source, KindDirectory):
         source.lookup(name)
         shown = f"{source.path}/{names.printable(name)}"
@@ -53,7 +59,8 @@ def what_rename_means(state: State, source: Node, name: str, target: Node, new_n
     if source.kind is Kind.ACTIVE and target.kind is Kind.COMMITTED:
         state.snapshotter.refuse_taken(new_key, number)
         committed_inside = number if source.parent or target.parent else 0
-        return Rename(partial(_commit, state, number, record.name, new_key, target.parent), committed_inside)
+        carry_out = partial(_commit, state, number, record.name, new_key, target.parent)
+        return Rename(carry_out, committed_inside, flushes=state.dirsync)
     if source.kind is Kind.VIEW and target.kind is Kind.COMMITTED:
         raise NotPermitted(f'snapshot "{record.name}" is a view: only active snapshots can be committed')
     if target.parent not in (0, source.parent):
@@ -71,10 +78,16 @@ def _key(file_name: str) -> str:
         raise NotPermitted(str(error)) from None  # mv misreports EINVAL
 
 
-async def _commit(state: State, number: int, key: str, name: str, parent: int) -> None:
+async def _commit(state: State, number: int, key: str, name: str, parent: int, patience: float) -> None:
     try:
         await state.snapshotter.commit(
-            name, number, parent=parent or None, keep_labels=True, refuse_mounted=True, wait=state.dirsync
+            name,
+            number,
+            parent=parent or None,
+            keep_labels=True,
+            refuse_mounted=True,
+            wait=state.dirsync,
+            patience=patience,
         )
     except NotFound:
         raise NotFound.snapshot(key) from None
@@ -82,7 +95,7 @@ async def _commit(state: State, number: int, key: str, name: str, parent: int) -
         raise NotPermitted(str(error)) from None
 
 
-async def _rename(state: State, number: int, key: str, new_key: str) -> None:
+async def _rename(state: State, number: int, key: str, new_key: str, patience: float) -> None:
     try:
         await state.snapshotter.rename(number, new_key)
     except NotFound:

@@ -9,7 +9,7 @@ import trio
 
 from snapfs import names
 from snapfs.errors import Damaged, LeftOut, NotEmpty, NotFound, NotPermitted, Unavailable
-from snapfs.model import Kind
+from snapfs.model import OWNER, Caller, Kind
 from snapfs.store.schema import Record
 from snapfs.tree.advice import how_to_write, path_of, why_missing
 from snapfs.tree.attributes import ATTRIBUTES, BY_NAME, ROOTFS, attribute_node
@@ -76,10 +76,10 @@ class SnapshotDirectory(Directory):
     def must_settle(self) -> bool:
         return self.record.kind is Kind.COMMITTED and self.record.usage is None
 
-    async def settle(self) -> None:
+    async def settle(self, caller: Caller = OWNER) -> None:
         """A Commit returns before its layer is counted; a process that asks for the size right after gets the true one."""
         with trio.move_on_after(SETTLE), contextlib.suppress(Damaged, Unavailable):
-            await self.state.snapshotter.usage(self.number)
+            await self.state.snapshotter.usage(self.number, caller=caller)
         self.record = self.state.record(self.number)
 
     def lookup(self, name: str) -> Node:

@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 
+import trio
+
 import snapfs
 from snapfs.model import Change, Kind
 from snapfs.snapshotter import Snapshotter
@@ -23,6 +25,16 @@ from snapfs.tree.meters import Meter
 from snapfs.tree.openlabels import OpenLabels
 from snapfs.tree.reads import Reads
 from snapfs.tree.texts import LongText, Text, Versions
+
+
+class Collecting:
+    """Work that one does at a time and those share who came before it began: how many times it was begun, and which of these
+    was the last to be done.  ``lock`` is held meanwhile."""
+
+    def __init__(self) -> None:
+        self.lock = trio.Lock()
+        self.begun = 0
+        self.done = 0
 
 
 class State:
@@ -39,7 +51,8 @@ class State:
     ``removals``: how often a directory inside a snapshot was removed (and came back), by inode.  ``aliased``: the ids of
     committed snapshots whose directories are found under their other inode (``inodes.ALIAS``): the server of the tree says
     which.  ``changes``: how many changes there were; ``listed``: how many of them .snapfs/snapshots shows.  ``changed``: when
-    each kind last gained or lost a snapshot (ns since the epoch).
+    each kind last gained or lost a snapshot (ns since the epoch).  ``collecting``: who collects what .snapfs/snapshots shows.
+    ``cleaned``: is set when the Cleanup under way has ended; None where none is.
     """
 
     def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object], *, dirsync: bool) -> None:
@@ -61,6 +74,8 @@ class State:
         self.aliased: set[int] = set()
         self.changes = 0
         self.listed = -1
+        self.collecting = Collecting()
+        self.cleaned: trio.Event | None = None
         self.changed = dict.fromkeys(Kind, self.started)
         snapshotter.subscribe(self._note)
 

@@ -1,0 +1,126 @@
+"""How many requests may wait at once, for whom, and for how long while others wait for them.
+
+Each request under way takes one of pyfuse3's tasks, and nobody can interrupt it.  So a user who asks for what takes long, many
+times at once, must not have all tasks.  There are two bounds, over which a request is refused (TryAgain):
+
+- of each kind that may take long (KINDS), so many requests of one user, and so many of all users together whom the owner lets
+  in: a user with ranges in /etc/subuid is 65,536 of them.  The owner and root have a number of their own.
+- For some requests the kernel holds a lock: for fsync(2) that of the directory, which each look-up there needs, for a rename
+  from one directory to another that of all such renames in the mount.  Who needs the lock too waits in the kernel, where nobody
+  counts them, and they have it one after the other.  So what is bounded is the time for which all users but the owner have such
+  locks, together: HOLD seconds at once, and then AGAIN of each second.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from snapfs.errors import TryAgain
+from snapfs.tree.attributes import ATTRIBUTES, ROOTFS
+
+STAT, SYNC, CLEANUP, LISTING = "stat", "sync", "cleanup", "snapshots"
+
+KINDS = frozenset((STAT, SYNC, CLEANUP, LISTING, *(each.name for each in ATTRIBUTES if each.refresh or each.follow)))
+"""What may take long: opening a file whose text is found out, following a link that mounts, and the others."""
+
+OF_OWNER, OF_USER, OF_USERS = 64, 16, 32  # requests of one kind
+
+OF_ROOTFS = 256  # all the owner's: every process that has a path through the link follows it, and seldom has to wait
+
+ROOM = 136  # tasks for all that is answered soon
+
+MAX_TASKS = (len(KINDS) - 1) * (OF_OWNER + OF_USERS) + OF_ROOTFS + ROOM
+"""For pyfuse3: one that waits takes some 11 KiB of memory (and 1 MiB of addresses), and one that has gone takes nothing."""
+
+PATIENCE = 1.5  # seconds that a request waits for what is done for others
+
+HOLD = 1.2  # seconds; one user may take half of that
+AGAIN = 0.25  # so that who comes last waits for at most HOLD / (1 - AGAIN) seconds
+
+LINES = 5  # in error_log, a second and operation, that say that somebody is to try again
+
+
+class Allowance:
+    """Something of which ``most`` may be taken at once, and ``again`` more each second."""
+
+    def __init__(self, most: float, again: float, clock: Callable[[], float]) -> None:
+        self._most = most
+        self._again = again
+        self._clock = clock
+        self._left, self._when = most, clock()
+
+    @property
+    def left(self) -> float:
+        """How much may be taken now."""
+        now = self._clock()
+        self._left, self._when = min(self._most, self._left + (now - self._when) * self._again), now
+        return self._left
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is as if nothing had been taken."""
+        return self.left >= self._most
+
+    def take(self, amount: float) -> None:
+        """Take ``amount``, of what is left; a negative one is given back."""
+        self._left = self.left - amount
+
+
+class Waiting:
+    """The requests of one mount that wait.  A user is None for the owner and root, or a uid."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._counts: Counter[tuple[str, int | None]] = Counter()
+        self._of_users: Counter[str] = Counter()
+        self._held = Allowance(HOLD, AGAIN, clock)
+        self._held_by: dict[int, Allowance] = {}
+        self._lines: defaultdict[str, Allowance] = defaultdict(lambda: Allowance(LINES, LINES, clock))
+
+    @contextmanager
+    def counted(self, kind: str, user: int | None) -> Iterator[None]:
+        """For the time that a request of this kind may wait.  Raises TryAgain where too many do already."""
+        assert kind in KINDS
+        most = OF_USER if user is not None else OF_ROOTFS if kind == ROOTFS else OF_OWNER
+        if self._counts[kind, user] >= most:
+            raise TryAgain(f"as many requests of this user as may be are waiting already ({kind})")
+        if user is not None and self._of_users[kind] >= OF_USERS:
+            raise TryAgain(f"as many requests of other users as may be are waiting already ({kind})")
+        self._counts[kind, user] += 1
+        self._of_users[kind] += user is not None
+        try:
+            yield
+        finally:
+            self._of_users[kind] -= user is not None
+            self._counts[kind, user] -= 1
+            if not self._counts[kind, user]:
+                del self._counts[kind, user]
+
+    @contextmanager
+    def holding(self, user: int | None) -> Iterator[float]:
+        """For a request that the kernel holds a lock for: how many seconds it may take to wait."""
+        if user is None:
+            yield PATIENCE
+            return
+        for other in [other for other, held in self._held_by.items() if held.is_full]:
+            del self._held_by[other]
+        own = self._held_by.setdefault(user, Allowance(HOLD / 2, AGAIN, self._clock))
+        allowed, began = max(0.0, min(own.left, self._held.left)), self._clock()
+        for allowance in (own, self._held):
+            allowance.take(allowed)  # all of it, for others come meanwhile
+        try:
+            yield allowed
+        finally:
+            for allowance in (own, self._held):
+                allowance.take(self._clock() - began - allowed)
+
+    def is_news(self, operation: str) -> bool:
+        """Whether error_log is to have a line that says that somebody is to try ``operation`` again: many have had one lately,
+        and would push out what else is there."""
+        lines = self._lines[operation]
+        if lines.left < 1:
+            return False
+        lines.take(1)
+        return True

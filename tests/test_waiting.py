@@ -1,0 +1,584 @@
+"""Who asks for what takes long, many times at once, keeps nobody else waiting: all other users are answered within two
+seconds.  What takes long is held here until the test lets it go, so that it takes as long as the test does."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from snapfs import Snapshotter
+from snapfs.errors import TryAgain
+from snapfs.fuse.waiting import AGAIN, HOLD, LINES, OF_OWNER, OF_USER, OF_USERS, PATIENCE, Waiting
+from snapfs.model import BACKGROUND, OWNER, Caller
+from snapfs.scan.sharing import Sharing, Turns
+from snapfs.tree import Tree, listing
+from snapfs.tree.state import State
+from tests.daemon import Daemon, bounded
+from tests.processes import die_with_parent, until
+from tests.refusals import failing
+from tests.users import ALICE, BOB, STAFF, alice, bob
+
+Make = Callable[..., Daemon]
+
+TIME = 2.0  # seconds in which everybody is answered
+
+# Each count of a layer with a file ``big``, each flush and each emptying of the trash says so in the file ``begun``, and waits
+# for as long as the test has the lock of that file.
+HELD = """
+import fcntl, os, snapfs.cli, snapfs.services.counting, snapfs.kernel.mounting, snapfs.root.layers
+
+count, flush, empty = (
+    snapfs.services.counting.disk_usage, snapfs.kernel.mounting.sync_file_system, snapfs.root.layers.Layers.empty_trash
+)
+
+def hold(what):
+    with open({begun!r}, "a") as file:
+        file.write(what + "\\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_SH)
+
+def held_count(directory, *arguments):
+    if os.path.exists(directory + "/big"):
+        hold("count")
+    return count(directory, *arguments)
+
+def held_flush(fd):
+    hold("flush")
+    flush(fd)
+
+def held_empty(*arguments):
+    hold("empty")
+    return empty(*arguments)
+
+snapfs.services.counting.disk_usage = held_count
+snapfs.kernel.mounting.sync_file_system = held_flush
+snapfs.root.layers.Layers.empty_trash = held_empty
+raise SystemExit(snapfs.cli.main())
+"""
+
+# Threads that do the same again and again until standard input ends; as users of their own from a number on, if that isn't 0.
+# What became of it is printed: how often it was done, by errno.
+HAMMER = """
+import collections, ctypes, json, os, sys, threading
+
+what, first, threads, paths = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+setresuid = {"x86_64": 117, "aarch64": 147}[os.uname().machine]  # the system call: for one thread alone
+ended, done = threading.Event(), collections.Counter()
+
+def read(path):
+    with open(path) as file:
+        file.read()
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+def clean(path):
+    with open(path, "w") as file:
+        file.write("1")
+
+def commit(path):
+    os.rename(path, path.replace("/active/", "/committed/"))
+
+def work(number):
+    if first:
+        ctypes.CDLL(None).syscall(setresuid, first + number, first + number, first + number)
+    act = {"read": read, "stat": os.stat, "sync": sync, "clean": clean, "commit": commit}[what]
+    while not ended.is_set():
+        try:
+            act(paths[number % len(paths)])
+            done[0] += 1
+        except OSError as error:
+            done[error.errno] += 1
+        ended.wait(0.01)
+
+all = [threading.Thread(target=work, args=[number]) for number in range(threads)]
+for thread in all:
+    thread.start()
+print("begun", flush=True)
+sys.stdin.read()
+ended.set()
+for thread in all:
+    thread.join()
+print(json.dumps(done), flush=True)
+"""
+
+# What anybody does, twice: printed is of each the longest time and the last errno.
+ORDINARY = """
+import json, os, sys, time
+
+os.chdir(sys.argv[1])
+more = sys.argv[2:]
+found = {}
+
+def timed(name, act, *arguments):
+    began, number = time.monotonic(), 0
+    try:
+        act(*arguments)
+    except OSError as error:
+        number = error.errno
+    found[name] = max(found.get(name, [0])[0], time.monotonic() - began), number
+
+def read(path):
+    with open(path) as file:
+        file.read()
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+for n in range(2):
+    me = f"{os.getuid()}-{n}"
+    timed("stat", os.stat, "active")
+    timed("ls", os.listdir, "committed")
+    timed("mkdir", os.mkdir, f"active/{me}")
+    timed("info.json", read, f"active/{me}/info.json")
+    timed("usage.json", read, f"active/{me}/usage.json")
+    timed("label", os.mkdir, f"committed/small/active/of-{me}")
+    timed("stats.json", read, ".snapfs/stats.json")
+    timed("snapshots", read, ".snapfs/snapshots")
+    timed("mv", os.rename, f"active/{me}", f"active/moved-{me}")
+    timed("commit", os.rename, f"active/moved-{me}", f"committed/done-{me}")
+    for path in more:
+        timed(f"sync {path}", sync, path)
+    timed("rmdir", os.rmdir, f"active/of-{me}")
+print(json.dumps(found))
+"""
+
+
+class Held:
+    """A daemon whose counts, flushes and deletions begin, and end when they are ``let_go``."""
+
+    def __init__(self, daemon: Daemon, directory: Path) -> None:
+        self.daemon = daemon
+        self.mnt = daemon.mnt
+        self._begun = directory / "begun"
+        self._file = open(self._begun, "a")  # noqa: SIM115
+        daemon.program = ("-c", HELD.format(begun=str(self._begun)))
+
+    def hold(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def let_go(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def count(self, what: str) -> int:
+        """How often ``what`` was begun."""
+        return self._begun.read_text().split().count(what)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def big(self, name: str) -> Path:
+        """An active snapshot that is not counted before it is let go."""
+        os.mkdir(self.mnt / "active" / name)
+        (self.mnt / "active" / name / "diff/big").touch()
+        return self.mnt / "active" / name
+
+
+@pytest.fixture
+def make_held(make_daemon: Make, open_path: Path, users: None) -> Iterator[Callable[..., Held]]:
+    made: list[Held] = []
+
+    def make(options: str = "") -> Held:
+        held = Held(make_daemon("-o", f"allow_other,umask=000{options}"), open_path)
+        made.append(held)
+        held.daemon.start()
+        os.mkdir(held.mnt / "active/draft")
+        os.rename(held.mnt / "active/draft", held.mnt / "committed/small")
+        return held
+
+    yield make
+    for held in made:
+        held.close()
+
+
+@contextmanager
+def hammering(who: tuple[str, ...], what: str, threads: int, *paths: Path, users_from: int = 0) -> Iterator[dict[str, int]]:
+    """Meanwhile ``threads`` of ``who`` do ``what`` to ``paths``; how often, by errno, is there in the end."""
+    arguments = [what, str(users_from), str(threads), *map(str, paths)]
+    found: dict[str, int] = {}
+    with subprocess.Popen(
+        [*who, sys.executable, "-c", HAMMER, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "begun\n"
+        yield found
+        process.stdin.close()
+        found.update(json.loads(process.stdout.readline()))
+
+
+def ordinary(who: tuple[str, ...], mnt: Path, *more: str) -> dict[str, int]:
+    """What becomes of all that anybody does, each within TIME: the errno is given of what failed.  ``more`` are directories
+    that are to be flushed."""
+    command = [*who, sys.executable, "-c", ORDINARY, str(mnt), *more]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    found: dict[str, tuple[float, int]] = json.loads(done.stdout)
+    assert max(seconds for seconds, _ in found.values()) < TIME, found
+    return {name: number for name, (_, number) in found.items() if number}
+
+
+def refusals(daemon: Daemon, operation: str) -> list[str]:
+    return [line for line in daemon.error_log() if f" EAGAIN {operation} " in line]
+
+
+def sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+REFUSED = str(errno.EAGAIN)
+
+
+# -- by whom the threads are had
+
+
+class Work:
+    """Work in threads that ends when it is told to; ``running`` is what has begun."""
+
+    def __init__(self, sharing: Sharing[str]) -> None:
+        self.sharing = sharing
+        self.running: list[str] = []
+        self.found: dict[str, str] = {}
+        self._ends: dict[str, threading.Event] = {}
+
+    def end(self, names: str | None = None) -> None:
+        for name in names if names is not None else self._ends:
+            self._ends[name].set()
+
+    async def begin(self, nursery: trio.Nursery, names: str, caller: Caller, settled: bool = False) -> None:
+        """Ask for each, one after the other."""
+        for name in names:
+            nursery.start_soon(self.ask, name, caller, settled)
+            await until_blocked()
+
+    async def ask(self, name: str, caller: Caller, settled: bool = False) -> None:
+        ends = self._ends.setdefault(name, threading.Event())
+
+        def work() -> str:
+            self.running.append(name)
+            assert ends.wait(20)
+            self.running.remove(name)
+            return f"done {name}"
+
+        who = f"{name} of {caller.user}"
+        try:
+            self.found[who] = await self.sharing.run(name, work, caller, settled=settled)
+        except TryAgain as error:
+            self.found[who] = str(error)
+
+
+@pytest.fixture
+async def work() -> AsyncIterator[Work]:
+    async with trio.open_nursery() as nursery:
+        work = Work(Sharing(Turns(4)))
+        await nursery.start(work.sharing.serve)
+        try:
+            yield work
+        finally:
+            work.end()
+        nursery.cancel_scope.cancel()
+
+
+async def until_blocked() -> None:
+    await trio.testing.wait_all_tasks_blocked(0.02)
+
+
+async def test_one_user_has_half_of_the_threads_and_waits_for_itself(work: Work) -> None:
+    async with trio.open_nursery() as nursery:
+        await work.begin(nursery, "abc", Caller(ALICE, 0.1))
+        assert sorted(work.running) == ["a", "b"]
+        await work.begin(nursery, "de", Caller(BOB, 0.1))
+        assert sorted(work.running) == ["a", "b", "d", "e"]
+        await work.ask("f", Caller(BOB + 1, 0.1))
+        assert "for others" in work.found[f"f of {BOB + 1}"]
+        await work.begin(nursery, "ghijk", OWNER)
+        await work.begin(nursery, "lmn", BACKGROUND)
+        assert sorted(work.running) == ["a", "b", "d", "e", "g", "h", "i", "j", "l", "m"]
+        await trio.sleep(0.3)
+        assert f"c of {ALICE}" not in work.found, "it waits for what the same user has asked for"
+        work.end("abcdeghijklmn")
+    assert all(text.startswith("done ") for who, text in work.found.items() if not who.startswith("f"))
+    assert len(work.found) == 14
+
+
+async def test_what_waits_in_the_background_begins_for_who_asks_for_it(work: Work) -> None:
+    async with trio.open_nursery() as nursery:
+        await work.begin(nursery, "abc", BACKGROUND, settled=True)
+        assert sorted(work.running) == ["a", "b"]
+        await work.begin(nursery, "c", Caller(BOB, 0.1), settled=True)
+        assert sorted(work.running) == ["a", "b", "c"]
+        await work.begin(nursery, "c", Caller(ALICE, 0.1), settled=True)
+        work.end("abc")
+    assert set(work.found.values()) == {"done a", "done b", "done c"}
+
+
+async def test_nobody_waits_long_for_the_end_of_what_was_begun_for_another(work: Work) -> None:
+    async with trio.open_nursery() as nursery:
+        await work.begin(nursery, "a", Caller(ALICE, 0.1))
+        await work.ask("a", Caller(BOB, 0.1))
+        assert "for somebody else" in work.found[f"a of {BOB}"]
+        await work.begin(nursery, "a", OWNER)  # who has all the time
+        work.end("a")
+    assert work.found["a of None"] == "done a"
+
+
+# -- how many requests there may be
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_how_many_requests_of_a_kind_may_wait() -> None:
+    counted = Waiting(Clock()).counted
+    with ExitStack() as stack:
+        for _ in range(OF_USER):
+            stack.enter_context(counted("usage.json", ALICE))
+        with pytest.raises(TryAgain, match="of this user"), counted("usage.json", ALICE):
+            pass
+        stack.enter_context(counted("changes", ALICE))
+        for user in range(5000, 5000 + OF_USERS - OF_USER):
+            stack.enter_context(counted("usage.json", user))
+        with pytest.raises(TryAgain, match="of other users"), counted("usage.json", BOB):
+            pass
+        for _ in range(OF_OWNER):
+            stack.enter_context(counted("usage.json", None))
+        with pytest.raises(TryAgain, match="of this user"), counted("usage.json", None):
+            pass
+    with counted("usage.json", ALICE), counted("usage.json", BOB):
+        pass
+
+
+def test_for_how_long_a_lock_of_the_kernel_may_be_held() -> None:
+    clock = Clock()
+    holding = Waiting(clock).holding
+    with holding(None) as patience:
+        assert patience == PATIENCE
+    with holding(ALICE) as first, holding(ALICE) as second, holding(BOB) as third, holding(STAFF) as fourth:
+        assert (first, second, third, fourth) == (HOLD / 2, 0, HOLD / 2, 0)
+    with holding(ALICE) as patience:
+        assert patience == pytest.approx(HOLD / 2), "they did not take it"
+        clock.now += patience
+    with holding(ALICE) as patience:
+        assert patience == pytest.approx(HOLD / 2 * AGAIN)
+    with holding(BOB) as patience:
+        assert patience == pytest.approx(HOLD / 2)
+    waited = 0.0
+    for user in range(100_000, 101_000):  # one that has many of them
+        with holding(user) as patience:
+            clock.now += patience
+            waited += patience
+    assert waited < TIME
+    clock.now += 60
+    with holding(ALICE) as patience:
+        assert patience == HOLD / 2
+
+
+def test_lines_in_the_log() -> None:
+    clock = Clock()
+    waiting = Waiting(clock)
+    assert [waiting.is_news("open") for _ in range(100)].count(True) == LINES
+    assert waiting.is_news("rename")
+    clock.now += 1
+    assert [waiting.is_news("open") for _ in range(100)].count(True) == LINES
+
+
+async def test_the_list_of_all_snapshots_is_collected_once_for_all_who_wait(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = Tree(snapshotter)
+    gate, collected = threading.Event(), 0
+    lines = listing._lines
+
+    def held(state: State) -> Iterator[str]:
+        nonlocal collected
+        collected += 1
+        assert gate.wait(20)
+        return lines(state)
+
+    monkeypatch.setattr(listing, "_lines", held)
+    texts: list[str] = []
+
+    async def read() -> None:
+        node = await tree.walk(".snapfs/snapshots").refresh()
+        handle = await node.open()
+        texts.append(handle.read(0, handle.size).decode())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await until_blocked()
+        await snapshotter.prepare("web")  # which the first may have missed
+        for _ in range(20):
+            nursery.start_soon(read)
+        await until_blocked()
+        gate.set()
+    assert collected == 2
+    assert len(texts) == 21
+    assert all("web\tactive" in text for text in texts[1:])
+
+
+# -- as other users meet it
+
+
+def test_usage_of_large_layers(make_held: Callable[..., Held]) -> None:
+    held = make_held()
+    layers = [held.big(f"big{n}") for n in range(6)]
+    held.hold()
+    with bounded(60, held.daemon):
+        with hammering(alice, "read", 150, *(layer / "usage.json" for layer in layers)) as done:
+            until(lambda: held.count("count") >= 1)
+            until(lambda: refusals(held.daemon, "open"))
+            assert ordinary(bob, held.mnt) == {}
+            assert ordinary((), held.mnt) == {}
+            assert held.count("count") == 1, "one user has no more than half of the threads"
+            held.let_go()
+        assert done[REFUSED] > 0
+        assert done["0"] >= OF_USER, "who waited for a count got it"
+        assert "this user" in refusals(held.daemon, "open")[-1]
+        assert len(refusals(held.daemon, "open")) < 100
+    assert held.daemon.stop() == 0
+
+
+def test_users_who_are_one(make_held: Callable[..., Held]) -> None:
+    """Who has ranges in /etc/subuid has 65,536 user ids."""
+    held = make_held()
+    layers = [held.big(f"big{n}") for n in range(6)]
+    held.hold()
+    with bounded(60, held.daemon):
+        with hammering((), "read", 150, *(layer / "usage.json" for layer in layers), users_from=100_000) as done:
+            until(lambda: held.count("count") >= 3)
+            until(lambda: refusals(held.daemon, "open"))
+            assert ordinary(bob, held.mnt) in ({}, {"usage.json": errno.EAGAIN})
+            assert ordinary((), held.mnt) == {}
+            held.let_go()
+        assert done[REFUSED] > 0
+        assert any("other users" in line for line in refusals(held.daemon, "open"))
+        assert len(refusals(held.daemon, "open")) < 200
+    assert held.daemon.stop() == 0
+
+
+def test_stat_of_what_was_just_committed(make_held: Callable[..., Held]) -> None:
+    """Who is not told the size in time is told what is known."""
+    held = make_held()
+    held.big("big")
+    held.hold()
+    os.rename(held.mnt / "active/big", held.mnt / "committed/big")
+    with bounded(60, held.daemon):
+        with hammering(alice, "stat", 400, held.mnt / "committed/big") as done:
+            until(lambda: held.count("count") >= 1)
+            assert ordinary(bob, held.mnt) == {}
+            held.let_go()
+        assert set(done) == {"0"}
+    assert held.daemon.error_log() == []
+    assert held.daemon.stop() == 0
+
+
+@pytest.mark.durable
+def test_flushing_directories(make_held: Callable[..., Held]) -> None:
+    """The kernel keeps a directory locked while it is flushed."""
+    held = make_held()
+    os.mkdir(held.mnt / "active/new")
+    sync(held.mnt)
+    flushes = held.count("flush")
+    held.hold()
+    os.rename(held.mnt / "active/new", held.mnt / "committed/new")
+    directories = [held.mnt / name for name in ("active", "committed", ".", "committed/new", "committed/small")]
+    with bounded(60, held.daemon):
+        with hammering(alice, "sync", 150, *directories) as done:
+            until(lambda: held.count("flush") > flushes)
+            until(lambda: refusals(held.daemon, "fsyncdir"))
+            failed = ordinary(bob, held.mnt, "committed/new", "committed/small", "active")
+            assert failed == {"sync committed/new": errno.EAGAIN, "sync active": errno.EAGAIN}
+            assert ordinary((), held.mnt) == {}
+            held.let_go()
+            sync(held.mnt / "committed/new")  # the owner waits as long as it takes
+        assert done[REFUSED] > 0
+        assert done["0"] > 0
+        assert "still being written" in refusals(held.daemon, "fsyncdir")[-1]
+        assert len(refusals(held.daemon, "fsyncdir")) < 200
+    assert held.daemon.stop() == 0
+
+
+def test_cleaning_up(make_held: Callable[..., Held]) -> None:
+    held = make_held()
+    held.hold()
+    with bounded(60, held.daemon):
+        with hammering(alice, "clean", 150, held.mnt / ".snapfs/cleanup") as done:
+            until(lambda: held.count("empty") >= 1)
+            until(lambda: refusals(held.daemon, "open"))
+            assert ordinary(bob, held.mnt) == {}
+            with failing(errno.EAGAIN):
+                (held.mnt / ".snapfs/cleanup").write_text("1")
+            held.let_go()
+        assert done["0"] > 0
+        assert done[REFUSED] > 0
+    assert held.daemon.stop() == 0
+
+
+@pytest.mark.durable
+def test_commits_that_wait_for_the_disk(make_held: Callable[..., Held]) -> None:
+    held = make_held(",dirsync")
+    for n in range(40):
+        os.mkdir(held.mnt / f"active/k{n}")
+    held.hold()
+    with bounded(60, held.daemon):
+        with hammering(alice, "commit", 40, *(held.mnt / f"active/k{n}" for n in range(40))) as done:
+            until(lambda: refusals(held.daemon, "rename"))
+            assert ordinary(bob, held.mnt) == {"commit": errno.EAGAIN}
+            assert ordinary((), held.mnt) == {"commit": errno.EAGAIN}
+            held.let_go()
+            until(lambda: len(os.listdir(held.mnt / "committed")) > 5)
+        assert done["0"] >= 5
+        assert done[REFUSED] > 0
+        assert "its files are still being written to the disk: try again" in refusals(held.daemon, "rename")[-1]
+        assert len(refusals(held.daemon, "rename")) < 200
+    assert held.daemon.stop() == 0
+
+
+@pytest.mark.durable
+def test_a_commit_that_was_refused_has_changed_nothing_and_the_command_tries_again(make_held: Callable[..., Held]) -> None:
+    held = make_held(",dirsync")
+    active = held.big("web")
+    held.hold()
+    with bounded(60, held.daemon):
+        with failing(errno.EAGAIN):
+            os.rename(active, held.mnt / "committed/v1")
+        assert os.listdir(held.mnt / "committed") == ["small"]
+        command = [sys.executable, "-m", "snapfs.cli", "commit", "web", "v1", "--at", str(held.mnt)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as process:
+            until(lambda: len(refusals(held.daemon, "rename")) >= 2)
+            held.let_go()
+            assert process.communicate()[0] == f"{held.mnt}/committed/v1\n"
+            assert process.returncode == 0
+        assert "state" not in json.loads((held.mnt / "committed/v1/info.json").read_text())
+    assert held.daemon.stop() == 0
