@@ -10,9 +10,11 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from snapfs.kernel import inside
 from snapfs.scan.changes import changes
 from snapfs.scan.walk import Descriptors
 from tests.kernel_changes import compare_with_kernel, expected, found, merged, raw, said
@@ -384,19 +386,20 @@ def many_files(chain: Chain) -> Path:
 def test_memory_does_not_grow_with_paths_and_nothing_is_looked_up(many_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def spy(name: str) -> None:
-        original: Callable[..., object] = getattr(os, name)
+    def spy(module: ModuleType, name: str) -> None:
+        original: Callable[..., object] = getattr(module, name)
 
         def asks(*args: object, **options: object) -> object:
             asked.append(name)
             return original(*args, **options)
 
-        monkeypatch.setattr(os, name, asks)
+        monkeypatch.setattr(module, name, asks)
 
     for name in ("stat", "lstat", "fstat", "getxattr", "listxattr", "open"):
-        spy(name)
+        spy(os, name)
+    spy(inside, "open_directory")
     assert sum(1 for _ in changes([str(many_files)])) == 10_250
-    assert sorted(asked) == ["listxattr"] * 251 + ["open"] * 251
+    assert sorted(asked) == ["listxattr"] * 251 + ["open"] + ["open_directory"] * 250
     monkeypatch.undo()
     tracemalloc.start()
     try:
@@ -510,7 +513,7 @@ def test_only_directories_are_opened(chain: Chain, monkeypatch: pytest.MonkeyPat
             os.mknod(directory / "zero", stat.S_IFCHR, os.makedev(1, 5))
             os.symlink("fifo", directory / f"link{number}")
     opened: list[str] = []
-    original = os.open
+    original, inner = os.open, inside.open_directory
 
     def spy(path: str, flags: int, *, dir_fd: int | None = None) -> int:
         assert flags & os.O_DIRECTORY
@@ -518,6 +521,11 @@ def test_only_directories_are_opened(chain: Chain, monkeypatch: pytest.MonkeyPat
         opened.append(path)
         return original(path, flags, dir_fd=dir_fd)
 
+    def spy_inside(name: str, parent: int) -> int:
+        opened.append(name)
+        return inner(name, parent)
+
     monkeypatch.setattr(os, "open", spy)
+    monkeypatch.setattr(inside, "open_directory", spy_inside)
     assert len(said(chain.layers)) == 11
     assert sorted(opened) == sorted([*chain.layers, "d", "d", "e", "e"])
