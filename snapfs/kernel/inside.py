@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from snapfs.kernel import libc, mountapi
 
@@ -41,12 +43,26 @@ def open_directory(name: str, parent: int) -> int:
     return os.open(name, FLAGS, dir_fd=parent)
 
 
+def stat_beneath(name: str, parent: int) -> os.stat_result:
+    """lstat(2) of ``name`` in the directory that is open as ``parent``, beneath whatever is mounted there; raises OSError, as
+    ``open_directory`` does."""
+    with _without_mounts(name, parent) as tree:
+        return os.stat(name, dir_fd=tree, follow_symlinks=False)
+
+
 def _beneath(name: str, parent: int) -> int:
+    with _without_mounts(name, parent) as tree:
+        return os.open(name, FLAGS, dir_fd=tree)
+
+
+@contextmanager
+def _without_mounts(name: str, parent: int) -> Iterator[int]:
+    """For a block: the directory that is open as ``parent``, in a copy of its mount on which nothing is mounted."""
     try:
-        tree = mountapi.copy_tree(parent)  # without the mounts below, and gone with its descriptor
+        tree = mountapi.copy_tree(parent)
     except OSError as error:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), name) from error
     try:
-        return os.open(name, FLAGS, dir_fd=tree)
+        yield tree
     finally:
         os.close(tree)

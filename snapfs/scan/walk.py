@@ -5,25 +5,27 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Generator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from snapfs.kernel import inside
-
-if TYPE_CHECKING:
-
-    class Listing(Iterator[os.DirEntry[str]], AbstractContextManager["Listing", None]):
-        """What ``os.scandir`` gives."""
-
-        def close(self) -> None: ...
-
 
 Entries = list[os.DirEntry[str]]
 
 BATCH = 5000  # entries of a directory that are handed out at once
 PAUSED = 16  # directories at most that are left half read while what is in them is walked
+
+
+class Listing(Protocol):
+    """What ``os.scandir`` gives."""
+
+    def __iter__(self) -> Listing: ...
+
+    def __next__(self) -> os.DirEntry[str]: ...
+
+    def close(self) -> None: ...
+
 
 _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
@@ -35,7 +37,8 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
     Descriptor and entries are valid until the next step.  A directory that vanishes meanwhile is left out (and an entry's
     ``stat`` may raise FileNotFoundError); no symbolic link is ever followed, also where another process puts one in the way.
     Where something is mounted inside the layer, the directory beneath is walked.  Depth costs neither stack nor more than a few
-    descriptors, no path is too long, and neither files nor subdirectories of one directory cost memory by their number.
+    descriptors, no path is too long, and however many entries a directory has, they cost no more memory (but the names of its
+    subdirectories do, where PAUSED others around it are half read).
 
     Raises OSError where ``top`` is missing or the disk fails, and where something is mounted inside and this process may not
     look beneath (EBUSY).  Blocks on the disk; close the generator to close what it has open.
@@ -43,7 +46,7 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
     with Descriptors() as descriptors:
         pending: list[Directory | _Half] = [Directory(top)]
         halves = 0
-        entries: Listing | None = None
+        opened: list[Listing] = []
         try:
             while pending:
                 following = pending.pop()
@@ -52,7 +55,8 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
                     fd = descriptors.get(directory)
                     if fd < 0:
                         continue
-                    entries = os.scandir(fd)
+                    entries: Listing = os.scandir(fd)
+                    opened.append(entries)
                 else:
                     halves -= 1
                     directory, entries = following.directory, following.entries
@@ -65,6 +69,7 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
                     yield fd, found
                     if len(found) < BATCH:
                         entries.close()
+                        opened.pop()
                         break
                     if len(below) >= BATCH // 2 and halves < PAUSED:
                         halves += 1
@@ -75,9 +80,8 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
                 if not below:
                     descriptors.close(directory)
         finally:
-            for entries in [entries, *(each.entries for each in pending if isinstance(each, _Half))]:
-                if entries is not None:
-                    entries.close()
+            for entries in opened:
+                entries.close()
 
 
 class Directory:
