@@ -30,12 +30,12 @@ def disk_usage(directory: str, checkpoint: Callable[[], None] = lambda: None) ->
             for entry in entries:  # a microsecond each, most of it the kernel's
                 try:
                     stat = entry.stat(follow_symlinks=False)
+                    if stat.st_dev != device:
+                        device = os.fstat(fd).st_dev  # there may be another subvolume than before
+                        if stat.st_dev != device:
+                            stat = inside.stat_beneath(entry.name, fd)
                 except FileNotFoundError:
                     continue
-                if stat.st_dev != device:
-                    device = os.fstat(fd).st_dev  # there may be another subvolume than before
-                    if stat.st_dev != device:
-                        stat = inside.stat_beneath(entry.name, fd)
                 if stat.st_nlink != 1 and not entry.is_dir(follow_symlinks=False):
                     met = linked.get(stat.st_dev)
                     if met is None:
