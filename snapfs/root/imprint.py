@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,7 @@ FILE = "record"  # in ROOT/snapshots/<id>
 
 _ABSENT = (errno.ENODATA, errno.ENOTSUP)
 _TOO_BIG = (errno.E2BIG, errno.ENOSPC, errno.ERANGE)
+_MOST = 64 << 20  # bytes that no record has
 _ALWAYS_FITS = 256  # bytes of an attribute, on every file system
 
 
@@ -82,7 +84,7 @@ def read(directory: str) -> Imprint | None:
         if error.errno not in _ABSENT:
             raise
         try:
-            value = Path(directory, FILE).read_bytes()
+            value = _read_file(f"{directory}/{FILE}")
         except (FileNotFoundError, NotADirectoryError):
             return None
     try:
@@ -91,6 +93,18 @@ def read(directory: str) -> Imprint | None:
     except (msgspec.MsgspecError, UnicodeDecodeError, InvalidArgument) as error:
         raise Damaged(f"what {directory} says of its snapshot can't be read: {error}") from error
     return imprint
+
+
+def _read_file(path: str) -> bytes:
+    """What is in the file ``path``; raises Damaged where it is none, or so long that it can't hold a record, and OSError."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # to open a pipe or a device may do something
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST:
+            raise Damaged(f"{path} is no record")
+        return Path(f"/proc/self/fd/{fd}").read_bytes()
+    finally:
+        os.close(fd)
 
 
 def write_last_reserved_id(directory: str, number: int) -> None:

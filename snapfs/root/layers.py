@@ -15,6 +15,7 @@ All functions block on the disk: they are for worker threads.  Nothing here know
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import stat
@@ -26,7 +27,7 @@ from snapfs.errors import FULL, Damaged, Unavailable
 from snapfs.kernel import forks, mounting, probe, shelter
 from snapfs.kernel.mounttable import mount_id
 from snapfs.model import Kind, Usage
-from snapfs.names import parse_id
+from snapfs.names import NAME_MAX, parse_id
 from snapfs.root import imprint
 from snapfs.root import lock as rootlock
 from snapfs.root.claim import claim, claim_existing
@@ -36,6 +37,8 @@ from snapfs.root.trash import NOT_EMPTY, Checkpoint, Trash
 log = logging.getLogger(__name__)
 
 RESERVED_AHEAD = 1000  # ids that are reserved at once
+
+_NAME = 50  # characters that are left of a name that is too long for another "~"
 
 _PARTS = frozenset(("fs", "work", imprint.FILE, f"{imprint.FILE}.new"))
 
@@ -300,8 +303,10 @@ class Layers:
         path = self.directory(number)
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             return False
-        found = os.listdir(path)
-        return "fs" in found or _PARTS.issuperset(found)
+        if os.path.lexists(f"{path}/fs"):
+            return True
+        with os.scandir(path) as entries:
+            return all(entry.name in _PARTS for entry in entries)
 
     def sweep(self, known: Collection[int], last_id: int) -> None:
         """Move what stands in snapshots/ without a record into the trash: directories of ids up to ``last_id`` that are not in
@@ -331,9 +336,12 @@ class Layers:
     def move_to_lost_found(self, path: str) -> str:
         """Move the file or directory ``path`` to lost+found, and return its path there.  Raises OSError."""
         os.makedirs(self.lost_found, mode=0o700, exist_ok=True)
-        target = f"{self.lost_found}/{os.path.basename(path)}"
+        name = os.path.basename(path)
+        others = (f"{name[:_NAME]}~{number}" for number in itertools.count(1))
+        target = f"{self.lost_found}/{name}"
         while os.path.lexists(target):
-            target += "~"
+            name = f"{name}~" if len(os.fsencode(name)) < NAME_MAX else next(others)
+            target = f"{self.lost_found}/{name}"
         os.rename(path, target)
         return target
 
@@ -367,7 +375,9 @@ class Layers:
     def empty_layer(self) -> str:
         """The path of ROOT/empty, made where missing.  Raises OSError."""
         try:
-            if os.listdir(self._empty):
+            with os.scandir(self._empty) as entries:
+                is_empty = next(entries, None) is None
+            if not is_empty:
                 self.remove_directory(self._empty)
         except FileNotFoundError:
             pass
@@ -385,7 +395,8 @@ class Layers:
     def is_empty(self, number: int) -> bool:
         """Whether the layer of snapshot ``number`` is empty, or missing."""
         try:
-            return not os.listdir(self.fs(number))
+            with os.scandir(self.fs(number)) as entries:
+                return next(entries, None) is None
         except FileNotFoundError:
             return True
         except NotADirectoryError:

@@ -8,13 +8,11 @@ flags back.  A directory that can't be deleted all the same gets the reason as a
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import logging
 import os
 import shlex
 import stat
-import sys
 import threading
 import time
 from collections import Counter
@@ -23,8 +21,8 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TypeVar
 
-from snapfs import names
 from snapfs.errors import FULL, Unavailable
+from snapfs.root.flags import FIXED, flags_of, is_fixed, nameable, set_flags, shown
 
 T = TypeVar("T")
 
@@ -33,13 +31,9 @@ log = logging.getLogger(__name__)
 STUCK = "user.snapfs.stuck"
 """The extended attribute of a directory that could not be deleted: why, and what to do."""
 
-_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS of <linux/fs.h>
-_UNDELETABLE = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
-
 DEPTH = 50  # directories deeper than this are deleted from the trash's top: bounds stack and descriptors
 
 _NAME = 100  # characters of a name that go into one in the trash
-_SHOWN = 1000  # bytes of a path that a sentence shows, which an attribute has room for
 _PATH_MAX = 4096
 
 NOT_EMPTY = frozenset((errno.ENOTEMPTY, errno.EEXIST))
@@ -244,76 +238,41 @@ def _make_deletable(fd: int, stack: ExitStack) -> bool:
 def _clear_flags(fd: int, stack: ExitStack) -> bool:
     file = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     stack.callback(os.close, file)
-    flags = _flags(file)
-    if not flags & _UNDELETABLE:
+    flags = flags_of(file)
+    if not flags & FIXED:
         return False
-    _set_flags(file, flags & ~_UNDELETABLE)
+    set_flags(file, flags & ~FIXED)
     found = os.fstat(file)
     if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
 
         def restore() -> None:
             with suppress(OSError):
                 if os.fstat(file).st_nlink:
-                    _set_flags(file, flags)
+                    set_flags(file, flags)
 
         stack.callback(restore)
     return True
 
 
-def _flags(file: int) -> int:
-    """The flags of the file open as ``file``, as chattr(1) sets them."""
-    return int.from_bytes(fcntl.ioctl(file, _GET_FLAGS, bytes(8))[:4], sys.byteorder)
-
-
-def _set_flags(file: int, flags: int) -> None:
-    fcntl.ioctl(file, _SET_FLAGS, flags.to_bytes(4, sys.byteorder) + bytes(4))
-
-
 def why_undeletable(error: OSError) -> str:
     """The sentence that says why the file or directory that ``error`` names can't be deleted, and what to do."""
     path, reason = str(error.filename), os.strerror(error.errno or 0)
-    named = _nearest_to_name(path)
-    shown = path if named == path else names.printable(path) if len(path) <= _SHOWN else f"{named}/…"
+    what = f"{shown(path)} can't be deleted"
+    named = nameable(path)
     if error.errno == errno.EBUSY:
-        return f"{shown} can't be deleted: something is mounted there; unmount that first"
+        return f"{what}: something is mounted there; unmount that first"
     if isinstance(error, PermissionError):
-        all_of_it = "" if named == path else "-R "
         for place in (path, os.path.dirname(path)):
-            if _is_undeletable(place):
-                which = "it" if place == path else names.printable(place) if len(place) <= _SHOWN else "its directory"
+            if is_fixed(place):
+                which = "it" if place == path else shown(place)
+                of_all = "" if nameable(place) == place else "-R "
                 return (
-                    f"{shown} can't be deleted: {which} is immutable or append-only, and this daemon may not change that; do "
-                    f"it as root: chattr {all_of_it}-i -a {shlex.quote(_nearest_to_name(place))}"
+                    f"{what}: {which} is immutable or append-only, and this daemon may not change that; do it as root: "
+                    f"chattr {of_all}-i -a {shlex.quote(nameable(place))}"
                 )
-        unknown = f" (it may be immutable: chattr -R -i -a {shlex.quote(named)})" if len(os.fsencode(path)) >= _PATH_MAX else ""
-        return f"{shown} can't be deleted: {reason}{unknown}; do it as its owner or as root: rm -rf {shlex.quote(named)}"
-    return f"{shown} can't be deleted: {reason}"
-
-
-def _nearest_to_name(path: str) -> str:
-    """``path``, or of one that is too long for a sentence, or has characters that a terminal would obey, the directory in it
-    that is the nearest without."""
-    while len(os.fsencode(path)) > _SHOWN or names.printable(path) != path:
-        path = os.path.dirname(path)
-    return path
-
-
-def _is_undeletable(path: str) -> bool:
-    try:
-        held = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            found = os.fstat(held)
-            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # to open anything else may do something
-                return False
-            file = os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        finally:
-            os.close(held)
-        try:
-            return bool(_flags(file) & _UNDELETABLE)
-        finally:
-            os.close(file)
-    except OSError:
-        return False
+        maybe = f", or chattr -R -i -a {shlex.quote(named)}" if len(os.fsencode(path)) >= _PATH_MAX else ""
+        return f"{what}: {reason}; do it as its owner or as root: rm -rf {shlex.quote(named)}{maybe}"
+    return f"{what}: {reason}"
 
 
 def cleanup_error(refused: Sequence[OSError]) -> Unavailable:
