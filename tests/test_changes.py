@@ -41,6 +41,7 @@ def test_as_the_kernel_shows_it_where_entries_wait_in_a_file(monkeypatch: pytest
     monkeypatch.setattr("snapfs.scan.changes._HARDLY_ANY", 2)
     monkeypatch.setattr("snapfs.scan.spool.RUN", 3)
     monkeypatch.setattr("snapfs.scan.spool._CHUNK", 7)
+    monkeypatch.setattr("snapfs.scan.spool.MERGED", 0)
     monkeypatch.setattr("snapfs.scan.changes.BATCH", 2)
     compare_with_kernel(options="redirect_dir=off,index=off,metacopy=off")
 

@@ -15,7 +15,7 @@ from snapfs import names
 FIXED = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
 
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS of <linux/fs.h>
-_SHOWN = 1000  # bytes of a path that a sentence shows: an extended attribute has room for the sentence, too
+_SHOWN = 250  # bytes of a path that a sentence shows: an extended attribute has room for the sentence, too
 
 
 def flags_of(file: int) -> int:

@@ -33,7 +33,7 @@ STUCK = "user.snapfs.stuck"
 
 DEPTH = 50  # directories deeper than this are deleted from the trash's top: bounds stack and descriptors
 
-_NAME = 100  # characters of a name that go into one in the trash
+_NAME = 100  # bytes of a name that go into one in the trash
 _PATH_MAX = 4096
 
 NOT_EMPTY = frozenset((errno.ENOTEMPTY, errno.EEXIST))
@@ -65,7 +65,7 @@ class Trash:
     def move_here(self, path: str) -> None:
         """Move the directory ``path`` into the trash; raises OSError."""
         while True:
-            name = os.path.basename(path)[:_NAME]  # a foreign one may be as long as names can be
+            name = os.fsdecode(os.fsencode(os.path.basename(path))[:_NAME])  # a foreign one may be as long as names can be
             target = f"{self.directory}/{name}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
                 break
@@ -113,7 +113,10 @@ class Trash:
         with suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                os.setxattr(fd, STUCK, os.fsencode(sentence))
+                try:
+                    os.setxattr(fd, STUCK, os.fsencode(sentence))
+                except OSError:  # there may be no room for so much
+                    os.setxattr(fd, STUCK, os.fsencode(f"a file in {path} can't be deleted"))
             finally:
                 os.close(fd)
 
@@ -270,8 +273,11 @@ def why_undeletable(error: OSError) -> str:
                     f"{what}: {which} is immutable or append-only, and this daemon may not change that; do it as root: "
                     f"chattr {of_all}-i -a {shlex.quote(nameable(place))}"
                 )
-        maybe = f", or chattr -R -i -a {shlex.quote(named)}" if len(os.fsencode(path)) >= _PATH_MAX else ""
-        return f"{what}: {reason}; do it as its owner or as root: rm -rf {shlex.quote(named)}{maybe}"
+        if len(os.fsencode(path)) >= _PATH_MAX:  # chattr can't be told of it, and it can't be told here whether that would help
+            remedy = f"find {shlex.quote(named)} -execdir chattr -f -i -a {{}} +; rm -rf {shlex.quote(named)}"
+        else:
+            remedy = f"rm -rf {shlex.quote(named)}"
+        return f"{what}: {reason}; do it as its owner or as root: {remedy}"
     return f"{what}: {reason}"
 
 

@@ -13,7 +13,8 @@ Entry = tuple[bytes, bytes]
 """What is sorted: a name, and a mark that tells entries of one name apart.  Neither has a NUL."""
 
 RUN = 20_000  # entries that are sorted at once
-_CHUNK = 8192  # bytes that are read at once
+MERGED = 1 << 20  # bytes of all runs that are read ahead; of each at least so many:
+_CHUNK = 512
 
 
 class Spool:
@@ -35,12 +36,12 @@ class Spool:
 
     def in_order(self, entries: Iterable[Entry]) -> Generator[Entry, None, None]:
         """All ``entries``, sorted; they are read before the first is given.  Raises OSError where the disk is full."""
-        begin, runs = self._end, list[Iterator[Entry]]()
+        begin, runs = self._end, list[tuple[int, int]]()
         some = iter(entries)
         while part := sorted(islice(some, RUN)):
-            runs.append(self._read(*self._write(part)))
-        del part
-        yield from heapq.merge(*runs)
+            runs.append(self._write(part))
+        chunk = max(_CHUNK, MERGED // max(1, len(runs)) // 8)  # some eight bytes of memory for each
+        yield from heapq.merge(*(self._read(*run, chunk) for run in runs))
         if self._file is not None:
             self._end = begin
             self._file.truncate(begin)
@@ -57,10 +58,10 @@ class Spool:
             left = left[written:]
         return begin, self._end
 
-    def _read(self, begin: int, end: int) -> Iterator[Entry]:
+    def _read(self, begin: int, end: int, size: int) -> Iterator[Entry]:
         rest = b""
         while begin < end and self._file is not None:
-            chunk = os.pread(self._file.fileno(), min(_CHUNK, end - begin), begin)
+            chunk = os.pread(self._file.fileno(), min(size, end - begin), begin)
             begin += len(chunk)
             parts = (rest + chunk).split(b"\0")
             whole = (len(parts) - 1) // 2 * 2
