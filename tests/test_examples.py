@@ -199,6 +199,7 @@ def test_workspace(tree: Path) -> None:
 
 HELPER = r"""
 #include <stdio.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <sys/xattr.h>
 #include <unistd.h>
@@ -213,8 +214,10 @@ static void forge(const char *path, const char *space) {
 int main(void) {
     const char *places[] = {".", "hidden", "hidden/file", "README.d"};
     for (int i = 0; i < 4; i++) forge(places[i], "user"), forge(places[i], "trusted");
-    for (int i = 0; i < 1500; i++)
-        if (mkdir("deep", 0755) || chdir("deep")) return 1;
+    char name[101];
+    memset(name, 'n', 100), name[100] = 0;
+    for (int i = 0; i < 60; i++)
+        if (mkdir(name, 0755) || chdir(name)) return 1;
     return mkdir("bottom", 0700);
 }
 """  # it comes with the script, for busybox sets no attributes
@@ -269,7 +272,8 @@ def test_workspace_review_of_a_hostile_script(tree: Path, tmp_path: Path) -> Non
     names = ["C ", "D README", "A README.d", "C answer.sh", "A hard", "A helper", "A hidden", "A hidden/file", "A locked"]
     names += ["A locked/file", "A out", "A pipe", "A pipe2", "A up", "A D -> x\\n    D README", "A new\\nline"]
     names += ["A \\0033[2J\\0033[8m", "A harmless\\0342\\0200\\0256hs.exe", "A \\0377\\\\n"]
-    names += [f"A deep{'/deep' * level}" for level in range(1500)] + [f"A {'deep/' * 1500}bottom"]
+    long = "n" * 100
+    names += [f"A {'/'.join([long] * level)}" for level in range(1, 61)] + [f"A {f'{long}/' * 60}bottom"]  # beyond PATH_MAX
     expected = {f"{name[:2]}/project/{name[2:]}".removesuffix("/") for name in names}
     lines = layer.rstrip("\n").split("\n")
     assert all(line.startswith("    ") for line in lines)
