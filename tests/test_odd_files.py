@@ -40,8 +40,9 @@ from snapfs.scan.changes import changes
 from snapfs.scan.inodes import Inodes, Numbered
 from snapfs.scan.usage import disk_usage
 from snapfs.scan.walk import Descriptors, directories
-from tests.command import run
-from tests.daemon import bounded
+from tests.command import Command, run
+from tests.daemon import Daemon, bounded
+from tests.tree import remove_all
 
 pytestmark = pytest.mark.mounts
 
@@ -804,3 +805,21 @@ def test_whatever_stands_in_snapshots_is_measured_and_put_away(disk: Path, tmp_p
     kept = os.listdir(disk / "root/lost+found")
     assert {"77", "pipe", "zero", "link", "fixed", "mounted", "n" * 255} <= set(kept)
     assert len([name for name in kept if name.startswith("nnn")]) == 3
+
+
+def test_the_command_shows_a_renamed_directory_and_reads_as_it_shows(module_daemon: Daemon) -> None:
+    mnt = module_daemon.mnt
+    os.mkdir(mnt / "active/b")
+    os.rename(mnt / "active/b", mnt / "committed/base")
+    os.mkdir(mnt / "committed/base/active/odd")
+    layer = Path(os.readlink(mnt / "active/odd/diff"))
+    for name in ("moved", "many"):
+        (layer / name).mkdir()
+    os.setxattr(layer / "moved", "trusted.overlay.redirect", b"/elsewhere")
+    for number in range(3000):
+        (layer / f"many/{number}").touch()
+    lines = Command(mnt)("diff", "odd").splitlines()
+    assert lines[:2] == ["A /many", "A /many/0"]
+    assert lines[-2:] == ["A /moved", "R /moved/"]
+    assert len(lines) == 3003
+    remove_all(mnt)
