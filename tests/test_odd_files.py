@@ -26,7 +26,7 @@ from typing import NamedTuple
 import pytest
 import trio
 
-from snapfs import NotFound, Options, Unavailable, open_snapshotter
+from snapfs import Options, Unavailable, open_snapshotter
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mounting
 from snapfs.model import Kind
@@ -695,12 +695,27 @@ def deep_and_fixed(layer: Path, levels: int, name: str) -> str:
     return f"{layer}{f'/{name}' * levels}"
 
 
+REMOVE = """
+import sys, trio
+from contextlib import suppress
+from snapfs import NotFound, Unavailable, open_snapshotter
+async def main():
+    async with open_snapshotter(sys.argv[1]) as snapshotter:
+        with suppress(NotFound):
+            await snapshotter.remove("odd")
+        try:
+            await snapshotter.cleanup()
+        except Unavailable as refusal:
+            print(refusal)
+trio.run(main)
+"""
+
+
 @pytest.mark.parametrize(
     ("levels", "name"), [(3, "n"), (8, "n" * 200), (30, "n" * 250), (3, "\x1b[2J\nsnapfs: all is well"), (2, "\u202e")]
 )
 def test_what_can_not_be_deleted_is_told_in_a_sentence_of_one_line_that_helps(disk: Path, levels: int, name: str) -> None:
     """However long its path is, and whatever is in it; where chattr can't take the path, a directory that it can take."""
-    script = "import sys, trio; from tests.test_odd_files import remove_and_tell; trio.run(remove_and_tell, sys.argv[1])"
 
     async def prepare() -> None:
         async with open_snapshotter(disk / "root", OPTIONS) as snapshotter:
@@ -708,7 +723,7 @@ def test_what_can_not_be_deleted_is_told_in_a_sentence_of_one_line_that_helps(di
 
     trio.run(prepare)
     deep_and_fixed(disk / "root/snapshots/1/fs", levels, name)
-    command: list[str | Path] = ["setpriv", "--bounding-set=-linux_immutable", sys.executable, "-c", script, disk / "root"]
+    command: list[str | Path] = ["setpriv", "--bounding-set=-linux_immutable", sys.executable, "-c", REMOVE, disk / "root"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
     (sentence,) = done.stdout.splitlines()
     assert sentence.isprintable()
@@ -720,19 +735,8 @@ def test_what_can_not_be_deleted_is_told_in_a_sentence_of_one_line_that_helps(di
     remedy = re.search(r"chattr (?:-R )?-i -a \S+|find \S+ -execdir [^;]*", finding.text)
     assert remedy is not None
     subprocess.run(shlex.split(remedy[0]), check=True)
-    trio.run(remove_and_tell, str(disk / "root"))
+    assert subprocess.check_output(command[2:]) == b""
     assert os.listdir(disk / "root/trash") == []
-
-
-async def remove_and_tell(root: str) -> None:
-    """Remove the snapshot ``odd`` and clean up; print why that was not done."""
-    async with open_snapshotter(root, OPTIONS) as snapshotter:
-        with suppress(NotFound):
-            await snapshotter.remove("odd")
-        try:
-            await snapshotter.cleanup()
-        except Unavailable as refusal:
-            print(refusal)
 
 
 # -- beside the layers

@@ -272,8 +272,8 @@ class _Check:
             if number is None or (number not in self._known and number not in self._unreadable):
                 path = f"{layers.snapshots}/{name}"
                 text = f"{path}: {self._looks(path)}; {self._why(number)}"
-                remedy, mended = put_away(layers, path) if self._repair else ("--repair moves it to lost+found", "")
-                yield Finding(Problem.ORPHANED, text, remedy, mended)
+                remedy, mended = put_away(layers, path) if self._repair else ("", "")
+                yield Finding(Problem.ORPHANED, text, remedy or "--repair moves it to lost+found", mended)
         waiting = 0
         for name in sorted(os.listdir(layers.trash.directory)):
             try:
