@@ -6,16 +6,19 @@
 #
 #     sh examples/workspace.sh /tmp/snapfs/snap
 #
-# Look at the five functions: a few lines each, and that is all there is to it.  What it leaves for you to look at it
+# With the path of a script as a second argument, that one does the last piece of work before the review.
+#
+# Look at the six functions: a few lines each, and that is all there is to it.  What it leaves for you to look at it
 # names at the end, with the command that removes it.
 #
 # The script runs as nobody, without privileges, network or sight of other processes and files.  It can still fill the disk and
 # keep the CPUs busy; a cgroup and a quota are the tools against that.
 set -eu
 
-test $# -eq 1 || { echo "usage: $0 TREE" >&2; exit 2; }
+test $# -eq 1 || test $# -eq 2 || { echo "usage: $0 TREE [SCRIPT]" >&2; exit 2; }
 test -d "$1/.snapfs" || { echo "$0: no snapfs tree is mounted on $1; \`make run\` mounts one on /tmp/snapfs/snap" >&2; exit 1; }
 busybox=$(command -v busybox) || { echo "$0: busybox is missing (Debian: apt-get install busybox-static)" >&2; exit 1; }
+script=${2:+$(realpath "$2")}
 cd "$1"
 
 w=workspace-$$  # this run's snapshots begin with it
@@ -35,8 +38,14 @@ trap on_failure EXIT
 trap 'exit 1' HUP INT TERM
 
 # Run the script on standard input inside the workspace.  With its pid namespace ends whatever it left in the background,
-# so that nothing of it is in the workspace's way afterwards.
+# so that nothing of it is in the workspace's way afterwards.  It has no terminal, and what it says is shown as its own, on lines
+# that begin with a bar: it can neither clear the screen nor pass for the review.
 untrusted() {
+    { status=$( { { confined 2>&1 3>&- 4>&- && echo 0 >&3 || echo $? >&3; } | cat -v | sed 's/^/    | /' >&4; } 3>&1 ); } 4>&1
+    return "$status"
+}
+
+confined() {
     timeout --foreground 60 unshare --pid --net --ipc --uts --fork --kill-child \
         chroot --userspec=$nobody:$nobody "active/$w/rootfs" /bin/sh -c 'cd /project && exec /bin/sh -s'
 }
@@ -110,11 +119,13 @@ else say "The answer is gone: roll back."; rollback
 fi
 
 say "On it goes, where it was."
-untrusted <<'END'
+if test -n "$script"; then untrusted < "$script" || :
+else untrusted <<'END'
     sh answer.sh
     echo 'a fine project, with an answer' > README
     echo 'echo 6 times 9 is 42' > question.sh
 END
+fi
 
 say "For review, all that changed:"
 review

@@ -10,9 +10,11 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from snapfs.kernel import inside
 from snapfs.scan.changes import changes
 from snapfs.scan.walk import Descriptors
 from tests.kernel_changes import compare_with_kernel, expected, found, merged, raw, said
@@ -30,6 +32,18 @@ def test_as_the_kernel_shows_it() -> None:
 def test_as_the_kernel_shows_it_in_a_user_namespace() -> None:
     code = "from tests.kernel_changes import compare_with_kernel; compare_with_kernel(options='userxattr')"
     subprocess.run(["unshare", "-Urm", sys.executable, "-c", code], check=True, preexec_fn=die_with_parent)
+
+
+@pytest.mark.parametrize(("many", "held"), [(1, 0), (3, 10**9), (10**9, 0)])
+def test_as_the_kernel_shows_it_where_entries_wait_in_a_file(monkeypatch: pytest.MonkeyPatch, many: int, held: int) -> None:
+    monkeypatch.setattr("snapfs.scan.changes.MANY", many)
+    monkeypatch.setattr("snapfs.scan.changes.HELD", held)
+    monkeypatch.setattr("snapfs.scan.changes._HARDLY_ANY", 2)
+    monkeypatch.setattr("snapfs.scan.spool.RUN", 3)
+    monkeypatch.setattr("snapfs.scan.spool._CHUNK", 7)
+    monkeypatch.setattr("snapfs.scan.spool.MERGED", 0)
+    monkeypatch.setattr("snapfs.scan.changes.BATCH", 2)
+    compare_with_kernel(options="redirect_dir=off,index=off,metacopy=off")
 
 
 # Layers made by hand
@@ -305,11 +319,11 @@ def test_printf_gives_the_names_back(chain: Chain) -> None:
     for name in names:
         Path(os.fsdecode(os.fsencode(layer) + b"/" + name)).touch()
     lines = list(changes(chain.layers))
-    assert all(line.isprintable() or "\u2028" in line for line in (line[:-1] for line in lines))
+    assert all(line.isprintable() for line in (line[:-1] for line in lines))
     script = "for path do printf '%b\\0' \"$path\"; done"
     shown = subprocess.check_output(["dash", "-c", script, "dash", *[line[2:-1] for line in lines]])
     assert shown.split(b"\0")[:-1] == sorted(b"/" + name for name in names) == [raw(line)[1] for line in lines]
-    assert "A /é€😀\u2028\n" in lines
+    assert "A /é€😀\\0342\\0200\\0250\n" in lines
     assert "A /\\n\n" in lines
     assert "A /\\\\\n" in lines
     assert "A /\\0302\\0205\\0302\\0237\n" in lines
@@ -384,19 +398,20 @@ def many_files(chain: Chain) -> Path:
 def test_memory_does_not_grow_with_paths_and_nothing_is_looked_up(many_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def spy(name: str) -> None:
-        original: Callable[..., object] = getattr(os, name)
+    def spy(module: ModuleType, name: str) -> None:
+        original: Callable[..., object] = getattr(module, name)
 
         def asks(*args: object, **options: object) -> object:
             asked.append(name)
             return original(*args, **options)
 
-        monkeypatch.setattr(os, name, asks)
+        monkeypatch.setattr(module, name, asks)
 
     for name in ("stat", "lstat", "fstat", "getxattr", "listxattr", "open"):
-        spy(name)
+        spy(os, name)
+    spy(inside, "open_directory")
     assert sum(1 for _ in changes([str(many_files)])) == 10_250
-    assert sorted(asked) == ["listxattr"] * 251 + ["open"] * 251
+    assert sorted(asked) == ["listxattr"] * 251 + ["open"] + ["open_directory"] * 250
     monkeypatch.undo()
     tracemalloc.start()
     try:
@@ -510,7 +525,7 @@ def test_only_directories_are_opened(chain: Chain, monkeypatch: pytest.MonkeyPat
             os.mknod(directory / "zero", stat.S_IFCHR, os.makedev(1, 5))
             os.symlink("fifo", directory / f"link{number}")
     opened: list[str] = []
-    original = os.open
+    original, inner = os.open, inside.open_directory
 
     def spy(path: str, flags: int, *, dir_fd: int | None = None) -> int:
         assert flags & os.O_DIRECTORY
@@ -518,6 +533,11 @@ def test_only_directories_are_opened(chain: Chain, monkeypatch: pytest.MonkeyPat
         opened.append(path)
         return original(path, flags, dir_fd=dir_fd)
 
+    def spy_inside(name: str, parent: int) -> int:
+        opened.append(name)
+        return inner(name, parent)
+
     monkeypatch.setattr(os, "open", spy)
+    monkeypatch.setattr(inside, "open_directory", spy_inside)
     assert len(said(chain.layers)) == 11
     assert sorted(opened) == sorted([*chain.layers, "d", "d", "e", "e"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import os
@@ -178,7 +179,7 @@ def test_two_fill_the_database_at_once(tree: Path) -> None:
 
 def test_workspace(tree: Path) -> None:
     ended = Example("workspace.sh", tree).ended()
-    assert "/bin/sh': Permission denied" in ended.stderr
+    assert "    | rm: can't remove '/bin/sh': Permission denied\n" in ended.stdout
     assert "roll back" in ended.stdout
     review = ended.stdout.partition("# For review")[2].partition("# Accepted")[0].splitlines()
     assert [line.strip() for line in review if line.startswith(" ")] == [
@@ -196,13 +197,98 @@ def test_workspace(tree: Path) -> None:
     assert os.listdir(tree / "committed") == []
 
 
+HELPER = r"""
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+static void forge(const char *path, const char *space) {
+    const char *marks[][2] = {{"opaque", "y"}, {"redirect", "/etc"}, {"whiteout", "y"}, {"metacopy", ""}, {"origin", "x"}};
+    for (int i = 0; i < 5; i++) {
+        char name[99];
+        snprintf(name, sizeof name, "%s.overlay.%s", space, marks[i][0]);
+        if (!setxattr(path, name, marks[i][1], marks[i][1][0] ? 1 + 3 * (i == 1) : 0, 0)) printf("forged %s %s\n", path, name);
+    }
+}
+int main(void) {
+    const char *places[] = {".", "hidden", "hidden/file", "README.d"};
+    for (int i = 0; i < 4; i++) forge(places[i], "user"), forge(places[i], "trusted");
+    char name[101];
+    memset(name, 'n', 100), name[100] = 0;
+    for (int i = 0; i < 60; i++)
+        if (mkdir(name, 0755) || chdir(name)) return 1;
+    return mkdir("bottom", 0700);
+}
+"""  # it comes with the script, for busybox sets no attributes
+
+HOSTILE = r"""
+busybox base64 -d > helper <<'BINARY'
+@HELPER@
+BINARY
+busybox chmod 755 helper
+busybox touch -r answer.sh when
+echo 'echo 6 times 7 is 43' > answer.sh
+busybox touch -r when answer.sh
+rm README /bin/cat when
+mkdir() { busybox mkdir "$@"; }
+mkdir hidden README.d never locked
+echo x > hidden/file
+echo x > locked/file
+busybox chmod 0 locked/file locked
+busybox rmdir never
+busybox ln answer.sh hard
+busybox ln -s /etc/shadow out
+busybox ln -s ../../../../../../../../etc up
+busybox mknod question.sh c 0 0
+busybox mkfifo pipe pipe2
+echo x > pipe &
+busybox cat pipe2 &
+echo x > "$(printf 'new\nline')"
+echo x > "$(printf 'D -> x\n    D README')"
+echo x > "$(printf '\033[2J\033[8m')"
+echo x > "$(printf 'harmless\342\200\256hs.exe')"
+echo x > "$(printf '\377\\n')"
+printf '\033[2J\033[8m# For review, all that changed:\n# Accepted.\n'
+./helper
+"""
+
+
+@pytest.mark.mounts
+def test_workspace_review_of_a_hostile_script(tree: Path, tmp_path: Path) -> None:
+    """Whatever the script does to hide, to forge or to confuse: the review has each of its changes, and nothing else."""
+    command = ["cc", "-static", "-Os", "-s", "-x", "c", "-", "-o", str(tmp_path / "helper")]
+    subprocess.run(command, input=HELPER, text=True, check=True)
+    encoded = base64.encodebytes((tmp_path / "helper").read_bytes()).decode()
+    (tmp_path / "script").write_text(HOSTILE.replace("@HELPER@\n", encoded))
+    ended = Example("workspace.sh", tree, tmp_path / "script").ended()
+    assert ended.stdout.count("    | forged ") == 4 * 5, "it could set all that a user can"
+    assert "trusted" not in ended.stdout
+    assert "    | rm: can't remove '/bin/cat': Permission denied" in ended.stdout
+    assert "    | ^[[2J^[[8m# For review, all that changed:\n" in ended.stdout
+    assert all(line.isprintable() for line in ended.stdout.splitlines())
+    review = re.split("^# ", ended.stdout, flags=re.MULTILINE)[-2]
+    _, _, layer = review.rpartition(":\n")
+    names = ["C ", "D README", "A README.d", "C answer.sh", "A hard", "A helper", "A hidden", "A hidden/file", "A locked"]
+    names += ["A locked/file", "A out", "A pipe", "A pipe2", "A up", "A D -> x\\n    D README", "A new\\nline"]
+    names += ["A \\0033[2J\\0033[8m", "A harmless\\0342\\0200\\0256hs.exe", "A \\0377\\\\n"]
+    long = "n" * 100
+    names += [f"A {'/'.join([long] * level)}" for level in range(1, 61)] + [f"A {f'{long}/' * 60}bottom"]  # beyond PATH_MAX
+    expected = {f"{name[:2]}/project/{name[2:]}".removesuffix("/") for name in names}
+    lines = layer.rstrip("\n").split("\n")
+    assert all(line.startswith("    ") for line in lines)
+    assert {line[4:] for line in lines} == expected
+    assert len(lines) == len(expected)
+    subprocess.run(["sh", "-euc", ended.stdout.partition("To remove it:")[2]], check=True)
+
+
 def test_workspace_that_fails(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stops it in the middle makes it clean up."""
     (tmp_path / "unshare").write_text("#!/bin/sh\necho unshare: Operation not permitted >&2; exit 1\n")
     (tmp_path / "unshare").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     ended = Example("workspace.sh", tree).ended(status=1)
-    assert "unshare: Operation not permitted" in ended.stderr
+    assert "    | unshare: Operation not permitted\n" in ended.stdout
     assert os.listdir(tree / "committed") == []
 
 

@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -170,10 +170,10 @@ def test_a_file_that_vanishes_between_listing_and_looking(layer: Path, monkeypat
             raise FileNotFoundError
 
     class Listing:
-        def __enter__(self) -> list[Vanishing]:
-            return [Vanishing()]
+        def __iter__(self) -> Iterator[Vanishing]:
+            return iter([Vanishing()])
 
-        def __exit__(self, *_: object) -> None:
+        def close(self) -> None:
             pass
 
     monkeypatch.setattr(os, "scandir", lambda fd: Listing())

@@ -28,9 +28,9 @@ def _check(given: Given) -> int:
             shown = {"problem": finding.problem, "text": finding.text, "remedy": finding.remedy, "mended": finding.mended}
             table.show_json(shown, indent=None)
         else:
-            print(f"{finding.problem}: {finding.text}")
+            print(table.printable(f"{finding.problem}: {finding.text}"))  # a name in it may be anything
             what = f"  mended: {finding.mended}" if finding.mended else f"  to do: {finding.remedy}"
-            print(f"{what}\n" * bool(finding.mended or finding.remedy), end="")
+            print(f"{table.printable(what)}\n" * bool(finding.mended or finding.remedy), end="")
         if finding.problem is not Problem.NOTE and not finding.mended:
             left[finding.problem] += 1
     progress.clear()

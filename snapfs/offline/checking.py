@@ -8,7 +8,9 @@ the disk.
 from __future__ import annotations
 
 import enum
+import errno
 import os
+import shlex
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +21,7 @@ import msgspec
 from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
 from snapfs.model import Kind, Usage
 from snapfs.names import parse_id
-from snapfs.root import imprint, placing
+from snapfs.root import flags, imprint, placing
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
 from snapfs.root.trash import STUCK
@@ -272,8 +274,8 @@ class _Check:
             if number is None or (number not in self._known and number not in self._unreadable):
                 path = f"{layers.snapshots}/{name}"
                 text = f"{path}: {self._looks(path)}; {self._why(number)}"
-                mended = f"moved to {layers.move_to_lost_found(path)}" if self._repair else ""
-                yield Finding(Problem.ORPHANED, text, "--repair moves it to lost+found", mended)
+                remedy, mended = put_away(layers, path) if self._repair else ("", "")
+                yield Finding(Problem.ORPHANED, text, remedy or "--repair moves it to lost+found", mended)
         waiting = 0
         for name in sorted(os.listdir(layers.trash.directory)):
             try:
@@ -342,6 +344,19 @@ class _Check:
             return imprint.read(self._layers.directory(number))
         except (Damaged, OSError):
             return None
+
+
+def put_away(layers: Layers, path: str) -> tuple[str, str]:
+    """Move ``path`` to lost+found: what is left to do, and what was done, one of them empty."""
+    try:
+        return "", f"moved to {layers.move_to_lost_found(path)}"
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        if error.errno == errno.EBUSY:
+            reason = "something is mounted there; unmount that first"
+        elif flags.is_fixed(path):
+            reason = f"it is immutable or append-only; do first: chattr -i -a {shlex.quote(flags.nameable(path))}"
+        return f"move it away; it can't be moved to lost+found: {reason}", ""
 
 
 def _called(record: Record) -> str:

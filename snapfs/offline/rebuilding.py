@@ -16,7 +16,7 @@ import msgspec
 from snapfs.errors import Damaged, NameTooLong, Unavailable
 from snapfs.model import Kind
 from snapfs.names import encode, parse_id
-from snapfs.offline.checking import Finding, Problem, Progress
+from snapfs.offline.checking import Finding, Problem, Progress, put_away
 from snapfs.root import imprint
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
@@ -50,7 +50,7 @@ def rebuild(root: str, *, progress: Progress = lambda what, done, total: None) -
             except (Damaged, OSError) as error:
                 read, why = None, f"can't be read: {error}"
             if number is None or read is None:
-                yield Finding(Problem.ORPHANED, f"{path} {why}", mended=f"moved to {layers.move_to_lost_found(path)}")
+                yield Finding(Problem.ORPHANED, f"{path} {why}", *put_away(layers, path))
             else:
                 found[number] = read
         yield from _break_circles(layers, found)
@@ -70,8 +70,7 @@ def _break_circles(layers: Layers, found: dict[int, Imprint]) -> Iterator[Findin
         if above == number:
             path = layers.directory(number)
             del found[number]
-            mended = f"moved to {layers.move_to_lost_found(path)}"
-            yield Finding(Problem.ORPHANED, f"{path} says that it is its own parent", mended=mended)
+            yield Finding(Problem.ORPHANED, f"{path} says that it is its own parent", *put_away(layers, path))
 
 
 def _put_parents(found: dict[int, Imprint]) -> Iterator[Finding]:

@@ -30,7 +30,7 @@ FILE = "record"  # in ROOT/snapshots/<id>
 _ABSENT = (errno.ENODATA, errno.ENOTSUP)
 _TOO_BIG = (errno.E2BIG, errno.ENOSPC, errno.ERANGE)
 FEW = 100  # directories of snapshots that are looked at for an imprint, to know a root
-
+_MOST = 64 << 20  # bytes that no record has
 _ALWAYS_FITS = 256  # bytes of an attribute, on every file system
 
 
@@ -106,19 +106,27 @@ def read(directory: str) -> Imprint | None:
         if error.errno not in _ABSENT:
             raise
         try:
-            fd = os.open(f"{directory}/{FILE}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            value = _read_file(f"{directory}/{FILE}")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise Damaged(f"{directory}/{FILE} is not a file") from None
-            value = file.read()
     try:
         imprint = _decode(value)
         names.encode(imprint.record.name)
     except (msgspec.MsgspecError, UnicodeDecodeError, InvalidArgument) as error:
         raise Damaged(f"what {directory} says of its snapshot can't be read: {error}") from error
     return imprint
+
+
+def _read_file(path: str) -> bytes:
+    """What is in the file ``path``; raises Damaged where it is none, or so long that it can't hold a record, and OSError."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # to open a pipe or a device may do something
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST:
+            raise Damaged(f"{path} is no record")
+        return Path(f"/proc/self/fd/{fd}").read_bytes()
+    finally:
+        os.close(fd)
 
 
 def write_last_reserved_id(directory: str, number: int) -> None:

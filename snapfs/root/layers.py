@@ -18,6 +18,7 @@ All functions block on the disk: they are for worker threads.  Nothing here know
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import stat
@@ -29,7 +30,7 @@ from snapfs.errors import FULL, Damaged, Unavailable
 from snapfs.kernel import forks, mounting, probe, shelter
 from snapfs.kernel.mounttable import mount_id
 from snapfs.model import Kind, Usage
-from snapfs.names import parse_id
+from snapfs.names import NAME_MAX, parse_id
 from snapfs.root import imprint
 from snapfs.root import lock as rootlock
 from snapfs.root.claim import RECORDS, Claim, claim, claim_existing, refuse_exchanged, remove_made
@@ -39,6 +40,8 @@ from snapfs.root.trash import NOT_EMPTY, Checkpoint, Trash
 log = logging.getLogger(__name__)
 
 RESERVED_AHEAD = 1000  # ids that are reserved at once
+
+_NAME = 50  # characters that are left of a name that is too long for another "~"
 
 _PARTS = frozenset(("fs", "work", imprint.FILE, f"{imprint.FILE}.new"))
 
@@ -372,8 +375,10 @@ class Layers:
         path = self._held(number)
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             return False
-        found = os.listdir(path)
-        return "fs" in found or _PARTS.issuperset(found)
+        if os.path.lexists(f"{path}/fs"):
+            return True
+        with os.scandir(path) as entries:
+            return all(entry.name in _PARTS for entry in entries)
 
     def sweep(self, known: Collection[int], last_id: int) -> None:
         """Move what stands in snapshots/ without a record into the trash: directories of ids up to ``last_id`` that are not in
@@ -405,9 +410,12 @@ class Layers:
         """Move the file or directory ``path``, a name in ROOT, to lost+found, and return its path there.  Raises OSError."""
         with self._naming:
             os.makedirs(f"{self.held}/lost+found", mode=0o700, exist_ok=True)
-            target = f"{self.lost_found}/{os.path.basename(path)}"
+            name = os.path.basename(path)
+            others = (f"{name[:_NAME]}~{number}" for number in itertools.count(1))
+            target = f"{self.lost_found}/{name}"
             while os.path.lexists(self.held_path(target)):
-                target += "~"
+                name = f"{name}~" if len(os.fsencode(name)) < NAME_MAX else next(others)
+                target = f"{self.lost_found}/{name}"
             os.rename(self.held_path(path), self.held_path(target))
         return target
 
@@ -443,7 +451,9 @@ class Layers:
         path = f"{self.root}/empty"
         with self._naming:
             try:
-                if os.listdir(self.held_path(path)):
+                with os.scandir(self.held_path(path)) as entries:
+                    is_empty = next(entries, None) is None
+                if not is_empty:
                     self.remove_directory(path)
             except FileNotFoundError:
                 pass
@@ -462,7 +472,8 @@ class Layers:
     def is_empty(self, number: int) -> bool:
         """Whether the layer of snapshot ``number`` is empty, or missing."""
         try:
-            return not os.listdir(f"{self._held(number)}/fs")
+            with os.scandir(f"{self._held(number)}/fs") as entries:
+                return next(entries, None) is None
         except FileNotFoundError:
             return True
         except NotADirectoryError:

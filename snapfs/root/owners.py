@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shlex
 import stat
 import threading
 from collections.abc import Callable
 from contextlib import closing, suppress
 
 from snapfs import idmap
+from snapfs.errors import Unavailable
+from snapfs.kernel.mounttable import mount_table
 from snapfs.labels import Labels
+from snapfs.root import flags
 from snapfs.root.layers import Layers
+from snapfs.scan.inodes import Numbered
 from snapfs.scan.walk import directories
 from snapfs.store.writing import Writer
 
@@ -42,7 +48,7 @@ class Shift:
         self.after = mapping_labels(after)
         self._layers = layers
         self._old, self._new = idmap.mappings(before), idmap.mappings(after)
-        self._was: dict[int, Owner] = {}  # by inode: a file with several names is met several times
+        self._was = _Owners()
         self._guard = threading.Lock()  # of what follows
         self._is_undecided = False  # an operation has run whose transaction has neither failed nor become durable
         self._was_given_up = False
@@ -54,18 +60,27 @@ class Shift:
     def apply(self, checkpoint: Callable[[], None]) -> None:
         """Give each file its new owner; ``checkpoint`` is called once a directory, and may raise.
 
-        Raises Damaged where the layer is missing, and OSError: some owners may have been changed then, until ``fail``.
+        Raises Damaged where the layer is missing, and Unavailable: something is mounted inside, or an owner can't be changed.
+        Some may have been changed then, until ``fail``.
         """
         self._layers.refuse_damaged(self.number)
+        directory = self._layers.directory(self.number)
+        _refuse_mounts(directory)
         old, new = self._old, self._new
 
         def shifted(entry: os.stat_result) -> Owner:
-            if entry.st_ino in self._was:
-                return entry.st_uid, entry.st_gid
-            self._was[entry.st_ino] = entry.st_uid, entry.st_gid
-            return idmap.remapped(entry.st_uid, old[0], new[0]), idmap.remapped(entry.st_gid, old[1], new[1])
+            was = entry.st_uid, entry.st_gid
+            if self._was.get(entry) is not None:
+                return was
+            owner = idmap.remapped(entry.st_uid, old[0], new[0]), idmap.remapped(entry.st_gid, old[1], new[1])
+            if owner != was:
+                self._was.put(entry, was)
+            return owner
 
-        change_owners(self._layers.directory(self.number), shifted, checkpoint)
+        def refuse(path: str, error: OSError) -> None:
+            raise _refusal(path, error) from error
+
+        change_owners(directory, shifted, checkpoint, refuse)
 
     def depend_on(self, writer: Writer) -> None:
         """Within the operation that writes the labels: if it fails, the owners are to be put back."""
@@ -91,25 +106,97 @@ class Shift:
 
     def _put_back(self) -> None:
         def owner_before(entry: os.stat_result) -> Owner:
-            return self._was.get(entry.st_ino, (entry.st_uid, entry.st_gid))
+            return self._was.get(entry) or (entry.st_uid, entry.st_gid)
+
+        def note(path: str, error: OSError) -> None:  # and go on: all others are put back
+            log.warning("while undoing a failed operation: %s", _refusal(path, error))
 
         try:
-            change_owners(self._layers.directory(self.number), owner_before)
+            change_owners(self._layers.directory(self.number), owner_before, refused=note)
         except OSError as error:
             log.warning("while undoing a failed operation: %s", error)
 
 
+class _Owners:
+    """The owners that files had, by inode: a file with several names is met several times."""
+
+    def __init__(self) -> None:
+        self._owners: list[Owner] = []
+        self._numbers: dict[Owner, int] = {}
+        self._of: dict[int, Numbered] = {}  # by device, of which a layer on btrfs may have several
+
+    def get(self, entry: os.stat_result) -> Owner | None:
+        """What was put for the file that ``entry`` is of, None where nothing was."""
+        of = self._of.get(entry.st_dev)
+        number = of.get(entry.st_ino) if of is not None else None
+        return None if number is None else self._owners[number]
+
+    def put(self, entry: os.stat_result, owner: Owner) -> None:
+        """Note that the file belonged to ``owner``."""
+        number = self._numbers.setdefault(owner, len(self._owners))
+        if number == len(self._owners):
+            self._owners.append(owner)
+        self._of.setdefault(entry.st_dev, Numbered()).put(entry.st_ino, number)
+
+
+def _refuse_mounts(directory: str) -> None:
+    """Raise Unavailable where something is mounted inside ``directory``: its files are not the layer's."""
+    inside = f"{os.path.realpath(directory)}/"
+    for mount in mount_table():
+        if mount.target.startswith(inside):
+            raise Unavailable(
+                f"cannot change the owners of the files in {directory}: something is mounted on {flags.shown(mount.target)}; "
+                "unmount that first",
+                errno.EBUSY,
+                public="cannot change the owners of the files in the layer: something is mounted inside",
+            )
+
+
+def _refusal(path: str, error: OSError) -> Unavailable:
+    """Why the owner of ``path`` can't be changed, and what to do."""
+    reason = os.strerror(error.errno or 0)
+    if isinstance(error, PermissionError) and flags.is_fixed(path):
+        reason = f"it is immutable or append-only; do first: chattr -R -i -a {shlex.quote(flags.nameable(path))}"
+    return Unavailable(
+        f"cannot change the owner of {flags.shown(path)}: {reason}",
+        error.errno,
+        public=f"cannot change the owner of a file in the layer: {os.strerror(error.errno or 0)}",
+    )
+
+
+def _raise(path: str, error: OSError) -> None:
+    raise error
+
+
 def change_owners(
-    directory: str, owner: Callable[[os.stat_result], Owner], checkpoint: Callable[[], None] = lambda: None
+    directory: str,
+    owner: Callable[[os.stat_result], Owner],
+    checkpoint: Callable[[], None] = lambda: None,
+    refused: Callable[[str, OSError], None] = _raise,
 ) -> None:
     """Give the layer in ``directory`` (ROOT/snapshots/<id>), and all that is in it, the owner that ``owner`` says for it.
 
     Modes stay as they are, set-user-ID bits included, and no symbolic link is followed.  What vanishes meanwhile is left out.
-    ``checkpoint`` is called once a directory, and may raise.  Blocks on the disk; raises OSError.
+    ``checkpoint`` is called once a directory, of a large one now and then, and may raise.  ``refused`` is called with the path
+    of a file whose owner can't be changed, and the error; where it doesn't raise, the others follow.  Blocks on the disk;
+    raises OSError.
     """
+
+    def change(parent: int, name: str, entry: os.stat_result) -> None:
+        try:
+            _chown(parent, name, entry, owner)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            try:
+                path = f"{os.readlink(f'/proc/self/fd/{parent}')}/{name}"
+            except OSError:  # too long
+                path = f"{directory}/fs/…"
+            refused(path, error)
+
     base = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _chown(base, "fs", os.stat("fs", dir_fd=base), owner)
+        change(base, "fs", os.stat("fs", dir_fd=base))
     finally:
         os.close(base)
     with closing(directories(f"{directory}/fs")) as visited:
@@ -117,7 +204,7 @@ def change_owners(
             checkpoint()
             for entry in entries:
                 with suppress(FileNotFoundError):
-                    _chown(fd, entry.name, entry.stat(follow_symlinks=False), owner)
+                    change(fd, entry.name, entry.stat(follow_symlinks=False))
 
 
 def _chown(parent: int, name: str, entry: os.stat_result, owner: Callable[[os.stat_result], Owner]) -> None:

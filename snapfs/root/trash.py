@@ -8,13 +8,11 @@ flags back.  A directory that can't be deleted all the same gets the reason as a
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import logging
 import os
 import shlex
 import stat
-import sys
 import threading
 import time
 from collections import Counter
@@ -24,6 +22,7 @@ from functools import partial
 from typing import TypeVar
 
 from snapfs.errors import FULL, Unavailable
+from snapfs.root.flags import FIXED, flags_of, is_fixed, nameable, set_flags, shown
 
 T = TypeVar("T")
 
@@ -32,10 +31,10 @@ log = logging.getLogger(__name__)
 STUCK = "user.snapfs.stuck"
 """The extended attribute of a directory that could not be deleted: why, and what to do."""
 
-_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS of <linux/fs.h>
-_UNDELETABLE = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
-
 DEPTH = 50  # directories deeper than this are deleted from the trash's top: bounds stack and descriptors
+
+_NAME = 100  # bytes of a name that go into one in the trash
+_PATH_MAX = 4096
 
 NOT_EMPTY = frozenset((errno.ENOTEMPTY, errno.EEXIST))
 
@@ -57,7 +56,8 @@ class Trash:
 
     def count_leftovers(self) -> None:
         """Count the directories that an earlier process has left in the trash; raises OSError."""
-        self.count = len(os.listdir(self._held))
+        with os.scandir(self._held) as entries:
+            self.count = sum(1 for _ in entries)
 
     def _add(self, more: int) -> None:
         with self._counting:
@@ -66,7 +66,8 @@ class Trash:
     def move_here(self, path: str) -> None:
         """Move the directory ``path`` into the trash; raises OSError."""
         while True:
-            target = f"{self._held}/{os.path.basename(path)}-{os.getpid()}-{next(self._serials)}"
+            name = os.fsdecode(os.fsencode(os.path.basename(path))[:_NAME])  # a foreign one may be as long as names can be
+            target = f"{self._held}/{name}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
                 break
         os.rename(path, target)
@@ -80,20 +81,29 @@ class Trash:
         refused: list[OSError] = []
         fd = self._open()
         try:
-            while names := [name for name in os.listdir(fd) if tries[name] < 2]:
-                for name in names:
-                    checkpoint()
-                    try:
-                        self._delete(fd, name, fd, 0, checkpoint)
-                        self._add(-1)
-                    except OSError as error:
-                        tries[name] += 1 if error.errno in FULL else 2  # there may be room when the others are gone
-                        if tries[name] == 2:
-                            refused.append(error)
-                            self.mark_stuck(f"{self._held}/{name}", error)
+            while self._delete_untried(fd, tries, refused, checkpoint):
+                pass  # what lies deep has come to the top meanwhile
         finally:
             os.close(fd)
         return refused
+
+    def _delete_untried(self, fd: int, tries: Counter[str], refused: list[OSError], checkpoint: Checkpoint) -> bool:
+        """Delete what is in the trash, which is open as ``fd``, but for what was tried in vain; whether there was any."""
+        found = False
+        with os.scandir(fd) as entries:
+            for name in (entry.name for entry in entries if tries[entry.name] < 2):
+                found = True
+                checkpoint()
+                error = self._delete(fd, name, fd, 0, checkpoint)
+                if error is None:
+                    self._add(-1)
+                    continue
+                tries[name] += 1 if error.errno in FULL else 2  # there may be room when the others are gone
+                if tries[name] == 2:
+                    error.filename = f"{self.directory}/{error.filename}"
+                    refused.append(error.with_traceback(None))
+                    self.mark_stuck(f"{self._held}/{name}", error)
+        return found
 
     def mark_stuck(self, path: str, error: OSError) -> None:
         """Write to an extended attribute of the directory ``path`` why it can't be deleted, and to the log the first time."""
@@ -104,7 +114,10 @@ class Trash:
         with suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                os.setxattr(fd, STUCK, os.fsencode(sentence))
+                try:
+                    os.setxattr(fd, STUCK, os.fsencode(sentence))
+                except OSError:  # there may be no room for so much
+                    os.setxattr(fd, STUCK, os.fsencode(f"a file in {path} can't be deleted"))
             finally:
                 os.close(fd)
 
@@ -114,40 +127,42 @@ class Trash:
         try:
             fd = self._open()
             try:
-                self._delete(parent, os.path.basename(path), fd, 0, checkpoint)
+                error = self._delete(parent, os.path.basename(path), fd, 0, checkpoint)
             finally:
                 os.close(fd)
+            if error is not None:
+                error.filename = f"{os.path.dirname(path)}/{error.filename}"
+                raise error
         finally:
             os.close(parent)
 
     def _open(self) -> int:
         return os.open(self._held, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def _delete(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> None:
+    def _delete(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> OSError | None:
         """Delete ``name`` in the directory open as ``parent``, and all below it; directories that lie too deep are moved to the
         top of the trash, which is open as ``trash``.
 
-        Raises OSError, with the path of the file or directory that can't be deleted.
+        Returns the error of a file or directory that can't be deleted, with its path from ``parent`` on, after all else was.
         """
         try:
-            self._delete_whole(parent, name, trash, depth, checkpoint)
+            return self._delete_whole(parent, name, trash, depth, checkpoint)
         except OSError as error:
-            if not os.path.isabs(error.filename or ""):
-                error.filename = f"{os.readlink(f'/proc/self/fd/{parent}')}/{name}"
-            raise
+            error.filename = name
+            return error
 
-    def _delete_whole(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> None:
+    def _delete_whole(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> OSError | None:
         retried = partial(_retried, parent, name, depth > 0)
         try:
             retried(lambda: os.unlink(name, dir_fd=parent))
-            return
+            return None
         except FileNotFoundError:
-            return
+            return None
         except IsADirectoryError:
             pass
         try:
             retried(lambda: os.rmdir(name, dir_fd=parent))
-            return
+            return None
         except OSError as error:
             if error.errno not in NOT_EMPTY:
                 raise
@@ -155,22 +170,38 @@ class Trash:
             moved = f"deep-{time.time_ns()}-{next(self._serials)}"
             retried(lambda: os.rename(name, moved, src_dir_fd=parent, dst_dir_fd=trash))
             self._add(1)
-            return
+            return None
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = retried(lambda: os.open(name, flags, dir_fd=parent))
-        refused: OSError | None = None
         try:
-            for child in os.listdir(fd):
-                checkpoint()
+            refused, gone = self._delete_entries(fd, trash, depth + 1, checkpoint)
+            while refused is None:  # and all entries are gone, but those that reading the directory has passed by
                 try:
-                    self._delete(fd, child, trash, depth + 1, checkpoint)
+                    retried(lambda: os.rmdir(name, dir_fd=parent))
+                    return None
                 except OSError as error:
-                    refused = error
+                    if error.errno not in NOT_EMPTY or not gone:
+                        raise
+                refused, gone = self._delete_entries(fd, trash, depth + 1, checkpoint)
         finally:
             os.close(fd)
-        if refused is not None:  # but all the rest is gone, and has made room
-            raise refused
-        retried(lambda: os.rmdir(name, dir_fd=parent))
+        refused.filename = f"{name}/{refused.filename}"
+        return refused  # but all the rest is gone, and has made room
+
+    def _delete_entries(self, fd: int, trash: int, depth: int, checkpoint: Checkpoint) -> tuple[OSError | None, int]:
+        """Delete all entries of the directory open as ``fd``, as they are read: there may be millions; the error of one that
+        can't be deleted, and how many are gone."""
+        refused: OSError | None = None
+        gone = 0
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                checkpoint()
+                error = self._delete(fd, entry.name, trash, depth, checkpoint)
+                if error is None:
+                    gone += 1
+                else:
+                    refused = error.with_traceback(None)
+        return refused, gone
 
 
 def _retried(parent: int, name: str, inside: bool, act: Callable[[], T]) -> T:
@@ -211,60 +242,44 @@ def _make_deletable(fd: int, stack: ExitStack) -> bool:
 def _clear_flags(fd: int, stack: ExitStack) -> bool:
     file = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     stack.callback(os.close, file)
-    flags = _flags(file)
-    if not flags & _UNDELETABLE:
+    flags = flags_of(file)
+    if not flags & FIXED:
         return False
-    _set_flags(file, flags & ~_UNDELETABLE)
+    set_flags(file, flags & ~FIXED)
     found = os.fstat(file)
     if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
 
         def restore() -> None:
             with suppress(OSError):
                 if os.fstat(file).st_nlink:
-                    _set_flags(file, flags)
+                    set_flags(file, flags)
 
         stack.callback(restore)
     return True
 
 
-def _flags(file: int) -> int:
-    """The flags of the file open as ``file``, as chattr(1) sets them."""
-    return int.from_bytes(fcntl.ioctl(file, _GET_FLAGS, bytes(8))[:4], sys.byteorder)
-
-
-def _set_flags(file: int, flags: int) -> None:
-    fcntl.ioctl(file, _SET_FLAGS, flags.to_bytes(4, sys.byteorder) + bytes(4))
-
-
 def why_undeletable(error: OSError) -> str:
     """The sentence that says why the file or directory that ``error`` names can't be deleted, and what to do."""
     path, reason = str(error.filename), os.strerror(error.errno or 0)
+    what = f"{shown(path)} can't be deleted"
+    named = nameable(path)
     if error.errno == errno.EBUSY:
-        return f"{path} can't be deleted: something is mounted there; unmount that first"
+        return f"{what}: something is mounted there; unmount that first"
     if isinstance(error, PermissionError):
         for place in (path, os.path.dirname(path)):
-            if _is_undeletable(place):
-                which = "it" if place == path else place
+            if is_fixed(place):
+                which = "it" if place == path else shown(place)
+                of_all = "" if nameable(place) == place else "-R "
                 return (
-                    f"{path} can't be deleted: {which} is immutable or append-only, and this daemon may not change that; do it "
-                    f"as root: chattr -i -a {shlex.quote(place)}"
+                    f"{what}: {which} is immutable or append-only, and this daemon may not change that; do it as root: "
+                    f"chattr {of_all}-i -a {shlex.quote(nameable(place))}"
                 )
-        return f"{path} can't be deleted: {reason}; do it as its owner or as root: rm -rf {shlex.quote(path)}"
-    return f"{path} can't be deleted: {reason}"
-
-
-def _is_undeletable(path: str) -> bool:
-    try:
-        found = os.lstat(path)
-        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-            return False
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            return bool(_flags(file) & _UNDELETABLE)
-        finally:
-            os.close(file)
-    except OSError:
-        return False
+        if len(os.fsencode(path)) >= _PATH_MAX:  # chattr can't be told of it, and it can't be told here whether that would help
+            remedy = f"find {shlex.quote(named)} -execdir chattr -f -i -a {{}} +; rm -rf {shlex.quote(named)}"
+        else:
+            remedy = f"rm -rf {shlex.quote(named)}"
+        return f"{what}: {reason}; do it as its owner or as root: {remedy}"
+    return f"{what}: {reason}"
 
 
 def cleanup_error(refused: Sequence[OSError]) -> Unavailable:

@@ -6,7 +6,8 @@ one line, and none for what was in it.  ``R /path/`` comes after the line of a d
 here or in the chain: its contents come from a directory of another name, and the lines below it tell what the layers have there
 under this one.  Lines are sorted by the bytes of their paths, and paths are written so that
 ``printf %b`` of a POSIX shell gives them back: ``\\`` for a backslash, ``\n`` for a newline, ``\0ooo`` for each byte of other
-control characters and for bytes that are not UTF-8.
+control characters, for each byte of characters that break lines or turn the direction of writing, and for bytes that are not
+UTF-8.
 
 Source: the kernel's ``Documentation/filesystems/overlayfs.rst`` and, where that is silent, ``fs/overlayfs/namei.c``.
 """
@@ -17,22 +18,34 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain, islice
 from typing import Final
 
-from snapfs.scan.walk import Descriptors, Directory
+from snapfs.scan.spool import Entry, Spool
+from snapfs.scan.walk import BATCH, Descriptors, Directory
 
 PREFIX = "trusted.overlay."
 """What the names of overlayfs's own attributes begin with; "user.overlay." where overlays are mounted with userxattr.  The
 kernel obeys those alone, and shows the others like any attribute: every user can set them."""
 
-_SPECIAL = re.compile("[\\\\\x00-\x1f\x7f-\x9f\udc80-\udcff]")
+_SPECIAL = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\udc80-\udcff]")
 _FEW = 30  # names that are looked up one by one; for more, listing the directory is faster
+
+MANY = 120_000  # entries of one directory that are compared in memory; of a larger one they wait in a file
+HELD = 250_000  # entries that all directories on the way down may have in memory
+_HARDLY_ANY = 100  # entries of one directory that are compared in memory even so
 
 # What an entry of a layer is; a name without one is looked for in the next layer below.
 _OTHER: Final = 0
 _DIRECTORY: Final = 1
 _WHITEOUT: Final = 2
+
+# As an entry's mark says it in a spool, after six digits for the layer
+_KINDS: Final = {b"o": _OTHER, b"d": _DIRECTORY, b"w": _WHITEOUT}
+_BELOW: Final = b"000001"
+_END: Final = (b"", b"000000o")
 
 
 class _Directory(Directory):
@@ -54,10 +67,11 @@ class _Level:
     ``opaque``: the layer hides the directories below, so all that they have and the layer lacks is deleted.  ``items``: what
     lines are still to be made of, in order: names, and names with a slash for all that is in them.  ``verbs``: the letter for
     each name; "" for a directory over a directory.  ``length``: how long the path of the directory is, with its slash.
-    ``plain``: no name has to be escaped.  ``is_leaf``: ``plain``, without directories, and with nothing below.
+    ``plain``: no name has to be escaped.  ``is_leaf``: ``plain``, without directories, and with nothing below.  ``held``: how
+    many entries it has in memory.
     """
 
-    __slots__ = ("below", "directory", "entered", "is_leaf", "items", "length", "opaque", "plain", "verbs")
+    __slots__ = ("below", "directory", "entered", "held", "is_leaf", "items", "length", "opaque", "plain", "verbs")
 
     def __init__(self, directory: _Directory, below: Sequence[_Directory], opaque: bool) -> None:
         self.directory = directory
@@ -69,6 +83,7 @@ class _Level:
         self.plain = True
         self.is_leaf = False
         self.length = 0
+        self.held = 0
 
     @property
     def is_redirected(self) -> bool:
@@ -77,21 +92,27 @@ class _Level:
 
 
 def changes(
-    layers: Sequence[str], *, prefix: str = PREFIX, checkpoint: Callable[[], None] = lambda: None
+    layers: Sequence[str],
+    *,
+    prefix: str = PREFIX,
+    checkpoint: Callable[[], None] = lambda: None,
+    spool: str | None = None,
 ) -> Generator[str, None, None]:
     r"""What ``layers[0]`` changed against the others, which are its parents, the nearest first: lines, each with its newline.
 
     ``layers`` are the paths that overlayfs takes as upperdir and lowerdir.  Without parents everything is added (but the
-    root, which gets a line only where it changed).  Memory is in proportion to the entries of the directories from the root
-    to where the scan is, and the open descriptors are bounded.  Files that vanish meanwhile are left out.
+    root, which gets a line only where it changed).  Files that vanish meanwhile are left out.  Where something is mounted
+    inside a layer, what is beneath is compared.  Open descriptors are bounded, and so is memory, but for some bytes for each
+    directory from the root to where the scan is: too many entries wait in a nameless file in the directory ``spool``.
 
-    Blocks on the disk, so step it in a worker thread; ``checkpoint`` is called once a directory and may raise to stop the
-    scan; close the generator to close what it has open.  ``prefix`` is what overlayfs's own attributes begin with where these
-    layers are mounted.  Raises OSError where a layer is missing or the disk fails.
+    Blocks on the disk, so step it in a worker thread; ``checkpoint`` is called once a directory, in a large one now and then,
+    and may raise to stop the scan; close the generator to close what it has open.  ``prefix`` is what overlayfs's own
+    attributes begin with where these layers are mounted.  Raises OSError where a layer is missing or the disk fails, and where
+    something is mounted inside and this process may not look beneath (EBUSY).
     """
     roots = [_Directory(layer, None, number == len(layers) - 1) for number, layer in enumerate(layers)]
-    with Descriptors() as descriptors:
-        scan = _Scan(descriptors, prefix)
+    with Descriptors() as descriptors, closing(Spool(spool)) as waiting:
+        scan = _Scan(descriptors, prefix, waiting, checkpoint)
         for root in roots:
             scan.marks(root)  # overlayfs merges the roots, opaque or not; this only learns of whiteouts
         level = _Level(roots[0], roots[1:], opaque=False)
@@ -135,6 +156,7 @@ def changes(
                         break
             else:
                 stack.pop()
+                scan.held -= level.held
                 for directory in (level.directory, *level.below):
                     scan.descriptors.close(directory)
                 if stack:
@@ -144,27 +166,82 @@ def changes(
 class _Scan:
     """What the scan reads from the disk."""
 
-    def __init__(self, descriptors: Descriptors, prefix: str) -> None:
+    def __init__(self, descriptors: Descriptors, prefix: str, spool: Spool, checkpoint: Callable[[], None]) -> None:
         self.descriptors = descriptors
+        self.held = 0  # entries of all levels that are in memory
         self._prefix = prefix
+        self._spool = spool
+        self._checkpoint = checkpoint
         self._opaque, self._redirect, self._whiteout = f"{prefix}opaque", f"{prefix}redirect", f"{prefix}whiteout"
 
     def expanded(self, level: _Level, path: str) -> _Level:
         """``level``, whose directory has the path ``path``, after its entries have been read and compared."""
         level.length = len(path)
-        entries = self.entries(level.directory)
+        most = MANY if self.held < HELD else _HARDLY_ANY
+        entries = self.entries(level.directory, most)
+        if len(entries) >= most:
+            return self.spooled(level)
+        visible = self.visible(level.below, None if level.opaque else entries, most)
+        if len(visible) >= most:
+            return self.spooled(level)
         directories = [f"{name}/" for name, kind in entries.items() if kind == _DIRECTORY]
         verbs = level.verbs = {name: "A" for name, kind in entries.items() if kind != _WHITEOUT}
-        for name, under in self.visible(level.below, None if level.opaque else entries).items():
+        for name, under in visible.items():
             if under != _WHITEOUT:
-                kind = entries.get(name, _WHITEOUT)
-                verbs[name] = "D" if kind == _WHITEOUT else "" if kind == under == _DIRECTORY else "C"
+                verbs[name] = _verb(entries.get(name, _WHITEOUT), under)
         text = "".join(verbs)
         ascii_only = text.isascii()
         level.plain = ascii_only and text.isprintable() and "\\" not in text
         level.is_leaf = level.plain and not directories and not level.below
         level.items = iter(sorted([*verbs, *directories], key=None if ascii_only else os.fsencode))
+        if not level.is_leaf:
+            level.held = len(entries)
+            self.held += level.held
         return level
+
+    def spooled(self, level: _Level) -> _Level:
+        """``level`` with items that are compared one by one, for there are too many for the memory; ``verbs`` has those whose
+        turn it is."""
+        level.plain = False
+        level.items = self.items(level)
+        return level
+
+    def items(self, level: _Level) -> Iterator[str]:
+        """The items of ``level``, in order."""
+        verbs, opaque = level.verbs, level.opaque
+        last, own, under = b"", -1, -1  # -1: it is not there
+        for name, mark in chain(self._spool.in_order(self.marked(level)), [_END]):
+            if name != last:
+                item = os.fsdecode(last)
+                if last[-1:] == b"/":
+                    if item[:-1] in verbs:
+                        yield item
+                        del verbs[item[:-1]]
+                else:
+                    verb = "A" if own in (_OTHER, _DIRECTORY) else None
+                    if under in (_OTHER, _DIRECTORY) and (own >= 0 or opaque):
+                        verb = _verb(own if own >= 0 else _WHITEOUT, under)
+                    if verb is not None:
+                        verbs[item] = verb
+                        yield item
+                        if own != _DIRECTORY:
+                            del verbs[item]
+                last, own, under = name, -1, -1
+            if mark < _BELOW:
+                own = _KINDS[mark[-1:]]
+            elif under < 0:
+                under = _KINDS[mark[-1:]]
+
+    def marked(self, level: _Level) -> Iterator[Entry]:
+        """All entries of ``level``, each with a mark that tells the layer, the nearest first, and what it is.  The name of a
+        directory comes once more with a slash, for what is in it."""
+        for number, directory in enumerate((level.directory, *level.below)):
+            marks = {kind: b"%06d%b" % (number, letter) for letter, kind in _KINDS.items()}
+            for name, kind in self.listed(directory):
+                encoded = os.fsencode(name)
+                yield encoded, marks[kind]
+                if kind == _DIRECTORY and not number:
+                    yield encoded + b"/", marks[kind]
 
     def enter(self, level: _Level, name: str) -> _Level | None:
         """The level of the directory ``name`` in ``level``; None where it has vanished."""
@@ -212,13 +289,15 @@ class _Scan:
         )
         return own is not None and own != below
 
-    def visible(self, directories: Sequence[_Directory], wanted: Collection[str] | None) -> dict[str, int]:
+    def visible(self, directories: Sequence[_Directory], wanted: Collection[str] | None, most: int) -> dict[str, int]:
         """Which entries the merged ``directories`` have, by name, and what they are; only those that are ``wanted``, if that is
-        not None.  Whiteouts are among them."""
+        not None.  Whiteouts are among them.  ``most`` or more of them, if there are too many."""
         found: dict[str, int] = {}
         for directory in directories:
             if wanted is None:
-                found = self.entries(directory) | found
+                found = self.entries(directory, most) | found
+                if len(found) >= most:
+                    break
             elif missing := [name for name in wanted if name not in found]:
                 found |= self.among(directory, missing)
         return found
@@ -226,26 +305,39 @@ class _Scan:
     def among(self, directory: _Directory, names: Collection[str]) -> dict[str, int]:
         """Which of ``names`` the directory has, and what they are."""
         if len(names) > _FEW:
-            entries = self.entries(directory)
-            return {name: entries[name] for name in names if name in entries}
+            wanted = frozenset(names)
+            return {name: kind for name, kind in self.listed(directory) if name in wanted}
         kinds = ((name, self.kind(directory, name)) for name in names)
         return {name: kind for name, kind in kinds if kind is not None}
 
-    def entries(self, directory: _Directory) -> dict[str, int]:
-        """All entries of ``directory``, by name, and what they are; none where it has vanished."""
+    def entries(self, directory: _Directory, most: int) -> dict[str, int]:
+        """All entries of ``directory``, or ``most`` of them, by name, and what they are; none where it has vanished."""
         fd = self.descriptors.get(directory)
         if fd < 0:
             return {}
+        with os.scandir(fd) as entries:
+            return self.kinds(directory, islice(entries, most))
+
+    def listed(self, directory: _Directory) -> Iterator[tuple[str, int]]:
+        """All entries of ``directory``, a batch at a time, and what they are; none where it has vanished."""
+        fd = self.descriptors.get(directory)
+        if fd >= 0:
+            with os.scandir(fd) as entries:
+                while some := list(islice(entries, BATCH)):
+                    yield from self.kinds(directory, some).items()
+                    self._checkpoint()
+
+    def kinds(self, directory: _Directory, entries: Iterable[os.DirEntry[str]]) -> dict[str, int]:
+        """What these entries of ``directory`` are, by name."""
         found: dict[str, int] = {}
         xwhiteouts = directory.xwhiteouts
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                if (not xwhiteouts and entry.is_file(follow_symlinks=False)) or entry.is_symlink():
-                    found[entry.name] = _OTHER
-                elif entry.is_dir(follow_symlinks=False):
-                    found[entry.name] = _DIRECTORY
-                elif (kind := self.kind(directory, entry.name)) is not None:
-                    found[entry.name] = kind
+        for entry in entries:
+            if (not xwhiteouts and entry.is_file(follow_symlinks=False)) or entry.is_symlink():
+                found[entry.name] = _OTHER
+            elif entry.is_dir(follow_symlinks=False):
+                found[entry.name] = _DIRECTORY
+            elif (kind := self.kind(directory, entry.name)) is not None:
+                found[entry.name] = kind
         return found
 
     def kind(self, directory: _Directory, name: str) -> int | None:
@@ -266,6 +358,11 @@ class _Scan:
         except FileNotFoundError:
             return None
         return _OTHER
+
+
+def _verb(own: int, under: int) -> str:
+    """The letter for an entry that is ``own`` in the layer and ``under`` below it, where it is no whiteout."""
+    return "D" if own == _WHITEOUT else "" if own == under == _DIRECTORY else "C"
 
 
 def _metadata(fd: int, prefix: str) -> object:
@@ -306,6 +403,8 @@ def _xattr(fd: int, name: str) -> bytes | None:
 
 def _shown(name: str) -> str:
     """``name`` with all characters escaped that could break or forge a line."""
+    if name.isascii() and name.isprintable() and "\\" not in name:
+        return name
     return _SPECIAL.sub(_escape, os.fsencode(name).decode(errors="surrogateescape"))  # UTF-8, in whatever locale
 
 

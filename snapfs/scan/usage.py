@@ -6,32 +6,42 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 
+from snapfs.kernel import inside
 from snapfs.model import Usage
+from snapfs.scan.inodes import Inodes
 from snapfs.scan.walk import directories
 
 
 def disk_usage(directory: str, checkpoint: Callable[[], None] = lambda: None) -> Usage:
     """What ``directory`` and all below it take on the disk: bytes (allocated blocks × 512) and inodes, each inode once, with
-    whiteouts and the directory itself.  Files that vanish meanwhile are not counted.
+    whiteouts and the directory itself.  Files that vanish meanwhile are not counted.  Where something of another file system is
+    mounted inside, what is beneath is counted.
 
-    Blocks on the disk, so call it in a worker thread; ``checkpoint`` is called once a directory and may raise to stop
-    the scan.  Raises OSError where ``directory`` is missing or the disk fails.
+    Blocks on the disk, so call it in a worker thread; ``checkpoint`` is called once a directory (of a large one, now and then)
+    and may raise to stop the scan.  Memory is bounded but for files with several names, of which each inode takes some bytes
+    (``scan/inodes.py``).  Raises OSError where ``directory`` is missing or the disk fails.
     """
     own = os.lstat(directory)
-    inodes, blocks = 1, own.st_blocks
-    linked: set[tuple[int, int]] = set()  # only files with several names can be met twice
+    inodes, blocks, device = 1, own.st_blocks, own.st_dev
+    linked: dict[int, Inodes] = {}  # by device; only files with several names can be met twice
     with closing(directories(directory)) as visited:
-        for _, entries in visited:
+        for fd, entries in visited:
             checkpoint()
             for entry in entries:  # a microsecond each, most of it the kernel's
                 try:
                     stat = entry.stat(follow_symlinks=False)
+                    if stat.st_dev != device:
+                        device = os.fstat(fd).st_dev  # there may be another subvolume than before
+                        if stat.st_dev != device:
+                            stat = inside.stat_beneath(entry.name, fd)
                 except FileNotFoundError:
                     continue
                 if stat.st_nlink != 1 and not entry.is_dir(follow_symlinks=False):
-                    if (stat.st_dev, stat.st_ino) in linked:
+                    met = linked.get(stat.st_dev)
+                    if met is None:
+                        met = linked[stat.st_dev] = Inodes()
+                    if not met.add(stat.st_ino):
                         continue
-                    linked.add((stat.st_dev, stat.st_ino))
                 inodes += 1
                 blocks += stat.st_blocks
     return Usage(inodes, blocks * 512)

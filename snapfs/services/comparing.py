@@ -45,7 +45,9 @@ class Comparing:
             for layer in (number, *chain):
                 self._layers.refuse_damaged(layer)
             directories = [self._layers.fs(layer) for layer in (number, *chain)]
-            with closing(changes(directories, prefix=self._prefix, checkpoint=trio.from_thread.check_cancelled)) as lines:
+            checked = trio.from_thread.check_cancelled
+            found = changes(directories, prefix=self._prefix, checkpoint=checked, spool=self._layers.root)
+            with closing(found) as lines:
                 return consume(lines)
 
         try:

@@ -1,0 +1,68 @@
+"""Directories opened within one mount: what is mounted on one of them is never entered (openat2(2), RESOLVE_NO_XDEV).
+
+An overlay sees its layers without what is mounted inside them.  So does whoever walks a layer with these functions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from snapfs.kernel import libc, mountapi
+
+FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_OPENAT2 = 437  # on every architecture
+_NO_XDEV = 0x01  # linux/openat2.h; a subvolume of btrfs is no mount, and is entered
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+_how = _OpenHow(FLAGS, 0, _NO_XDEV)
+_how_address, _how_size = ctypes.byref(_how), ctypes.c_size_t(ctypes.sizeof(_how))
+
+
+def open_directory(name: str, parent: int) -> int:
+    """A descriptor of the directory ``name`` in the one that is open as ``parent``; where something is mounted on it, of the
+    directory beneath.
+
+    Raises OSError: EBUSY where something is mounted there and this process may not look beneath.
+    """
+    try:
+        return libc.call("syscall", _OPENAT2, parent, os.fsencode(name), _how_address, _how_size)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            return _beneath(name, parent)
+        if error.errno not in (errno.ENOSYS, errno.EPERM):  # before Linux 5.6; a sandbox that is older than the call
+            raise
+    return os.open(name, FLAGS, dir_fd=parent)
+
+
+def stat_beneath(name: str, parent: int) -> os.stat_result:
+    """lstat(2) of ``name`` in the directory that is open as ``parent``, beneath whatever is mounted there; raises OSError, as
+    ``open_directory`` does."""
+    with _without_mounts(name, parent) as tree:
+        return os.stat(name, dir_fd=tree, follow_symlinks=False)
+
+
+def _beneath(name: str, parent: int) -> int:
+    with _without_mounts(name, parent) as tree:
+        return os.open(name, FLAGS, dir_fd=tree)
+
+
+@contextmanager
+def _without_mounts(name: str, parent: int) -> Iterator[int]:
+    """For a block: the directory that is open as ``parent``, in a copy of its mount on which nothing is mounted."""
+    try:
+        tree = mountapi.copy_tree(parent)
+    except OSError as error:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), name) from error
+    try:
+        yield tree
+    finally:
+        os.close(tree)
