@@ -27,13 +27,14 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from snapfs.errors import FULL, Damaged, Unavailable
-from snapfs.kernel import forks, mounting, probe, shelter
+from snapfs.kernel import forks, mounting, probe
 from snapfs.kernel.mounttable import mount_id
 from snapfs.model import Kind, Usage
 from snapfs.names import NAME_MAX, parse_id
 from snapfs.root import imprint
 from snapfs.root import lock as rootlock
 from snapfs.root.claim import RECORDS, Claim, claim, claim_existing, refuse_exchanged, remove_made
+from snapfs.root.paths import Paths
 from snapfs.root.pool import FS_MODE, Pool, remove_empty
 from snapfs.root.trash import NOT_EMPTY, Checkpoint, Trash
 
@@ -55,26 +56,19 @@ class FsTemplate(NamedTuple):
     attributes: Sequence[tuple[str, bytes]] = ()
 
 
-class Layers:
+class Layers(Paths):
     """One root's directories, while this process has the root.  Made by ``open`` or ``claim``; ``close`` it."""
 
     def __init__(self, claimed: Claim) -> None:
-        self.root = claimed.root
-        self.held = claimed.held
-        """A path of ROOT that leads nowhere else, whatever is renamed."""
+        super().__init__(claimed.root, claimed.held)
         self.previous_note = claimed.note
         """What the process that had the root before has noted at its end (``leave_note``)."""
         self.empty_usage = Usage()
         """What an empty layer takes on the disk: its directory."""
-        self.records = f"{self.root}/{RECORDS}"
-        self.snapshots = f"{self.root}/snapshots"
-        self.rootfs_directory = f"{self.root}/rootfs"
-        self.lost_found = f"{self.root}/lost+found"
         self.pool = Pool(f"{self.held}/pool", f"{self.held}/snapshots")
         self.trash = Trash(f"{self.root}/trash", f"{self.held}/trash")
         self._left_for_cleanup: set[int] = set()
         self._claim = claimed
-        self._naming = _Naming(self)
         self._lock = claimed.lock
         self.supports_imprints = True
         """Whether directories can have imprints here: extended attributes of users'."""
@@ -139,7 +133,7 @@ class Layers:
             self._last_reserved_id = imprint.read_last_reserved_id(self.snapshots) if self.supports_imprints else 0
             self.leave_note(str(os.getpid()))
         except OSError as error:
-            self._naming.name(error)
+            self.naming.name(error)
             raise Unavailable.from_os(f"use {self.root} as root", error) from error
 
     def unmake(self) -> None:
@@ -155,10 +149,6 @@ class Layers:
                         os.unlink(f"{self.held}/{name}")
                 remove_made(self._claim.made)
         self.close()
-
-    def held_path(self, path: str) -> str:
-        """``path``, the name of something in ROOT, by way of the descriptor."""
-        return self.held + path[len(self.root) :]
 
     def _refuse_several_disks(self) -> None:
         """Raise Unavailable where pool, snapshots/ and trash are not in one mount and one subvolume: directories are renamed
@@ -213,40 +203,11 @@ class Layers:
         self.pool.forget()
         self.close()
 
-    def _held(self, number: int) -> str:
-        """``directory``, by way of the descriptor."""
-        return f"{self.held}/snapshots/{number}"
-
-    def directory(self, number: int) -> str:
-        """ROOT/snapshots/<id>: the directory of snapshot ``number``."""
-        return f"{self.snapshots}/{number}"
-
-    def fs(self, number: int) -> str:
-        """ROOT/snapshots/<id>/fs: the snapshot's own layer."""
-        return f"{self.snapshots}/{number}/fs"
-
-    def work(self, number: int) -> str:
-        """ROOT/snapshots/<id>/work: the work directory that overlayfs needs, of an active snapshot."""
-        return f"{self.snapshots}/{number}/work"
-
-    def shelter(self, number: int) -> str:
-        """ROOT/rootfs/<id>: the directory in which the snapshot's merged file system is mounted
-        (``snapfs/kernel/shelter.py``)."""
-        return f"{self.rootfs_directory}/{number}"
-
-    def rootfs(self, number: int) -> str:
-        """ROOT/rootfs/<id>/fs: where the snapshot's merged file system is mounted."""
-        return f"{self.shelter(number)}/{shelter.INSIDE}"
-
-    def is_rootfs(self, path: str) -> bool:
-        """Whether ``path`` is the ``rootfs`` of any snapshot."""
-        return os.path.basename(path) == shelter.INSIDE and os.path.dirname(os.path.dirname(path)) == self.rootfs_directory
-
     # -- making
 
     def clear_pool(self) -> None:
         """Discard what an earlier process has left in the pool; raises OSError."""
-        with self._naming:
+        with self.naming:
             for leftover in self.pool.leftovers():
                 try:
                     self.trash.move_here(leftover)
@@ -257,7 +218,7 @@ class Layers:
 
     def fill_pool(self, checkpoint: Checkpoint) -> None:
         """Make directories until the pool is full (``Pool.fill``).  Raises OSError."""
-        with self._naming:
+        with self.naming:
             self.pool.fill(checkpoint)
 
     def reserve_ids(self, number: int) -> None:
@@ -267,7 +228,7 @@ class Layers:
         ever used twice.  Raises OSError.
         """
         if number > self._last_reserved_id and self.supports_imprints:
-            with self._naming:
+            with self.naming:
                 imprint.write_last_reserved_id(f"{self.held}/snapshots", number + RESERVED_AHEAD)
             self._last_reserved_id = number + RESERVED_AHEAD
 
@@ -278,8 +239,8 @@ class Layers:
         raise Damaged then.
         """
         if self.supports_imprints:
-            with suppress(FileNotFoundError, NotADirectoryError), self._naming:
-                imprint.write(self._held(number), written)
+            with suppress(FileNotFoundError, NotADirectoryError), self.naming:
+                imprint.write(self.held_directory(number), written)
 
     def place(self, number: int, kind: Kind, template: FsTemplate, name: str | None = None) -> str | None:
         """Put a fresh directory of the pool at snapshots/<number>: the one called ``name``, or any.  Its ``fs`` becomes what
@@ -287,7 +248,7 @@ class Layers:
 
         The directory appears whole, by one rename; raises OSError, having left nothing.
         """
-        with self._naming:
+        with self.naming:
             ready = (f"{self.pool.directory}/{name}", self.pool.syncs) if name is not None else self.pool.pop_or_make()
             path, was_ready = ready
             try:
@@ -301,9 +262,11 @@ class Layers:
                 if template.mode != FS_MODE or template.attributes:
                     # last: an ACL changes the mode, and a process that the mode keeps out may set no attribute
                     os.chmod(f"{path}/fs", template.mode)
-                if os.path.lexists(self._held(number)):  # a crash left it before there was a record, or a user put it there
+                if os.path.lexists(
+                    self.held_directory(number)
+                ):  # a crash left it before there was a record, or a user put it there
                     self._move_away(number, discard=self.is_empty(number))
-                os.rename(path, self._held(number))
+                os.rename(path, self.held_directory(number))
             except OSError:
                 remove_empty(path)
                 raise
@@ -316,7 +279,7 @@ class Layers:
         for part in ("", "/fs", "/work") if kind is Kind.ACTIVE else ("", "/fs"):
             path = self.directory(number) + part
             try:
-                wrong = None if stat.S_ISDIR(os.lstat(self._held(number) + part).st_mode) else "not a directory"
+                wrong = None if stat.S_ISDIR(os.lstat(self.held_directory(number) + part).st_mode) else "not a directory"
             except FileNotFoundError:
                 wrong = "missing"
             except OSError as error:
@@ -336,13 +299,13 @@ class Layers:
         disk refuses, the next start removes it."""
         for name in (imprint.FILE, f"{imprint.FILE}.new"):
             with suppress(OSError):
-                os.unlink(f"{self._held(number)}/{name}")
-        remove_empty(self._held(number))
+                os.unlink(f"{self.held_directory(number)}/{name}")
+        remove_empty(self.held_directory(number))
         self.pool.note_undone(number)
 
     def leave_for_cleanup(self, number: int) -> None:
         """Leave snapshots/<number>, whose record is removed, where it is, for the next ``sweep`` or ``empty_trash``."""
-        if os.path.lexists(self._held(number)):
+        if os.path.lexists(self.held_directory(number)):
             self._left_for_cleanup.add(number)
 
     def move_to_trash(self, number: int) -> None:
@@ -354,7 +317,7 @@ class Layers:
         try:
             self._move_away(number)
         except OSError as error:
-            if not os.path.lexists(self._held(number)):
+            if not os.path.lexists(self.held_directory(number)):
                 self._left_for_cleanup.discard(number)
             elif error.errno in FULL or isinstance(error, PermissionError):  # it is immutable, say
                 self._left_for_cleanup.add(number)
@@ -364,15 +327,15 @@ class Layers:
     def _move_away(self, number: int, *, discard: bool = True) -> None:
         path = self.directory(number)
         if discard and self._is_ours(number):
-            with self._naming:
-                self.trash.move_here(self._held(number))
+            with self.naming:
+                self.trash.move_here(self.held_directory(number))
         else:
             log.warning("%s is none of snapfs's directories; moved to %s", path, self.move_to_lost_found(path))
         self._left_for_cleanup.discard(number)
 
     def _is_ours(self, number: int) -> bool:
         """Whether snapshots/<number> is such a directory as a Prepare makes, or what is left of one."""
-        path = self._held(number)
+        path = self.held_directory(number)
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             return False
         if os.path.lexists(f"{path}/fs"):
@@ -397,7 +360,7 @@ class Layers:
                 if ours and number is not None:
                     self.move_to_trash(number)
                 elif ours and stat.S_ISDIR(os.lstat(self.held_path(path)).st_mode):
-                    with self._naming:
+                    with self.naming:
                         self.trash.move_here(self.held_path(path))
                 else:
                     log.warning("%s is none of snapfs's directories; moved to %s", path, self.move_to_lost_found(path))
@@ -408,7 +371,7 @@ class Layers:
 
     def move_to_lost_found(self, path: str) -> str:
         """Move the file or directory ``path``, a name in ROOT, to lost+found, and return its path there.  Raises OSError."""
-        with self._naming:
+        with self.naming:
             os.makedirs(f"{self.held}/lost+found", mode=0o700, exist_ok=True)
             name = os.path.basename(path)
             others = (f"{name[:_NAME]}~{number}" for number in itertools.count(1))
@@ -449,7 +412,7 @@ class Layers:
     def empty_layer(self) -> str:
         """The path of ROOT/empty, made where missing.  Raises OSError."""
         path = f"{self.root}/empty"
-        with self._naming:
+        with self.naming:
             try:
                 with os.scandir(self.held_path(path)) as entries:
                     is_empty = next(entries, None) is None
@@ -464,7 +427,7 @@ class Layers:
     def make_trial(self) -> str:
         """Make a directory with ``fs``, ``work`` and ``lower``, for trying what can be mounted; its path.  The caller removes
         it.  Raises OSError."""
-        with self._naming:
+        with self.naming:
             path = self.pool.make()
             os.mkdir(f"{path}/lower")
         return path
@@ -472,7 +435,7 @@ class Layers:
     def is_empty(self, number: int) -> bool:
         """Whether the layer of snapshot ``number`` is empty, or missing."""
         try:
-            with os.scandir(f"{self._held(number)}/fs") as entries:
+            with os.scandir(f"{self.held_directory(number)}/fs") as entries:
                 return next(entries, None) is None
         except FileNotFoundError:
             return True
@@ -483,7 +446,7 @@ class Layers:
         """The ids that have a directory in snapshots/, where that is there yet.  Raises OSError."""
         if not os.path.isdir(f"{self.held}/snapshots"):
             return set()
-        with self._naming, os.scandir(f"{self.held}/snapshots") as entries:
+        with self.naming, os.scandir(f"{self.held}/snapshots") as entries:
             found = ((parse_id(entry.name), entry) for entry in entries)
             return {number for number, entry in found if number is not None and entry.is_dir(follow_symlinks=False)}
 
@@ -493,38 +456,17 @@ class Layers:
         Returns an error, with its path, for each directory that can't be deleted and stays; that is logged, too.
         ``checkpoint`` is called once an entry, and may raise to stop.
         """
-        with self._naming:
+        with self.naming:
             refused = self.trash.empty(checkpoint)
         for number in list(self._left_for_cleanup):
             checkpoint()
             try:
                 self.move_to_trash(number)
                 if number in self._left_for_cleanup and self._is_ours(number):
-                    self.trash.delete(self._held(number), checkpoint)
+                    self.trash.delete(self.held_directory(number), checkpoint)
                     self._left_for_cleanup.discard(number)
             except OSError as error:
                 error.filename = error.filename or self.directory(number)
                 refused.append(error)
-                self.trash.mark_stuck(self._held(number), error)
+                self.trash.mark_stuck(self.held_directory(number), error)
         return refused
-
-
-class _Naming:
-    """For a block that reaches ROOT by the descriptor: errors that leave it tell paths by their names."""
-
-    def __init__(self, layers: Layers) -> None:
-        self._held = layers.held + "/"
-        self._root = layers.root + "/"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError):
-            self.name(error)
-
-    def name(self, error: OSError) -> None:
-        for which in ("filename", "filename2"):
-            path = getattr(error, which)
-            if isinstance(path, str) and path.startswith(self._held):
-                setattr(error, which, self._root + path[len(self._held) :])
