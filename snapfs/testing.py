@@ -58,7 +58,7 @@ def snapfs_tree() -> Iterator[Path]:
     base = Path(tempfile.mkdtemp(prefix="snapfs-testing-"))
     try:
         (base / "tree").mkdir()
-        words = [sys.executable, "-m", "snapfs.cli", "serve", "--sync=none", str(base / "root"), str(base / "tree")]
+        words = [sys.executable, "-P", "-m", "snapfs.cli", "serve", "--sync=none", str(base / "root"), str(base / "tree")]
         with subprocess.Popen(
             words,
             stderr=subprocess.PIPE,

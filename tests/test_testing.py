@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,20 @@ def test_a_directory(tmp_path: Path) -> None:
     )
     done = run(tests, tmp_path)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_working_directory_has_no_modules_for_the_daemon(tmp_path: Path) -> None:
+    """It may be anybody's: pytest itself takes none from there."""
+    (tests := tmp_path / "tests").mkdir()
+    (tests / "conftest.py").write_text('pytest_plugins = "snapfs.testing"\n')
+    (tests / "test_it.py").write_text("def test_it(snapfs_tree):\n    assert (snapfs_tree / 'README').exists()\n")
+    (hostile := tmp_path / "hostile").mkdir()
+    (hostile / "trio.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(tests)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, cwd=hostile, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert "1 passed" in done.stdout, done.stdout
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

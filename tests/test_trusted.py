@@ -8,13 +8,14 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
-from snapfs.cli.refusal import NOT_PERMITTED
+from snapfs import names
+from snapfs.cli.refusal import BUSY, NOT_PERMITTED
 from snapfs.errors import Unavailable
 from snapfs.kernel import mounting, trusted
 from snapfs.kernel.mounttable import mount_table
@@ -24,7 +25,7 @@ from tests.command import SNAPFS
 from tests.daemon import Daemon, refusal
 from tests.mounts import is_mounted
 from tests.tree import committed
-from tests.users import ALICE, BOB, STAFF, alice, run
+from tests.users import ALICE, BOB, STAFF, alice, bind, run
 
 Make = Callable[..., Daemon]
 
@@ -148,6 +149,27 @@ def test_a_directory_on_the_way(tmp_path: Path, mode: int, owner: int, group: in
         if why:
             with pytest.raises(trusted.Untrusted, match=why):
                 find(tmp_path / "way", inside=True)
+
+
+@pytest.fixture
+def two_of_one_number(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Two groups of the number 4242; Alice is in the second."""
+    (copy := tmp_path_factory.mktemp("etc") / "group").write_text(
+        Path("/etc/group").read_text().rstrip("\n") + "\nadm1:x:4242:\nadm2:x:4242:alice\n"
+    )
+    copy.chmod(0o644)
+    with ExitStack() as stack:
+        bind(stack, copy, "/etc/group")
+        yield
+
+
+@pytest.mark.usefixtures("two_of_one_number")
+def test_two_groups_of_one_number(tmp_path: Path) -> None:
+    (tmp_path / "way/to").mkdir(parents=True)
+    os.chown(tmp_path / "way", 0, 4242)
+    (tmp_path / "way").chmod(0o775)
+    with pytest.raises(trusted.Untrusted, match="can be written by the group adm1"):
+        find(tmp_path / "way/to")
 
 
 def test_an_acl_that_lets_another_user_write(tmp_path: Path) -> None:
@@ -334,6 +356,20 @@ def test_another_root_in_the_place_of_one_that_was_moved_away(make_daemon: Make,
     assert everything(victim) == before
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_a_root_that_others_can_write(tmp_path: Path, mode: int) -> None:
+    """They could put a link to the records there between two looks."""
+    (root := tmp_path / "root").mkdir()
+    os.chown(root, 0, STAFF)
+    root.chmod(mode)
+    (tmp_path / "mnt").mkdir()
+    before = everything(tmp_path)
+    said = refusal(root, tmp_path / "mnt")
+    assert f"cannot use {root} as root: {root} can be written by " in said
+    assert f"look what is in there, and then chmod 700 {root}" in said
+    assert everything(tmp_path) == before
+
+
 # -- what is a root
 
 
@@ -441,6 +477,97 @@ def test_a_socket_in_a_directory_of_somebody_elses(theirs: Path, tmp_path: Path)
         assert f"cannot make the socket {path}: {theirs} belongs to the user alice" in said
     assert everything(tmp_path) == before, "a root that was new is gone again"
     assert not is_mounted(tmp_path / "mnt")
+
+
+def test_a_socket_whose_directory_another_user_has_locked(make_daemon: Make, open_path: Path) -> None:
+    (run_directory := open_path / "run").mkdir()
+    run_directory.chmod(0o755)
+    command = [*alice, "flock", "-x", str(run_directory), "sh", "-c", "echo locked; read _"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as locked:
+        assert locked.stdin is not None
+        assert locked.stdout is not None
+        assert locked.stdout.readline() == "locked\n"
+        daemon = make_daemon("--containerd", str(run_directory / "s.sock")).start()
+        assert (run_directory / "s.sock").is_socket()
+        assert daemon.stop() == 0
+        locked.stdin.close()
+
+
+CALLED = """
+import ast, ctypes, os, sys
+ctypes.CDLL(None).prctl(15, ast.literal_eval(sys.argv[2]), 0, 0, 0)  # PR_SET_NAME
+os.chdir(sys.argv[1])
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", [b"\x9bboo", b"\x1b[2Jx\nsn"])
+def test_the_name_of_a_process_that_is_in_the_way(daemon: Daemon, tmp_path: Path, name: bytes) -> None:
+    """A process calls itself what it likes."""
+    (daemon.mnt / "active/a").mkdir()
+    (target := tmp_path / "target").mkdir()
+    assert snapfs("mount", "a", target, "--at", daemon.mnt).stderr == ""
+    command = [sys.executable, "-c", CALLED, str(target), repr(name)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as busy:
+        assert busy.stdin is not None
+        assert busy.stdout is not None
+        assert busy.stdout.readline() == b"\n"
+        for words in (("umount", target), ("rm", "a"), ("commit", "a", "c")):
+            done = snapfs(*words, "--at", daemon.mnt)
+            assert done.returncode == BUSY, done.stderr
+            assert done.stderr.startswith("snapfs: ")
+            assert done.stderr.rstrip("\n").isprintable(), done.stderr
+        busy.stdin.close()
+    assert snapfs("umount", target).stderr == ""
+
+
+@pytest.mark.usefixtures("everybodys_fuse")
+def test_links_in_the_working_directory(daemon: Daemon, open_path: Path, tmp_path: Path) -> None:
+    """Another user's, in a directory of everybody's: they say neither which snapshot nor which mount is meant."""
+    (shared := open_path / "shared").mkdir()
+    shared.chmod(0o1777)
+    committed(daemon.mnt, "base", content="content")
+    (daemon.mnt / "active/db").mkdir()
+    (other := tmp_path / "other").mkdir()
+    assert snapfs("mount", "db", other, "--at", daemon.mnt).stderr == ""
+    links = f"mkdir {shared}/active && ln -s {daemon.mnt}/committed/base {shared}/active/web && ln -s {other} {shared}/web"
+    assert run(alice, "sh", "-c", f"{links} && ln -s {daemon.mnt} {shared}/tree").returncode == 0
+
+    def there(*words: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "SNAPFS": str(daemon.mnt)}
+        command = [*SNAPFS, *words]
+        return subprocess.run(command, cwd=shared, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+    for words in (
+        ("rm", "active/web"),
+        ("rm", "./active/web"),
+        ("umount", "web"),
+        ("umount", "./web"),
+        ("umount", "tree"),
+        ("umount", "./tree"),
+        ("rm", "tree/committed/base"),
+    ):
+        done = there(*words)
+        assert done.returncode != 0, words
+        assert done.stderr.startswith("snapfs: ")
+    assert (daemon.mnt / "committed/base").is_dir()
+    assert is_mounted(other)
+    (tmp_path / "mine").symlink_to(daemon.mnt)
+    done = there("show", f"{tmp_path}/mine/committed/base")
+    assert done.returncode == 0, "a link of one's own"
+    assert snapfs("umount", other).stderr == ""
+
+
+def test_a_backup_in_a_directory_of_somebody_elses(theirs: Path, tmp_path: Path) -> None:
+    root = made_root(tmp_path / "root")
+    (theirs / "there").symlink_to(tmp_path)
+    before = everything(tmp_path)
+    for file in (theirs / "copy", theirs / "there/copy"):
+        done = snapfs("backup", root, file)
+        assert done.returncode == 1
+        assert f"cannot write the backup {file}: {theirs} belongs to the user alice" in done.stderr
+    assert everything(tmp_path) == before
 
 
 def attributes_of(target: Path) -> set[str]:
@@ -616,3 +743,15 @@ def test_a_claim_says_what_it_made(tmp_path: Path) -> None:
     finally:
         os.close(found.lock)
         os.close(found.fd)
+
+
+def test_no_refusal_has_what_a_terminal_obeys(daemon: Daemon) -> None:
+    """Whoever may write the tree gives snapshots any names."""
+    key = "\x1b[2J\x1b]0;pwned\x07\u202ex\u009b"
+    (daemon.mnt / "active" / names.encode(key)).mkdir()
+    (daemon.mnt / "active" / names.encode(key)).rename(daemon.mnt / "committed" / names.encode(key))
+    (daemon.mnt / "committed" / names.encode(key) / "active/child").mkdir()
+    for words in (("rm", key), ("rm", key, "other"), ("commit", key, "x"), ("show", key + "y"), ("prune", "--kind", key)):
+        done = snapfs(*words, "--at", daemon.mnt)
+        assert done.returncode != 0, words
+        assert all(line.isprintable() for line in done.stderr.split("\n")), done.stderr

@@ -588,7 +588,7 @@ def test_a_root_that_others_could_enter_is_shut(make_daemon: Make) -> None:
     daemon = make_daemon().start()
     fill(daemon.mnt)
     assert daemon.stop() == 0
-    (daemon.root).chmod(0o777)
+    (daemon.root).chmod(0o755)
     (daemon.root / "snapshots").chmod(0o755)
     assert may(run(bob, "ls", daemon.root / "snapshots"))
     daemon.start()

@@ -105,7 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             logs.say(str(said), logging.ERROR)
         else:
-            print(f"snapfs: {said}", file=sys.stderr)
+            from snapfs.cli import table
+
+            table.complain(said)
         return said.status if isinstance(said, Refusal) else 1
 
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 
+from snapfs.cli import table
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import MountedTree, find_tree
 from snapfs.cli.progress import Progress
@@ -70,7 +71,7 @@ def _commit(given: Given) -> int:
     directory = commit(place, place.key(key), place.new_key(name, "committed"), None if parent is None else place.key(parent))
     if not given.has("no-sync"):
         place.do("wait for the disk", persistently, sync, directory)
-    print(directory)
+    table.show_line(directory)
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from snapfs.cli import table
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,7 +86,10 @@ class Verb:
         try:
             given = self.parse(words)
         except WrongUsage as wrong:
-            print(f"snapfs {self.name}: {wrong}\n{self.usage()}; snapfs {self.name} --help tells more", file=sys.stderr)
+            print(
+                f"snapfs {self.name}: {table.printable(str(wrong))}\n{self.usage()}; snapfs {self.name} --help tells more",
+                file=sys.stderr,
+            )
             return 2
         if given.has("help"):
             print(self.help(), end="")

@@ -23,7 +23,8 @@ def _ls(given: Given) -> int:
         table.show_json([row.shown() for row in found])
     elif given.has("null") or given.has("quiet"):
         end = "\0" if given.has("null") else "\n"
-        sys.stdout.write("".join(row.name + end for row in found))
+        as_it_is = given.has("null") or not sys.stdout.isatty()
+        sys.stdout.write("".join((row.name if as_it_is else table.printable(row.name)) + end for row in found))
     else:
         lines = [
             (

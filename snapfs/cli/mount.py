@@ -27,9 +27,9 @@ def _mount(given: Given) -> int:
     kind, directory = place.find(key)
     if kind == "committed":
         raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {key}')
-    if (os.path.realpath(given.arguments[1]) + "/").startswith(place.path + "/"):
-        raise Refusal(f"{given.arguments[1]} lies in the tree: mount it elsewhere")
     with _found(given.arguments[1], f'mount "{key}" on') as found:
+        if f"{found.path}/".startswith(f"{place.path}/"):
+            raise Refusal(f"{given.arguments[1]} lies in the tree: mount it elsewhere")
         _mount_at(place, key, kind, directory, found, _attributes(given))
     return 0
 
@@ -117,8 +117,8 @@ def _umount(given: Given) -> int:
     from snapfs.kernel.mounttable import mount_table
 
     word = given.arguments[0]
-    target = os.path.realpath(word)
     shown = {mount.target: mount for mount in mount_table()}  # the uppermost is the last
+    target = _target(word) if "/" in word else ""  # else it is a key, whatever is called so in the working directory
     found = shown.get(target)
     if found is not None and not _is_ours(found):
         raise Refusal(f"{target} is no snapshot's file system: nothing for snapfs to unmount")
@@ -151,6 +151,13 @@ def _umount(given: Given) -> int:
             )
             raise Refusal(f"cannot unmount {each}: {words}", BUSY if error.errno == 16 else NOT_PERMITTED) from None
     return 0
+
+
+def _target(path: str) -> str:
+    """``path`` without links; raises Refusal where somebody else could exchange a directory above it."""
+    directory, name = os.path.split(os.path.abspath(path))
+    with _found(directory, "unmount what is in", inside=True) as found:
+        return f"{found.path.rstrip('/')}/{name}"
 
 
 VERBS = {

@@ -82,9 +82,11 @@ class MountedTree:
         tree = os.path.realpath(self.path)
         for place in (os.path.normpath(os.path.join(tree, path)), os.path.abspath(path)):
             if place.split("/")[-2] in (*KINDS, "by-id"):  # nothing else is looked at: rootfs would be mounted
-                directory, name = os.path.split(os.path.realpath(place))
-                if directory in [f"{tree}/{kind}" for kind in KINDS] and os.path.lexists(f"{directory}/{name}"):
-                    return key_of(name)
+                place = _within(tree, place)
+                if place:
+                    directory, name = os.path.split(os.path.realpath(place))
+                    if directory in [f"{tree}/{kind}" for kind in KINDS] and os.path.lexists(f"{directory}/{name}"):
+                        return key_of(name)
         return None
 
     def new_key(self, word: str, kind: str) -> str:
@@ -92,7 +94,7 @@ class MountedTree:
         where the snapshot will be, as in ``key``."""
         tree = os.path.realpath(self.path)
         directory, name = os.path.split(word.rstrip("/"))
-        if name and (directory == kind or (directory and os.path.realpath(directory) == f"{tree}/{kind}")):
+        if name and (directory == kind or (directory and _within(tree, os.path.abspath(directory)) == f"{tree}/{kind}")):
             from snapfs import names
 
             return names.decode(name)
@@ -137,6 +139,22 @@ class MountedTree:
             self.do(f'delete label "{key}"', _unlink, path)
         else:
             self.do(f'set label "{key}"', _write, path, value)
+
+
+def _within(tree: str, path: str) -> str:
+    """``path`` as one in the tree, in which are no links but those that the daemon shows; "" where it is in none, or leads
+    there by a link that somebody else could have made, or exchange: who does that must not choose which snapshot is meant."""
+    if path.startswith(f"{tree}/"):
+        return path
+    from snapfs.kernel import trusted
+
+    directory, name = os.path.split(path)
+    try:
+        with trusted.find(directory) as found:
+            unlinked = f"{found.path.rstrip('/')}/{name}"
+    except (trusted.Untrusted, OSError):
+        return ""
+    return unlinked if unlinked.startswith(f"{tree}/") else ""
 
 
 def _write(path: str, value: str) -> None:
@@ -226,7 +244,9 @@ def find_tree(at: str | None, *, changes: bool = False, tell: bool = True) -> Mo
         raise Refusal(f"another file system hides {found.path}, where a tree of {whose} is mounted", NO_TREE)
     if tell and not inside and (changes or others) and ((changes and others) or sys.stderr.isatty()):
         only = f"the only tree of {whose} that is mounted (--at names another)" if others else "the only tree that is mounted"
-        print(f"snapfs: working in {found.path}, {only}", file=sys.stderr)
+        from snapfs.cli import table
+
+        table.complain(f"working in {found.path}, {only}")
     return found
 
 
@@ -247,7 +267,7 @@ def _above(path: str) -> str | None:
 
 def given_root(path: str) -> str:
     """``path``, which a user has given as a root; raises Refusal where it can't be one: it is the mounted tree of one, say."""
-    if os.path.realpath(path) in [tree.path for tree in mounted_trees()]:
+    if os.path.abspath(path) in [tree.path for tree in mounted_trees()]:
         raise Refusal(f"{path} is where a tree is mounted, not its root: findmnt -no SOURCE {path} says which that is", USAGE)
     return path
 

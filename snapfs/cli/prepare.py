@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from snapfs.cli import table
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import find_tree
 from snapfs.cli.refusal import NOT_FOUND, TAKEN, USAGE, Refusal
@@ -51,7 +52,9 @@ def _make(kind: str, given: Given) -> int:
     place = find_tree(given.value("at"), changes=True)
     labels = read_labels(given.all("label"))
     parent = given.value("parent")
-    print(make(place, kind, place.new_key(given.arguments[0], kind), None if parent is None else place.key(parent), labels))
+    table.show_line(
+        make(place, kind, place.new_key(given.arguments[0], kind), None if parent is None else place.key(parent), labels)
+    )
     return 0
 
 

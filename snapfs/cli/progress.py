@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from snapfs.cli import table
+
 WIDTH = 20  # of the bar
 EVERY = 0.05  # seconds between two pictures
 
@@ -30,6 +32,7 @@ class Progress:
         now = time.monotonic()
         if self._on and now - self._shown >= EVERY:
             self._shown = now
+            line = table.printable(line)
             print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
             self._width = len(line)
 

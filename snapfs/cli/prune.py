@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 
 from snapfs.cli import table
@@ -75,7 +74,7 @@ def _prune(given: Given) -> int:
             print(f"kept {table.printable(row.name)}: {table.printable(why)}")
         print(f"{verb} {len(removed)}, {table.format_size(sum(row.size for row in removed))}")
     for refusal in refused:
-        print(f"snapfs: {refusal}", file=sys.stderr)
+        table.complain(refusal)
     return refused[-1].status if refused else 0
 
 

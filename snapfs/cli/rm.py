@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
 from snapfs.cli import table
@@ -44,7 +43,7 @@ def _rm(given: Given) -> int:
     known = {row.name: row for row in everything}
     for name in names:
         if name not in known and not given.has("force"):
-            print(f"snapfs: {missing(name, place.path)}", file=sys.stderr)
+            table.complain(missing(name, place.path))
             status = NOT_FOUND
     if given.has("recursive"):
         wanted = with_descendants(everything, names)
@@ -60,7 +59,7 @@ def _rm(given: Given) -> int:
         for row in removed:
             print(f"removed {table.printable(row.name)}")
     for refusal in refused:
-        print(f"snapfs: {refusal}", file=sys.stderr)
+        table.complain(refusal)
         status = refusal.status
     return status
 

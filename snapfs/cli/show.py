@@ -16,7 +16,7 @@ def _show(given: Given) -> int:
     for key in map(place.key, given.arguments):
         kind, directory = place.find(key)
         if given.has("path"):
-            print(directory)
+            table.show_line(directory)
             continue
         info = json.loads(place.read(f"{directory}/info.json"))
         info["usage"] = json.loads(place.read(f"{directory}/usage.json"))

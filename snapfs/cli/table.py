@@ -30,6 +30,16 @@ def printable(text: str) -> str:
     return names.printable(text)
 
 
+def show_line(text: str) -> None:
+    """Print ``text``, which a script may read: as it is, but for a terminal without characters that it would obey."""
+    print(printable(text) if sys.stdout.isatty() else text)
+
+
+def complain(sentence: object) -> None:
+    """Print ``sentence`` on standard error, on one line, without characters that a terminal would obey."""
+    print(f"snapfs: {printable(str(sentence))}", file=sys.stderr)
+
+
 def show_json(value: object, *, indent: int | None = 2) -> None:
     """Print ``value`` as a JSON document, without characters that a terminal would obey."""
     import json

@@ -156,7 +156,7 @@ def _checkpoint(given: Given) -> int:
         ]
         table.show_table(("NUMBER", "NAME", "SIZE", "AGE", "MESSAGE"), lines, right_aligned=(0, 2, 3))
         return 0
-    print(Workspace(place, key).checkpoint(given.value("message") or "", wait=given.has("sync")))
+    table.show_line(Workspace(place, key).checkpoint(given.value("message") or "", wait=given.has("sync")))
     return 0
 
 
@@ -176,9 +176,9 @@ def _rollback(given: Given) -> int:
     if given.has("keep"):
         kept = workspace.checkpoint(f"before it was rolled back to {parent or 'nothing'}")
         workspace = Workspace(workspace.place, workspace.key)
-        print(f"kept as {kept}")
+        table.show_line(f"kept as {kept}")
     workspace.rollback(parent)
-    print(f"{workspace.key} is as {parent or 'an empty one'}")
+    table.show_line(f"{workspace.key} is as {parent or 'an empty one'}")
     return 0
 
 
@@ -186,19 +186,19 @@ def _fork(given: Given) -> int:
     place = find_tree(given.value("at"), changes=True)
     source, key = place.key(given.arguments[0]), place.new_key(given.arguments[1], "active")
     if place.kind_of(source) == "committed":
-        print(make(place, "active", key, source))
+        table.show_line(make(place, "active", key, source))
         return 0
     was_missing = place.kind_of(source) is None
     workspace = Workspace(place, source)
     taken = workspace.names.get(key)
     if taken is not None:
         if was_missing and taken.kind == "active" and taken.parent == workspace.row.parent:  # it was cut short after this
-            print(place.directory("active", key))
+            table.show_line(place.directory("active", key))
             return 0
         raise Refusal(f'snapshot "{key}" already exists ({taken.kind})', TAKEN)
     file_name(key)
     workspace.checkpoint(given.value("message") or f"forked as {key}", fork=key)
-    print(place.directory("active", key))
+    table.show_line(place.directory("active", key))
     return 0
 
 

@@ -9,10 +9,13 @@ import os
 import secrets
 import socket
 import stat
+import time
 from collections.abc import Iterator
 
 from snapfs.errors import InvalidArgument, Unavailable
 from snapfs.kernel import libc, trusted
+
+PATIENCE = 2.0  # seconds for which daemons that want the same place wait for each other
 
 LONGEST = 107  # bytes of a path that connect(2) takes
 
@@ -21,7 +24,7 @@ class SocketFile:
     """The socket at ``path``, an absolute one, whose directory is made where missing.
 
     Bind at ``fresh`` within ``private_umask``, then ``put`` it in its place in one step.  Meanwhile other daemons that want
-    the same place wait: the directory is locked.  A directory that another user could exchange is refused.  What
+    the same place wait a while: the directory is locked.  A directory that another user could exchange is refused.  What
     others do in it (it may be /tmp) can change no file of ours: all is done by descriptors, to what was made here.  Blocks on
     the disk.  Raises InvalidArgument or Unavailable where the path can't be used.
     """
@@ -36,7 +39,7 @@ class SocketFile:
                 found.make()
                 self._directory = os.open(f"/proc/self/fd/{found.fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                fcntl.flock(self._directory, fcntl.LOCK_EX)
+                _lock(self._directory)
                 self._refuse_taken()
                 self._name, self._private = _private_directory(self._directory)
             except BaseException:
@@ -91,6 +94,19 @@ class SocketFile:
             os.rmdir(self._name, dir_fd=self._directory)
         os.close(self._private)
         os.close(self._directory)
+
+
+def _lock(directory: int) -> None:
+    """Wait for other daemons that make a socket in ``directory``, but not for ever: whoever may read it may lock it, too."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.01)
 
 
 def _private_directory(directory: int) -> tuple[str, int]:

@@ -107,8 +107,10 @@ def recover_mountpoint(root: str, mountpoint: str) -> None:
         if not mounts:
             return
         source = mounts[-1].source
+        if mounts[-1].type.startswith("fuse") and trusted.server_of(mounts[-1]) not in trusted.trusted_users():
+            return  # what it says of itself is worth nothing, and it may never answer
         if mounts[-1].type == f"fuse.{FILE_SYSTEM}":
-            if not is_abandoned(source if source.startswith("/") else os.path.realpath(root)):
+            if not is_abandoned(source if source.startswith("/") else root):
                 return
             log.warning("%s was left mounted by a daemon that is gone; unmounting it", mountpoint)
             _detach(mounts[-1])
@@ -138,8 +140,8 @@ def _abort(mount: MountPoint) -> None:
 
 
 def _overlap(root: str, mountpoint: str) -> bool:
-    """Whether one lies within the other, by whatever links and bind mounts they are reached."""
-    inside, outside = os.path.realpath(mountpoint), os.path.realpath(root)
+    """Whether one lies within the other, by whatever bind mounts they are reached; both are without links."""
+    inside, outside = mountpoint, root
     existing = outside
     while not os.path.lexists(existing):
         existing = os.path.dirname(existing)
@@ -152,7 +154,7 @@ def _overlap(root: str, mountpoint: str) -> bool:
 
 
 def check_mountpoint(root: str, mountpoint: str) -> str:
-    """``mountpoint`` without links.  Raises Unavailable, with a sentence, for what can be known to fail."""
+    """``mountpoint`` without links, as ``root`` is.  Raises Unavailable, with a sentence, for what can be known to fail."""
     target = resolve(mountpoint)
     if mounted_at(target) is not None:
         raise Unavailable(f"{mountpoint} is the mountpoint of another snapfs already; unmount that first")
@@ -169,7 +171,7 @@ def check_mountpoint(root: str, mountpoint: str) -> str:
         raise Unavailable(f"cannot mount on {mountpoint}: {error.strerror}{_hint(error, mountpoint)}", error.errno) from None
     if mounted_at(target) is not None:
         raise Unavailable(f"{mountpoint} is the mountpoint of another snapfs already; unmount that first")
-    if _overlap(root, mountpoint):
+    if _overlap(root, target):
         raise Unavailable(f"the root {root} and the mountpoint {mountpoint} must not lie within each other")
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))

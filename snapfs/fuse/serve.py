@@ -29,6 +29,7 @@ from snapfs.fuse.operations import Operations
 from snapfs.fuse.waiting import MAX_TASKS
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
+from snapfs.root import claim
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree import Tree
 
@@ -79,6 +80,7 @@ async def serve(
     _check_access(mount.access, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         try:
+            root = await trio.to_thread.run_sync(claim.resolve, root)
             target = await trio.to_thread.run_sync(resolve, mountpoint)
             await trio.to_thread.run_sync(recover_mountpoint, root, target)
             target = await trio.to_thread.run_sync(check_mountpoint, root, mountpoint)

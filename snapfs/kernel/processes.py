@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from snapfs import names
+
 ENOUGH = 0.02  # seconds after which no further process is looked for, once one was found
 LONGEST = 0.25  # seconds after which the search is given up: the caller may hold locks that all other calls wait for
 
@@ -58,9 +60,15 @@ def users_of_device(device: str, *, longest: float = LONGEST) -> Iterator[tuple[
 def name_of(pid: int) -> str:
     """The name of process ``pid``; "?" where it has ended."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+        return _name_of(str(pid))
     except OSError:
         return "?"
+
+
+def _name_of(pid: str) -> str:
+    """A process gives itself any name it likes: here it is on one line, and nothing that a terminal obeys.  Raises OSError."""
+    raw = Path(f"/proc/{pid}/comm").read_bytes()
+    return names.printable(raw.removesuffix(b"\n").decode(errors="backslashreplace"))
 
 
 def _search(*ways: Callable[[str], bool], longest: float = LONGEST) -> Iterator[tuple[int, str]]:
@@ -75,7 +83,7 @@ def _search(*ways: Callable[[str], bool], longest: float = LONGEST) -> Iterator[
                 return
             try:
                 if uses(f"/proc/{entry}"):
-                    name = Path(f"/proc/{entry}/comm").read_text().rstrip("\n")
+                    name = _name_of(entry)
                     found.add(entry)
                     yield int(entry), name
             except OSError:  # it has ended, or is not for us to see

@@ -97,7 +97,7 @@ def find(path: str, *, inside: bool = False) -> Found:
                     _, fd = way.pop()
                     mount = mount_id_of(fd)
                 continue
-            _refuse_writable(fd, here, trusted)
+            refuse_writable(fd, here, trusted)
             there = f"{here.rstrip('/')}/{name}"
             try:
                 below = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
@@ -136,7 +136,7 @@ def find(path: str, *, inside: bool = False) -> Found:
                 ahead += [part for part in reversed(target.split("/")) if part not in ("", ".")]
         there = "/" + "/".join(name for name, _ in way)
         if inside:
-            _refuse_writable(fd, there, trusted)
+            refuse_writable(fd, there, trusted)
         found = Found(there, fd, ())
         fd = -1
         return found
@@ -157,10 +157,11 @@ def trusted_users() -> set[int]:
     return trusted
 
 
-def _refuse_writable(fd: int, path: str, trusted: set[int]) -> None:
-    """Raise Untrusted where others than ``trusted`` can exchange what is in the directory ``fd``, called ``path``."""
+def refuse_writable(fd: int, path: str, trusted: set[int], *, sticky: bool = True) -> None:
+    """Raise Untrusted where others than ``trusted`` can exchange what is in the directory ``fd``, called ``path``; in a sticky
+    one they can only put in more, which is fine if ``sticky``."""
     found = os.fstat(fd)
-    if found.st_mode & stat.S_ISVTX or not found.st_mode & _OTHERS_WRITE or not stat.S_ISDIR(found.st_mode):
+    if (found.st_mode & stat.S_ISVTX and sticky) or not found.st_mode & _OTHERS_WRITE or not stat.S_ISDIR(found.st_mode):
         return
     if found.st_mode & stat.S_IWOTH:
         raise Untrusted(f"{path} can be written by everybody, who could exchange what is in it")
@@ -175,10 +176,10 @@ def _is_private(fd: int, found: os.stat_result, trusted: set[int]) -> bool:
     with suppress(OSError):
         os.getxattr(f"/proc/self/fd/{fd}", "system.posix_acl_access")
         return False
-    try:
-        names = set(grp.getgrgid(found.st_gid).gr_mem)
-    except KeyError:  # no user can be in a group that there isn't, but by its number
+    entries = [group for group in grp.getgrall() if group.gr_gid == found.st_gid]  # there may be several of one number
+    if not entries:  # no user can be in a group that there isn't, but by its number
         return False
+    names = {name for group in entries for name in group.gr_mem}
     users = [user for user in pwd.getpwall() if user.pw_gid == found.st_gid or user.pw_name in names]
     return {user.pw_uid for user in users} <= trusted and names <= {user.pw_name for user in users}
 

@@ -16,6 +16,7 @@ import lmdb
 import msgspec
 
 from snapfs.errors import AlreadyExists, InvalidArgument, Unavailable
+from snapfs.kernel import trusted
 from snapfs.kernel.mounttable import mount_table
 from snapfs.root.claim import RECORDS, look
 from snapfs.root.lock import shared_lock
@@ -61,12 +62,17 @@ def _backup(root: str, given: str, file: str) -> Backup:
     except OSError as error:
         raise Unavailable.from_os("read the records", error) from error
     directory, name = os.path.split(os.path.abspath(file))
-    directory = os.path.realpath(directory)
-    if os.path.lexists(f"{directory}/{name}"):
-        raise AlreadyExists(f"{file} exists already, and a backup never replaces anything: give another name")
     try:
-        _refuse_place(root, directory, file)
-        return _write(root, records, directory, name)
+        with trusted.find(directory, inside=True) as found:
+            if found.missing:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
+            _refuse_place(root, found.path, file)
+            if os.path.lexists(f"/proc/self/fd/{found.fd}/{name}"):
+                raise AlreadyExists(f"{file} exists already, and a backup never replaces anything: give another name")
+            return _write(root, records, f"/proc/self/fd/{found.fd}", name)
+    except trusted.Untrusted as error:
+        to_do = "write it to a directory below those that nobody else can write, such as /var/backups"
+        raise Unavailable(f"cannot write the backup {file}: {error}; {to_do}") from None
     except OSError as error:
         if error.errno == errno.EEXIST:
             raise AlreadyExists(f"{file} has just been made by somebody else: give another name") from None

@@ -68,6 +68,15 @@ def claim(root: str) -> Claim:
     return _claim(root, may_make=True)
 
 
+def resolve(root: str) -> str:
+    """``root`` without links, whether it is there or not; raises Unavailable where somebody else could lead it elsewhere."""
+    try:
+        with _find(root) as found:
+            return found.path
+    except OSError as error:
+        raise Unavailable.from_os(f"use {root} as root", error) from error
+
+
 def look(root: str) -> trusted.Found:
     """Find ``root``, which must be one, for a caller that only reads: a context manager, which closes its ``fd``.  Raises
     Unavailable."""
@@ -129,6 +138,10 @@ def _look(found: trusted.Found, root: str, *, may_make: bool) -> bool:
             f"{root} belongs to the user {shown.st_uid}, but whoever uses it must be the only one to get in: run this as that "
             "user, or give another"
         )
+    try:
+        trusted.refuse_writable(found.fd, found.path, trusted.trusted_users(), sticky=False)
+    except trusted.Untrusted as error:
+        raise Unavailable(f"cannot use {root} as root: {error}: look what is in there, and then chmod 700 {root}") from None
     held = f"/proc/self/fd/{found.fd}"
     present = os.listdir(held)
     if "lost+found" in present and _is_begun(f"{held}/lost+found"):  # mkfs has made it
