@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -20,6 +21,7 @@ from snapfs import Options, open_snapshotter
 from snapfs.errors import Unavailable
 from snapfs.fuse import retelling
 from snapfs.fuse.openfiles import ALL, SHARE, OpenFile, OpenFiles
+from snapfs.fuse.waiting import OF_READER, OF_READERS
 from snapfs.labels import COUNT, ROOM
 from snapfs.options import Sync
 from snapfs.tree import Handle, Tree, inodes, listing
@@ -30,6 +32,7 @@ from snapfs.tree.openlabels import OpenLabel
 from snapfs.tree.texts import IN_MEMORY, MOST, ON_DISK, OVERHEAD, LongText, Text, Versions
 from tests.daemon import Daemon
 from tests.processes import until
+from tests.refusals import failing
 from tests.tree import info
 from tests.users import ALICE, alice, bob, run
 
@@ -142,6 +145,45 @@ def test_labels_open_for_writing_do_not_fill_the_memory(everybodys: Daemon) -> N
         (labels / "l").write_text("root's")
     until(lambda: os.listdir(labels) == ["l"], "what was never written is gone")
     assert (labels / "l").read_text() == "root's\n"
+
+
+READERS = """
+kept, refused = [], 0
+while refused < 2000:
+    try:
+        kept.append(os.open("README", os.O_RDONLY))
+    except OSError as error:
+        assert error.strerror == "Too many open files", error
+        refused += 1
+for path in ("committed/base/rootfs", "active/web/mounts.json"):
+    for n in range(500):
+        try:
+            os.close(os.open(path, os.O_RDONLY))
+        except OSError as error:
+            refused += 1
+print(refused, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_is_refused_to_readers_pushes_nothing_out_of_the_log(make_daemon: Make, open_path: None, users: None) -> None:
+    """Too many open files, an entry that this tree leaves out, and a damaged snapshot."""
+    daemon = make_daemon("-o", "allow_other,no_rootfs").start()
+    os.mkdir(daemon.mnt / "active/a")
+    os.rename(daemon.mnt / "active/a", daemon.mnt / "committed/base")
+    os.mkdir(daemon.mnt / "committed/base/active/web")
+    with failing(errno.ENOTEMPTY):
+        os.rmdir(daemon.mnt / "committed/base")
+    shutil.rmtree(daemon.root / "snapshots/1")
+    with attacking(daemon, READERS) as said:
+        assert int(said) == 3000
+        assert " ENOTEMPTY rmdir committed/base" in daemon.error_log()[0]
+        assert len(daemon.error_log()) <= 1 + OF_READERS
+        assert sum(" EMFILE open README" in line for line in daemon.error_log()) >= OF_READER
+        for _ in range(2 * OF_READERS):
+            with failing(errno.ENOENT):
+                os.stat(daemon.mnt / "committed/base/rootfs")
+        assert sum(" ENOENT lookup" in line for line in daemon.error_log()) >= 2 * OF_READERS, "root has them all"
 
 
 def handle(size: int) -> OpenText:

@@ -20,7 +20,19 @@ import trio.testing
 
 from snapfs import Snapshotter
 from snapfs.errors import TryAgain
-from snapfs.fuse.waiting import AGAIN, HOLD, LINES, OF_OWNER, OF_USER, OF_USERS, PATIENCE, Waiting
+from snapfs.fuse.waiting import (
+    AGAIN,
+    HOLD,
+    LINES,
+    OF_OWNER,
+    OF_READER,
+    OF_READERS,
+    OF_USER,
+    OF_USERS,
+    PATIENCE,
+    READERS_AGAIN,
+    Waiting,
+)
 from snapfs.model import BACKGROUND, OWNER, Caller
 from snapfs.scan.sharing import Sharing, Turns
 from snapfs.tree import Tree, listing
@@ -411,6 +423,17 @@ def test_lines_in_the_log() -> None:
     assert waiting.is_news("rename")
     clock.now += 1
     assert [waiting.is_news("open") for _ in range(100)].count(True) == LINES
+
+
+def test_lines_in_the_log_about_readers() -> None:
+    clock = Clock()
+    waiting = Waiting(clock)
+    assert [waiting.is_readers_news(ALICE) for _ in range(100)].count(True) == OF_READER
+    assert waiting.is_readers_news(BOB)
+    clock.now += 1 / READERS_AGAIN
+    assert [waiting.is_readers_news(ALICE) for _ in range(100)].count(True) == 1
+    clock.now += 1000
+    assert [waiting.is_readers_news(user) for user in range(10_000)].count(True) == OF_READERS, "one has many ids"
 
 
 async def test_the_list_of_all_snapshots_is_collected_once_for_all_who_wait(

@@ -41,6 +41,11 @@ AGAIN = 0.25  # so that who comes last waits for at most HOLD / (1 - AGAIN) seco
 
 LINES = 5  # in error_log, a second and operation, that say that somebody is to try again
 
+OF_READER, OF_READERS = 10, 50
+"""Lines in error_log about requests that need no right to write: of one user at once, and of all users together."""
+
+READERS_AGAIN = 0.1  # of these, how many of one user's there may be again each second; of all users', five times as many
+
 
 class Allowance:
     """Something of which ``most`` may be taken at once, and ``again`` more each second."""
@@ -77,6 +82,8 @@ class Waiting:
         self._of_users: Counter[str] = Counter()
         self._held = Allowance(HOLD, AGAIN, clock)
         self._held_by: dict[int, Allowance] = {}
+        self._of_reader: dict[int, Allowance] = {}
+        self._of_readers = Allowance(OF_READERS, 5 * READERS_AGAIN, clock)
         self._lines: defaultdict[str, Allowance] = defaultdict(lambda: Allowance(LINES, LINES, clock))
 
     @contextmanager
@@ -123,4 +130,18 @@ class Waiting:
         if lines.left < 1:
             return False
         lines.take(1)
+        return True
+
+    def is_readers_news(self, user: int) -> bool:
+        """Whether error_log is to have a line about a request of ``user`` that was refused and needs no right to write: so few
+        are written that it takes hours until they have pushed out what was there."""
+        if self._of_readers.left < 1:  # first, so that there are no more users here than lines
+            return False
+        for other in [other for other, lines in self._of_reader.items() if lines.is_full]:
+            del self._of_reader[other]
+        own = self._of_reader.setdefault(user, Allowance(OF_READER, READERS_AGAIN, self._clock))
+        if own.left < 1:
+            return False
+        for lines in (own, self._of_readers):
+            lines.take(1)
         return True
