@@ -268,6 +268,26 @@ async def test_the_listing_of_many_labels_decodes_one_record_after_the_other(tre
     assert peak(lambda: sum(map(len, listing._lines(tree.state)))) < 1.5 * records
 
 
+def test_the_work_of_encoding_labels_does_not_depend_on_what_is_in_them() -> None:
+    """A call for each character takes 20 times as long."""
+    special = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)])) + "%,="
+    assert listing._labels({"a=b%": special}) == "a%3Db%25=" + "".join(
+        c if c == "=" else "".join(f"%{byte:02X}" for byte in c.encode()) for c in special
+    )
+    calls = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(note)
+    try:
+        listing._labels({"k": "%" * 4000})
+    finally:
+        sys.setprofile(None)
+    assert calls < 50
+
+
 async def test_what_is_kept_for_processes_that_never_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     awaited: retelling.Awaited[int, str] = retelling.Awaited()
     size = retelling.MOST // 4

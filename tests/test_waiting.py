@@ -470,6 +470,31 @@ async def test_the_list_of_all_snapshots_is_collected_once_for_all_who_wait(
     assert all("web\tactive" in text for text in texts[1:])
 
 
+async def test_nobody_waits_long_for_the_list_that_another_collects(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = Tree(snapshotter)
+    gate = threading.Event()
+    lines = listing._lines
+
+    def held(state: State) -> Iterator[str]:
+        assert gate.wait(20)
+        return lines(state)
+
+    monkeypatch.setattr(listing, "_lines", held)
+
+    async def read(caller: Caller) -> None:
+        await tree.walk(".snapfs/snapshots").refresh(caller)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, Caller(ALICE, 0.01))  # who waits for her own work as long as that takes
+        await until_blocked()
+        with trio.fail_after(10), pytest.raises(TryAgain, match="listed for others"):
+            await read(Caller(BOB, 0.01))
+        gate.set()
+    await read(Caller(BOB, 0.01))
+
+
 # -- as other users meet it
 
 
