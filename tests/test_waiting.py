@@ -31,6 +31,7 @@ from snapfs.fuse.waiting import (
     OF_USERS,
     PATIENCE,
     READERS_AGAIN,
+    USERS,
     Waiting,
 )
 from snapfs.model import BACKGROUND, OWNER, Caller
@@ -379,9 +380,15 @@ def test_how_many_requests_of_a_kind_may_wait() -> None:
         with pytest.raises(TryAgain, match="of this user"), counted("usage.json", ALICE):
             pass
         stack.enter_context(counted("changes", ALICE))
-        for user in range(5000, 5000 + OF_USERS - OF_USER):
-            stack.enter_context(counted("usage.json", user))
+        for _ in range(OF_USER):
+            stack.enter_context(counted("usage.json", STAFF))
+        for _ in range(OF_USERS - 2 * (OF_USER - 1) + 1):
+            stack.enter_context(counted("usage.json", BOB))
         with pytest.raises(TryAgain, match="of other users"), counted("usage.json", BOB):
+            pass
+        for user in range(5000, 5000 + USERS - 3):  # who has none has a place
+            stack.enter_context(counted("usage.json", user))
+        with pytest.raises(TryAgain, match="of other users"), counted("usage.json", BOB + 1):
             pass
         for _ in range(OF_OWNER):
             stack.enter_context(counted("usage.json", None))
@@ -389,6 +396,11 @@ def test_how_many_requests_of_a_kind_may_wait() -> None:
             pass
     with counted("usage.json", ALICE), counted("usage.json", BOB):
         pass
+    with ExitStack() as stack:
+        for _ in range(OF_USER):
+            stack.enter_context(counted("usage.json", ALICE))
+        for user in range(5000, 5000 + USERS - 1):
+            stack.enter_context(counted("usage.json", user))
 
 
 def test_for_how_long_a_lock_of_the_kernel_may_be_held() -> None:
@@ -468,6 +480,21 @@ async def test_the_list_of_all_snapshots_is_collected_once_for_all_who_wait(
     assert collected == 2
     assert len(texts) == 21
     assert all("web\tactive" in text for text in texts[1:])
+
+
+async def test_what_is_known_is_not_waited_for(snapshotter: Snapshotter) -> None:
+    tree = Tree(snapshotter)
+    await snapshotter.prepare("a")
+    assert tree.walk("active/a/usage.json").waits_for == "usage.json"
+    await snapshotter.commit("base", "a")
+    await snapshotter.usage("base")
+    assert tree.walk("committed/base/usage.json").waits_for is None
+    await snapshotter.view("peek", "base")
+    assert tree.walk("view/peek/usage.json").waits_for is None
+    changes = tree.walk("committed/base/changes")
+    assert changes.waits_for == "changes"
+    await changes.refresh()
+    assert tree.walk("committed/base/changes").waits_for is None
 
 
 async def test_nobody_waits_long_for_the_list_that_another_collects(

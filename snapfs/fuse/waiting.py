@@ -25,13 +25,17 @@ STAT, SYNC, CLEANUP, LISTING = "stat", "sync", "cleanup", "snapshots"
 KINDS = frozenset((STAT, SYNC, CLEANUP, LISTING, *(each.name for each in ATTRIBUTES if each.refresh or each.follow)))
 """What may take long: opening a file whose text is found out, following a link that mounts, and the others."""
 
-OF_OWNER, OF_USER, OF_USERS = 64, 16, 32  # requests of one kind
+OF_OWNER, OF_USER = 64, 16  # requests of one kind
+
+USERS, OF_USERS = 64, 32
+"""So many users may each have one request of a kind, and all of them together so many besides: who has none has a place,
+whatever a few others ask for."""
 
 OF_ROOTFS = 256  # all the owner's: every process that has a path through the link follows it, and seldom has to wait
 
 ROOM = 136  # tasks for all that is answered soon
 
-MAX_TASKS = (len(KINDS) - 1) * (OF_OWNER + OF_USERS) + OF_ROOTFS + ROOM
+MAX_TASKS = (len(KINDS) - 1) * (OF_OWNER + USERS + OF_USERS) + OF_ROOTFS + ROOM
 """For pyfuse3: one that waits takes some 11 KiB of memory (and 1 MiB of addresses), and one that has gone takes nothing."""
 
 PATIENCE = 1.5  # seconds that a request waits for what is done for others
@@ -79,7 +83,8 @@ class Waiting:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._counts: Counter[tuple[str, int | None]] = Counter()
-        self._of_users: Counter[str] = Counter()
+        self._users: Counter[str] = Counter()  # who have one
+        self._of_users: Counter[str] = Counter()  # what they have besides
         self._held = Allowance(HOLD, AGAIN, clock)
         self._held_by: dict[int, Allowance] = {}
         self._of_reader: dict[int, Allowance] = {}
@@ -93,17 +98,21 @@ class Waiting:
         most = OF_USER if user is not None else OF_ROOTFS if kind == ROOTFS else OF_OWNER
         if self._counts[kind, user] >= most:
             raise TryAgain(f"as many requests of this user as may be are waiting already ({kind})")
-        if user is not None and self._of_users[kind] >= OF_USERS:
-            raise TryAgain(f"as many requests of other users as may be are waiting already ({kind})")
+        if user is not None:
+            besides = self._counts[kind, user] > 0
+            if self._of_users[kind] >= OF_USERS if besides else self._users[kind] >= USERS:
+                raise TryAgain(f"as many requests of other users as may be are waiting already ({kind})")
+            (self._of_users if besides else self._users)[kind] += 1
         self._counts[kind, user] += 1
-        self._of_users[kind] += user is not None
         try:
             yield
         finally:
-            self._of_users[kind] -= user is not None
             self._counts[kind, user] -= 1
-            if not self._counts[kind, user]:
+            besides = self._counts[kind, user] > 0
+            if not besides:
                 del self._counts[kind, user]
+            if user is not None:
+                (self._of_users if besides else self._users)[kind] -= 1
 
     @contextmanager
     def holding(self, user: int | None) -> Iterator[float]:
