@@ -20,7 +20,7 @@ from pyfuse3 import EntryAttributes
 from snapfs import Options, open_snapshotter
 from snapfs.errors import Unavailable
 from snapfs.fuse import retelling
-from snapfs.fuse.openfiles import ALL, SHARE, OpenFile, OpenFiles
+from snapfs.fuse.openfiles import ALL, ALLOWANCE, SHARE, OpenFile, OpenFiles
 from snapfs.fuse.waiting import OF_READER, OF_READERS
 from snapfs.labels import COUNT, ROOM
 from snapfs.options import Sync
@@ -28,6 +28,7 @@ from snapfs.tree import Handle, Tree, inodes, listing
 from snapfs.tree.handles import OpenText
 from snapfs.tree.inodes import label_slot
 from snapfs.tree.labels import LabelText
+from snapfs.tree.log import Log, OpenLog
 from snapfs.tree.openlabels import OpenLabel
 from snapfs.tree.texts import IN_MEMORY, MOST, ON_DISK, OVERHEAD, LongText, Text, Versions
 from tests.daemon import Daemon
@@ -74,8 +75,12 @@ for s in range(snapshots):
             label.write(value.encode())
 kept, refused = [], 0
 for n in range(updates):
-    with open(f"active/a{n % snapshots}/labels/k000", "wb", 0) as label:
-        label.write(b"%d" % n)
+    try:
+        with open(f"active/a{n % snapshots}/labels/k000", "wb", 0) as label:
+            label.write(b"%d" % n)
+    except OSError as error:
+        assert error.strerror == "Too many open files", error
+        refused += 1
     for path in (f"active/a{n % snapshots}/info.json", ".snapfs/snapshots", ".snapfs/events"):
         try:
             kept.append(os.open(path, os.O_RDONLY))
@@ -217,9 +222,38 @@ def test_the_share_of_a_user_and_of_all() -> None:
     with pytest.raises(Unavailable, match="some must be closed") as refused:
         others += (opened(files, handle(size), uid) for uid in range(2, 99))
     assert refused.value.errno == errno.ENFILE
-    assert ALL // size - 4 <= len(others) + 3 <= ALL // size
+    assert ALL // size - 4 <= len(others) + 3 <= ALL // (size - ALLOWANCE)
+    opened(files, handle(ALLOWANCE // 2), 100)  # who has nothing open may open something
     files.remove(others.pop())
     opened(files, handle(size), 99)
+
+
+def test_a_reader_of_a_log_weighs_what_it_holds() -> None:
+    """That is the rest of a line of which it has read a part."""
+    log, files = Log(str), OpenFiles()
+    log.add("x" * 60_000 + "\n")
+    readers = [OpenLog(log) for _ in range(SHARE // 1000)]
+    for reader in readers[:1000]:
+        opened(files, reader, 1)
+    assert files._held[1].weight < 1100 * 1000
+    read: list[OpenLog] = []
+    with pytest.raises(Unavailable, match="user 1 has too many files open"):
+        for reader in readers[:1000]:
+            read.append(reader)
+            with reader.reading():
+                reader.read(0, 10)
+                files.reweigh(reader)
+    assert 100 < len(read) <= SHARE // 60_000
+    reader = read[-1]
+    assert reader.weight == readers[-1].weight, "it holds nothing"
+    readers[0].read(10, 60_000)
+    files.reweigh(readers[0])
+    with reader.reading():
+        assert reader.read(0, 10) == b"x" * 10
+        files.reweigh(reader)
+    for fh in range(1, 1001):
+        files.remove(fh)
+    assert (files._held, files._weight, files._allowed) == ({}, 0, 0)
 
 
 def test_texts_that_are_remembered_weigh_what_they_cost(tmp_path: Path) -> None:

@@ -350,6 +350,11 @@ class Operations(pyfuse3.Operations):
         handle = self.files[fh].handle
         if handle.blocks:
             return await trio.to_thread.run_sync(handle.read, off, size)
+        if isinstance(handle, OpenLog):
+            with handle.reading():
+                data = handle.read(off, size)
+                self.files.reweigh(handle)
+                return data
         return handle.read(off, size)
 
     @answering
