@@ -18,13 +18,14 @@ import pytest
 from pyfuse3 import EntryAttributes
 
 from snapfs import Options, open_snapshotter
-from snapfs.errors import Unavailable
+from snapfs.errors import TryAgain, Unavailable
 from snapfs.fuse import retelling
-from snapfs.fuse.openfiles import ALL, ALLOWANCE, SHARE, OpenFile, OpenFiles
+from snapfs.fuse.openfiles import ALL, ALLOWANCE, CLEANUPS, CLEANUPS_OF_USER, SHARE, OpenFile, OpenFiles
 from snapfs.fuse.waiting import OF_READER, OF_READERS
 from snapfs.labels import COUNT, ROOM
 from snapfs.options import Sync
 from snapfs.tree import Handle, Tree, inodes, listing
+from snapfs.tree.daemon import OpenCleanup
 from snapfs.tree.handles import OpenText
 from snapfs.tree.inodes import label_slot
 from snapfs.tree.labels import LabelText
@@ -226,6 +227,28 @@ def test_the_share_of_a_user_and_of_all() -> None:
     opened(files, handle(ALLOWANCE // 2), 100)  # who has nothing open may open something
     files.remove(others.pop())
     opened(files, handle(size), 99)
+
+
+async def test_how_often_cleanup_may_be_open_for_writing(tree: Tree) -> None:
+    """The kernel lets one write at a time, and all others wait for that."""
+    files = OpenFiles()
+
+    def open_one(uid: int) -> int:
+        return opened(files, OpenCleanup(tree.state), uid)
+
+    of_one = [open_one(1) for _ in range(CLEANUPS_OF_USER)]
+    with pytest.raises(TryAgain):
+        open_one(1)
+    for uid in range(2, 2 + CLEANUPS - CLEANUPS_OF_USER):
+        open_one(uid)
+    with pytest.raises(TryAgain):
+        open_one(2)
+    files.remove(of_one.pop())
+    open_one(2)
+    for uid in range(100, 100 + CLEANUPS):  # who has none
+        open_one(uid)
+    with pytest.raises(TryAgain):
+        open_one(99)
 
 
 def test_a_reader_of_a_log_weighs_what_it_holds() -> None:

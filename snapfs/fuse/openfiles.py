@@ -8,13 +8,18 @@ from itertools import count
 
 from pyfuse3 import EntryAttributes
 
-from snapfs.errors import Unavailable
+from snapfs.errors import TryAgain, Unavailable
 from snapfs.tree import Handle
+from snapfs.tree.daemon import OpenCleanup
 from snapfs.tree.texts import Text
 
 SHARE = 8 << 20  # bytes that one user may make the daemon hold by what the user has open
 ALL = 4 * SHARE  # bytes that all of them may, for one user may have many ids
 ALLOWANCE = 256 << 10  # bytes of each user that count apart, up to ALL too: a few who hold much leave these to the others
+
+CLEANUPS_OF_USER, CLEANUPS = 16, 32
+"""How many times a user, and all together, may have cleanup open for writing: the kernel lets one write to it at a time, and
+who writes next waits there behind all others.  Who has it open not at all may open it up to twice as many."""
 
 
 class OpenFile:
@@ -85,15 +90,22 @@ class OpenFiles:
         self._numbers = count(1)
         self._held: dict[int, Held] = {}  # by user
         self._users: dict[Handle, int] = {}
+        self._cleanups: Counter[int] = Counter()  # by user: how many of cleanup are open for writing
         self._allowed = 0  # the weight of all that is held for users, up to ALLOWANCE of each
         self._weight = 0  # of what is held besides
 
     def charge(self, handle: Handle, uid: int) -> None:
         """Count ``handle``, which is about to be added, as one that user ``uid`` has open, until it is removed.
 
-        Raises Unavailable where the user, or all who are counted, would have too much open by that."""
+        Raises Unavailable where the user, or all who are counted, would have too much open by that; TryAgain where it is
+        cleanup that they have open too often."""
         held = self._held.get(uid) or Held()
         self._refuse(uid, held.weight, held.cost(handle))
+        if isinstance(handle, OpenCleanup):
+            own, together = self._cleanups[uid], self._cleanups.total()
+            if own >= CLEANUPS_OF_USER or together >= (CLEANUPS if own else 2 * CLEANUPS):
+                raise TryAgain("as many processes as may have opened cleanup to write to it")
+            self._cleanups[uid] += 1
         self._count(held, -1)
         held.add(handle)
         self._count(held, 1)
@@ -133,6 +145,9 @@ class OpenFiles:
     def _discharge(self, handle: Handle) -> None:
         uid = self._users.pop(handle, None)
         if uid is not None:
+            if isinstance(handle, OpenCleanup):
+                self._cleanups[uid] -= 1
+                self._cleanups += Counter()  # none of those who have none
             held = self._held[uid]
             self._count(held, -1)
             held.remove(handle)
