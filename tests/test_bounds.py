@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -17,19 +18,23 @@ import pytest
 from pyfuse3 import EntryAttributes
 
 from snapfs import Options, open_snapshotter
-from snapfs.errors import Unavailable
+from snapfs.errors import TryAgain, Unavailable
 from snapfs.fuse import retelling
-from snapfs.fuse.openfiles import ALL, SHARE, OpenFile, OpenFiles
+from snapfs.fuse.openfiles import ALL, ALLOWANCE, CLEANUPS, CLEANUPS_OF_USER, SHARE, OpenFile, OpenFiles
+from snapfs.fuse.waiting import OF_READER, OF_READERS
 from snapfs.labels import COUNT, ROOM
 from snapfs.options import Sync
 from snapfs.tree import Handle, Tree, inodes, listing
+from snapfs.tree.daemon import OpenCleanup
 from snapfs.tree.handles import OpenText
 from snapfs.tree.inodes import label_slot
 from snapfs.tree.labels import LabelText
+from snapfs.tree.log import Log, OpenLog
 from snapfs.tree.openlabels import OpenLabel
 from snapfs.tree.texts import IN_MEMORY, MOST, ON_DISK, OVERHEAD, LongText, Text, Versions
 from tests.daemon import Daemon
 from tests.processes import until
+from tests.refusals import failing
 from tests.tree import info
 from tests.users import ALICE, alice, bob, run
 
@@ -71,8 +76,12 @@ for s in range(snapshots):
             label.write(value.encode())
 kept, refused = [], 0
 for n in range(updates):
-    with open(f"active/a{n % snapshots}/labels/k000", "wb", 0) as label:
-        label.write(b"%d" % n)
+    try:
+        with open(f"active/a{n % snapshots}/labels/k000", "wb", 0) as label:
+            label.write(b"%d" % n)
+    except OSError as error:
+        assert error.strerror == "Too many open files", error
+        refused += 1
     for path in (f"active/a{n % snapshots}/info.json", ".snapfs/snapshots", ".snapfs/events"):
         try:
             kept.append(os.open(path, os.O_RDONLY))
@@ -144,6 +153,45 @@ def test_labels_open_for_writing_do_not_fill_the_memory(everybodys: Daemon) -> N
     assert (labels / "l").read_text() == "root's\n"
 
 
+READERS = """
+kept, refused = [], 0
+while refused < 2000:
+    try:
+        kept.append(os.open("README", os.O_RDONLY))
+    except OSError as error:
+        assert error.strerror == "Too many open files", error
+        refused += 1
+for path in ("committed/base/rootfs", "active/web/mounts.json"):
+    for n in range(500):
+        try:
+            os.close(os.open(path, os.O_RDONLY))
+        except OSError as error:
+            refused += 1
+print(refused, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_is_refused_to_readers_pushes_nothing_out_of_the_log(make_daemon: Make, open_path: None, users: None) -> None:
+    """Too many open files, an entry that this tree leaves out, and a damaged snapshot."""
+    daemon = make_daemon("-o", "allow_other,no_rootfs").start()
+    os.mkdir(daemon.mnt / "active/a")
+    os.rename(daemon.mnt / "active/a", daemon.mnt / "committed/base")
+    os.mkdir(daemon.mnt / "committed/base/active/web")
+    with failing(errno.ENOTEMPTY):
+        os.rmdir(daemon.mnt / "committed/base")
+    shutil.rmtree(daemon.root / "snapshots/1")
+    with attacking(daemon, READERS) as said:
+        assert int(said) == 3000
+        assert " ENOTEMPTY rmdir committed/base" in daemon.error_log()[0]
+        assert len(daemon.error_log()) <= 1 + OF_READERS
+        assert sum(" EMFILE open README" in line for line in daemon.error_log()) >= OF_READER
+        for _ in range(2 * OF_READERS):
+            with failing(errno.ENOENT):
+                os.stat(daemon.mnt / "committed/base/rootfs")
+        assert sum(" ENOENT lookup" in line for line in daemon.error_log()) >= 2 * OF_READERS, "root has them all"
+
+
 def handle(size: int) -> OpenText:
     return OpenText(Text(b"x" * size))
 
@@ -175,9 +223,60 @@ def test_the_share_of_a_user_and_of_all() -> None:
     with pytest.raises(Unavailable, match="some must be closed") as refused:
         others += (opened(files, handle(size), uid) for uid in range(2, 99))
     assert refused.value.errno == errno.ENFILE
-    assert ALL // size - 4 <= len(others) + 3 <= ALL // size
+    assert ALL // size - 4 <= len(others) + 3 <= ALL // (size - ALLOWANCE)
+    opened(files, handle(ALLOWANCE // 2), 100)  # who has nothing open may open something
     files.remove(others.pop())
     opened(files, handle(size), 99)
+
+
+async def test_how_often_cleanup_may_be_open_for_writing(tree: Tree) -> None:
+    """The kernel lets one write at a time, and all others wait for that."""
+    files = OpenFiles()
+
+    def open_one(uid: int) -> int:
+        return opened(files, OpenCleanup(tree.state), uid)
+
+    of_one = [open_one(1) for _ in range(CLEANUPS_OF_USER)]
+    with pytest.raises(TryAgain):
+        open_one(1)
+    for uid in range(2, 2 + CLEANUPS - CLEANUPS_OF_USER):
+        open_one(uid)
+    with pytest.raises(TryAgain):
+        open_one(2)
+    files.remove(of_one.pop())
+    open_one(2)
+    for uid in range(100, 100 + CLEANUPS):  # who has none
+        open_one(uid)
+    with pytest.raises(TryAgain):
+        open_one(99)
+
+
+def test_a_reader_of_a_log_weighs_what_it_holds() -> None:
+    """That is the rest of a line of which it has read a part."""
+    log, files = Log(str), OpenFiles()
+    log.add("x" * 60_000 + "\n")
+    readers = [OpenLog(log) for _ in range(SHARE // 1000)]
+    for reader in readers[:1000]:
+        opened(files, reader, 1)
+    assert files._held[1].weight < 1100 * 1000
+    read: list[OpenLog] = []
+    with pytest.raises(Unavailable, match="user 1 has too many files open"):
+        for reader in readers[:1000]:
+            read.append(reader)
+            with reader.reading():
+                reader.read(0, 10)
+                files.reweigh(reader)
+    assert 100 < len(read) <= SHARE // 60_000
+    reader = read[-1]
+    assert reader.weight == readers[-1].weight, "it holds nothing"
+    readers[0].read(10, 60_000)
+    files.reweigh(readers[0])
+    with reader.reading():
+        assert reader.read(0, 10) == b"x" * 10
+        files.reweigh(reader)
+    for fh in range(1, 1001):
+        files.remove(fh)
+    assert (files._held, files._weight, files._allowed) == ({}, 0, 0)
 
 
 def test_texts_that_are_remembered_weigh_what_they_cost(tmp_path: Path) -> None:
@@ -224,6 +323,26 @@ async def test_the_listing_of_many_labels_decodes_one_record_after_the_other(tre
         await tree.snapshotter.prepare(f"k{n}", labels=labels)
     records = 200 * ROOM / (1 << 20)
     assert peak(lambda: sum(map(len, listing._lines(tree.state)))) < 1.5 * records
+
+
+def test_the_work_of_encoding_labels_does_not_depend_on_what_is_in_them() -> None:
+    """A call for each character takes 20 times as long."""
+    special = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)])) + "%,="
+    assert listing._labels({"a=b%": special}) == "a%3Db%25=" + "".join(
+        c if c == "=" else "".join(f"%{byte:02X}" for byte in c.encode()) for c in special
+    )
+    calls = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(note)
+    try:
+        listing._labels({"k": "%" * 4000})
+    finally:
+        sys.setprofile(None)
+    assert calls < 50
 
 
 async def test_what_is_kept_for_processes_that_never_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,18 +8,21 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from snapfs import Snapshotter, open_snapshotter
+from snapfs import Mount, Snapshotter, open_snapshotter
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.root.layers import FsTemplate
+from snapfs.root.placing import COUNT, TOGETHER
 from snapfs.root.pool import Pool
 from tests.command import Command
 from tests.containerd_client import connected
 from tests.daemon import Daemon
+from tests.mounts import mounted
 from tests.placing import FILL, placed
 from tests.plugin import run
 
@@ -131,6 +134,86 @@ async def test_containerds_has_its_mode_and_the_owner(snapshotter: Snapshotter, 
     above = layer_of(snapshotter, (await snapshotter.stat("web")).id)
     assert (mode(above), os.stat(above).st_uid, os.stat(above).st_gid) == (0o755, below.st_uid, below.st_gid)
     assert not [name for name in os.listxattr(above) if not name.startswith("security.")]
+
+
+def few(directory: str) -> None:
+    for n in range(COUNT):
+        os.setxattr(directory, f"user.n{n}", bytes(TOGETHER // COUNT))
+
+
+def many(directory: str) -> None:
+    for n in range(COUNT + 1):
+        os.setxattr(directory, f"user.n{n}", b"")
+
+
+def large(directory: str) -> None:
+    os.setxattr(directory, "user.a", bytes(TOGETHER - 1))
+    os.setxattr(directory, "user.b", b"12")
+
+
+def unlistable(directory: str) -> None:
+    """The kernel lists no more than 64 KiB of names."""
+    for n in range(300):
+        os.setxattr(directory, f"user.{n:0240}", b"")
+
+
+@pytest.fixture
+def roomy(tmp_path: Path) -> Iterator[Path]:
+    """A root on a file system with room for attributes."""
+    mount = Mount("tmpfs", "tmpfs", ("mode=700",))
+    with mounted([mount], tmp_path / "roomy") as directory:
+        yield directory
+
+
+@pytest.mark.parametrize("change", [few, many, large, unlistable])
+async def test_thousands_of_attributes_are_not_inherited(
+    roomy: Path, change: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ACLs are, in any case; and the log says it once."""
+    async with open_snapshotter(roomy) as snapshotter:
+
+        def changed(directory: str) -> None:
+            os.chmod(directory, 0o2750)
+            change(directory)
+
+        below = await made(snapshotter, changed)
+        read: list[int] = []
+        getxattr = os.getxattr
+
+        def noted(*arguments: Any, **more: Any) -> bytes:
+            value = getxattr(*arguments, **more)
+            read.append(len(value))
+            return value
+
+        monkeypatch.setattr(os, "getxattr", noted)
+        for n in range(2):
+            await snapshotter.prepare(f"web{n}", "base")
+        monkeypatch.undo()
+        assert sum(read) <= 2 * (TOGETHER + 1000)
+        above = layer_of(snapshotter, (await snapshotter.stat("web0")).id)
+        assert shown(above)[:3] == (0o2750, os.geteuid(), os.getegid())
+        names = [name for name in os.listxattr(above) if name.startswith("user.")]
+        assert len(names) == (COUNT if change is few else 0)
+        assert await snapshotter.changes("web0", list) == ([] if change is few else ["C /\n"])
+        told = [record for record in caplog.records if "new snapshots on it get none of these" in record.getMessage()]
+        assert len(told) == (change is not few)
+    assert mode(below) == 0o2750
+
+
+async def test_a_layer_whose_attributes_cannot_be_listed(roomy: Path) -> None:
+    """It may be an overlay's, and a mark on it may be one of them."""
+    async with open_snapshotter(roomy) as snapshotter:
+        below = await made(snapshotter, lambda layer: os.makedirs(f"{layer}/d/x"))
+        await snapshotter.prepare("web", "base")
+        layer = layer_of(snapshotter, (await snapshotter.stat("web")).id)
+        os.mkdir(f"{layer}/d")
+        os.setxattr(f"{layer}/d", "trusted.overlay.opaque", b"y")
+        for directory in (f"{layer}/d", layer):
+            unlistable(directory)
+        assert snapshotter.layers.may_be_mounted((await snapshotter.stat("web")).id)
+        assert await snapshotter.changes("web", list) == ["C /\n", "C /d\n", "D /d/x\n"]
+        await snapshotter.commit("next", "web")
+        assert os.listdir(f"{below}/d") == ["x"]
 
 
 async def test_mapped_ids_change_the_owner_alone(snapshotter: Snapshotter) -> None:

@@ -20,7 +20,20 @@ import trio.testing
 
 from snapfs import Snapshotter
 from snapfs.errors import TryAgain
-from snapfs.fuse.waiting import AGAIN, HOLD, LINES, OF_OWNER, OF_USER, OF_USERS, PATIENCE, Waiting
+from snapfs.fuse.waiting import (
+    AGAIN,
+    HOLD,
+    LINES,
+    OF_OWNER,
+    OF_READER,
+    OF_READERS,
+    OF_USER,
+    OF_USERS,
+    PATIENCE,
+    READERS_AGAIN,
+    USERS,
+    Waiting,
+)
 from snapfs.model import BACKGROUND, OWNER, Caller
 from snapfs.scan.sharing import Sharing, Turns
 from snapfs.tree import Tree, listing
@@ -367,9 +380,15 @@ def test_how_many_requests_of_a_kind_may_wait() -> None:
         with pytest.raises(TryAgain, match="of this user"), counted("usage.json", ALICE):
             pass
         stack.enter_context(counted("changes", ALICE))
-        for user in range(5000, 5000 + OF_USERS - OF_USER):
-            stack.enter_context(counted("usage.json", user))
+        for _ in range(OF_USER):
+            stack.enter_context(counted("usage.json", STAFF))
+        for _ in range(OF_USERS - 2 * (OF_USER - 1) + 1):
+            stack.enter_context(counted("usage.json", BOB))
         with pytest.raises(TryAgain, match="of other users"), counted("usage.json", BOB):
+            pass
+        for user in range(5000, 5000 + USERS - 3):  # who has none has a place
+            stack.enter_context(counted("usage.json", user))
+        with pytest.raises(TryAgain, match="of other users"), counted("usage.json", BOB + 1):
             pass
         for _ in range(OF_OWNER):
             stack.enter_context(counted("usage.json", None))
@@ -377,6 +396,11 @@ def test_how_many_requests_of_a_kind_may_wait() -> None:
             pass
     with counted("usage.json", ALICE), counted("usage.json", BOB):
         pass
+    with ExitStack() as stack:
+        for _ in range(OF_USER):
+            stack.enter_context(counted("usage.json", ALICE))
+        for user in range(5000, 5000 + USERS - 1):
+            stack.enter_context(counted("usage.json", user))
 
 
 def test_for_how_long_a_lock_of_the_kernel_may_be_held() -> None:
@@ -413,6 +437,17 @@ def test_lines_in_the_log() -> None:
     assert [waiting.is_news("open") for _ in range(100)].count(True) == LINES
 
 
+def test_lines_in_the_log_about_readers() -> None:
+    clock = Clock()
+    waiting = Waiting(clock)
+    assert [waiting.is_readers_news(ALICE) for _ in range(100)].count(True) == OF_READER
+    assert waiting.is_readers_news(BOB)
+    clock.now += 1 / READERS_AGAIN
+    assert [waiting.is_readers_news(ALICE) for _ in range(100)].count(True) == 1
+    clock.now += 1000
+    assert [waiting.is_readers_news(user) for user in range(10_000)].count(True) == OF_READERS, "one has many ids"
+
+
 async def test_the_list_of_all_snapshots_is_collected_once_for_all_who_wait(
     snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,6 +480,46 @@ async def test_the_list_of_all_snapshots_is_collected_once_for_all_who_wait(
     assert collected == 2
     assert len(texts) == 21
     assert all("web\tactive" in text for text in texts[1:])
+
+
+async def test_what_is_known_is_not_waited_for(snapshotter: Snapshotter) -> None:
+    tree = Tree(snapshotter)
+    await snapshotter.prepare("a")
+    assert tree.walk("active/a/usage.json").waits_for == "usage.json"
+    await snapshotter.commit("base", "a")
+    await snapshotter.usage("base")
+    assert tree.walk("committed/base/usage.json").waits_for is None
+    await snapshotter.view("peek", "base")
+    assert tree.walk("view/peek/usage.json").waits_for is None
+    changes = tree.walk("committed/base/changes")
+    assert changes.waits_for == "changes"
+    await changes.refresh()
+    assert tree.walk("committed/base/changes").waits_for is None
+
+
+async def test_nobody_waits_long_for_the_list_that_another_collects(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = Tree(snapshotter)
+    gate = threading.Event()
+    lines = listing._lines
+
+    def held(state: State) -> Iterator[str]:
+        assert gate.wait(20)
+        return lines(state)
+
+    monkeypatch.setattr(listing, "_lines", held)
+
+    async def read(caller: Caller) -> None:
+        await tree.walk(".snapfs/snapshots").refresh(caller)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, Caller(ALICE, 0.01))  # who waits for her own work as long as that takes
+        await until_blocked()
+        with trio.fail_after(10), pytest.raises(TryAgain, match="listed for others"):
+            await read(Caller(BOB, 0.01))
+        gate.set()
+    await read(Caller(BOB, 0.01))
 
 
 # -- as other users meet it

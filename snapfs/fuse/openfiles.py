@@ -8,12 +8,18 @@ from itertools import count
 
 from pyfuse3 import EntryAttributes
 
-from snapfs.errors import Unavailable
+from snapfs.errors import TryAgain, Unavailable
 from snapfs.tree import Handle
+from snapfs.tree.daemon import OpenCleanup
 from snapfs.tree.texts import Text
 
 SHARE = 8 << 20  # bytes that one user may make the daemon hold by what the user has open
 ALL = 4 * SHARE  # bytes that all of them may, for one user may have many ids
+ALLOWANCE = 256 << 10  # bytes of each user that count apart, up to ALL too: a few who hold much leave these to the others
+
+CLEANUPS_OF_USER, CLEANUPS = 16, 32
+"""How many times a user, and all together, may have cleanup open for writing: the kernel lets one write to it at a time, and
+who writes next waits there behind all others.  Who has it open not at all may open it up to twice as many."""
 
 
 class OpenFile:
@@ -39,6 +45,7 @@ class Held:
 
     def __init__(self) -> None:
         self.weight = 0
+        self._charged: dict[Handle, int] = {}
         self._texts: Counter[Text] = Counter()
 
     def cost(self, handle: Handle) -> int:
@@ -48,6 +55,7 @@ class Held:
     def add(self, handle: Handle) -> None:
         """``handle`` is open from now on."""
         self.weight += self.cost(handle)
+        self._charged[handle] = handle.weight
         if handle.text is not None:
             self._texts[handle.text] += 1
 
@@ -57,7 +65,16 @@ class Held:
             self._texts[handle.text] -= 1
             if not self._texts[handle.text]:
                 del self._texts[handle.text]
-        self.weight -= self.cost(handle)
+        self.weight -= self.cost(handle) - handle.weight + self._charged.pop(handle)
+
+    def grown(self, handle: Handle) -> int:
+        """By how much ``handle``, which is open, weighs more than what was counted for it."""
+        return handle.weight - self._charged[handle]
+
+    def reweigh(self, handle: Handle) -> None:
+        """Count what ``handle``, which is open, weighs by now."""
+        self.weight += self.grown(handle)
+        self._charged[handle] = handle.weight
 
 
 class OpenFiles:
@@ -73,36 +90,68 @@ class OpenFiles:
         self._numbers = count(1)
         self._held: dict[int, Held] = {}  # by user
         self._users: dict[Handle, int] = {}
-        self._weight = 0  # of all that is held for users
+        self._cleanups: Counter[int] = Counter()  # by user: how many of cleanup are open for writing
+        self._allowed = 0  # the weight of all that is held for users, up to ALLOWANCE of each
+        self._weight = 0  # of what is held besides
 
     def charge(self, handle: Handle, uid: int) -> None:
         """Count ``handle``, which is about to be added, as one that user ``uid`` has open, until it is removed.
 
-        Raises Unavailable where the user, or all who are counted, would have too much open by that."""
+        Raises Unavailable where the user, or all who are counted, would have too much open by that; TryAgain where it is
+        cleanup that they have open too often."""
         held = self._held.get(uid) or Held()
-        cost = held.cost(handle)
-        if held.weight + cost > SHARE:
+        self._refuse(uid, held.weight, held.cost(handle))
+        if isinstance(handle, OpenCleanup):
+            own, together = self._cleanups[uid], self._cleanups.total()
+            if own >= CLEANUPS_OF_USER or together >= (CLEANUPS if own else 2 * CLEANUPS):
+                raise TryAgain("as many processes as may have opened cleanup to write to it")
+            self._cleanups[uid] += 1
+        self._count(held, -1)
+        held.add(handle)
+        self._count(held, 1)
+        self._held[uid] = held
+        self._users[handle] = uid
+
+    def reweigh(self, handle: Handle) -> None:
+        """Count what ``handle``, which is open, weighs by now.  Raises Unavailable as ``charge`` does; then nothing has
+        changed."""
+        uid = self._users.get(handle)
+        if uid is not None and (grown := self._held[uid].grown(handle)):
+            held = self._held[uid]
+            self._refuse(uid, held.weight, grown)
+            self._count(held, -1)
+            held.reweigh(handle)
+            self._count(held, 1)
+
+    def _refuse(self, uid: int, weight: int, cost: int) -> None:
+        if cost > 0 and weight + cost > SHARE:
             raise Unavailable(
                 f"user {uid} has too many files open, or too many texts of files that have changed since: close some of them",
                 errno.EMFILE,
             )
-        if self._weight + cost > ALL:
+        allowed = min(weight + cost, ALLOWANCE) - min(weight, ALLOWANCE)
+        besides = cost - allowed
+        if (allowed > 0 and self._allowed + allowed > ALL) or (besides > 0 and self._weight + besides > ALL):
             raise Unavailable(
                 "users have too many files open, or too many texts of files that have changed since: some must be closed",
                 errno.ENFILE,
             )
-        held.add(handle)
-        self._weight += cost
-        self._held[uid] = held
-        self._users[handle] = uid
+
+    def _count(self, held: Held, sign: int) -> None:
+        allowed = min(held.weight, ALLOWANCE)
+        self._allowed += sign * allowed
+        self._weight += sign * (held.weight - allowed)
 
     def _discharge(self, handle: Handle) -> None:
         uid = self._users.pop(handle, None)
         if uid is not None:
+            if isinstance(handle, OpenCleanup):
+                self._cleanups[uid] -= 1
+                self._cleanups += Counter()  # none of those who have none
             held = self._held[uid]
-            self._weight -= held.weight
+            self._count(held, -1)
             held.remove(handle)
-            self._weight += held.weight
+            self._count(held, 1)
             if not held.weight:
                 del self._held[uid]
 

@@ -46,6 +46,9 @@ _DOTS = 2  # the first two entries of every directory, before the tree's own
 _READING = frozenset(("lookup", "getattr", "readlink", "open", "opendir", "readdir"))
 """Requests that merely ask: that something isn't there is an answer, not an error to log."""
 
+_OF_READERS = _READING | {"read", "poll", "fsyncdir", "statfs", "release", "releasedir"}
+"""Requests that whoever may read the tree can make, the others only who may write it: the kernel sees to that."""
+
 
 def answering(
     handler: Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]],
@@ -61,8 +64,7 @@ def answering(
         except SnapshotError as error:
             number = errno_of(error)
             answer_enough = number == errno.ENOENT and handler.__name__ in _READING and not isinstance(error, LeftOut)
-            again = isinstance(error, TryAgain) and not self.waiting.is_news(handler.__name__)
-            if not answer_enough and not isinstance(error, Stale) and not again:
+            if not answer_enough and not isinstance(error, Stale) and self._is_news(handler.__name__, args, error):
                 self.log_refusal(number, handler.__name__, args, error)
             raise FUSEError(number) from None
         except FUSEError as error:
@@ -70,12 +72,14 @@ def answering(
             raise
         except OSError as error:
             number = error.errno or errno.EIO
-            self.log_refusal(number, handler.__name__, args, error)
+            if self._is_news(handler.__name__, args, error):
+                self.log_refusal(number, handler.__name__, args, error)
             raise FUSEError(number) from None
         except Exception as error:
             number = errno.EIO
-            log.exception("a bug: %s failed", handler.__name__)
-            self.log_refusal(number, handler.__name__, args, error)
+            if self._is_news(handler.__name__, args, error):
+                log.exception("a bug: %s failed", handler.__name__)
+                self.log_refusal(number, handler.__name__, args, error)
             raise FUSEError(number) from None
         finally:
             took = time.perf_counter() - began
@@ -146,6 +150,28 @@ class Operations(pyfuse3.Operations):
         level = logging.WARNING if hidden else logging.INFO
         log.log(level, "%s %s %s: %s", name, operation, where, error, extra={"fields": fields})
         self.tree.state.error_log.note(name, operation, where, words)
+
+    def _is_news(self, operation: str, args: tuple[object, ...], error: Exception) -> bool:
+        """Whether the refusal of a request with these arguments is to have a line in error_log.  Users who may not write can
+        have as many requests refused as they like, and would push out what else is there."""
+        if isinstance(error, TryAgain) and not self.waiting.is_news(operation):
+            return False
+        user = self._reader(operation, args)
+        return user is None or self.waiting.is_readers_news(user)
+
+    def _reader(self, operation: str, args: tuple[object, ...]) -> int | None:
+        """Who has made a request that needs no right to write; None for the owner and root, and for all other requests."""
+        if operation not in _OF_READERS:
+            return None
+        if args and isinstance(args[-1], RequestContext):
+            writes = operation == "open" and isinstance(args[1], int) and args[1] & (os.O_ACCMODE | os.O_TRUNC)
+            return None if writes else self.rights.user(args[-1].uid)
+        if not args or not isinstance(args[0], int):
+            return None
+        if operation in ("read", "release"):
+            file = self.files.get(args[0])
+            return file.user if file is not None and not isinstance(file.handle, OpenLabel) else None
+        return self.directories[args[0]].user
 
     def _where(self, operation: str, args: tuple[object, ...]) -> str:
         """The paths that a request is about, by the types of its arguments: inode, name, inode, name …"""
@@ -324,6 +350,11 @@ class Operations(pyfuse3.Operations):
         handle = self.files[fh].handle
         if handle.blocks:
             return await trio.to_thread.run_sync(handle.read, off, size)
+        if isinstance(handle, OpenLog):
+            with handle.reading():
+                data = handle.read(off, size)
+                self.files.reweigh(handle)
+                return data
         return handle.read(off, size)
 
     @answering

@@ -25,13 +25,17 @@ STAT, SYNC, CLEANUP, LISTING = "stat", "sync", "cleanup", "snapshots"
 KINDS = frozenset((STAT, SYNC, CLEANUP, LISTING, *(each.name for each in ATTRIBUTES if each.refresh or each.follow)))
 """What may take long: opening a file whose text is found out, following a link that mounts, and the others."""
 
-OF_OWNER, OF_USER, OF_USERS = 64, 16, 32  # requests of one kind
+OF_OWNER, OF_USER = 64, 16  # requests of one kind
+
+USERS, OF_USERS = 64, 32
+"""So many users may each have one request of a kind, and all of them together so many besides: who has none has a place,
+whatever a few others ask for."""
 
 OF_ROOTFS = 256  # all the owner's: every process that has a path through the link follows it, and seldom has to wait
 
 ROOM = 136  # tasks for all that is answered soon
 
-MAX_TASKS = (len(KINDS) - 1) * (OF_OWNER + OF_USERS) + OF_ROOTFS + ROOM
+MAX_TASKS = (len(KINDS) - 1) * (OF_OWNER + USERS + OF_USERS) + OF_ROOTFS + ROOM
 """For pyfuse3: one that waits takes some 11 KiB of memory (and 1 MiB of addresses), and one that has gone takes nothing."""
 
 PATIENCE = 1.5  # seconds that a request waits for what is done for others
@@ -40,6 +44,11 @@ HOLD = 1.2  # seconds; one user may take half of that
 AGAIN = 0.25  # so that who comes last waits for at most HOLD / (1 - AGAIN) seconds
 
 LINES = 5  # in error_log, a second and operation, that say that somebody is to try again
+
+OF_READER, OF_READERS = 10, 50
+"""Lines in error_log about requests that need no right to write: of one user at once, and of all users together."""
+
+READERS_AGAIN = 0.1  # of these, how many of one user's there may be again each second; of all users', five times as many
 
 
 class Allowance:
@@ -74,9 +83,12 @@ class Waiting:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._counts: Counter[tuple[str, int | None]] = Counter()
-        self._of_users: Counter[str] = Counter()
+        self._users: Counter[str] = Counter()  # who have one
+        self._of_users: Counter[str] = Counter()  # what they have besides
         self._held = Allowance(HOLD, AGAIN, clock)
         self._held_by: dict[int, Allowance] = {}
+        self._of_reader: dict[int, Allowance] = {}
+        self._of_readers = Allowance(OF_READERS, 5 * READERS_AGAIN, clock)
         self._lines: defaultdict[str, Allowance] = defaultdict(lambda: Allowance(LINES, LINES, clock))
 
     @contextmanager
@@ -86,17 +98,21 @@ class Waiting:
         most = OF_USER if user is not None else OF_ROOTFS if kind == ROOTFS else OF_OWNER
         if self._counts[kind, user] >= most:
             raise TryAgain(f"as many requests of this user as may be are waiting already ({kind})")
-        if user is not None and self._of_users[kind] >= OF_USERS:
-            raise TryAgain(f"as many requests of other users as may be are waiting already ({kind})")
+        if user is not None:
+            besides = self._counts[kind, user] > 0
+            if self._of_users[kind] >= OF_USERS if besides else self._users[kind] >= USERS:
+                raise TryAgain(f"as many requests of other users as may be are waiting already ({kind})")
+            (self._of_users if besides else self._users)[kind] += 1
         self._counts[kind, user] += 1
-        self._of_users[kind] += user is not None
         try:
             yield
         finally:
-            self._of_users[kind] -= user is not None
             self._counts[kind, user] -= 1
-            if not self._counts[kind, user]:
+            besides = self._counts[kind, user] > 0
+            if not besides:
                 del self._counts[kind, user]
+            if user is not None:
+                (self._of_users if besides else self._users)[kind] -= 1
 
     @contextmanager
     def holding(self, user: int | None) -> Iterator[float]:
@@ -123,4 +139,18 @@ class Waiting:
         if lines.left < 1:
             return False
         lines.take(1)
+        return True
+
+    def is_readers_news(self, user: int) -> bool:
+        """Whether error_log is to have a line about a request of ``user`` that was refused and needs no right to write: so few
+        are written that it takes hours until they have pushed out what was there."""
+        if self._of_readers.left < 1:  # first, so that there are no more users here than lines
+            return False
+        for other in [other for other, lines in self._of_reader.items() if lines.is_full]:
+            del self._of_reader[other]
+        own = self._of_reader.setdefault(user, Allowance(OF_READER, READERS_AGAIN, self._clock))
+        if own.left < 1:
+            return False
+        for lines in (own, self._of_readers):
+            lines.take(1)
         return True

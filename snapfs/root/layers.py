@@ -18,6 +18,7 @@ All functions block on the disk: they are for worker threads.  Nothing here know
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -72,6 +73,8 @@ class Layers(Paths):
         self._lock = claimed.lock
         self.supports_imprints = True
         """Whether directories can have imprints here: extended attributes of users'."""
+        self.not_inherited: set[int] = set()
+        """Parents of which the log has been told that their attributes are too many to be inherited."""
         self._last_reserved_id = 0
         self._owner = (os.geteuid(), os.getegid())
         forks.disown_in_children(self)
@@ -406,8 +409,14 @@ class Layers(Paths):
         """
         if not self.supports_imprints or mounting.kernel_version() < (6, 6):
             return True
-        marked = any(".overlay." in name for name in os.listxattr(self.fs(number), follow_symlinks=False))
-        return marked or any(os.path.lexists(f"{self.work(number)}/{made}") for made in ("work", "index"))
+        if any(os.path.lexists(f"{self.work(number)}/{made}") for made in ("work", "index")):
+            return True
+        try:
+            return any(".overlay." in name for name in os.listxattr(self.fs(number), follow_symlinks=False))
+        except OSError as error:
+            if error.errno != errno.E2BIG:  # more names than the kernel can list: a mark may be among them
+                raise
+            return True
 
     def empty_layer(self) -> str:
         """The path of ROOT/empty, made where missing.  Raises OSError."""

@@ -11,6 +11,7 @@ Where the pool was empty a directory is made on the spot, and flushed with its b
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -28,7 +29,11 @@ from snapfs.store.writing import Writer
 
 log = logging.getLogger(__name__)
 
-_INHERITED = ("user.", "system.posix_acl_")
+_ACLS = ("system.posix_acl_access", "system.posix_acl_default")
+
+COUNT, TOGETHER = 64, 64 << 10
+"""How many attributes ``user.`` a new snapshot gets from its parent, and how many bytes these may have together: a layer may
+have thousands of 64 KiB, and while they are copied no other record is written."""
 
 
 class Placing:
@@ -76,8 +81,52 @@ def fs_template(layers: Layers, record: Record, prefix: str) -> FsTemplate:
     owner = owner or (found.st_uid, found.st_gid)
     if record.origin:
         return FsTemplate(owner)
-    names = [name for name in list_xattrs(below) if name.startswith(_INHERITED) and is_shown_by_overlay(name, prefix)]
-    return FsTemplate(owner, stat.S_IMODE(found.st_mode), [(name, os.getxattr(below, name)) for name in names])
+    own = _of_users(below, prefix)
+    if own is None and record.parent not in layers.not_inherited:
+        layers.not_inherited.add(record.parent)
+        log.warning(
+            "the top directory of snapshot %d has more than %d attributes user., or more than %d bytes in them: new snapshots"
+            " on it get none of these",
+            record.parent,
+            COUNT,
+            TOGETHER,
+        )
+    acls = ((name, _value(below, name)) for name in _ACLS)
+    attributes = [*(own or ()), *((name, value) for name, value in acls if value is not None)]
+    return FsTemplate(owner, stat.S_IMODE(found.st_mode), attributes)
+
+
+def _of_users(directory: str, prefix: str) -> list[tuple[str, bytes]] | None:
+    """The attributes ``user.`` of ``directory`` that an overlay shows; None where they are too many or too large.  Raises
+    OSError."""
+    try:
+        listed = list_xattrs(directory)
+    except OSError as error:
+        if error.errno != errno.E2BIG:
+            raise
+        return None
+    names = [name for name in listed if name.startswith("user.") and is_shown_by_overlay(name, prefix)]
+    if len(names) > COUNT:
+        return None
+    found: list[tuple[str, bytes]] = []
+    size = 0
+    for name in names:
+        value = os.getxattr(directory, name)
+        size += len(value)
+        if size > TOGETHER:
+            return None
+        found.append((name, value))
+    return found
+
+
+def _value(directory: str, name: str) -> bytes | None:
+    """The value of the attribute ``name`` of ``directory``; None where it has none.  Raises OSError."""
+    try:
+        return os.getxattr(directory, name)
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+            raise
+        return None
 
 
 def finish(layers: Layers, records: MetaStore, prefix: str = PREFIX) -> None:

@@ -15,6 +15,7 @@ Source: the kernel's ``Documentation/filesystems/overlayfs.rst`` and, where that
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -269,7 +270,7 @@ class _Scan:
         if fd < 0:
             return None
         redirected = False
-        for name in list_xattrs(fd):
+        for name in self._listed_marks(fd):
             if name == self._opaque:
                 value = _xattr(fd, name)
                 if value == b"y":
@@ -279,6 +280,15 @@ class _Scan:
                 redirected = directory.parent is not None and not directory.lowest
         directory.redirected = redirected
         return False
+
+    def _listed_marks(self, fd: int) -> list[str]:
+        """The names of attributes among which are all marks of the directory open as ``fd``."""
+        try:
+            return list_xattrs(fd)
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            return [name for name in (self._opaque, self._redirect) if _xattr(fd, name) is not None]
 
     def differs(self, level: _Level) -> bool:
         """Whether the directory of ``level`` itself (mode, owner, group, attributes) differs from the nearest below it."""
@@ -353,11 +363,19 @@ class _Scan:
                 return _WHITEOUT if found.st_rdev == 0 else _OTHER
             if directory.xwhiteouts and stat.S_ISREG(found.st_mode) and found.st_size == 0:
                 # Not opened, since it may be a device by now; and there is no listxattrat(2) before Linux 6.13.
-                marks = os.listxattr(f"/proc/self/fd/{fd}/{name}", follow_symlinks=False)
-                return _WHITEOUT if self._whiteout in marks else _OTHER
+                return self._whiteout_or_other(f"/proc/self/fd/{fd}/{name}")
         except FileNotFoundError:
             return None
         return _OTHER
+
+    def _whiteout_or_other(self, path: str) -> int:
+        try:
+            os.getxattr(path, self._whiteout, follow_symlinks=False)  # not listed: the names may be too many for that
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+                raise
+            return _OTHER
+        return _WHITEOUT
 
 
 def _verb(own: int, under: int) -> str:
@@ -370,8 +388,18 @@ def _metadata(fd: int, prefix: str) -> object:
     if fd < 0:
         return None
     own = os.fstat(fd)
-    shown = [name for name in list_xattrs(fd) if is_shown_by_overlay(name, prefix)]
-    return own.st_mode, own.st_uid, own.st_gid, {name: _xattr(fd, name) for name in shown}
+    try:
+        shown = [name for name in list_xattrs(fd) if is_shown_by_overlay(name, prefix)]
+    except OSError as error:
+        if error.errno != errno.E2BIG:
+            raise
+        return object()  # nobody can tell which attributes it has: like no other
+    return own.st_mode, own.st_uid, own.st_gid, {name: _digest(_xattr(fd, name)) for name in shown}
+
+
+def _digest(value: bytes | None) -> bytes | None:
+    """``value``, or what is as good for comparing it: there may be thousands of 64 KiB."""
+    return value if value is None or len(value) < 64 else b"%064d" % len(value) + hashlib.sha256(value).digest()
 
 
 def is_shown_by_overlay(name: str, prefix: str = PREFIX) -> bool:

@@ -32,7 +32,7 @@ class Attribute(msgspec.Struct, frozen=True):
     ``fixed``: its text never changes as long as the snapshot has it; each text of any other file has an inode of its own.
     ``private``: it tells what is in a layer, for users alone who may read that.
     ``refresh`` is awaited when the file is opened (by a caller), for what must be looked up on disk; ``follow`` when the link
-    is followed by a process (its pid), and gives where that leads.
+    is followed by a process (its pid), and gives where that leads.  ``is_known``: ``refresh`` has nothing to wait for.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Attribute(msgspec.Struct, frozen=True):
     private: bool = False
     present: Callable[[State, Record], bool] = lambda state, record: True
     refresh: Callable[[State, int, Record, Caller], Awaitable[object]] | None = None
+    is_known: Callable[[State, int, Record], bool] = lambda state, number, record: False
     follow: Callable[[State, int, Record, int], Awaitable[str]] | None = None
 
 
@@ -86,9 +87,14 @@ def usage_json(state: State, number: int, record: Record) -> str:
     return json_text(state.snapshotter.known_usage(number, record))
 
 
+def is_counted(state: State, number: int, record: Record) -> bool:
+    """Whether what it takes is stored, or nothing."""
+    return record.usage is not None or record.kind is Kind.VIEW
+
+
 async def count_usage(state: State, number: int, record: Record, caller: Caller) -> None:
     """Count what it takes, if that may have changed."""
-    if record.usage is not None:
+    if is_counted(state, number, record):
         return
     await state.snapshotter.usage(number, caller=caller)
 
@@ -116,9 +122,14 @@ def changes(state: State, number: int, record: Record) -> Text | None:
     return state.changes_found(number)
 
 
+def is_compared(state: State, number: int, record: Record) -> bool:
+    """Whether they were found and can't be others any more."""
+    return record.kind is Kind.COMMITTED and changes(state, number, record) is not None
+
+
 async def find_changes(state: State, number: int, record: Record, caller: Caller) -> None:
     """Find them again, unless the snapshot is committed and they are known."""
-    while record.kind is not Kind.COMMITTED or changes(state, number, record) is None:
+    while not is_compared(state, number, record):
         text = await state.snapshotter.changes(number, state.spool, caller=caller)
         before, record = record, state.record(number)
         if record.kind is before.kind:  # a scan under way at the Commit may have missed what was written before that
@@ -157,11 +168,13 @@ ATTRIBUTES = (
     Attribute("mounts.json", 16, MOUNTABLE, mounts_json, fixed=True, refresh=find_layers),
     Attribute("mount.sh", 17, MOUNTABLE, mount_sh, type=_SCRIPT, fixed=True, refresh=find_layers),
     Attribute("info.json", 18, ALL, info_json),
-    Attribute("usage.json", 19, ALL, usage_json, refresh=count_usage),
+    Attribute("usage.json", 19, ALL, usage_json, refresh=count_usage, is_known=is_counted),
     Attribute("parent", 20, ALL, parent, type=_LINK, present=has_parent),
     Attribute("diff", 21, WITH_LAYER, diff, type=_LINK, fixed=True),
     Attribute(ROOTFS, 22, ALL, rootfs, type=_LINK, follow=mount_rootfs, present=is_mountable),
-    Attribute("changes", CHANGES_SLOT, WITH_LAYER, changes, type=_PRIVATE, private=True, refresh=find_changes),
+    Attribute(
+        "changes", CHANGES_SLOT, WITH_LAYER, changes, type=_PRIVATE, private=True, refresh=find_changes, is_known=is_compared
+    ),
 )
 
 
@@ -185,7 +198,7 @@ class AttributeFile(TextFile):
         self.record = record
         self.attribute = attribute
         self.mode = attribute.type
-        self.waits_for = attribute.name if attribute.refresh else None
+        self.waits_for = attribute.name if attribute.refresh and not attribute.is_known(state, number, record) else None
         self.private = attribute.private
         self.keep_entry = _keeps_its_name(attribute)
         super().__init__(state, number, attribute.slot, fixed=attribute.fixed, text=text)

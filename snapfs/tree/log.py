@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from snapfs import names
-from snapfs.labels import ROOM
 from snapfs.model import rfc3339
 from snapfs.tree.handles import Handle
 from snapfs.tree.texts import OVERHEAD
@@ -92,7 +92,6 @@ class OpenLog(Handle):
     """
 
     direct = True
-    weight = OVERHEAD + ROOM  # the rest of one line
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -107,6 +106,16 @@ class OpenLog(Handle):
     @property
     def size(self) -> int:
         return self._log.size
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """For a read that may be refused in the end, by an exception: then the reader holds what it held before."""
+        before = self.weight, self._base, self._origin, self._notice, self._position, self._seen, self._rest
+        try:
+            yield
+        except BaseException:
+            self.weight, self._base, self._origin, self._notice, self._position, self._seen, self._rest = before
+            raise
 
     def read(self, offset: int, size: int) -> bytes:
         if offset < self._base:
@@ -123,6 +132,7 @@ class OpenLog(Handle):
             data += self._log.read(at, size - len(data))
             self._seen, self._rest = self._log.begun(self._in_log(offset + len(data)))
         self._position = offset + len(data)
+        self.weight = OVERHEAD + len(self._notice) + len(self._rest)
         return data
 
     def _in_log(self, offset: int) -> int:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
 
 import trio
 
 import snapfs
-from snapfs.model import Change, Kind
+from snapfs.errors import TryAgain
+from snapfs.model import Caller, Change, Kind
 from snapfs.snapshotter import Snapshotter
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
@@ -29,12 +30,25 @@ from snapfs.tree.texts import LongText, Text, Versions
 
 class Collecting:
     """Work that one does at a time and those share who came before it began: how many times it was begun, and which of these
-    was the last to be done.  ``lock`` is held meanwhile."""
+    was the last to be done."""
 
     def __init__(self) -> None:
-        self.lock = trio.Lock()
+        self._lock = trio.Lock()
         self.begun = 0
         self.done = 0
+
+    @asynccontextmanager
+    async def held_for(self, caller: Caller) -> AsyncIterator[None]:
+        """For the time that ``caller`` does the work, or finds that it was done.  Raises TryAgain where others do it for longer
+        than the caller's patience."""
+        with trio.move_on_after(caller.patience) as waiting:
+            await self._lock.acquire()
+        if waiting.cancelled_caught:
+            raise TryAgain("the snapshots are being listed for others")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
 class State:
