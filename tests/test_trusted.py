@@ -131,6 +131,7 @@ def test_what_is_roots_or_ones_own_all_the_way(tmp_path: Path, monkeypatch: pyte
         (0o775, 0, 77_777, "can be written by the group 77777"),
         (0o1777, 0, 0, ""),
         (0o775, 0, 0, ""),  # root's own group
+        (0o775, 0, 4, "can be written by the group adm"),  # of which no member is listed
         (0o755, 0, STAFF, ""),
     ],
 )

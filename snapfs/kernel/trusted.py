@@ -181,7 +181,9 @@ def _is_private(fd: int, found: os.stat_result, trusted: set[int]) -> bool:
         return False
     names = {name for group in entries for name in group.gr_mem}
     users = [user for user in pwd.getpwall() if user.pw_gid == found.st_gid or user.pw_name in names]
-    return {user.pw_uid for user in users} <= trusted and names <= {user.pw_name for user in users}
+    # where users come from a directory service not all are listed, so the group must be one that is made for a single user
+    own = any(user.pw_gid == found.st_gid and user.pw_name in (group.gr_name for group in entries) for user in users)
+    return own and {user.pw_uid for user in users} <= trusted and names <= {user.pw_name for user in users}
 
 
 def _refuse_server(number: int, path: str, trusted: set[int]) -> None:
