@@ -18,7 +18,8 @@ from snapfs import names
 from snapfs.cli.refusal import BUSY, NOT_PERMITTED
 from snapfs.errors import Unavailable
 from snapfs.kernel import mounting, trusted
-from snapfs.kernel.mounttable import mount_table
+from snapfs.kernel.mounttable import mount_id, mount_table
+from snapfs.root import lock
 from snapfs.root.claim import claim
 from snapfs.root.layers import Layers
 from tests.command import SNAPFS
@@ -358,16 +359,28 @@ def test_another_root_in_the_place_of_one_that_was_moved_away(make_daemon: Make,
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
-def test_a_root_that_others_can_write(tmp_path: Path, mode: int) -> None:
-    """They could put a link to the records there between two looks."""
+def test_a_root_that_others_can_write(tmp_path: Path, victim: Path, mode: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could put a link to the records there between two looks: it is shut before anything in it is opened."""
     (root := tmp_path / "root").mkdir()
     os.chown(root, 0, STAFF)
     root.chmod(mode)
-    (tmp_path / "mnt").mkdir()
+
+    def acquire(fd: int, name: str) -> tuple[int, str]:
+        assert stat.S_IMODE(root.stat().st_mode) == 0o700
+        raise Unavailable("it is in use")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "acquire", acquire)
+        with pytest.raises(Unavailable, match="it is in use"):
+            Layers.open(str(root))
+    assert stat.S_IMODE(root.stat().st_mode) == mode, "a refusal changes nothing"
+    Layers.open(str(root)).close()
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    root.chmod(mode)
+    (root / "metadata.mdb").symlink_to(victim / "precious")
     before = everything(tmp_path)
-    said = refusal(root, tmp_path / "mnt")
-    assert f"cannot use {root} as root: {root} can be written by " in said
-    assert f"look what is in there, and then chmod 700 {root}" in said
+    with pytest.raises(Unavailable, match="is not a file"):
+        Layers.open(str(root))
     assert everything(tmp_path) == before
 
 
@@ -580,6 +593,8 @@ def test_a_target_is_mounted_on_without_setuid_and_devices(daemon: Daemon, tmp_p
     (daemon.mnt / "committed/base/active/a").mkdir()
     (daemon.mnt / "committed/base/view/v").mkdir()
     (daemon.mnt / "active/alone").mkdir()
+    below = mount_id(str(daemon.root))  # what a bind shows has the attributes of the mount that it is on, too
+    inherited = set(next(mount.options for mount in mount_table() if mount.id == below))
     for key, more, expected in (
         ("a", (), {"nosuid", "nodev"}),
         ("v", (), {"nosuid", "nodev"}),
@@ -592,7 +607,9 @@ def test_a_target_is_mounted_on_without_setuid_and_devices(daemon: Daemon, tmp_p
         done = snapfs("mount", key, target, *more, "--at", daemon.mnt)
         assert done.stderr == ""
         try:
-            assert attributes_of(target) & {"nosuid", "nodev"} == expected, (key, more)
+            found = attributes_of(target) & {"nosuid", "nodev"}
+            assert found - inherited == expected - inherited, (key, more)
+            assert found >= expected
             second = tmp_path / "second"
             second.mkdir(exist_ok=True)
             if key == "a":  # a bind of the first

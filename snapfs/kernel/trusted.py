@@ -97,7 +97,7 @@ def find(path: str, *, inside: bool = False) -> Found:
                     _, fd = way.pop()
                     mount = mount_id_of(fd)
                 continue
-            refuse_writable(fd, here, trusted)
+            _refuse_writable(fd, here, trusted)
             there = f"{here.rstrip('/')}/{name}"
             try:
                 below = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
@@ -136,7 +136,7 @@ def find(path: str, *, inside: bool = False) -> Found:
                 ahead += [part for part in reversed(target.split("/")) if part not in ("", ".")]
         there = "/" + "/".join(name for name, _ in way)
         if inside:
-            refuse_writable(fd, there, trusted)
+            _refuse_writable(fd, there, trusted)
         found = Found(there, fd, ())
         fd = -1
         return found
@@ -157,11 +157,10 @@ def trusted_users() -> set[int]:
     return trusted
 
 
-def refuse_writable(fd: int, path: str, trusted: set[int], *, sticky: bool = True) -> None:
-    """Raise Untrusted where others than ``trusted`` can exchange what is in the directory ``fd``, called ``path``; in a sticky
-    one they can only put in more, which is fine if ``sticky``."""
+def _refuse_writable(fd: int, path: str, trusted: set[int]) -> None:
+    """Raise Untrusted where others than ``trusted`` can exchange what is in the directory ``fd``, called ``path``."""
     found = os.fstat(fd)
-    if (found.st_mode & stat.S_ISVTX and sticky) or not found.st_mode & _OTHERS_WRITE or not stat.S_ISDIR(found.st_mode):
+    if found.st_mode & stat.S_ISVTX or not found.st_mode & _OTHERS_WRITE or not stat.S_ISDIR(found.st_mode):
         return
     if found.st_mode & stat.S_IWOTH:
         raise Untrusted(f"{path} can be written by everybody, who could exchange what is in it")

@@ -31,7 +31,8 @@ class Claim(NamedTuple):
 
     ``root``: its path, without links.  ``fd`` (O_PATH) is open on it, ``lock`` on its lock.  ``note``: what the process that
     held it before has noted at its end (else its pid).  ``made``: the paths of the directories that were made for it, the
-    highest first.  ``is_new``: it was empty, or was not there."""
+    highest first.  ``is_new``: it was empty, or was not there.  ``mode``: its mode bits
+    before.  One that others could write is 0700 by now: they could put links in the place of what is being opened."""
 
     root: str
     fd: int
@@ -39,6 +40,13 @@ class Claim(NamedTuple):
     note: str
     made: list[str]
     is_new: bool
+    mode: int
+
+    def put_mode_back(self) -> None:
+        """Give the root the mode that it had, for it is refused after all."""
+        with suppress(OSError):
+            if stat.S_IMODE(os.fstat(self.fd).st_mode) != self.mode:
+                os.chmod(self.held, self.mode)
 
     @property
     def held(self) -> str:
@@ -98,9 +106,16 @@ def _claim(root: str, *, may_make: bool) -> Claim:
             is_new = _look(found, root, may_make=may_make)
             made = found.make()
             fd = os.dup(found.fd)
+            mode = stat.S_IMODE(os.fstat(fd).st_mode)
+            claimed = Claim(found.path, fd, -1, "", made, is_new, mode)
             try:
-                return Claim(found.path, fd, *lock.acquire(fd, found.path), made, is_new)
+                if mode & (stat.S_IWGRP | stat.S_IWOTH):
+                    os.chmod(claimed.held, 0o700)
+                    _look(found, root, may_make=may_make)  # once more: from here on nobody else can put anything in
+                held, note = lock.acquire(fd, found.path)
+                return claimed._replace(lock=held, note=note)
             except BaseException:
+                claimed.put_mode_back()
                 os.close(fd)
                 remove_made(made)
                 raise
@@ -138,10 +153,6 @@ def _look(found: trusted.Found, root: str, *, may_make: bool) -> bool:
             f"{root} belongs to the user {shown.st_uid}, but whoever uses it must be the only one to get in: run this as that "
             "user, or give another"
         )
-    try:
-        trusted.refuse_writable(found.fd, found.path, trusted.trusted_users(), sticky=False)
-    except trusted.Untrusted as error:
-        raise Unavailable(f"cannot use {root} as root: {error}: look what is in there, and then chmod 700 {root}") from None
     held = f"/proc/self/fd/{found.fd}"
     present = os.listdir(held)
     if "lost+found" in present and _is_begun(f"{held}/lost+found"):  # mkfs has made it

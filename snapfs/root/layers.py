@@ -151,6 +151,8 @@ class Layers(Paths):
                     with suppress(FileNotFoundError):
                         os.unlink(f"{self.held}/{name}")
                 remove_made(self._claim.made)
+        if not self._closed:
+            self._claim.put_mode_back()
         self.close()
 
     def _refuse_several_disks(self) -> None:
