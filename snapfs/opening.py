@@ -28,7 +28,6 @@ from snapfs.rules.root import Root, overlay_prefix
 from snapfs.services.rootfs import Rootfs
 from snapfs.snapshotter import Snapshotter
 from snapfs.store.metastore import MetaStore
-from snapfs.store.soundness import refuse_unusable
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +73,15 @@ def _opened(root: str, options: Options, metastore: MetaStore | None, opened: Ex
     layers = Layers.begin(root)
     opened.callback(layers.unmake)
     layers.pool.syncs = options.sync is Sync.FULL
+    present = layers.existing_ids()
     records = metastore
     if records is None:
-        _refuse_lost_records(layers)
-        refuse_unusable(layers.records)
-        records = MetaStore(layers.records, sync=options.sync is Sync.FULL)
+        _refuse_lost_records(layers, present)
+        records = MetaStore(layers.records, sync=options.sync is Sync.FULL)  # refuses those of others before it writes
         opened.callback(records.close)
-    _refuse_unrecorded(layers, records)
+    with records.reading() as reader:
+        known, last_id = reader.ids(), reader.last_id()
+    _refuse_unrecorded(layers, records, present - known, last_id)
     layers.make_ready()
     fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     opened.callback(os.close, fd)
@@ -104,7 +105,11 @@ def _opened(root: str, options: Options, metastore: MetaStore | None, opened: Ex
         agrees=True,
     )
     rootfs = _rootfs(state, records, features)
-    state.damaged |= _recover(layers, records, state.overlay_prefix, to_trash=not options.async_remove)
+    present |= placing.finish(layers, records, state.overlay_prefix)
+    layers.clear_pool()
+    _put_away(layers, present - known, last_id, to_trash=not options.async_remove)
+    _tell_damaged(layers, records, known - present)
+    state.damaged |= known - present
     return Snapshotter(state, records, owns_records=metastore is None, rootfs=rootfs, features=features)
 
 
@@ -209,18 +214,21 @@ def _rootfs(root: Root, records: MetaStore, features: dict[str, Feature]) -> Roo
     return rootfs
 
 
-def _recover(layers: Layers, records: MetaStore, prefix: str, *, to_trash: bool) -> set[int]:
-    """Bring records and directories together after whatever happened; the ids of damaged snapshots.
+def _put_away(layers: Layers, unknown: set[int], last_id: int, *, to_trash: bool) -> None:
+    """Put away the directories that no record names: into the trash if ``to_trash``, and in any case what a Prepare that was
+    cut short has left."""
+    for number in unknown:
+        if number > last_id:
+            layers.undo_place(number)
+        elif to_trash:
+            layers.move_to_trash(number)
+        else:
+            layers.leave_for_cleanup(number)
 
-    What no record names goes to the trash if ``to_trash``, and what a Prepare that was cut short left in any case.  A record
-    whose directory is missing or none is reported as damaged, never guessed.
-    """
-    placing.finish(layers, records, prefix)
-    layers.clear_pool()
+
+def _tell_damaged(layers: Layers, records: MetaStore, damaged: set[int]) -> None:
+    """Log which snapshots have lost their directory, or have something else there: reported, never guessed."""
     with records.reading() as reader:
-        known, last_id = reader.ids(), reader.last_id()
-        present = layers.existing_ids()
-        damaged = known - present
         for number in sorted(damaged):
             try:
                 record = reader.record(number)
@@ -229,21 +237,12 @@ def _recover(layers: Layers, records: MetaStore, prefix: str, *, to_trash: bool)
             name = record.name if record else "?"
             wrong = "is not a directory" if os.path.lexists(layers.directory(number)) else "is missing"
             log.error('snapshot "%s" is damaged: its directory %s %s', name, layers.directory(number), wrong)
-    for number in present - known:
-        if number > last_id:
-            layers.undo_place(number)
-        elif to_trash:
-            layers.move_to_trash(number)
-        else:
-            layers.leave_for_cleanup(number)
-    return damaged
 
 
-def _refuse_unrecorded(layers: Layers, records: MetaStore) -> None:
-    """Raise Damaged where the records can't be this root's: without the right ones every layer would look abandoned."""
-    with records.reading() as reader:
-        known, last_id = reader.ids(), reader.last_id()
-    for number in layers.existing_ids() - known:
+def _refuse_unrecorded(layers: Layers, records: MetaStore, unknown: set[int], last_id: int) -> None:
+    """Raise Damaged where the records can't be this root's, as directories that they don't name show: without the right ones
+    every layer would look abandoned."""
+    for number in unknown:
         if number > last_id and not layers.is_empty(number):  # no Prepare that was cut short leaves that
             raise Damaged(
                 f"{layers.directory(number)} holds files, but no such snapshot was ever recorded in {records.path}: "
@@ -251,10 +250,10 @@ def _refuse_unrecorded(layers: Layers, records: MetaStore) -> None:
             )
 
 
-def _refuse_lost_records(layers: Layers) -> None:
+def _refuse_lost_records(layers: Layers, present: set[int]) -> None:
     """Without records every layer would look abandoned and be deleted; better to stop."""
     path = layers.records
-    if layers.existing_ids() and not (os.path.exists(path) and os.path.getsize(path)):
+    if present and not (os.path.exists(path) and os.path.getsize(path)):
         raise Damaged(
             f"{layers.snapshots} holds layers but {path} is missing or empty: "
             f"put the records back from a backup, or have them made anew: snapfs check {layers.root} --rebuild"

@@ -125,7 +125,7 @@ def _claim(root: str, *, may_make: bool) -> Claim:
 
 def _find(root: str) -> trusted.Found:
     try:
-        return trusted.find(root)
+        return trusted.find(root, may_lack=True)
     except trusted.Untrusted as error:
         raise Unavailable(
             f"cannot use {root} as root: {error}; give one of yours, below directories that nobody else can write, such as /srv"
@@ -161,7 +161,7 @@ def _look(found: trusted.Found, root: str, *, may_make: bool) -> bool:
         raise Unavailable(f"{root} is neither empty nor a root of snapfs; give a directory of its own" if may_make else lacks)
     if not present and not may_make:
         raise Unavailable(lacks)
-    refuse_exchanged(held, found.path)
+    _refuse_exchanged(held, found.path)
     return not present
 
 
@@ -185,7 +185,7 @@ def _is_begun(path: str) -> bool:
     return stat.S_ISDIR(found.st_mode) and not os.listdir(path)
 
 
-def refuse_exchanged(held: str, root: str) -> None:
+def _refuse_exchanged(held: str, root: str) -> None:
     """Raise Unavailable where an entry of the root (``held`` leads there, ``root`` is its name) that has a fixed name is not
     what snapfs makes: a link, somebody else's, writable by others.  Raises OSError."""
     users = trusted.trusted_users()

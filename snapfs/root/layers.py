@@ -34,7 +34,7 @@ from snapfs.model import Kind, Usage
 from snapfs.names import NAME_MAX, parse_id
 from snapfs.root import imprint
 from snapfs.root import lock as rootlock
-from snapfs.root.claim import RECORDS, Claim, claim, claim_existing, refuse_exchanged, remove_made
+from snapfs.root.claim import RECORDS, Claim, claim, claim_existing, remove_made
 from snapfs.root.paths import Paths
 from snapfs.root.pool import FS_MODE, Pool, remove_empty
 from snapfs.root.trash import NOT_EMPTY, Checkpoint, Trash
@@ -121,7 +121,6 @@ class Layers(Paths):
         Raises Unavailable with a sentence: the file system tells no d_type, or what the operating system refused."""
         try:
             os.chmod(self.held, 0o700)
-            refuse_exchanged(self.held, self.root)  # once more: from here on nobody else gets in
             for name in ("snapshots", "pool", "trash", "rootfs"):
                 path = f"{self.held}/{name}"
                 with suppress(FileExistsError):

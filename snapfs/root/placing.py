@@ -129,8 +129,8 @@ def _value(directory: str, name: str) -> bytes | None:
         return None
 
 
-def finish(layers: Layers, records: MetaStore, prefix: str = PREFIX) -> None:
-    """Put the directories in their places that a power cut has put back into the pool.
+def finish(layers: Layers, records: MetaStore, prefix: str = PREFIX) -> set[int]:
+    """Put the directories in their places that a power cut has put back into the pool; the ids of their snapshots.
 
     Called at a start, before the pool is emptied.  Raises OSError.
     """
@@ -143,7 +143,7 @@ def finish(layers: Layers, records: MetaStore, prefix: str = PREFIX) -> None:
                 if record is not None and not os.path.lexists(layers.directory(number)) and layers.pool.has(name):
                     found.append((number, name, Imprint(record, reader.unflushed_since(number))))
     if not found:
-        return
+        return set()
     for number, name, imprint in found:
         kind = Kind.VIEW if imprint.record.kind is Kind.VIEW else Kind.ACTIVE
         template = FsTemplate()
@@ -154,3 +154,4 @@ def finish(layers: Layers, records: MetaStore, prefix: str = PREFIX) -> None:
     log.info("%d directories were put in place that a power cut had put back", len(found))
     layers.pool.sync()
     records.write_now(lambda writer: writer.clear_placed(placed[-1][0]), frees=True)
+    return {number for number, _, _ in found}

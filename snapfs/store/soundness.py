@@ -41,22 +41,6 @@ def is_lmdb(path: str) -> bool:
         os.close(fd)
 
 
-def refuse_unusable(path: str) -> None:
-    """Raise Damaged or Unavailable where the file of records ``path`` can't be used; nothing is changed.  One that is missing
-    or empty can: it becomes a new one.  No process may be writing to it."""
-    try:
-        if not os.path.getsize(path):
-            return
-        with lmdb.open(path, subdir=False, readonly=True, lock=False, max_dbs=16) as env:
-            refuse_foreign(env, path)
-    except FileNotFoundError:
-        return
-    except lmdb.Error as error:
-        raise open_error(path, error) from error
-    except OSError as error:
-        raise disk_error("open the records", path, error) from error
-
-
 def _refuse_cut(env: lmdb.Environment, path: str) -> None:
     """Raise Damaged where the end of the file is missing: the kernel would end a process that reads it (SIGBUS)."""
     size, needed = os.stat(path).st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
