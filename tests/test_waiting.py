@@ -81,14 +81,9 @@ snapfs.root.layers.Layers.empty_trash = held_empty
 raise SystemExit(snapfs.cli.main())
 """
 
-# Threads that do the same again and again until standard input ends; as users of their own from a number on, if that isn't 0.
-# What became of it is printed: how often it was done, by errno.
-HAMMER = """
-import collections, ctypes, json, os, sys, threading
-
-what, first, threads, paths = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-setresuid = {"x86_64": 117, "aarch64": 147}[os.uname().machine]  # the system call: for one thread alone
-ended, done = threading.Event(), collections.Counter()
+# What the scripts below do in several places
+CALLS = """
+import os
 
 def read(path):
     with open(path) as file:
@@ -100,6 +95,18 @@ def sync(path):
         os.fsync(fd)
     finally:
         os.close(fd)
+"""
+
+# Threads that do the same again and again until standard input ends; as users of their own from a number on, if that isn't 0.
+# What became of it is printed: how often it was done, by errno.
+HAMMER = (
+    CALLS
+    + """
+import collections, ctypes, json, os, sys, threading
+
+what, first, threads, paths = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+setresuid = {"x86_64": 117, "aarch64": 147}[os.uname().machine]  # the system call: for one thread alone
+ended, done = threading.Event(), collections.Counter()
 
 def clean(path):
     with open(path, "w") as file:
@@ -130,9 +137,12 @@ for thread in all:
     thread.join()
 print(json.dumps(done), flush=True)
 """
+)
 
 # What anybody does, twice: printed is of each the longest time and the last errno.
-ORDINARY = """
+ORDINARY = (
+    CALLS
+    + """
 import json, os, sys, time
 
 os.chdir(sys.argv[1])
@@ -146,17 +156,6 @@ def timed(name, act, *arguments):
     except OSError as error:
         number = error.errno
     found[name] = max(found.get(name, [0])[0], time.monotonic() - began), number
-
-def read(path):
-    with open(path) as file:
-        file.read()
-
-def sync(path):
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 for n in range(2):
     me = f"{os.getuid()}-{n}"
@@ -175,6 +174,7 @@ for n in range(2):
     timed("rmdir", os.rmdir, f"active/of-{me}")
 print(json.dumps(found))
 """
+)
 
 
 class Held:

@@ -252,7 +252,7 @@ class Operations(pyfuse3.Operations):
         # mounted for a process that can't get there, a file system would only push out another
         if not self.rights.may_enter_root(ctx.uid):
             return node.target().encode(errors="surrogateescape")
-        with self.waiting.counted(node.waits_for, None) if node.waits_for else contextlib.nullcontext():
+        with self.waiting.counted(node.waits_for, None):
             return (await node.follow(ctx.pid)).encode(errors="surrogateescape")
 
     # -- changing
@@ -371,8 +371,7 @@ class Operations(pyfuse3.Operations):
     @answering
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         file = self.files[fh]
-        waits_for = file.handle.waits_for
-        with self.waiting.counted(waits_for, file.user) if waits_for else contextlib.nullcontext():
+        with self.waiting.counted(file.handle.waits_for, file.user):
             return await file.handle.write(off, buf)
 
     @answering

@@ -163,7 +163,7 @@ class Retelling:
             return node if node.inode == inode and node.is_known else found
         if not isinstance(node, File):
             return node
-        with self._waiting.counted(node.waits_for, caller.user) if node.waits_for else contextlib.nullcontext():
+        with self._waiting.counted(node.waits_for, caller.user):
             now = await node.refresh(caller)
         if isinstance(node, AttributeFile) and now is not node:  # the directory shows what was found out
             self._cache.forget_directory(node.number)

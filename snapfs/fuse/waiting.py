@@ -92,8 +92,12 @@ class Waiting:
         self._lines: defaultdict[str, Allowance] = defaultdict(lambda: Allowance(LINES, LINES, clock))
 
     @contextmanager
-    def counted(self, kind: str, user: int | None) -> Iterator[None]:
-        """For the time that a request of this kind may wait.  Raises TryAgain where too many do already."""
+    def counted(self, kind: str | None, user: int | None) -> Iterator[None]:
+        """For the time that a request of this kind (None: one that waits for nothing) may wait.  Raises TryAgain where too many
+        do already."""
+        if kind is None:
+            yield
+            return
         assert kind in KINDS
         most = OF_USER if user is not None else OF_ROOTFS if kind == ROOTFS else OF_OWNER
         if self._counts[kind, user] >= most:
