@@ -97,7 +97,7 @@ def made_root(path: Path) -> Path:
 
 
 def find(path: Path | str, *, inside: bool = False) -> tuple[str, tuple[str, ...]]:
-    with trusted.find(str(path), inside=inside) as found:
+    with trusted.find(str(path), inside=inside, may_lack=True) as found:
         return found.path, found.missing
 
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Verb
 from snapfs.cli.place import find_tree
-from snapfs.cli.refusal import Refusal, refusal
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from snapfs.cli.refusal import Refusal
 
 _COLOURS = {"A": "green", "C": "yellow", "D": "red", "R": "blue"}
 
@@ -22,24 +16,13 @@ def _diff(given: Given) -> int:
     kind, directory = place.find(key)
     if kind == "view":
         raise Refusal(f'"{key}" is a view, which changes nothing')
-    lines = _lines(place.path, f"{directory}/changes")
+    lines = place.lines(f"{directory}/changes")
     if given.has("json"):
         table.show_json([{"change": line[0], "path": line[2:]} for line in lines])
     else:
         for line in lines:
             print(table.coloured(line, _COLOURS[line[0]]))
     return 0
-
-
-def _lines(tree: str, path: str) -> Iterator[str]:
-    """The lines of ``path``, as they are read: there may be millions.  Raises Refusal."""
-    began = time.time_ns()
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            for line in file:
-                yield line.rstrip("\n")
-    except OSError as error:
-        raise refusal(error, tree, began, f"cannot read {path}") from None
 
 
 VERBS = {

@@ -15,32 +15,39 @@ from snapfs.cli.refusal import BUSY, FAILED, NOT_PERMITTED, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from snapfs.cli.place import MountedTree
     from snapfs.kernel.mounttable import MountPoint
     from snapfs.kernel.trusted import Found
 
 
 def _mount(given: Given) -> int:
+    from snapfs.kernel import trusted
+
     place = find_tree(given.value("at"), changes=True)
     place.refuse_foreign("mounted")
     key = place.key(given.arguments[0])
     kind, directory = place.find(key)
     if kind == "committed":
         raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {key}')
-    with _found(given.arguments[1], f'mount "{key}" on') as found:
+    with contextlib.ExitStack() as held:
+        with _trusted(f'mount "{key}" on', given.arguments[1]):
+            found = held.enter_context(trusted.find(given.arguments[1], may_lack=True))
         if f"{found.path}/".startswith(f"{place.path}/"):
             raise Refusal(f"{given.arguments[1]} lies in the tree: mount it elsewhere")
         _mount_at(place, key, kind, directory, found, _attributes(given))
     return 0
 
 
-def _found(target: str, doing: str, *, inside: bool = False) -> Found:
-    """TARGET, which nobody else can lead elsewhere (nor what is ``inside``); raises Refusal."""
-    from snapfs.kernel import trusted
+@contextlib.contextmanager
+def _trusted(doing: str, target: str) -> Iterator[None]:
+    """For a block that is ``doing`` something to TARGET; raises Refusal where somebody else could lead it elsewhere."""
+    from snapfs.kernel.trusted import Untrusted
 
     try:
-        return trusted.find(target, inside=inside)
-    except trusted.Untrusted as error:
+        yield
+    except Untrusted as error:
         to_do = "use a directory of yours, below directories that nobody else can write, such as /mnt or /srv"
         raise Refusal(f"cannot {doing} {target}: {error}; {to_do}", NOT_PERMITTED) from None
     except OSError as error:
@@ -118,7 +125,7 @@ def _umount(given: Given) -> int:
 
     word = given.arguments[0]
     shown = {mount.target: mount for mount in mount_table()}  # the uppermost is the last
-    target = _target(word) if "/" in word else ""  # else it is a key, whatever is called so in the working directory
+    target = _unlinked(word) if "/" in word else ""  # else it is a key, whatever is called so in the working directory
     found = shown.get(target)
     if found is not None and not _is_ours(found):
         raise Refusal(f"{target} is no snapshot's file system: nothing for snapfs to unmount")
@@ -131,13 +138,10 @@ def _umount(given: Given) -> int:
         root = json.loads(place.read(f"{place.path}/.snapfs/options.json"))["root"]
         mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
         ours = [each for each in mounted if each in shown and _is_ours(shown[each])]  # the daemon may see other mounts than we
-        places = [each for each in ours if not each.startswith(f"{root}/rootfs/")]
+        places = [_unlinked(each) for each in ours if not each.startswith(f"{root}/rootfs/")]
         if not places:
             raise Refusal(f'"{word}" ({kind}) is not mounted, but perhaps as its rootfs, which needs no umount')
     for each in places:
-        # or it might be another one by the time it is unmounted
-        with _found(os.path.dirname(each), "unmount what is in", inside=True):
-            pass
         try:
             mounting.unmount(each, mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
@@ -153,11 +157,12 @@ def _umount(given: Given) -> int:
     return 0
 
 
-def _target(path: str) -> str:
-    """``path`` without links; raises Refusal where somebody else could exchange a directory above it."""
-    directory, name = os.path.split(os.path.abspath(path))
-    with _found(directory, "unmount what is in", inside=True) as found:
-        return f"{found.path.rstrip('/')}/{name}"
+def _unlinked(path: str) -> str:
+    """``path`` without links; raises Refusal where it might be another one by the time it is unmounted."""
+    from snapfs.kernel import trusted
+
+    with _trusted("unmount what is in", os.path.dirname(path)):
+        return trusted.above(path)
 
 
 VERBS = {

@@ -10,7 +10,7 @@ from snapfs.cli.refusal import NO_TREE, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 KINDS = ("active", "committed", "view")
 
@@ -122,6 +122,16 @@ class MountedTree:
         try:
             with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 return file.read()
+        except OSError as error:
+            raise refusal(error, self.path, began, f"cannot read {path}") from None
+
+    def lines(self, path: str) -> Iterator[str]:
+        """The lines of a file of the tree, as they are read: there may be millions.  Raises Refusal."""
+        began = time.time_ns()
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+                for line in file:
+                    yield line.rstrip("\n")
         except OSError as error:
             raise refusal(error, self.path, began, f"cannot read {path}") from None
 

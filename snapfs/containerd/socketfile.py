@@ -35,7 +35,7 @@ class SocketFile:
         if len(os.fsencode(path)) > LONGEST:
             raise InvalidArgument(f"the path of a socket has at most {LONGEST} bytes: {path} is longer")
         try:
-            with trusted.find(os.path.dirname(path), inside=True) as found:
+            with trusted.find(os.path.dirname(path), inside=True, may_lack=True) as found:
                 found.make()
                 self._directory = os.open(f"/proc/self/fd/{found.fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import grp
 import logging
 import os
-import pwd
 import stat
 import subprocess
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from snapfs.errors import Unavailable
@@ -34,12 +31,8 @@ def resolve(mountpoint: str) -> str:
 
     Raises Unavailable where somebody else could lead it elsewhere (``kernel/trusted.py``), or where it is missing.
     """
-    directory, name = os.path.split(os.path.normpath(mountpoint))
     try:
-        with trusted.find(directory, inside=True) as found:
-            if found.missing:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            return f"{found.path.rstrip('/')}/{name}"
+        return trusted.above(mountpoint)
     except trusted.Untrusted as error:
         raise Unavailable(_untrusted(mountpoint, error)) from None
     except OSError as error:
@@ -72,11 +65,10 @@ def unmount(own: MountPoint) -> bool:
 
     Closing the device would do so too, but not while our own thread waits in it for a lock that such a request holds
     (``cache.forget_name``)."""
-    mounts = list(mount_table())
-    now = next((mount for mount in mounts if (mount.id, mount.device) == (own.id, own.device)), None)
+    now = _still_there(own)
     if now is None:
         return True
-    if mounts[-1] is not now and any(mount.target == now.target for mount in mounts[mounts.index(now) + 1 :]):
+    if [mount.id for mount in mount_table() if mount.target == now.target][-1:] != [now.id]:
         log.warning("something else is mounted over %s: unmount that, and then %s", now.target, now.target)
         _abort(now)
         return True
@@ -91,9 +83,14 @@ def unmount(own: MountPoint) -> bool:
 
 def why_over(own: MountPoint) -> str:
     """Why requests have come to an end without a signal."""
-    if any((mount.id, mount.device) == (own.id, own.device) for mount in mount_table()):
+    if _still_there(own) is not None:
         return "the FUSE connection was aborted; the next start recovers the mountpoint"
     return "unmounted"
+
+
+def _still_there(own: MountPoint) -> MountPoint | None:
+    """Our mount as it is now, which may have been moved."""
+    return next((mount for mount in mount_table() if (mount.id, mount.device) == (own.id, own.device)), None)
 
 
 def recover_mountpoint(root: str, mountpoint: str) -> None:
@@ -153,15 +150,13 @@ def _overlap(root: str, mountpoint: str) -> bool:
     return any(os.path.commonpath(pair) in pair for pair in pairs)
 
 
-def check_mountpoint(root: str, mountpoint: str) -> str:
-    """``mountpoint`` without links, as ``root`` is.  Raises Unavailable, with a sentence, for what can be known to fail."""
-    target = resolve(mountpoint)
+def check_mountpoint(root: str, mountpoint: str, target: str) -> str:
+    """``mountpoint`` without links, as ``root`` is; ``target`` is what ``resolve`` gave for it.  Raises Unavailable, with a
+    sentence, for what can be known to fail."""
     if mounted_at(target) is not None:
         raise Unavailable(f"{mountpoint} is the mountpoint of another snapfs already; unmount that first")
     try:
         with trusted.find(target) as found:
-            if found.missing:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             if not stat.S_ISDIR(os.fstat(found.fd).st_mode):
                 raise Unavailable(f"cannot mount on {mountpoint}: it is not a directory")
             target = found.path
@@ -187,16 +182,8 @@ def _why_no_device(error: OSError) -> str:
     if os.access("/dev/fuse", os.R_OK | os.W_OK, effective_ids=True):  # its mode is not the reason
         return "let the container use the device, and have no nodev where /dev is mounted"
     found = os.stat("/dev/fuse")
-    user, group = _name(pwd.getpwuid, found.st_uid), _name(grp.getgrgid, found.st_gid)
+    user, group = trusted.user_name(found.st_uid), trusted.group_name(found.st_gid)
     mode = stat.S_IMODE(found.st_mode)
     if mode & 0o060 == 0o060:
         return f"its mode {mode:03o} lets only {user} and the group {group} open it; become a member, or chmod 666 /dev/fuse"
     return f"its mode {mode:03o} lets only {user} open it; chmod 666 /dev/fuse"
-
-
-def _name(entry: Callable[[int], Sequence[object]], number: int) -> object:
-    """The name of a user or group, or the number of one without."""
-    try:
-        return entry(number)[0]
-    except KeyError:
-        return number

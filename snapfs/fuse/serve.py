@@ -83,7 +83,7 @@ async def serve(
             root = await trio.to_thread.run_sync(claim.resolve, root)
             target = await trio.to_thread.run_sync(resolve, mountpoint)
             await trio.to_thread.run_sync(recover_mountpoint, root, target)
-            target = await trio.to_thread.run_sync(check_mountpoint, root, mountpoint)
+            target = await trio.to_thread.run_sync(check_mountpoint, root, mountpoint, target)
         except OSError as error:
             raise Unavailable.from_os(f"mount on {mountpoint}", error) from error
         refusal: SnapshotError | None = None

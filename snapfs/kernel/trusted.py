@@ -13,7 +13,7 @@ import grp
 import os
 import pwd
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -71,8 +71,8 @@ class Found:
         return made
 
 
-def find(path: str, *, inside: bool = False) -> Found:
-    """Follow ``path``, of which the end may be missing, a directory at a time.
+def find(path: str, *, inside: bool = False, may_lack: bool = False) -> Found:
+    """Follow ``path`` a directory at a time; its end may be missing if ``may_lack``.
 
     Each directory on the way must belong to root or to this process's user, and be writable by nobody else, unless it is
     sticky; links must be theirs too.  What is at the end must belong to them, whoever can write it, unless something ``inside``
@@ -102,8 +102,8 @@ def find(path: str, *, inside: bool = False) -> Found:
             try:
                 below = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             except FileNotFoundError:
-                missing = [name, *(part for part in reversed(ahead))]
-                if ".." in missing:
+                missing = [name, *reversed(ahead)]
+                if not may_lack or ".." in missing:
                     raise
                 found = Found("/".join([here.rstrip("/"), *missing]), fd, missing)
                 fd = -1
@@ -120,7 +120,7 @@ def find(path: str, *, inside: bool = False) -> Found:
             shown = os.fstat(fd)
             if shown.st_uid not in trusted:
                 what = "is a link of" if stat.S_ISLNK(shown.st_mode) else "belongs to"
-                raise Untrusted(f"{there} {what} {_called(shown.st_uid)}, who could put anything in its place")
+                raise Untrusted(f"{there} {what} the user {user_name(shown.st_uid)}, who could put anything in its place")
             if stat.S_ISLNK(shown.st_mode):
                 links += 1
                 if links > _MOST_LINKS:
@@ -147,6 +147,15 @@ def find(path: str, *, inside: bool = False) -> Found:
             os.close(fd)
 
 
+def above(path: str) -> str:
+    """``path`` without links in the directories above it; what is at its end is not asked, for that may never answer.
+
+    Raises as ``find`` does, for what is ``inside`` the directory above."""
+    directory, name = os.path.split(os.path.abspath(path))
+    with find(directory, inside=True) as found:
+        return f"{found.path.rstrip('/')}/{name}"
+
+
 def trusted_users() -> set[int]:
     """The uids that may lead this process anywhere: root, and its own; in a user namespace also that of all who are not
     mapped."""
@@ -165,8 +174,9 @@ def _refuse_writable(fd: int, path: str, trusted: set[int]) -> None:
     if found.st_mode & stat.S_IWOTH:
         raise Untrusted(f"{path} can be written by everybody, who could exchange what is in it")
     if not _is_private(fd, found, trusted):
-        group = _name(grp.getgrgid, found.st_gid)
-        raise Untrusted(f"{path} can be written by the group {group}, whose members could exchange what is in it")
+        raise Untrusted(
+            f"{path} can be written by the group {group_name(found.st_gid)}, whose members could exchange what is in it"
+        )
 
 
 def _is_private(fd: int, found: os.stat_result, trusted: set[int]) -> bool:
@@ -190,7 +200,7 @@ def _refuse_server(number: int, path: str, trusted: set[int]) -> None:
     each file what it likes, whose it is for one."""
     mount = next((mount for mount in mount_table() if mount.id == number), None)
     if mount is not None and mount.type.startswith("fuse") and (owner := server_of(mount)) not in trusted:
-        raise Untrusted(f"{path} is a file system that {_called(owner)} serves, and shows what that user likes")
+        raise Untrusted(f"{path} is a file system that the user {user_name(owner)} serves, and shows what that user likes")
 
 
 def server_of(mount: MountPoint) -> int:
@@ -198,13 +208,17 @@ def server_of(mount: MountPoint) -> int:
     return next((int(option[8:]) for option in mount.super_options if option.startswith("user_id=")), -1)
 
 
-def _called(uid: int) -> str:
-    return f"the user {_name(pwd.getpwuid, uid)}"
-
-
-def _name(entry: Callable[[int], Sequence[object]], number: int) -> object:
-    """The name of a user or group, or the number of one without."""
+def user_name(uid: int) -> str:
+    """The name of a user, or the number of one without."""
     try:
-        return entry(number)[0]
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return number
+        return str(uid)
+
+
+def group_name(gid: int) -> str:
+    """The name of a group, or the number of one without."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

@@ -64,8 +64,6 @@ def _backup(root: str, given: str, file: str) -> Backup:
     directory, name = os.path.split(os.path.abspath(file))
     try:
         with trusted.find(directory, inside=True) as found:
-            if found.missing:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
             _refuse_place(root, found.path, file)
             if os.path.lexists(f"/proc/self/fd/{found.fd}/{name}"):
                 raise AlreadyExists(f"{file} exists already, and a backup never replaces anything: give another name")
