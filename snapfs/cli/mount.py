@@ -158,11 +158,15 @@ def _umount(given: Given) -> int:
 
 
 def _unlinked(path: str) -> str:
-    """``path`` without links; raises Refusal where it might be another one by the time it is unmounted."""
+    """``path`` without links; raises Refusal where it might be another one by the time it is unmounted.  Below what is no
+    directory nothing can be mounted: that is some key."""
     from snapfs.kernel import trusted
 
     with _trusted("unmount what is in", os.path.dirname(path)):
-        return trusted.above(path)
+        try:
+            return trusted.above(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return path
 
 
 VERBS = {
