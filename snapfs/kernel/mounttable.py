@@ -17,7 +17,8 @@ class MountPoint:
     """One line of the table.  ``root`` is the mounted directory as a path inside its file system; ``device`` is
     ``major:minor``; ``options`` are those of the mount, ``super_options`` those of the file system.  ``group`` is the peer
     group with which it shares the mounts below it, ``master`` the group from which it receives such mounts; 0 for none.
-    ``unique`` is an id that is never used again, 0 where the kernel tells none.
+    ``unique`` is an id that is never used again, 0 where the kernel tells none; ``parent`` is the id of the mount on which this
+    one stands.  ``foreign``: it is in the mount namespace of another user (``snapfs/kernel/namespaces.py``).
     """
 
     id: int
@@ -31,6 +32,8 @@ class MountPoint:
     group: int = 0
     master: int = 0
     unique: int = 0
+    parent: int = 0
+    foreign: bool = False
 
 
 def lines_of(pid: int | str) -> list[str]:
@@ -59,10 +62,10 @@ def mount_id_of(fd: int) -> int:
         return next(int(line.partition(":")[2]) for line in file if line.startswith("mnt_id:"))
 
 
-def parse(line: str) -> MountPoint:
+def parse(line: str, *, foreign: bool = False) -> MountPoint:
     """The mount that one line of the table describes."""
     fields, _, rest = line.partition(" - ")
-    number, _parent, device, root, target, options, *tags = fields.split(" ")
+    number, parent, device, root, target, options, *tags = fields.split(" ")
     propagation = dict(tag.partition(":")[::2] for tag in tags)
     kind, source, super_options = rest.split(" ", 2)
     return MountPoint(
@@ -76,6 +79,8 @@ def parse(line: str) -> MountPoint:
         super_options=tuple(unescape(option) for option in super_options.split(",")),
         group=int(propagation.get("shared", 0)),
         master=int(propagation.get("master", 0)),
+        parent=int(parent),
+        foreign=foreign,
     )
 
 

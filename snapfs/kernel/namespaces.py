@@ -3,7 +3,10 @@
 Linux lists the namespaces since 6.12 (NS_MNT_GET_NEXT, ioctl_nsfs(2)) and their mounts (listmount(2), statmount(2)).  A mount
 has an id there that the kernel never uses again, so facts about a mount can be kept, and a scan costs some ten microseconds a
 namespace.  On older kernels, and in containers, which may not list the namespaces, /proc/PID/mountinfo of one process in each
-namespace is read.  Neither way shows a mount that is attached nowhere."""
+namespace is read.  Neither way shows a mount that is attached nowhere.
+
+A mount namespace is *foreign* if it belongs to a user namespace that another user has made: a sandbox of theirs, which has
+inherited a copy of every mount of that moment, also of those that its user can't get to."""
 
 from __future__ import annotations
 
@@ -31,6 +34,8 @@ _ALL = 2**64 - 1  # LSMT_ROOT: every mount of the namespace
 _AT_ONCE = 1024  # ids in one answer
 
 _NAMESPACE = struct.Struct("IIQ")  # struct mnt_ns_info: size, nr_mounts, mnt_ns_id
+_GET_USER_NAMESPACE, _GET_OWNER = 0xB701, 0xB704
+_OWNER = struct.Struct("I")  # uid_t
 _GET_INFO, _GET_NEXT, _GET_PREVIOUS = (2 << 30 | _NAMESPACE.size << 16 | 0xB7 << 8 | number for number in (10, 11, 12))
 
 _SB_BASIC, _MNT_BASIC, _MNT_ROOT, _MNT_POINT, _FS_TYPE, _MNT_OPTS = 0x1, 0x2, 0x8, 0x10, 0x20, 0x80
@@ -85,6 +90,7 @@ class Namespaces(Generic[T]):
         self._lock = threading.Lock()
         self._lists = True
         self._known: dict[int, T | None] = {}  # by the id that is never used again
+        self._foreign: dict[int, bool] = {}  # by that of the namespace
         self._ids = (ctypes.c_uint64 * _AT_ONCE)()
         self._buffer = ctypes.create_string_buffer(_BUFFER)
 
@@ -114,28 +120,29 @@ class Namespaces(Generic[T]):
         seen: dict[str, T | None] = {}
         for pid in _one_process_a_namespace():
             try:
-                lines = lines_of(pid)
+                lines, foreign = lines_of(pid), _is_of_another_user(pid)
             except OSError as error:  # the process has ended, or is not for us to see
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise
                 continue
             for line in lines:
                 if line not in seen:
-                    seen[line] = self._classify(parse(line))
+                    seen[line] = self._classify(parse(line, foreign=foreign))
                 found = seen[line]
                 if found is not None and wanted(found):
                     yield pid, found
 
     def _find(self, wanted: Callable[[T], bool]) -> list[T]:
-        known, found = self._known, []
-        self._known = {}
-        for namespace in _namespaces(self._own):
+        known, found, foreigners = self._known, list[T](), self._foreign
+        self._known, self._foreign = {}, {}
+        for namespace, fd in _namespaces(self._own):
+            self._foreign[namespace] = foreign = foreigners[namespace] if namespace in foreigners else is_foreign(fd)
             for mount in self._mounts(namespace):
                 if mount in known:
                     self._known[mount] = what = known[mount]
                     if what is None or not wanted(what):
                         continue
-                if (point := self._stat(mount, namespace)) is None:
+                if (point := self._stat(mount, namespace, foreign)) is None:
                     continue
                 self._known[mount] = what = self._classify(point)
                 if what is not None and wanted(what):
@@ -157,7 +164,7 @@ class Namespaces(Generic[T]):
             if count < _AT_ONCE:
                 return ids
 
-    def _stat(self, mount: int, namespace: int) -> MountPoint | None:
+    def _stat(self, mount: int, namespace: int, foreign: bool) -> MountPoint | None:
         """The mount with the id ``mount`` in ``namespace``; None where the kernel tells nothing of it."""
         request = _REQUEST.pack(_REQUEST.size, 0, mount, _WANTED, namespace)
         while True:
@@ -185,17 +192,19 @@ class Namespaces(Generic[T]):
             group=head.mnt_peer_group,
             master=head.mnt_master,
             unique=head.mnt_id,
+            parent=head.mnt_parent_id_old,
+            foreign=foreign,
         )
 
     def _string(self, offset: int) -> str:
         return os.fsdecode(ctypes.string_at(ctypes.addressof(self._buffer) + _STRINGS + offset))
 
 
-def _namespaces(own: int) -> Iterator[int]:
-    """The ids of all mount namespaces, beginning with the one that ``own`` is a descriptor of."""
+def _namespaces(own: int) -> Iterator[tuple[int, int]]:
+    """The ids of all mount namespaces, each with a descriptor, beginning with the one that ``own`` is a descriptor of."""
     told = bytearray(_NAMESPACE.pack(_NAMESPACE.size, 0, 0))
     fcntl.ioctl(own, _GET_INFO, told)
-    yield _NAMESPACE.unpack(told)[2]
+    yield _NAMESPACE.unpack(told)[2], own
     for way in (_GET_NEXT, _GET_PREVIOUS):
         here = own
         try:
@@ -204,13 +213,46 @@ def _namespaces(own: int) -> Iterator[int]:
                 if here != own:
                     os.close(here)
                 here = following
-                yield _NAMESPACE.unpack(told)[2]
+                yield _NAMESPACE.unpack(told)[2], here
         except OSError as error:
             if error.errno != errno.ENOENT:  # there is none any more that way
                 raise
         finally:
             if here != own:
                 os.close(here)
+
+
+def is_foreign(namespace: int) -> bool:
+    """Whether the mount namespace with the descriptor ``namespace`` is known to be another user's: it belongs to a user
+    namespace that is not this process's, and was made by another user.
+
+    Of one outside of this process's user namespace the kernel tells nothing, so that is not.
+    """
+    try:
+        owner = fcntl.ioctl(namespace, _GET_USER_NAMESPACE)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        return False
+    try:
+        if os.path.samestat(os.fstat(owner), os.stat("/proc/self/ns/user")):
+            return False
+        told = bytearray(_OWNER.size)
+        fcntl.ioctl(owner, _GET_OWNER, told)
+        return bool(_OWNER.unpack(told)[0] != os.geteuid())
+    except OSError:
+        return False
+    finally:
+        os.close(owner)
+
+
+def _is_of_another_user(pid: int) -> bool:
+    """The same of the mount namespace of process ``pid``; raises OSError."""
+    namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return is_foreign(namespace)
+    finally:
+        os.close(namespace)
 
 
 def _one_process_a_namespace() -> Iterator[int]:
