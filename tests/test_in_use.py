@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from snapfs.kernel.namespaces import Namespaces
 from tests.daemon import Daemon
 from tests.processes import die_with_parent, until
 from tests.refusals import failing
+from tests.rootfs import somebody
 from tests.tree import info
 from tests.users import alice
 
@@ -361,6 +363,38 @@ def test_another_users_copies_beside_those_of_root(served: Daemon) -> None:
         with in_a_namespace("-m") as words:
             assert_untouchable(served, workspace, words)
         os.rename(workspace, served.mnt / "committed/v1")
+
+
+MANY = """
+import ctypes, os, sys
+mount = ctypes.CDLL(None).mount
+assert mount(b"x", b"/mnt", b"tmpfs", 0, None) == 0
+os.chdir("/mnt")
+for _ in range(12):
+    os.mkdir("x" * 250)
+    os.chdir("x" * 250)
+for _ in range(int(sys.argv[1])):
+    assert mount(b".", b".", None, 4096, None) == 0
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_many_mounts_of_another_user_take_nobodys_time(served: Daemon) -> None:
+    """Each on the one before, at a long path: the kernel needs the longer for each, the more there are."""
+    workspace = served.mnt / "active/w"
+    os.mkdir(served.mnt / "committed/b/active/x")
+    (workspace / "rootfs/new").write_text("new")
+    os.listdir(served.mnt / "active/x/rootfs/")
+    command = (*alice, "unshare", "-Urm", "--propagation", "private", "/usr/bin/python3", "-c", MANY, "12000")
+    with process(*command, cwd=Path("/")):
+        began = time.monotonic()
+        commit(served, workspace)
+        os.rmdir(served.mnt / "active/x")
+        with somebody(served.mnt / "committed/v1/rootfs"), failing(errno.EBUSY):
+            os.rmdir(served.mnt / "committed/v1")
+        assert time.monotonic() - began < 2
+        assert overlay_devices("/2/fs") == set(), "the copies in there are gone, too"
 
 
 # -- mounted by hand

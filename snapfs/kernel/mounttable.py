@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
+_PART = 64 << 10  # bytes that are read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,15 @@ class MountPoint:
     foreign: bool = False
 
 
-def lines_of(pid: int | str) -> list[str]:
-    """The lines of the table of process ``pid``, for ``parse``; raises OSError."""
-    return Path(f"/proc/{pid}/mountinfo").read_bytes().decode(errors="surrogateescape").split("\n")[:-1]
+def lines_of(pid: int | str, most: int | None = None) -> list[str]:
+    """The lines of the table of process ``pid``, for ``parse``; raises OSError: EFBIG if they exceed ``most`` bytes."""
+    table = bytearray()
+    with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
+        while part := file.read(_PART):
+            table += part
+            if most is not None and len(table) > most:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return table.decode(errors="surrogateescape").split("\n")[:-1]
 
 
 def mount_table() -> Iterator[MountPoint]:

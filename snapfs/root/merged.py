@@ -285,9 +285,14 @@ class Merged:
         """Unmount ``held`` if no process uses it in another namespace, either: whether that is so.  Raises OSError: EBUSY while
         it is in use here.  Where it isn't unmounted nothing has changed."""
         directory = self._layers.shelter(held.number)
-        shelters = self._shelters(held)
-        if not (unused := self._none_uses_copies(held, shelters)) and self.is_elsewhere(held):
+        shelters, whole = self._shelters(held)
+        found, unused = self._elsewhere(held), False
+        if not _are_inherited(found, shelters):
             return False
+        if not whole or any(place.foreign for place in shelters):
+            unused = self._is_unused(held)
+            if not unused and (found or (held.device and not whole)):
+                return False
         self._unmount(self._layers.rootfs(held.number))
         shelter.remove(self._reach(directory))  # at once: what is left in it is an empty directory
         found = self._elsewhere(held) if held.copy is not None else []
@@ -297,11 +302,8 @@ class Merged:
         self._clear(directory, shelters, inherited=unused)
         return True
 
-    def _none_uses_copies(self, held: Held, shelters: Sequence[Place]) -> bool:
-        """Whether other namespaces have inherited copies of ``held`` and nothing else of it, and no process uses them, as far
-        as /proc shows that in a short time.  Raises OSError."""
-        if not any(place.foreign for place in shelters) or not _are_inherited(self._elsewhere(held), shelters):
-            return False
+    def _is_unused(self, held: Held) -> bool:
+        """Whether no process uses ``held``, in whatever namespace, as far as /proc shows that in a short time."""
         found = users_of_device(held.device) if held.device else users(self._layers.rootfs(held.number))
         return next(found, None) is None
 
@@ -312,8 +314,8 @@ class Merged:
         if not os.path.lexists(self._reach(directory)):  # it stays only where a namespace has one
             return
         target = self._layers.rootfs(number)
-        found = self._mounted.everywhere(lambda place: number in (place.upper, place.bound) or place.target == target)
-        if not found or not all(place.foreign for place in found):
+        found, whole = self._mounted.scan(lambda place: number in (place.upper, place.bound) or place.target == target)
+        if (whole and not found) or not all(place.foreign for place in found):
             return
         using = [users_of_device(device) for device in {place.device for place in found if place.bound is None}]
         if not any(next(processes, None) for processes in [*using, users(target)]):
@@ -324,7 +326,7 @@ class Merged:
         Raises OSError."""
         try:
             found = self._elsewhere(held)
-            if found and not _are_inherited(found, self._shelters(held)):
+            if found and not _are_inherited(found, self._shelters(held)[0]):
                 return False
             if not mounting.unmount_unused(self._reach(self._layers.rootfs(held.number))):
                 return False
@@ -340,9 +342,10 @@ class Merged:
             if error.errno not in _GONE:
                 raise
 
-    def _shelters(self, held: Held) -> list[Place]:
-        """The mounts, in whatever namespace, that are on the directory in which ``held`` stands, ours among them."""
-        return self._mounted.everywhere(lambda place: place.device in held.shelters)
+    def _shelters(self, held: Held) -> tuple[list[Place], bool]:
+        """The mounts, in whatever namespace, that are on the directory in which ``held`` stands, ours among them; and whether
+        nothing was left unread."""
+        return self._mounted.scan(lambda place: place.device in held.shelters)
 
     def _clear(self, directory: str, shelters: Collection[Place] = (), *, inherited: bool = False) -> None:
         """Remove ROOT/rootfs/<id>, and what is mounted there; what a user has put in is kept.
@@ -362,7 +365,7 @@ class Merged:
         """Unmount ``held`` for good; what is in use is detached."""
         target, shelters = self._layers.rootfs(held.number), list[Place]()
         try:
-            shelters = self._shelters(held)
+            shelters = self._shelters(held)[0]
             self._unmount(target)
         except OSError:
             self._detach(target)

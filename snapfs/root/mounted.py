@@ -110,6 +110,11 @@ class Mounted:
         asked."""
         return self._everywhere.find(wanted)
 
+    def scan(self, wanted: Callable[[Place], bool]) -> tuple[list[Place], bool]:
+        """The same, and whether nothing was left unread: of another user's namespaces no more is read than can be read in a
+        short time (``snapfs/kernel/namespaces.py``)."""
+        return self._everywhere.scan(wanted)
+
     def by_process(self, wanted: Callable[[Place], bool]) -> Iterator[tuple[int, Place]]:
         """The same, each with the pid of a process that is in its namespace.  Takes longer."""
         return self._everywhere.by_process(wanted)
