@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -28,7 +29,9 @@ from snapfs.kernel.namespaces import Namespaces
 from tests.daemon import Daemon
 from tests.processes import die_with_parent, until
 from tests.refusals import failing
+from tests.rootfs import somebody
 from tests.tree import info
+from tests.users import alice
 
 Make = Callable[..., Daemon]
 Hold = Callable[[Daemon, Path], AbstractContextManager[str]]
@@ -258,6 +261,142 @@ def test_a_sandbox_goes_on_after_the_idle_time(served: Daemon) -> None:
         assert out == "done\n"
         assert (workspace / "rootfs/new").read_text() == "new\n"
         assert not (workspace / "rootfs/file").exists()
+
+
+# -- copies that another user's sandbox has inherited
+
+
+@contextmanager
+def another_users(script: str = READY, cwd: Path | None = None, *before: str) -> Iterator[int]:
+    """Alice's namespaces, in which she has a copy of each mount of this moment, and can't get to that of rootfs; the pid."""
+    with process(*before, *alice, "unshare", "-Urm", "--propagation", "private", "sh", "-c", script, cwd=cwd) as started:
+        yield started.pid
+
+
+def commit(daemon: Daemon, workspace: Path) -> None:
+    os.rename(workspace, daemon.mnt / "committed/v1")
+    assert (daemon.mnt / "committed/v1/rootfs/new").read_text() == "new"
+
+
+def remove(daemon: Daemon, workspace: Path) -> None:
+    os.rmdir(workspace)
+    assert os.listdir(daemon.mnt / "active") == []
+
+
+@pytest.mark.parametrize("end", [commit, remove])
+@pytest.mark.parametrize("script", [READY, f"mount --rbind / /mnt && {{ {READY}; }}", f"unshare -Urm sh -c '{READY}'"])
+def test_copies_that_nobody_uses_are_no_hindrance(served: Daemon, end: Callable[[Daemon, Path], None], script: str) -> None:
+    workspace = served.mnt / "active/w"
+    (workspace / "rootfs/new").write_text("new")
+    layer = layer_of(served, workspace)
+    with another_users(script) as pid:
+        assert len(overlay_devices(layer)) == 1
+        assert f"{os.path.realpath(workspace / 'rootfs')} " in Path(f"/proc/{pid}/mountinfo").read_text()
+        end(served, workspace)
+        assert overlay_devices(layer) == set(), "it is gone in all namespaces"
+
+
+def test_copies_that_nobody_uses_do_not_keep_it_mounted(served: Daemon) -> None:
+    workspace = served.mnt / "active/w"
+    (workspace / "rootfs/new").write_text("new")
+    layer = layer_of(served, workspace)
+    where = Path(os.path.realpath(workspace / "rootfs"))
+    with another_users():
+        until(lambda: not where.parent.exists(), "it is unmounted, and its directory removed")
+        assert overlay_devices(layer) == set()
+        (workspace / "rootfs/more").write_text("more")
+        assert len(overlay_devices(layer)) == 1
+        commit(served, workspace)
+
+
+def test_copies_of_what_is_committed(served: Daemon) -> None:
+    """A committed snapshot without a parent is a bind, which the kernel can't be asked for."""
+    os.rmdir(served.mnt / "active/w")
+    os.listdir(served.mnt / "committed/b/rootfs/")
+    with another_users():
+        os.rmdir(served.mnt / "committed/b")
+    assert os.listdir(served.mnt / "committed") == []
+
+
+@pytest.mark.durable
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_copies_of_what_an_earlier_daemon_had_mounted(served: Daemon, how: signal.Signals) -> None:
+    workspace = served.mnt / "active/w"
+    (workspace / "rootfs/new").write_text("new")
+    with another_users():
+        served.stop(how)
+        served.start()
+        commit(served, workspace)
+
+
+def test_another_user_who_is_really_in_there(served: Daemon) -> None:
+    """By a working directory that a process with more rights has left to her."""
+    workspace = served.mnt / "active/w"
+    os.chmod(workspace / "rootfs/", 0o777)
+    where = Path(os.path.realpath(workspace / "rootfs"))
+    layer = layer_of(served, workspace)
+    with another_users(f"echo x > hers && {READY}", where) as pid:
+        assert_untouchable(served, workspace, rf"in use by process {pid} \(\w+\)")
+        with until_idle(served):
+            pass
+        assert (workspace / "rootfs/hers").read_text() == "x\n"
+        assert len(overlay_devices(layer)) == 1, "the same overlay, and no second one"
+        assert_untouchable(served, workspace, rf"in use by process {pid} \(\w+\)")
+    os.rename(workspace, served.mnt / "committed/v1")
+
+
+def test_another_user_who_has_bound_it_elsewhere(served: Daemon) -> None:
+    workspace = served.mnt / "active/w"
+    where = Path(os.path.realpath(workspace / "rootfs"))
+    with another_users(f"mount -c --bind . /mnt && cd / && {{ {READY}; }}", where) as pid:
+        assert_untouchable(served, workspace, rf"that of process {pid} \(\w+\)")
+        with until_idle(served):
+            pass
+        assert_untouchable(served, workspace, rf"that of process {pid} \(\w+\)")
+    os.rename(workspace, served.mnt / "committed/v1")
+
+
+def test_another_users_copies_beside_those_of_root(served: Daemon) -> None:
+    workspace = served.mnt / "active/w"
+    os.listdir(workspace / "rootfs/")
+    with another_users():
+        with in_a_namespace("-m") as words:
+            assert_untouchable(served, workspace, words)
+        os.rename(workspace, served.mnt / "committed/v1")
+
+
+MANY = """
+import ctypes, os, sys
+mount = ctypes.CDLL(None).mount
+assert mount(b"x", b"/mnt", b"tmpfs", 0, None) == 0
+os.chdir("/mnt")
+for _ in range(12):
+    os.mkdir("x" * 250)
+    os.chdir("x" * 250)
+for _ in range(int(sys.argv[1])):
+    assert mount(b".", b".", None, 4096, None) == 0
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_many_mounts_of_another_user_take_nobodys_time(served: Daemon) -> None:
+    """Each on the one before, at a long path: the kernel needs the longer for each, the more there are."""
+    workspace = served.mnt / "active/w"
+    os.mkdir(served.mnt / "committed/b/active/x")
+    (workspace / "rootfs/new").write_text("new")
+    os.listdir(served.mnt / "active/x/rootfs/")
+    command = (*alice, "unshare", "-Urm", "--propagation", "private", "/usr/bin/python3", "-c", MANY, "12000")
+    where = os.path.realpath(workspace / "rootfs")
+    with process(*command, cwd=Path("/")) as flood:
+        assert f" {where} " in Path(f"/proc/{flood.pid}/mountinfo").read_text()
+        began = time.monotonic()
+        commit(served, workspace)
+        os.rmdir(served.mnt / "active/x")
+        with somebody(served.mnt / "committed/v1/rootfs"), failing(errno.EBUSY):
+            os.rmdir(served.mnt / "committed/v1")
+        assert time.monotonic() - began < 2
+        assert f" {where} " not in Path(f"/proc/{flood.pid}/mountinfo").read_text(), "the copy in there is gone, too"
 
 
 # -- mounted by hand

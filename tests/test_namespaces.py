@@ -14,10 +14,11 @@ import pytest
 
 from snapfs import open_snapshotter
 from snapfs.errors import Busy
-from snapfs.kernel import mountapi, mounting, overlay, shelter
+from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.kernel.namespaces import Namespaces, sees_mount, shares_mount_namespace
 from tests.processes import die_with_parent
+from tests.users import Identity, alice
 
 pytestmark = pytest.mark.mounts
 
@@ -25,9 +26,9 @@ Put = Callable[[str, str], None]
 
 
 @contextmanager
-def namespace_with(script: str) -> Iterator[int]:
+def namespace_with(script: str, *flags: str, who: Identity = ()) -> Iterator[int]:
     """A process in a mount namespace of its own, in which ``script`` has been run; its pid."""
-    command = ["unshare", "-m", "sh", "-ec", f"{script}\necho ready; read line"]
+    command = [*who, "unshare", "-m", *flags, "sh", "-ec", f"{script}\necho ready; read line"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
     ) as process:
@@ -75,6 +76,47 @@ def test_both_ways_tell_the_same_of_this_namespace() -> None:
     own = {(mount.device, mount.root, mount.target, mount.type) for mount in mount_table()}
     assert own <= told(True)
     assert own <= told(False)
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_no_more_is_read_of_another_users_namespaces_than_is_bearable(
+    tmp_path: Path, lists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def classify(mount: MountPoint) -> MountPoint | None:
+        asked.append(mount.target)
+        return mount if mount.foreign else None
+
+    found = Namespaces(classify)
+    found._lists = lists
+    many = "mount -t tmpfs x /mnt; cd /mnt; mkdir " + " ".join(names := [f"{number:0200}" for number in range(400)])
+    with namespace_with(f"{many}; for d in *; do mount --bind $d $d; done", "-Ur", who=alice):
+        mounts, whole = found.scan(everything)
+        there = {mount.target for mount in mounts}
+        assert whole
+        assert {f"/mnt/{name}" for name in names} <= there
+        monkeypatch.setattr(namespaces, "MOST", 300)
+        monkeypatch.setattr(namespaces, "_MOST_BYTES", 50_000)
+        asked.clear()
+        assert found.scan(everything) == ([], False)
+        assert not {f"/mnt/{name}" for name in names} & set(asked)
+        monkeypatch.undo()
+        for bound in ("EACH", "ALL"):
+            monkeypatch.setattr(namespaces, bound, 0)
+            assert found.scan(everything) == ([], False)
+            monkeypatch.undo()
+        assert found.scan(everything)[1], "what was left out is read again"
+    assert found.scan(everything) == ([], True)
+
+
+def test_a_namespace_of_the_same_user_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(namespaces, "MOST", 0)
+    found = Namespaces(lambda mount: mount if mount.target == "/mnt" else None)
+    with namespace_with("mount -t tmpfs x /mnt", "-Ur"):
+        mounts, whole = found.scan(everything)
+        assert [mount.foreign for mount in mounts] == [False]
+        assert whole
 
 
 def test_more_layers_than_fit_into_a_buffer(tmp_path: Path) -> None:

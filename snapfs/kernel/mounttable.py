@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
+_PART = 64 << 10  # bytes that are read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,8 @@ class MountPoint:
     """One line of the table.  ``root`` is the mounted directory as a path inside its file system; ``device`` is
     ``major:minor``; ``options`` are those of the mount, ``super_options`` those of the file system.  ``group`` is the peer
     group with which it shares the mounts below it, ``master`` the group from which it receives such mounts; 0 for none.
-    ``unique`` is an id that is never used again, 0 where the kernel tells none.
+    ``unique`` is an id that is never used again, 0 where the kernel tells none; ``parent`` is the id of the mount on which this
+    one stands.  ``foreign``: it is in the mount namespace of another user (``snapfs/kernel/namespaces.py``).
     """
 
     id: int
@@ -31,11 +34,19 @@ class MountPoint:
     group: int = 0
     master: int = 0
     unique: int = 0
+    parent: int = 0
+    foreign: bool = False
 
 
-def lines_of(pid: int | str) -> list[str]:
-    """The lines of the table of process ``pid``, for ``parse``; raises OSError."""
-    return Path(f"/proc/{pid}/mountinfo").read_bytes().decode(errors="surrogateescape").split("\n")[:-1]
+def lines_of(pid: int | str, most: int | None = None) -> list[str]:
+    """The lines of the table of process ``pid``, for ``parse``; raises OSError: EFBIG if they exceed ``most`` bytes."""
+    table = bytearray()
+    with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
+        while part := file.read(_PART):
+            table += part
+            if most is not None and len(table) > most:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return table.decode(errors="surrogateescape").split("\n")[:-1]
 
 
 def mount_table() -> Iterator[MountPoint]:
@@ -59,10 +70,10 @@ def mount_id_of(fd: int) -> int:
         return next(int(line.partition(":")[2]) for line in file if line.startswith("mnt_id:"))
 
 
-def parse(line: str) -> MountPoint:
+def parse(line: str, *, foreign: bool = False) -> MountPoint:
     """The mount that one line of the table describes."""
     fields, _, rest = line.partition(" - ")
-    number, _parent, device, root, target, options, *tags = fields.split(" ")
+    number, parent, device, root, target, options, *tags = fields.split(" ")
     propagation = dict(tag.partition(":")[::2] for tag in tags)
     kind, source, super_options = rest.split(" ", 2)
     return MountPoint(
@@ -76,6 +87,8 @@ def parse(line: str) -> MountPoint:
         super_options=tuple(unescape(option) for option in super_options.split(",")),
         group=int(propagation.get("shared", 0)),
         master=int(propagation.get("master", 0)),
+        parent=int(parent),
+        foreign=foreign,
     )
 
 

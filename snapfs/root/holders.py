@@ -31,24 +31,27 @@ def elsewhere(mounted: Mounted, number: int, rootfs: str, device: str = "") -> s
             return True
         return pid == os.getpid() and number in place.lowers
 
-    here, there = [], []
+    here, there, foreign = [], [], []
     for pid, place in mounted.by_process(lambda place: place.bound is not None or bool(place.lowers or place.upperdir)):
         if not is_it(pid, place):
             continue
         if pid == os.getpid():
             if place.target != rootfs:
                 here.append(place.target)
+        elif place.foreign:
+            foreign.append(pid)
         elif pid not in there:
             there.append(pid)
     if here:
         return f"is mounted at {here[0]}: unmount it first"
-    if there:
+    using = ""
+    if device and not there:  # a process of a foreign namespace need not be the one of it that uses the files
+        using = ", ".join(f"{pid} ({name})" for pid, name in islice(users_of_device(device), _MOST))
+    if not using and (there := there or list(dict.fromkeys(foreign))):
         found = ", ".join(f"{pid} ({name_of(pid)})" for pid in there[:_MOST])
         return f"is mounted in another mount namespace, that of process {found}: end it first"
-    if device:
-        using = ", ".join(f"{pid} ({name})" for pid, name in islice(users_of_device(device), _MOST))
-        if using:
-            return f"is in use by process {using}: end it first"
+    if using:
+        return f"is in use by process {using}: end it first"
     return (
         "is in use elsewhere: something has it open, or mounted where this daemon can't see it (a mount that was detached, "
         "a namespace without a process): end that first"

@@ -8,6 +8,12 @@ was made with a namespace of its own, a sandbox, has a copy of each mount that i
 unmounted here is looked for everywhere else before it is given up, and before anything is mounted the kernel is asked
 (``snapfs/kernel/inuse.py``).
 
+But a sandbox of another user has copies of mounts that it can't even get to, as ROOT is closed to that user, and would keep
+everybody's snapshots from being committed.  Such an *inherited copy* stands where ours does, in a foreign namespace
+(``snapfs/kernel/namespaces.py``).  If no process uses the file system, it doesn't count: it goes away with the directory <id>,
+for the kernel detaches what is mounted on a directory that is removed, in all namespaces.  Should a process have had it after
+all, the kernel says so when it is asked.
+
 <id> is made with each mount and removed right after it: a process that comes too late meets ENOENT, and so does one in a mount
 namespace that lacks the mount (``snapfs/kernel/shelter.py``).
 
@@ -30,7 +36,7 @@ from snapfs.errors import FULL, Busy, Unavailable
 from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.kernel.probe import why_trial_failed
-from snapfs.kernel.processes import name_of
+from snapfs.kernel.processes import name_of, users, users_of_device
 from snapfs.model import Kind
 from snapfs.names import parse_id
 from snapfs.root import holders
@@ -59,7 +65,8 @@ class Held:
     again.
 
     ``number`` is the snapshot's id, ``mount`` the mount's; ``device`` that of the overlay (``major:minor``), "" of a bind, and
-    ``shelter`` that of what it stands in.  ``seal``: the overlay is to be made read-only before the copy is closed.
+    ``shelters`` those of what it stands in and has stood in, where copies may still stand.  ``seal``: the overlay is to be
+    made read-only before the copy is closed.
     """
 
     def __init__(self, number: int, target: str) -> None:
@@ -69,7 +76,7 @@ class Held:
         self.copy = mounting.detached_copy(target)
         self.mount = mount_id(target)
         self.device = mounting.overlay_device(target)
-        self.shelter = mounting.device(os.path.dirname(target))
+        self.shelters = {mounting.device(os.path.dirname(target))}
 
     def close_copy(self) -> None:
         """Close the copy, which may flush the disk."""
@@ -164,6 +171,7 @@ class Merged:
             layers.refuse_damaged(stack.upper, Kind.ACTIVE)
         directory, target = layers.shelter(number), layers.rootfs(number)
         try:
+            self.forget_copies(number)
             self._clear(directory)  # any process that knows the path can make something there
             shelter.prepare(self._reach(directory))  # on a disk that is read-only by now an old one can't be removed
             try:
@@ -225,22 +233,27 @@ class Merged:
         shelter.attach(tree, self._reach(directory))
         if held.copy is None:
             held.copy = mounting.detached_copy(target)
-        held.mount, held.shelter = mount_id(target), mounting.device(directory)
+        held.mount = mount_id(target)
+        held.shelters.add(mounting.device(directory))
 
     def is_elsewhere(self, held: Held) -> bool:
         """Whether the overlay that is mounted here, or was a moment ago, is mounted in another place, in whatever namespace.
 
         What the kernel has mounted there together with ours, it unmounts with ours: that doesn't count.  Raises OSError.
         """
+        return bool(self._elsewhere(held))
+
+    def _elsewhere(self, held: Held) -> list[Place]:
+        """The mounts for which that is so.  Raises OSError."""
         if not held.device:
-            return False
+            return []
         found = self._mounted.everywhere(lambda place: place.device == held.device)
         groups = {place.group for place in found if place.id == held.mount and place.group}
         count = -1
         while len(groups) != count:
             count = len(groups)
             groups |= {place.group for place in found if place.master in groups and place.group}
-        return any(place.id != held.mount and not groups & {place.group, place.master} for place in found)
+        return [place for place in found if place.id != held.mount and not groups & {place.group, place.master}]
 
     def _taken_over(self, number: int) -> int | None:
         """The descriptor of a copy of the mount by which another process has the active snapshot ``number``; None if none has.
@@ -272,22 +285,50 @@ class Merged:
         """Unmount ``held`` if no process uses it in another namespace, either: whether that is so.  Raises OSError: EBUSY while
         it is in use here.  Where it isn't unmounted nothing has changed."""
         directory = self._layers.shelter(held.number)
-        if self.is_elsewhere(held):
+        shelters, whole = self._shelters(held)
+        found, unused = self._elsewhere(held), False
+        if not _are_inherited(found, shelters):
             return False
-        shelters = self._shelters(held)
+        if not whole or any(place.foreign for place in shelters):
+            unused = self._is_unused(held)
+            if not unused and (found or (held.device and not whole)):
+                return False
         self._unmount(self._layers.rootfs(held.number))
         shelter.remove(self._reach(directory))  # at once: what is left in it is an empty directory
-        if held.copy is not None and self.is_elsewhere(held):  # by now
+        found = self._elsewhere(held) if held.copy is not None else []
+        if found and not (unused and _are_inherited(found, shelters)):  # by now
             self.attach_again(held)
             return False
-        self._clear(directory, shelters)
+        self._clear(directory, shelters, inherited=unused)
         return True
+
+    def _is_unused(self, held: Held) -> bool:
+        """Whether no process uses ``held``, in whatever namespace, as far as /proc shows that in a short time."""
+        found = users_of_device(held.device) if held.device else users(self._layers.rootfs(held.number))
+        return next(found, None) is None
+
+    def forget_copies(self, number: int) -> None:
+        """Detach the inherited copies, which no process uses, of what an earlier daemon had mounted for snapshot ``number``,
+        which is not mounted here.  Raises OSError."""
+        directory = self._layers.shelter(number)
+        if not os.path.lexists(self._reach(directory)):  # it stays only where a namespace has one
+            return
+        target = self._layers.rootfs(number)
+        found, whole = self._mounted.scan(lambda place: number in (place.upper, place.bound) or place.target == target)
+        if (whole and not found) or not all(place.foreign for place in found):
+            return
+        using = [users_of_device(device) for device in {place.device for place in found if place.bound is None}]
+        if not any(next(processes, None) for processes in [*using, users(target)]):
+            self._clear(directory, inherited=True)
 
     def expire(self, held: Held) -> bool:
         """Unmount ``held`` if no process has used it since the last call, here or in another namespace: whether that is so.
         Raises OSError."""
         try:
-            if self.is_elsewhere(held) or not mounting.unmount_unused(self._reach(self._layers.rootfs(held.number))):
+            found = self._elsewhere(held)
+            if found and not _are_inherited(found, self._shelters(held)[0]):
+                return False
+            if not mounting.unmount_unused(self._reach(self._layers.rootfs(held.number))):
                 return False
         except OSError as error:
             if error.errno not in _GONE:
@@ -301,27 +342,30 @@ class Merged:
             if error.errno not in _GONE:
                 raise
 
-    def _shelters(self, held: Held) -> set[int]:
-        """The mounts, in whatever namespace, that are on the directory in which ``held`` stands, ours among them."""
-        return {place.unique for place in self._mounted.everywhere(lambda place: place.device == held.shelter)} - {0}
+    def _shelters(self, held: Held) -> tuple[list[Place], bool]:
+        """The mounts, in whatever namespace, that are on the directory in which ``held`` stands, ours among them; and whether
+        nothing was left unread."""
+        return self._mounted.scan(lambda place: place.device in held.shelters)
 
-    def _clear(self, directory: str, shelters: Collection[int] = ()) -> None:
+    def _clear(self, directory: str, shelters: Collection[Place] = (), *, inherited: bool = False) -> None:
         """Remove ROOT/rootfs/<id>, and what is mounted there; what a user has put in is kept.
 
         It stays where something is mounted on it in another namespace (of ``shelters``, which were there before ours was
-        unmounted): the kernel would take that away together with it.
+        unmounted): the kernel would take that away together with it.  ``inherited`` copies don't keep it: that is to happen
+        to them.
         """
         shelter.remove(self._reach(directory))
-        target = f"{directory}/{shelter.INSIDE}"
-        if not self._mounted.everywhere(lambda place: place.unique in shelters or place.target == target):
+        target, before = f"{directory}/{shelter.INSIDE}", {place.unique for place in shelters} - {0}
+        found = self._mounted.everywhere(lambda place: place.unique in before or place.target == target)
+        if all(inherited and place.foreign for place in found):
             shelter.clear(self._reach(directory))
             self._layers.remove_directory(directory)
 
     def end(self, held: Held) -> None:
         """Unmount ``held`` for good; what is in use is detached."""
-        target, shelters = self._layers.rootfs(held.number), set[int]()
+        target, shelters = self._layers.rootfs(held.number), list[Place]()
         try:
-            shelters = self._shelters(held)
+            shelters = self._shelters(held)[0]
             self._unmount(target)
         except OSError:
             self._detach(target)
@@ -346,6 +390,12 @@ class Merged:
             mounting.make_read_only(self._reach(target))
         with suppress(OSError):
             mounting.unmount(self._reach(target), mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+
+
+def _are_inherited(found: Sequence[Place], shelters: Sequence[Place]) -> bool:
+    """Whether all that was ``found`` of an overlay are inherited copies: in foreign namespaces, in copies of its shelter."""
+    standing = {place.id for place in shelters if place.foreign and place.inside == "/"}
+    return all(place.foreign and place.parent in standing for place in found)
 
 
 def _why_refused(error: OSError) -> str | None:

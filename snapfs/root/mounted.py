@@ -25,10 +25,10 @@ _COLON = re.compile(r"((?:[^\\:]|\\.)*)(?::|\Z)", re.DOTALL)
 class Place:
     """One mount: its target, whether it can be written, and which directory of what it mounts it shows ("": the whole).
 
-    ``device`` is that of the mounted file system, as ``major:minor``; ``id``, ``unique``, ``group`` and ``master`` are the
-    mount's own, as in ``MountPoint``. ``bound`` is the snapshot whose layer is bound.  ``upper`` and ``lowers`` are the
-    snapshots whose layers an overlay has, by its option ``upperdir``, whose text proves nothing: any user can write it in a
-    namespace of their own, and ROOT may have been moved since.
+    ``device`` is that of the mounted file system, as ``major:minor``; ``id``, ``unique``, ``group``, ``master``, ``parent`` and
+    ``foreign`` are the mount's own, as in ``MountPoint``.  ``bound`` is the snapshot whose layer is bound.  ``upper`` and
+    ``lowers`` are the snapshots whose layers an overlay has, by its option ``upperdir``, whose text proves nothing: any user
+    can write it in a namespace of their own, and ROOT may have been moved since.
     """
 
     id: int
@@ -43,6 +43,8 @@ class Place:
     lowers: tuple[int, ...] = ()
     bound: int | None = None
     upperdir: str = ""
+    parent: int = 0
+    foreign: bool = False
 
 
 class Mounted:
@@ -108,6 +110,11 @@ class Mounted:
         asked."""
         return self._everywhere.find(wanted)
 
+    def scan(self, wanted: Callable[[Place], bool]) -> tuple[list[Place], bool]:
+        """The same, and whether nothing was left unread: of another user's namespaces no more is read than can be read in a
+        short time (``snapfs/kernel/namespaces.py``)."""
+        return self._everywhere.scan(wanted)
+
     def by_process(self, wanted: Callable[[Place], bool]) -> Iterator[tuple[int, Place]]:
         """The same, each with the pid of a process that is in its namespace.  Takes longer."""
         return self._everywhere.by_process(wanted)
@@ -159,22 +166,15 @@ class Mounted:
 
     def _place(self, mount: MountPoint) -> Place | None:
         """What ``mount`` has to do with layers; None if nothing.  Of any overlay that can't be told by its words alone."""
-        writable = "rw" in mount.options
         if mount.type == "overlay":
             inside = "" if mount.root == "/" else mount.root  # a part of it that is bound there
             texts = [option[9:] for option in mount.super_options if option.startswith("upperdir=")]
             above = self._number(texts[0]) if texts else None
-            overlay = above, self._lowers(mount), None, "".join(texts)
-            return Place(
-                mount.id, mount.unique, mount.group, mount.master, mount.target, writable, inside, mount.device, *overlay
-            )
+            return _place(mount, inside, above, self._lowers(mount), None, "".join(texts))
         if found := self._bound_layer(mount):
-            inside = found[1]
-            return Place(
-                mount.id, mount.unique, mount.group, mount.master, mount.target, writable, inside, mount.device, bound=found[0]
-            )
+            return _place(mount, found[1], bound=found[0])
         if mount.type == "tmpfs":  # it may be a shelter
-            return Place(mount.id, mount.unique, mount.group, mount.master, mount.target, writable, mount.root, mount.device)
+            return _place(mount, mount.root)
         return None
 
     def _lowers(self, mount: MountPoint) -> tuple[int, ...]:
@@ -221,6 +221,19 @@ class Mounted:
             except OSError:
                 continue
         return None
+
+
+def _place(
+    mount: MountPoint,
+    inside: str,
+    upper: int | None = None,
+    lowers: tuple[int, ...] = (),
+    bound: int | None = None,
+    upperdir: str = "",
+) -> Place:
+    ids = mount.id, mount.unique, mount.group, mount.master
+    shown = mount.target, "rw" in mount.options, inside, mount.device
+    return Place(*ids, *shown, upper, lowers, bound, upperdir, mount.parent, mount.foreign)
 
 
 def origin(directory: str) -> tuple[str, str] | None:

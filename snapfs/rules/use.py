@@ -43,10 +43,11 @@ def _is_written(root: Root, number: int, free: bool) -> bool:
     def may_show_it(place: Place) -> bool:
         return place.bound == number or (bool(place.upperdir) and place.upper in (None, number))
 
-    found = mounted.everywhere(may_show_it)
+    # a bind in a namespace that is unread is as one that a descriptor holds: it can't be found out
+    found, whole = mounted.scan(may_show_it)
     if any(place.writable for place in found if place.bound is not None):
         return True
-    suspected = any(place.upperdir for place in found)
+    suspected = not whole or any(place.upperdir for place in found)
     if not free and root.in_use.has_overlay(number, suspected=suspected):
         return True
     named = [place for place in found if place.upper == number]  # a second overlay bears no mark
