@@ -389,7 +389,6 @@ def test_many_mounts_of_another_user_take_nobodys_time(served: Daemon) -> None:
     command = (*alice, "unshare", "-Urm", "--propagation", "private", "/usr/bin/python3", "-c", MANY, "12000")
     where = os.path.realpath(workspace / "rootfs")
     with process(*command, cwd=Path("/")) as flood:
-        assert f" {where} " in Path(f"/proc/{flood.pid}/mountinfo").read_text()
         began = time.monotonic()
         commit(served, workspace)
         os.rmdir(served.mnt / "active/x")
