@@ -147,6 +147,7 @@ def _upper_layers(layers: Layers, options: Sequence[str], features: dict[str, Fe
     own = [option for option in options if option.partition("=")[0] in ("userxattr", "index")] + ["volatile"]
 
     def mounted() -> int:
+        shutil.rmtree(f"{trial}/work/work", ignore_errors=True)  # else the kernel refuses what was volatile before
         try:
             return make_overlay([f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", own, read_only=False)
         except MountApiLacking:
@@ -197,7 +198,7 @@ def _rootfs(root: Root, records: MetaStore, features: dict[str, Feature]) -> Roo
     options = root.options
     merged = Merged(root.layers, root.mounted, root.in_use, own)
     rootfs = Rootfs(merged, root.layers, root.mounted, root.in_use, idle=options.rootfs_idle, most=options.rootfs_max)
-    refusal = merged.trial() if options.rootfs else "it was started with no_rootfs"
+    refusal = merged.trial() if options.rootfs else options.why_no_rootfs
 
     def is_right(number: int) -> bool:
         if refusal:

@@ -23,7 +23,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     the upper layer instead; without it such a Prepare is refused.
 
     Not containerd's: ``sync``: how much survives a power cut.  ``rootfs``: mount the merged file systems that are asked for;
-    ``rootfs_idle``: seconds until one that no process uses is unmounted; ``rootfs_max``: how many may be mounted at once.
+    ``why_no_rootfs``: why they are not; ``rootfs_idle``: seconds until one that no process uses is unmounted; ``rootfs_max``:
+    how many may be mounted at once.
     """
 
     async_remove: bool = False
@@ -33,6 +34,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     slow_chown: bool = False
     sync: Sync = Sync.FULL
     rootfs: bool = True
+    why_no_rootfs: str = "it was started with no_rootfs"
     rootfs_idle: float = 60.0
     rootfs_max: int = 128
 

@@ -25,6 +25,8 @@ VERBS = {
     "rm": ("rm", "remove snapshots"),
     "mount": ("mount", "mount a snapshot's file system"),
     "umount": ("mount", "unmount a snapshot's file system"),
+    "shell": ("inside", "start a shell that stands in a snapshot"),
+    "run": ("inside", "run a command that stands in a snapshot"),
     "diff": ("diff", "show what a snapshot changed"),
     "usage": ("usage", "count what snapshots take on disk"),
     "label": ("label", "show, set and delete labels"),

@@ -10,6 +10,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+COMMAND = "CMD…"  # the last argument: all words from there on are another command's
+
 NAMES = {"KEY": "active view", "NAME": "active view committed", "PARENT": "committed", "SOURCE": "active committed"}
 """Which kinds of snapshot complete an argument that is called so."""
 
@@ -106,6 +108,9 @@ class Verb:
                 break
             if not word.startswith("-") or word == "-":
                 given.arguments.append(word)
+                if self.arguments[-1:] == [COMMAND] and len(given.arguments) == len(self.arguments):
+                    given.arguments += rest  # the command's own options among them
+                    break
                 continue
             if word in ("--help", "-h"):
                 given.values["help"] = [""]

@@ -14,7 +14,12 @@ from typing import Any, TypeVar
 
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
+from snapfs.kernel import userns
 from snapfs.options import Options, Sync
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from snapfs.fuse.outside import Outside
 
 N = TypeVar("N", int, float)
 
@@ -29,6 +34,7 @@ _FLAGS = {
     "remap_ids": "put uidmap= and gidmap= from the mapping labels into the mount specs",
     "slow_chown": "change owners where layers can't be mounted idmapped",
     "no_rootfs": "never mount a snapshot's file system; leaves out rootfs",
+    "no_userns": "make no user namespace, without which nobody but root can mount: leaves out rootfs, too",
 }
 
 _NUMBERS = {
@@ -62,6 +68,7 @@ def _serve(given: Given) -> int:
     import logging  # --help and completion need none of these, and wait for none
     import signal
 
+    import msgspec
     import trio
 
     from snapfs.cli import logs
@@ -100,6 +107,7 @@ def _serve(given: Given) -> int:
         rootfs_idle=_number("rootfs_idle", values.get("rootfs_idle", _DEFAULTS.rootfs_idle), float, 0.0),
         rootfs_max=_number("rootfs_max", values.get("rootfs_max", _DEFAULTS.rootfs_max), int, 1),
     )
+    own_namespace = options.rootfs and "no_userns" not in flags
     try:
         from snapfs.fuse.access import Access
         from snapfs.fuse.serve import MountOptions, serve
@@ -134,9 +142,15 @@ def _serve(given: Given) -> int:
     more = _containerd(values["containerd"]) if values.get("containerd") else {}
     if detached is not None:
         os.chdir("/")
+    outside = None
+    if own_namespace and not userns.may_mount():
+        root, mountpoint, outside, refusal = _go_inside(root, mountpoint)
+        if refusal:
+            logging.getLogger(__name__).warning("there is no rootfs: %s", refusal)
+            options = msgspec.structs.replace(options, rootfs=False, why_no_rootfs=refusal)
     stopping = partial(notify, "STOPPING=1")
     try:
-        reason = trio.run(partial(serve, root, mountpoint, options, mount, say_ready, stopping, **more))
+        reason = trio.run(partial(serve, root, mountpoint, options, mount, say_ready, stopping, outside=outside, **more))
     except SnapshotError as error:
         if not logs.is_detached():
             raise
@@ -146,11 +160,29 @@ def _serve(given: Given) -> int:
         logging.getLogger(__name__).critical("a fault of snapfs has ended it", exc_info=True)
         logs.say(f"ended: {type(error).__name__}: {error}", logging.ERROR)
         return 1
+    finally:
+        if outside is not None:
+            outside.close()
     try:
         logs.say(f"ended: {reason}")
     except BrokenPipeError:  # the process that waited for the tree may not read any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # or the interpreter's end would try to write it again
     return 0
+
+
+def _go_inside(root: str, mountpoint: str) -> tuple[str, str, Outside | None, str | None]:
+    """Enter a mount namespace in which this process may mount: ROOT and the mountpoint (``ready``), what mounts the tree outside
+    of it, and None; or as they are, and why there is no such namespace.  Raises SnapshotError."""
+    from snapfs.fuse.mountpoint import ready
+    from snapfs.fuse.outside import Outside
+
+    refusal = userns.why_refused()
+    if refusal:
+        return root, mountpoint, None, refusal
+    root, mountpoint = ready(root, mountpoint)
+    outside = Outside(mountpoint)
+    userns.enter()
+    return root, mountpoint, outside, None
 
 
 def _containerd(path: str) -> dict[str, Any]:

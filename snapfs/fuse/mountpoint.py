@@ -13,6 +13,7 @@ from pathlib import Path
 from snapfs.errors import Unavailable
 from snapfs.kernel import mounting, trusted
 from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.root import claim
 from snapfs.root.lock import is_abandoned
 from snapfs.root.mounted import origin
 
@@ -148,6 +149,18 @@ def _overlap(root: str, mountpoint: str) -> bool:
     if place is not None and above is not None and place[0] == above[0]:
         pairs.append((place[1], os.path.normpath(os.path.join(above[1], rest))))
     return any(os.path.commonpath(pair) in pair for pair in pairs)
+
+
+def ready(root: str, mountpoint: str) -> tuple[str, str]:
+    """ROOT and the mountpoint without links, once what a daemon that is gone has left there is unmounted.  Raises Unavailable,
+    with a sentence, for what can be known to fail."""
+    try:
+        root = claim.resolve(root)
+        target = resolve(mountpoint)
+        recover_mountpoint(root, target)
+        return root, check_mountpoint(root, mountpoint, target)
+    except OSError as error:
+        raise Unavailable.from_os(f"mount on {mountpoint}", error) from error
 
 
 def check_mountpoint(root: str, mountpoint: str, target: str) -> str:

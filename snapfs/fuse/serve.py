@@ -17,19 +17,17 @@ from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
 from snapfs.fuse.access import Access
 from snapfs.fuse.mountpoint import (
     FILE_SYSTEM,
-    check_mountpoint,
     mounted_at,
-    recover_mountpoint,
-    resolve,
+    ready,
     source_of,
     unmount,
     why_over,
 )
 from snapfs.fuse.operations import Operations
+from snapfs.fuse.outside import Outside
 from snapfs.fuse.waiting import MAX_TASKS
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
-from snapfs.root import claim
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree import Tree
 
@@ -69,23 +67,21 @@ async def serve(
     *,
     beside: Beside = _nothing,
     also_shown: Mapping[str, object] | None = None,
+    outside: Outside | None = None,
 ) -> str:
     """Mount the tree of ``root`` on ``mountpoint`` (an absolute path) and serve it until SIGINT, SIGTERM, SIGHUP or
     umount; then nothing is left mounted.  Returns why it ended.
 
     ``on_ready`` is called when requests are being answered, ``on_stop`` when a signal is about to end that.  ``also_shown`` is
-    what options.json says besides.  Raises SnapshotError with a sentence where the root, the mountpoint, FUSE or ``beside``
+    what options.json says besides.  ``outside`` mounts, where this process is in a mount namespace of its own: then ``root`` and
+    ``mountpoint`` are ``ready``.  Raises SnapshotError with a sentence where the root, the mountpoint, FUSE or ``beside``
     can't be used.
     """
     _check_access(mount.access, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        try:
-            root = await trio.to_thread.run_sync(claim.resolve, root)
-            target = await trio.to_thread.run_sync(resolve, mountpoint)
-            await trio.to_thread.run_sync(recover_mountpoint, root, target)
-            target = await trio.to_thread.run_sync(check_mountpoint, root, mountpoint, target)
-        except OSError as error:
-            raise Unavailable.from_os(f"mount on {mountpoint}", error) from error
+        target = mountpoint
+        if outside is None:
+            root, target = await trio.to_thread.run_sync(ready, root, mountpoint)
         refusal: SnapshotError | None = None
         async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
             stop = trio.Event()
@@ -94,8 +90,8 @@ async def serve(
             try:
                 access = {**msgspec.structs.asdict(mount.access), "umask": f"{mount.access.umask:03o}"}
                 served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync, **(also_shown or {})}
-                tree = Tree(snapshotter, served, dirsync=mount.dirsync)
-                reason = await serve_tree(tree, target, mount, on_ready, stop, beside)
+                tree = Tree(snapshotter, served, dirsync=mount.dirsync, window="" if outside is None else f"/proc/{os.getpid()}/root")
+                reason = await serve_tree(tree, target, mount, on_ready, stop, beside, outside)
                 reason = received[0] if received else reason
             except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group
                 refusal = error
@@ -113,22 +109,29 @@ async def serve_tree(
     on_ready: Callable[[], None],
     stop: trio.Event,
     beside: Beside = _nothing,
+    outside: Outside | None = None,
 ) -> str:
     """Mount ``tree`` and answer requests until ``stop`` is set or somebody unmounts it; why it is over, if not for ``stop``.
     ``mountpoint`` is as the mount table has it.  One a process at a time."""
     operations = Operations(tree, mount.access, on_ready)
+    options = _fuse_options(tree.snapshotter.root, mount)
     try:
-        pyfuse3.init(operations, mountpoint, _fuse_options(tree.snapshotter.root, mount))
+        if outside is not None:
+            pyfuse3.init(operations, f"/dev/fd/{outside.mount(options)}", set())
+        else:
+            pyfuse3.init(operations, mountpoint, options)
     except RuntimeError as error:  # libfuse has said why on standard error
         hint = "it takes the right to mount (CAP_SYS_ADMIN, or fusermount3 and a mountpoint that is yours)"
         if mount.access.allow_other and os.geteuid() != 0:
             hint += ", and for allow_other the line user_allow_other in /etc/fuse.conf, which is root's to add"
         raise Unavailable(f"cannot mount on {mountpoint}: {error}; {hint}") from None
-    own = mounted_at(mountpoint)
+    own = mounted_at(mountpoint) if outside is None else None
     try:
         async with beside(tree.snapshotter, operations.cache.settle), trio.open_nursery() as nursery:
             loop = trio.CancelScope()
             nursery.start_soon(_end_loop, loop, stop)
+            if outside is not None:
+                nursery.start_soon(_set_when_unmounted, stop, outside)
             with loop:
                 await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
@@ -136,7 +139,11 @@ async def serve_tree(
     finally:
         for followed in (tree.state.events, tree.state.error_log):  # changes may still become durable after the mount is gone
             followed.forget_waiting()
-        pyfuse3.close(unmount=own is None or not unmount(own))
+        if outside is not None:
+            outside.close()
+            pyfuse3.close(unmount=False)
+        else:
+            pyfuse3.close(unmount=own is None or not unmount(own))
 
 
 async def _set_on_signal(
@@ -147,6 +154,11 @@ async def _set_on_signal(
         if not stop.is_set():
             on_stop()
         stop.set()
+
+
+async def _set_when_unmounted(stop: trio.Event, outside: Outside) -> None:
+    await trio.lowlevel.wait_readable(outside)
+    stop.set()
 
 
 async def _end_loop(loop: trio.CancelScope, stop: trio.Event) -> None:

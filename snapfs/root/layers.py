@@ -125,7 +125,7 @@ class Layers(Paths):
                 path = f"{self.held}/{name}"
                 with suppress(FileExistsError):
                     os.mkdir(path, 0o700)
-                os.chmod(path, 0o700)
+                os.chmod(path, 0o500 if name == "rootfs" and self._is_seen_from_outside() else 0o700)
             with suppress(OSError):  # one of ROOT's own would be the access ACL of each layer
                 os.removexattr(self.pool.directory, "system.posix_acl_default")
             self._refuse_several_disks()
@@ -137,6 +137,11 @@ class Layers(Paths):
         except OSError as error:
             self.naming.name(error)
             raise Unavailable.from_os(f"use {self.root} as root", error) from error
+
+    def _is_seen_from_outside(self) -> bool:
+        """Whether processes of this user in other namespaces have ROOT/rootfs without what is mounted there: what a program makes
+        at a path that it has found out in a workspace must fail in there.  This process may write there all the same."""
+        return os.geteuid() != 0 and probe.in_user_namespace()
 
     def unmake(self) -> None:
         """Close it; and where this process has made it, and it holds nothing, leave nothing of it."""

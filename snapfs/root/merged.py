@@ -33,9 +33,8 @@ from contextlib import ExitStack, suppress
 import msgspec
 
 from snapfs.errors import FULL, Busy, Unavailable
-from snapfs.kernel import mountapi, mounting, namespaces, overlay, shelter
+from snapfs.kernel import mountapi, mounting, namespaces, overlay, probe, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
-from snapfs.kernel.probe import why_trial_failed
 from snapfs.kernel.processes import name_of, users, users_of_device
 from snapfs.model import Kind
 from snapfs.names import parse_id
@@ -136,9 +135,20 @@ class Merged:
             except OSError:
                 self._detach(target if target in targets else directory)
         for name in os.listdir(self._reach(self._directory)):
-            if parse_id(name) not in recovered:
+            number = parse_id(name)
+            if number not in recovered and not (number and self._may_stand_on(number)):
                 self._clear(f"{self._directory}/{name}")
         return recovered
+
+    def _may_stand_on(self, number: int) -> bool:
+        """Whether a process may have the overlay of snapshot ``number`` mounted on its directory where this daemon can't see it:
+        the kernel would take that away together with the directory.  So it is where each daemon has a user namespace of its own."""
+        if not probe.in_user_namespace():
+            return False
+        try:
+            return self._in_use.has_overlay(number, suspected=True)
+        except (OSError, Busy):
+            return True
 
     def _recover_one(self, number: int | None, target: str, is_right: Callable[[int], bool]) -> Held | None:
         """Unmount ``target``: None; or take it over.  Raises OSError, also where it is in use and not right."""
@@ -172,13 +182,19 @@ class Merged:
         directory, target = layers.shelter(number), layers.rootfs(number)
         try:
             self.forget_copies(number)
-            self._clear(directory)  # any process that knows the path can make something there
-            shelter.prepare(self._reach(directory))  # on a disk that is read-only by now an old one can't be removed
+            again = held is not None and held.copy is not None
+            tree = self._taken_over(number) if stack.upper is not None and not again else None
             try:
-                if held is not None and held.copy is not None:
+                self._clear(directory)  # any process that knows the path can make something there
+                shelter.prepare(self._reach(directory))  # on a disk that is read-only by now an old one can't be removed
+            except BaseException:
+                if tree is not None:
+                    os.close(tree)
+                raise
+            try:
+                if held is not None and again:
                     self.attach_again(held)
                     return held
-                tree = self._taken_over(number) if stack.upper is not None else None
                 if tree is not None:
                     shelter.attach(tree, self._reach(directory))
                 elif stack.upper is None and len(stack.lower) == 1:
@@ -400,7 +416,7 @@ def _are_inherited(found: Sequence[Place], shelters: Sequence[Place]) -> bool:
 
 def _why_refused(error: OSError) -> str | None:
     """In words why mounting is not permitted; a full disk does not tell whether it is, nor a full table of descriptors."""
-    return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else why_trial_failed(error)
+    return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else probe.why_trial_failed(error)
 
 
 def by_users(target: str) -> str:

@@ -13,6 +13,7 @@ import msgspec
 
 from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
+from snapfs.kernel.userns import is_inside
 from snapfs.model import OWNER, Caller, Kind, rfc3339
 from snapfs.store.schema import Record
 from snapfs.tree.advice import path_of
@@ -78,7 +79,7 @@ def info_json(state: State, number: int, record: Record) -> str:
         places = state.snapshotter.places(reader, number, record)
     times = {"created": rfc3339(info.created), "updated": rfc3339(info.updated)}
     lost = {"state": "unflushed"} if state.snapshotter.is_lost(number) else {}
-    shown = [place.encode(errors="surrogateescape").decode(errors="backslashreplace") for place in places]
+    shown = [f"{state.window}{place}".encode(errors="surrogateescape").decode(errors="backslashreplace") for place in places]
     return json_text({**msgspec.structs.asdict(info), **times, **lost, "mounted": shown})
 
 
@@ -144,12 +145,15 @@ def is_mountable(state: State, record: Record) -> bool:
 
 def rootfs(state: State, number: int, record: Record) -> str | None:
     """The link to where the merged file system is, or will be, mounted."""
-    return state.snapshotter.rootfs_of(number, record)
+    target = state.snapshotter.rootfs_of(number, record)
+    return target and f"{state.window}{target}"
 
 
 async def mount_rootfs(state: State, number: int, record: Record, pid: int) -> str:
     """Mount it for process ``pid``, which follows the link: where.  error_log says why, if that process does not get there."""
     target = await state.snapshotter.mount(number, pid)
+    if state.window:
+        return target if is_inside(pid) else f"{state.window}{target}"
     if unseen := await state.snapshotter.why_unseen(pid, target):
         state.error_log.note("ENOENT", "readlink", f"{path_of(record)}/{ROOTFS}", unseen)
     return target

@@ -55,7 +55,8 @@ class State:
     """What the nodes of one tree share.
 
     ``snapshotter``: the snapshots that the tree shows.  ``served``: where and how the tree is served, for options.json.
-    ``dirsync``: Commit waits for the data.  ``version``, ``started``: of the daemon (ns since the epoch).
+    ``dirsync``: Commit waits for the data.  ``window``: what leads a process that is not in the daemon's user namespace to the
+    daemon's mounts, before their paths; "" where there is no such namespace.  ``version``, ``started``: of the daemon (ns since the epoch).
 
     ``error_log``, ``events``: the logs in .snapfs/.  ``meters``: the requests, by operation, for stats.json.  ``reads``: which
     process has read what lately.  ``versions``: texts that were looked up lately.  ``open_labels``: labels that are open for
@@ -69,10 +70,11 @@ class State:
     ``cleaned``: is set when the Cleanup under way has ended; None where none is.
     """
 
-    def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object], *, dirsync: bool) -> None:
+    def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object], *, dirsync: bool, window: str = "") -> None:
         self.snapshotter = snapshotter
         self.served = served
         self.dirsync = dirsync
+        self.window = window
         self.version: str = snapfs.__version__
         self.started = time.time_ns()
         self.error_log = ErrorLog()

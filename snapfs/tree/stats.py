@@ -35,6 +35,8 @@ def stats_json(state: State) -> str:
 def options_json(state: State) -> str:
     """How the daemon was started, and what it found out about this machine."""
     snapshotter = state.snapshotter
+    options = msgspec.structs.asdict(snapshotter.options)
+    del options["why_no_rootfs"]  # which the feature says
     return json_text(
         {
             "version": state.version,
@@ -42,7 +44,8 @@ def options_json(state: State) -> str:
             "kernel": platform.release(),
             "root": snapshotter.root,
             **state.served,
-            "options": msgspec.structs.asdict(snapshotter.options),
+            "window": state.window,
+            "options": options,
             "overlay_options": snapshotter.overlay_options,
             "features": snapshotter.features,
         }

@@ -38,9 +38,16 @@ from snapfs.tree.state import State
 class Tree:
     """The tree over ``snapshotter``; the arguments are those of ``State``, which is what its nodes share."""
 
-    def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object] | None = None, *, dirsync: bool = False) -> None:
+    def __init__(
+        self,
+        snapshotter: Snapshotter,
+        served: Mapping[str, object] | None = None,
+        *,
+        dirsync: bool = False,
+        window: str = "",
+    ) -> None:
         self.snapshotter = snapshotter
-        self.state = State(snapshotter, served or {}, dirsync=dirsync)
+        self.state = State(snapshotter, served or {}, dirsync=dirsync, window=window)
 
     def node(self, inode: int) -> Node:
         """The node of ``inode``; raises NotFound where there is none (any more), Stale where the file has another text by now

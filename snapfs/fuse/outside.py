@@ -1,0 +1,132 @@
+"""The process that stays outside, where the daemon of an ordinary user has gone into a mount namespace of its own: it mounts the
+tree where everybody sees it, and unmounts it when the daemon is gone, however that ended.
+
+Both take fusermount3, which is setuid root: in there it would be nothing of the kind.  The daemon gets the open device, and
+gives that to pyfuse3 in place of a mountpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from snapfs.errors import Unavailable
+from snapfs.kernel.mounttable import MountPoint, mount_table
+
+_ABORT = "/sys/fs/fuse/connections/{}/abort"
+
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""What a terminal or a service manager sends to all processes at once: the daemon ends, and this one after it."""
+
+
+class Outside:
+    """The daemon's end.  Make it before there are threads, and before the daemon enters its namespaces.  ``close`` it."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self.mountpoint = mountpoint
+        """Where the tree is to be, as the mount table has it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                ours.close()
+                _stay(theirs, mountpoint)
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._channel = ours
+
+    def mount(self, options: set[str]) -> int:
+        """Mount the tree: the descriptor of the device.  Raises Unavailable, with what fusermount3 has said."""
+        self._channel.send(",".join(sorted(options)).encode())
+        words, fds, _, _ = socket.recv_fds(self._channel, 65536, 1)
+        if not fds:
+            raise Unavailable(f"cannot mount on {self.mountpoint}: {words.decode(errors='replace').strip() or 'no fusermount3'}")
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+
+    def fileno(self) -> int:
+        """Becomes readable when the tree is no longer mounted."""
+        return self._channel.fileno()
+
+    def close(self) -> None:
+        """Refuse all requests that wait in the kernel, unmount the tree, if it is still mounted, and nothing else; returns when
+        that is done.  Twice is fine."""
+        if self._channel.fileno() >= 0:
+            self._channel.close()
+            with suppress(ChildProcessError):
+                os.waitpid(self._pid, 0)
+
+
+def _stay(channel: socket.socket, mountpoint: str) -> None:
+    """What the process outside does with its life."""
+    os.setsid()
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    options = channel.recv(65536)
+    if not options:
+        return
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        words = ["fusermount3", "-o", os.fsdecode(options), "--", mountpoint]
+        environment = {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}
+        try:
+            done = subprocess.run(
+                words, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
+            )
+        except OSError as error:
+            channel.send(f"{words[0]}: {error.strerror}; install it (Debian: apt-get install fuse3)".encode())
+            return
+        if done.returncode != 0:
+            channel.send(done.stderr[:60000] or b"fusermount3 failed")
+            return
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    own = _mounted_at(mountpoint)
+    socket.send_fds(channel, [b"1"], fds)
+    os.close(fds[0])
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):  # whoever reads what the daemon says is to see its end
+        os.dup2(nothing, descriptor)
+    if own is None:
+        channel.recv(1)
+    elif _watch(channel, own):
+        _unmount(own)
+
+
+def _mounted_at(mountpoint: str) -> MountPoint | None:
+    return next((mount for mount in reversed(list(mount_table())) if mount.target == mountpoint), None)
+
+
+def _watch(channel: socket.socket, own: MountPoint) -> bool:
+    """Return when the daemon is gone: True; or when ``own`` is no longer mounted, of which the daemon is told: False.
+
+    The daemon would not learn that from the kernel while a mount namespace that was made meanwhile has a copy of the mount."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        poll = select.poll()
+        poll.register(channel, select.POLLIN)
+        poll.register(table, select.POLLPRI)  # and POLLERR, which is always told
+        while True:
+            ready = [fd for fd, _ in poll.poll()]
+            if channel.fileno() in ready:
+                return True
+            if not _is_mounted(own):
+                return False
+
+
+def _is_mounted(own: MountPoint) -> bool:
+    return any((mount.id, mount.device) == (own.id, own.device) for mount in mount_table())
+
+
+def _unmount(own: MountPoint) -> None:
+    if not _is_mounted(own):
+        return
+    with suppress(OSError):  # fusectl is not mounted everywhere
+        Path(_ABORT.format(own.device.partition(":")[2])).write_text("1")
+    now = _mounted_at(own.target)
+    if now is not None and now.id == own.id:  # else something is mounted over it
+        subprocess.run(["fusermount3", "-u", "-z", "--", own.target], check=False)
