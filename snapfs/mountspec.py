@@ -65,9 +65,7 @@ def script(spec: Sequence[Mount], snapshots: str, number: int) -> str:
     ``snapshots`` is ROOT/snapshots.
     """
     lines = [
-        "#!/bin/sh",
-        f"# Mounts snapshot {number}: sh mount.sh TARGET",
-        '[ $# -eq 1 ] || { echo "usage: sh mount.sh TARGET" >&2; exit 2; }',
+        *_beginning(number),
         'target=$(cd -- "$1" && pwd -P && echo .) && target=${target%??} || exit',  # absolute, newlines and all
     ]
     for mount in spec:
@@ -82,6 +80,21 @@ def script(spec: Sequence[Mount], snapshots: str, number: int) -> str:
         else:
             lines += _overlay_script(mount, snapshots)
     return "\n".join(lines) + "\n"
+
+
+def script_inside(number: int, link: str, python: str) -> str:
+    """The script where the daemon has a user namespace of its own, which mount(8) doesn't take for the right to mount: ``snapfs
+    mount`` enters it.  ``link`` is the path in the tree of by-id/<number>, ``python`` the interpreter that has snapfs."""
+    command = shlex.join([python, "-P", "-m", "snapfs.cli", "mount", "--", link])
+    return "\n".join((*_beginning(number), f'exec {command} "$1"')) + "\n"
+
+
+def _beginning(number: int) -> tuple[str, ...]:
+    return (
+        "#!/bin/sh",
+        f"# Mounts snapshot {number}: sh mount.sh TARGET",
+        '[ $# -eq 1 ] || { echo "usage: sh mount.sh TARGET" >&2; exit 2; }',
+    )
 
 
 def _overlay_script(mount: Mount, snapshots: str) -> list[str]:

@@ -778,7 +778,7 @@ def test_where_mounting_is_not_permitted(tmp_path: Path) -> None:
         stack.callback(subprocess.run, ["umount", "/etc/fuse.conf"], check=True)
         base = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # pytest's are for root only
         (base / "root").mkdir()
-        daemon = Daemon(base / "root", base / "mnt", "--allow-other")
+        daemon = Daemon(base / "root", base / "mnt", "--allow-other", "--no-userns")
         for path in (base, base / "root", base / "mnt"):
             os.chown(path, 65534, 65534)
         daemon.prefix = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")

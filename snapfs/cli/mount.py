@@ -9,13 +9,15 @@ import re
 import stat
 from itertools import islice
 
+from snapfs.cli import table
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import find_tree
 from snapfs.cli.refusal import BUSY, FAILED, NOT_PERMITTED, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+    from typing import Any
 
     from snapfs.cli.place import MountedTree
     from snapfs.kernel.mounttable import MountPoint
@@ -31,13 +33,36 @@ def _mount(given: Given) -> int:
     kind, directory = place.find(key)
     if kind == "committed":
         raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {key}')
+    mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
+    specs = json.loads(place.read(f"{directory}/mounts.json"))
+    target = os.path.abspath(given.arguments[1])
+    window = enter(place)
     with contextlib.ExitStack() as held:
         with _trusted(f'mount "{key}" on', given.arguments[1]):
-            found = held.enter_context(trusted.find(given.arguments[1], may_lack=True))
+            found = held.enter_context(trusted.find(target, may_lack=True))
         if f"{found.path}/".startswith(f"{place.path}/"):
             raise Refusal(f"{given.arguments[1]} lies in the tree: mount it elsewhere")
-        _mount_at(place, key, kind, directory, found, _attributes(given))
+        _mount_at([each.removeprefix(window) for each in mounted], specs, key, kind, found, _attributes(given))
+        if window:
+            table.complain(f"mounted for the daemon and what snapfs starts; others reach it as {window}{found.path}")
     return 0
+
+
+def enter(place: MountedTree) -> str:
+    """Enter the namespaces of the daemon that serves the tree, where it has some of its own, in which alone the user may mount:
+    before the paths there what leads to them from outside; "" where there are none.  The working directory is another one then,
+    and the tree may not be seen.  Raises Refusal."""
+    options = json.loads(place.read(f"{place.path}/.snapfs/options.json"))
+    window: str = options["window"]
+    if window:
+        from snapfs.kernel import userns
+
+        try:
+            userns.join(options["pid"], mounts=True)
+        except OSError as error:
+            hint = "leave the workspace that you stand in, or see whether the daemon is yours"
+            raise Refusal(f"cannot mount for the daemon of {place.path}: {error.strerror}: {hint}", NOT_PERMITTED) from None
+    return window
 
 
 @contextlib.contextmanager
@@ -61,19 +86,20 @@ def _attributes(given: Given) -> int:
     return mountapi.MOUNT_ATTR_NOSUID * (not given.has("suid")) | mountapi.MOUNT_ATTR_NODEV * (not given.has("dev"))
 
 
-def _mount_at(place: MountedTree, key: str, kind: str, directory: str, found: Found, attributes: int) -> None:
+def _mount_at(
+    mounted: Sequence[str], specs: Sequence[dict[str, Any]], key: str, kind: str, found: Found, attributes: int
+) -> None:
     from snapfs.kernel import mounting, overlay
 
     target = found.path
     if found.missing or not stat.S_ISDIR(os.fstat(found.fd).st_mode):
         to_do = f"make it first: mkdir {target}" if found.missing else "give a directory"
         raise Refusal(f"{target}, where it is to be mounted, is no directory: {to_do}")
-    mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
     if target in mounted:
         raise Refusal(f'"{key}" is mounted on {target} already', BUSY)
     if kind == "active" and mounted and _bind(mounted[0], found.fd, attributes):
         return
-    for spec in json.loads(place.read(f"{directory}/mounts.json")):
+    for spec in specs:
         options: list[str] = spec["options"]
         if any(option.startswith(("uidmap=", "gidmap=")) for option in options):
             raise Refusal(f'"{key}" wants its ids mapped, which a container runtime does from mounts.json')
@@ -127,6 +153,8 @@ def _umount(given: Given) -> int:
     shown = {mount.target: mount for mount in mount_table()}  # the uppermost is the last
     target = _unlinked(word) if "/" in word else ""  # else it is a key, whatever is called so in the working directory
     found = shown.get(target)
+    if target and found is None:
+        found = _entered(given, target)
     if found is not None and not _is_ours(found):
         raise Refusal(f"{target} is no snapshot's file system: nothing for snapfs to unmount")
     places = [target] if found else []
@@ -137,6 +165,9 @@ def _umount(given: Given) -> int:
         kind, directory = place.find(word)
         root = json.loads(place.read(f"{place.path}/.snapfs/options.json"))["root"]
         mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
+        if window := enter(place):
+            shown = {mount.target: mount for mount in mount_table()}
+            mounted = [each.removeprefix(window) for each in mounted]
         ours = [each for each in mounted if each in shown and _is_ours(shown[each])]  # the daemon may see other mounts than we
         places = [_unlinked(each) for each in ours if not each.startswith(f"{root}/rootfs/")]
         if not places:
@@ -155,6 +186,22 @@ def _umount(given: Given) -> int:
             )
             raise Refusal(f"cannot unmount {each}: {words}", BUSY if error.errno == 16 else NOT_PERMITTED) from None
     return 0
+
+
+def _entered(given: Given, target: str) -> MountPoint | None:
+    """What the daemon of the tree, where it has namespaces of its own, has mounted at ``target``; this process is in there then.
+    None where there is no such thing, and this process is where it was."""
+    from snapfs.kernel.mounttable import lines_of, parse
+
+    with contextlib.suppress(Refusal, OSError):
+        place = find_tree(given.value("at"), tell=False)
+        options = json.loads(place.read(f"{place.path}/.snapfs/options.json"))
+        if options["window"] and place.is_trusted():
+            shown = {mount.target: mount for mount in map(parse, lines_of(options["pid"]))}
+            if target in shown:
+                enter(place)
+                return shown[target]
+    return None
 
 
 def _unlinked(path: str) -> str:

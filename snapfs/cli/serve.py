@@ -143,14 +143,15 @@ def _serve(given: Given) -> int:
     if detached is not None:
         os.chdir("/")
     outside = None
-    if own_namespace and not userns.may_mount():
+    if own_namespace and os.geteuid() != 0 and not userns.may_mount():
         root, mountpoint, outside, refusal = _go_inside(root, mountpoint)
+        more |= {"outside": outside} if outside is not None else {}
         if refusal:
             logging.getLogger(__name__).warning("there is no rootfs: %s", refusal)
             options = msgspec.structs.replace(options, rootfs=False, why_no_rootfs=refusal)
     stopping = partial(notify, "STOPPING=1")
     try:
-        reason = trio.run(partial(serve, root, mountpoint, options, mount, say_ready, stopping, outside=outside, **more))
+        reason = trio.run(partial(serve, root, mountpoint, options, mount, say_ready, stopping, **more))
     except SnapshotError as error:
         if not logs.is_detached():
             raise
@@ -176,13 +177,13 @@ def _go_inside(root: str, mountpoint: str) -> tuple[str, str, Outside | None, st
     from snapfs.fuse.mountpoint import ready
     from snapfs.fuse.outside import Outside
 
+    ready_root, ready_mountpoint = ready(root, mountpoint)
     refusal = userns.why_refused()
     if refusal:
         return root, mountpoint, None, refusal
-    root, mountpoint = ready(root, mountpoint)
-    outside = Outside(mountpoint)
+    outside = Outside(ready_mountpoint)
     userns.enter()
-    return root, mountpoint, outside, None
+    return ready_root, ready_mountpoint, outside, None
 
 
 def _containerd(path: str) -> dict[str, Any]:

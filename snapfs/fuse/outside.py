@@ -15,13 +15,16 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from snapfs.errors import Unavailable
 from snapfs.kernel.mounttable import MountPoint, mount_table
 
 _ABORT = "/sys/fs/fuse/connections/{}/abort"
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """What a terminal or a service manager sends to all processes at once: the daemon ends, and this one after it."""
+
+
+class OutsideError(Exception):
+    """fusermount3 refused: its words."""
 
 
 class Outside:
@@ -42,11 +45,11 @@ class Outside:
         self._channel = ours
 
     def mount(self, options: set[str]) -> int:
-        """Mount the tree: the descriptor of the device.  Raises Unavailable, with what fusermount3 has said."""
+        """Mount the tree: the descriptor of the device.  Raises OutsideError."""
         self._channel.send(",".join(sorted(options)).encode())
         words, fds, _, _ = socket.recv_fds(self._channel, 65536, 1)
         if not fds:
-            raise Unavailable(f"cannot mount on {self.mountpoint}: {words.decode(errors='replace').strip() or 'no fusermount3'}")
+            raise OutsideError(words.decode(errors="replace").strip() or "the process that mounts has ended")
         os.set_inheritable(fds[0], False)
         return fds[0]
 

@@ -24,7 +24,7 @@ from snapfs.fuse.mountpoint import (
     why_over,
 )
 from snapfs.fuse.operations import Operations
-from snapfs.fuse.outside import Outside
+from snapfs.fuse.outside import Outside, OutsideError
 from snapfs.fuse.waiting import MAX_TASKS
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
@@ -120,7 +120,7 @@ async def serve_tree(
             pyfuse3.init(operations, f"/dev/fd/{outside.mount(options)}", set())
         else:
             pyfuse3.init(operations, mountpoint, options)
-    except RuntimeError as error:  # libfuse has said why on standard error
+    except (RuntimeError, OutsideError) as error:  # libfuse has said why on standard error
         hint = "it takes the right to mount (CAP_SYS_ADMIN, or fusermount3 and a mountpoint that is yours)"
         if mount.access.allow_other and os.geteuid() != 0:
             hint += ", and for allow_other the line user_allow_other in /etc/fuse.conf, which is root's to add"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 from snapfs.kernel import cached, libc
 
 _AT_EMPTY_PATH = 0x1000
 _AT_HANDLE_FID = 0x200  # an identifier, also from file systems that open no file by its handle; from Linux 6.5 on
+_OVL_FILEID_V1 = 0xF8  # the type of an overlay's handle that contains another
 _MOST = 128  # bytes of a handle: MAX_HANDLE_SZ
 
 
@@ -25,7 +27,10 @@ def has_upper(overlay: int, upper: str) -> bool:
     """
     fd = os.open(upper, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        return _handle(fd) in _handle(overlay)
+        kind, handle = _handle(overlay)
+        if kind != _OVL_FILEID_V1:  # one made in a user namespace has plain numbers instead
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), upper)
+        return _handle(fd)[1] in handle
     finally:
         os.close(fd)
 
@@ -43,8 +48,9 @@ def open_elsewhere(pid: int, path: str) -> int:
         os.close(root)
 
 
-def _handle(fd: int) -> bytes:
+def _handle(fd: int) -> tuple[int, bytes]:
+    """Its type, and the handle."""
     found = _FileHandle(bytes=_MOST)
     mount = ctypes.c_int()
     libc.call("name_to_handle_at", fd, b"", ctypes.byref(found), ctypes.byref(mount), _AT_EMPTY_PATH | _AT_HANDLE_FID)
-    return bytes(found.handle[: found.bytes])
+    return found.type, bytes(found.handle[: found.bytes])

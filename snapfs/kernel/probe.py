@@ -9,15 +9,13 @@ import tempfile
 from pathlib import Path
 
 from snapfs.errors import FULL
-from snapfs.kernel import libc, mounting, overlay
+from snapfs.kernel import libc, mounting, overlay, userns
 
 _UNTOLD = (*FULL, errno.EMFILE, errno.ENFILE, errno.EPERM)
 """Errors of a trial that tell nothing of what was tried."""
 
 _NO_UPPER_LAYERS = (errno.EINVAL, errno.EOPNOTSUPP, errno.EREMOTE, errno.EXDEV, errno.ENOSYS, errno.EIO)
 """How overlayfs refuses an upper directory, or what it has to make in the work directory, on a file system that can't."""
-
-_CAP_SYS_ADMIN = 21
 
 _WHOLE_RANGE = ["0", "0", "4294967295"]
 
@@ -118,7 +116,7 @@ def why_trial_failed(error: OSError) -> str:
 
 
 def _why_not_permitted() -> str:
-    if _has_cap_sys_admin():
+    if userns.may_mount():
         return (
             "mounting is forbidden here: a user namespace needs a mount namespace of its own, as `unshare -Urm` makes it, and "
             "a kernel from 5.11 on; a container needs profiles of seccomp and AppArmor that let it mount"
@@ -126,8 +124,3 @@ def _why_not_permitted() -> str:
     if os.geteuid() == 0:
         return "this container may not mount: give it CAP_SYS_ADMIN"
     return "mounting takes the right to: run it as root, or inside `unshare -Urm`"
-
-
-def _has_cap_sys_admin() -> bool:
-    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return any(int(value, 16) >> _CAP_SYS_ADMIN & 1 for name, _, value in lines if name == "CapEff")

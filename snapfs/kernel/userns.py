@@ -18,6 +18,7 @@ CLONE_NEWUSER = 0x10000000
 _MS_REC = 0x4000
 _MS_SLAVE = 0x80000
 
+_PR_SET_DUMPABLE = 4
 _CAP_SYS_ADMIN = 21
 
 _STEPS = ("user", "setgroups", "uid_map", "gid_map", "mount", "slave")
@@ -75,6 +76,7 @@ def _enter(inner_uid: int | None = None, inner_gid: int | None = None) -> tuple[
     groups = f"{gid if inner_gid is None else inner_gid} {gid} 1"
     step = 0
     try:
+        libc.call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)  # a process that was root before can't write its tables, and not be seen
         libc.call("unshare", CLONE_NEWUSER)
         for step, text in enumerate(("deny", users, groups), start=1):
             with open(f"/proc/self/{_STEPS[step]}", "w", encoding="ascii") as table:

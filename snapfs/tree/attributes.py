@@ -7,6 +7,7 @@ snapshot's id and its record, and gives the file's text or the link's target, or
 from __future__ import annotations
 
 import stat
+import sys
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -62,6 +63,8 @@ def mounts_json(state: State, number: int, record: Record) -> str:
 
 def mount_sh(state: State, number: int, record: Record) -> str:
     """The same as a shell script, which mounts it on the directory that is its argument."""
+    if state.window:
+        return mountspec.script_inside(number, f"{state.served['mountpoint']}/by-id/{number}", sys.executable)
     with state.reading() as reader:
         spec = state.snapshotter.mounts_of(reader, number, record)
     return mountspec.script(spec, state.snapshotter.snapshots_directory, number)
