@@ -102,8 +102,15 @@ def test_what_looks_like_a_whiteout_hides_nothing_in_a_layer_without_parents(cha
     """Once the layer is a lower one, the kernel takes it for a whiteout: a child that makes the name adds it."""
     chain.layer("D:device", "X:x/marked", x="x")
     assert said(chain.layers) == ["A /device", "A /x", "A /x/marked"]
+    options = "redirect_dir=off,index=off,metacopy=off"
+    with merged(chain.layers, f"{chain.base}/alone", options) as target:
+        assert sorted(os.listdir(target)) == ["device", "x"]
+    chain.layer()
+    with merged(chain.layers, f"{chain.base}/child", options) as target:
+        assert os.listdir(target) == ["x"]
+        assert os.listdir(f"{target}/x") == []
     chain.layer("device", "x/marked")
-    chain.check("A /device", "A /x/marked")
+    assert said(chain.layers) == ["A /device", "A /x/marked"]
 
 
 def test_an_empty_layer_changes_nothing(chain: Chain) -> None:
