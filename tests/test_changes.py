@@ -94,7 +94,23 @@ def test_without_parents_everything_is_added(chain: Chain) -> None:
     os.mkfifo(layer / "fifo")
     os.symlink("/", layer / "link")
     os.mknod(layer / "null", stat.S_IFCHR, os.makedev(1, 3))
-    assert said(chain.layers) == ["A /a", "A /a/b", "A /a/b/c", "A /empty", "A /fifo", "A /link", "A /null"]
+    lines = ["A /a", "A /a/b", "A /a/b/c", "A /empty", "A /fifo", "A /gone", "A /link", "A /null"]
+    assert said(chain.layers) == lines, "a device 0:0 hides nothing here, and a bind mount shows it"
+
+
+def test_what_looks_like_a_whiteout_hides_nothing_in_a_layer_without_parents(chain: Chain) -> None:
+    """Once the layer is a lower one, the kernel takes it for a whiteout: a child that makes the name adds it."""
+    chain.layer("D:device", "X:x/marked", x="x")
+    assert said(chain.layers) == ["A /device", "A /x", "A /x/marked"]
+    options = "redirect_dir=off,index=off,metacopy=off"
+    with merged(chain.layers, f"{chain.base}/alone", options) as target:
+        assert sorted(os.listdir(target)) == ["device", "x"]
+    chain.layer()
+    with merged(chain.layers, f"{chain.base}/child", options) as target:
+        assert os.listdir(target) == ["x"]
+        assert not os.path.lexists(f"{target}/x/marked")
+    chain.layer("device", "x/marked")
+    assert said(chain.layers) == ["A /device", "A /x/marked"]
 
 
 def test_an_empty_layer_changes_nothing(chain: Chain) -> None:

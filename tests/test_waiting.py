@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from snapfs.fuse.waiting import (
     AGAIN,
     HOLD,
     LINES,
+    LISTED,
+    LISTINGS_OF_USER,
+    LISTINGS_OF_USERS,
     OF_OWNER,
     OF_READER,
     OF_READERS,
@@ -32,6 +36,7 @@ from snapfs.fuse.waiting import (
     PATIENCE,
     READERS_AGAIN,
     USERS,
+    Listings,
     Waiting,
 )
 from snapfs.model import BACKGROUND, OWNER, Caller
@@ -118,7 +123,7 @@ def commit(path):
 def work(number):
     if first:
         ctypes.CDLL(None).syscall(setresuid, first + number, first + number, first + number)
-    act = {"read": read, "stat": os.stat, "sync": sync, "clean": clean, "commit": commit}[what]
+    act = {"read": read, "ls": os.listdir, "stat": os.stat, "sync": sync, "clean": clean, "commit": commit}[what]
     while not ended.is_set():
         try:
             act(paths[number % len(paths)])
@@ -161,6 +166,7 @@ for n in range(2):
     me = f"{os.getuid()}-{n}"
     timed("stat", os.stat, "active")
     timed("ls", os.listdir, "committed")
+    timed("ls active", os.listdir, "active")
     timed("mkdir", os.mkdir, f"active/{me}")
     timed("info.json", read, f"active/{me}/info.json")
     timed("usage.json", read, f"active/{me}/usage.json")
@@ -428,6 +434,61 @@ def test_for_how_long_a_lock_of_the_kernel_may_be_held() -> None:
         assert patience == HOLD / 2
 
 
+def test_how_many_directories_may_be_listed_at_once() -> None:
+    clock, number = Clock(), itertools.count()
+    listings = Listings(clock)
+    first = [next(number) for _ in range(LISTINGS_OF_USER)]
+    for fh in first:
+        listings.note(fh, ALICE)
+    with pytest.raises(TryAgain, match="one user"):
+        listings.note(next(number), ALICE)
+    for fh in first:
+        listings.note(fh, ALICE)  # the next page
+    listings.end(first[0])
+    listings.note(next(number), ALICE)
+    clock.now += LISTED / 2
+    listings.note(first[1], ALICE)
+    clock.now += LISTED * 0.6
+    for _ in range(LISTINGS_OF_USER - 1):  # the others are open, and nobody reads them
+        listings.note(next(number), ALICE)
+    with pytest.raises(TryAgain, match="one user"):
+        listings.note(first[2], ALICE)
+    besides = LISTINGS_OF_USERS - (LISTINGS_OF_USER - 1)
+    for user in range(5000, 5000 + USERS - 1):
+        listings.note(next(number), user)
+        if user - 5000 < besides:
+            listings.note(next(number), user)
+    for user in (5000, BOB):
+        with pytest.raises(TryAgain, match="as users may list"):
+            listings.note(next(number), user)
+
+
+async def test_who_opens_a_directory_too_many_waits_for_the_end_of_another(autojump_clock: trio.testing.MockClock) -> None:
+    listings = Listings(trio.current_time)
+    for fh in range(LISTINGS_OF_USER):
+        listings.note(fh, ALICE)
+    begun: list[int] = []
+
+    async def begin(fh: int) -> None:
+        await listings.begin(fh, ALICE)
+        begun.append(fh)
+
+    async with trio.open_nursery() as nursery:
+        for fh in (100, 101, 102):
+            nursery.start_soon(begin, fh)
+            await trio.sleep(0.01)
+        await listings.begin(200, BOB)
+        assert begun == []
+        listings.end(0)
+        await trio.sleep(0.01)
+        assert begun == [100]
+        listings.end(1)
+        listings.end(2)
+        await trio.sleep(0.01)
+        assert sorted(begun) == [100, 101, 102]
+    await listings.begin(104, ALICE)  # those that nobody reads count for a second only
+
+
 def test_lines_in_the_log() -> None:
     clock = Clock()
     waiting = Waiting(clock)
@@ -455,7 +516,7 @@ async def test_the_list_of_all_snapshots_is_collected_once_for_all_who_wait(
     gate, collected = threading.Event(), 0
     lines = listing._lines
 
-    def held(state: State) -> Iterator[str]:
+    def held(state: State) -> Generator[str, None, None]:
         nonlocal collected
         collected += 1
         assert gate.wait(20)
@@ -504,7 +565,7 @@ async def test_nobody_waits_long_for_the_list_that_another_collects(
     gate = threading.Event()
     lines = listing._lines
 
-    def held(state: State) -> Iterator[str]:
+    def held(state: State) -> Generator[str, None, None]:
         assert gate.wait(20)
         return lines(state)
 
@@ -522,7 +583,40 @@ async def test_nobody_waits_long_for_the_list_that_another_collects(
     await read(Caller(BOB, 0.01))
 
 
+async def test_who_changes_snapshots_without_end_keeps_no_reader_of_the_list_waiting(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, collected = Tree(snapshotter), itertools.count()
+    lines = listing._lines
+
+    def changed(state: State) -> Generator[str, None, None]:
+        trio.from_thread.run(snapshotter.prepare, f"k{next(collected)}")
+        return lines(state)
+
+    monkeypatch.setattr(listing, "_lines", changed)
+    with trio.fail_after(20):
+        node = await tree.walk(".snapfs/snapshots").refresh()
+        handle = await node.open()
+    assert handle.read(0, handle.size).decode().startswith("k0\t")
+    assert next(collected) == 1
+
+
 # -- as other users meet it
+
+
+def test_listings_of_many_snapshots(make_held: Callable[..., Held]) -> None:
+    """The kernel lets one page of a directory be read after the other, and a look-up there waits for all of them."""
+    held = make_held()
+    for n in range(1000):
+        os.mkdir(held.mnt / f"active/snapshot{n}")
+    with bounded(120, held.daemon), hammering(alice, "ls", 800, held.mnt / "active") as done:
+        until(lambda: refusals(held.daemon, "opendir"))
+        assert ordinary(bob, held.mnt) == {}
+        assert ordinary((), held.mnt) == {}
+    assert done["0"] > 0
+    assert set(done) <= {"0", REFUSED}
+    assert "one user may list" in refusals(held.daemon, "opendir")[-1]
+    assert held.daemon.stop() == 0
 
 
 def test_usage_of_large_layers(make_held: Callable[..., Held]) -> None:

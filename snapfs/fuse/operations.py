@@ -26,7 +26,7 @@ from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
 from snapfs.fuse.openfiles import OpenDirectories, OpenDirectory, OpenFile, OpenFiles
 from snapfs.fuse.retelling import Retelling
-from snapfs.fuse.waiting import PATIENCE, STAT, SYNC, Waiting
+from snapfs.fuse.waiting import OPENDIR, PATIENCE, STAT, SYNC, Waiting
 from snapfs.model import Caller
 from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.inodes import ROOT_INODE, unpack
@@ -388,11 +388,23 @@ class Operations(pyfuse3.Operations):
     @answering
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         self.tree.note_read(inode, ctx.pid)
-        return self.directories.add(OpenDirectory(self.tree.node(inode).inode, self.rights.user(ctx.uid)))
+        user = self.rights.user(ctx.uid)
+        fh = self.directories.add(OpenDirectory(self.tree.node(inode).inode, user))
+        if user is not None:
+            try:
+                with self.waiting.counted(OPENDIR, user):
+                    await self.waiting.listings.begin(fh, user)
+            except BaseException:
+                self.directories.remove(fh)
+                raise
+        return fh
 
     @answering
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        inode = self.directories[fh].inode
+        directory = self.directories[fh]
+        inode = directory.inode
+        if directory.user is not None:
+            self.waiting.listings.note(fh, directory.user)
         if self.retelling.is_emptying:
             await self.retelling.emptied(inode)
         node = self.tree.node(inode)
@@ -412,6 +424,7 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def releasedir(self, fh: int) -> None:
+        self.waiting.listings.end(fh)
         self.directories.remove(fh)
 
     @answering

@@ -113,7 +113,7 @@ def changes(
     """
     roots = [_Directory(layer, None, number == len(layers) - 1) for number, layer in enumerate(layers)]
     with Descriptors() as descriptors, closing(Spool(spool)) as waiting:
-        scan = _Scan(descriptors, prefix, waiting, checkpoint)
+        scan = _Scan(descriptors, prefix, waiting, checkpoint, alone=len(layers) == 1)
         for root in roots:
             scan.marks(root)  # overlayfs merges the roots, opaque or not; this only learns of whiteouts
         level = _Level(roots[0], roots[1:], opaque=False)
@@ -167,8 +167,13 @@ def changes(
 class _Scan:
     """What the scan reads from the disk."""
 
-    def __init__(self, descriptors: Descriptors, prefix: str, spool: Spool, checkpoint: Callable[[], None]) -> None:
+    def __init__(
+        self, descriptors: Descriptors, prefix: str, spool: Spool, checkpoint: Callable[[], None], *, alone: bool
+    ) -> None:
         self.descriptors = descriptors
+        # Without parents the layer is bind-mounted, and what looks like a whiteout is shown as the device or file that it is.
+        # Once it is a lower layer of a child's overlay, the kernel hides it there.
+        self._alone = alone
         self.held = 0  # entries of all levels that are in memory
         self._prefix = prefix
         self._spool = spool
@@ -275,7 +280,7 @@ class _Scan:
                 value = _xattr(fd, name)
                 if value == b"y":
                     return True  # and overlayfs does not look for a redirect
-                directory.xwhiteouts |= value == b"x"
+                directory.xwhiteouts |= value == b"x" and not self._alone
             elif name == self._redirect:
                 redirected = directory.parent is not None and not directory.lowest
         directory.redirected = redirected
@@ -360,7 +365,7 @@ class _Scan:
             if stat.S_ISDIR(found.st_mode):
                 return _DIRECTORY
             if stat.S_ISCHR(found.st_mode):
-                return _WHITEOUT if found.st_rdev == 0 else _OTHER
+                return _WHITEOUT if found.st_rdev == 0 and not self._alone else _OTHER
             if directory.xwhiteouts and stat.S_ISREG(found.st_mode) and found.st_size == 0:
                 # Not opened, since it may be a device by now; and there is no listxattrat(2) before Linux 6.13.
                 return self._whiteout_or_other(f"/proc/self/fd/{fd}/{name}")

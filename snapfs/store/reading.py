@@ -206,12 +206,14 @@ class Reader:
                     for kind in Kind:
                         yield from ((name.encode(), key_of(number)) for number, name in self.children(parent, kind))
 
-    def dump(self) -> Iterable[tuple[int, Record]]:
-        """Id and record of all snapshots in the order of ids, collected as in ``walk`` and decoded each time that they are gone
-        through, for decoded they take several times as much; records that can't be read are left out."""
+    def dump(self) -> Iterator[tuple[int, Record]]:
+        """Id and record of all snapshots in the order of ids, decoded one after the other, for together they may be large;
+        records that can't be read are left out."""
         with self._txn.cursor(db=self._tables.snapshots) as cursor:
-            found = [(number_of(key), value) for key, value in cursor if is_id(key)]
-        return _Readable(found)
+            for key, value in cursor:
+                if is_id(key):
+                    with suppress(Damaged):
+                        yield number_of(key), decode_checked(number_of(key), value)
 
     def uncounted(self) -> list[int]:
         """The ids of committed snapshots whose usage is not yet known."""
@@ -260,18 +262,6 @@ class Reader:
         """The highest id ever given out; where that can't be read, the highest that there is a record of."""
         found = self._txn.get(b"last_id", key_of(0), db=self._tables.meta)
         return number_of(found) if is_id(found) else max(self.numbers(), default=0)
-
-
-class _Readable:
-    """Those of the collected records that can be read."""
-
-    def __init__(self, found: list[tuple[int, bytes]]) -> None:
-        self._found = found
-
-    def __iter__(self) -> Iterator[tuple[int, Record]]:
-        for number, encoded in self._found:
-            with suppress(Damaged):
-                yield number, decode_checked(number, encoded)
 
 
 class _Collected(Reader):

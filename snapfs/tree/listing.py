@@ -13,7 +13,8 @@ control characters are percent-encoded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing, suppress
 
 import trio
 
@@ -65,7 +66,7 @@ class ListingFile(TextFile):
             if collecting.done <= begun and not self._is_right():  # else what was begun since then serves this one too
                 collecting.begun += 1
                 before = self.state.changes
-                text = await trio.to_thread.run_sync(lambda: self.state.spool(_lines(self.state)))
+                text = await trio.to_thread.run_sync(_collected, self.state)
                 self.state.versions.keep(pack(0, Slot.LISTING), text)
                 self.state.listed = before
                 collecting.done = collecting.begun
@@ -75,27 +76,30 @@ class ListingFile(TextFile):
         return self.state.changes == self.state.listed and self.state.versions.get(pack(0, Slot.LISTING)) is not None
 
 
-def _lines(state: State) -> Iterator[str]:
+def _collected(state: State) -> Text:
+    """The text of the file; for a worker thread."""
+    with closing(_lines(state)) as lines:  # or, where the disk is full, the records would be read until nobody has the error
+        return state.spool(lines)
+
+
+def _lines(state: State) -> Generator[str, None, None]:
     """The lines of the file; for a worker thread."""
     snapshotter = state.snapshotter
-    with snapshotter.reading(long=True) as reader:
-        found = reader.dump()
-    file_names: dict[int, str] = {}
-    for number, record in found:
-        try:
-            file_names[number] = names.encode(record.name)
-        except InvalidArgument:
-            continue
-    for number, record in found:
-        if number not in file_names:
-            continue
-        usage = snapshotter.known_usage(number, record)
-        damaged = record.parent and record.parent not in file_names
-        word = "damaged" if damaged else "unflushed" if snapshotter.is_lost(number) else "."
-        yield (
-            f"{file_names[number]}\t{record.kind}\t{file_names.get(record.parent, '.')}\t{number}\t{usage.size}\t"
-            f"{usage.inodes}\t{_seconds(record.created)}\t{_seconds(record.updated)}\t{word}\t{_labels(record.labels)}\n"
-        )
+    with snapshotter.reading(long=True) as reader:  # of one moment; each record is held alone, for labels may be long
+        file_names: dict[int, str] = {}
+        for number, record in reader.dump():
+            with suppress(InvalidArgument):
+                file_names[number] = names.encode(record.name)
+        for number, record in reader.dump():
+            if number not in file_names:
+                continue
+            usage = snapshotter.known_usage(number, record)
+            damaged = record.parent and record.parent not in file_names
+            word = "damaged" if damaged else "unflushed" if snapshotter.is_lost(number) else "."
+            yield (
+                f"{file_names[number]}\t{record.kind}\t{file_names.get(record.parent, '.')}\t{number}\t{usage.size}\t"
+                f"{usage.inodes}\t{_seconds(record.created)}\t{_seconds(record.updated)}\t{word}\t{_labels(record.labels)}\n"
+            )
 
 
 def _seconds(ns: int) -> str:
