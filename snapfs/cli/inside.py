@@ -23,8 +23,6 @@ from snapfs.cli.refusal import NOT_PERMITTED, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from snapfs.cli.place import MountedTree
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as a shell's
@@ -44,9 +42,9 @@ def _run(given: Given) -> int:
     return _become(given.arguments[1:])
 
 
-def _become(words: Sequence[str]) -> int:
-    """Go on as the program ``words``; returns only where that can't be, the exit status.  Its exit status is this process's, its
-    terminal too, and so are the signals."""
+def _become(words: list[str]) -> int:
+    """Go on as the program ``words``; returns only where that can't be, the exit status.  Its exit status is this
+    process's, its terminal too, and so are the signals."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
         signal.signal(number, signal.SIG_DFL)
     try:
@@ -113,7 +111,8 @@ def _checked(place: MountedTree, root: str, over: str) -> str:
 
 
 def _fetch(daemon: int, target: str) -> None:
-    """Enter a mount namespace that has what process ``daemon`` has mounted at ``target``, where that has it.  Raises OSError."""
+    """Enter a mount namespace that has what process ``daemon`` has mounted at ``target``, where that has it.  Raises
+    OSError."""
     from snapfs.kernel import mountapi, shelter, userns
 
     ours, theirs = socket.socketpair()

@@ -189,8 +189,8 @@ def _umount(given: Given) -> int:
 
 
 def _entered(given: Given, target: str) -> MountPoint | None:
-    """What the daemon of the tree, where it has namespaces of its own, has mounted at ``target``; this process is in there then.
-    None where there is no such thing, and this process is where it was."""
+    """What the daemon of the tree, where it has namespaces of its own, has mounted at ``target``; this process is in there
+    then. None where there is no such thing, and this process is where it was."""
     from snapfs.kernel.mounttable import lines_of, parse
 
     with contextlib.suppress(Refusal, OSError):

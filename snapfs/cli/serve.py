@@ -172,8 +172,8 @@ def _serve(given: Given) -> int:
 
 
 def _go_inside(root: str, mountpoint: str) -> tuple[str, str, Outside | None, str | None]:
-    """Enter a mount namespace in which this process may mount: ROOT and the mountpoint (``ready``), what mounts the tree outside
-    of it, and None; or as they are, and why there is no such namespace.  Raises SnapshotError."""
+    """Enter a mount namespace in which this process may mount: ROOT and the mountpoint (``ready``), what mounts the tree
+    outside of it, and None; or as they are, and why there is no such namespace.  Raises SnapshotError."""
     from snapfs.fuse.mountpoint import ready
     from snapfs.fuse.outside import Outside
 

@@ -1,5 +1,5 @@
-"""The process that stays outside, where the daemon of an ordinary user has gone into a mount namespace of its own: it mounts the
-tree where everybody sees it, and unmounts it when the daemon is gone, however that ended.
+"""The process that stays outside, where the daemon of an ordinary user has gone into a mount namespace of its own: it
+mounts the tree where everybody sees it, and unmounts it when the daemon is gone, however that ended.
 
 Both take fusermount3, which is setuid root: in there it would be nothing of the kind.  The daemon gets the open device, and
 gives that to pyfuse3 in place of a mountpoint.
@@ -80,7 +80,12 @@ def _stay(channel: socket.socket, mountpoint: str) -> None:
         environment = {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}
         try:
             done = subprocess.run(
-                words, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
+                words,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                check=False,
             )
         except OSError as error:
             channel.send(f"{words[0]}: {error.strerror}; install it (Debian: apt-get install fuse3)".encode())

@@ -73,7 +73,8 @@ async def serve(
     umount; then nothing is left mounted.  Returns why it ended.
 
     ``on_ready`` is called when requests are being answered, ``on_stop`` when a signal is about to end that.  ``also_shown`` is
-    what options.json says besides.  ``outside`` mounts, where this process is in a mount namespace of its own: then ``root`` and
+    what options.json says besides.  ``outside`` mounts, where this process is in a mount namespace of its own: then
+    ``root`` and
     ``mountpoint`` are ``ready``.  Raises SnapshotError with a sentence where the root, the mountpoint, FUSE or ``beside``
     can't be used.
     """
@@ -90,7 +91,9 @@ async def serve(
             try:
                 access = {**msgspec.structs.asdict(mount.access), "umask": f"{mount.access.umask:03o}"}
                 served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync, **(also_shown or {})}
-                tree = Tree(snapshotter, served, dirsync=mount.dirsync, window="" if outside is None else f"/proc/{os.getpid()}/root")
+                tree = Tree(
+                    snapshotter, served, dirsync=mount.dirsync, window="" if outside is None else f"/proc/{os.getpid()}/root"
+                )
                 reason = await serve_tree(tree, target, mount, on_ready, stop, beside, outside)
                 reason = received[0] if received else reason
             except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group

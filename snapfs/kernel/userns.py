@@ -40,8 +40,7 @@ def why_refused() -> str | None:
     child = os.fork()
     if child == 0:
         try:
-            number = _enter()
-            os.write(writes, bytes(number))
+            os.write(writes, bytes(_enter()))
         finally:
             os._exit(0)
     os.close(writes)
@@ -76,7 +75,8 @@ def _enter(inner_uid: int | None = None, inner_gid: int | None = None) -> tuple[
     groups = f"{gid if inner_gid is None else inner_gid} {gid} 1"
     step = 0
     try:
-        libc.call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)  # a process that was root before can't write its tables, and not be seen
+        # else one that was root before, and has started no program since, may not write its tables, and nobody can look in
+        libc.call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)
         libc.call("unshare", CLONE_NEWUSER)
         for step, text in enumerate(("deny", users, groups), start=1):
             with open(f"/proc/self/{_STEPS[step]}", "w", encoding="ascii") as table:
@@ -109,8 +109,8 @@ def _in_words(step: str, number: int) -> str:
         )
     if step == "user":
         return (
-            f"user namespaces are forbidden here {words}, by a container's filter of system calls or in a chroot: let the container "
-            "make them (docker run --security-opt seccomp=unconfined), or run the daemon outside of it"
+            f"user namespaces are forbidden here {words}, by a container's filter of system calls or in a chroot: let the "
+            "container make them (docker run --security-opt seccomp=unconfined), or run the daemon outside of it"
         )
     return f"user namespaces have no rights here {words}: a security module, such as AppArmor or SELinux, takes them away"
 
@@ -133,7 +133,8 @@ def is_inside(pid: int) -> bool:
 
 
 def join(pid: int, *, mounts: bool) -> None:
-    """Move this process, which must have one thread, into the user namespace of process ``pid``, and into its mount namespace if
+    """Move this process, which must have one thread, into the user namespace of process ``pid``, and into its mount
+    namespace if
     ``mounts`` are wanted.  Raises OSError: EPERM where that is not this user's."""
     fds = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in (("user", "mnt") if mounts else ("user",))]
     try:
@@ -145,7 +146,7 @@ def join(pid: int, *, mounts: bool) -> None:
 
 
 def copy_mounts() -> None:
-    """Give this process, which must have one thread, a mount namespace of its own: a copy of the one it is in, that follows what
-    is mounted there.  Raises OSError."""
+    """Give this process, which must have one thread, a mount namespace of its own: a copy of the one it is in, that follows
+    what is mounted there.  Raises OSError."""
     libc.call("unshare", CLONE_NEWNS)
     libc.call("mount", b"none", b"/", None, _MS_REC | _MS_SLAVE, None)

@@ -139,8 +139,8 @@ class Layers(Paths):
             raise Unavailable.from_os(f"use {self.root} as root", error) from error
 
     def _is_seen_from_outside(self) -> bool:
-        """Whether processes of this user in other namespaces have ROOT/rootfs without what is mounted there: what a program makes
-        at a path that it has found out in a workspace must fail in there.  This process may write there all the same."""
+        """Whether processes of this user in other namespaces have ROOT/rootfs without what is mounted there: what a program
+        makes at a path that it has found out in a workspace must fail in there.  This process may write there all the same."""
         return os.geteuid() != 0 and probe.in_user_namespace()
 
     def unmake(self) -> None:

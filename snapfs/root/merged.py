@@ -141,8 +141,9 @@ class Merged:
         return recovered
 
     def _may_stand_on(self, number: int) -> bool:
-        """Whether a process may have the overlay of snapshot ``number`` mounted on its directory where this daemon can't see it:
-        the kernel would take that away together with the directory.  So it is where each daemon has a user namespace of its own."""
+        """Whether a process may have the overlay of snapshot ``number`` mounted on its directory where this daemon can't
+        see it: the kernel would take that away together with the directory.  So it is where each daemon has a user
+        namespace of its own."""
         if not probe.in_user_namespace():
             return False
         try:

@@ -56,7 +56,8 @@ class State:
 
     ``snapshotter``: the snapshots that the tree shows.  ``served``: where and how the tree is served, for options.json.
     ``dirsync``: Commit waits for the data.  ``window``: what leads a process that is not in the daemon's user namespace to the
-    daemon's mounts, before their paths; "" where there is no such namespace.  ``version``, ``started``: of the daemon (ns since the epoch).
+    daemon's mounts, before their paths; "" where there is no such namespace.  ``version``, ``started``: of the daemon (ns
+    since the epoch).
 
     ``error_log``, ``events``: the logs in .snapfs/.  ``meters``: the requests, by operation, for stats.json.  ``reads``: which
     process has read what lately.  ``versions``: texts that were looked up lately.  ``open_labels``: labels that are open for
