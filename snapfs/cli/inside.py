@@ -43,15 +43,20 @@ def _run(given: Given) -> int:
 
 
 def _become(words: list[str]) -> int:
-    """Go on as the program ``words``; returns only where that can't be, the exit status.  Its exit status is this
-    process's, its terminal too, and so are the signals."""
+    """Go on as the program ``words``: its exit status is this process's, its terminal too, and so are the signals.  Raises
+    Refusal."""
+    from shutil import which
+
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
         signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(words[0], words)
     except OSError as error:
-        status = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-        raise Refusal(f"cannot run {words[0]}: {error.strerror}", status) from None
+        number = error.errno or errno.ENOEXEC
+        if "/" not in words[0] and which(words[0]) is None:  # though the last place to look in may be closed to us
+            number = errno.ENOENT
+        status = NOT_FOUND if number == errno.ENOENT else NOT_EXECUTABLE
+        raise Refusal(f"cannot run {words[0]}: {os.strerror(number)}", status) from None
 
 
 def _stand_inside(given: Given) -> None:
@@ -64,6 +69,8 @@ def _stand_inside(given: Given) -> None:
     _, directory = place.find(key)
     options = json.loads(place.read(f"{place.path}/.snapfs/options.json"))
     window: str = options["window"]
+    if not options["features"]["rootfs"]["on"]:
+        raise Refusal(f'cannot get into "{key}": there is no rootfs: {options["features"]["rootfs"]["why"]}')
     over = given.value("over")
     before = os.getcwd()
     with contextlib.ExitStack() as held:

@@ -163,13 +163,12 @@ def _umount(given: Given) -> int:
         place.refuse_foreign("unmounted")
         word = place.key(word)
         kind, directory = place.find(word)
-        root = json.loads(place.read(f"{place.path}/.snapfs/options.json"))["root"]
-        mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
+        mounted = place.mounted_by_hand(directory)
         if window := enter(place):
             shown = {mount.target: mount for mount in mount_table()}
             mounted = [each.removeprefix(window) for each in mounted]
         ours = [each for each in mounted if each in shown and _is_ours(shown[each])]  # the daemon may see other mounts than we
-        places = [_unlinked(each) for each in ours if not each.startswith(f"{root}/rootfs/")]
+        places = [_unlinked(each) for each in ours]
         if not places:
             raise Refusal(f'"{word}" ({kind}) is not mounted, but perhaps as its rootfs, which needs no umount')
     for each in places:

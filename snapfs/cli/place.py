@@ -135,6 +135,14 @@ class MountedTree:
         except OSError as error:
             raise refusal(error, self.path, began, f"cannot read {path}") from None
 
+    def mounted_by_hand(self, directory: str) -> list[str]:
+        """Where the snapshot at ``directory`` is mounted, as the daemon tells it, but for its rootfs; raises Refusal."""
+        import json
+
+        options = json.loads(self.read(f"{self.path}/.snapfs/options.json"))
+        mounted: list[str] = json.loads(self.read(f"{directory}/info.json"))["mounted"]
+        return [each for each in mounted if not each.startswith(f"{options['window']}{options['root']}/rootfs/")]
+
     def wrong_parent(self, parent: str) -> Refusal:
         """The refusal that says why no snapshot can stand on ``parent``, which is not among the committed snapshots."""
         there = self.kind_of(parent)

@@ -107,7 +107,6 @@ def _serve(given: Given) -> int:
         rootfs_idle=_number("rootfs_idle", values.get("rootfs_idle", _DEFAULTS.rootfs_idle), float, 0.0),
         rootfs_max=_number("rootfs_max", values.get("rootfs_max", _DEFAULTS.rootfs_max), int, 1),
     )
-    own_namespace = options.rootfs and "no_userns" not in flags
     try:
         from snapfs.fuse.access import Access
         from snapfs.fuse.serve import MountOptions, serve
@@ -143,11 +142,14 @@ def _serve(given: Given) -> int:
     if detached is not None:
         os.chdir("/")
     outside = None
-    if own_namespace and os.geteuid() != 0 and not userns.may_mount():
-        root, mountpoint, outside, refusal = _go_inside(root, mountpoint)
-        more |= {"outside": outside} if outside is not None else {}
+    if options.rootfs and os.geteuid() != 0 and not userns.may_mount():
+        refusal: str | None = "mounting takes the right to: leave out --no-userns, or run it as root"
+        if "no_userns" not in flags:
+            root, mountpoint, outside, refusal = _go_inside(root, mountpoint)
+            more |= {"outside": outside} if outside is not None else {}
+            if refusal:
+                logging.getLogger(__name__).warning("there is no rootfs: %s", refusal)
         if refusal:
-            logging.getLogger(__name__).warning("there is no rootfs: %s", refusal)
             options = msgspec.structs.replace(options, rootfs=False, why_no_rootfs=refusal)
     stopping = partial(notify, "STOPPING=1")
     try:

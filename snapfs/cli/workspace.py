@@ -10,7 +10,6 @@ A workspace with the label ``pin`` is never rolled back; its checkpoints are not
 
 from __future__ import annotations
 
-import json
 import os
 
 from snapfs.cli import table
@@ -120,9 +119,7 @@ class Workspace:
     def rollback(self, parent: str | None) -> None:
         """Throw the state away and begin anew on ``parent``."""
         directory = self.place.directory("active", self.key)
-        root = json.loads(self.place.read(f"{self.place.path}/.snapfs/options.json"))["root"]
-        mounted: list[str] = json.loads(self.place.read(f"{directory}/info.json"))["mounted"]
-        elsewhere = [each for each in mounted if not each.startswith(f"{root}/rootfs/")]
+        elsewhere = self.place.mounted_by_hand(directory)
         if elsewhere:
             raise Refusal(f'"{self.key}" is mounted on {elsewhere[0]}: unmount it first (snapfs umount {self.key})', BUSY)
         self._prepare(parent, self.row.labels)
