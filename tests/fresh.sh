@@ -86,6 +86,26 @@ first_session() {
     rm /tmp/run.log /tmp/session
 }
 
+# The same without root: an account, made a moment before, that clones, installs, works and leaves nothing
+ordinary_session() {
+    local as=(setpriv --reuid ann --regid ann --init-groups --inh-caps=-all env -i HOME=/home/ann USER=ann LOGNAME=ann LANG=C.UTF-8
+        PATH=/usr/local/bin:/usr/bin:/bin "${passed[@]}")
+    useradd --create-home ann
+    mknod -m 666 /fuse c 10 229 # as udev makes it
+    mount --bind /fuse /dev/fuse
+    (cd /home/ann && "${as[@]}" sh "$clone/tests/ordinary.sh" "$clone")
+    if grep -e fuse.snapfs -e overlay /proc/mounts; then return 1; fi
+    while ends=$(find /proc -mindepth 1 -maxdepth 1 -user ann 2>/dev/null) && test -n "$ends"; do
+        test $SECONDS -lt 900 || { echo "still running: $ends"; return 1; }
+        sleep 0.1
+    done
+    test -z "$(find /tmp /var/tmp /dev/shm -user ann)" || { find /tmp /var/tmp /dev/shm -user ann; return 1; }
+    umount /dev/fuse
+    rm /fuse
+    userdel --remove ann 2>/dev/null
+    test ! -e /home/ann
+}
+
 newcomer() {
     step "a bare system"
     make_system || cannot "mmdebstrap could not make $suite (see above: the network, the name of the suite, a loop device?)"
@@ -93,6 +113,8 @@ newcomer() {
     finish_system
     step "make run, and the first session of the README"
     first_session
+    step "an ordinary user's session"
+    ordinary_session
     step "$command"
     "${clean[@]}" sh -c "$command"
     step "it is as it should be"

@@ -47,8 +47,8 @@ def _become(words: list[str]) -> int:
     Refusal."""
     from shutil import which
 
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
-        signal.signal(number, signal.SIG_DFL)
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python
+        signal.signal(ignored, signal.SIG_DFL)
     try:
         os.execvp(words[0], words)
     except OSError as error:

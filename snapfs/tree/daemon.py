@@ -172,10 +172,16 @@ _WITHOUT_ROOTFS = {
 assert all(line in README for line in _WITHOUT_ROOTFS)
 
 
+WINDOW = """
+rootfs leads into a namespace of the daemon's: look and copy there. To work in a snapshot (git, make,
+a build), stand inside: snapfs shell KEY, or snapfs run KEY -- CMD.
+"""
+
+
 def readme(state: State) -> str:
-    """README, which says nothing of ``rootfs`` where there is none, but why."""
+    """README, which tells where to work if ``rootfs`` isn't where others see it, and says nothing of ``rootfs`` where there is none, but why."""
     if state.snapshotter.has_rootfs:
-        return README
+        return README + WINDOW if state.window else README
     text = README
     for line, instead in _WITHOUT_ROOTFS.items():
         text = text.replace(line, instead)
