@@ -179,7 +179,8 @@ a build), stand inside: snapfs shell KEY, or snapfs run KEY -- CMD.
 
 
 def readme(state: State) -> str:
-    """README, which tells where to work if ``rootfs`` isn't where others see it, and says nothing of ``rootfs`` where there is none, but why."""
+    """README, which tells where to work if ``rootfs`` isn't where others see it, and which says nothing of ``rootfs`` where
+    there is none, but why."""
     if state.snapshotter.has_rootfs:
         return README + WINDOW if state.window else README
     text = README
