@@ -21,6 +21,7 @@ from snapfs import names
 from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, Pinned, TryAgain, Unavailable
 from snapfs.filters import Filters
 from snapfs.kernel.namespaces import shares_mount_namespace
+from snapfs.kernel.userns import is_inside
 from snapfs.labels import PIN, Labels
 from snapfs.model import OWNER, Caller, Change, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
@@ -38,7 +39,7 @@ from snapfs.services.comparing import Comparing
 from snapfs.services.counting import Counting
 from snapfs.services.flushing import Flushing
 from snapfs.services.housekeeping import Housekeeping
-from snapfs.services.rootfs import SEARCH, Rootfs
+from snapfs.services.rootfs import SEARCH, SEARCHES, Rootfs
 from snapfs.services.shifting import Shifting
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
@@ -82,6 +83,7 @@ class Snapshotter:
         self._comparing = Comparing(root.layers, records, root.overlay_prefix)
         self._housekeeping = Housekeeping(root.layers)
         self._shifting = Shifting(root, records)
+        self._searches = trio.CapacityLimiter(SEARCHES)
         self._owns_records = owns_records
         self._background: trio.CancelScope | None = None
         self._background_ended = trio.Event()
@@ -602,6 +604,10 @@ class Snapshotter:
             return None
         return await trio.to_thread.run_sync(why_unseen, pid, target)
 
+    def is_inside(self, pid: int) -> bool:
+        """Whether process ``pid`` is in the user namespace that this process has made for itself, or in one made in there."""
+        return is_inside(pid)
+
     def statistics(self) -> Statistics:
         """Counts of this root now, and of what was done since it was opened."""
         with self.reading() as reader:
@@ -644,5 +650,5 @@ class Snapshotter:
             words = "is in use elsewhere: end what uses it first"
             look = partial(holders.elsewhere, self._root.mounted, number, self.layers.rootfs(number))
             with trio.move_on_after(SEARCH):  # the kernel may hold locks meanwhile
-                words = await trio.to_thread.run_sync(look, abandon_on_cancel=True)
+                words = await trio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=self._searches)
             raise Busy(f'snapshot "{used.name}" {words}') from None

@@ -3,6 +3,7 @@
 # fresh.sh has it done by an account that it has made a moment before.
 set -eux
 
+git config --global --add safe.directory '*' # the clone is root's
 git clone --quiet "$1" snapfs
 python3 -m venv v
 CFLAGS=-g0 v/bin/pip install --quiet --disable-pip-version-check ${LOCKED:+--constraint snapfs/tests/constraints.txt} ./snapfs pytest pytest-xdist

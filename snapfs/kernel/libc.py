@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from typing import Any
 
 _CLONE_FS = 0x200
+
+_AT_FDCWD = -100
+_AT_NO_AUTOMOUNT = 0x800
+_AT_STATX_DONT_SYNC = 0x4000
+_SIZE_OF_STATX, _STX_DEV = 256, 136  # struct statx (statx(2)), and where the device's major and minor number are in it
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -41,6 +47,15 @@ def call(function: str, *arguments: Any) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return result
+
+
+def device_number(path: str) -> int:
+    """``st_dev`` of the file at ``path``, as the kernel has it in memory: a server of a file system, which may never answer, is
+    not asked.  Links are followed, by name too.  Raises OSError."""
+    found = ctypes.create_string_buffer(_SIZE_OF_STATX)
+    call("statx", _AT_FDCWD, os.fsencode(path), _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC, 0, found)
+    major, minor = struct.unpack_from("II", found, _STX_DEV)
+    return os.makedev(major, minor)
 
 
 def separate_thread() -> None:

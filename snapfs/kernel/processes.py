@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from snapfs import names
+from snapfs.kernel import libc
 
 ENOUGH = 0.02  # seconds after which no further process is looked for, once one was found
 LONGEST = 0.25  # seconds after which the search is given up: the caller may hold locks that all other calls wait for
@@ -34,20 +35,20 @@ def users_of_device(device: str, *, longest: float = LONGEST) -> Iterator[tuple[
     """As ``users``, of the file system with the device ``device`` (``major:minor``), by any path and in any mount namespace.
     The search is given up after ``longest`` seconds.
 
-    It asks for the device of every file that a process has open, which can take any time where that is on a server that does
-    not answer.
+    It asks the kernel for the device of every file that a process has open, and no server that these may be on: it might never
+    answer.
     """
     major, minor = map(int, device.split(":"))
     number, shown = os.makedev(major, minor), f" {major:02x}:{minor:02x} ".encode()
 
     def stands_there(process: str) -> bool:
-        return any(os.stat(f"{process}/{link}").st_dev == number for link in ("cwd", "root", "exe"))
+        return any(libc.device_number(f"{process}/{link}") == number for link in ("cwd", "root", "exe"))
 
     def has_open(process: str) -> bool:
         for task in os.listdir(f"{process}/task"):  # a thread may have descriptors of its own
             for fd in os.listdir(f"{process}/task/{task}/fd"):
                 with suppress(FileNotFoundError):  # closed meanwhile
-                    if os.stat(f"{process}/task/{task}/fd/{fd}").st_dev == number:
+                    if libc.device_number(f"{process}/task/{task}/fd/{fd}") == number:
                         return True
         return False
 

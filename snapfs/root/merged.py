@@ -262,15 +262,7 @@ class Merged:
 
     def _elsewhere(self, held: Held) -> list[Place]:
         """The mounts for which that is so.  Raises OSError."""
-        if not held.device:
-            return []
-        found = self._mounted.everywhere(lambda place: place.device == held.device)
-        groups = {place.group for place in found if place.id == held.mount and place.group}
-        count = -1
-        while len(groups) != count:
-            count = len(groups)
-            groups |= {place.group for place in found if place.master in groups and place.group}
-        return [place for place in found if place.id != held.mount and not groups & {place.group, place.master}]
+        return _copies(held, self._mounted.everywhere(lambda place: place.device == held.device)) if held.device else []
 
     def _taken_over(self, number: int) -> int | None:
         """The descriptor of a copy of the mount by which another process has the active snapshot ``number``; None if none has.
@@ -302,9 +294,10 @@ class Merged:
         """Unmount ``held`` if no process uses it in another namespace, either: whether that is so.  Raises OSError: EBUSY while
         it is in use here.  Where it isn't unmounted nothing has changed."""
         directory = self._layers.shelter(held.number)
-        shelters, whole = self._shelters(held)
-        found, unused = self._elsewhere(held), False
-        if not _are_inherited(found, shelters):
+        seen, whole = self._mounted.scan(lambda place: place.device in held.shelters or place.device == held.device)
+        shelters = [place for place in seen if place.device in held.shelters]
+        found, unused = _copies(held, seen), False
+        if whole and not _are_inherited(found, shelters):
             return False
         if not whole or any(place.foreign for place in shelters):
             unused = self._is_unused(held)
@@ -313,7 +306,7 @@ class Merged:
         self._unmount(self._layers.rootfs(held.number))
         shelter.remove(self._reach(directory))  # at once: what is left in it is an empty directory
         found = self._elsewhere(held) if held.copy is not None else []
-        if found and not (unused and _are_inherited(found, shelters)):  # by now
+        if found and not (unused and (not whole or _are_inherited(found, shelters))):  # by now
             self.attach_again(held)
             return False
         self._clear(directory, shelters, inherited=unused)
@@ -407,6 +400,17 @@ class Merged:
             mounting.make_read_only(self._reach(target))
         with suppress(OSError):
             mounting.unmount(self._reach(target), mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+
+
+def _copies(held: Held, places: Sequence[Place]) -> list[Place]:
+    """Those of ``places`` where the overlay of ``held`` is mounted, but for itself and what goes with it."""
+    found = [place for place in places if held.device and place.device == held.device]
+    groups = {place.group for place in found if place.id == held.mount and place.group}
+    count = -1
+    while len(groups) != count:
+        count = len(groups)
+        groups |= {place.group for place in found if place.master in groups and place.group}
+    return [place for place in found if place.id != held.mount and not groups & {place.group, place.master}]
 
 
 def _are_inherited(found: Sequence[Place], shelters: Sequence[Place]) -> bool:

@@ -37,6 +37,8 @@ PASSING = 0.02  # seconds that a caller may need from learning the path to being
 
 MUCH = 16 << 20  # bytes in memory that the kernel has yet to write, from which on no call may wait for that
 
+SEARCHES = 16  # threads that look for processes at once, apart from all others: one may never come back
+
 SEARCH = 0.5  # seconds of looking for the processes that use a mount: the kernel may hold locks meanwhile
 
 
@@ -54,6 +56,7 @@ class Rootfs:
         self._locks = Locks()
         self._making_room = trio.Lock()
         self._threads = trio.CapacityLimiter(8)
+        self._searches = trio.CapacityLimiter(SEARCHES)
         self._closing = trio.CapacityLimiter(math.inf)  # each may wait for the disk, and nothing may wait for them
         self._coming = 0  # mounts that room was made for
         self._nursery: trio.Nursery | None = None
@@ -215,7 +218,7 @@ class Rootfs:
         if _unwritten() >= MUCH:
             with trio.move_on_after(SEARCH):
                 users = functools.partial(next, users_of_device(held.device, longest=math.inf), None)
-                if await trio.to_thread.run_sync(users, abandon_on_cancel=True) is None:
+                if await trio.to_thread.run_sync(users, abandon_on_cancel=True, limiter=self._searches) is None:
                     return True
                 await trio.to_thread.run_sync(self._merged.attach_again, held, limiter=self._threads)
                 self._held[held.number] = held
@@ -240,7 +243,7 @@ class Rootfs:
                 raise
             by = ""
             with trio.move_on_after(SEARCH):
-                by = await trio.to_thread.run_sync(by_users, target, abandon_on_cancel=True)
+                by = await trio.to_thread.run_sync(by_users, target, abandon_on_cancel=True, limiter=self._searches)
             raise Busy(f"its file system {target} is in use{by}: leave it first") from None
         raise await self._elsewhere(held)
 
@@ -250,7 +253,9 @@ class Rootfs:
             words = functools.partial(
                 holders.elsewhere, self._mounted, held.number, self._layers.rootfs(held.number), held.device
             )
-            return Busy(f"its file system {await trio.to_thread.run_sync(words, abandon_on_cancel=True)}")
+            return Busy(
+                f"its file system {await trio.to_thread.run_sync(words, abandon_on_cancel=True, limiter=self._searches)}"
+            )
         return Busy("its file system is in use elsewhere: end what uses it first")
 
     async def _expire(self, number: int) -> None:

@@ -14,7 +14,6 @@ import msgspec
 
 from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
-from snapfs.kernel.userns import is_inside
 from snapfs.model import OWNER, Caller, Kind, rfc3339
 from snapfs.store.schema import Record
 from snapfs.tree.advice import path_of
@@ -156,7 +155,7 @@ async def mount_rootfs(state: State, number: int, record: Record, pid: int) -> s
     """Mount it for process ``pid``, which follows the link: where.  error_log says why, if that process does not get there."""
     target = await state.snapshotter.mount(number, pid)
     if state.window:
-        return target if is_inside(pid) else f"{state.window}{target}"
+        return target if state.snapshotter.is_inside(pid) else f"{state.window}{target}"
     if unseen := await state.snapshotter.why_unseen(pid, target):
         state.error_log.note("ENOENT", "readlink", f"{path_of(record)}/{ROOTFS}", unseen)
     return target
