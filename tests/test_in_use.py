@@ -725,3 +725,69 @@ def test_where_the_kernel_can_not_be_asked_nothing_is_in_use(tmp_path: Path) -> 
     assert not uppers.works
     assert not uppers.in_use(str(tmp_path))
     uppers.close()
+
+
+SILENT = """
+import ctypes, os, struct, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+
+def mount(source, target, kind, options):
+    if libc.mount(source, target.encode(), kind, 0, options.encode()):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
+
+mount(b"none", "/mnt", b"tmpfs", "")
+for name in ("served", "empty", "merged"):
+    os.mkdir(f"/mnt/{name}")
+device = os.open("/dev/fuse", os.O_RDWR)
+mount(b"x", "/mnt/served", b"fuse", f"fd={device},rootmode=40755,user_id=0,group_id=0")
+ends, begins = os.pipe()
+if os.fork() == 0:
+    libc.prctl(1, 9)  # it dies with its parent
+    silent = False
+    while True:
+        request = os.read(device, 1 << 20)
+        _, operation, unique, *_ = struct.unpack_from("<IIQQIIII", request)
+        body, error = b"", 0
+        if operation == 26:  # INIT
+            body = struct.pack("<IIIIHHIIHHI", 7, 31, 65536, 0, 12, 10, 65536, 1, 0, 0, 0) + bytes(24)
+        elif operation == 3:  # GETATTR
+            os.set_blocking(ends, False)
+            try:
+                silent = silent or bool(os.read(ends, 1))
+            except BlockingIOError:
+                pass
+            if silent:
+                continue
+            body = struct.pack("<QII", 0, 0, 0) + struct.pack("<6Q10I", 1, *[0] * 8, 0o40755, 2, 0, 0, 0, 4096, 0)
+        elif operation == 27:  # OPENDIR
+            body = struct.pack("<QII", 1, 0, 0)
+        elif operation == 17:  # STATFS
+            body = struct.pack("<5Q4I", 0, 0, 0, 0, 0, 4096, 255, 4096, 0) + bytes(24)
+        elif operation in (2, 42):  # FORGET
+            continue
+        else:
+            error = -38 if operation != 1 else -2
+        os.write(device, struct.pack("<IiQ", 16 + len(body), error, unique) + body)
+mount(b"o", "/mnt/merged", b"overlay", "lowerdir=/mnt/served:/mnt/empty")
+held = os.open("/mnt/merged", os.O_RDONLY | os.O_DIRECTORY)
+os.fstat(held)
+os.write(begins, b"x")
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.usefixtures("everybodys_fuse")
+def test_a_server_of_another_users_is_not_asked(served: Daemon) -> None:
+    """A process of alice's has a file on an overlay of hers over a server of hers, which doesn't answer any more: whoever asks
+    for that file's attributes waits, root too."""
+    workspace = served.mnt / "active/w"
+    os.listdir(workspace / "rootfs/")
+    look = "from snapfs.kernel.processes import users_of_device; print(list(users_of_device('99:99', longest=10)))"
+    with process(*alice, "unshare", "-Urm", "/usr/bin/python3", "-c", SILENT, cwd=Path("/")):
+        looking = subprocess.Popen([sys.executable, "-c", look], stdout=subprocess.PIPE, text=True)  # which nothing can end
+        moving = subprocess.Popen(["mv", workspace, served.mnt / "committed/v1"])
+        until(lambda: looking.poll() == 0 and moving.poll() == 0)
+    with looking:
+        assert looking.stdout is not None
+        assert looking.stdout.read() == "[]\n"
