@@ -284,6 +284,18 @@ def test_killed_while_somebody_stands_in_a_workspace(home: Home) -> None:
     home.sh("mv tree/active/w tree/committed/v")
 
 
+def test_in_the_background(nobody_serves: Home) -> None:
+    home = nobody_serves
+    home.snapfs("serve", "--detach", home.root, home.mnt)
+    try:
+        assert home.inside("w", "pwd", status=3).endswith("snapfs ls lists all\n")
+        home.sh("mkdir tree/active/w")
+        assert home.inside("w", "pwd") == f"{home.root}/rootfs/1/fs\n"
+    finally:
+        home.sh("fusermount3 -u tree")
+    until(lambda: "pid" not in home.does("sh", "-c", f"flock -n {home.root}/lock true || echo pid"), "the daemon has ended")
+
+
 def test_unmounted(home: Home) -> None:
     home.sh("fusermount3 -u tree")
     assert home.daemon.ended() == 0

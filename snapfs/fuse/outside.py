@@ -69,6 +69,8 @@ class Outside:
 def _stay(channel: socket.socket, mountpoint: str) -> None:
     """What the process outside does with its life."""
     os.setsid()
+    for first, end in ((3, channel.fileno()), (channel.fileno() + 1, 1 << 20)):  # whatever others wait for the end of
+        os.closerange(first, end)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     options = channel.recv(65536)
