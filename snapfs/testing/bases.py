@@ -24,8 +24,8 @@ _SIZE = ".size"
 
 
 class Bases:
-    """The bases of a run, in its directory ``path``; those that can be named are in the directory ``cache`` instead, if there is
-    one, which is kept within ``limit`` bytes."""
+    """The bases of a run, in its directory ``path``; those that can be named are in the directory ``cache`` instead, if there
+    is one, which is kept within ``limit`` bytes."""
 
     def __init__(self, path: str, cache: str | None = None, limit: int = 0) -> None:
         self._path = path

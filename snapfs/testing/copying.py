@@ -34,8 +34,8 @@ def can_clone(directory: str) -> bool:
 
 
 def copy_tree(source: str, target: str, *, clone: bool) -> None:
-    """Make ``target``, a copy of the directory ``source``; with ``clone`` files share their blocks with it where they can.  Raises
-    OSError."""
+    """Make ``target``, a copy of the directory ``source``; with ``clone`` files share their blocks with it where they can.
+    Raises OSError."""
     _Copy(clone).directory(source, target, os.lstat(source))
 
 
@@ -93,16 +93,21 @@ class _Copy:
             os.close(reading)
 
     def attributes(self, source: str, target: str, status: os.stat_result) -> None:
+        mode = stat.S_IMODE(status.st_mode)
         if (status.st_uid, status.st_gid) != (self._uid, self._gid):
-            with suppress(PermissionError):
+            try:
                 os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EINVAL):
+                    raise
+                mode &= ~(stat.S_ISUID | stat.S_ISGID)
         is_link = stat.S_ISLNK(status.st_mode)
         if not is_link:
             with suppress(OSError):
                 for name in os.listxattr(source):
                     with suppress(OSError):  # of a kind that this user may not set
                         os.setxattr(target, name, os.getxattr(source, name))
-            os.chmod(target, stat.S_IMODE(status.st_mode))
+            os.chmod(target, mode)
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
 
 

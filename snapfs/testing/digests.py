@@ -72,7 +72,7 @@ class _Parts:
         return self._hash.hexdigest()[:32]
 
     def value(self, name: str, value: object, *, named: bool = False) -> None:
-        """Add ``value``.  One that is no plain value raises Unknown, but where it is ``named`` only: that is as the source says."""
+        """Add ``value``.  One that is no plain value raises Unknown, unless the source only names it (``named``)."""
         self.add(name, type(value).__qualname__)
         if isinstance(value, _PLAIN + _PLAIN_TOO):
             self.add(repr(value))

@@ -1,8 +1,8 @@
 """A place in which this process may mount overlays: a mount namespace of its own and, for who isn't root, a user namespace.
 
-Whether there can be one is tried by a child, for a user namespace can't be left any more.  Inside, this process has its uid, and
-no capability is in force but while it mounts; so what it does to files is refused as ever.  What is different there is told in
-examples/pytest/README.md.
+Whether there can be one is tried by a child, for a user namespace can't be left any more.  Inside, this process has its uid,
+and no capability is in force but while it mounts; so what it does to files is refused as ever.  What is different there is told
+in examples/pytest/README.md.
 """
 
 from __future__ import annotations
@@ -181,15 +181,16 @@ def _why(step: str, error: OSError) -> str:
         return "this kernel has no user namespaces, or threads are running"
     if step in (_USER, _MOUNTS) and number == errno.EPERM and _sysctl("kernel/unprivileged_userns_clone") == "0":
         return "user namespaces are root's alone here: sysctl kernel.unprivileged_userns_clone=1"
-    if step not in (_USER, _OVERLAY) and number in (errno.EACCES, errno.EPERM):
-        if _sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1":
+    restricted = _sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1"
+    if step not in (_USER, _OVERLAY) and (number == errno.EACCES or (number == errno.EPERM and (restricted or step == _MAP))):
+        if restricted:
             return (
                 "AppArmor takes the rights away that a user namespace gives: it needs a profile with `userns,` for python "
                 "(or sysctl kernel.apparmor_restrict_unprivileged_userns=0)"
             )
         return "something takes the rights away that a user namespace gives: AppArmor, or a container's profile"
     if step in (_USER, _MOUNTS) and number in (errno.EPERM, errno.ENOSYS):
-        return "a filter forbids user namespaces, as containers have it: give this one a seccomp profile that allows them"
+        return "a filter forbids namespaces, as containers have it: give this one a seccomp profile that allows unshare"
     if number == errno.EPERM and os.geteuid() != 0:
         return "this kernel lets none but root mount overlays: it takes Linux 5.11"
     return why_trial_failed(error).replace("ROOT's", "TMPDIR's").replace("put ROOT", "put TMPDIR")

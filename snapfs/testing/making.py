@@ -125,7 +125,9 @@ class Copy:
             raise InUse(errno.EBUSY, self._in_use(used))
 
     def _in_use(self, users: list[str]) -> str:
-        return f"the copy {self.path} is in use by {', '.join(users)}: end it, or close its files, before the copy is thrown away"
+        return (
+            f"the copy {self.path} is in use by {', '.join(users)}: end it, or close its files, before the copy is thrown away"
+        )
 
 
 def _users(directory: str, *, children_only: bool = False) -> Iterator[str]:

@@ -34,7 +34,7 @@ _KEPT = "snapfs: a copy is kept"
 _session = pytest.StashKey["Session"]()
 _told_at_start = pytest.StashKey[bool]()
 _run = pytest.StashKey[str]()  # of a controller of xdist: the name that its workers' run has
-_of_workers = pytest.StashKey["set[str]"]()  # how those made copies, where each had to find out by itself
+_of_workers = pytest.StashKey[set[str]]()  # how those made copies, where each had to find out by itself
 _live = pytest.StashKey["list[FreshCopy]"]()
 _to_keep = pytest.StashKey["list[str]"]()  # where the copies of a test go, when it has ended
 _has_failed = pytest.StashKey[bool]()
@@ -46,7 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--snapfs",
         choices=("auto", "overlay", "reflink", "copy"),
-        help="how copies are made, at best: overlay (from the start), reflink, copy; auto: overlay, if a test wants copies" + ini,
+        help="how copies are made, at best: overlay (from the start), reflink, copy; auto: overlay, if a test wants copies"
+        + ini,
     )
     group.addoption("--snapfs-cache", metavar="DIR", help="keep bases in DIR from one run to the next (ini: snapfs_cache)")
     group.addoption("--snapfs-cache-size", metavar="SIZE", help="how much may be there, as 500M (5G) (ini: snapfs_cache_size)")
@@ -71,7 +72,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_live] = []
-    config.stash[_of_workers] = set()
+    config.stash[_of_workers] = set[str]()
     if _is_worker(config) or not _runs_tests(config) or not (_asked(config) != "auto" or _is_mentioned(config)):
         return
     session = _session_of(config)
@@ -91,7 +92,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """A namespace is entered before any test runs, and not at all if none wants copies."""
-    if _runs_tests(session.config) and any(not _FIXTURES.isdisjoint(getattr(item, "fixturenames", ())) for item in session.items):
+    if _runs_tests(session.config) and any(
+        not _FIXTURES.isdisjoint(getattr(item, "fixturenames", ())) for item in session.items
+    ):
         _session_of(session.config).decide()
 
 
@@ -103,7 +106,8 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for told in sorted(config.stash[_of_workers]):
+    of_workers: set[str] = config.stash[_of_workers]
+    for told in sorted(of_workers):
         terminalreporter.write_line(f"snapfs: {told}")
     sections = [section for report in terminalreporter.getreports("passed") for section in report.sections]
     kept = [title.removeprefix(_KEPT) for title, _ in sections if title.startswith(_KEPT)]
@@ -195,8 +199,8 @@ class FreshCopy:
 
 @pytest.fixture(scope="session")
 def snapshot_of(pytestconfig: pytest.Config) -> SnapshotOf:
-    """``snapshot_of(source)``: a directory, to be read only, with what the directory ``source`` holds, or with what ``source``, a
-    function, puts into the directory that it is given.  Each is made once a run, whatever the number of xdist's workers; with
+    """``snapshot_of(source)``: a directory, to be read only, with what the directory ``source`` holds, or with what ``source``,
+    a function, puts into the directory that it is given.  Each is made once a run, whatever the number of xdist's workers; with
     --snapfs-cache once, until the function's source, or one of the files in ``depends=[…]``, has changed."""
     session = _session_of(pytestconfig)
 
@@ -257,7 +261,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[object]) 
     keep = item.config.getoption("snapfs_keep") or item.config.getini("snapfs_keep")
     if not (keep == "all" and call.when == "call") and not (keep in ("all", "failed") and report.failed):
         return
-    used = [made for made in live if made.node in item.listchain() and not _FIXTURES.isdisjoint(item.fixturenames)]
+    used = [made for made in live if made.node in item.listchain() and _wants_copies(item)]
     for made in used:
         paths = []
         for copy in made.made:
@@ -273,6 +277,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[object]) 
 def _shortened(lines: list[str]) -> str:
     more = f"and {len(lines) - _SHOWN} lines more\n" if len(lines) > _SHOWN else ""
     return "".join(lines[:_SHOWN]) + more if lines else "it is as it was\n"
+
+
+def _wants_copies(item: pytest.Item) -> bool:
+    return not _FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 def _file_name(name: str) -> str:

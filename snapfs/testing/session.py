@@ -1,4 +1,4 @@
-"""What a run of tests has, with pytest or without: how copies are made here and why so, the bases, and the place of them all."""
+"""What a run of tests has, with pytest or without: how copies are made and why so, the bases, and the place of them all."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class Session:
             if copying.can_clone(place.path):
                 self.how = "reflink"
             else:
-                why.append(f"no reflinks, for {os.path.dirname(place.path)} is on a file system without (xfs and btrfs have them)")
+                why.append(
+                    f"no reflinks, for {os.path.dirname(place.path)} is on a file system without; xfs and btrfs have them"
+                )
         if self.how is None:
             self.how = "copy"
         if why or self._wish in ("reflink", "copy"):
