@@ -61,7 +61,7 @@ def of_directory(path: str, *, contents: bool) -> str:
 class _Parts:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        self._seen: set[int] = set()
+        self._seen: dict[int, object] = {}  # by id: they are kept, or another could get the id
 
     def add(self, *texts: str) -> None:
         for text in texts:
@@ -83,7 +83,7 @@ class _Parts:
         elif id(value) in self._seen:
             self.add("again")
         else:
-            self._seen.add(id(value))
+            self._seen[id(value)] = value
             self.thing(name, value, named)
 
     def thing(self, name: str, value: object, named: bool) -> None:
@@ -138,8 +138,19 @@ class _Parts:
         except (OSError, TypeError):
             if isinstance(thing, type):
                 raise Unknown(thing.__qualname__) from None
-            self.add(thing.__code__.co_code.hex(), repr(thing.__code__.co_consts))
+            self.code(thing.__code__)
+        else:
+            if isinstance(thing, types.FunctionType) and thing.__name__ == "<lambda>":  # there may be others on its line
+                self.code(thing.__code__)
         return True
+
+    def code(self, code: types.CodeType) -> None:
+        self.add(code.co_code.hex(), *code.co_names)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self.code(constant)
+            else:
+                self.value("constant", constant)
 
     def module(self, module: types.ModuleType) -> None:
         top = sys.modules.get(module.__name__.partition(".")[0], module)

@@ -30,6 +30,7 @@ class Copy:
     def __init__(self, place: Place, base: Path, how: How) -> None:
         self.base = base
         self._how = how
+        self._pid = os.getpid()
         self._home = place.new()
         self._merged = f"{self._home}/m"
         self.path = Path(self._merged, DATA)
@@ -63,7 +64,9 @@ class Copy:
                 copying.copy_tree(str(self.path), target, clone=True)
 
     def remove(self, *, quietly: bool = False) -> None:
-        """Remove it.  Raises InUse, though it is removed even so; but not ``quietly``."""
+        """Remove it.  Raises InUse, though it is removed even so; but not ``quietly``.  Nothing is done in a forked child."""
+        if self._pid != os.getpid():
+            return
         used = None
         try:
             if self._how == "overlay":

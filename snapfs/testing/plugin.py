@@ -110,7 +110,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for told in sorted(of_workers):
         terminalreporter.write_line(f"snapfs: {told}")
     sections = [section for report in terminalreporter.getreports("passed") for section in report.sections]
-    kept = [title.removeprefix(_KEPT) for title, _ in sections if title.startswith(_KEPT)]
+    kept = [title.removeprefix(f"{_KEPT}: ") for title, _ in sections if title.startswith(_KEPT)]
     if kept:
         terminalreporter.write_sep("=", "snapfs: copies of tests that passed")
         for path in dict.fromkeys(kept):
@@ -159,7 +159,8 @@ class FreshCopy:
     """``fresh_copy(base)``: a directory that begins as the base, or as what a directory or a function makes, and is thrown away
     at the end of the fixture's scope.  No process may have a file open in it by then."""
 
-    def __init__(self, session: Session, node: pytest.Item | pytest.Collector) -> None:
+    def __init__(self, session: Session, name: str, node: pytest.Item | pytest.Collector) -> None:
+        self.name = name
         self.node = node
         self.made: list[Copy] = []
         self._session = session
@@ -237,7 +238,7 @@ def session_fresh_copy(request: pytest.FixtureRequest) -> Iterator[FreshCopy]:
 
 def _fresh_copies(request: pytest.FixtureRequest) -> Iterator[FreshCopy]:
     config, node = request.config, request.node
-    made = FreshCopy(_session_of(config), node)
+    made = FreshCopy(_session_of(config), str(request.fixturename), node)
     config.stash[_live].append(made)
     yield made
     config.stash[_live].remove(made)
@@ -261,7 +262,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[object]) 
     keep = item.config.getoption("snapfs_keep") or item.config.getini("snapfs_keep")
     if not (keep == "all" and call.when == "call") and not (keep in ("all", "failed") and report.failed):
         return
-    used = [made for made in live if made.node in item.listchain() and _wants_copies(item)]
+    used = [made for made in live if made.node in item.listchain() and made.name in _fixtures(item)]
     for made in used:
         paths = []
         for copy in made.made:
@@ -280,7 +281,12 @@ def _shortened(lines: list[str]) -> str:
 
 
 def _wants_copies(item: pytest.Item) -> bool:
-    return not _FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+    return not _FIXTURES.isdisjoint(_fixtures(item))
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    """The names of the fixtures that ``item`` has, directly or by others."""
+    return getattr(item, "fixturenames", [])
 
 
 def _file_name(name: str) -> str:
