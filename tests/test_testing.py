@@ -6,6 +6,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,11 @@ from snapfs.testing import entering
 from tests.mounts import loop_mounted
 from tests.plugin import CLONE, FILL, NOBODY, Runner, as_user
 from tests.processes import until
+from tests.users import ALICE
 
 pytestmark = pytest.mark.mounts
 
-EXAMPLE = CLONE / "examples/pytest/test_shop.py"
+EXAMPLES = CLONE / "examples/pytest"
 
 WAYS = ("overlay", "copy")
 
@@ -148,6 +152,14 @@ def test_who_it_is(copy):
 """
 
 
+@pytest.fixture
+def short_path(users: None) -> Iterator[Path]:
+    """A directory with a path that leaves room for a server's socket."""
+    with tempfile.TemporaryDirectory(prefix="t-", ignore_cleanup_errors=True) as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
 @pytest.fixture(params=[0, NOBODY], ids=["root", "user"])
 def runner(request: pytest.FixtureRequest, open_path: Path) -> Runner:
     return Runner(open_path, uid=request.param)
@@ -158,9 +170,34 @@ def user(open_path: Path) -> Runner:
     return Runner(open_path, uid=NOBODY)
 
 
-@pytest.mark.parametrize("options", [(), ("-n2",)], ids=["alone", "xdist"])
-def test_the_example(options: tuple[str, ...], runner: Runner) -> None:
-    assert "4 passed" in runner(*options, tests=EXAMPLE)
+@pytest.mark.parametrize("options", [("--snapfs=auto",), ("--snapfs=copy",), ("-n2",)], ids=["alone", "copy", "xdist"])
+@pytest.mark.parametrize("who", [0, ALICE], ids=["root", "user"])
+@pytest.mark.parametrize(("recipe", "tests"), [("shop", 5), ("postgres", 4), ("git", 3)], ids=["sqlite", "postgresql", "git"])
+def test_the_recipes(recipe: str, tests: int, who: int, options: tuple[str, ...], users: None, short_path: Path) -> None:
+    said = Runner(short_path, uid=who)(*options, tests=EXAMPLES / f"test_{recipe}.py", status=0)
+    assert f" {tests} passed in" in said
+
+
+@pytest.mark.parametrize("who", [0, ALICE], ids=["root", "user"])
+def test_the_recipe_for_a_site(who: int, users: None, open_path: Path) -> None:
+    """On a disk of its own: where there is no journal, ext4 takes minutes to make as many files as were just removed."""
+    runner = Runner(open_path, uid=who)
+    with disk(runner, "mkfs.ext4", "-N", "200000", size=1 << 30), runner.started(tests=EXAMPLES / "test_site.py") as process:
+        said, _ = process.communicate(timeout=300)
+        assert " 3 passed in" in said
+        assert runner.left() == []
+
+
+@contextmanager
+def disk(runner: Runner, *mkfs: str, size: int) -> Iterator[None]:
+    """The directory for temporary files is on a disk of its own."""
+    image = runner.tmp_path / "image"
+    image.touch()
+    os.truncate(image, size)
+    subprocess.run([*mkfs, "-q", str(image)], check=True)
+    with loop_mounted(image, runner.temporary):
+        os.chown(runner.temporary, runner.uid, runner.uid)
+        yield
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -173,12 +210,7 @@ def test_each_way_gives_the_same(way: str, runner: Runner) -> None:
 
 def test_reflinks_give_the_same(runner: Runner) -> None:
     """On a file system that has them; big files take no space."""
-    image = runner.tmp_path / "image"
-    image.touch()
-    os.truncate(image, 256 << 20)
-    subprocess.run(["mkfs.btrfs", "-q", str(image)], check=True)
-    with loop_mounted(image, runner.temporary):
-        os.chown(runner.temporary, runner.uid, runner.uid)
+    with disk(runner, "mkfs.btrfs", size=256 << 20):
         big = (
             "\ndef big(directory):\n    (directory / 'big').write_bytes(os.urandom(100 << 20))\n"
             "def test_big(snapshot_of, fresh_copy):\n"

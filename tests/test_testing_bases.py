@@ -176,8 +176,8 @@ def test_the_cache_has_a_limit(user: Runner) -> None:
     user.write(test_it=BIG.replace("NUMBERS", "[1, 2, 3, 4]"))
     user(*options, status=0)
     assert bases() == ["1", "2", "3", "4"]
-    (user.temporary / "cache" / ("0" * 32 + ".new")).mkdir()
-    os.chown(user.temporary / "cache" / ("0" * 32 + ".new"), NOBODY, NOBODY)
+    (user.temporary / "cache" / ("0" * 16 + ".new")).mkdir()
+    os.chown(user.temporary / "cache" / ("0" * 16 + ".new"), NOBODY, NOBODY)
     user.write(test_it=BIG.replace("NUMBERS", "[5]"))
     user(*options, status=0)
     assert len(bases()) == 2

@@ -69,7 +69,7 @@ class _Parts:
             self._hash.update(b"%d:" % len(encoded) + encoded)
 
     def digest(self) -> str:
-        return self._hash.hexdigest()[:32]
+        return self._hash.hexdigest()[:16]
 
     def value(self, name: str, value: object, *, named: bool = False) -> None:
         """Add ``value``.  One that is no plain value raises Unknown, unless the source only names it (``named``)."""

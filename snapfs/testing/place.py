@@ -35,7 +35,7 @@ class Place:
         self._shared = shared
         top = os.path.realpath(tempfile.gettempdir())
         _clear_dead_runs(top)
-        self.path = f"{top}/{PREFIX}{name[:16] or secrets.token_hex(4)}"
+        self.path = f"{top}/{PREFIX}{name or secrets.token_hex(4)}"
         self._fd = _joined(self.path)
         with contextlib.suppress(FileExistsError):
             os.mkdir(f"{self.path}/bases", 0o711)
@@ -69,7 +69,7 @@ def remove(path: str) -> None:
 
 def path_of_run(name: str) -> str:
     """Where the directory of the run ``name`` is, or would be."""
-    return f"{os.path.realpath(tempfile.gettempdir())}/{PREFIX}{name[:16]}"
+    return f"{os.path.realpath(tempfile.gettempdir())}/{PREFIX}{name}"
 
 
 def lock(path: str, how: int) -> int | None:

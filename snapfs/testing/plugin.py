@@ -328,7 +328,7 @@ def _is_mentioned(config: pytest.Config) -> bool:
 
 
 def _run_of(config: pytest.Config) -> str:
-    return config.stash.setdefault(_run, os.urandom(8).hex())
+    return config.stash.setdefault(_run, os.urandom(4).hex())
 
 
 def _input(config: pytest.Config) -> dict[str, Any]:
