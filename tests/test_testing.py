@@ -44,6 +44,10 @@ def fill(directory):
     (directory / "locked").mkdir()
     (directory / "locked/file").touch()
     (directory / "locked").chmod(0o555)
+    (directory / "secret").mkdir()
+    (directory / "secret/file").write_text("secret")
+    (directory / "secret/file").chmod(0)
+    (directory / "secret").chmod(0)
     directory.chmod(0o2700)
 
 @pytest.fixture
@@ -83,13 +87,24 @@ def test_all_may_be_changed(copy, snapshot_of, again):
     (copy / "sub/file").rename(copy / "sub/other")
     (copy / "sticky").rmdir()
     (copy / "link").unlink()
-    assert sorted(os.listdir(copy)) == ["locked", "new", "script", "sparse", "sub"]
+    assert sorted(os.listdir(copy)) == ["locked", "new", "script", "secret", "sparse", "sub"]
     assert (snapshot_of(fill) / "sub/file").read_text() == "hello"
 
 def test_it_may_be_removed(copy):
-    (copy / "locked").chmod(0o755)
+    for name in ("locked", "secret"):
+        (copy / name).chmod(0o755)
     shutil.rmtree(copy)
     assert not copy.exists()
+
+def test_what_nobody_may_read(copy):
+    assert mode(copy / "secret") == 0
+    (copy / "secret").chmod(0o700)
+    assert mode(copy / "secret/file") == 0
+    if os.getuid():
+        with pytest.raises(PermissionError):
+            (copy / "secret/file").read_text()
+    (copy / "secret/file").chmod(0o600)
+    assert (copy / "secret/file").read_text() == "secret"
 
 def test_two_copies(snapshot_of, fresh_copy):
     one, two = (fresh_copy(snapshot_of(fill)) for _ in range(2))
@@ -204,7 +219,7 @@ def disk(runner: Runner, *mkfs: str, size: int) -> Iterator[None]:
 def test_each_way_gives_the_same(way: str, runner: Runner) -> None:
     runner.write(test_it=SAME.replace("WHO", str(runner.uid)))
     said = runner(f"--snapfs={way}", status=0)
-    assert "15 passed" in said
+    assert "16 passed" in said
     assert f"snapfs: copies are {'overlays' if way == 'overlay' else 'whole copies (as was asked for)'}" in said
 
 
@@ -219,7 +234,7 @@ def test_reflinks_give_the_same(runner: Runner) -> None:
         runner.write(test_it=SAME.replace("WHO", str(runner.uid)) + big)
         with runner.started("--snapfs=reflink") as process:
             said, _ = process.communicate(timeout=120)
-        assert "16 passed" in said
+        assert "17 passed" in said
         assert "snapfs: copies are whole copies by reflinks (as was asked for)" in said
         assert runner.left() == []
 
@@ -419,6 +434,25 @@ def test_a_user_is_a_user_as_before(options: tuple[str, ...], user: Runner) -> N
         "    subprocess.run(bwrap, check=True)\n",
     )
     assert "1 passed" in user(*options, status=0)
+
+
+def test_what_an_overlay_does_otherwise(runner: Runner) -> None:
+    """As the README says; and what shutil does about it."""
+    runner.write(
+        test_it="import errno, os, pytest, shutil\n"
+        "def fill(directory):\n    (directory / 'one').write_text('x')\n    os.link(directory / 'one', directory / 'two')\n"
+        "    (directory / 'sub').mkdir()\n    (directory / 'sub/file').touch()\n"
+        "@pytest.fixture\ndef copy(snapshot_of, fresh_copy):\n    return fresh_copy(snapshot_of(fill))\n"
+        "def test_links(copy):\n"
+        "    (copy / 'one').write_text('new')\n    assert (copy / 'two').read_text() == 'x'\n"
+        "def test_directories(copy):\n"
+        "    if os.getuid():\n"
+        "        with pytest.raises(OSError) as refused:\n            (copy / 'sub').rename(copy / 'other')\n"
+        "        assert refused.value.errno == errno.EXDEV\n        shutil.move(copy / 'sub', copy / 'other')\n"
+        "    else:\n        (copy / 'sub').rename(copy / 'other')\n"
+        "    assert os.listdir(copy / 'other') == ['file']\n"
+    )
+    assert "2 passed" in runner("--snapfs=overlay", status=0)
 
 
 def test_who_does_not_see_the_mount_meets_an_error(user: Runner) -> None:
@@ -622,7 +656,9 @@ def test_async_tests(options: tuple[str, ...], runner: Runner) -> None:
 
 
 def test_a_copy_takes_three_milliseconds(runner: Runner) -> None:
-    """Setup and teardown of a small base, at best: as the README says."""
+    """Setup and teardown of a small base, at best: as the README says.  In memory, so that no disk is measured."""
+    runner.temporary = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    os.chown(runner.temporary, runner.uid, runner.uid)
     runner.write(
         test_it="import pytest, time\n"
         "def fill(directory):\n    for number in range(10):\n        (directory / str(number)).write_text('x' * 1000)\n"

@@ -19,6 +19,7 @@ def fill(directory):
     (directory / "sub").mkdir()
     for name in ("a", "b", "sub/c"):
         (directory / name).write_text(name)
+    (directory / "secret").touch(mode=0)
 
 @pytest.fixture
 def copy(snapshot_of, fresh_copy):
@@ -82,17 +83,17 @@ def test_copies_of_tests_that_failed(options: tuple[str, ...], runner: Runner) -
     assert sorted(found) == ["test_error", "test_fails", "test_many", "test_wide_0_"]
     path, lines = found["test_fails"]
     assert lines == ["D /a", "A /new\\nline", "C /sub/c"]
-    assert sorted(os.listdir(path)) == ["b", "new\nline", "sub"]
+    assert sorted(os.listdir(path)) == ["b", "new\nline", "secret", "sub"]
     assert (path / "sub/c").read_text() == "changed"
     assert (path / "new\nline").stat().st_mode & 0o777 == 0o600
     assert found["test_error"][1] == ["A /broken"]
     path, lines = found["test_wide_0_"]
     assert lines == ["A /wide 0"]
-    assert sorted(os.listdir(path)) == ["a", "b", "sub", "wide 0"], "as it was when the test failed"
+    assert sorted(os.listdir(path)) == ["a", "b", "secret", "sub", "wide 0"], "as it was when the test failed"
     path, lines = found["test_many"]
     assert len(lines) == 101
     assert lines[-1] == "and 200 lines more"
-    assert len(os.listdir(path)) == 303
+    assert len(os.listdir(path)) == 304
 
 
 def test_copies_of_all_tests(runner: Runner) -> None:
@@ -100,7 +101,9 @@ def test_copies_of_all_tests(runner: Runner) -> None:
     said = runner(f"--basetemp={runner.temporary / 'base'}", status=1)
     assert len(kept(said)) == 4, "and those of tests that passed are named at the end"
     passed = said.partition("snapfs: copies of tests that passed")[2].splitlines()[1:3]
-    assert [sorted(os.listdir(path)) for path in passed] == [["a", "b", "passed", "sub"], ["a", "b", "sub", "wide 0", "wide 1"]]
+    one, two = (sorted(os.listdir(path)) for path in passed)
+    assert one == ["a", "b", "passed", "secret", "sub"]
+    assert two == ["a", "b", "secret", "sub", "wide 0", "wide 1"]
 
 
 def test_none_are_kept(runner: Runner) -> None:

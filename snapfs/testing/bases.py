@@ -20,7 +20,7 @@ from snapfs.testing.place import lock
 Source = str | os.PathLike[str] | Callable[[Path], object]
 
 DATA = "data"
-_SIZE = ".size"
+_SIZE, _UNREADABLE = ".size", ".unreadable"
 
 
 class Bases:
@@ -83,6 +83,8 @@ class Bases:
                 alive = lock(new, fcntl.LOCK_SH)
                 try:
                     _fill(f"{new}/{DATA}", source)
+                    if copying.is_unreadable(f"{new}/{DATA}"):
+                        Path(place + _UNREADABLE).touch()
                     if directory == self._cache:
                         Path(place + _SIZE).write_text(str(copying.size_of(new)))
                     os.rename(new, place)
@@ -106,6 +108,19 @@ class Bases:
                 if not before:
                     _shrink(cache, self._limit)
                 return base
+
+
+def copy_whole(base: Path, target: str, *, clone: bool) -> None:
+    """Make ``target`` a whole copy of ``base``; one process at a time where modes have to be changed for it.
+
+    Raises OSError.
+    """
+    place = str(base.parent)
+    if not os.path.exists(place + _UNREADABLE):
+        copying.copy_tree(str(base), target, clone=clone)
+        return
+    with _locked(f"{place}.lock"), copying.readable(str(base)) as modes:
+        copying.copy_tree(str(base), target, clone=clone, modes=modes)
 
 
 def _fill(directory: str, source: Source) -> None:
@@ -152,7 +167,8 @@ def _shrink(cache: str, limit: int) -> None:
                     gone = f"{place}.gone-{secrets.token_hex(4)}"
                     os.rename(place, gone)  # whole or not at all
                     copying.remove_tree(gone)
-                    os.unlink(place + _SIZE)
+                    for mark in (_SIZE, _UNREADABLE):
+                        Path(place + mark).unlink(missing_ok=True)
                     total -= size
                 finally:
                     os.close(fd)

@@ -41,8 +41,11 @@ def _compared(base: str, copy: str, path: str) -> Iterator[str]:
 def _listed(directory: str) -> dict[str, os.stat_result]:
     if not directory:
         return {}
-    with os.scandir(directory) as entries:
-        return {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+    try:
+        with os.scandir(directory) as entries:
+            return {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+    except PermissionError:  # this user may not look into it
+        return {}
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:

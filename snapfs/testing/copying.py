@@ -6,11 +6,13 @@ other files of the copy.  Sockets are left out.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import shutil
 import stat
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 from snapfs.testing import capabilities
@@ -33,14 +35,51 @@ def can_clone(directory: str) -> bool:
             os.unlink(path)
 
 
-def copy_tree(source: str, target: str, *, clone: bool) -> None:
+def is_unreadable(directory: str) -> bool:
+    """Whether anything in ``directory`` has a mode that keeps its own owner from copying it."""
+    return os.geteuid() != 0 and next(_unreadable(directory), None) is not None
+
+
+@contextlib.contextmanager
+def readable(directory: str) -> Iterator[dict[str, int]]:
+    """Within it, all in ``directory`` can be copied; the modes that were changed for that, by path."""
+    modes: dict[str, int] = {}
+    try:
+        for path, mode in _unreadable(directory):
+            modes[path] = mode
+            os.chmod(path, mode | _readable(mode))
+        yield modes
+    finally:
+        for path in reversed(modes):
+            os.chmod(path, stat.S_IMODE(modes[path]))
+
+
+def _readable(mode: int) -> int:
+    """The bits that the owner needs."""
+    return 0o500 if stat.S_ISDIR(mode) else 0o400
+
+
+def _unreadable(directory: str) -> Iterator[tuple[str, int]]:
+    pending = [directory]
+    while pending:
+        path = pending.pop()
+        mode = os.lstat(path).st_mode
+        if (stat.S_ISDIR(mode) or stat.S_ISREG(mode)) and mode & _readable(mode) != _readable(mode):
+            yield path, mode
+        if stat.S_ISDIR(mode):
+            with suppress(PermissionError):
+                pending += [f"{path}/{name}" for name in os.listdir(path)]
+
+
+def copy_tree(source: str, target: str, *, clone: bool, modes: Mapping[str, int] | None = None) -> None:
     """Make ``target``, a copy of the directory ``source``; with ``clone`` files share their blocks with it where they can.
-    Raises OSError."""
-    _Copy(clone).directory(source, target, os.lstat(source))
+    ``modes`` are those that are not to be as they are.  Raises OSError."""
+    _Copy(clone, modes or {}).directory(source, target, os.lstat(source))
 
 
 class _Copy:
-    def __init__(self, clone: bool) -> None:
+    def __init__(self, clone: bool, modes: Mapping[str, int]) -> None:
+        self._modes = modes
         self._clone = clone
         self._linked: dict[tuple[int, int], str] = {}
         self._uid, self._gid = os.geteuid(), os.getegid()
@@ -93,7 +132,7 @@ class _Copy:
             os.close(reading)
 
     def attributes(self, source: str, target: str, status: os.stat_result) -> None:
-        mode = stat.S_IMODE(status.st_mode)
+        mode = stat.S_IMODE(self._modes.get(source, status.st_mode))
         if (status.st_uid, status.st_gid) != (self._uid, self._gid):
             try:
                 os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)

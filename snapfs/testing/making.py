@@ -14,7 +14,7 @@ from snapfs.kernel import mounting, overlay, processes
 from snapfs.kernel.probe import in_user_namespace
 from snapfs.scan.changes import PREFIX, changes
 from snapfs.testing import capabilities, comparing, copying, entering
-from snapfs.testing.bases import DATA
+from snapfs.testing.bases import DATA, copy_whole
 from snapfs.testing.place import Place
 
 How = Literal["overlay", "reflink", "copy"]
@@ -60,8 +60,10 @@ class Copy:
     def keep(self, target: str) -> None:
         """Make ``target`` a whole copy of what it holds now."""
         if self.path.is_dir():
-            with capabilities.raised():
-                copying.copy_tree(str(self.path), target, clone=True)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(capabilities.raised())
+                modes = {} if self._how == "overlay" else stack.enter_context(copying.readable(str(self.path)))
+                copying.copy_tree(str(self.path), target, clone=True, modes=modes)
 
     def remove(self, *, quietly: bool = False) -> None:
         """Remove it.  Raises InUse, though it is removed even so; but not ``quietly``.  Nothing is done in a forked child."""
@@ -90,7 +92,7 @@ class Copy:
         if self._how != "overlay":
             os.mkdir(self._merged, 0o711)
             os.chmod(self._merged, 0o711)
-            copying.copy_tree(str(self.base), str(self.path), clone=self._how == "reflink")
+            copy_whole(self.base, str(self.path), clone=self._how == "reflink")
             return
         self._layers += 1  # overlayfs refuses directories that an overlay has used that flushed nothing
         os.mkdir(self._upper, 0o711)
