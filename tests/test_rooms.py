@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "tree": PURE | {"store", "snapshotter", "tree"},
     "fuse": PURE | DOORS | {"kernel", "root", "tree", "fuse"},
     "containerd": PURE | {"kernel", "snapshotter", "containerd"},
-    "testing": {"kernel"},
+    "testing": {"kernel", "scan", "testing"},
     "cli": PURE | DOORS | {"kernel", "root", "offline", "fuse", "containerd", "cli"},
 }
 

@@ -24,7 +24,7 @@ from tests.containerd_client import connected
 from tests.daemon import Daemon
 from tests.mounts import mounted
 from tests.placing import FILL, placed
-from tests.plugin import run
+from tests.plugin import Runner
 
 pytestmark = pytest.mark.mounts
 
@@ -336,13 +336,10 @@ def test_copied(snapshot_of, fresh_copy):
 
 
 def test_in_the_fixtures_for_pytest(tmp_path: Path) -> None:
-    tests = tmp_path / "tests"
-    (tests / "data").mkdir(parents=True)
-    (tests / "data").chmod(0o700)
-    (tests / "conftest.py").write_text('pytest_plugins = "snapfs.testing"\n')
-    (tests / "test_it.py").write_text(TESTS)
-    done = run(tests, tmp_path)
-    assert "2 passed" in done.stdout, done.stdout
+    runner = Runner(tmp_path)
+    (runner.tests / "data").mkdir(mode=0o700)
+    runner.write(conftest='pytest_plugins = "snapfs.testing"\n', test_it=TESTS)
+    assert "2 passed" in runner(status=0)
 
 
 def test_an_ordinary_users(tmp_path: Path) -> None:

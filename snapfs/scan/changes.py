@@ -133,9 +133,9 @@ def changes(
                 continue
             for item in level.items:
                 if verb := verbs.get(item):
-                    yield f"{verb} {path}{item if plain else _shown(item)}\n"
+                    yield f"{verb} {path}{item if plain else escaped(item)}\n"
                 elif item[-1] != "/":
-                    shown = item if plain else _shown(item)
+                    shown = item if plain else escaped(item)
                     if not verb:
                         entered = scan.enter(level, item)
                         if entered is None:
@@ -149,7 +149,7 @@ def changes(
                     name = item[:-1]
                     entered = scan.enter(level, name) if verbs[name] else level.entered.pop(name, None)
                     if entered is not None:
-                        path = f"{path}{name if plain else _shown(name)}/"
+                        path = f"{path}{name if plain else escaped(name)}/"
                         if entered.is_redirected:
                             yield f"R {path}\n"
                         checkpoint()
@@ -434,7 +434,7 @@ def _xattr(fd: int, name: str) -> bytes | None:
         raise
 
 
-def _shown(name: str) -> str:
+def escaped(name: str) -> str:
     """``name`` with all characters escaped that could break or forge a line."""
     if name.isascii() and name.isprintable() and "\\" not in name:
         return name

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.bench import calls, command, commit, listing, plot, prepare, remove, scans, start, table, throughput, walk
+from tests.bench import calls, command, commit, copies, listing, plot, prepare, remove, scans, start, table, throughput, walk
 from tests.bench.place import Place
 from tests.bench.rows import Growth, Row
 from tests.mounts import own_mount_namespace
@@ -36,6 +36,7 @@ BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "start": start.start,
     "fio": throughput.throughput,
     "command": command.command,
+    "copies": copies.copies,
 }
 
 HOME = Path(__file__).parents[2]

@@ -1,0 +1,119 @@
+"""The directory of one run of the tests, in the system's directory for temporary files: bases, copies, all of them.
+
+Each process of the run holds a lock on it for as long as it lives (flock(2), shared).  Where nobody holds one the run has been
+killed, and the next one of the same user removes the directory, with what may still be mounted there.
+
+    snapfs-testing-<run>/            0711: a server that is another user gets to its copy, and nobody sees the names of others
+        bases/<digest>/data/         what a base holds
+        bases/<digest>.lock          held by who makes it
+        <copy>/m/data/               what a test works in; m is where the overlay is mounted
+        <copy>/upper <copy>/work     the layers of that overlay
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import stat
+import tempfile
+
+from snapfs.kernel import mounting
+from snapfs.kernel.mounttable import mount_table
+from snapfs.testing import capabilities, copying
+
+PREFIX = "snapfs-testing-"
+
+
+class Place:
+    """The directory of the run ``name``, made if it isn't there yet; ``shared``: with other processes, one of which removes
+    it.  Raises OSError."""
+
+    def __init__(self, name: str = "", *, shared: bool = False) -> None:
+        self._pid = os.getpid()
+        self._shared = shared
+        top = os.path.realpath(tempfile.gettempdir())
+        _clear_dead_runs(top)
+        self.path = f"{top}/{PREFIX}{name or secrets.token_hex(4)}"
+        self._fd = _joined(self.path)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(f"{self.path}/bases", 0o711)
+            os.chmod(f"{self.path}/bases", 0o711)
+
+    def new(self) -> str:
+        """A new directory in it, with a name that can't be guessed."""
+        path = f"{self.path}/{secrets.token_hex(4)}"
+        os.mkdir(path, 0o711)
+        os.chmod(path, 0o711)
+        return path
+
+    def close(self) -> None:
+        """Leave it, and remove it unless others of the run may still need it."""
+        if self._pid != os.getpid():  # a forked child, whose parent still needs it
+            return
+        if not self._shared:
+            remove(self.path)
+        os.close(self._fd)
+
+
+def remove(path: str) -> None:
+    """Remove the directory of a run, and unmount what is mounted there."""
+    with capabilities.raised():
+        for target in reversed([mount.target for mount in mount_table() if mount.target.startswith(f"{path}/")]):
+            with contextlib.suppress(OSError):
+                mounting.unmount(target, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+    with contextlib.suppress(FileNotFoundError):
+        copying.remove_tree(path)
+
+
+def path_of_run(name: str) -> str:
+    """Where the directory of the run ``name`` is, or would be."""
+    return f"{os.path.realpath(tempfile.gettempdir())}/{PREFIX}{name}"
+
+
+def lock(path: str, how: int) -> int | None:
+    """A descriptor of the directory ``path``, locked with ``how``; None where it is gone or, without waiting, the lock is
+    another's.  Raises OSError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, how)
+        if os.path.samestat(os.fstat(fd), os.lstat(path)):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def _joined(path: str) -> int:
+    """The descriptor that keeps the directory ``path``, which is made where it is missing."""
+    while True:
+        try:
+            os.mkdir(path, 0o700)
+            os.chmod(path, 0o711)
+        except FileExistsError:
+            found = os.lstat(path)
+            if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
+                raise PermissionError(f"{path} is somebody else's") from None
+        fd = lock(path, fcntl.LOCK_SH)
+        if fd is not None:
+            return fd
+
+
+def _clear_dead_runs(top: str) -> None:
+    with os.scandir(top) as entries:
+        runs = [entry.path for entry in entries if entry.name.startswith(PREFIX)]
+    for path in runs:
+        with contextlib.suppress(OSError):
+            if os.lstat(path).st_uid == os.geteuid() and (fd := lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+                try:
+                    remove(path)
+                finally:
+                    os.close(fd)

@@ -1,0 +1,296 @@
+"""The plugin for pytest: a base is made once for all workers, is kept by --snapfs-cache as long as it is good, and what it
+depends on."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from snapfs.testing import digests
+from tests.plugin import FILL, NOBODY, Runner
+from tests.processes import until
+
+pytestmark = pytest.mark.mounts
+
+
+@pytest.fixture(params=[0, NOBODY], ids=["root", "user"])
+def runner(request: pytest.FixtureRequest, open_path: Path) -> Runner:
+    return Runner(open_path, uid=request.param)
+
+
+@pytest.fixture
+def user(open_path: Path) -> Runner:
+    return Runner(open_path, uid=NOBODY)
+
+
+def counting(runner: Runner, text: str = "x", more: str = "") -> str:
+    """A test whose base notes in a file each time that it is made."""
+    return (
+        "import os, pytest\n"
+        f"{more}"
+        "def helper():\n"
+        f"    return {text!r}\n"
+        "def fill(directory):\n"
+        f"    with open({str(runner.temporary / 'made')!r}, 'a') as made:\n        made.write('made ')\n"
+        "    (directory / 'file').write_text(helper())\n"
+        "@pytest.mark.parametrize('number', range(6))\n"
+        "def test_it(snapshot_of, fresh_copy, number):\n"
+        "    copy = fresh_copy(snapshot_of(fill))\n"
+        f"    assert (copy / 'file').read_text() == {text!r}\n    (copy / 'file').write_text('other')\n"
+    )
+
+
+def made(runner: Runner) -> int:
+    """How often the base was made."""
+    return (runner.temporary / "made").read_text().count("made")
+
+
+@pytest.mark.parametrize("way", ["overlay", "copy"])
+def test_a_base_is_made_once_for_all_workers(way: str, runner: Runner) -> None:
+    runner.write(test_it=counting(runner))
+    assert "6 passed" in runner("-n3", f"--snapfs={way}", status=0)
+    assert made(runner) == 1
+
+
+def test_bases_that_differ_are_not_taken_for_each_other(runner: Runner) -> None:
+    """Of one function's source, but with other values in it."""
+    runner.write(
+        test_it="import functools, pytest\n"
+        "def of(text):\n    return lambda directory: (directory / 'file').write_text(text)\n"
+        "def fill(directory, text):\n    (directory / 'file').write_text(text)\n"
+        "class Filled:\n"
+        "    def __init__(self, text):\n        self.text = text\n"
+        "    def fill(self, directory):\n        (directory / 'file').write_text(self.text)\n"
+        "makers = [of, lambda text: functools.partial(fill, text=text), lambda text: Filled(text).fill]\n"
+        "@pytest.mark.parametrize('text', ['a', 'b', 'c'])\n"
+        "@pytest.mark.parametrize('make', makers)\n"
+        "def test_it(snapshot_of, fresh_copy, text, make):\n"
+        "    assert (fresh_copy(snapshot_of(make(text))) / 'file').read_text() == text\n"
+    )
+    assert "9 passed" in runner("-n2", status=0)
+
+
+def test_a_worker_that_is_killed_while_it_makes_a_base(runner: Runner) -> None:
+    """Another one makes it anew."""
+    runner.write(
+        conftest="# fresh_copy\n",
+        test_it="import os, pathlib, pytest\n"
+        f"here = pathlib.Path({str(runner.temporary / 'here')!r})\n"
+        "def fill(directory):\n    (directory / 'file').touch()\n"
+        "    if not here.exists():\n        here.touch()\n        os.kill(os.getpid(), 9)\n"
+        "    (directory / 'whole').touch()\n"
+        "@pytest.mark.parametrize('number', range(4))\n"
+        "def test_it(snapshot_of, number):\n    assert sorted(os.listdir(snapshot_of(fill))) == ['file', 'whole']\n",
+    )
+    said = runner("-n2", status=1)
+    assert "3 passed" in said
+    assert "1 failed" in said
+
+
+# -- the cache
+
+
+@pytest.mark.parametrize("options", [(), ("-n2",), ("--snapfs=copy",)], ids=["alone", "xdist", "copy"])
+def test_the_cache(options: tuple[str, ...], runner: Runner) -> None:
+    cache = f"--snapfs-cache={runner.temporary / 'cache'}"
+    runner.write(test_it=counting(runner))
+    for _ in range(2):
+        assert "6 passed" in runner(cache, *options, status=0)
+    assert made(runner) == 1
+    runner.write(test_it="# a comment\n\n" + counting(runner))
+    assert "6 passed" in runner(cache, *options, status=0)
+    assert made(runner) == 1, "it depends on the function, not on where it stands"
+    runner.write(test_it=counting(runner, "changed"))
+    assert "6 passed" in runner(cache, *options, status=0)
+    assert made(runner) == 2, "it depends on what the function calls, too"
+
+
+def test_the_cache_by_configuration(user: Runner) -> None:
+    """A relative path is one in the directory of the tests."""
+    user.write(test_it=counting(user))
+    (user.tests / "pytest.ini").write_text("[pytest]\nsnapfs_cache = .cache/bases\nsnapfs_cache_size = 1M\n")
+    for _ in range(2):
+        assert "6 passed" in user(status=0)
+    assert made(user) == 1
+    assert (user.tests / ".cache/bases").is_dir()
+
+
+def test_the_cache_and_files_that_are_named(user: Runner) -> None:
+    (user.tests / "schema").mkdir()
+    (user.tests / "schema/one.sql").write_text("CREATE")
+    (user.tests / "data").mkdir()
+    (user.tests / "data/file").write_text("x")
+    user.write(
+        test_it=counting(user).replace(
+            "snapshot_of(fill)", "snapshot_of(fill, depends=[os.path.join(os.path.dirname(__file__), 'schema')])"
+        )
+        + "def test_directory(snapshot_of):\n"
+        "    data = os.path.join(os.path.dirname(__file__), 'data')\n"
+        "    assert (snapshot_of(data) / 'file').read_text() == open(os.path.join(data, 'file')).read()\n"
+    )
+    cache = f"--snapfs-cache={user.temporary / 'cache'}"
+
+    def bases() -> int:
+        return sum(path.is_dir() for path in (user.temporary / "cache").iterdir())
+
+    for _ in range(2):
+        assert "7 passed" in user(cache, status=0)
+    assert (made(user), bases()) == (1, 2)
+    (user.tests / "schema/one.sql").write_text("ALTER!")
+    assert "7 passed" in user(cache, status=0)
+    assert (made(user), bases()) == (2, 3)
+    (user.tests / "data/file").write_text("other")
+    assert "7 passed" in user(cache, status=0)
+    assert (made(user), bases()) == (2, 4)
+    (user.tests / "schema/one.sql").unlink()
+    (user.tests / "schema").rmdir()
+    assert "FileNotFoundError" in user(cache, status=1)
+
+
+BIG = (
+    "def big(number):\n    return lambda directory: (directory / str(number)).write_bytes(bytes(1 << 20))\n"
+    "def test_it(snapshot_of):\n    for number in NUMBERS:\n        assert (snapshot_of(big(number)) / str(number)).exists()\n"
+)
+
+
+def test_the_cache_has_a_limit(user: Runner) -> None:
+    """What was used longest ago goes first; what is in use stays."""
+    options = [f"--snapfs-cache={user.temporary / 'cache'}", "--snapfs-cache-size=2500K"]
+
+    def bases() -> list[str]:
+        return sorted(path.name for path in (user.temporary / "cache").glob("*/data/*"))
+
+    user.write(test_it=BIG.replace("NUMBERS", "[1]"))
+    user(*options, status=0)
+    user.write(test_it=BIG.replace("NUMBERS", "[2]"))
+    user(*options, status=0)
+    user.write(test_it=BIG.replace("NUMBERS", "[1, 3]"))
+    user(*options, status=0)
+    assert bases() == ["1", "3"]
+    user.write(test_it=BIG.replace("NUMBERS", "[1, 2, 3, 4]"))
+    user(*options, status=0)
+    assert bases() == ["1", "2", "3", "4"]
+    (user.temporary / "cache" / ("0" * 16 + ".new")).mkdir()
+    os.chown(user.temporary / "cache" / ("0" * 16 + ".new"), NOBODY, NOBODY)
+    user.write(test_it=BIG.replace("NUMBERS", "[5]"))
+    user(*options, status=0)
+    assert len(bases()) == 2
+    assert "5" in bases()
+    left = {path.name.partition(".")[2] for path in (user.temporary / "cache").iterdir() if not path.is_dir()}
+    assert left <= {"size", "lock", ""}
+    assert not list((user.temporary / "cache").glob("*.new")), "what a killed run left half made"
+
+
+def test_two_runs_share_the_cache(runner: Runner) -> None:
+    """One waits while the other makes a base, and none removes what the other uses."""
+    cache = f"--snapfs-cache={runner.temporary / 'cache'}"
+    here, on = runner.temporary / "here", runner.temporary / "on"
+    runner.write(
+        test_it=counting(runner).replace(
+            "    (directory / 'file')",
+            f"    import pathlib, time\n    pathlib.Path({str(here)!r}).touch()\n"
+            f"    while not os.path.exists({str(on)!r}):\n        time.sleep(0.01)\n    (directory / 'file')",
+        )
+    )
+    with runner.started(cache) as one:
+        until(here.exists, "it makes the base")
+        with runner.started(cache, "-n2") as two:
+            on.touch()
+            assert "6 passed" in one.communicate(timeout=60)[0]
+            assert "6 passed" in two.communicate(timeout=60)[0]
+    assert made(runner) == 1
+    here.unlink()
+    runner.write(
+        test_it=FILL + "import pathlib, time\n"
+        "def test_it(snapshot_of):\n    base = snapshot_of(fill)\n"
+        f"    pathlib.Path({str(here)!r}).touch()\n"
+        f"    while pathlib.Path({str(on)!r}).exists():\n        time.sleep(0.01)\n"
+        "    assert (base / 'file').exists()\n"
+    )
+    with runner.started(cache) as one:
+        until(here.exists, "it has its base")
+        runner.write(test_other=BIG.replace("NUMBERS", "[1]"))
+        with runner.started(cache, "--snapfs-cache-size=0K", tests=runner.tests / "test_other.py") as two:
+            assert "1 passed" in two.communicate(timeout=60)[0]
+        on.unlink()
+        assert "1 passed" in one.communicate(timeout=60)[0]
+    runner.nothing_is_left()
+
+
+def test_a_base_of_unknown_dependence_is_not_kept(user: Runner) -> None:
+    """What a function has closed over may be anything: then it is made anew by each process."""
+    user.write(
+        test_it="import pathlib\n"
+        "def of(thing):\n    return lambda directory: (directory / 'file').write_text(str(thing))\n"
+        "def test_it(snapshot_of):\n    assert (snapshot_of(of(pathlib)) / 'file').exists()\n"
+        "    assert (snapshot_of(of(object())) / 'file').exists()\n"
+    )
+    cache = user.temporary / "cache"
+    assert "1 passed" in user(f"--snapfs-cache={cache}", status=0)
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
+
+
+# -- what a function depends on
+
+
+def function(text: str, **values: object) -> Callable[..., object]:
+    """The function ``fill`` of a module with the source ``text``."""
+    module = types.ModuleType("a_module")
+    module.__dict__.update(values)
+    exec(compile(text, "a_module.py", "exec"), module.__dict__)
+    made: Callable[..., object] = module.fill
+    return made
+
+
+def digest(fill: Callable[..., object]) -> str:
+    return digests.of_function(fill, [])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("def fill(d): return 1", "def fill(d): return 2"),
+        ("N = 1\ndef fill(d): return N", "N = 2\ndef fill(d): return N"),
+        ("def g(): return 1\ndef fill(d): return g()", "def g(): return 2\ndef fill(d): return g()"),
+        ("N = [1, (2,)]\ndef fill(d): return [N for _ in d]", "N = [1, (3,)]\ndef fill(d): return [N for _ in d]"),
+        ("def fill(d, n=1): pass", "def fill(d, n=2): pass"),
+        ("def fill(d, *, n={'a': 1}): pass", "def fill(d, *, n={'a': 2}): pass"),
+        ("def m(n):\n  return lambda d: n\nfill = m(1)", "def m(n):\n  return lambda d: n\nfill = m(2)"),
+        ("def fill(d): return g()\ndef g(): return fill", "def fill(d): return g()\ndef g(): return fill, 1"),
+    ],
+)
+def test_what_a_function_depends_on(one: str, other: str) -> None:
+    assert digest(function(one)) == digest(function(one))
+    assert digest(function(one)) != digest(function(other))
+
+
+def test_what_a_function_does_not_depend_on() -> None:
+    plain = digest(function("N = 1\ndef fill(d): return N"))
+    assert plain == digest(function("M = 2\n\n\nN = 1\ndef other(): pass\ndef fill(d): return N"))
+    names = {f"name {number}" for number in range(100)}
+    reversed_names = set(sorted(names, reverse=True))
+    assert digest(function("def fill(d): return N", N=names)) == digest(function("def fill(d): return N", N=reversed_names))
+
+
+def test_two_functions_on_a_line() -> None:
+    one, other = lambda directory: (directory / "a").touch(), lambda directory: (directory / "b").touch()
+    assert digest(one) != digest(other)
+
+
+def test_a_function_of_anything() -> None:
+    digest(function("def fill(d): return N", N=object()))  # only named: as the source says
+    with pytest.raises(digests.Unknown):
+        digest(functools.partial(function("def fill(d, n): pass"), n=object()))
+    assert digest(functools.partial(print, 1)) != digest(functools.partial(print, 2))
+    assert digest(function("def fill(d): return os.path.join(d)", os=os)) == digest(
+        function("def fill(d): return os.path.join(d)", os=os)
+    )
+    assert digest(function("def fill(d): return trio.run(d)", trio=sys.modules["pytest"])) != digest(
+        function("def fill(d): return trio.run(d)", trio=sys.modules["os"])
+    )
