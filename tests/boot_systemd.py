@@ -372,6 +372,7 @@ def test_what_a_user_may_enter(images: Machine) -> None:
     """The unit's umask is not that of the directories that it makes on the way to the tree."""
     images(f"mkdir {IMAGES}/active/a && cd / && setpriv --reuid 1000 --regid 1000 --clear-groups ls {IMAGES}/active")
     images(f"rmdir {IMAGES}/active/a; systemctl stop snapfs@srv-images")
+    images("mkdir -p /mnt/far/away && chmod 755 /mnt/far /mnt/far/away")
     images("echo MOUNTPOINT=/mnt/far/away >>/etc/snapfs/srv-images.conf; systemctl start snapfs@srv-images")
     assert images("cd /; setpriv --reuid 1000 --regid 1000 --clear-groups ls /mnt/far/away/active") == ""
     images("systemctl stop snapfs@srv-images")

@@ -29,7 +29,7 @@ snapfs rollback web
 snapfs run web -- test -e new -a -e README.md
 
 cp -r snapfs/examples/pytest tests
-python -m pytest -q -p no:cacheprovider -n 2 tests
+python -m pytest -q -p no:cacheprovider --basetemp tmp -n 2 tests
 
 fusermount3 -u snap
 while test -e snap/README; do sleep 0.1; done

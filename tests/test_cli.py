@@ -25,6 +25,7 @@ from snapfs.cli.prune import seconds
 from snapfs.options import Sync
 from tests.command import SNAPFS, STEPS, Command, OnATerminal, run
 from tests.daemon import Daemon
+from tests.mounts import is_mounted
 from tests.processes import die_with_parent, until
 
 Make = Callable[..., Daemon]
@@ -312,6 +313,38 @@ def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
     assert 'snapshot "no" does not exist in ' in snapfs("mount", "no", str(tmp_path / "t"), status=3)
     assert "is no snapshot's file system" in snapfs("umount", "/proc", status=1)
     assert "lies in the tree" in snapfs("mount", "web", str(snapfs.mnt / "active"), status=1)
+
+
+RACING = """
+import os, sys
+from snapfs.cli import main
+from snapfs.kernel import mounting, overlay
+mnt, key, target = sys.argv[1:]
+
+def first(mount):
+    def commit_and_mount(*arguments, **keywords):
+        os.rename(f"{mnt}/active/{key}", f"{mnt}/committed/{key}")
+        return mount(*arguments, **keywords)
+    return commit_and_mount
+
+overlay.mount_overlay = first(overlay.mount_overlay)
+mounting.mount_bind = first(mounting.mount_bind)
+sys.exit(main(["mount", "--at", mnt, key, target]))
+"""
+
+
+@pytest.mark.parametrize("parent", ["", "committed/b/"])
+def test_mounted_while_somebody_commits_it(snapfs: Command, tmp_path: Path, parent: str) -> None:
+    """A user of the tree, between the command's look at mounts.json and its mount; what is committed can't be written to."""
+    snapfs("prepare", "b")
+    snapfs("commit", "b", "b")
+    os.mkdir(snapfs.mnt / f"{parent}active/raced")
+    (tmp_path / "target").mkdir()
+    words = [sys.executable, "-c", RACING, str(snapfs.mnt), "raced", str(tmp_path / "target")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (5, 'snapfs: "raced" was committed a moment ago: it is not mounted\n')
+    assert not is_mounted(tmp_path / "target")
+    assert snapfs("diff", "raced") == ""
 
 
 def test_mounted_twice(snapfs: Command, tmp_path: Path) -> None:

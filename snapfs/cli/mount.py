@@ -33,16 +33,22 @@ def _mount(given: Given) -> int:
     kind, directory = place.find(key)
     if kind == "committed":
         raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {key}')
-    mounted: list[str] = json.loads(place.read(f"{directory}/info.json"))["mounted"]
+    info = json.loads(place.read(f"{directory}/info.json"))
+    mounted: list[str] = info["mounted"]
+    number: int = info["id"]
     specs = json.loads(place.read(f"{directory}/mounts.json"))
     target = os.path.abspath(given.arguments[1])
-    window = enter(place)
     with contextlib.ExitStack() as held:
+        tree = os.open(place.path, os.O_PATH | os.O_DIRECTORY)  # in the daemon's namespaces its path may be none
+        held.callback(os.close, tree)
+        window = enter(place)
         with _trusted(f'mount "{key}" on', given.arguments[1]):
             found = held.enter_context(trusted.find(target, may_lack=True))
         if f"{found.path}/".startswith(f"{place.path}/"):
             raise Refusal(f"{given.arguments[1]} lies in the tree: mount it elsewhere")
-        _mount_at([each.removeprefix(window) for each in mounted], specs, key, kind, found, _attributes(given))
+        mounted = [each.removeprefix(window) for each in mounted]
+        if _mount_at(mounted, specs, key, kind, found, _attributes(given)) and kind == "active":
+            _let_write(place, f"/proc/self/fd/{tree}/by-id/{number}/info.json", key, found.path)
         if window:
             table.complain(f"mounted for the daemon and what snapfs starts; others reach it as {window}{found.path}")
     return 0
@@ -88,7 +94,8 @@ def _attributes(given: Given) -> int:
 
 def _mount_at(
     mounted: Sequence[str], specs: Sequence[dict[str, Any]], key: str, kind: str, found: Found, attributes: int
-) -> None:
+) -> bool:
+    """Mount it, read-only until it is known to be still what it was; False where it is another mount of what is mounted."""
     from snapfs.kernel import mounting, overlay
 
     target = found.path
@@ -98,24 +105,42 @@ def _mount_at(
     if target in mounted:
         raise Refusal(f'"{key}" is mounted on {target} already', BUSY)
     if kind == "active" and mounted and _bind(mounted[0], found.fd, attributes):
-        return
+        return False
     for spec in specs:
         options: list[str] = spec["options"]
         if any(option.startswith(("uidmap=", "gidmap=")) for option in options):
             raise Refusal(f'"{key}" wants its ids mapped, which a container runtime does from mounts.json')
         try:
             if spec["type"] == "bind":
-                mounting.mount_bind(spec["source"], found.fd, read_only="ro" in options, attributes=attributes)
+                mounting.mount_bind(spec["source"], found.fd, read_only=True, attributes=attributes)
                 continue
             given = dict(option.partition("=")[::2] for option in options)
             lowers = [_plain(part) for part in re.findall(r"((?:[^\\:]|\\.)+)(?::|\Z)", given.pop("lowerdir"))]
             upper, work = (_plain(given.pop(name)) if name in given else None for name in ("upperdir", "workdir"))
             others = [f"{name}={value}" if value else name for name, value in given.items()]
-            read_only = upper is None
-            overlay.mount_overlay(found.fd, lowers, upper, work, others, read_only=read_only, attributes=attributes)
+            overlay.mount_overlay(found.fd, lowers, upper, work, others, read_only=True, attributes=attributes)
         except OSError as error:
             status = NOT_PERMITTED if isinstance(error, PermissionError) else FAILED
             raise Refusal(f'cannot mount "{key}" on {target}: {error.strerror}', status) from None
+    return True
+
+
+def _let_write(place: MountedTree, info: str, key: str, target: str) -> None:
+    """Make what was mounted on ``target`` writable, if its snapshot is still active, as ``info`` says now: from now on, as
+    it is mounted, it can't be committed.  Another user of the tree may have done so since it was looked up.  Raises
+    Refusal, and then nothing is mounted."""
+    from snapfs.kernel import mounting
+
+    try:
+        kind = json.loads(place.read(info))["kind"]
+        if kind != "active":
+            raise Refusal(f'"{key}" was committed a moment ago: it is not mounted', BUSY)
+        mounting.make_writable(target)
+    except BaseException as error:
+        mounting.unmount(target, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+        if isinstance(error, OSError):
+            raise Refusal(f'cannot mount "{key}" on {target}: {error.strerror}') from None
+        raise
 
 
 def _bind(source: str, target: int, attributes: int) -> bool:

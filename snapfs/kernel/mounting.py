@@ -104,6 +104,19 @@ def make_read_only(target: str) -> None:
     _remount(target, MS_RDONLY)
 
 
+def make_writable(target: str) -> None:
+    """Undo ``read_only`` of the mount at ``target``, and of those below it.  Raises OSError."""
+    fd = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        mountapi.mount_setattr(fd, 0, clear=mountapi.MOUNT_ATTR_RDONLY, recursive=True)
+    except OSError as error:
+        if error.errno not in NO_MOUNT_API:
+            raise
+        _remount(target, 0)
+    finally:
+        os.close(fd)
+
+
 def _remount(target: str, flags: int) -> None:
     kept = os.statvfs(target).f_flag & _KEPT_FLAGS  # a remount drops what it isn't told, or may not (EPERM)
     mount("", target, "", _MS_REMOUNT | _MS_BIND | flags | kept)
