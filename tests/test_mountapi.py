@@ -630,3 +630,29 @@ def test_400_layers_are_mounted_in_no_time(tmp_path: Path, target: Path) -> None
     start = time.perf_counter()
     overlay.mount_overlay(str(target), lowers, None, None, [], read_only=True)
     assert time.perf_counter() - start < 1
+
+
+SHARED = """
+import os, subprocess
+from pathlib import Path
+from snapfs.kernel import mounting
+from snapfs.kernel.mounttable import mount_table
+
+subprocess.run(["mount", "-t", "tmpfs", "none", "/mnt"], check=True)
+subprocess.run(["mount", "--make-rshared", "/"], check=True)
+for name in ("layer/d", "new", "classic"):
+    os.makedirs(f"/mnt/{name}")
+mounting.mount_bind("/mnt/layer", "/mnt/new", read_only=False)
+mounting.mount_bind_classic("/mnt/layer", "/mnt/classic", read_only=False)
+for name in ("new", "classic"):
+    subprocess.run(["mount", "-t", "tmpfs", "theirs", f"/mnt/{name}/d"], check=True)
+print(sorted(mount.target for mount in mount_table() if mount.source == "theirs"))
+"""
+
+
+@pytest.mark.mounts
+def test_what_is_mounted_within_a_bind_does_not_come_to_be_in_what_was_bound() -> None:
+    """Where everything is mounted shared, as systemd has it, users would mount file systems of theirs within ROOT."""
+    words = ["unshare", "-m", sys.executable, "-c", SHARED]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "['/mnt/classic/d', '/mnt/new/d']\n"

@@ -19,6 +19,8 @@ MOUNT_ATTR_NODEV = 0x4
 MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_IDMAP = 0x100000
 
+MS_PRIVATE = 0x40000
+
 STRING_MAX = 255
 """Bytes of a string that fsconfig(2) takes; a longer one is EINVAL."""
 
@@ -132,10 +134,12 @@ def copy_tree(tree: int) -> int:
     return libc.call("syscall", _SYS_OPEN_TREE, tree, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH)
 
 
-def mount_setattr(tree: int, attributes: int, *, clear: int = 0, recursive: bool = False, namespace: int = 0) -> None:
+def mount_setattr(
+    tree: int, attributes: int, *, clear: int = 0, recursive: bool = False, namespace: int = 0, propagation: int = 0
+) -> None:
     """Set MOUNT_ATTR_* on the mount ``tree`` and ``clear`` others, and on the mounts below if ``recursive``; ``namespace`` is
-    the descriptor of the user namespace that MOUNT_ATTR_IDMAP needs."""
-    wanted = _MountAttr(attr_set=attributes, attr_clr=clear, userns_fd=namespace)
+    the descriptor of the user namespace that MOUNT_ATTR_IDMAP needs.  ``propagation``: MS_PRIVATE, if anything."""
+    wanted = _MountAttr(attr_set=attributes, attr_clr=clear, propagation=propagation, userns_fd=namespace)
     flags = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
     size = ctypes.c_size_t(ctypes.sizeof(wanted))
     libc.call("syscall", _SYS_MOUNT_SETATTR, tree, b"", flags, ctypes.byref(wanted), size)

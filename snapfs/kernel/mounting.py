@@ -57,12 +57,14 @@ def mount_bind(source: str, target: str | int, *, read_only: bool, attributes: i
 
 
 def make_bind(source: str, *, read_only: bool, attributes: int = 0) -> int:
-    """The descriptor of such a mount as ``mount_bind`` makes, attached nowhere yet; raises OSError."""
+    """The descriptor of such a mount as ``mount_bind`` makes, attached nowhere yet; raises OSError.
+
+    It is private: what a process mounts in there doesn't come to be in ``source``, as it does with a plain bind of what is
+    mounted shared."""
     tree = mountapi.open_tree(source, recursive=True)
     attributes |= mountapi.MOUNT_ATTR_RDONLY if read_only else 0
     try:
-        if attributes:
-            mountapi.mount_setattr(tree, attributes, recursive=True)
+        mountapi.mount_setattr(tree, attributes, recursive=True, propagation=mountapi.MS_PRIVATE)
     except OSError:
         os.close(tree)
         raise
@@ -90,12 +92,13 @@ def mount_bind_classic(source: str, target: str, *, read_only: bool, attributes:
     with any the mounts below ``source`` are left out, and ``target`` is without them for an instant."""
     attributes |= MS_RDONLY if read_only else 0
     mount(source, target, "", _MS_BIND | (0 if attributes else _MS_REC))
-    if attributes:
-        try:
+    try:
+        mount("", target, "", mountapi.MS_PRIVATE | _MS_REC)
+        if attributes:
             _remount(target, attributes)
-        except OSError:
-            unmount(target, MNT_DETACH | UMOUNT_NOFOLLOW)
-            raise
+    except OSError:
+        unmount(target, MNT_DETACH | UMOUNT_NOFOLLOW)
+        raise
 
 
 def make_read_only(target: str) -> None:
