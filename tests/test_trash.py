@@ -21,6 +21,8 @@ from snapfs.offline.checking import Problem, check
 from snapfs.root.trash import DEPTH, STUCK
 from tests.containerd_client import connected
 from tests.daemon import Daemon
+from tests.disk import make_file_system
+from tests.mounts import loop_mounted
 from tests.processes import until
 from tests.refusals import refused
 
@@ -316,3 +318,36 @@ def test_the_links_that_lead_out_are_not_followed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert stat.S_IMODE(outside.stat().st_mode) == 0o555
     assert (outside / "file").read_text() == "x"
+
+
+SUBVOLUME = """
+import fcntl, os, struct, sys
+def make(name):
+    arguments = bytearray(struct.pack("<q", 0) + name.encode().ljust(4088, b"\\0"))
+    fcntl.ioctl(os.open(".", os.O_RDONLY), 0x5000940E, arguments)
+make("s")
+os.chdir("s")
+open("file", "w").write("x")
+for _ in range(120):
+    os.mkdir("d")
+    os.chdir("d")
+os.mkdir("e")
+if sys.argv[1] == "ro":
+    os.chdir("../" * 120)
+    fcntl.ioctl(os.open(".", os.O_RDONLY), 0x4008941A, struct.pack("<Q", 2))
+"""
+
+
+@pytest.mark.parametrize("how", ["rw", "ro"])
+async def test_subvolumes_that_users_have_made(tmp_path: Path, how: str) -> None:
+    """On btrfs anybody who works in a snapshot without parent can make them, deep, or read-only."""
+    make_file_system("btrfs", tmp_path / "image")
+    with loop_mounted(tmp_path / "image", tmp_path / "disk") as disk:
+        async with open_snapshotter(disk / "root") as snapshotter:
+            await snapshotter.prepare("k")
+            layer = disk / "root/snapshots/1/fs"
+            layer.chmod(0o777)
+            subprocess.run([sys.executable, "-c", SUBVOLUME, how], cwd=layer, check=True)
+            await snapshotter.remove("k")
+            await snapshotter.cleanup()
+            assert os.listdir(disk / "root/trash") == []

@@ -9,12 +9,15 @@ import fcntl
 import os
 import stat
 import sys
+from contextlib import suppress
 
 from snapfs import names
 
 FIXED = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
 
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS of <linux/fs.h>
+_SUBVOL_GETFLAGS, _SUBVOL_SETFLAGS = 0x80089419, 0x4008941A  # BTRFS_IOC_SUBVOL_… of <linux/btrfs.h>
+_SUBVOL_RDONLY = 2
 _SHOWN = 250  # bytes of a path that a sentence shows: an extended attribute has room for the sentence, too
 
 
@@ -26,6 +29,15 @@ def flags_of(file: int) -> int:
 def set_flags(file: int, flags: int) -> None:
     """Set all flags of the file open as ``file``."""
     fcntl.ioctl(file, _SET_FLAGS, flags.to_bytes(4, sys.byteorder) + bytes(4))
+
+
+def make_subvolume_writable(directory: int) -> None:
+    """Let the subvolume (btrfs) whose top is open as ``directory`` be changed, if it is read-only and this process may do
+    that."""
+    with suppress(OSError):
+        flags = int.from_bytes(fcntl.ioctl(directory, _SUBVOL_GETFLAGS, bytes(8)), sys.byteorder)
+        if flags & _SUBVOL_RDONLY:
+            fcntl.ioctl(directory, _SUBVOL_SETFLAGS, (flags & ~_SUBVOL_RDONLY).to_bytes(8, sys.byteorder))
 
 
 def is_fixed(path: str) -> bool:

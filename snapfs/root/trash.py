@@ -2,7 +2,8 @@
 
 Before it is deleted, a directory that may not be written to gets the mode 0700, and the flags immutable and append-only
 (chattr(1)) are cleared where the daemon may do that.  Nothing else is changed: a file that has another name elsewhere gets its
-flags back.  A directory that can't be deleted all the same gets the reason as an extended attribute.
+flags back.  Subvolumes (btrfs) that users have made are made writable.  A directory that can't be deleted all the same gets
+the reason as an extended attribute.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import shlex
 import stat
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -22,7 +24,7 @@ from functools import partial
 from typing import TypeVar
 
 from snapfs.errors import FULL, Unavailable
-from snapfs.root.flags import FIXED, flags_of, is_fixed, nameable, set_flags, shown
+from snapfs.root.flags import FIXED, flags_of, is_fixed, make_subvolume_writable, nameable, set_flags, shown
 
 T = TypeVar("T")
 
@@ -168,12 +170,20 @@ class Trash:
                 raise
         if depth == DEPTH:
             moved = f"deep-{time.time_ns()}-{next(self._serials)}"
-            retried(lambda: os.rename(name, moved, src_dir_fd=parent, dst_dir_fd=trash))
-            self._add(1)
+            try:
+                retried(lambda: os.rename(name, moved, src_dir_fd=parent, dst_dir_fd=trash))
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                _delete_within(parent, name)
+            else:
+                self._add(1)
             return None
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = retried(lambda: os.open(name, flags, dir_fd=parent))
         try:
+            if os.fstat(fd).st_dev != os.fstat(parent).st_dev:
+                make_subvolume_writable(fd)
             refused, gone = self._delete_entries(fd, trash, depth + 1, checkpoint)
             while refused is None:  # and all entries are gone, but those that reading the directory has passed by
                 try:
@@ -202,6 +212,17 @@ class Trash:
                 else:
                     refused = error.with_traceback(None)
         return refused, gone
+
+
+def _delete_within(parent: int, name: str) -> None:
+    """Delete the directory ``name`` in the one open as ``parent``, which is in a subvolume (btrfs) that users have made in a
+    layer: from there nothing can be moved to the top of the trash.  rm(1) gets to any depth, and stays in there.  Raises
+    OSError: EXDEV where something is left."""
+    words = ["rm", "-rf", "--one-file-system", "--", f"./{name}"]
+    place = f"/proc/self/fd/{parent}"
+    subprocess.run(words, cwd=place, pass_fds=[parent], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    if os.path.lexists(f"{place}/{name}"):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
 
 
 def _retried(parent: int, name: str, inside: bool, act: Callable[[], T]) -> T:
@@ -279,6 +300,8 @@ def why_undeletable(error: OSError) -> str:
         else:
             remedy = f"rm -rf {shlex.quote(named)}"
         return f"{what}: {reason}; do it as its owner or as root: {remedy}"
+    if error.errno in (errno.EXDEV, errno.EROFS):
+        return f"{what}: {reason}; do it as root: rm -rf {shlex.quote(named)}, or btrfs subvolume delete for subvolumes in it"
     return f"{what}: {reason}"
 
 
