@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shlex
 import signal
 import subprocess
@@ -216,7 +217,8 @@ def test_programs_that_go_by_the_path_meet_an_error_in_the_window(home: Home) ->
 
 
 def test_in_use(home: Home) -> None:
-    home.sh("cd tree/active/w/rootfs/ && ! mv ../../../active/w ../../../committed/v 2>/dev/null", cwd=home.path)
+    home.sh(f"cd tree/active/w/rootfs/; ! mv {home.mnt}/active/w {home.mnt}/committed/v 2>/dev/null")
+    assert re.search(r"is in use by process \d+ \((sh|mv)\)", home.last_error())
     with sitting(home, "w"):
         home.sh("! mv tree/active/w tree/committed/v 2>/dev/null")
         assert "mounted in another mount namespace, that of process" in home.last_error()

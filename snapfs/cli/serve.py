@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
-from snapfs.kernel import userns
+from snapfs.kernel import processes, userns
 from snapfs.options import Options, Sync
 
 TYPE_CHECKING = False
@@ -184,6 +184,7 @@ def _go_inside(root: str, mountpoint: str) -> tuple[str, str, Outside | None, st
     if refusal:
         return root, mountpoint, None, refusal
     outside = Outside(ready_mountpoint)
+    processes.outside = outside.users
     userns.enter()
     return ready_root, ready_mountpoint, outside, None
 

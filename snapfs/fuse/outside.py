@@ -12,12 +12,19 @@ import select
 import signal
 import socket
 import subprocess
+import threading
 from contextlib import suppress
+from itertools import islice, pairwise
 from pathlib import Path
 
 from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.kernel.processes import users
 
 _ABORT = "/sys/fs/fuse/connections/{}/abort"
+
+ANSWER = 0.4  # seconds that a question to the process outside may take
+
+_MOST = 8192  # bytes of a question, or an answer
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """What a terminal or a service manager sends to all processes at once: the daemon ends, and this one after it."""
@@ -34,15 +41,21 @@ class Outside:
         self.mountpoint = mountpoint
         """Where the tree is to be, as the mount table has it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        asks, answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pid = os.fork()
         if self._pid == 0:
             try:
                 ours.close()
-                _stay(theirs, mountpoint)
+                asks.close()
+                _stay(theirs, answers, mountpoint)
             finally:
                 os._exit(0)
         theirs.close()
+        answers.close()
         self._channel = ours
+        self._asks = asks
+        self._asking = threading.Lock()
+        asks.settimeout(ANSWER)
 
     def mount(self, options: set[str]) -> int:
         """Mount the tree: the descriptor of the device.  Raises OutsideError."""
@@ -53,6 +66,20 @@ class Outside:
         os.set_inheritable(fds[0], False)
         return fds[0]
 
+    def users(self, directory: str) -> list[tuple[int, str]]:
+        """``kernel.processes.users``, as the process outside sees them; none where it takes too long to tell.  Threads may
+        share it."""
+        try:
+            with self._asking:
+                while select.select([self._asks], [], [], 0)[0]:  # an answer that came too late
+                    if not self._asks.recv(_MOST):
+                        return []
+                self._asks.send(os.fsencode(directory)[:_MOST])
+                words = self._asks.recv(_MOST).decode(errors="surrogateescape").splitlines()
+        except OSError:
+            return []
+        return [(int(pid), name) for pid, _, name in (line.partition(" ") for line in words if line)]
+
     def fileno(self) -> int:
         """Becomes readable when the tree is no longer mounted."""
         return self._channel.fileno()
@@ -62,15 +89,17 @@ class Outside:
         that is done.  Twice is fine."""
         if self._channel.fileno() >= 0:
             self._channel.close()
+            self._asks.close()
             with suppress(ChildProcessError):
                 os.waitpid(self._pid, 0)
 
 
-def _stay(channel: socket.socket, mountpoint: str) -> None:
+def _stay(channel: socket.socket, answers: socket.socket, mountpoint: str) -> None:
     """What the process outside does with its life."""
     os.setsid()
-    for first, end in ((3, channel.fileno()), (channel.fileno() + 1, 1 << 20)):  # whatever others wait for the end of
-        os.closerange(first, end)
+    kept = sorted((2, channel.fileno(), answers.fileno(), 1 << 20))
+    for first, end in pairwise(kept):  # whatever others wait for the end of
+        os.closerange(first + 1, end)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     options = channel.recv(65536)
@@ -102,9 +131,7 @@ def _stay(channel: socket.socket, mountpoint: str) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # whoever reads what the daemon says is to see its end
         os.dup2(nothing, descriptor)
-    if own is None:
-        channel.recv(1)
-    elif _watch(channel, own):
+    if _watch(channel, answers, own) and own is not None:
         _unmount(own)
 
 
@@ -112,19 +139,27 @@ def _mounted_at(mountpoint: str) -> MountPoint | None:
     return next((mount for mount in reversed(list(mount_table())) if mount.target == mountpoint), None)
 
 
-def _watch(channel: socket.socket, own: MountPoint) -> bool:
-    """Return when the daemon is gone: True; or when ``own`` is no longer mounted, of which the daemon is told: False.
+def _watch(channel: socket.socket, answers: socket.socket, own: MountPoint | None) -> bool:
+    """Return when the daemon is gone: True; or when ``own`` is no longer mounted, of which the daemon is told: False.  Until
+    then, answer.
 
     The daemon would not learn that from the kernel while a mount namespace that was made meanwhile has a copy of the mount."""
     with open("/proc/self/mountinfo", "rb") as table:
         poll = select.poll()
         poll.register(channel, select.POLLIN)
+        poll.register(answers, select.POLLIN)
         poll.register(table, select.POLLPRI)  # and POLLERR, which is always told
         while True:
             ready = [fd for fd, _ in poll.poll()]
             if channel.fileno() in ready:
                 return True
-            if not _is_mounted(own):
+            if answers.fileno() in ready:
+                directory = answers.recv(_MOST)
+                if not directory:
+                    return True
+                found = islice(users(os.fsdecode(directory)), 5)
+                answers.send("\n".join(f"{pid} {name}" for pid, name in found).encode(errors="replace") or b"\n")
+            if own is not None and not _is_mounted(own):
                 return False
 
 

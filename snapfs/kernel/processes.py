@@ -12,6 +12,9 @@ from snapfs import names
 from snapfs.kernel import libc
 
 ENOUGH = 0.02  # seconds after which no further process is looked for, once one was found
+outside: Callable[[str], list[tuple[int, str]]] | None = None
+"""``users`` as a process sees them that is not in this one's user namespace, in which the kernel tells nothing of others."""
+
 LONGEST = 0.25  # seconds after which the search is given up: the caller may hold locks that all other calls wait for
 
 
@@ -19,7 +22,8 @@ def users(directory: str) -> Iterator[tuple[int, str]]:
     """Pid and name of each process that has its working directory, its root, its program, an open file or a mapping in
     ``directory``, as far as this process may see that; those of other mount namespaces are not found.
 
-    What is seen quickest is looked at first, and on a machine with many processes not all are found (ENOUGH, LONGEST).
+    What is seen quickest is looked at first, and on a machine with many processes not all are found (ENOUGH, LONGEST).  Where
+    none is, those are asked for that ``outside`` sees.
     """
 
     def is_inside(path: str) -> bool:
@@ -28,7 +32,12 @@ def users(directory: str) -> Iterator[tuple[int, str]]:
     def by(uses: Callable[[str], Iterator[str]]) -> Callable[[str], bool]:
         return lambda process: any(map(is_inside, uses(process)))
 
-    return _search(by(_places), by(_files), by(_mappings))
+    found = False
+    for found_here in _search(by(_places), by(_files), by(_mappings)):
+        found = True
+        yield found_here
+    if not found and outside is not None:
+        yield from outside(directory)
 
 
 def users_of_device(device: str, *, longest: float = LONGEST) -> Iterator[tuple[int, str]]:
