@@ -396,7 +396,7 @@ def test_why_there_is_no_overlay(through: list[str], uid: int, words: str, open_
 
 def test_what_can_not_be_tried_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """AppArmor's way, and Debian's switch: by the errors that the kernel was seen to give."""
-    monkeypatch.setattr(entering, "_sysctl", lambda name: "1" if "apparmor" in name else "0")
+    monkeypatch.setattr(entering, "sysctl", lambda name: "1" if "apparmor" in name else "0")
     for step in ("setgroups", "map", "mounts"):
         assert "`userns,`" in entering._why(step, PermissionError(13, "Permission denied"))
     assert "unprivileged_userns_clone=1" in entering._why("user", PermissionError(1, "Operation not permitted"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import pwd
 import signal
@@ -61,13 +60,13 @@ def _become(words: list[str]) -> int:
 
 def _stand_inside(given: Given) -> None:
     """Move this process to where it sees the workspace, and into it.  Raises Refusal."""
-    from snapfs.kernel import trusted, userns
+    from snapfs.kernel import mounting, trusted, userns
 
     place = find_tree(given.value("at"), changes=True)
     place.refuse_foreign("run in")
     key = place.key(given.arguments[0])
     _, directory = place.find(key)
-    options = json.loads(place.read(f"{place.path}/.snapfs/options.json"))
+    options = place.options()
     window: str = options["window"]
     if not options["features"]["rootfs"]["on"]:
         raise Refusal(f'cannot get into "{key}": there is no rootfs: {options["features"]["rootfs"]["why"]}')
@@ -88,9 +87,9 @@ def _stand_inside(given: Given) -> None:
             else:
                 userns.copy_mounts()
             if over is not None:
-                _put_over(target, held.enter_context(trusted.find(over)).fd)
+                mounting.mount_bind(target, held.enter_context(trusted.find(over)).fd, read_only=False)
             if given.has("root") and os.geteuid() != 0:
-                userns.become_root()
+                userns.enter(root=True)
         except OSError as error:
             hint = "run it as root" if not window and os.geteuid() != 0 else "is the daemon yours?"
             raise Refusal(f'cannot get into "{key}": {error.strerror}: {hint}', NOT_PERMITTED) from None
@@ -137,7 +136,7 @@ def _fetch(daemon: int, target: str) -> None:
         told, fds, _, _ = socket.recv_fds(ours, 1, 1)
     os.waitpid(child, 0)
     if not fds:
-        number = told[0] if told else 3  # ESRCH
+        number = told[0] if told else errno.ESRCH
         raise OSError(number, os.strerror(number))
     userns.join(daemon, mounts=False)
     userns.copy_mounts()
@@ -149,12 +148,6 @@ def _refuse_another(key: str, target: str) -> None:
     if not os.path.ismount(target):
         inside = os.environ.get("SNAPFS_WORKSPACE", "another one")
         raise Refusal(f'cannot get into "{key}" from inside of "{inside}": leave that first', NOT_PERMITTED)
-
-
-def _put_over(target: str, directory: int) -> None:
-    from snapfs.kernel import mounting
-
-    mounting.mount_bind(target, directory, read_only=False)
 
 
 def _go(there: str, instead: str) -> None:

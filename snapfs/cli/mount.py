@@ -58,7 +58,7 @@ def enter(place: MountedTree) -> str:
     """Enter the namespaces of the daemon that serves the tree, where it has some of its own, in which alone the user may mount:
     before the paths there what leads to them from outside; "" where there are none.  The working directory is another one then,
     and the tree may not be seen.  Raises Refusal."""
-    options = json.loads(place.read(f"{place.path}/.snapfs/options.json"))
+    options = place.options()
     window: str = options["window"]
     if window:
         from snapfs.kernel import userns
@@ -219,7 +219,7 @@ def _entered(given: Given, target: str) -> MountPoint | None:
 
     with contextlib.suppress(Refusal, OSError):
         place = find_tree(given.value("at"), tell=False)
-        options = json.loads(place.read(f"{place.path}/.snapfs/options.json"))
+        options = place.options()
         if options["window"] and place.is_trusted():
             shown = {mount.target: mount for mount in map(parse, lines_of(options["pid"]))}
             if target in shown:

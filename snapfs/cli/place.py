@@ -11,6 +11,7 @@ from snapfs.cli.refusal import NO_TREE, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
 KINDS = ("active", "committed", "view")
 
@@ -135,11 +136,18 @@ class MountedTree:
         except OSError as error:
             raise refusal(error, self.path, began, f"cannot read {path}") from None
 
+    def options(self) -> dict[str, Any]:
+        """What options.json says; raises Refusal."""
+        import json
+
+        found: dict[str, Any] = json.loads(self.read(f"{self.path}/.snapfs/options.json"))
+        return found
+
     def mounted_by_hand(self, directory: str) -> list[str]:
         """Where the snapshot at ``directory`` is mounted, as the daemon tells it, but for its rootfs; raises Refusal."""
         import json
 
-        options = json.loads(self.read(f"{self.path}/.snapfs/options.json"))
+        options = self.options()
         mounted: list[str] = json.loads(self.read(f"{directory}/info.json"))["mounted"]
         return [each for each in mounted if not each.startswith(f"{options['window']}{options['root']}/rootfs/")]
 

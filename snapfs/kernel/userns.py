@@ -7,107 +7,149 @@ where the mounts there are shared (``systemd`` makes them so), and never the oth
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from snapfs.kernel import libc
+from snapfs.kernel.mounttable import mount_table
 
 CLONE_NEWNS = 0x20000
 CLONE_NEWUSER = 0x10000000
 _MS_REC = 0x4000
 _MS_SLAVE = 0x80000
 
-_PR_SET_DUMPABLE = 4
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 2, 4
 _CAP_SYS_ADMIN = 21
 
-_STEPS = ("user", "setgroups", "uid_map", "gid_map", "mount", "slave")
+USER, SETGROUPS, MAP, MOUNTS, SLAVE = "user", "setgroups", "map", "mounts", "slave"
+"""The steps of ``enter``; the last two are ``copy_mounts``."""
+
+Step = Callable[[str], object]
+"""A function that is told of each step before it is made."""
+
+
+def _untold(_: str) -> None:
+    pass
 
 
 def may_mount() -> bool:
-    """Whether this process has the right to mount in its mount namespace, as far as capabilities tell."""
-    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
+    """Whether this thread has the right to mount in its mount namespace, as far as capabilities tell."""
+    lines = (line.partition(":") for line in Path("/proc/thread-self/status").read_text().splitlines())
     return any(int(value, 16) >> _CAP_SYS_ADMIN & 1 for name, _, value in lines if name == "CapEff")
 
 
 def why_refused() -> str | None:
-    """Why this process can't ``enter`` namespaces of its own, and what to do, in a sentence; None where it can.
+    """Why this process can't ``enter`` namespaces of its own, and what to do, in a sentence; None where it can.  This takes
+    some three milliseconds."""
+    failed = tried(enter)
+    if failed is None:
+        return None
+    step, error = failed
+    return _in_words(step, error.errno or errno.EIO) if step else error.strerror
 
-    A short-lived process tries it, since by the time that the kernel says no there may be no way back.  Call it before there
-    are threads: this takes some three milliseconds.
-    """
-    reads, writes = os.pipe()
-    child = os.fork()
+
+def tried(act: Callable[[Step], object]) -> tuple[str, OSError] | None:
+    """The step, and the error, at which ``act`` failed in a short-lived child, since by the time that the kernel says no there
+    may be no way back; None where all went well.  An error without a number is none of the kernel's."""
+    there, here = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads: the child takes none of their locks
+        child = os.fork()
     if child == 0:
+        step = ""
+
+        def note(next_step: str) -> None:
+            nonlocal step
+            step = next_step
+
+        said = "done"
         try:
-            os.write(writes, bytes(_enter()))
+            act(note)
+        except OSError as error:
+            said = f"{step}\0{error.errno}\0{error.strerror}"
+        except BaseException as error:
+            said = f"{step}\x000\0{error}"
         finally:
+            os.write(here, said.encode(errors="replace"))
             os._exit(0)
-    os.close(writes)
-    with open(reads, "rb") as words:
-        told = words.read()
+    os.close(here)
+    with os.fdopen(there, errors="replace") as pipe:
+        told = pipe.read()
     os.waitpid(child, 0)
-    if not told:
-        return "the trial of a user namespace ended without an answer"
-    step, number = _STEPS[told[0]], told[1]
-    return _in_words(step, number) if number else None
+    if told == "done":
+        return None
+    step, number, words = told.split("\0", 2) if told else ("", "0", "the trial of a user namespace ended without an answer")
+    return step, OSError(int(number), words)
 
 
-def enter() -> None:
-    """Move this process, which must have one thread, into a user namespace and a mount namespace of its own.  Raises OSError:
-    then the process can't be used any more (``why_refused``)."""
-    step, number = _enter()
-    if number:
-        raise OSError(number, f"{os.strerror(number)} ({_STEPS[step]})")
-
-
-def become_root() -> None:
-    """``enter``, and be root in there: user and group 0, which are outside what this process is."""
-    step, number = _enter(0, 0)
-    if number:
-        raise OSError(number, f"{os.strerror(number)} ({_STEPS[step]})")
-
-
-def _enter(inner_uid: int | None = None, inner_gid: int | None = None) -> tuple[int, int]:
-    """The step that came last, and the error that it met, or 0."""
+def enter(step: Step = _untold, *, root: bool = False) -> None:
+    """Move this process, which must have one thread, into a user namespace and a mount namespace of its own; as ``root``, user
+    and group 0 in there are what this process is outside.  Raises OSError: then the process can't be used any more (``tried``).
+    """
     uid, gid = os.geteuid(), os.getegid()
-    users = f"{uid if inner_uid is None else inner_uid} {uid} 1"
-    groups = f"{gid if inner_gid is None else inner_gid} {gid} 1"
-    step = 0
+    signal = ctypes.c_int()
+    libc.call("prctl", _PR_GET_PDEATHSIG, ctypes.byref(signal), 0, 0, 0)
+    # else one that was root before, and has started no program since, may not write its tables, and nobody can look in
+    libc.call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)
+    step(USER)
+    libc.call("unshare", CLONE_NEWUSER)
+    step(SETGROUPS)
+    _write("setgroups", "deny")
+    step(MAP)
+    _write("uid_map", f"{0 if root else uid} {uid} 1")
+    _write("gid_map", f"{0 if root else gid} {gid} 1")
+    copy_mounts(step)
+    libc.call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)  # these two are lost by the gain of capabilities
+    libc.call("prctl", _PR_SET_PDEATHSIG, signal.value, 0, 0, 0)
+
+
+def copy_mounts(step: Step = _untold) -> None:
+    """Give this process, which must have one thread, a mount namespace of its own: a copy of the one it is in, that follows
+    what is mounted there.  Raises OSError."""
+    step(MOUNTS)
+    libc.call("unshare", CLONE_NEWNS)
+    step(SLAVE)
     try:
-        # else one that was root before, and has started no program since, may not write its tables, and nobody can look in
-        libc.call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)
-        libc.call("unshare", CLONE_NEWUSER)
-        for step, text in enumerate(("deny", users, groups), start=1):
-            with open(f"/proc/self/{_STEPS[step]}", "w", encoding="ascii") as table:
-                table.write(text)
-        step = 4
-        libc.call("unshare", CLONE_NEWNS)
-        step = 5
         libc.call("mount", b"none", b"/", None, _MS_REC | _MS_SLAVE, None)
     except OSError as error:
-        return step, error.errno or errno.EIO
-    return step, 0
+        if error.errno != errno.EINVAL:  # in a chroot / is no mountpoint
+            raise
+        for mount in list(mount_table()):
+            with contextlib.suppress(OSError):
+                libc.call("mount", b"none", os.fsencode(mount.target), None, _MS_SLAVE, None)
+
+
+def _write(table: str, text: str) -> None:
+    fd = os.open(f"/proc/self/{table}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
 
 
 def _in_words(step: str, number: int) -> str:
     words = f"({os.strerror(number)})"
     if number == errno.ENOSPC:
-        limit = "user.max_mnt_namespaces" if step == "mount" else "user.max_user_namespaces"
+        limit = "user.max_mnt_namespaces" if step == MOUNTS else "user.max_user_namespaces"
         return f"the limit {limit} is reached {words}: root can raise it, with sysctl -w {limit}=15000 for one"
-    if step == "user" and number in (errno.EINVAL, errno.ENOSYS):
+    if step == USER and number in (errno.EINVAL, errno.ENOSYS):
         return f"this kernel has no user namespaces {words}: run the daemon as root"
-    if step == "user" and _is(b"0", "/proc/sys/kernel/unprivileged_userns_clone"):
+    if step == USER and sysctl("kernel/unprivileged_userns_clone") == "0":
         return (
             f"user namespaces are for root alone here {words}: root can let everybody make them, with "
             "sysctl -w kernel.unprivileged_userns_clone=1"
         )
-    if _is(b"1", "/proc/sys/kernel/apparmor_restrict_unprivileged_userns"):
+    if sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1":
         return (
             f"AppArmor restricts user namespaces here {words}: root can let snapfs have them, with the profile "
             "examples/apparmor/snapfs, or all programs, with sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
         )
-    if step == "user":
+    if step == USER:
         return (
             f"user namespaces are forbidden here {words}, by a container's filter of system calls or in a chroot: let the "
             "container make them (docker run --security-opt seccomp=unconfined), or run the daemon outside of it"
@@ -115,11 +157,12 @@ def _in_words(step: str, number: int) -> str:
     return f"user namespaces have no rights here {words}: a security module, such as AppArmor or SELinux, takes them away"
 
 
-def _is(value: bytes, path: str) -> bool:
+def sysctl(name: str) -> str:
+    """What sysctl(8) says of ``name`` (a path in /proc/sys), "" where there is no such thing."""
     try:
-        return Path(path).read_bytes().strip() == value
+        return Path("/proc/sys", name).read_text().strip()
     except OSError:
-        return False
+        return ""
 
 
 def is_inside(pid: int) -> bool:
@@ -134,8 +177,7 @@ def is_inside(pid: int) -> bool:
 
 def join(pid: int, *, mounts: bool) -> None:
     """Move this process, which must have one thread, into the user namespace of process ``pid``, and into its mount
-    namespace if
-    ``mounts`` are wanted.  Raises OSError: EPERM where that is not this user's."""
+    namespace if ``mounts`` are wanted.  Raises OSError: EPERM where that is not this user's."""
     fds = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in (("user", "mnt") if mounts else ("user",))]
     try:
         for fd, kind in zip(fds, (CLONE_NEWUSER, CLONE_NEWNS), strict=False):
@@ -143,10 +185,3 @@ def join(pid: int, *, mounts: bool) -> None:
     finally:
         for fd in fds:
             os.close(fd)
-
-
-def copy_mounts() -> None:
-    """Give this process, which must have one thread, a mount namespace of its own: a copy of the one it is in, that follows
-    what is mounted there.  Raises OSError."""
-    libc.call("unshare", CLONE_NEWNS)
-    libc.call("mount", b"none", b"/", None, _MS_REC | _MS_SLAVE, None)

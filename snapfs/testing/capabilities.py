@@ -22,13 +22,8 @@ _PR_CAP_AMBIENT, _RAISE, _CLEAR_ALL = 47, 2, 4
 _held = False  # this process holds them back: it has entered a user namespace by itself
 
 
-def effective() -> int:
-    """The capabilities that are in force, a bit each."""
-    return _get()[0]
-
-
 def permitted() -> int:
-    """Those that may be raised."""
+    """The capabilities that may be raised, a bit each."""
     return _get()[1]
 
 
