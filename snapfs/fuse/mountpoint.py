@@ -66,12 +66,12 @@ def unmount(own: MountPoint) -> bool:
 
     Closing the device would do so too, but not while our own thread waits in it for a lock that such a request holds
     (``cache.forget_name``)."""
-    now = _still_there(own)
+    now = still_there(own)
     if now is None:
         return True
     if [mount.id for mount in mount_table() if mount.target == now.target][-1:] != [now.id]:
         log.warning("something else is mounted over %s: unmount that, and then %s", now.target, now.target)
-        _abort(now)
+        abort(now)
         return True
     try:
         mounting.unmount(now.target, mounting.MNT_FORCE | mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
@@ -84,12 +84,12 @@ def unmount(own: MountPoint) -> bool:
 
 def why_over(own: MountPoint) -> str:
     """Why requests have come to an end without a signal."""
-    if _still_there(own) is not None:
+    if still_there(own) is not None:
         return "the FUSE connection was aborted; the next start recovers the mountpoint"
     return "unmounted"
 
 
-def _still_there(own: MountPoint) -> MountPoint | None:
+def still_there(own: MountPoint) -> MountPoint | None:
     """Our mount as it is now, which may have been moved."""
     return next((mount for mount in mount_table() if (mount.id, mount.device) == (own.id, own.device)), None)
 
@@ -111,7 +111,7 @@ def recover_mountpoint(root: str, mountpoint: str) -> None:
             if not is_abandoned(source if source.startswith("/") else root):
                 return
             log.warning("%s was left mounted by a daemon that is gone; unmounting it", mountpoint)
-            _detach(mounts[-1])
+            detach(mounts[-1])
             continue
         try:
             os.statvfs(mountpoint)
@@ -123,16 +123,16 @@ def recover_mountpoint(root: str, mountpoint: str) -> None:
         raise Unavailable(f"{mountpoint} is a dead mount of {dead}; unmount it first: fusermount3 -uz {mountpoint}")
 
 
-def _detach(mount: MountPoint) -> None:
+def detach(mount: MountPoint) -> None:
     """Refuse all requests that wait for the daemon of ``mount``, which frees what waits, and unmount it."""
     try:
         mounting.unmount(mount.target, mounting.MNT_FORCE | mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
     except PermissionError:
-        _abort(mount)
+        abort(mount)
         subprocess.run(["fusermount3", "-u", "-z", "--", mount.target], check=False)
 
 
-def _abort(mount: MountPoint) -> None:
+def abort(mount: MountPoint) -> None:
     with contextlib.suppress(OSError):  # fusectl is not mounted everywhere
         Path(f"/sys/fs/fuse/connections/{mount.device.partition(':')[2]}/abort").write_text("1")
 

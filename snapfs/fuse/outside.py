@@ -15,12 +15,10 @@ import subprocess
 import threading
 from contextlib import suppress
 from itertools import islice, pairwise
-from pathlib import Path
 
-from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.fuse.mountpoint import abort, detach, mounted_at, still_there
+from snapfs.kernel.mounttable import MountPoint
 from snapfs.kernel.processes import users
-
-_ABORT = "/sys/fs/fuse/connections/{}/abort"
 
 ANSWER = 0.4  # seconds that a question to the process outside may take
 
@@ -125,7 +123,7 @@ def _stay(channel: socket.socket, answers: socket.socket, mountpoint: str) -> No
             channel.send(done.stderr[:60000] or b"fusermount3 failed")
             return
         _, fds, _, _ = socket.recv_fds(ours, 1, 1)
-    own = _mounted_at(mountpoint)
+    own = mounted_at(mountpoint)
     socket.send_fds(channel, [b"1"], fds)
     os.close(fds[0])
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -133,10 +131,6 @@ def _stay(channel: socket.socket, answers: socket.socket, mountpoint: str) -> No
         os.dup2(nothing, descriptor)
     if _watch(channel, answers, own) and own is not None:
         _unmount(own)
-
-
-def _mounted_at(mountpoint: str) -> MountPoint | None:
-    return next((mount for mount in reversed(list(mount_table())) if mount.target == mountpoint), None)
 
 
 def _watch(channel: socket.socket, answers: socket.socket, own: MountPoint | None) -> bool:
@@ -159,19 +153,15 @@ def _watch(channel: socket.socket, answers: socket.socket, own: MountPoint | Non
                     return True
                 found = islice(users(os.fsdecode(directory)), 5)
                 answers.send("\n".join(f"{pid} {name}" for pid, name in found).encode(errors="replace") or b"\n")
-            if own is not None and not _is_mounted(own):
+            if own is not None and still_there(own) is None:
                 return False
 
 
-def _is_mounted(own: MountPoint) -> bool:
-    return any((mount.id, mount.device) == (own.id, own.device) for mount in mount_table())
-
-
 def _unmount(own: MountPoint) -> None:
-    if not _is_mounted(own):
+    if still_there(own) is None:
         return
-    with suppress(OSError):  # fusectl is not mounted everywhere
-        Path(_ABORT.format(own.device.partition(":")[2])).write_text("1")
-    now = _mounted_at(own.target)
-    if now is not None and now.id == own.id:  # else something is mounted over it
-        subprocess.run(["fusermount3", "-u", "-z", "--", own.target], check=False)
+    now = mounted_at(own.target)
+    if now is not None and now.id == own.id:
+        detach(own)
+    else:  # something is mounted over it
+        abort(own)

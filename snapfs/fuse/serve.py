@@ -75,9 +75,8 @@ async def serve(
 
     ``on_ready`` is called when requests are being answered, ``on_stop`` when a signal is about to end that.  ``also_shown`` is
     what options.json says besides.  ``outside`` mounts, where this process is in a mount namespace of its own: then
-    ``root`` and
-    ``mountpoint`` are ``ready``.  Raises SnapshotError with a sentence where the root, the mountpoint, FUSE or ``beside``
-    can't be used.
+    ``root`` and ``mountpoint`` are ``ready``.  Raises SnapshotError with a sentence where the root, the mountpoint, FUSE or
+    ``beside`` can't be used.
     """
     _check_access(mount.access, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
