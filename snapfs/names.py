@@ -22,8 +22,13 @@ NAME_MAX = 255
 
 _ENCODED = re.compile("[%/\x00-\x1f\x7f-\x9f]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-_DISGUISE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_RAW_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+UNSEEN = "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff\U000e0000-\U000e007f"
+"""For a class of a regular expression: characters that turn the direction of writing (Unicode's Bidi_Control) or break
+lines, or that nobody sees, by which one name looks like another.  The joiners U+200C and U+200D are not among them: scripts and
+pictures need them."""
+
+_DISGUISE = re.compile(f"[\x00-\x1f\x7f-\x9f{UNSEEN}]")
+_RAW_IN_JSON = re.compile(f"[\x7f-\x9f{UNSEEN}]")
 _DECODED = re.compile("(?:%[0-9A-F]{2})+")
 _SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
@@ -72,7 +77,7 @@ def parse_id(name: str) -> int | None:
 
 def printable(text: str) -> str:
     """``text`` on one line for a log or a table: bytes that are not UTF-8 as ``\\xNN``, and what a terminal would obey
-    percent-encoded: control characters, and those that break lines or turn the direction of writing (Unicode's Bidi_Control).
+    percent-encoded: control characters, and UNSEEN.
     """
     text = _SURROGATES.sub(lambda m: f"\\u{ord(m[0]):04x}", text)  # which stand for no byte, so no file name has them
     text = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
@@ -81,4 +86,9 @@ def printable(text: str) -> str:
 
 def plain_json(text: str) -> str:
     """The JSON document ``text`` with what a terminal would obey escaped as ``\\uNNNN``: JSON lets such characters stand."""
-    return text if text.isascii() and "\x7f" not in text else _RAW_IN_JSON.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
+    return text if text.isascii() and "\x7f" not in text else _RAW_IN_JSON.sub(_as_json, text)
+
+
+def _as_json(match: re.Match[str]) -> str:
+    units = match[0].encode("utf-16-be")  # above U+FFFF two of them
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))

@@ -21,7 +21,6 @@ from snapfs import names
 from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, Pinned, TryAgain, Unavailable
 from snapfs.filters import Filters
 from snapfs.kernel.namespaces import shares_mount_namespace
-from snapfs.kernel.userns import is_inside
 from snapfs.labels import PIN, Labels
 from snapfs.model import OWNER, Caller, Change, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
@@ -611,10 +610,6 @@ class Snapshotter:
         if not pid or shares_mount_namespace(pid):
             return None
         return await trio.to_thread.run_sync(why_unseen, pid, target)
-
-    def is_inside(self, pid: int) -> bool:
-        """Whether process ``pid`` is in the user namespace that this process has made for itself, or in one made in there."""
-        return is_inside(pid)
 
     def statistics(self) -> Statistics:
         """Counts of this root now, and of what was done since it was opened."""

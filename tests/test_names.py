@@ -166,7 +166,17 @@ def test_what_is_wrong_is_not_shown_as_it_is_to_be_written() -> None:
     assert str(refused.value) == '"a\\nb" is no key\'s file name; write "a%0Ab"'
 
 
-DISGUISES = ["\x9b31m", "\u202egpj.exe", "a\u2066b\u2069", "\u200f", "line\u2028break", "\x7f"]
+DISGUISES = [
+    "\x9b31m",
+    "\u202egpj.exe",
+    "a\u2066b\u2069",
+    "\u200f",
+    "line\u2028break",
+    "\x7f",
+    "a\u200bb",
+    "\ufeff",
+    "\U000e0041",
+]
 
 
 @pytest.mark.parametrize("text", DISGUISES)

@@ -185,18 +185,20 @@ def user(open_path: Path) -> Runner:
     return Runner(open_path, uid=NOBODY)
 
 
-@pytest.mark.parametrize("options", [("--snapfs=auto",), ("--snapfs=copy",), ("-n2",)], ids=["alone", "copy", "xdist"])
-@pytest.mark.parametrize("who", [0, ALICE], ids=["root", "user"])
+@pytest.mark.parametrize(
+    ("who", "options"),
+    [(0, ("--snapfs=auto",)), (ALICE, ("--snapfs=copy",)), (ALICE, ("-n2",))],
+    ids=["root alone", "user copy", "user xdist"],
+)
 @pytest.mark.parametrize(("recipe", "tests"), [("shop", 5), ("postgres", 4), ("git", 3)], ids=["sqlite", "postgresql", "git"])
 def test_the_recipes(recipe: str, tests: int, who: int, options: tuple[str, ...], users: None, short_path: Path) -> None:
     said = Runner(short_path, uid=who)(*options, tests=EXAMPLES / f"test_{recipe}.py", status=0)
     assert f" {tests} passed in" in said
 
 
-@pytest.mark.parametrize("who", [0, ALICE], ids=["root", "user"])
-def test_the_recipe_for_a_site(who: int, users: None, open_path: Path) -> None:
+def test_the_recipe_for_a_site(users: None, open_path: Path) -> None:
     """On a disk of its own: where there is no journal, ext4 takes minutes to make as many files as were just removed."""
-    runner = Runner(open_path, uid=who)
+    runner = Runner(open_path, uid=ALICE)
     with disk(runner, "mkfs.ext4", "-N", "200000", size=1 << 30), runner.started(tests=EXAMPLES / "test_site.py") as process:
         said, _ = process.communicate(timeout=300)
         assert " 3 passed in" in said
@@ -547,7 +549,7 @@ def test_the_working_directory_has_no_modules_for_it(tmp_path: Path) -> None:
 WAIT = "import pathlib, pytest, time\ndef wait(directory=None):\n    pathlib.Path({here!r}).touch()\n    time.sleep(60)\n"
 
 
-@pytest.mark.parametrize("options", [(), ("-n2",), ("--snapfs=copy",)], ids=["alone", "xdist", "copy"])
+@pytest.mark.parametrize("options", [(), ("-n2",)], ids=["alone", "xdist"])
 @pytest.mark.parametrize(
     "test",
     [

@@ -26,6 +26,7 @@ from snapfs.fuse.mountpoint import (
 from snapfs.fuse.operations import Operations
 from snapfs.fuse.outside import Outside, OutsideError
 from snapfs.fuse.waiting import MAX_TASKS
+from snapfs.kernel import userns
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
 from snapfs.snapshotter import Snapshotter
@@ -91,9 +92,8 @@ async def serve(
             try:
                 access = {**msgspec.structs.asdict(mount.access), "umask": f"{mount.access.umask:03o}"}
                 served = {"mountpoint": mountpoint, **access, "ro": mount.ro, "dirsync": mount.dirsync, **(also_shown or {})}
-                tree = Tree(
-                    snapshotter, served, dirsync=mount.dirsync, window="" if outside is None else f"/proc/{os.getpid()}/root"
-                )
+                window = "" if outside is None else f"/proc/{os.getpid()}/root"
+                tree = Tree(snapshotter, served, dirsync=mount.dirsync, window=window, is_inside=userns.is_inside)
                 reason = await serve_tree(tree, target, mount, on_ready, stop, beside, outside)
                 reason = received[0] if received else reason
             except SnapshotError as error:  # kept out of the nursery, which would wrap it in a group

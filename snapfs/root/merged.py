@@ -92,6 +92,8 @@ class Merged:
         self._mounted = mounted
         self._in_use = in_use
         self._options = options
+        self.left: set[int] = set()
+        """The snapshots whose directories were left, since something is mounted on them in other namespaces."""
         self._directory = layers.rootfs_directory
         self._reach = layers.held_path  # whatever is made, mounted or removed below ROOT
 
@@ -367,9 +369,13 @@ class Merged:
         shelter.remove(self._reach(directory))
         target, before = f"{directory}/{shelter.INSIDE}", {place.unique for place in shelters} - {0}
         found = self._mounted.everywhere(lambda place: place.unique in before or place.target == target)
+        number = parse_id(os.path.basename(directory)) or 0
         if all(inherited and place.foreign for place in found):
             shelter.clear(self._reach(directory))
             self._layers.remove_directory(directory)
+            self.left.discard(number)
+        else:
+            self.left.add(number)
 
     def end(self, held: Held) -> None:
         """Unmount ``held`` for good; what is in use is detached."""

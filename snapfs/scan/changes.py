@@ -24,6 +24,7 @@ from contextlib import closing
 from itertools import chain, islice
 from typing import Final
 
+from snapfs.names import UNSEEN
 from snapfs.scan.spool import Entry, Spool
 from snapfs.scan.walk import BATCH, Descriptors, Directory
 
@@ -31,7 +32,7 @@ PREFIX = "trusted.overlay."
 """What the names of overlayfs's own attributes begin with; "user.overlay." where overlays are mounted with userxattr.  The
 kernel obeys those alone, and shows the others like any attribute: every user can set them."""
 
-_SPECIAL = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\udc80-\udcff]")
+_SPECIAL = re.compile(f"[\\\\\x00-\x1f\x7f-\x9f{UNSEEN}\udc80-\udcff]")
 _FEW = 30  # names that are looked up one by one; for more, listing the directory is faster
 
 MANY = 120_000  # entries of one directory that are compared in memory; of a larger one they wait in a file

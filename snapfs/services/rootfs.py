@@ -188,10 +188,11 @@ class Rootfs:
         async with self._locks.held(number):
             held = self._held.get(number)
             if held is None:
-                try:
-                    await trio.to_thread.run_sync(self._merged.forget_copies, number, limiter=self._threads)
-                except OSError as error:
-                    log.warning("cannot remove %s: %s", self._layers.shelter(number), error)
+                if number in self._merged.left:
+                    try:
+                        await trio.to_thread.run_sync(self._merged.forget_copies, number, limiter=self._threads)
+                    except OSError as error:
+                        log.warning("cannot remove %s: %s", self._layers.shelter(number), error)
                 yield False
                 return
             # no call answers with the path from here on: a caller in between would find the directory beneath

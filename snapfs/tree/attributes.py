@@ -155,7 +155,7 @@ async def mount_rootfs(state: State, number: int, record: Record, pid: int) -> s
     """Mount it for process ``pid``, which follows the link: where.  error_log says why, if that process does not get there."""
     target = await state.snapshotter.mount(number, pid)
     if state.window:
-        return target if state.snapshotter.is_inside(pid) else f"{state.window}{target}"
+        return target if state.is_inside(pid) else f"{state.window}{target}"
     if unseen := await state.snapshotter.why_unseen(pid, target):
         state.error_log.note("ENOENT", "readlink", f"{path_of(record)}/{ROOTFS}", unseen)
     return target

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 
 import trio
@@ -56,7 +56,8 @@ class State:
 
     ``snapshotter``: the snapshots that the tree shows.  ``served``: where and how the tree is served, for options.json.
     ``dirsync``: Commit waits for the data.  ``window``: what leads a process that is not in the daemon's user namespace to the
-    daemon's mounts, before their paths; "" where there is no such namespace.  ``version``, ``started``: of the daemon (ns
+    daemon's mounts, before their paths; "" where there is no such namespace; ``is_inside``: whether the process with this pid
+    is in it.  ``version``, ``started``: of the daemon (ns
     since the epoch).
 
     ``error_log``, ``events``: the logs in .snapfs/.  ``meters``: the requests, by operation, for stats.json.  ``reads``: which
@@ -71,11 +72,20 @@ class State:
     ``cleaned``: is set when the Cleanup under way has ended; None where none is.
     """
 
-    def __init__(self, snapshotter: Snapshotter, served: Mapping[str, object], *, dirsync: bool, window: str = "") -> None:
+    def __init__(
+        self,
+        snapshotter: Snapshotter,
+        served: Mapping[str, object],
+        *,
+        dirsync: bool,
+        window: str,
+        is_inside: Callable[[int], bool],
+    ) -> None:
         self.snapshotter = snapshotter
         self.served = served
         self.dirsync = dirsync
         self.window = window
+        self.is_inside = is_inside
         self.version: str = snapfs.__version__
         self.started = time.time_ns()
         self.error_log = ErrorLog()

@@ -6,7 +6,7 @@ their attributes never awaits anything, so a request sees one consistent state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from snapfs.errors import NotFound, Stale
 from snapfs.model import Kind
@@ -45,9 +45,10 @@ class Tree:
         *,
         dirsync: bool = False,
         window: str = "",
+        is_inside: Callable[[int], bool] = lambda pid: False,
     ) -> None:
         self.snapshotter = snapshotter
-        self.state = State(snapshotter, served or {}, dirsync=dirsync, window=window)
+        self.state = State(snapshotter, served or {}, dirsync=dirsync, window=window, is_inside=is_inside)
 
     def node(self, inode: int) -> Node:
         """The node of ``inode``; raises NotFound where there is none (any more), Stale where the file has another text by now
