@@ -415,6 +415,21 @@ def test_another_gets_its_key_while_it_is_being_mounted(
     assert snapfs("diff", "raced") == ""
 
 
+def test_what_is_mounted_inside_is_named_by_umount(snapfs: Command, tmp_path: Path) -> None:
+    snapfs("prepare", "w")
+    (target := tmp_path / "target").mkdir()
+    snapfs("mount", "w", str(target))
+    (target / "d/e").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", target / "d/e"], check=True)
+    try:
+        for word in ("w", str(target)):
+            said = snapfs("umount", word, status=5)
+            assert f"cannot unmount {target}: {target}/d/e is mounted inside it: unmount that first" in said
+    finally:
+        subprocess.run(["umount", target / "d/e"], check=True)
+    snapfs("umount", "w")
+
+
 def test_mounted_twice(snapfs: Command, tmp_path: Path) -> None:
     """All places show one file system: the kernel answers for nothing where two overlays write to one layer."""
     snapfs("prepare", "x")

@@ -258,16 +258,21 @@ def _umount(given: Given) -> int:
         try:
             mounting.unmount(each, mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
-            from snapfs.kernel.processes import users
-
-            by = ", ".join(f"{pid} ({name})" for pid, name in islice(users(each), 5))
-            words = (
-                f"{each} is in use" + f" by process {by}" * bool(by)
-                if isinstance(error, OSError) and error.errno == 16
-                else error.strerror
-            )
+            words = _why_busy(each) if error.errno == 16 else error.strerror
             raise Refusal(f"cannot unmount {each}: {words}", BUSY if error.errno == 16 else NOT_PERMITTED) from None
     return 0
+
+
+def _why_busy(target: str) -> str:
+    """Why what is mounted at ``target`` can't be unmounted: the mount inside it that is in the way, or who uses it."""
+    from snapfs.kernel.mounttable import mount_table
+    from snapfs.kernel.processes import users
+
+    inside = next((mount.target for mount in reversed(list(mount_table())) if mount.target.startswith(f"{target}/")), "")
+    if inside:
+        return f"{inside} is mounted inside it: unmount that first"
+    by = ", ".join(f"{pid} ({name})" for pid, name in islice(users(target), 5))
+    return f"{target} is in use" + f" by process {by}" * bool(by)
 
 
 def _entered(given: Given, target: str) -> MountPoint | None:
