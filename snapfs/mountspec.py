@@ -75,6 +75,8 @@ def script(spec: Sequence[Mount], snapshots: str, number: int) -> str:
             directory, _, name = mount.source.rpartition("/")
             lines.append(f"cd {shlex.quote(directory)} || exit")  # busybox's mount cuts a source at a #
             lines.append(f'mount -o rbind {name} "$target" || exit')
+            # or what a user mounts in there would come to be in ROOT, too
+            lines.append('mount --make-rprivate "$target" || { umount "$target"; exit 1; }')
             if "ro" in mount.options:  # a bind takes its ro in a second step: the kernel ignores it in the first
                 lines.append('mount -o remount,bind,ro "$target" || { umount "$target"; exit 1; }')
         else:

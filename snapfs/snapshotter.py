@@ -87,6 +87,7 @@ class Snapshotter:
         self._background: trio.CancelScope | None = None
         self._background_ended = trio.Event()
         self._closed = False
+        self._endings: dict[int, list[trio.Event]] = {}
         self._listeners: list[Callable[[Change], None]] = []
         self.subscribe(self._forget_removed)
 
@@ -225,7 +226,7 @@ class Snapshotter:
         deadline = trio.current_time() + patience
         if wait and patience < math.inf:
             await self._flush_before(key, patience - AFTER)
-        async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free):
+        async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free), self._ending(number):
             await self._write_record(
                 lambda writer: commit.commit(
                     self._root,
@@ -272,7 +273,7 @@ class Snapshotter:
             _, found = lookup.find(reader, key)
             if PIN in found.labels:
                 raise Pinned.of(found.name)
-        async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free):
+        async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free), self._ending(number):
             await self._write_record(
                 lambda writer: remove.remove(self._root, writer, number, key, origin, refuse_mounted=refuse_mounted, free=free),
                 frees=True,
@@ -393,9 +394,16 @@ class Snapshotter:
         return mounts
 
     async def find_layers(self, key: Ref) -> None:
-        """Raise Damaged where a directory of the snapshot, or of one that it stands on, is not there; NotFound."""
+        """Raise Damaged where a directory of the snapshot, or of one that it stands on, is not there; NotFound.
+
+        This waits for commits and removals of it that are under way: what is mounted before the call, and is not refused
+        after it, they have not missed."""
         with self.reading() as reader:
-            number, record = lookup.find(reader, key)
+            number = lookup.find_id(reader, key)
+        for ended in self._endings.get(number, ())[:]:
+            await ended.wait()
+        with self.reading() as reader:
+            number, record = lookup.find(reader, number)
             chain = reader.chain(record)
         if self._root.has_at_hand(number, record.kind, chain):
             return
@@ -625,6 +633,19 @@ class Snapshotter:
     async def _write_record(self, operation: Operation[T], *, frees: bool = False) -> T:
         self._refuse_closed()
         return await self.records.write(operation, frees=frees)
+
+    @asynccontextmanager
+    async def _ending(self, number: int) -> AsyncIterator[None]:
+        """For a block that commits or removes snapshot ``number``: ``find_layers`` waits for its end."""
+        ended = trio.Event()
+        self._endings.setdefault(number, []).append(ended)
+        try:
+            yield
+        finally:
+            ended.set()
+            self._endings[number].remove(ended)
+            if not self._endings[number]:
+                del self._endings[number]
 
     @asynccontextmanager
     async def _unmounted(self, key: Ref, patience: float) -> AsyncIterator[tuple[int, bool]]:

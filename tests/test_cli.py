@@ -319,18 +319,50 @@ RACING = """
 import os, sys
 from snapfs.cli import main
 from snapfs.kernel import mounting, overlay
-mnt, key, target = sys.argv[1:]
+mnt, key, target, *steps = sys.argv[1:]
 
-def first(mount):
-    def commit_and_mount(*arguments, **keywords):
-        os.rename(f"{mnt}/active/{key}", f"{mnt}/committed/{key}")
-        return mount(*arguments, **keywords)
-    return commit_and_mount
+def first(call):
+    done = []
+    def act(*arguments, **keywords):
+        if not done:
+            done.append(call)
+            try:
+                for step in steps:
+                    make, *words = step.split()
+                    getattr(os, make)(*(f"{mnt}/{word}" for word in words))
+            except OSError as error:
+                print(error.strerror)
+        return call(*arguments, **keywords)
+    return act
 
 overlay.mount_overlay = first(overlay.mount_overlay)
 mounting.mount_bind = first(mounting.mount_bind)
 sys.exit(main(["mount", "--at", mnt, key, target]))
 """
+LATE = (
+    RACING[: RACING.index("overlay.mount_overlay")]
+    + """
+mounting.make_writable = first(mounting.make_writable)
+sys.exit(main(["mount", "--at", mnt, key, target]))
+"""
+)
+BETWEEN = (
+    RACING[: RACING.index("overlay.mount_overlay")]
+    + """
+from snapfs.cli.place import MountedTree
+read, swap = MountedTree.read, first(lambda: None)
+MountedTree.read = lambda place, path: (swap() if path.endswith("mounts.json") else None, read(place, path))[1]
+sys.exit(main(["mount", "--at", mnt, key, target]))
+"""
+)
+
+
+def raced(program: str, snapfs: Command, target: Path, *steps: str) -> subprocess.CompletedProcess[str]:
+    """Mount the snapshot "raced" on ``target`` by a command in which ``program`` makes another user do ``steps`` at its worst
+    moment."""
+    target.mkdir()
+    words = [sys.executable, "-c", program, str(snapfs.mnt), "raced", str(target), *steps]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize("parent", ["", "committed/b/"])
@@ -339,12 +371,63 @@ def test_mounted_while_somebody_commits_it(snapfs: Command, tmp_path: Path, pare
     snapfs("prepare", "b")
     snapfs("commit", "b", "b")
     os.mkdir(snapfs.mnt / f"{parent}active/raced")
-    (tmp_path / "target").mkdir()
-    words = [sys.executable, "-c", RACING, str(snapfs.mnt), "raced", str(tmp_path / "target")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    done = raced(RACING, snapfs, tmp_path / "target", "rename active/raced committed/raced")
     assert (done.returncode, done.stderr) == (5, 'snapfs: "raced" was committed a moment ago: it is not mounted\n')
     assert not is_mounted(tmp_path / "target")
     assert snapfs("diff", "raced") == ""
+
+
+@pytest.mark.parametrize("parent", ["", "committed/b/"])
+def test_committed_while_it_is_being_mounted(snapfs: Command, tmp_path: Path, parent: str) -> None:
+    """Once it is known that the snapshot is active still it is in use, also where it can't be written to yet."""
+    snapfs("prepare", "b")
+    snapfs("commit", "b", "b")
+    os.mkdir(snapfs.mnt / f"{parent}active/raced")
+    done = raced(LATE, snapfs, target := tmp_path / "target", "rename active/raced committed/raced")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "Device or resource busy\n")
+    (target / "file").write_text("")
+    assert snapfs("diff", "raced") == "A /file\n"
+    snapfs("umount", str(target))
+    snapfs("commit", "raced", "raced")
+
+
+@pytest.mark.parametrize(
+    ("program", "steps", "why"),
+    [
+        (BETWEEN, ("rename active/raced active/x", "mkdir active/raced"), '"raced" became another a moment ago'),
+        (RACING, ("rename active/raced active/x", "mkdir active/raced"), ""),
+        (RACING, ("rename active/raced committed/x", "mkdir active/raced"), '"raced" was committed a moment ago'),
+        (RACING, ("rmdir active/raced", "mkdir active/raced"), "No such file or directory"),
+    ],
+)
+def test_another_gets_its_key_while_it_is_being_mounted(
+    snapfs: Command, tmp_path: Path, program: str, steps: tuple[str, ...], why: str
+) -> None:
+    """What is mounted is the snapshot that was looked up, and it is active; or nothing is."""
+    snapfs("prepare", "raced")
+    done = raced(program, snapfs, target := tmp_path / "target", *steps)
+    assert why in done.stderr
+    assert (done.returncode == 0) == (not why) == is_mounted(target)
+    if not why:
+        (target / "file").write_text("")
+        assert snapfs("diff", "x") == "A /file\n"
+        snapfs("umount", str(target))
+    assert snapfs("diff", "raced") == ""
+
+
+def test_what_is_mounted_inside_is_named_by_umount(snapfs: Command, tmp_path: Path) -> None:
+    snapfs("prepare", "w")
+    (target := tmp_path / "target").mkdir()
+    snapfs("mount", "w", str(target))
+    (target / "d/e").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", target / "d/e"], check=True)
+    try:
+        for word in ("w", str(target)):
+            said = snapfs("umount", word, status=5)
+            assert f"cannot unmount {target}: {target}/d/e is mounted inside it: unmount that first" in said
+    finally:
+        subprocess.run(["umount", target / "d/e"], check=True)
+    snapfs("umount", "w")
 
 
 def test_mounted_twice(snapfs: Command, tmp_path: Path) -> None:

@@ -442,3 +442,16 @@ def test_watch_commits_reads_in_pieces(tmp_path: Path) -> None:
     finally:
         writer.join()
         events.close()
+
+
+@pytest.mark.parametrize("unit", sorted(EXAMPLES.rglob("*.service")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_only_snapfs_goes_where_a_users_link_could_lead(unit: Path) -> None:
+    """mkdir and umount, run by root, follow links: a unit has them in /run alone, which is root's."""
+    commands = re.findall(r"^Exec(?:StartPre|StartPost|Stop|StopPost|Reload)=(.*)$", unit.read_text(), re.MULTILINE)
+    assert commands
+    for command in commands:
+        program, *words = command.lstrip("-").split()
+        assert os.path.basename(program) in ("mkdir", "umount"), command
+        places = [word for word in words if not word.startswith("-") and word != "755"]
+        assert places, command
+        assert all(re.fullmatch(r"/run/snapfs(-%i|/tree)?", place) for place in places), command

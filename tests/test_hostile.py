@@ -30,7 +30,7 @@ from snapfs.scan.usage import disk_usage
 from snapfs.scan.walk import Descriptors, directories
 from tests.daemon import Daemon, bounded, refusal
 from tests.mounts import is_mounted
-from tests.processes import until
+from tests.processes import die_with_parent, until
 from tests.refusals import failing
 from tests.tree import committed, info, remove_all, shell, usage
 
@@ -575,3 +575,53 @@ async def test_a_root_in_a_mounted_tree_is_refused_by_the_library_too(make_daemo
         async with open_snapshotter(daemon.mnt / "active"):
             pass
     assert daemon.stop() == 0
+
+
+STUCK_SERVER = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+for target, mode in zip(sys.argv[1:], ("40755", "100644")):
+    device = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={device},rootmode={mode},user_id=1000,group_id=1000,allow_other"
+    if libc.mount(b"x", target.encode(), b"fuse", 0, options.encode()):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
+    request = os.read(device, 1 << 20)
+    unique, = struct.unpack_from("<Q", request, 8)
+    body = struct.pack("<IIIIHHIIHHI", 7, 31, 65536, 0, 12, 10, 65536, 1, 0, 0, 0) + bytes(24)
+    os.write(device, struct.pack("<IiQ", 16 + len(body), 0, unique) + body)
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextmanager
+def unanswering(directory: Path, file: Path) -> Iterator[None]:
+    """For a block: file systems on ``directory`` and ``file`` whose server answers nothing, as any user can have them."""
+    words = [sys.executable, "-c", STUCK_SERVER, str(directory), str(file)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=die_with_parent) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline()
+        try:
+            yield
+        finally:
+            for place in (directory, file):
+                mounting.unmount(str(place), mounting.MNT_FORCE | mounting.MNT_DETACH)
+            server.kill()
+
+
+def test_what_is_mounted_inside_a_layer_is_not_asked(make_daemon: Make, outside: Path) -> None:
+    """Neither a directory nor a file, by any of the files that say what is in the layer."""
+    daemon = make_daemon()
+    daemon.start()
+    workspace = daemon.mnt / "active/w"
+    workspace.mkdir()
+    layer = daemon.root / "snapshots/1/fs"
+    (layer / "d/e").mkdir(parents=True)
+    (layer / "d/f").write_text("")
+    program = f"for name in ('changes', 'usage.json'): print(open('{workspace}/' + name).read())"
+    with unanswering(layer / "d/e", layer / "d/f"):
+        reader = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)  # which nothing can end
+        until(lambda: reader.poll() == 0)
+    with reader:
+        assert reader.stdout is not None
+        assert reader.stdout.read().startswith("A /d\nA /d/e\nA /d/f\n")

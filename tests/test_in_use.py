@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,9 +19,10 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 import snapfs.services.rootfs
-from snapfs import Change, Options, open_snapshotter
+from snapfs import Change, Kind, Options, open_snapshotter
 from snapfs.errors import Damaged
 from snapfs.kernel import mountapi, mounting
 from snapfs.kernel.inuse import UpperLayers
@@ -791,3 +793,38 @@ def test_a_server_of_another_users_is_not_asked(served: Daemon) -> None:
     with looking:
         assert looking.stdout is not None
         assert looking.stdout.read() == "[]\n"
+
+
+async def test_who_asks_for_the_layers_has_waited_for_a_commit_that_had_begun(root: Path) -> None:
+    """So does `snapfs mount`, once it has mounted: such a commit may have missed the mount, and would be seen too late."""
+    async with open_snapshotter(root) as snapshotter, trio.open_nursery() as nursery:
+        await snapshotter.prepare("k")
+        await snapshotter.prepare("other")
+        busy, go_on, order = trio.Event(), threading.Event(), list[object]()
+
+        def hold(_: object) -> None:
+            trio.from_thread.run_sync(busy.set)
+            assert go_on.wait(20)
+
+        async def commit() -> None:
+            await snapshotter.commit("v", 1, wait=False)
+            order.append("committed")
+
+        async def find() -> None:
+            await snapshotter.find_layers(1)
+            order.append((await snapshotter.stat(1)).kind)
+
+        nursery.start_soon(snapshotter.records.write, hold)
+        await busy.wait()
+        try:
+            nursery.start_soon(commit)
+            with trio.fail_after(20):
+                while not snapshotter._endings:
+                    await trio.sleep(0.01)
+            nursery.start_soon(find)
+            await trio.testing.wait_all_tasks_blocked()
+            await snapshotter.find_layers("other")
+            assert order == []
+        finally:
+            go_on.set()
+    assert Kind.COMMITTED in order

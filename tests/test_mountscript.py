@@ -150,3 +150,16 @@ def test_paths_that_no_way_has_room_for_are_left_to_snapfs(tmp_path: Path) -> No
     done = run(text, "sh", os.environ["PATH"], tmp_path)
     assert done.returncode == 1
     assert "snapfs mount takes them" in done.stderr
+
+
+def test_what_is_mounted_in_a_bind_does_not_come_to_be_in_root(program: str, tmp_path: Path) -> None:
+    """Where everything is mounted shared, as systemd has it."""
+    snapshots = tmp_path / "snapshots"
+    (snapshots / "7/fs/d").mkdir(parents=True)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "mount.sh").write_text(script(mounts(Kind.ACTIVE, f"{snapshots}/7", []), str(snapshots), 7))
+    steps = "mount --make-rshared / && sh mount.sh target && mount -t tmpfs theirs target/d && grep '^theirs ' /proc/mounts"
+    words = ["unshare", "-m", "sh", "-c", steps]
+    environment = {"PATH": program}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stderr, [line.split()[1] for line in done.stdout.splitlines()]) == ("", [f"{tmp_path}/target/d"])

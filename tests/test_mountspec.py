@@ -245,6 +245,7 @@ def test_the_script_of_a_bind(tmp_path: Path, target: str) -> None:
     (tmp_path / target).mkdir(exist_ok=True)
     text = script(mounts(A, f"{snapshots}/9", []), snapshots, 9)
     calls = [["mount", f"{snapshots}/9", "-o", "rbind", "fs", str(tmp_path / target)]]
+    calls += [["mount", f"{snapshots}/9", "--make-rprivate", str(tmp_path / target)]]
     assert sourced(text, tmp_path, target) == (0, calls)
 
 
@@ -255,6 +256,7 @@ def test_the_script_of_a_read_only_bind_makes_it_read_only_in_a_second_step(tmp_
     assert status == 0
     assert [call[1:] for call in calls] == [
         [f"{tmp_path}/1", "-o", "rbind", "fs", "/mnt"],
+        [f"{tmp_path}/1", "--make-rprivate", "/mnt"],
         [f"{tmp_path}/1", "-o", "remount,bind,ro", "/mnt"],
     ]
 

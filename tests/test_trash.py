@@ -325,29 +325,44 @@ import fcntl, os, struct, sys
 def make(name):
     arguments = bytearray(struct.pack("<q", 0) + name.encode().ljust(4088, b"\\0"))
     fcntl.ioctl(os.open(".", os.O_RDONLY), 0x5000940E, arguments)
-make("s")
-os.chdir("s")
-open("file", "w").write("x")
-for _ in range(120):
-    os.mkdir("d")
-    os.chdir("d")
-os.mkdir("e")
-if sys.argv[1] == "ro":
-    os.chdir("../" * 120)
+def descend(count):
+    for _ in range(count):
+        os.mkdir("d")
+        os.chdir("d")
+def fix():
     fcntl.ioctl(os.open(".", os.O_RDONLY), 0x4008941A, struct.pack("<Q", 2))
+made = []
+for part in sys.argv[1].split("/"):
+    if part.isdecimal():
+        descend(int(part))
+    else:
+        make("s")
+        os.chdir("s")
+        made += [os.open(".", os.O_RDONLY)] if part == "ro" else []
+    open("file", "w").write("x")
+for top in reversed(made):
+    os.fchdir(top)
+    fix()
 """
 
 
-@pytest.mark.parametrize("how", ["rw", "ro"])
-async def test_subvolumes_that_users_have_made(tmp_path: Path, how: str) -> None:
-    """On btrfs anybody who works in a snapshot without parent can make them, deep, or read-only."""
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("rw/120", "ro/120", "60/rw/120", "rw/60/ro/120/ro/3", "48/ro/1/rw/1/rw/2/ro/49/rw/51/rw", "ro", "rw/1/ro"),
+        *("/".join(["rw"] * 300), "/".join(["ro/48"] * 5)),
+    ],
+)
+async def test_subvolumes_that_users_have_made(tmp_path: Path, what: str) -> None:
+    """On btrfs anybody who works in a snapshot without parent can make them, deep, within each other, or read-only."""
     make_file_system("btrfs", tmp_path / "image")
     with loop_mounted(tmp_path / "image", tmp_path / "disk") as disk:
         async with open_snapshotter(disk / "root") as snapshotter:
             await snapshotter.prepare("k")
             layer = disk / "root/snapshots/1/fs"
             layer.chmod(0o777)
-            subprocess.run([sys.executable, "-c", SUBVOLUME, how], cwd=layer, check=True)
+            subprocess.run([sys.executable, "-c", SUBVOLUME, what], cwd=layer, check=True)
             await snapshotter.remove("k")
             await snapshotter.cleanup()
             assert os.listdir(disk / "root/trash") == []
+            assert snapshotter.statistics().trash_waiting == 0

@@ -47,8 +47,8 @@ def _mount(given: Given) -> int:
         if f"{found.path}/".startswith(f"{place.path}/"):
             raise Refusal(f"{given.arguments[1]} lies in the tree: mount it elsewhere")
         mounted = [each.removeprefix(window) for each in mounted]
-        if _mount_at(mounted, specs, key, kind, found, _attributes(given)) and kind == "active":
-            _let_write(place, f"/proc/self/fd/{tree}/by-id/{number}/info.json", key, found.path)
+        if _mount_at(mounted, specs, key, kind, found, _attributes(given)):
+            _let_write(f"/proc/self/fd/{tree}/by-id/{number}", specs, key, kind, found.path)
         if window:
             table.complain(f"mounted for the daemon and what snapfs starts; others reach it as {window}{found.path}")
     return 0
@@ -125,22 +125,80 @@ def _mount_at(
     return True
 
 
-def _let_write(place: MountedTree, info: str, key: str, target: str) -> None:
-    """Make what was mounted on ``target`` writable, if its snapshot is still active, as ``info`` says now: from now on, as
-    it is mounted, it can't be committed.  Another user of the tree may have done so since it was looked up.  Raises
-    Refusal, and then nothing is mounted."""
+def _let_write(directory: str, specs: Sequence[dict[str, Any]], key: str, kind: str, target: str) -> None:
+    """Make what was mounted on ``target`` by ``specs`` writable, if it is an active snapshot's, and still the one that has
+    ``directory`` in the tree: what is mounted can't be committed or removed from now on.  Another user of the tree may have
+    done so, or given its key to another, since it was looked up.  Raises Refusal, and then nothing is mounted."""
     from snapfs.kernel import mounting
 
     try:
-        kind = json.loads(place.read(info))["kind"]
-        if kind != "active":
-            raise Refusal(f'"{key}" was committed a moment ago: it is not mounted', BUSY)
-        mounting.make_writable(target)
+        with _in_use(specs[0]["source"]) if specs[0]["type"] == "bind" and kind == "active" else contextlib.nullcontext():
+            why = _changed(directory, specs, kind)
+            if why:
+                raise Refusal(f'"{key}" {why} a moment ago: it is not mounted', BUSY)
+            if kind == "active":
+                mounting.make_writable(target)
     except BaseException as error:
         mounting.unmount(target, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
         if isinstance(error, OSError):
             raise Refusal(f'cannot mount "{key}" on {target}: {error.strerror}') from None
         raise
+
+
+def _changed(directory: str, specs: Sequence[dict[str, Any]], kind: str) -> str:
+    """What has become of the snapshot of ``kind`` with ``directory`` in the tree, whose mounts ``specs`` were; "" for nothing.
+
+    mounts.json is read before info.json: to open it waits for a commit, or a removal, that began before there was the mount."""
+
+    def read(name: str) -> Any:
+        try:
+            with open(f"{directory}/{name}", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return None
+
+    now, info = read("mounts.json"), read("info.json")
+    number = os.path.basename(directory)
+    if info is None:
+        return "was removed"
+    if info["kind"] != kind:
+        return f"was {info['kind']}"
+    own = [specs[0]["source"], *specs[0]["options"]] if kind == "active" else []
+    of_it = any(each.endswith(f"/{number}/fs") and "lowerdir=" not in each for each in own) if own else True
+    return "" if now == specs and str(info["id"]) == number and of_it else "became another"
+
+
+@contextlib.contextmanager
+def _in_use(layer: str) -> Iterator[None]:
+    """For a block: the directory ``layer`` bound so that it can be written, which the daemon takes for use, where nobody gets
+    at it: in the mount namespace of a child of this process.  A bind that is read-only is no use.  Raises OSError."""
+    import socket
+
+    from snapfs.kernel import libc, mountapi, mounting, userns
+
+    ours, its = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        try:
+            ours.close()
+            libc.call("unshare", userns.CLONE_NEWNS)
+            mounting.mount("", "/", "", mountapi.MS_PRIVATE | mounting.MS_REC)
+            mounting.mount_bind(layer, layer, read_only=False)
+            its.send(b"0")
+            its.recv(1)  # until our end is closed
+        except OSError as error:
+            its.send(str(error.errno).encode())
+        finally:
+            os._exit(0)
+    its.close()
+    try:
+        number = int(ours.recv(16) or b"5")
+        if number:
+            raise OSError(number, os.strerror(number))
+        yield
+    finally:
+        ours.close()
+        os.waitpid(child, 0)
 
 
 def _bind(source: str, target: int, attributes: int) -> bool:
@@ -200,16 +258,21 @@ def _umount(given: Given) -> int:
         try:
             mounting.unmount(each, mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
-            from snapfs.kernel.processes import users
-
-            by = ", ".join(f"{pid} ({name})" for pid, name in islice(users(each), 5))
-            words = (
-                f"{each} is in use" + f" by process {by}" * bool(by)
-                if isinstance(error, OSError) and error.errno == 16
-                else error.strerror
-            )
+            words = _why_busy(each) if error.errno == 16 else error.strerror
             raise Refusal(f"cannot unmount {each}: {words}", BUSY if error.errno == 16 else NOT_PERMITTED) from None
     return 0
+
+
+def _why_busy(target: str) -> str:
+    """Why what is mounted at ``target`` can't be unmounted: the mount inside it that is in the way, or who uses it."""
+    from snapfs.kernel.mounttable import mount_table
+    from snapfs.kernel.processes import users
+
+    inside = next((mount.target for mount in reversed(list(mount_table())) if mount.target.startswith(f"{target}/")), "")
+    if inside:
+        return f"{inside} is mounted inside it: unmount that first"
+    by = ", ".join(f"{pid} ({name})" for pid, name in islice(users(target), 5))
+    return f"{target} is in use" + f" by process {by}" * bool(by)
 
 
 def _entered(given: Given, target: str) -> MountPoint | None:

@@ -1,6 +1,8 @@
 """Directories opened within one mount: what is mounted on one of them is never entered (openat2(2), RESOLVE_NO_XDEV).
 
-An overlay sees its layers without what is mounted inside them.  So does whoever walks a layer with these functions.
+An overlay sees its layers without what is mounted inside them.  So does whoever walks a layer with these functions.  Where this
+process may mount, no file of another mount is so much as asked for its attributes (``open_top``): it may be on a file system of
+a user's, whose server never answers.
 """
 
 from __future__ import annotations
@@ -25,6 +27,19 @@ class _OpenHow(ctypes.Structure):
 
 _how = _OpenHow(FLAGS, 0, _NO_XDEV)
 _how_address, _how_size = ctypes.byref(_how), ctypes.c_size_t(ctypes.sizeof(_how))
+
+
+def open_top(path: str) -> int:
+    """A descriptor of the directory ``path``, in which nothing is mounted for whoever goes on from there, now or later: it is
+    one of a copy of its mount.  Where this process may have none, it is a plain one.  Raises OSError."""
+    fd = os.open(path, FLAGS)
+    try:
+        with _without_mounts(".", fd) as tree:
+            alone = os.open(".", FLAGS, dir_fd=tree)
+    except OSError:
+        return fd
+    os.close(fd)
+    return alone
 
 
 def open_directory(name: str, parent: int) -> int:

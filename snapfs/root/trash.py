@@ -2,8 +2,8 @@
 
 Before it is deleted, a directory that may not be written to gets the mode 0700, and the flags immutable and append-only
 (chattr(1)) are cleared where the daemon may do that.  Nothing else is changed: a file that has another name elsewhere gets its
-flags back.  Subvolumes (btrfs) that users have made are made writable.  A directory that can't be deleted all the same gets
-the reason as an extended attribute.
+flags back.  Subvolumes (btrfs) that users have made are made writable and moved to the trash's top, whence nothing can be moved
+out of them.  A directory that can't be deleted all the same gets the reason as an extended attribute.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import os
 import shlex
 import stat
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -96,7 +95,7 @@ class Trash:
             for name in (entry.name for entry in entries if tries[entry.name] < 2):
                 found = True
                 checkpoint()
-                error = self._delete(fd, name, fd, 0, checkpoint)
+                error = self._delete(fd, name, fd, fd, 0, checkpoint)
                 if error is None:
                     self._add(-1)
                     continue
@@ -129,7 +128,7 @@ class Trash:
         try:
             fd = self._open()
             try:
-                error = self._delete(parent, os.path.basename(path), fd, 0, checkpoint)
+                error = self._delete(parent, os.path.basename(path), fd, fd, 0, checkpoint)
             finally:
                 os.close(fd)
             if error is not None:
@@ -141,19 +140,20 @@ class Trash:
     def _open(self) -> int:
         return os.open(self._held, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def _delete(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> OSError | None:
-        """Delete ``name`` in the directory open as ``parent``, and all below it; directories that lie too deep are moved to the
-        top of the trash, which is open as ``trash``.
+    def _delete(self, parent: int, name: str, top: int, trash: int, depth: int, checkpoint: Checkpoint) -> OSError | None:
+        """Delete ``name`` in the directory open as ``parent``, and all below it.  Directories that lie too deep are moved up to
+        the directory open as ``top``: the trash, or within a subvolume that users have made its own top.  ``trash`` is open on
+        the trash.
 
         Returns the error of a file or directory that can't be deleted, with its path from ``parent`` on, after all else was.
         """
         try:
-            return self._delete_whole(parent, name, trash, depth, checkpoint)
+            return self._delete_whole(parent, name, top, trash, depth, checkpoint)
         except OSError as error:
             error.filename = name
             return error
 
-    def _delete_whole(self, parent: int, name: str, trash: int, depth: int, checkpoint: Checkpoint) -> OSError | None:
+    def _delete_whole(self, parent: int, name: str, top: int, trash: int, depth: int, checkpoint: Checkpoint) -> OSError | None:
         retried = partial(_retried, parent, name, depth > 0)
         try:
             retried(lambda: os.unlink(name, dir_fd=parent))
@@ -168,23 +168,19 @@ class Trash:
         except OSError as error:
             if error.errno not in NOT_EMPTY:
                 raise
-        if depth == DEPTH:
-            moved = f"deep-{time.time_ns()}-{next(self._serials)}"
-            try:
-                retried(lambda: os.rename(name, moved, src_dir_fd=parent, dst_dir_fd=trash))
-            except OSError as error:
-                if error.errno != errno.EXDEV:
-                    raise
-                _delete_within(parent, name)
-            else:
-                self._add(1)
-            return None
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = retried(lambda: os.open(name, flags, dir_fd=parent))
         try:
             if os.fstat(fd).st_dev != os.fstat(parent).st_dev:
                 make_subvolume_writable(fd)
-            refused, gone = self._delete_entries(fd, trash, depth + 1, checkpoint)
+                if depth:  # also where it is not deep: so subvolumes within each other cost no stack
+                    self._move_up(parent, name, trash, trash)
+                    return None
+                top = fd
+            if depth == DEPTH:
+                self._move_up(parent, name, top, trash)
+                return None
+            refused, gone = self._delete_entries(fd, top, trash, depth + 1, checkpoint)
             while refused is None:  # and all entries are gone, but those that reading the directory has passed by
                 try:
                     retried(lambda: os.rmdir(name, dir_fd=parent))
@@ -192,13 +188,30 @@ class Trash:
                 except OSError as error:
                     if error.errno not in NOT_EMPTY or not gone:
                         raise
-                refused, gone = self._delete_entries(fd, trash, depth + 1, checkpoint)
+                refused, gone = self._delete_entries(fd, top, trash, depth + 1, checkpoint)
         finally:
             os.close(fd)
         refused.filename = f"{name}/{refused.filename}"
         return refused  # but all the rest is gone, and has made room
 
-    def _delete_entries(self, fd: int, trash: int, depth: int, checkpoint: Checkpoint) -> tuple[OSError | None, int]:
+    def _move_up(self, parent: int, name: str, top: int, trash: int) -> None:
+        """Move the directory ``name`` in the one open as ``parent`` up, where it is met again.  Raises OSError."""
+        moved = f"deep-{time.time_ns()}-{next(self._serials)}"
+
+        def rename() -> None:
+            _retried(parent, name, True, lambda: os.rename(name, moved, src_dir_fd=parent, dst_dir_fd=top))
+
+        try:
+            rename()
+        except PermissionError:
+            with ExitStack() as stack:
+                if top == trash or not _make_deletable(top, stack):
+                    raise
+                rename()
+        if top == trash:
+            self._add(1)
+
+    def _delete_entries(self, fd: int, top: int, trash: int, depth: int, checkpoint: Checkpoint) -> tuple[OSError | None, int]:
         """Delete all entries of the directory open as ``fd``, as they are read: there may be millions; the error of one that
         can't be deleted, and how many are gone."""
         refused: OSError | None = None
@@ -206,23 +219,12 @@ class Trash:
         with os.scandir(fd) as entries:
             for entry in entries:
                 checkpoint()
-                error = self._delete(fd, entry.name, trash, depth, checkpoint)
+                error = self._delete(fd, entry.name, top, trash, depth, checkpoint)
                 if error is None:
                     gone += 1
                 else:
                     refused = error.with_traceback(None)
         return refused, gone
-
-
-def _delete_within(parent: int, name: str) -> None:
-    """Delete the directory ``name`` in the one open as ``parent``, which is in a subvolume (btrfs) that users have made in a
-    layer: from there nothing can be moved to the top of the trash.  rm(1) gets to any depth, and stays in there.  Raises
-    OSError: EXDEV where something is left."""
-    words = ["rm", "-rf", "--one-file-system", "--", f"./{name}"]
-    place = f"/proc/self/fd/{parent}"
-    subprocess.run(words, cwd=place, pass_fds=[parent], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-    if os.path.lexists(f"{place}/{name}"):
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
 
 
 def _retried(parent: int, name: str, inside: bool, act: Callable[[], T]) -> T:
@@ -301,7 +303,7 @@ def why_undeletable(error: OSError) -> str:
             remedy = f"rm -rf {shlex.quote(named)}"
         return f"{what}: {reason}; do it as its owner or as root: {remedy}"
     if error.errno in (errno.EXDEV, errno.EROFS):
-        return f"{what}: {reason}; do it as root: rm -rf {shlex.quote(named)}, or btrfs subvolume delete for subvolumes in it"
+        return f"{what}: {reason}; do it as root: rm -rf {shlex.quote(named)}, or btrfs subvolume delete for a subvolume"
     return f"{what}: {reason}"
 
 

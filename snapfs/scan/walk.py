@@ -146,7 +146,7 @@ class Descriptors:
         while way:
             step = way.pop()
             try:  # without a parent it is a path; what is mounted at a name inside is not entered
-                opened = os.open(step.name, inside.FLAGS) if fd is None else inside.open_directory(step.name, fd)
+                opened = inside.open_top(step.name) if fd is None else inside.open_directory(step.name, fd)
             except OSError as error:
                 if step.parent is not None and error.errno in _VANISHED:
                     return -1
