@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from snapfs.kernel import userns
 from snapfs.testing import entering
 from tests.mounts import loop_mounted
 from tests.plugin import CLONE, FILL, NOBODY, Runner, as_user
@@ -377,11 +378,11 @@ WITHOUT_RIGHTS = "import os, sys; os.execvp('setpriv', ['setpriv', '--bounding-s
 @pytest.mark.parametrize(
     ("through", "uid", "words"),
     [
-        ([IN_NAMESPACE, "max_user_namespaces"], NOBODY, "sysctl user.max_user_namespaces="),
-        ([IN_NAMESPACE, "max_mnt_namespaces"], NOBODY, "sysctl user.max_mnt_namespaces="),
+        ([IN_NAMESPACE, "max_user_namespaces"], NOBODY, "the limit user.max_user_namespaces is reached"),
+        ([IN_NAMESPACE, "max_mnt_namespaces"], NOBODY, "the limit user.max_mnt_namespaces is reached"),
         ([WITHOUT_RIGHTS], 0, "this container may not mount: give it CAP_SYS_ADMIN"),
-        ([FILTERED], NOBODY, "a filter forbids namespaces, as containers have it"),
-        ([FILTERED], 0, "a filter forbids namespaces"),
+        ([FILTERED], NOBODY, "user namespaces are forbidden here (Operation not permitted)"),
+        ([FILTERED], 0, "mount namespaces are forbidden here (Operation not permitted)"),
     ],
     ids=["no user namespace left", "no mount namespace left", "root without rights", "filter", "filter for root"],
 )
@@ -396,9 +397,10 @@ def test_why_there_is_no_overlay(through: list[str], uid: int, words: str, open_
 
 def test_what_can_not_be_tried_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """AppArmor's way, and Debian's switch: by the errors that the kernel was seen to give."""
-    monkeypatch.setattr(entering, "sysctl", lambda name: "1" if "apparmor" in name else "0")
+    monkeypatch.setattr(userns, "sysctl", lambda name: "1" if "apparmor" in name else "0")
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
     for step in ("setgroups", "map", "mounts"):
-        assert "`userns,`" in entering._why(step, PermissionError(13, "Permission denied"))
+        assert "examples/apparmor/snapfs" in entering._why(step, PermissionError(13, "Permission denied"))
     assert "unprivileged_userns_clone=1" in entering._why("user", PermissionError(1, "Operation not permitted"))
 
 

@@ -60,7 +60,7 @@ def _become(words: list[str]) -> int:
 
 def _stand_inside(given: Given) -> None:
     """Move this process to where it sees the workspace, and into it.  Raises Refusal."""
-    from snapfs.kernel import mounting, trusted, userns
+    from snapfs.kernel import mounting, subids, trusted, userns
 
     place = find_tree(given.value("at"), changes=True)
     place.refuse_foreign("run in")
@@ -70,6 +70,8 @@ def _stand_inside(given: Given) -> None:
     window: str = options["window"]
     if not options["features"]["rootfs"]["on"]:
         raise Refusal(f'cannot get into "{key}": there is no rootfs: {options["features"]["rootfs"]["why"]}')
+    if given.has("subids") and window and not options["subids"]["on"]:
+        raise Refusal(f"cannot have the ids of /etc/subuid in there: {options['subids']['why']}; then start the daemon anew")
     over = given.value("over")
     before = os.getcwd()
     with contextlib.ExitStack() as held:
@@ -88,8 +90,8 @@ def _stand_inside(given: Given) -> None:
                 userns.copy_mounts()
             if over is not None:
                 mounting.mount_bind(target, held.enter_context(trusted.find(over)).fd, read_only=False)
-            if given.has("root") and os.geteuid() != 0:
-                userns.enter(root=True)
+            if (given.has("root") or given.has("subids")) and os.geteuid() != 0:
+                userns.enter(root=True, lent=subids.mapped_here() if given.has("subids") else None)
         except OSError as error:
             hint = "run it as root" if not window and os.geteuid() != 0 else "is the daemon yours?"
             raise Refusal(f'cannot get into "{key}": {error.strerror}: {hint}', NOT_PERMITTED) from None
@@ -163,6 +165,7 @@ def _go(there: str, instead: str) -> None:
 _OPTIONS = (
     Option("over", "have the workspace at this directory's path, and hide the directory", "DIR"),
     Option("root", "be root in there, as far as a user can be: ids other than yours stay unknown"),
+    Option("subids", "be root in there, and have the ids that /etc/subuid and /etc/subgid lend you as those of others"),
 )
 
 VERBS = {

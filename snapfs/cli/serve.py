@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
-from snapfs.kernel import processes, userns
+from snapfs.kernel import processes, subids, userns
 from snapfs.options import Options, Sync
 
 TYPE_CHECKING = False
@@ -145,8 +145,7 @@ def _serve(given: Given) -> int:
     if options.rootfs and os.geteuid() != 0 and not userns.may_mount():
         refusal: str | None = "mounting takes the right to: leave out --no-userns, or run it as root"
         if "no_userns" not in flags:
-            root, mountpoint, outside, refusal = _go_inside(root, mountpoint)
-            more |= {"outside": outside} if outside is not None else {}
+            root, mountpoint, outside, refusal = _go_inside(root, mountpoint, more)
             if refusal:
                 logging.getLogger(__name__).warning("there is no rootfs: %s", refusal)
         if refusal:
@@ -173,9 +172,10 @@ def _serve(given: Given) -> int:
     return 0
 
 
-def _go_inside(root: str, mountpoint: str) -> tuple[str, str, Outside | None, str | None]:
+def _go_inside(root: str, mountpoint: str, more: dict[str, Any]) -> tuple[str, str, Outside | None, str | None]:
     """Enter a mount namespace in which this process may mount: ROOT and the mountpoint (``ready``), what mounts the tree
-    outside of it, and None; or as they are, and why there is no such namespace.  Raises SnapshotError."""
+    outside of it, and None; or as they are, and why there is no such namespace.  ``more`` of the arguments of
+    ``fuse.serve.serve`` are put to those.  Raises SnapshotError."""
     from snapfs.fuse.mountpoint import ready
     from snapfs.fuse.outside import Outside
 
@@ -185,7 +185,9 @@ def _go_inside(root: str, mountpoint: str) -> tuple[str, str, Outside | None, st
         return root, mountpoint, None, refusal
     outside = Outside(ready_mountpoint)
     processes.outside = outside.users
-    userns.enter()
+    why_alone = userns.enter(lent=subids.lent_by_root())
+    ids = {"subids": {"on": not why_alone, "why": why_alone or "newuidmap and newgidmap have mapped them"}}
+    more |= {"outside": outside, "also_shown": more.get("also_shown", {}) | ids}
     return ready_root, ready_mountpoint, outside, None
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from snapfs.kernel import libc
+from snapfs.kernel import libc, subids
 from snapfs.kernel.mounttable import mount_table
 
 CLONE_NEWNS = 0x20000
@@ -50,7 +50,7 @@ def why_refused() -> str | None:
     if failed is None:
         return None
     step, error = failed
-    return _in_words(step, error.errno or errno.EIO) if step else error.strerror
+    return in_words(step, error) if step else error.strerror
 
 
 def tried(act: Callable[[Step], object]) -> tuple[str, OSError] | None:
@@ -87,9 +87,11 @@ def tried(act: Callable[[Step], object]) -> tuple[str, OSError] | None:
     return step, OSError(int(number), words)
 
 
-def enter(step: Step = _untold, *, root: bool = False) -> None:
+def enter(step: Step = _untold, *, root: bool = False, lent: subids.Lent | None = None) -> str:
     """Move this process, which must have one thread, into a user namespace and a mount namespace of its own; as ``root``, user
     and group 0 in there are what this process is outside.  Raises OSError: then the process can't be used any more (``tried``).
+
+    Returns why the ids that are ``lent`` are not in there, in a sentence; "" where they are, or none were wanted.
     """
     uid, gid = os.geteuid(), os.getegid()
     signal = ctypes.c_int()
@@ -97,15 +99,25 @@ def enter(step: Step = _untold, *, root: bool = False) -> None:
     # else one that was root before, and has started no program since, may not write its tables, and nobody can look in
     libc.call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)
     step(USER)
-    libc.call("unshare", CLONE_NEWUSER)
+    why_not = lent.why_none if lent is not None else ""
+    if lent is None or why_not:
+        libc.call("unshare", CLONE_NEWUSER)
+    else:
+        with subids.mapper(subids.table(uid, lent.uids, root=root), subids.table(gid, lent.gids, root=root)) as mapper:
+            libc.call("unshare", CLONE_NEWUSER)
+            libc.call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)  # lost by the gain of capabilities
+            why_not = mapper.map()
     step(SETGROUPS)
-    _write("setgroups", "deny")
+    if not _has("gid_map"):
+        subids.write("/proc/self/setgroups", "deny")
     step(MAP)
-    _write("uid_map", f"{0 if root else uid} {uid} 1")
-    _write("gid_map", f"{0 if root else gid} {gid} 1")
+    for table, own in (("uid_map", uid), ("gid_map", gid)):
+        if not _has(table):
+            subids.write(f"/proc/self/{table}", subids.table(own, (), root=root))
     copy_mounts(step)
-    libc.call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)  # these two are lost by the gain of capabilities
+    libc.call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)
     libc.call("prctl", _PR_SET_PDEATHSIG, signal.value, 0, 0, 0)
+    return why_not
 
 
 def copy_mounts(step: Step = _untold) -> None:
@@ -124,35 +136,33 @@ def copy_mounts(step: Step = _untold) -> None:
                 libc.call("mount", b"none", os.fsencode(mount.target), None, _MS_SLAVE, None)
 
 
-def _write(table: str, text: str) -> None:
-    fd = os.open(f"/proc/self/{table}", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)
+def _has(table: str) -> bool:
+    return Path(f"/proc/self/{table}").read_text() != ""
 
 
-def _in_words(step: str, number: int) -> str:
-    words = f"({os.strerror(number)})"
+def in_words(step: str, error: OSError) -> str:
+    """Why a step of ``enter`` fails with ``error``, and what to do, in a sentence."""
+    number, words = error.errno, f"({error.strerror})"
+    kind = "mount" if step == MOUNTS else "user"
     if number == errno.ENOSPC:
-        limit = "user.max_mnt_namespaces" if step == MOUNTS else "user.max_user_namespaces"
+        limit = f"user.max_{'mnt' if step == MOUNTS else 'user'}_namespaces"
         return f"the limit {limit} is reached {words}: root can raise it, with sysctl -w {limit}=15000 for one"
     if step == USER and number in (errno.EINVAL, errno.ENOSYS):
-        return f"this kernel has no user namespaces {words}: run the daemon as root"
+        return f"this kernel has no user namespaces {words}: be root"
     if step == USER and sysctl("kernel/unprivileged_userns_clone") == "0":
         return (
             f"user namespaces are for root alone here {words}: root can let everybody make them, with "
             "sysctl -w kernel.unprivileged_userns_clone=1"
         )
-    if sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1":
+    if sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1" and os.geteuid() != 0:
         return (
-            f"AppArmor restricts user namespaces here {words}: root can let snapfs have them, with the profile "
+            f"AppArmor restricts user namespaces here {words}: root can let a program have them, with a profile such as "
             "examples/apparmor/snapfs, or all programs, with sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
         )
-    if step == USER:
+    if step in (USER, MOUNTS):
         return (
-            f"user namespaces are forbidden here {words}, by a container's filter of system calls or in a chroot: let the "
-            "container make them (docker run --security-opt seccomp=unconfined), or run the daemon outside of it"
+            f"{kind} namespaces are forbidden here {words}, by a container's filter of system calls or in a chroot: let the "
+            "container make them (docker run --security-opt seccomp=unconfined), or do this outside of it"
         )
     return f"user namespaces have no rights here {words}: a security module, such as AppArmor or SELinux, takes them away"
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from snapfs.kernel import mounting, overlay, userns
 from snapfs.kernel.probe import in_user_namespace, overlay_knows, why_trial_failed
-from snapfs.kernel.userns import MAP, MOUNTS, USER, sysctl
 from snapfs.testing import capabilities
 
 _OVERLAY = "overlay"  # the step after those of userns
@@ -105,26 +104,9 @@ def _try_overlay(directory: str) -> None:
 
 def _why(step: str, error: OSError) -> str:
     """The end of a sentence that begins with "no overlay, for "."""
-    number = error.errno
-    if step == USER and number == errno.ENOSPC:
-        return "there may be no more user namespaces: sysctl user.max_user_namespaces=10000"
-    if step == MOUNTS and number == errno.ENOSPC:
-        return "there may be no more mount namespaces: sysctl user.max_mnt_namespaces=10000"
-    if step == USER and number == errno.EINVAL:
-        return "this kernel has no user namespaces, or threads are running"
-    if step in (USER, MOUNTS) and number == errno.EPERM and sysctl("kernel/unprivileged_userns_clone") == "0":
-        return "user namespaces are root's alone here: sysctl kernel.unprivileged_userns_clone=1"
-    restricted = sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1"
-    if step not in (USER, _OVERLAY) and (number == errno.EACCES or (number == errno.EPERM and (restricted or step == MAP))):
-        if restricted:
-            return (
-                "AppArmor takes the rights away that a user namespace gives: it needs a profile with `userns,` for python "
-                "(or sysctl kernel.apparmor_restrict_unprivileged_userns=0)"
-            )
-        return "something takes the rights away that a user namespace gives: AppArmor, or a container's profile"
-    if step in (USER, MOUNTS) and number in (errno.EPERM, errno.ENOSYS):
-        return "a filter forbids namespaces, as containers have it: give this one a seccomp profile that allows unshare"
-    if number == errno.EPERM and os.geteuid() != 0:
+    if step not in ("", _OVERLAY):
+        return userns.in_words(step, error)
+    if error.errno == errno.EPERM and os.geteuid() != 0:
         return "this kernel lets none but root mount overlays: it takes Linux 5.11"
     return why_trial_failed(error).replace("ROOT's", "TMPDIR's").replace("put ROOT", "put TMPDIR")
 

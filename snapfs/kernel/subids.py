@@ -1,0 +1,178 @@
+"""Ids that root has lent to a user (subuid(5), subgid(5)), and the tables by which a user namespace has them."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+MOST = 100  # ranges: the kernel takes a table of one page
+
+_PATIENCE = 10  # seconds that newuidmap(1) may take: it may ask a directory service
+
+_FILES = {"uid": "/etc/subuid", "gid": "/etc/subgid"}
+
+
+class Range(NamedTuple):
+    start: int
+    length: int
+
+
+class Lent(NamedTuple):
+    """Which ids a user namespace is to have besides this process's own; at least one range of each, unless ``why_none``."""
+
+    uids: tuple[Range, ...]
+    gids: tuple[Range, ...]
+    why_none: str = ""
+    """Why there are none, and what to do, in a sentence."""
+
+
+def lent_by_root() -> Lent:
+    """The ranges of /etc/subuid and /etc/subgid for this process's user, outside of all user namespaces."""
+    uid = os.geteuid()
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        name = str(uid)
+    found = {kind: _lines_for(path, {name, str(uid)}) for kind, path in _FILES.items()}
+    for kind, path in _FILES.items():
+        if not found[kind]:
+            to_do = f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}"
+            return Lent((), (), f"no line of {path} lends ids to {name}: root can add one: {to_do}")
+    return Lent(_without(found["uid"], os.geteuid()), _without(found["gid"], os.getegid()))
+
+
+def mapped_here() -> Lent:
+    """What the user namespace of this process has besides the process's own."""
+    found = {}
+    for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
+        lines = Path(f"/proc/self/{kind}_map").read_text().splitlines()
+        columns = [[int(column) for column in line.split()] for line in lines]
+        found[kind] = _without((Range(first, count) for first, _, count in columns), own)
+    return Lent(found["uid"], found["gid"])
+
+
+def table(own: int, ranges: Iterable[Range], *, root: bool) -> str:
+    """What newuidmap(1) takes, and the kernel: three numbers for each range.  Each id keeps its number; for ``root`` ``own`` is
+    number 0, and the others follow one after the other, from 1 on."""
+    lines, here = [(0 if root else own, own, 1)], 1
+    for first, count in ranges:
+        lines.append((here if root else first, first, count))
+        here += count
+    return "\n".join(" ".join(map(str, line)) for line in lines)
+
+
+def write(path: str, text: str) -> None:
+    """Write a table, or what goes with it, as the kernel wants it: at once."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def mapper(uids: str, gids: str) -> Iterator[Mapper]:
+    """For a block in which this process enters a user namespace: what writes these tables for it from where it was."""
+    there, here = os.pipe()
+    back, forth = os.pipe()
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        said = "it ended without an answer"
+        try:
+            os.close(here)
+            os.close(back)
+            said = _write_tables(parent, uids, gids) if os.read(there, 1) else ""
+        except OSError as error:
+            said = str(error)
+        finally:
+            os.write(forth, said.encode())
+            os._exit(0)
+    os.close(there)
+    os.close(forth)
+    try:
+        yield Mapper(here, back)
+    finally:
+        os.close(here)
+        os.close(back)
+        os.waitpid(child, 0)
+
+
+class Mapper:
+    """The process that writes the tables; of ``mapper``."""
+
+    def __init__(self, go: int, answer: int) -> None:
+        self._go = go
+        self._answer = answer
+
+    def map(self) -> str:
+        """Have the tables written: "" then, or why one is not, in a sentence; the other may be."""
+        os.write(self._go, b"1")
+        answer = b""
+        while more := os.read(self._answer, 4096):
+            answer += more
+        return answer.decode(errors="replace")
+
+
+def _write_tables(process: int, uids: str, gids: str) -> str:
+    """Write the tables of the user namespace that ``process`` has made; "" or why that failed."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for kind, text in (("uid", uids), ("gid", gids)):
+        try:
+            write(f"/proc/{process}/{kind}_map", text)  # as newuidmap does, where this process may
+        except PermissionError:
+            failed = _by_program(f"new{kind}map", process, text)
+            if failed:
+                return failed
+    return ""
+
+
+def _by_program(name: str, process: int, text: str) -> str:
+    words = [name, str(process), *text.split()]
+    try:
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=_PATIENCE, check=False
+        )
+    except FileNotFoundError:
+        return f"{name} is not installed: root can install it (Debian: apt-get install uidmap)"
+    except OSError as error:
+        return f"{name} can't be run: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return f"{name} took longer than {_PATIENCE} s: see what getsubids says, and how long that takes"
+    if done.returncode == 0:
+        return ""
+    said = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
+    return f"{name} refuses: {said[0].removeprefix(f'{name}: ')}"
+
+
+def _lines_for(path: str, names: set[str]) -> list[Range]:
+    try:
+        lines = Path(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        name, *numbers = line.split(":")
+        if name in names and len(numbers) == 2 and all(number.isascii() and number.isdigit() for number in numbers):
+            first, count = map(int, numbers)
+            if count and first + count < 1 << 32:
+                found.append(Range(first, count))
+    return found
+
+
+def _without(ranges: Iterable[Range], own: int) -> tuple[Range, ...]:
+    """The ranges in order, each id once, and ``own`` in none."""
+    found: list[Range] = []
+    end = 0
+    for first, count in sorted(ranges):
+        start, stop = max(first, end), first + count
+        end = max(end, stop)
+        pieces = ((start, min(stop, own)), (max(start, own + 1), stop)) if start <= own < stop else ((start, stop),)
+        found.extend(Range(low, high - low) for low, high in pieces if low < high)
+    return tuple(found[:MOST])

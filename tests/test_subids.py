@@ -1,0 +1,184 @@
+"""Ids that root has lent to alice in /etc/subuid and /etc/subgid: ``snapfs run --subids`` has them, and the daemon does what is
+to be done to the files of those ids."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from snapfs.kernel import subids
+from snapfs.kernel.subids import Range
+from tests.home import Home, home_of, with_workspace
+from tests.users import ALICE, BOB, alice, bind, bob
+
+FIRST = 300000
+
+
+@pytest.fixture(scope="module")
+def lent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Alice has ids from two lines, one of which has her number; and Bob none."""
+    with ExitStack() as stack:
+        for name in ("subuid", "subgid"):
+            file = tmp_path_factory.mktemp("etc") / name
+            file.write_text(f"alice:{FIRST}:65536\nroot:100000:65536\nnonsense\nalice:x:y\n{ALICE}:{ALICE - 1}:3\n")
+            file.chmod(0o644)
+            bind(stack, file, f"/etc/{name}")
+        yield
+
+
+pytestmark = [pytest.mark.mounts, pytest.mark.usefixtures("everybodys_fuse", "users", "lent")]
+
+
+@pytest.fixture
+def home() -> Iterator[Home]:
+    with home_of(alice) as found:
+        found.daemon.start()
+        yield with_workspace(found)
+
+
+def subids_of(home: Home) -> object:
+    return home.options()["subids"]
+
+
+def test_who_installs_packages_has_all_ids(home: Home) -> None:
+    """Number 0 is hers, and from 1 on they are those of the lines; all that needs a capability for files of several owners."""
+    script = """
+        test "$(id -u) $(id -g)" = "0 0"
+        mkdir private; touch private/file made; chown 0:0 made
+        chown 3:34 private/file; chown 33:33 private; chmod 700 private
+        stat -c "%u:%g" private private/file made
+    """
+    assert home.inside("w", script, "--subids") == "33:33\n3:34\n0:0\n"
+    rootfs = Path(home.rootfs("w"))
+    owners = [
+        (os.stat(path).st_uid, os.stat(path).st_gid) for path in (rootfs / "private/file", rootfs / "private", rootfs / "made")
+    ]
+    # 1 and 2 are the numbers before and after hers
+    assert owners == [(FIRST, FIRST + 31), (FIRST + 30, FIRST + 30), (ALICE, ALICE)]
+    assert subids_of(home) == {"on": True, "why": "newuidmap and newgidmap have mapped them"}
+    assert home.inside("w", "id -u; id -un; cat private/file", status=1).startswith(
+        f"{ALICE}\nalice\ncat: private/file: Permission"
+    )
+    assert home.inside("w", "id -u; chown 1 made", "--root", status=1).startswith("0\nchown: changing ownership of 'made'")
+    assert home.inside("w", "id -u; ls private", "--root", "--subids") == "0\nfile\n"
+
+
+def test_capabilities_and_groups(home: Home) -> None:
+    """What package managers do besides, and tar: groups of a process, programs with capabilities."""
+    script = """
+import os, struct
+os.setgroups([5, 6]); print(os.getgroups())
+open("tool", "w").close()
+os.setxattr("tool", "security.capability", struct.pack("<IIIII", 0x02000000, 1 << 13, 0, 0, 0))
+os.setgid(33); os.setuid(33); print(os.getuid(), os.getgid())
+"""
+    assert home.snapfs("run", "--subids", "w", "--", "python3", "-c", script) == "[5, 6]\n33 33\n"
+    assert "tool" in home.read("active/w/changes")
+
+
+def test_the_daemon_does_what_it_does_to_files_of_others(home: Home) -> None:
+    private = "mkdir -p d/e; touch d/e/f; chown -R 7:7 d; chmod 700 d d/e; chmod 600 d/e/f"
+    home.inside("w", private, "--subids")
+    assert home.read("active/w/changes") == "A /d\nA /d/e\nA /d/e/f\n"
+    home.sh("mv tree/active/w tree/committed/c; mkdir tree/committed/c/active/x")
+    assert home.inside("x", "stat -c %u:%g d/e/f; rm d/e/f; touch d/e/g; chown 8 d/e/g", "--subids") == "7:7\n"
+    assert home.read("active/x/changes") == "D /d/e/f\nA /d/e/g\n"
+    home.sh("rmdir tree/active/x tree/committed/c; echo 1 > tree/.snapfs/cleanup")
+    assert os.listdir(home.root / "trash") == []
+    assert home.daemon.stop() == 0
+    home.daemon = home.another().start()
+    assert home.read("committed/b/changes") == "A /file\nA /sub\n"
+
+
+def test_without_them_all_else_works() -> None:
+    """Bob has no line, so he is alone in there; what he may do about that is said where he asks for more."""
+    with home_of(bob, BOB) as home:
+        home.daemon.start()
+        with_workspace(home)
+        to_do = "usermod --add-subuids 100000-165535 --add-subgids 100000-165535 bob"
+        why = f"no line of /etc/subuid lends ids to bob: root can add one: {to_do}"
+        assert subids_of(home) == {"on": False, "why": why}
+        assert home.inside("w", "id -u", "--root") == "0\n"
+        said = home.inside("w", "true", "--subids", status=1)
+        assert said == f"snapfs: cannot have the ids of /etc/subuid in there: {why}; then start the daemon anew\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "text", "words"),
+    [
+        ("newuidmap", None, "newuidmap is not installed: root can install it (Debian: apt-get install uidmap)"),
+        ("newgidmap", None, "newgidmap is not installed: root can install it (Debian: apt-get install uidmap)"),
+        ("newuidmap", "#!/bin/sh\necho newuidmap: not today >&2\nexit 1\n", "newuidmap refuses: not today"),
+        ("newgidmap", "#!/bin/sh\nexit 3\n", "newgidmap refuses: status 3"),
+        ("newuidmap", "no program\n", "newuidmap can't be run: Exec format error"),
+    ],
+)
+def test_why_they_are_not_mapped(tmp_path: Path, program: str, text: str | None, words: str) -> None:
+    with home_of(alice) as home:
+        bin_ = home.path / "bin"
+        bin_.mkdir()
+        for name in {"fusermount3", "newuidmap", "newgidmap"} - {program}:
+            found = shutil.which(name)
+            assert found is not None
+            (bin_ / name).symlink_to(found)
+        if text is not None:
+            (bin_ / program).write_text(text)
+            (bin_ / program).chmod(0o755)
+        home.daemon.prefix = (*alice, "/usr/bin/env", f"PATH={bin_}")
+        home.daemon.start()
+        with_workspace(home)
+        assert subids_of(home) == {"on": False, "why": words}
+        assert words in home.inside("w", "true", "--subids", status=1)
+        assert home.inside("w", "touch made; stat -c %u made") == f"{ALICE}\n"
+
+
+def test_root_has_all_ids_anyway(tmp_path: Path) -> None:
+    with home_of(()) as home:
+        home.daemon.start()
+        with_workspace(home)
+        assert home.inside("w", "touch made; chown 12345 made; stat -c %u made", "--subids") == "12345\n"
+        assert home.daemon.stop() == 0
+
+
+def test_ids_come_back_as_they_were(home: Home) -> None:
+    """After the daemon has been killed, and was started anew, a file has the owner that it had."""
+    home.inside("w", "mkdir d; touch d/f; chown 5:6 d d/f; chmod 700 d", "--subids")
+    assert home.daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+    home.daemon = home.another().start()
+    assert home.inside("w", "stat -c %u:%g:%a d d/f", "--subids") == "5:6:700\n5:6:644\n"
+    assert stat.S_IMODE(os.stat(f"{home.rootfs('w')}/d").st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "wanted"),
+    [
+        ([], 5, []),
+        ([(10, 5)], 5, [(10, 5)]),
+        ([(4, 3)], 5, [(4, 1), (6, 1)]),
+        ([(5, 3)], 5, [(6, 2)]),
+        ([(3, 3)], 5, [(3, 2)]),
+        ([(5, 1)], 5, []),
+        ([(20, 10), (10, 15)], 5, [(10, 15), (25, 5)]),
+        ([(20, 5), (10, 30), (12, 3)], 5, [(10, 30)]),
+    ],
+)
+def test_each_id_once_and_ones_own_in_none(given: list[tuple[int, int]], own: int, wanted: list[tuple[int, int]]) -> None:
+    assert subids._without([Range(*each) for each in given], own) == tuple(Range(*each) for each in wanted)
+
+
+def test_tables() -> None:
+    ranges = [Range(300, 10), Range(500, 5)]
+    assert subids.table(1001, ranges, root=False) == "1001 1001 1\n300 300 10\n500 500 5"
+    assert subids.table(1001, ranges, root=True) == "0 1001 1\n1 300 10\n11 500 5"
+
+
+def test_a_table_is_no_longer_than_the_kernel_takes() -> None:
+    ranges = subids._without([Range(4_000_000_000 + 2 * number, 1) for number in range(1000)], 5)
+    assert len(subids.table(4_294_967_000, ranges, root=False)) < os.sysconf("SC_PAGE_SIZE")
