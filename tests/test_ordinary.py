@@ -353,6 +353,30 @@ def test_from_one_workspace_to_the_next(home: Home) -> None:
     assert 'from inside of "w": leave that first' in home.inside("w", f"{command} other -- true", status=6)
 
 
+@pytest.mark.parametrize("meanwhile", ["mv active/w committed/v; ls committed/v/rootfs/", "rmdir active/w", "snapfs checkpoint w"])
+def test_a_workspace_that_ends_before_anybody_is_inside(anybody: Home, meanwhile: str) -> None:
+    """Of what it was a moment ago nothing is found, and nothing runs."""
+    script = f"""
+import os, sys
+from snapfs.cli import inside
+from snapfs.cli import main
+from snapfs.kernel import userns
+
+def after(act):
+    def acting(*arguments):
+        assert os.system("cd {anybody.mnt}; {meanwhile}") == 0
+        return act(*arguments)
+    return acting
+
+inside._fetch = after(inside._fetch) if os.geteuid() else inside._fetch
+userns.copy_mounts = userns.copy_mounts if os.geteuid() else after(userns.copy_mounts)
+sys.exit(main(["run", "w", "--", "touch", "{anybody.path}/ran"]))
+"""
+    said = anybody.does(sys.executable, "-c", script.replace("snapfs checkpoint", " ".join([*SNAPFS, "checkpoint"])), status=5)
+    assert said.endswith('snapfs: "w" was committed or removed a moment ago: see snapfs ls, and try again\n')
+    assert not (anybody.path / "ran").exists()
+
+
 def test_as_root_of_a_user(home: Home) -> None:
     assert (
         home.inside("w", "id -u; touch made; stat -c %u made; chown 0:0 made; ! chown 1 made 2>/dev/null", "--root") == "0\n0\n"

@@ -18,7 +18,7 @@ import stat
 
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import find_tree
-from snapfs.cli.refusal import NOT_PERMITTED, Refusal
+from snapfs.cli.refusal import BUSY, NOT_PERMITTED, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,11 +88,13 @@ def _stand_inside(given: Given) -> None:
                 _refuse_another(key, target)
             else:
                 userns.copy_mounts()
+            _refuse_changed(key, directory, target)
             if over is not None:
                 mounting.mount_bind(target, held.enter_context(trusted.find(over)).fd, read_only=False)
             if (given.has("root") or given.has("subids")) and os.geteuid() != 0:
                 userns.enter(root=True, lent=subids.mapped_here() if given.has("subids") else None)
         except OSError as error:
+            _refuse_changed(key, directory, target)
             hint = "run it as root" if not window and os.geteuid() != 0 else "is the daemon yours?"
             raise Refusal(f'cannot get into "{key}": {error.strerror}: {hint}', NOT_PERMITTED) from None
     _go(target if over is None else before if f"{before}/".startswith(f"{over}/") else over, over or target)
@@ -150,6 +152,17 @@ def _refuse_another(key: str, target: str) -> None:
     if not os.path.ismount(target):
         inside = os.environ.get("SNAPFS_WORKSPACE", "another one")
         raise Refusal(f'cannot get into "{key}" from inside of "{inside}": leave that first', NOT_PERMITTED)
+
+
+def _refuse_changed(key: str, directory: str, target: str) -> None:
+    """Raise Refusal unless what is at ``target`` still is the workspace: from now on, as this process has it, it can't be
+    committed or removed, but up to now it could."""
+    try:
+        now = os.readlink(f"{directory}/rootfs")
+    except OSError:
+        now = ""
+    if not now.endswith(target):  # without what leads to it from outside
+        raise Refusal(f'"{key}" was committed or removed a moment ago: see snapfs ls, and try again', BUSY)
 
 
 def _go(there: str, instead: str) -> None:
