@@ -353,7 +353,9 @@ def test_from_one_workspace_to_the_next(home: Home) -> None:
     assert 'from inside of "w": leave that first' in home.inside("w", f"{command} other -- true", status=6)
 
 
-@pytest.mark.parametrize("meanwhile", ["mv active/w committed/v; ls committed/v/rootfs/", "rmdir active/w", "snapfs checkpoint w"])
+@pytest.mark.parametrize(
+    "meanwhile", ["mv active/w committed/v; ls committed/v/rootfs", "rmdir active/w", "snapfs checkpoint w"]
+)
 def test_a_workspace_that_ends_before_anybody_is_inside(anybody: Home, meanwhile: str) -> None:
     """Of what it was a moment ago nothing is found, and nothing runs."""
     script = f"""

@@ -182,29 +182,36 @@ def change_owners(
     raises OSError.
     """
 
-    def change(parent: int, name: str, entry: os.stat_result) -> None:
+    def change(parent: int, name: str, entry: os.stat_result, top: str, place: str) -> None:
         try:
             _chown(parent, name, entry, owner)
         except FileNotFoundError:
             pass
         except OSError as error:
             try:
-                path = f"{os.readlink(f'/proc/self/fd/{parent}')}/{name}"
+                path = f"{place}{_link(parent).removeprefix(top)}/{name}"
             except OSError:  # too long
-                path = f"{directory}/fs/…"
+                path = f"{place}/…"
             refused(path, error)
 
     base = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        change(base, "fs", os.stat("fs", dir_fd=base))
+        change(base, "fs", os.stat("fs", dir_fd=base), _link(base), directory)
     finally:
         os.close(base)
+    top: str | None = None
     with closing(directories(f"{directory}/fs")) as visited:
         for fd, entries in visited:
             checkpoint()
+            top = _link(fd) if top is None else top
             for entry in entries:
                 with suppress(FileNotFoundError):
-                    change(fd, entry.name, entry.stat(follow_symlinks=False))
+                    change(fd, entry.name, entry.stat(follow_symlinks=False), top, f"{directory}/fs")
+
+
+def _link(fd: int) -> str:
+    """What the kernel calls the directory open as ``fd``: a path, or one from the top of a mount that is attached nowhere."""
+    return os.readlink(f"/proc/self/fd/{fd}").rstrip("/")
 
 
 def _chown(parent: int, name: str, entry: os.stat_result, owner: Callable[[os.stat_result], Owner]) -> None:
