@@ -383,6 +383,27 @@ def test_what_was_written_beneath_is_kept_and_out_of_the_way(make_daemon: Make) 
     assert not where.exists()
 
 
+def test_no_other_file_system_is_taken_for_a_shelter_that_is_gone(daemon: Daemon, tmp_path: Path) -> None:
+    """The kernel gives the least number that is free to the next: a tmpfs of whoever may have the shelter's then."""
+    mnt = daemon.mnt
+    os.mkdir(chain(mnt, "base") / "active/web")
+    shelter = Path(os.path.realpath(mnt / "active/web/rootfs")).parent
+    device = os.stat(shelter).st_dev
+    subprocess.run(["umount", str(shelter / "fs"), str(shelter)], check=True)
+    others: list[Path] = []
+    try:
+        for number in range(8):
+            (other := tmp_path / str(number)).mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "none", str(other)], check=True)
+            others.append(other)
+        assert device not in [os.stat(other).st_dev for other in others]
+        os.rename(mnt / "active/web", mnt / "committed/v1")
+        assert held(daemon) == []
+    finally:
+        for other in others:
+            subprocess.run(["umount", str(other)], check=True)
+
+
 @pytest.mark.parametrize(
     "what",
     [

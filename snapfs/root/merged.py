@@ -64,8 +64,9 @@ class Held:
     again.
 
     ``number`` is the snapshot's id, ``mount`` the mount's; ``device`` that of the overlay (``major:minor``), "" of a bind, and
-    ``shelters`` those of what it stands in and has stood in, where copies may still stand.  ``seal``: the overlay is to be
-    made read-only before the copy is closed.
+    ``shelters`` those of what it stands in and has stood in, where copies may still stand.  Each has a detached copy, too, or
+    the kernel would give its device's number to another when the last is gone.  ``seal``: the overlay is to be made read-only
+    before the copy is closed.
     """
 
     def __init__(self, number: int, target: str) -> None:
@@ -75,13 +76,33 @@ class Held:
         self.copy = mounting.detached_copy(target)
         self.mount = mount_id(target)
         self.device = mounting.overlay_device(target)
-        self.shelters = {mounting.device(os.path.dirname(target))}
+        self.shelters: dict[str, int | None] = {}
+        self.stand_in(os.path.dirname(target))
+
+    def stand_in(self, directory: str) -> None:
+        """It stands in the shelter that is mounted on ``directory`` now."""
+        device = mounting.device(directory)
+        if device not in self.shelters:
+            self.shelters[device] = mounting.detached_copy(directory)
+
+    def forget_shelter(self, device: str) -> None:
+        """No copy of that one is left."""
+        copy = self.shelters.pop(device)
+        if copy is not None:
+            os.close(copy)
+
+    def take_copy(self) -> int | None:
+        """The copy, for the caller to close, which may flush the disk; those of the shelters are closed."""
+        for device in list(self.shelters):
+            self.forget_shelter(device)
+        copy, self.copy = self.copy, None
+        return copy
 
     def close_copy(self) -> None:
-        """Close the copy, which may flush the disk."""
-        if self.copy is not None:
-            os.close(self.copy)
-            self.copy = None
+        """Close all copies, which may flush the disk."""
+        copy = self.take_copy()
+        if copy is not None:
+            os.close(copy)
 
 
 class Merged:
@@ -253,7 +274,11 @@ class Merged:
         if held.copy is None:
             held.copy = mounting.detached_copy(target)
         held.mount = mount_id(target)
-        held.shelters.add(mounting.device(directory))
+        left, whole = self._shelters(held)
+        if whole:
+            for device in held.shelters.keys() - {place.device for place in left}:
+                held.forget_shelter(device)
+        held.stand_in(directory)
 
     def is_elsewhere(self, held: Held) -> bool:
         """Whether the overlay that is mounted here, or was a moment ago, is mounted in another place, in whatever namespace.

@@ -277,9 +277,10 @@ class Rootfs:
 
     def _let_go(self, held: Held) -> None:
         """Close the copy, which may flush the disk, in the background; once."""
-        if held.copy is None:
+        copy = held.take_copy()
+        if copy is None:
             return
-        closing, held.copy = Closing(held.copy, seal=held.seal), None
+        closing = Closing(copy, seal=held.seal)
         if self._nursery is not None:
             with suppress(RuntimeError):  # it is being closed
                 self._nursery.start_soon(self._close, held.number, closing)
