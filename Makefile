@@ -1,5 +1,5 @@
 # make run    mount a tree on /tmp/snapfs/snap (make run DEMO=/elsewhere: on /elsewhere/snap) and show what to type
-# make test   run every test (as root; mounts for real, in a mount namespace of its own)
+# make test   run every test (as root; mounts for real, in mount namespaces of its own), two at a time: PYTEST_ARGS="-n 0 -x" one
 # make quick  what needs no mount, as any user, in less than 20 s: QUICK="rooms names" is tests/test_rooms.py and tests/test_names.py
 # make soak   64 clients do everything at once for ten minutes: make soak SOAK_ARGS="--clients 16 --seconds 60"
 # make crash  kill the daemon between any two of its system calls, some thousand times, and see what is left
@@ -67,7 +67,7 @@ run: .venv/ready
 	@exec .venv/bin/snapfs serve '$(DEMO)/root' '$(DEMO)/snap'
 
 test: .venv/ready-for-tests
-	$(SUDO) .venv/bin/python -m pytest $(PYTEST_ARGS)
+	$(SUDO) .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
 
 quick: .venv/ready-for-development
 	TMPDIR=$(firstword $(wildcard /dev/shm) /tmp) $(BIN)/python -m pytest -q -m 'not mounts' -k 'not blocking-' \

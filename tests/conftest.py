@@ -7,6 +7,7 @@ fail, by their mark or because they ask for one of the fixtures that mount; the 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import stat
@@ -35,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background; what tests start would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "mounts: it mounts for real, or does what only root may; needs root and /dev/fuse")
+    config.addinivalue_line("markers", "alone: it measures time: nothing else runs meanwhile")
     config.addinivalue_line(
         "markers", "durable: its root flushes, as everybody's does; those of other tests may be thrown away"
     )
@@ -54,6 +56,22 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("mounts") and NO_MOUNTS in item.config.stash:
         pytest.fail(item.config.stash[NO_MOUNTS], pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """While a test runs that is marked ``alone``, the other processes of ``pytest -n`` run none."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    with open(__file__) as turnstile, open(f"{os.path.dirname(__file__)}/__init__.py") as room:
+        fcntl.flock(turnstile, fcntl.LOCK_EX)  # or who wants to be alone would wait for ever
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turnstile, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(room, fcntl.LOCK_UN)  # also for children, which have the file, too
 
 
 def flushes(request: pytest.FixtureRequest) -> bool:

@@ -382,6 +382,7 @@ sys.stdin.readline()
 """
 
 
+@pytest.mark.alone
 def test_many_mounts_of_another_user_take_nobodys_time(served: Daemon) -> None:
     """Each on the one before, at a long path: the kernel needs the longer for each, the more there are."""
     workspace = served.mnt / "active/w"

@@ -395,16 +395,18 @@ def test_a_shell_at_a_terminal(anybody: Home) -> None:
         os.execvp(words[0], words)
     seen = bytearray()
 
-    def see(what: bytes) -> None:
+    def see(what: bytes) -> bytes:
         while what not in seen:
             seen.extend(os.read(terminal, 4096))
+        found = bytes(seen)
         seen.clear()
+        return found
 
     see(b"$ ")
-    os.write(terminal, b"tty && cat file && sleep 100 && echo not\\ reached\n")
+    os.write(terminal, b"tty && sh -c 'cat file; exec sleep 100' && echo not\\ reached\n")  # cat has the terminal by then
     see(b"base\r\n")
     os.write(terminal, b"\x03")
-    see(b"$ ")
+    assert b"not reached" not in see(b"$ ")
     os.write(terminal, b"exit 5\n")
     status = os.waitpid(pid, 0)[1]
     os.close(terminal)

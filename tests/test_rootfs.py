@@ -1070,6 +1070,7 @@ def disk(tmp_path: Path, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", str(target)], check=False)
 
 
+@pytest.mark.alone
 @pytest.mark.durable
 @pytest.mark.parametrize("how", ["committed", "removed", "evicted", "expired"])
 def test_no_request_waits_for_the_flush(make_daemon: Make, tmp_path: Path, how: str) -> None:

@@ -659,6 +659,7 @@ def test_async_tests(options: tuple[str, ...], runner: Runner) -> None:
 # -- what it costs
 
 
+@pytest.mark.alone
 def test_a_copy_takes_three_milliseconds(runner: Runner) -> None:
     """Setup and teardown of a small base, at best: as the README says.  In memory, so that no disk is measured."""
     runner.temporary = Path(tempfile.mkdtemp(dir="/dev/shm"))

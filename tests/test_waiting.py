@@ -48,6 +48,8 @@ from tests.processes import die_with_parent, until
 from tests.refusals import failing
 from tests.users import ALICE, BOB, STAFF, alice, bob
 
+pytestmark = pytest.mark.alone
+
 Make = Callable[..., Daemon]
 
 TIME = 2.0  # seconds in which everybody is answered
