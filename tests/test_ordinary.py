@@ -124,6 +124,17 @@ def test_programs_that_go_by_the_path_meet_an_error_in_the_window(home: Home) ->
     for make in ('mkdir -p "$p/new"', 'echo x > "$p/new"', "python3 -c \"import os; os.makedirs(os.getcwd() + '/deep/er')\""):
         home.does("sh", "-c", f"{into} p=$(pwd -P); ( {make} ) 2>/dev/null || exit 1", status=1)
         home.does("sh", "-c", f"mkdir -p {home.root}/rootfs/9/fs 2>/dev/null", status=1)
+    database = """
+try:
+    sqlite3.connect("tree/active/w/rootfs/db").execute("create table t (x)")  # which resolves links itself
+except sqlite3.OperationalError as error:
+    print(error)"""
+    said = home.does("/usr/bin/python3", "-c", f"import sqlite3{database}")
+    assert said == "unable to open database file\n"
+    vim = "vim -u NONE -es -c 's/$/ by vim/' -c wq"
+    assert home.sh(f"{vim} tree/active/w/rootfs/file; cat tree/active/w/rootfs/file") == "base by vim\n"
+    home.sh(f"{into} {vim} file || :")
+    assert home.read("active/w/rootfs/file") == "base by vim by vim\n"
     home.sh("rmdir tree/active/w")
     assert os.listdir(home.root / "rootfs") == [], "no program has made anything beneath"
 
@@ -377,6 +388,19 @@ sys.exit(main(["run", "w", "--", "touch", "{anybody.path}/ran"]))
     said = anybody.does(sys.executable, "-c", script.replace("snapfs checkpoint", " ".join([*SNAPFS, "checkpoint"])), status=5)
     assert said.endswith('snapfs: "w" was committed or removed a moment ago: see snapfs ls, and try again\n')
     assert not (anybody.path / "ran").exists()
+
+
+def test_files_of_root_s_in_a_lower_layer(home: Home) -> None:
+    """They can be read and removed, but not changed: the kernel can't give a copy an owner that has no number there."""
+    layer = home.root / "snapshots/1/fs"
+    for name in ("one", "two"):
+        (layer / name).write_text("root's\n")
+    assert (
+        home.inside("w", "stat -c %U one; cat one; rm one; ! echo more 2>/dev/null >> two; cat two")
+        == "nobody\nroot's\nroot's\n"
+    )
+    assert home.read("active/w/changes") == "D /one\n"
+    home.sh("mv tree/active/w tree/committed/v; rmdir tree/committed/v")
 
 
 def test_as_root_of_a_user(home: Home) -> None:
