@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.model import Kind, Mount
-
-PAGE = 4096
-"""Bytes of options that mount(2) takes, the closing NUL among them; it cuts longer ones without a word."""
+from snapfs.mountoptions import PAGE, escape
 
 MOST_LOWERS = 500
 """Lower layers that the kernel mounts together (OVL_MAX_STACK of its ``fs/overlayfs/params.h``), an upper layer besides."""
@@ -51,11 +49,6 @@ def mounts(
         own = []
     lower = [f"lowerdir={':'.join(f'{escape(parent)}/fs' for parent in parents)}"] if parents else []
     return [Mount("overlay", "overlay", (*remapped, *own, *lower, *options))]
-
-
-def escape(path: str) -> str:
-    r"""``path`` as overlayfs reads it in its options: a backslash before each ``\``, ``,`` and ``:``."""
-    return path.replace("\\", "\\\\").replace(",", "\\,").replace(":", "\\:")
 
 
 def script(spec: Sequence[Mount], snapshots: str, number: int) -> str:

@@ -29,6 +29,10 @@ snapfs rollback web
 snapfs run web -- test -e new -a -e README.md
 
 cp -r snapfs/examples/pytest tests
+python3 -m venv small # of snapfs alone, as where nothing can be compiled
+small/bin/pip install --quiet --disable-pip-version-check ${LOCKED:+--constraint snapfs/tests/constraints.txt} pytest pytest-xdist
+small/bin/pip install --quiet --disable-pip-version-check --no-deps ./snapfs
+small/bin/python -m pytest -q -p no:cacheprovider --basetemp tmp -n 2 tests
 python -m pytest -q -p no:cacheprovider --basetemp tmp -n 2 tests
 
 fusermount3 -u snap

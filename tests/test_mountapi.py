@@ -15,7 +15,7 @@ import pytest
 
 from snapfs.kernel import mountapi, mounting, overlay
 from snapfs.kernel.mounttable import MountPoint, mount_table
-from snapfs.mountspec import escape
+from snapfs.mountoptions import escape
 from tests.processes import die_with_parent
 
 pytestmark = pytest.mark.mounts

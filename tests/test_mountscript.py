@@ -13,7 +13,8 @@ import pytest
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import mount_table
 from snapfs.model import Kind
-from snapfs.mountspec import PAGE, escape, mounts, script
+from snapfs.mountoptions import PAGE, escape
+from snapfs.mountspec import mounts, script
 
 pytestmark = pytest.mark.mounts
 

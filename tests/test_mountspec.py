@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from snapfs.errors import InvalidArgument
 from snapfs.idmap import GID_MAPPING, UID_MAPPING, parse_mapping, root_owner, to_host
 from snapfs.model import Kind, Mount
-from snapfs.mountspec import PAGE, escape, mounts, script
+from snapfs.mountoptions import PAGE, escape
+from snapfs.mountspec import mounts, script
 
 A, V = Kind.ACTIVE, Kind.VIEW
 BOTH = {UID_MAPPING: "0:1000:10", GID_MAPPING: "0:2000:10", "other": "x"}

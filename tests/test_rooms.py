@@ -14,7 +14,7 @@ from snapfs.snapshotter import Snapshotter
 
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
-PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountspec", "options"}
+PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountoptions", "mountspec", "options"}
 DOORS = {"snapshotter", "opening"}
 DOORWAYS = {"tree", "fuse", "containerd", "cli"}  # what is built on a Snapshotter
 

@@ -63,6 +63,17 @@ OPTIONS = ["{}", "{'how': 'copy'}"]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+def test_it_needs_no_other_package(options: str, runner: Runner) -> None:
+    """Some of what the daemon takes needs a compiler to install: ``pip install --no-deps snapfs`` needs nothing."""
+    script = (
+        "with snapfs.testing.copies(fill, **HOW) as copy:\n    print((copy / 'file').read_text())\n"
+        "for name in ('msgspec', 'lmdb', 'trio', 'pyfuse3'):\n"
+        "    try:\n        __import__(name)\n    except ModuleNotFoundError:\n        print('no', name)\n"
+    )
+    assert ran(runner, script, "-S", options=options) == "x\nno msgspec\nno lmdb\nno trio\nno pyfuse3\n"
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_a_script(options: str, runner: Runner) -> None:
     said = ran(
         runner,

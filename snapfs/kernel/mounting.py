@@ -9,7 +9,7 @@ import platform
 import subprocess
 
 from snapfs.kernel import libc, mountapi
-from snapfs.mountspec import PAGE
+from snapfs.mountoptions import PAGE
 
 MS_RDONLY = 1
 MNT_FORCE = 1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from snapfs.kernel import libc, mountapi, mounting
-from snapfs.mountspec import PAGE, escape
+from snapfs.mountoptions import PAGE, escape
 
 
 class MountApiLacking(Exception):
