@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.testing import digests
+from snapfs.testing import copying, digests
 from tests.plugin import FILL, NOBODY, Runner
 from tests.processes import until
 
@@ -234,6 +234,87 @@ def test_a_base_of_unknown_dependence_is_not_kept(user: Runner) -> None:
     cache = user.temporary / "cache"
     assert "1 passed" in user(f"--snapfs-cache={cache}", status=0)
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
+
+
+# -- other users
+
+
+def test_what_others_can_not_guess(user: Runner) -> None:
+    """Another user may enter the directory of a run, as a server that is another user must.  What a base holds may be what that
+    user could not read where it was."""
+    (user.tests / "data").mkdir(mode=0o755)
+    user.write(
+        test_it=f"import os\nDATA = {str(user.tests / 'data')!r}\n"
+        "def test_it(snapshot_of, fresh_copy):\n"
+        "    for path in snapshot_of(DATA), fresh_copy(DATA):\n"
+        f"        print('path', path.relative_to({str(user.temporary)!r}))\n"
+        "        run = path.parents[2]\n"
+        "        print('mode', f'{os.stat(run).st_mode & 0o777:o}')\n",
+    )
+    runs = []
+    for _ in range(2):
+        said = user("-s", status=0)
+        assert said.count("mode 711") == 2
+        runs.append([line.partition("path ")[2].split("/") for line in said.splitlines() if "path " in line])
+    for one, other in zip(*runs, strict=True):
+        assert one[1] != other[1]
+        assert len(one[1]) >= 16
+
+
+@pytest.mark.parametrize(
+    ("modes", "owners", "words"),
+    [
+        ((0o755, 0o777), (NOBODY, NOBODY), "can be written by everybody"),
+        ((0o755, 0o1777), (NOBODY, NOBODY), "others can make files there"),
+        ((0o755, 0o1777), (NOBODY, 0), "it belongs to the user root"),
+        ((0o755, 0o755), (1, NOBODY), "belongs to the user"),
+        ((0o777, None), (NOBODY, NOBODY), "can be written by everybody"),
+    ],
+)
+def test_a_cache_where_others_could_put_a_base(
+    user: Runner, modes: tuple[int, int | None], owners: tuple[int, int], words: str
+) -> None:
+    cache = user.tmp_path / "above/cache"
+    for path, mode, owner in zip((cache.parent, cache), modes, owners, strict=True):
+        if mode is not None:
+            path.mkdir()
+            path.chmod(mode)
+            os.chown(path, owner, owner)
+    user.write(test_it=counting(user))
+    said = user(f"--snapfs-cache={cache}", status=4)
+    assert f"no bases can be kept in {cache}: " in said
+    assert words in said
+    assert "Traceback" not in said
+    assert list(cache.iterdir()) == [] if modes[1] is not None else not cache.exists()
+
+
+def test_a_base_that_another_user_has_put_into_the_cache(user: Runner) -> None:
+    user.write(test_it=counting(user))
+    cache = user.temporary / "cache"
+    assert "6 passed" in user(f"--snapfs-cache={cache}", status=0)
+    assert os.stat(cache).st_mode & 0o777 == 0o700
+    (base,) = (path for path in cache.iterdir() if path.is_dir())
+    os.chown(base, 1, 1)
+    assert f"{base} is somebody else's: remove it" in user(f"--snapfs-cache={cache}", status=1)
+
+
+def test_a_directory_that_becomes_a_link_while_modes_are_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test's server has made is that user's, who may exchange it while it is removed."""
+    (tmp_path / "copy/inner").mkdir(parents=True)
+    (tmp_path / "victim/inner").mkdir(parents=True)
+    modes = [os.stat(path).st_mode for path in (tmp_path / "victim", tmp_path / "victim/inner")]
+    chmod = os.chmod
+
+    def swapped(path: str, mode: int) -> None:
+        if os.path.realpath(path) == str(tmp_path / "copy/inner"):
+            (tmp_path / "copy/inner").rename(tmp_path / "copy/other")
+            (tmp_path / "copy/inner").symlink_to(tmp_path / "victim")
+        chmod(path, mode)
+
+    monkeypatch.setattr(os, "chmod", swapped)
+    copying._make_writable(str(tmp_path / "copy"))
+    assert (tmp_path / "copy/inner").is_symlink()
+    assert [os.stat(path).st_mode for path in (tmp_path / "victim", tmp_path / "victim/inner")] == modes
 
 
 # -- what a function depends on

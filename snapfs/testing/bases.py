@@ -11,9 +11,11 @@ import fcntl
 import inspect
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from snapfs.kernel import trusted
 from snapfs.testing import copying, digests
 from snapfs.testing.place import lock
 
@@ -34,7 +36,7 @@ class Bases:
         self._made: dict[object, Path] = {}
         self._locks: list[int] = []
         if cache is not None:
-            os.makedirs(cache, exist_ok=True)
+            _claim(cache)
 
     def close(self) -> None:
         """Others may remove from the cache what was used."""
@@ -71,10 +73,10 @@ class Bases:
     def _found_or_made(self, directory: str, name: str, source: Source) -> Path:
         place = f"{directory}/{name}"
         base = Path(place, DATA)
-        if os.path.isdir(place):
+        if _is_there(place):
             return base
         with _locked(f"{place}.lock"):
-            if not os.path.isdir(place):
+            if not _is_there(place):
                 new = f"{place}.new"
                 if os.path.lexists(new):  # of a process that was killed
                     copying.remove_tree(new)
@@ -108,6 +110,36 @@ class Bases:
                 if not before:
                     _shrink(cache, self._limit)
                 return base
+
+
+def _claim(cache: str) -> None:
+    """Make the directory ``cache``, unless it is there.  Its bases have names that others can guess, and tests run what is in
+    them.  Raises OSError where anybody else could have made one, or will be able to."""
+    to_do = "keep bases in a directory of your own, below directories that nobody else can write"
+    try:
+        with trusted.find(cache, inside=True, may_lack=True) as found:
+            for path in found.make():
+                if os.geteuid() == 0:  # what fills a base may be a server, as another user
+                    os.chmod(path, 0o711)
+            status = os.fstat(found.fd)
+    except trusted.Untrusted as error:
+        raise PermissionError(f"no bases can be kept in {cache}: {error}; {to_do}") from None
+    if status.st_uid != os.geteuid():
+        whose = trusted.user_name(status.st_uid)
+        raise PermissionError(f"no bases can be kept in {cache}: it belongs to the user {whose}; {to_do}")
+    if status.st_mode & stat.S_ISVTX and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"no bases can be kept in {cache}: others can make files there; {to_do}")
+
+
+def _is_there(place: str) -> bool:
+    """Whether the base ``place`` was made.  Raises PermissionError where another user has done so, before ``_claim``."""
+    try:
+        status = os.lstat(place)
+    except FileNotFoundError:
+        return False
+    if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(f"{place} is somebody else's: remove it")
+    return True
 
 
 def copy_whole(base: Path, target: str, *, clone: bool) -> None:
