@@ -4,6 +4,8 @@ depends on."""
 from __future__ import annotations
 
 import functools
+import importlib
+import linecache
 import os
 import sys
 import types
@@ -349,6 +351,45 @@ def digest(fill: Callable[..., object]) -> str:
 def test_what_a_function_depends_on(one: str, other: str) -> None:
     assert digest(function(one)) == digest(function(one))
     assert digest(function(one)) != digest(function(other))
+
+
+_WRITES = "def helper(d): (d / 'f').write_text('1')\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "files"),
+    [
+        ("h", {"h": _WRITES, "m": "from h import helper\nclass B:\n def go(self, d): helper(d)\ndef fill(d): B().go(d)\n"}),
+        ("m", {"m": "X = '1'\nclass B:\n @classmethod\n def go(cls, d): d.write_text(X)\ndef fill(d): B.go(d)\n"}),
+        ("h", {"h": "class A:\n x = '1'\n", "m": "from h import A\nclass B(A): pass\ndef fill(d): d.write_text(B.x)\n"}),
+        ("pkg/sub", {"pkg/__init__": "", "pkg/sub": _WRITES, "m": "import pkg.sub\ndef fill(d): pkg.sub.helper(d)\n"}),
+        ("h2", {"h2": _WRITES, "h": "import m\nfrom h2 import helper\n", "m": "import h\ndef fill(d): h.helper(d)\n"}),
+        ("m", {"m": "import functools\n@functools.cache\ndef h(): return '1'\ndef fill(d): d.write_text(h())\n"}),
+    ],
+)
+def test_what_it_depends_on_in_other_files(
+    changed: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "pkg").mkdir()
+
+    def digest_now() -> str:
+        for name in ("m", "h", "h2", "pkg", "pkg.sub"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        found = digest(importlib.import_module("m").fill)
+        for name in ("m", "h", "h2", "pkg", "pkg.sub"):
+            sys.modules.pop(name, None)
+        return found
+
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    before = digest_now()
+    assert digest_now() == before
+    (tmp_path / f"{changed}.py").write_text(files[changed].replace("'1'", "'2'"))
+    assert digest_now() != before
 
 
 def test_what_a_function_does_not_depend_on() -> None:
