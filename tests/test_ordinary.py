@@ -212,6 +212,17 @@ def test_in_the_background(nobody_serves: Home, closed: str) -> None:
     until(lambda: "pid" not in home.does("sh", "-c", f"flock -n {home.root}/lock true || echo pid"), "the daemon has ended")
 
 
+@pytest.mark.parametrize(("does", "words"), [("exit 0", "gave no device"), ("exec sleep 60", "did not answer within 1 s")])
+def test_a_program_that_mounts_nothing(nobody_serves: Home, does: str, words: str) -> None:
+    """It is told, and the process that mounts ends too."""
+    home = nobody_serves
+    home.sh(f"mkdir bin; printf '#!/bin/sh\\n{does}\\n' > bin/fusermount3; chmod +x bin/fusermount3")
+    patient = "import sys; from snapfs import cli; from snapfs.fuse import outside; outside._PATIENCE = 1; sys.exit(cli.main())"
+    serve = (sys.executable, "-c", patient, "serve", home.root, home.mnt)
+    path = f"PATH={home.path}/bin:{os.environ['PATH']}"
+    assert f"fusermount3 {words}" in home.does("env", path, "timeout", "-sKILL", "20", *serve, status=1)
+
+
 def test_unmounted(home: Home) -> None:
     home.sh("fusermount3 -u tree")
     assert home.daemon.ended() == 0

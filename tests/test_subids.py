@@ -29,7 +29,9 @@ def lent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with ExitStack() as stack:
         for name in ("subuid", "subgid"):
             file = tmp_path_factory.mktemp("etc") / name
-            file.write_text(f"alice:{FIRST}:65536\nroot:100000:65536\nnonsense\nalice:x:y\n{ALICE}:{ALICE - 1}:3\n")
+            file.write_text(
+                f"alice:{FIRST}:65536\nroot:100000:65536\nnonsense\nalice:x:y\nalice:5:{'9' * 5000}\n{ALICE}:{ALICE - 1}:3\n"
+            )
             file.chmod(0o644)
             bind(stack, file, f"/etc/{name}")
         yield

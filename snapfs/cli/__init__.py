@@ -127,7 +127,7 @@ def _open_standard_streams() -> None:
                 os.dup2(nothing, number)
                 os.close(nothing)
             os.set_inheritable(number, True)
-            setattr(sys, name, open(number, mode, closefd=False))
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def _has_no_directory() -> bool:

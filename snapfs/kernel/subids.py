@@ -163,7 +163,11 @@ def _lines_for(path: str, names: set[str]) -> list[Range]:
     found = []
     for line in lines:
         name, *numbers = line.split(":")
-        if name in names and len(numbers) == 2 and all(number.isascii() and number.isdigit() for number in numbers):
+        if (
+            name in names
+            and len(numbers) == 2
+            and all(number.isascii() and number.isdigit() and len(number) <= 10 for number in numbers)
+        ):
             first, count = map(int, numbers)
             if count and first + count < 1 << 32:
                 found.append(Range(first, count))
