@@ -238,6 +238,29 @@ def test_a_base_of_unknown_dependence_is_not_kept(user: Runner) -> None:
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
 
 
+def test_killed_while_what_nobody_may_read_is_copied(user: Runner) -> None:
+    """A base whose modes were changed for that is made anew by the next run."""
+    user.write(
+        test_it="import os, signal\nfrom snapfs.testing import copying\n"
+        "def fill(directory):\n    (directory / 'file').touch()\n    (directory / 'file').chmod(0)\n"
+        "def test_it(snapshot_of, fresh_copy, monkeypatch):\n"
+        "    base = snapshot_of(fill)\n"
+        "    assert os.stat(base / 'file').st_mode & 0o777 == 0\n"
+        "    if 'KILL' in os.environ:\n"
+        "        monkeypatch.setattr(copying, 'copy_tree', lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))\n"
+        "    assert os.stat(fresh_copy(base) / 'file').st_mode & 0o777 == 0\n",
+    )
+    options = (f"--snapfs-cache={user.temporary / 'cache'}", "--snapfs=copy")
+    user.environment["KILL"] = "1"
+    with user.started(*options) as process:
+        process.communicate(timeout=60)
+        assert process.returncode == -9
+    del user.environment["KILL"]
+    for _ in range(2):
+        assert "1 passed" in user(*options, status=0)
+    assert not list((user.temporary / "cache").glob("*.opened"))
+
+
 # -- other users
 
 

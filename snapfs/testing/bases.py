@@ -22,7 +22,7 @@ from snapfs.testing.place import lock
 Source = str | os.PathLike[str] | Callable[[Path], object]
 
 DATA = "data"
-_SIZE, _UNREADABLE = ".size", ".unreadable"
+_SIZE, _UNREADABLE, _OPENED = ".size", ".unreadable", ".opened"
 
 
 class Bases:
@@ -101,6 +101,7 @@ class Bases:
     def _in_cache(self, cache: str, name: str, source: Source) -> Path:
         place = f"{cache}/{name}"
         while True:
+            _remove_opened(place)
             before = os.path.isdir(place)
             base = self._found_or_made(cache, name, source)
             fd = lock(place, fcntl.LOCK_SH)
@@ -151,8 +152,27 @@ def copy_whole(base: Path, target: str, *, clone: bool) -> None:
     if not os.path.exists(place + _UNREADABLE):
         copying.copy_tree(str(base), target, clone=clone)
         return
-    with _locked(f"{place}.lock"), copying.readable(str(base)) as modes:
-        copying.copy_tree(str(base), target, clone=clone, modes=modes)
+    with _locked(f"{place}.lock"):
+        Path(place + _OPENED).touch()
+        with copying.readable(str(base)) as modes:
+            copying.copy_tree(str(base), target, clone=clone, modes=modes)
+        Path(place + _OPENED).unlink(missing_ok=True)
+
+
+def _remove_opened(place: str) -> None:
+    """Remove the base ``place``, unless it is in use, where a process was killed while modes were changed in it."""
+    if not os.path.exists(place + _OPENED):
+        return
+    with _locked(f"{place}.lock"):  # or a process is at it
+        if os.path.exists(place + _OPENED) and (fd := lock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+            try:
+                gone = f"{place}.gone-{secrets.token_hex(4)}"
+                os.rename(place, gone)
+                copying.remove_tree(gone)
+                for mark in (_SIZE, _UNREADABLE, _OPENED):
+                    Path(place + mark).unlink(missing_ok=True)
+            finally:
+                os.close(fd)
 
 
 def _fill(directory: str, source: Source) -> None:
@@ -199,7 +219,7 @@ def _shrink(cache: str, limit: int) -> None:
                     gone = f"{place}.gone-{secrets.token_hex(4)}"
                     os.rename(place, gone)  # whole or not at all
                     copying.remove_tree(gone)
-                    for mark in (_SIZE, _UNREADABLE):
+                    for mark in (_SIZE, _UNREADABLE, _OPENED):
                         Path(place + mark).unlink(missing_ok=True)
                     total -= size
                 finally:
