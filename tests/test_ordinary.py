@@ -209,9 +209,11 @@ def test_killed_while_somebody_stands_in_a_workspace(home: Home) -> None:
     home.sh("mv tree/active/w tree/committed/v")
 
 
-def test_in_the_background(nobody_serves: Home) -> None:
+@pytest.mark.parametrize("closed", ["", "<&-", ">&-", "<&- >&- 2>&-"])
+def test_in_the_background(nobody_serves: Home, closed: str) -> None:
+    """Also for whoever starts it without standard input or output."""
     home = nobody_serves
-    home.snapfs("serve", "--detach", home.root, home.mnt)
+    home.sh(f"{shlex.join([*SNAPFS, 'serve', '--detach', str(home.root), str(home.mnt)])} {closed}")
     try:
         assert home.inside("w", "pwd", status=3).endswith("snapfs ls lists all\n")
         home.sh("mkdir tree/active/w")
@@ -219,6 +221,17 @@ def test_in_the_background(nobody_serves: Home) -> None:
     finally:
         home.sh("fusermount3 -u tree")
     until(lambda: "pid" not in home.does("sh", "-c", f"flock -n {home.root}/lock true || echo pid"), "the daemon has ended")
+
+
+@pytest.mark.parametrize(("does", "words"), [("exit 0", "gave no device"), ("exec sleep 60", "did not answer within 1 s")])
+def test_a_program_that_mounts_nothing(nobody_serves: Home, does: str, words: str) -> None:
+    """It is told, and the process that mounts ends too."""
+    home = nobody_serves
+    home.sh(f"mkdir bin; printf '#!/bin/sh\\n{does}\\n' > bin/fusermount3; chmod +x bin/fusermount3")
+    patient = "import sys; from snapfs import cli; from snapfs.fuse import outside; outside._PATIENCE = 1; sys.exit(cli.main())"
+    serve = (sys.executable, "-c", patient, "serve", home.root, home.mnt)
+    path = f"PATH={home.path}/bin:{os.environ['PATH']}"
+    assert f"fusermount3 {words}" in home.does("env", path, "timeout", "-sKILL", "20", *serve, status=1)
 
 
 def test_unmounted(home: Home) -> None:
@@ -352,7 +365,7 @@ def test_what_the_workspace_hides_is_another_directory(anybody: Home) -> None:
     assert home.snapfs(*words, cwd=project / "sub") == f"{project}/sub\nfile\nnew\nsub\n", "where the caller stands"
     assert home.snapfs(*words, cwd=project / "sub/deep").startswith(f"{project}\n"), "or as near as there is"
     assert sorted(os.listdir(project)) == ["file", "sub"], "the directory is as it was"
-    for wrong in (home.path, home.mnt, home.root):
+    for wrong in (home.path, home.mnt, home.root, "/"):
         assert "cannot put a workspace over" in home.inside("w", "true", "--over", wrong, status=1)
     assert "Not a directory" in home.inside("w", "true", "--over", project / "file", status=1)
 
@@ -365,7 +378,7 @@ def test_from_one_workspace_to_the_next(home: Home) -> None:
 
 
 @pytest.mark.parametrize(
-    "meanwhile", ["mv active/w committed/v; ls committed/v/rootfs", "rmdir active/w", "snapfs checkpoint w"]
+    "meanwhile", ["mv active/w committed/v; ls committed/v/rootfs/", "rmdir active/w", "snapfs checkpoint w"]
 )
 def test_a_workspace_that_ends_before_anybody_is_inside(anybody: Home, meanwhile: str) -> None:
     """Of what it was a moment ago nothing is found, and nothing runs."""

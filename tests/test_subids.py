@@ -4,6 +4,7 @@ to be done to the files of those ids."""
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import stat
@@ -15,6 +16,7 @@ import pytest
 
 from snapfs.kernel import subids
 from snapfs.kernel.subids import Range
+from tests.command import SNAPFS
 from tests.home import Home, home_of, with_workspace
 from tests.users import ALICE, BOB, alice, bind, bob
 
@@ -27,7 +29,9 @@ def lent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with ExitStack() as stack:
         for name in ("subuid", "subgid"):
             file = tmp_path_factory.mktemp("etc") / name
-            file.write_text(f"alice:{FIRST}:65536\nroot:100000:65536\nnonsense\nalice:x:y\n{ALICE}:{ALICE - 1}:3\n")
+            file.write_text(
+                f"alice:{FIRST}:65536\nroot:100000:65536\nnonsense\nalice:x:y\nalice:5:{'9' * 5000}\n{ALICE}:{ALICE - 1}:3\n"
+            )
             file.chmod(0o644)
             bind(stack, file, f"/etc/{name}")
         yield
@@ -68,6 +72,19 @@ def test_who_installs_packages_has_all_ids(home: Home) -> None:
     )
     assert home.inside("w", "id -u; chown 1 made", "--root", status=1).startswith("0\nchown: changing ownership of 'made'")
     assert home.inside("w", "id -u; ls private", "--root", "--subids") == "0\nfile\n"
+
+
+def test_from_within_a_workspace_they_can_not_be_had(home: Home) -> None:
+    """A program that stands in one has no right over them, so it is told."""
+    command = f"{shlex.join(SNAPFS)} run --subids w -- id"
+    assert home.inside("w", command, status=6) == 'snapfs: cannot have the ids of /etc/subuid in there: leave "w" first\n'
+
+
+def test_who_maps_them_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then they are not there, and nobody says that they are."""
+    monkeypatch.setattr(subids, "_write_tables", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with subids.mapper("", "") as mapper:
+        assert mapper.map() == "the process that maps them was killed"
 
 
 def test_capabilities_and_groups(home: Home) -> None:

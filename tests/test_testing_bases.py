@@ -4,6 +4,8 @@ depends on."""
 from __future__ import annotations
 
 import functools
+import importlib
+import linecache
 import os
 import sys
 import types
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.testing import digests
+from snapfs.testing import copying, digests
 from tests.plugin import FILL, NOBODY, Runner
 from tests.processes import until
 
@@ -236,6 +238,110 @@ def test_a_base_of_unknown_dependence_is_not_kept(user: Runner) -> None:
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
 
 
+def test_killed_while_what_nobody_may_read_is_copied(user: Runner) -> None:
+    """A base whose modes were changed for that is made anew by the next run."""
+    user.write(
+        test_it="import os, signal\nfrom snapfs.testing import copying\n"
+        "def fill(directory):\n    (directory / 'file').touch()\n    (directory / 'file').chmod(0)\n"
+        "def test_it(snapshot_of, fresh_copy, monkeypatch):\n"
+        "    base = snapshot_of(fill)\n"
+        "    assert os.stat(base / 'file').st_mode & 0o777 == 0\n"
+        "    if 'KILL' in os.environ:\n"
+        "        monkeypatch.setattr(copying, 'copy_tree', lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))\n"
+        "    assert os.stat(fresh_copy(base) / 'file').st_mode & 0o777 == 0\n",
+    )
+    options = (f"--snapfs-cache={user.temporary / 'cache'}", "--snapfs=copy")
+    user.environment["KILL"] = "1"
+    with user.started(*options) as process:
+        process.communicate(timeout=60)
+        assert process.returncode == -9
+    del user.environment["KILL"]
+    for _ in range(2):
+        assert "1 passed" in user(*options, status=0)
+    assert not list((user.temporary / "cache").glob("*.opened"))
+
+
+# -- other users
+
+
+def test_what_others_can_not_guess(user: Runner) -> None:
+    """Another user may enter the directory of a run, as a server that is another user must.  What a base holds may be what that
+    user could not read where it was."""
+    (user.tests / "data").mkdir(mode=0o755)
+    user.write(
+        test_it=f"import os\nDATA = {str(user.tests / 'data')!r}\n"
+        "def test_it(snapshot_of, fresh_copy):\n"
+        "    for path in snapshot_of(DATA), fresh_copy(DATA):\n"
+        f"        print('path', path.relative_to({str(user.temporary)!r}))\n"
+        "        run = path.parents[2]\n"
+        "        print('mode', f'{os.stat(run).st_mode & 0o777:o}')\n",
+    )
+    runs = []
+    for _ in range(2):
+        said = user("-s", status=0)
+        assert said.count("mode 711") == 2
+        runs.append([line.partition("path ")[2].split("/") for line in said.splitlines() if "path " in line])
+    for one, other in zip(*runs, strict=True):
+        assert one[1] != other[1]
+        assert len(one[1]) >= 16
+
+
+@pytest.mark.parametrize(
+    ("modes", "owners", "words"),
+    [
+        ((0o755, 0o777), (NOBODY, NOBODY), "can be written by everybody"),
+        ((0o755, 0o1777), (NOBODY, NOBODY), "others can make files there"),
+        ((0o755, 0o1777), (NOBODY, 0), "it belongs to the user root"),
+        ((0o755, 0o755), (1, NOBODY), "belongs to the user"),
+        ((0o777, None), (NOBODY, NOBODY), "can be written by everybody"),
+    ],
+)
+def test_a_cache_where_others_could_put_a_base(
+    user: Runner, modes: tuple[int, int | None], owners: tuple[int, int], words: str
+) -> None:
+    cache = user.tmp_path / "above/cache"
+    for path, mode, owner in zip((cache.parent, cache), modes, owners, strict=True):
+        if mode is not None:
+            path.mkdir()
+            path.chmod(mode)
+            os.chown(path, owner, owner)
+    user.write(test_it=counting(user))
+    said = user(f"--snapfs-cache={cache}", status=4)
+    assert f"no bases can be kept in {cache}: " in said
+    assert words in said
+    assert "Traceback" not in said
+    assert list(cache.iterdir()) == [] if modes[1] is not None else not cache.exists()
+
+
+def test_a_base_that_another_user_has_put_into_the_cache(user: Runner) -> None:
+    user.write(test_it=counting(user))
+    cache = user.temporary / "cache"
+    assert "6 passed" in user(f"--snapfs-cache={cache}", status=0)
+    assert os.stat(cache).st_mode & 0o777 == 0o700
+    (base,) = (path for path in cache.iterdir() if path.is_dir())
+    os.chown(base, 1, 1)
+    assert f"{base} is somebody else's: remove it" in user(f"--snapfs-cache={cache}", status=1)
+
+
+def test_a_directory_that_becomes_a_link_while_modes_are_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test's server has made is that user's, who may exchange it while it is removed."""
+    (tmp_path / "copy/inner").mkdir(parents=True)
+    (tmp_path / "victim/inner").mkdir(parents=True)
+    modes = [os.stat(path).st_mode for path in (tmp_path / "victim", tmp_path / "victim/inner")]
+    chmod = os.chmod
+
+    def swapped(path: str, mode: int) -> None:
+        if os.path.realpath(path) == str(tmp_path / "copy/inner"):
+            (tmp_path / "copy/inner").rename(tmp_path / "copy/other")
+            (tmp_path / "copy/inner").symlink_to(tmp_path / "victim")
+        chmod(path, mode)
+
+    monkeypatch.setattr(os, "chmod", swapped)
+    copying._make_writable(str(tmp_path / "copy"))
+    assert (tmp_path / "copy/inner").is_symlink()
+    assert [os.stat(path).st_mode for path in (tmp_path / "victim", tmp_path / "victim/inner")] == modes
+
+
 # -- what a function depends on
 
 
@@ -268,6 +374,45 @@ def digest(fill: Callable[..., object]) -> str:
 def test_what_a_function_depends_on(one: str, other: str) -> None:
     assert digest(function(one)) == digest(function(one))
     assert digest(function(one)) != digest(function(other))
+
+
+_WRITES = "def helper(d): (d / 'f').write_text('1')\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "files"),
+    [
+        ("h", {"h": _WRITES, "m": "from h import helper\nclass B:\n def go(self, d): helper(d)\ndef fill(d): B().go(d)\n"}),
+        ("m", {"m": "X = '1'\nclass B:\n @classmethod\n def go(cls, d): d.write_text(X)\ndef fill(d): B.go(d)\n"}),
+        ("h", {"h": "class A:\n x = '1'\n", "m": "from h import A\nclass B(A): pass\ndef fill(d): d.write_text(B.x)\n"}),
+        ("pkg/sub", {"pkg/__init__": "", "pkg/sub": _WRITES, "m": "import pkg.sub\ndef fill(d): pkg.sub.helper(d)\n"}),
+        ("h2", {"h2": _WRITES, "h": "import m\nfrom h2 import helper\n", "m": "import h\ndef fill(d): h.helper(d)\n"}),
+        ("m", {"m": "import functools\n@functools.cache\ndef h(): return '1'\ndef fill(d): d.write_text(h())\n"}),
+    ],
+)
+def test_what_it_depends_on_in_other_files(
+    changed: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "pkg").mkdir()
+
+    def digest_now() -> str:
+        for name in ("m", "h", "h2", "pkg", "pkg.sub"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        found = digest(importlib.import_module("m").fill)
+        for name in ("m", "h", "h2", "pkg", "pkg.sub"):
+            sys.modules.pop(name, None)
+        return found
+
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    before = digest_now()
+    assert digest_now() == before
+    (tmp_path / f"{changed}.py").write_text(files[changed].replace("'1'", "'2'"))
+    assert digest_now() != before
 
 
 def test_what_a_function_does_not_depend_on() -> None:

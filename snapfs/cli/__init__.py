@@ -75,6 +75,8 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: those of the process); returns the exit status (``snapfs --help``)."""
+    if arguments is None:
+        _open_standard_streams()
     if arguments is None and sys.getfilesystemencoding() != "utf-8":  # the names in a tree are UTF-8 in every locale
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
@@ -111,6 +113,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             table.complain(said)
         return said.status if isinstance(said, Refusal) else 1
+
+
+def _open_standard_streams() -> None:
+    """Whoever starts this with one of the first three descriptors closed: the next file would get its number, and what is
+    written to a standard stream would go there, or the file would be closed as one."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def _has_no_directory() -> bool:

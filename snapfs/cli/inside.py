@@ -92,7 +92,10 @@ def _stand_inside(given: Given) -> None:
             if over is not None:
                 mounting.mount_bind(target, held.enter_context(trusted.find(over)).fd, read_only=False)
             if (given.has("root") or given.has("subids")) and os.geteuid() != 0:
-                userns.enter(root=True, lent=subids.mapped_here() if given.has("subids") else None)
+                why_not = userns.enter(root=True, lent=subids.mapped_here() if given.has("subids") else None)
+                if why_not:  # in a workspace already a program has no right to hand the ids on
+                    to_do = f'leave "{inside}" first' if (inside := os.environ.get("SNAPFS_WORKSPACE")) else why_not
+                    raise Refusal(f"cannot have the ids of /etc/subuid in there: {to_do}", NOT_PERMITTED)
         except OSError as error:
             _refuse_changed(key, directory, target)
             hint = "run it as root" if not window and os.geteuid() != 0 else "is the daemon yours?"
@@ -115,7 +118,7 @@ def _checked(place: MountedTree, root: str, over: str) -> str:
         words = error.strerror if isinstance(error, OSError) else error
         raise Refusal(f"cannot put a workspace over {over}: {words}") from None
     for what, hidden in (("the tree", place.path), ("its root", root)):
-        if f"{hidden}/".startswith(f"{path}/"):
+        if f"{hidden}/".startswith(f"{path.rstrip('/')}/"):
             raise Refusal(f"cannot put a workspace over {over}: it holds {what}, {hidden}, which would be hidden")
     return path
 

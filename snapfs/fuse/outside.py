@@ -22,6 +22,8 @@ from snapfs.kernel.processes import users
 
 ANSWER = 0.4  # seconds that a question to the process outside may take
 
+_PATIENCE = 20  # seconds that fusermount3 may take: it looks at the mountpoint, whose server may never answer
+
 _MOST = 8192  # bytes of a question, or an answer
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -115,14 +117,22 @@ def _stay(channel: socket.socket, answers: socket.socket, mountpoint: str) -> No
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 check=False,
+                timeout=_PATIENCE,
             )
+        except subprocess.TimeoutExpired:
+            channel.send(f"{words[0]} did not answer within {_PATIENCE} s: see whether {mountpoint} does".encode())
+            return
         except OSError as error:
             channel.send(f"{words[0]}: {error.strerror}; install it (Debian: apt-get install fuse3)".encode())
             return
         if done.returncode != 0:
             channel.send(done.stderr[:60000] or b"fusermount3 failed")
             return
+        theirs.close()  # or a program that has sent nothing would be waited for
         _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        if not fds:
+            channel.send(f"{words[0]} gave no device: is it libfuse's?".encode())
+            return
     own = mounted_at(mountpoint)
     socket.send_fds(channel, [b"1"], fds)
     os.close(fds[0])

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 MOST = 100  # ranges: the kernel takes a table of one page
 
+_DONE = "done"  # what the process that writes tables says; who is killed says nothing
+
 _PATIENCE = 10  # seconds that newuidmap(1) may take: it may ask a directory service
 
 _FILES = {"uid": "/etc/subuid", "gid": "/etc/subgid"}
@@ -89,6 +91,7 @@ def mapper(uids: str, gids: str) -> Iterator[Mapper]:
             os.close(here)
             os.close(back)
             said = _write_tables(parent, uids, gids) if os.read(there, 1) else ""
+            said = said or _DONE
         except OSError as error:
             said = str(error)
         finally:
@@ -117,7 +120,8 @@ class Mapper:
         answer = b""
         while more := os.read(self._answer, 4096):
             answer += more
-        return answer.decode(errors="replace")
+        said = answer.decode(errors="replace") or "the process that maps them was killed"
+        return "" if said == _DONE else said
 
 
 def _write_tables(process: int, uids: str, gids: str) -> str:
@@ -159,7 +163,11 @@ def _lines_for(path: str, names: set[str]) -> list[Range]:
     found = []
     for line in lines:
         name, *numbers = line.split(":")
-        if name in names and len(numbers) == 2 and all(number.isascii() and number.isdigit() for number in numbers):
+        if (
+            name in names
+            and len(numbers) == 2
+            and all(number.isascii() and number.isdigit() and len(number) <= 10 for number in numbers)
+        ):
             first, count = map(int, numbers)
             if count and first + count < 1 << 32:
                 found.append(Range(first, count))

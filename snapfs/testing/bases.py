@@ -11,16 +11,18 @@ import fcntl
 import inspect
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from snapfs.kernel import trusted
 from snapfs.testing import copying, digests
 from snapfs.testing.place import lock
 
 Source = str | os.PathLike[str] | Callable[[Path], object]
 
 DATA = "data"
-_SIZE, _UNREADABLE = ".size", ".unreadable"
+_SIZE, _UNREADABLE, _OPENED = ".size", ".unreadable", ".opened"
 
 
 class Bases:
@@ -34,7 +36,7 @@ class Bases:
         self._made: dict[object, Path] = {}
         self._locks: list[int] = []
         if cache is not None:
-            os.makedirs(cache, exist_ok=True)
+            _claim(cache)
 
     def close(self) -> None:
         """Others may remove from the cache what was used."""
@@ -71,10 +73,10 @@ class Bases:
     def _found_or_made(self, directory: str, name: str, source: Source) -> Path:
         place = f"{directory}/{name}"
         base = Path(place, DATA)
-        if os.path.isdir(place):
+        if _is_there(place):
             return base
         with _locked(f"{place}.lock"):
-            if not os.path.isdir(place):
+            if not _is_there(place):
                 new = f"{place}.new"
                 if os.path.lexists(new):  # of a process that was killed
                     copying.remove_tree(new)
@@ -99,6 +101,7 @@ class Bases:
     def _in_cache(self, cache: str, name: str, source: Source) -> Path:
         place = f"{cache}/{name}"
         while True:
+            _remove_opened(place)
             before = os.path.isdir(place)
             base = self._found_or_made(cache, name, source)
             fd = lock(place, fcntl.LOCK_SH)
@@ -110,6 +113,36 @@ class Bases:
                 return base
 
 
+def _claim(cache: str) -> None:
+    """Make the directory ``cache``, unless it is there.  Its bases have names that others can guess, and tests run what is in
+    them.  Raises OSError where anybody else could have made one, or will be able to."""
+    to_do = "keep bases in a directory of your own, below directories that nobody else can write"
+    try:
+        with trusted.find(cache, inside=True, may_lack=True) as found:
+            for path in found.make():
+                if os.geteuid() == 0:  # what fills a base may be a server, as another user
+                    os.chmod(path, 0o711)
+            status = os.fstat(found.fd)
+    except trusted.Untrusted as error:
+        raise PermissionError(f"no bases can be kept in {cache}: {error}; {to_do}") from None
+    if status.st_uid != os.geteuid():
+        whose = trusted.user_name(status.st_uid)
+        raise PermissionError(f"no bases can be kept in {cache}: it belongs to the user {whose}; {to_do}")
+    if status.st_mode & stat.S_ISVTX and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"no bases can be kept in {cache}: others can make files there; {to_do}")
+
+
+def _is_there(place: str) -> bool:
+    """Whether the base ``place`` was made.  Raises PermissionError where another user has done so, before ``_claim``."""
+    try:
+        status = os.lstat(place)
+    except FileNotFoundError:
+        return False
+    if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(f"{place} is somebody else's: remove it")
+    return True
+
+
 def copy_whole(base: Path, target: str, *, clone: bool) -> None:
     """Make ``target`` a whole copy of ``base``; one process at a time where modes have to be changed for it.
 
@@ -119,8 +152,27 @@ def copy_whole(base: Path, target: str, *, clone: bool) -> None:
     if not os.path.exists(place + _UNREADABLE):
         copying.copy_tree(str(base), target, clone=clone)
         return
-    with _locked(f"{place}.lock"), copying.readable(str(base)) as modes:
-        copying.copy_tree(str(base), target, clone=clone, modes=modes)
+    with _locked(f"{place}.lock"):
+        Path(place + _OPENED).touch()
+        with copying.readable(str(base)) as modes:
+            copying.copy_tree(str(base), target, clone=clone, modes=modes)
+        Path(place + _OPENED).unlink(missing_ok=True)
+
+
+def _remove_opened(place: str) -> None:
+    """Remove the base ``place``, unless it is in use, where a process was killed while modes were changed in it."""
+    if not os.path.exists(place + _OPENED):
+        return
+    with _locked(f"{place}.lock"):  # or a process is at it
+        if os.path.exists(place + _OPENED) and (fd := lock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+            try:
+                gone = f"{place}.gone-{secrets.token_hex(4)}"
+                os.rename(place, gone)
+                copying.remove_tree(gone)
+                for mark in (_SIZE, _UNREADABLE, _OPENED):
+                    Path(place + mark).unlink(missing_ok=True)
+            finally:
+                os.close(fd)
 
 
 def _fill(directory: str, source: Source) -> None:
@@ -167,7 +219,7 @@ def _shrink(cache: str, limit: int) -> None:
                     gone = f"{place}.gone-{secrets.token_hex(4)}"
                     os.rename(place, gone)  # whole or not at all
                     copying.remove_tree(gone)
-                    for mark in (_SIZE, _UNREADABLE):
+                    for mark in (_SIZE, _UNREADABLE, _OPENED):
                         Path(place + mark).unlink(missing_ok=True)
                     total -= size
                 finally:

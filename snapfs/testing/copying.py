@@ -216,11 +216,21 @@ def remove_tree(directory: str) -> None:
             shutil.rmtree(directory)
 
 
-def _make_writable(directory: str) -> None:
-    pending = [directory]
-    while pending:
-        path = pending.pop()
+def _make_writable(name: str, parent: int | None = None) -> None:
+    """Let the owner write each directory in the directory ``name`` of ``parent``.  By descriptors: a process of another user,
+    whose files these may be, could put a link to any other directory in the place of one."""
+    try:
+        fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    except OSError:
+        return
+    try:
+        itself = f"/proc/self/fd/{fd}"
         with suppress(PermissionError):
-            os.chmod(path, 0o700)
-        with os.scandir(path) as entries:
-            pending += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+            os.chmod(itself, 0o700)
+        with suppress(OSError):  # removing it will tell
+            with os.scandir(itself) as entries:
+                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            for each in names:
+                _make_writable(each, fd)
+    finally:
+        os.close(fd)

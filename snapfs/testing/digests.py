@@ -106,16 +106,16 @@ class _Parts:
         elif isinstance(value, set | frozenset):
             self.add(*sorted(map(repr, value)))
         elif isinstance(value, type):
-            self.source(value)
+            self.class_(value)
+        elif isinstance(wrapped := getattr(value, "__wrapped__", None), types.FunctionType):  # functools.cache
+            self.value("wrapped", wrapped, named=named)
         elif not named:
             raise Unknown(name)
 
     def function(self, function: types.FunctionType) -> None:
         self.add(function.__module__ or "", function.__qualname__)
         if self.source(function):
-            for name in sorted(set(_names(function.__code__))):
-                if name in function.__globals__:
-                    self.value(name, function.__globals__[name], named=True)
+            self.named_by(function)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 self.value(name, cell.cell_contents)
@@ -125,6 +125,36 @@ class _Parts:
         self.value("keywords", function.__kwdefaults__)
         if wrapped := getattr(function, "__wrapped__", None):
             self.value("wrapped", wrapped)
+
+    def named_by(self, function: types.FunctionType) -> None:
+        """Add what the names in the code of ``function`` stand for, in its own module and in those that it names."""
+        names = sorted(set(_names(function.__code__)))
+        scopes, met = [function.__globals__], {id(function.__globals__)}
+        while scopes:
+            scope = scopes.pop()
+            for name in names:
+                value = scope.get(name)
+                other = scope is not function.__globals__  # a method of some object may be called as a value there
+                if name not in scope or (other and not isinstance(value, types.FunctionType | types.ModuleType | type)):
+                    continue
+                self.value(name, value, named=True)
+                if isinstance(value, types.ModuleType) and not _is_library(value) and id(vars(value)) not in met:
+                    met.add(id(vars(value)))
+                    scopes.append(vars(value))
+
+    def class_(self, value: type) -> None:
+        """Add the source of a class, and of those that it is made of, and what its methods name."""
+        if not self.source(value):
+            return
+        for base in value.__bases__:
+            self.value("base", base, named=True)
+        for attribute in vars(value).values():
+            for method in (
+                attribute,
+                *(getattr(attribute, name, None) for name in ("__func__", "fget", "fset", "__wrapped__")),
+            ):
+                if isinstance(method, types.FunctionType) and method.__module__ == value.__module__:
+                    self.named_by(method)
 
     def source(self, thing: type | types.FunctionType) -> bool:
         """Add the source of ``thing``, or, of a library's, its name and version: False then."""

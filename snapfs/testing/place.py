@@ -4,10 +4,13 @@ Each process of the run holds a lock on it for as long as it lives (flock(2), sh
 killed, and the next one of the same user removes the directory, with what may still be mounted there.
 
     snapfs-testing-<run>/            0711: a server that is another user gets to its copy, and nobody sees the names of others
-        bases/<digest>/data/         what a base holds
-        bases/<digest>.lock          held by who makes it
+        <bases>/<digest>/data/       what a base holds
+        <bases>/<digest>.lock        held by who makes it
         <copy>/m/data/               what a test works in; m is where the overlay is mounted
         <copy>/upper <copy>/work     the layers of that overlay
+
+<run> is seen by everybody.  <bases> and <copy> can't be guessed, for what others may read there was perhaps in a directory that
+they could not enter.
 """
 
 from __future__ import annotations
@@ -25,25 +28,29 @@ from snapfs.testing import capabilities, copying
 
 PREFIX = "snapfs-testing-"
 
+_SEEN = 8  # characters of the name of a run
+
 
 class Place:
-    """The directory of the run ``name``, made if it isn't there yet; ``shared``: with other processes, one of which removes
-    it.  Raises OSError."""
+    """The directory of the run ``name`` (``new_name``), made if it isn't there yet; ``shared``: with other processes, one of
+    which removes it.  Raises OSError."""
 
     def __init__(self, name: str = "", *, shared: bool = False) -> None:
         self._pid = os.getpid()
         self._shared = shared
         top = os.path.realpath(tempfile.gettempdir())
         _clear_dead_runs(top)
-        self.path = f"{top}/{PREFIX}{name or secrets.token_hex(4)}"
+        name = name or new_name()
+        self.path = f"{top}/{PREFIX}{name[:_SEEN]}"
+        self.bases = f"{self.path}/{name[_SEEN:]}"
         self._fd = _joined(self.path)
         with contextlib.suppress(FileExistsError):
-            os.mkdir(f"{self.path}/bases", 0o711)
-            os.chmod(f"{self.path}/bases", 0o711)
+            os.mkdir(self.bases, 0o711)
+            os.chmod(self.bases, 0o711)
 
     def new(self) -> str:
         """A new directory in it, with a name that can't be guessed."""
-        path = f"{self.path}/{secrets.token_hex(4)}"
+        path = f"{self.path}/{secrets.token_hex(8)}"
         os.mkdir(path, 0o711)
         os.chmod(path, 0o711)
         return path
@@ -67,9 +74,14 @@ def remove(path: str) -> None:
         copying.remove_tree(path)
 
 
+def new_name() -> str:
+    """A name for a run: others see the beginning of it, and can't guess the rest, by which its processes find its bases."""
+    return secrets.token_hex(_SEEN // 2 + 8)
+
+
 def path_of_run(name: str) -> str:
     """Where the directory of the run ``name`` is, or would be."""
-    return f"{os.path.realpath(tempfile.gettempdir())}/{PREFIX}{name}"
+    return f"{os.path.realpath(tempfile.gettempdir())}/{PREFIX}{name[:_SEEN]}"
 
 
 def lock(path: str, how: int) -> int | None:

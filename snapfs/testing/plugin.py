@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Who says ``overlay`` has it before a conftest.py starts threads."""
     if _asked(early_config) == "overlay" and "PYTEST_XDIST_WORKER" not in os.environ and _runs_tests(early_config):
-        _session_of(early_config).decide()
+        _decide(early_config)
 
 
 @pytest.hookimpl(trylast=True)
@@ -75,8 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_of_workers] = set[str]()
     if _is_worker(config) or not _runs_tests(config) or not (_asked(config) != "auto" or _is_mentioned(config)):
         return
-    session = _session_of(config)
-    session.decide()
+    _decide(config)
     config.stash[_told_at_start] = True
     if _is_controller(config):
         from snapfs.testing import capabilities, entering
@@ -95,7 +94,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if _runs_tests(session.config) and any(
         not _FIXTURES.isdisjoint(getattr(item, "fixturenames", ())) for item in session.items
     ):
-        _session_of(session.config).decide()
+        _decide(session.config)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
@@ -328,7 +327,9 @@ def _is_mentioned(config: pytest.Config) -> bool:
 
 
 def _run_of(config: pytest.Config) -> str:
-    return config.stash.setdefault(_run, os.urandom(4).hex())
+    from snapfs.testing import place
+
+    return config.stash.setdefault(_run, place.new_name())
 
 
 def _input(config: pytest.Config) -> dict[str, Any]:
@@ -356,6 +357,14 @@ def _session_of(config: pytest.Config) -> Session:
     if "how" in told and entering.join(told["namespace"]):
         session.how, session.why = told["how"], told["why"]
     return session
+
+
+def _decide(config: pytest.Config) -> None:
+    """Find out how copies are made in this process."""
+    try:
+        _session_of(config).decide()
+    except PermissionError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def _bytes(size: str) -> int:

@@ -93,5 +93,9 @@ class Session:
     def _open(self) -> tuple[Place, Bases]:
         if self._opened is None:
             place = Place(self._run, shared=bool(self._run))
-            self._opened = place, Bases(f"{place.path}/bases", self._cache, self._limit)
+            try:
+                self._opened = place, Bases(place.bases, self._cache, self._limit)
+            except BaseException:
+                place.close()
+                raise
         return self._opened
