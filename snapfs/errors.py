@@ -123,11 +123,11 @@ class Unavailable(SnapshotError):
         self.errno = errno
 
     @classmethod
-    def from_os(cls, doing: str, error: OSError) -> Unavailable:
-        """The refusal of the operating system while ``doing`` ("prepare snapshot …") as a sentence."""
+    def from_os(cls, doing: str, error: OSError, hint: str = "") -> Unavailable:
+        """The refusal of the operating system while ``doing`` ("prepare snapshot …") as a sentence, that ends with ``hint``."""
         where = f" ({error.filename})" if error.filename else ""
         reason = os.strerror(error.errno) if error.errno else str(error)
-        return cls(f"cannot {doing}: {reason}{where}", error.errno, public=f"cannot {doing}: {reason}")
+        return cls(f"cannot {doing}: {reason}{where}{hint}", error.errno, public=f"cannot {doing}: {reason}{hint}")
 
 
 class Closed(Unavailable):

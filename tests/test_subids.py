@@ -16,7 +16,6 @@ import pytest
 
 from snapfs.kernel import subids
 from snapfs.kernel.subids import Range
-from tests.command import SNAPFS
 from tests.home import Home, home_of, with_workspace
 from tests.users import ALICE, BOB, alice, bind, bob
 
@@ -154,6 +153,27 @@ def test_why_they_are_not_mapped(tmp_path: Path, program: str, text: str | None,
         assert subids_of(home) == {"on": False, "why": words}
         assert words in home.inside("w", "true", "--subids", status=1)
         assert home.inside("w", "touch made; stat -c %u made") == f"{ALICE}\n"
+
+
+def test_a_daemon_that_has_lost_them_says_what_to_do(home: Home) -> None:
+    """It can't look into directories of theirs: nobody is told less than there is without a word."""
+    home.inside("w", "mkdir d; touch d/f; chown 5:6 d d/f; chmod 700 d", "--subids")
+    assert home.daemon.stop() == 0
+    (home.path / "bin").mkdir()
+    (home.path / "bin/fusermount3").symlink_to(str(shutil.which("fusermount3")))
+    home.daemon = home.another()
+    home.daemon.prefix = (*alice, "/usr/bin/env", f"PATH={home.path}/bin")
+    home.daemon.start()
+    hint = "or start the daemon where it gets the ids of /etc/subuid, if one is the owner: options.json says why not (subids)\n"
+    for command in ("usage w", "diff w"):
+        assert home.snapfs(*command.split(), status=6).endswith(hint)
+    home.sh("rmdir tree/active/w")
+    home.does("sh", "-c", "echo 1 > tree/.snapfs/cleanup", status=1)
+    assert hint.strip() in home.last_error()
+    assert home.daemon.stop() == 0
+    home.daemon = home.another().start()
+    home.sh("echo 1 > tree/.snapfs/cleanup")
+    assert os.listdir(home.root / "trash") == []
 
 
 def test_root_has_all_ids_anyway(tmp_path: Path) -> None:

@@ -59,6 +59,13 @@ def mapped_here() -> Lent:
     return Lent(found["uid"], found["gid"])
 
 
+def hint(error: OSError) -> str:
+    """What may help, as the end of a sentence, where ``error`` may come from an id that this process has not; "" elsewhere."""
+    if not isinstance(error, PermissionError) or mapped_here().uids:
+        return ""
+    return "; or start the daemon where it gets the ids of /etc/subuid, if one is the owner: options.json says why not (subids)"
+
+
 def table(own: int, ranges: Iterable[Range], *, root: bool) -> str:
     """What newuidmap(1) takes, and the kernel: three numbers for each range.  Each id keeps its number; for ``root`` ``own`` is
     number 0, and the others follow one after the other, from 1 on."""

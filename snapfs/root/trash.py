@@ -23,6 +23,7 @@ from functools import partial
 from typing import TypeVar
 
 from snapfs.errors import FULL, Unavailable
+from snapfs.kernel import subids
 from snapfs.root.flags import FIXED, flags_of, is_fixed, make_subvolume_writable, nameable, set_flags, shown
 
 T = TypeVar("T")
@@ -301,7 +302,7 @@ def why_undeletable(error: OSError) -> str:
             remedy = f"find {shlex.quote(named)} -execdir chattr -f -i -a {{}} +; rm -rf {shlex.quote(named)}"
         else:
             remedy = f"rm -rf {shlex.quote(named)}"
-        return f"{what}: {reason}; do it as its owner or as root: {remedy}"
+        return f"{what}: {reason}; do it as its owner or as root: {remedy}{subids.hint(error)}"
     if error.errno in (errno.EXDEV, errno.EROFS):
         return f"{what}: {reason}; do it as root: rm -rf {shlex.quote(named)}, or btrfs subvolume delete for a subvolume"
     return f"{what}: {reason}"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import trio
 
 from snapfs.errors import Damaged, Unavailable
+from snapfs.kernel import subids
 from snapfs.model import Caller
 from snapfs.root.layers import Layers
 from snapfs.rules.lookup import find
@@ -59,5 +60,5 @@ class Comparing:
                 raise
             if isinstance(error, FileNotFoundError):
                 raise Damaged(f'the layer {error.filename} of snapshot "{name}" or of a parent is missing') from None
-            raise Unavailable.from_os(f'compare snapshot "{name}" with its parents', error) from error
+            raise Unavailable.from_os(f'compare snapshot "{name}" with its parents', error, subids.hint(error)) from error
         return result

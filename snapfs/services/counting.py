@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from snapfs.errors import Closed, Damaged, NotFound, SnapshotError, Unavailable
+from snapfs.kernel import subids
 from snapfs.model import BACKGROUND, Caller, Kind, Usage
 from snapfs.root.layers import Layers
 from snapfs.scan.sharing import Sharing, Turns
@@ -147,7 +148,7 @@ class Counting:
                 Damaged(f"the layer {self._layers.fs(number)} went missing") if isinstance(error, OSError) else error
             ) from None
         except OSError as error:
-            raise Unavailable.from_os(f"count snapshot {number}", error) from error
+            raise Unavailable.from_os(f"count snapshot {number}", error, subids.hint(error)) from error
         with self._records.reading() as reader:
             if reader.record(number) is not None:  # else it was removed meanwhile, and ``forget`` has been called
                 self._last_known[number] = usage

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from snapfs.kernel import trusted
+from snapfs.kernel import mounting, trusted
 from snapfs.testing import copying, digests
 from snapfs.testing.place import lock
 
@@ -89,6 +89,7 @@ class Bases:
                         Path(place + _UNREADABLE).touch()
                     if directory == self._cache:
                         Path(place + _SIZE).write_text(str(copying.size_of(new)))
+                        _flush(new)
                     os.rename(new, place)
                 except BaseException:
                     copying.remove_tree(new)
@@ -141,6 +142,15 @@ def _is_there(place: str) -> bool:
     if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
         raise PermissionError(f"{place} is somebody else's: remove it")
     return True
+
+
+def _flush(directory: str) -> None:
+    """Or a power cut could leave half a base with its name."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        mounting.sync_file_system(fd)
+    finally:
+        os.close(fd)
 
 
 def copy_whole(base: Path, target: str, *, clone: bool) -> None:
