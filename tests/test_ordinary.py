@@ -365,6 +365,9 @@ def test_what_the_workspace_hides_is_another_directory(anybody: Home) -> None:
     assert home.snapfs(*words, cwd=project / "sub") == f"{project}/sub\nfile\nnew\nsub\n", "where the caller stands"
     assert home.snapfs(*words, cwd=project / "sub/deep").startswith(f"{project}\n"), "or as near as there is"
     assert sorted(os.listdir(project)) == ["file", "sub"], "the directory is as it was"
+    victim = home.path / "victim"
+    home.sh(f"mkdir victim; rmdir {home.mnt}/active/w/rootfs/sub; ln -s {victim} {home.mnt}/active/w/rootfs/sub")
+    assert home.snapfs(*words, cwd=project / "sub").startswith(f"{project}\n"), "not where a link in there leads"
     for wrong in (home.path, home.mnt, home.root, "/"):
         assert "cannot put a workspace over" in home.inside("w", "true", "--over", wrong, status=1)
     assert "Not a directory" in home.inside("w", "true", "--over", project / "file", status=1)

@@ -16,6 +16,7 @@ import pytest
 
 from snapfs.kernel import subids
 from snapfs.kernel.subids import Range
+from tests.command import SNAPFS
 from tests.home import Home, home_of, with_workspace
 from tests.users import ALICE, BOB, alice, bind, bob
 

@@ -169,10 +169,13 @@ def _refuse_changed(key: str, directory: str, target: str) -> None:
 
 
 def _go(there: str, instead: str) -> None:
-    """Make ``there`` the working directory, or ``instead`` where the workspace has no such directory."""
+    """Make ``there`` the working directory, or ``instead`` where the workspace has no such directory, or a link that leads
+    out of it."""
     for path in (there, instead):
         with contextlib.suppress(OSError):
             os.chdir(path)
+            if path != instead and not f"{os.getcwd()}/".startswith(f"{instead}/"):
+                continue
             os.environ["PWD"] = path
             return
     raise Refusal(f"cannot work in {instead}: the directory is not yours to enter", NOT_PERMITTED)
