@@ -36,7 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background; what tests start would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "mounts: it mounts for real, or does what only root may; needs root and /dev/fuse")
-    config.addinivalue_line("markers", "alone: it measures time: nothing else runs meanwhile")
+    config.addinivalue_line(
+        "markers", "alone: it measures time, or what there is on the whole machine: nothing else runs meanwhile"
+    )
     config.addinivalue_line(
         "markers", "durable: its root flushes, as everybody's does; those of other tests may be thrown away"
     )

@@ -20,7 +20,7 @@ from snapfs.kernel.namespaces import Namespaces, sees_mount, shares_mount_namesp
 from tests.processes import die_with_parent
 from tests.users import Identity, alice
 
-pytestmark = pytest.mark.mounts
+pytestmark = [pytest.mark.mounts, pytest.mark.alone]  # other tests have namespaces, too
 
 Put = Callable[[str, str], None]
 
