@@ -175,9 +175,10 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 @pytest.fixture
-def open_path(tmp_path: Path) -> Path:
+def open_path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """``tmp_path``, which every user may enter."""
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+    above = 3 if hasattr(request.config, "workerinput") else 2  # each process of ``pytest -n`` has one of its own
+    for directory in (tmp_path, *tmp_path.parents[:above]):
         directory.chmod(stat.S_IMODE(directory.stat().st_mode) | 0o055)
     return tmp_path
 

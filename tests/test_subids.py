@@ -18,6 +18,7 @@ from snapfs.kernel import subids
 from snapfs.kernel.subids import Range
 from tests.command import SNAPFS
 from tests.home import Home, home_of, with_workspace
+from tests.processes import until
 from tests.users import ALICE, BOB, alice, bind, bob
 
 FIRST = 300000
@@ -189,6 +190,7 @@ def test_ids_come_back_as_they_were(home: Home) -> None:
     """After the daemon has been killed, and was started anew, a file has the owner that it had."""
     home.inside("w", "mkdir d; touch d/f; chown 5:6 d d/f; chmod 700 d", "--subids")
     assert home.daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+    until(lambda: home.mounts() == [], "nothing is mounted")
     home.daemon = home.another().start()
     assert home.inside("w", "stat -c %u:%g:%a d d/f", "--subids") == "5:6:700\n5:6:644\n"
     assert stat.S_IMODE(os.stat(f"{home.rootfs('w')}/d").st_mode) == 0o700
