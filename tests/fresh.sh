@@ -11,13 +11,14 @@ git=(git -c 'safe.directory=*') # the clone may be another user's
 step() { printf '\n== %s, %d s: %s\n' "$suite" "$SECONDS" "$*"; }
 cannot() { printf 'make fresh: no bare system: %s\n' "$*" >&2; exit 75; }
 
-# What this machine's apt is told about the way to the archive, and the archive that it uses, for another suite
+# What this machine's apt is told about the way to the archive, and the archive that it uses, for another suite; sid has no updates
 apt_options() { apt-config dump | grep -E '^Acquire::(http|https|Check-Valid-Until|Check-Date|Retries|ForceIPv[46])(::| )' || true; }
 apt_sources() {
     local host
     host=$(. /etc/os-release; echo "${VERSION_CODENAME:-}")
     apt-get indextargets --format 'deb $(REPO_URI) $(CODENAME) $(COMPONENT) # $(ORIGIN)' 'Created-By: Packages' |
-        sed -nE "s/^(deb [^ ]+) ${host:-none}((-updates|-security)? [^ ]+) # Debian\$/\1 $suite\2/p" | sort -u
+        sed -nE "s/^(deb [^ ]+) ${host:-none}((-updates|-security)? [^ ]+) # Debian\$/\1 $suite\2/p" |
+        sed '/ sid-/d' | sort -u
 }
 
 # What this machine's pip is told about the way to the index, as variables; folders of this machine are not on that way
