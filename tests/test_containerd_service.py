@@ -539,6 +539,12 @@ def test_a_socket_that_is_in_use_is_refused(served: Daemon, make_daemon: Callabl
         assert client.names() == []
 
 
+def test_thousands_of_calls_at_once(client: Client) -> None:
+    """None that may be under way at once is ended as cancelled, which its caller never wanted."""
+    calls = [client.start("Prepare", key=f"k{number}") for number in range(3000)]
+    assert {call.code() for call in calls} == {grpc.StatusCode.OK}
+
+
 @pytest.mark.parametrize("what", ["file", "long", "directory"])
 def test_a_path_that_can_be_no_socket(make_daemon: Callable[..., Daemon], tmp_path: Path, what: str) -> None:
     (tmp_path / "file").write_text("precious")

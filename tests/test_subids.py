@@ -101,6 +101,22 @@ os.setgid(33); os.setuid(33); print(os.getuid(), os.getgid())
     assert "tool" in home.read("active/w/changes")
 
 
+def test_a_check_of_what_is_closed_to_her(home: Home) -> None:
+    """The check runs in no namespace of its own: it can't count such a layer, which is no damage."""
+    home.inside("w", "mkdir -m 700 theirs; echo x > theirs/file; chown -R 5 theirs", "--subids")
+    home.sh("mv tree/active/w tree/committed/v; cat tree/committed/v/usage.json")
+    home.daemon.stop()
+    said = home.snapfs("check", home.root)
+    assert 'note: committed "v": some of it is closed to this user' in said
+    assert f"{home.root}: nothing is wrong" in said
+    (layer,) = home.root.glob("snapshots/*/fs/theirs")
+    layer.parent.parent.chmod(0)
+    said = home.snapfs("check", home.root, status=1)
+    assert f'committed "v": its directory {layer.parent} can\'t be looked at: Permission denied' in said
+    assert "missing" not in said
+    layer.parent.parent.chmod(0o700)
+
+
 def test_the_daemon_does_what_it_does_to_files_of_others(home: Home) -> None:
     private = "mkdir -p d/e; touch d/e/f; chown -R 7:7 d; chmod 700 d d/e; chmod 600 d/e/f"
     home.inside("w", private, "--subids")

@@ -123,6 +123,26 @@ def test_the_cache_by_configuration(user: Runner) -> None:
     assert (user.tests / ".cache/bases").is_dir()
 
 
+@pytest.mark.parametrize("option", [True, False])
+def test_the_cache_in_the_home_directory(option: bool, user: Runner) -> None:
+    """Neither pytest.ini nor a shell, after ``=``, makes another path of a tilde."""
+    user.write(test_it=counting(user))
+    user.environment["HOME"] = str(user.temporary)
+    if not option:
+        (user.tests / "pytest.ini").write_text("[pytest]\nsnapfs_cache = ~/.cache/bases\n")
+    assert "6 passed" in user(*(("--snapfs-cache=~/.cache/bases",) if option else ()), status=0)
+    assert (user.temporary / ".cache/bases").is_dir()
+    assert not (user.tests / "~").exists()
+
+
+@pytest.mark.parametrize(("cache", "words"), [("/proc/bases", "No such file"), ("/proc/version", "it is no directory")])
+def test_a_cache_that_can_not_be(cache: str, words: str, user: Runner) -> None:
+    user.write(test_it=counting(user))
+    said = user(f"--snapfs-cache={cache}", status=4)
+    assert f"no bases can be kept in {cache}: {words}" in said
+    assert "Traceback" not in said
+
+
 def test_the_cache_and_files_that_are_named(user: Runner) -> None:
     (user.tests / "schema").mkdir()
     (user.tests / "schema/one.sql").write_text("CREATE")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +16,37 @@ import trio.testing
 
 from snapfs import NotFound, Snapshotter, Unavailable, Usage, open_snapshotter
 from snapfs.scan.usage import disk_usage
+from tests.disk import make_file_system
+from tests.mounts import loop_mounted
 
 
 def counted_by_du(directory: Path) -> int:
     """GNU du: allocated blocks, hard links once."""
     return int(subprocess.check_output(["du", "-s", "--block-size=512", str(directory)]).split()[0]) * 512
+
+
+SUBVOLUMES = """
+import fcntl, os, struct
+for name in (b"above", b"above/inside"):
+    os.makedirs(os.path.dirname(name) or b".", exist_ok=True)
+    parent = os.open(os.path.dirname(name) or b".", os.O_RDONLY)
+    fcntl.ioctl(parent, 0x5000940E, bytearray(struct.pack("q4088s", 0, os.path.basename(name))))  # BTRFS_IOC_SUBVOL_CREATE
+    open(name + b"/file", "w").write("x")
+"""
+
+
+@pytest.mark.mounts
+async def test_subvolumes_that_users_have_made(tmp_path: Path) -> None:
+    """Of btrfs: each has a device number of its own, though nothing is mounted there."""
+    make_file_system("btrfs", tmp_path / "image")
+    with loop_mounted(tmp_path / "image", tmp_path / "disk") as disk:
+        async with open_snapshotter(disk / "root") as snapshotter:
+            await snapshotter.prepare("k")
+            layer = disk / "root/snapshots/1/fs"
+            subprocess.run([sys.executable, "-c", SUBVOLUMES], cwd=layer, check=True)
+            assert (await snapshotter.usage("k")).inodes == 5
+            await snapshotter.commit("c", "k")
+            assert (await snapshotter.usage("c")).inodes == 5
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ GRACE = 2.0  # seconds that calls under way have to end once the server is to st
 CALLS = 4096  # at once; further ones are refused (ResourceExhausted)
 
 _OPTIONS = (
+    ("grpc.server.max_pending_requests", 2 * CALLS),  # from 1000 on gRPC would end some as cancelled, without a word
+    ("grpc.server.max_pending_requests_hard_limit", 2 * CALLS),
     ("grpc.max_receive_message_length", 16 << 20),  # as containerd's own server
     ("grpc.max_send_message_length", 16 << 20),
     ("grpc.so_reuseport", 0),

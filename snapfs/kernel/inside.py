@@ -27,6 +27,7 @@ class _OpenHow(ctypes.Structure):
 
 _how = _OpenHow(FLAGS, 0, _NO_XDEV)
 _how_address, _how_size = ctypes.byref(_how), ctypes.c_size_t(ctypes.sizeof(_how))
+_how_to_look = _OpenHow(os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0, _NO_XDEV)
 
 
 def open_top(path: str) -> int:
@@ -61,6 +62,16 @@ def open_directory(name: str, parent: int) -> int:
 def stat_beneath(name: str, parent: int) -> os.stat_result:
     """lstat(2) of ``name`` in the directory that is open as ``parent``, beneath whatever is mounted there; raises OSError, as
     ``open_directory`` does."""
+    try:  # first: of a directory that is alone (``open_top``) no more copies can be had
+        fd = libc.call("syscall", _OPENAT2, parent, os.fsencode(name), ctypes.byref(_how_to_look), _how_size)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EPERM):
+            raise
+    else:
+        try:
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
     with _without_mounts(name, parent) as tree:
         return os.stat(name, dir_fd=tree, follow_symlinks=False)
 

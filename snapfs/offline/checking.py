@@ -217,7 +217,16 @@ class _Check:
         layers = self._layers
         for done, (number, record) in enumerate(self._known.items()):
             self._progress(f"directory of {_called(record)}", done, len(self._known))
-            missing = [path for path in (layers.directory(number), layers.fs(number)) if not _is_directory(path)]
+            own, layer = layers.directory(number), layers.fs(number)
+            closed = _why_unseen(own) or _why_unseen(layer)
+            if closed:
+                yield Finding(
+                    Problem.DAMAGED,
+                    f"{_called(record)}: its directory {layer} can't be looked at: {closed}",
+                    f"see to the mode of {own}, and to the disk",
+                )
+                continue
+            missing = [path for path in (own, layer) if not _is_directory(path)]
             if missing:
                 text = f"{_called(record)}: its directory {missing[0]} is missing"
                 remedy = "restore it from a backup, or remove the snapshot"
@@ -319,6 +328,10 @@ class _Check:
             self._progress(f"counting {_called(record)}", done, len(counted))
             try:
                 usage = disk_usage(self._layers.fs(number))
+            except PermissionError:  # what the daemon may in namespaces of its own
+                text = f"{_called(record)}: some of it is closed to this user, so it can't be counted here"
+                yield Finding(Problem.NOTE, text)
+                continue
             except OSError as error:
                 yield Finding(
                     Problem.DAMAGED, f"{_called(record)}: {Unavailable.from_os('read its layer', error)}", "see to the disk"
@@ -368,6 +381,17 @@ def _is_directory(path: str) -> bool:
         return stat.S_ISDIR(os.lstat(path).st_mode)
     except OSError:
         return False
+
+
+def _why_unseen(path: str) -> str:
+    """In words why this process can't tell what ``path`` is; "" where it can, or where nothing is there."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        return os.strerror(error.errno or 0)
+    return ""
 
 
 def format_size(size: int) -> str:

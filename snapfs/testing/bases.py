@@ -116,7 +116,7 @@ class Bases:
 
 def _claim(cache: str) -> None:
     """Make the directory ``cache``, unless it is there.  Its bases have names that others can guess, and tests run what is in
-    them.  Raises OSError where anybody else could have made one, or will be able to."""
+    them.  Raises PermissionError where anybody else could have made one, or will be able to, and where it can't be made."""
     to_do = "keep bases in a directory of your own, below directories that nobody else can write"
     try:
         with trusted.find(cache, inside=True, may_lack=True) as found:
@@ -126,6 +126,11 @@ def _claim(cache: str) -> None:
             status = os.fstat(found.fd)
     except trusted.Untrusted as error:
         raise PermissionError(f"no bases can be kept in {cache}: {error}; {to_do}") from None
+    except OSError as error:
+        words = f"{error.strerror} ({error.filename or cache})"
+        raise PermissionError(f"no bases can be kept in {cache}: {words}; {to_do}") from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(f"no bases can be kept in {cache}: it is no directory; {to_do}")
     if status.st_uid != os.geteuid():
         whose = trusted.user_name(status.st_uid)
         raise PermissionError(f"no bases can be kept in {cache}: it belongs to the user {whose}; {to_do}")

@@ -351,7 +351,7 @@ def _session_of(config: pytest.Config) -> Session:
     session = config.stash[_session] = Session(
         _asked(config),  # type: ignore[arg-type]
         run=run,
-        cache=os.path.join(config.rootpath, cache) if cache else None,
+        cache=os.path.join(config.rootpath, os.path.expanduser(cache)) if cache else None,
         limit=_bytes(size),
     )
     if "how" in told and entering.join(told["namespace"]):
