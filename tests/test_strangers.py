@@ -233,6 +233,47 @@ def test_a_workspace_that_a_user_has_mounted_over(daemon: Daemon, tmp_path: Path
     assert run("commit", "web", "v1").returncode == 0
 
 
+KEEPER = """
+import os, sys
+child = os.fork()
+if child == 0:
+    os.execvp("unshare", ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", "echo made; exec sleep 60"])
+sys.stdin.readline()
+held = os.open(f"/proc/{child}/ns/mnt", os.O_RDONLY)
+os.kill(child, 9)
+os.waitpid(child, 0)
+print("kept", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_namespace_that_is_kept_by_a_descriptor_alone(daemon: Daemon, tmp_path: Path) -> None:
+    """No process is in Alice's namespace, which has a copy of what was mounted: the refusal names hers that keeps it, and the
+    other way out, which works."""
+    (target := tmp_path / "target").mkdir()
+    assert run("prepare", "web").returncode == 0
+    assert run("mount", "web", str(target)).returncode == 0
+    command = [*alice, sys.executable, "-c", KEEPER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+    ) as keeper:
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        assert keeper.stdout.readline() == "made\n"
+        keeper.stdin.write("\n")
+        keeper.stdin.flush()
+        assert keeper.stdout.readline() == "kept\n"
+        assert run("umount", "web").returncode == 0
+        done = run("rm", "web")
+        assert done.returncode == 5
+        assert f"in a mount namespace that process {keeper.pid} (" in done.stderr
+        assert "has open: end it first, or rmdir the directory that it was mounted on" in done.stderr
+        target.rmdir()
+        done = run("rm", "web")
+        assert done.returncode == 0, done.stderr
+        keeper.kill()
+
+
 def test_what_stands_at_a_target_in_another_mount_namespace_stays(daemon: Daemon, tmp_path: Path) -> None:
     """The daemon tells of the mounts that it sees: a user of another mount namespace may have something else there."""
     (target := tmp_path / "target").mkdir()
