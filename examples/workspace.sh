@@ -38,7 +38,8 @@ trap on_failure EXIT
 trap 'exit 1' HUP INT TERM
 
 # Run the script on standard input inside the workspace.  With its pid namespace ends whatever it left in the background,
-# so that nothing of it is in the workspace's way afterwards.  It has no terminal, and what it says is shown as its own, on lines
+# so that nothing of it is in the workspace's way afterwards.  Its minute is up whatever it does: timeout is that namespace's
+# first process, and root's (unshare itself blocks SIGTERM).  It has no terminal, and what it says is shown as its own, on lines
 # that begin with a bar: it can neither clear the screen nor pass for the review.
 untrusted() {
     { status=$( { { confined 2>&1 3>&- 4>&- && echo 0 >&3 || echo $? >&3; } | cat -v | sed 's/^/    | /' >&4; } 3>&1 ); } 4>&1
@@ -46,7 +47,7 @@ untrusted() {
 }
 
 confined() {
-    timeout --foreground 60 unshare --pid --net --ipc --uts --fork --kill-child \
+    unshare --pid --net --ipc --uts --fork --kill-child timeout --foreground -s KILL 60 \
         chroot --userspec=$nobody:$nobody "active/$w/rootfs" /bin/sh -c 'cd /project && exec /bin/sh -s'
 }
 

@@ -282,6 +282,17 @@ def test_workspace_review_of_a_hostile_script(tree: Path, tmp_path: Path) -> Non
     subprocess.run(["sh", "-euc", ended.stdout.partition("To remove it:")[2]], check=True)
 
 
+@pytest.mark.mounts
+def test_workspace_ends_a_script_that_does_not(tree: Path, tmp_path: Path) -> None:
+    """Its time is over at some point, whichever signals it ignores and whatever it has started."""
+    hasty = tmp_path / "workspace.sh"
+    hasty.write_text((EXAMPLES / "workspace.sh").read_text().replace(" 60 ", " 2 "))
+    (tmp_path / "script").write_text("trap '' HUP INT TERM\nsleep 1000 &\necho begun\nwhile :; do sleep 1000; done\n")
+    ended = Example(str(hasty), tree, tmp_path / "script").ended()
+    assert "    | begun\n" in ended.stdout
+    subprocess.run(["sh", "-euc", ended.stdout.partition("To remove it:")[2]], check=True)
+
+
 def test_workspace_that_fails(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stops it in the middle makes it clean up."""
     (tmp_path / "unshare").write_text("#!/bin/sh\necho unshare: Operation not permitted >&2; exit 1\n")

@@ -186,6 +186,94 @@ def test_what_is_mounted_by_the_word_of_ones_own_tree(daemon: Daemon, alices: Da
     assert as_alice("umount", "mine", "--at", str(alices.mnt)).returncode == 0
 
 
+SILENT = """
+import os, socket, subprocess, sys
+ours, theirs = socket.socketpair()
+command = ["fusermount3", "-o", sys.argv[2], "--", sys.argv[1]]
+subprocess.run(command, env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}, pass_fds=[theirs.fileno()], check=True)
+held = socket.recv_fds(ours, 1, 1)
+print("mounted", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("options", ["fsname=hers", "fsname=hers,subtype=snapfs", "fsname=hers,allow_other"])
+@pytest.mark.parametrize("parent", [None, "base"])
+def test_a_workspace_that_a_user_has_mounted_over(daemon: Daemon, tmp_path: Path, parent: str | None, options: str) -> None:
+    """Alice's server, on the TARGET that root has given her, never answers: root's verbs say so, and neither wait for it, nor
+    take it for the workspace, nor say that nothing is mounted."""
+    target, other = tmp_path / "target", tmp_path / "other"
+    target.mkdir()
+    other.mkdir()
+    assert run("prepare", "base").returncode == run("commit", "base", "base").returncode == 0
+    assert run("prepare", "web", *(["--parent", parent] if parent else [])).returncode == 0
+    assert run("mount", "web", str(target)).returncode == 0
+    os.chown(target, ALICE, ALICE)
+    command = [*alice, sys.executable, "-c", SILENT, str(target), options]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "mounted\n"
+        try:
+            for words in (["umount", "web"], ["umount", str(target)], ["mount", "web", str(other)]):
+                done = run(*words)
+                assert done.returncode == 5, done.stderr
+                assert "of the user alice) is mounted over the snapshot on" in done.stderr
+                assert done.stderr.endswith(f"unmount that first: umount {target}\n")
+            assert not is_mounted(other)
+            with pytest.raises(OSError, match="busy"):
+                os.readlink(daemon.mnt / "active/web/rootfs")
+            assert f"is mounted at {target}: unmount it first" in run("commit", "web", "v1").stderr
+        finally:
+            server.kill()
+            mounting.unmount(str(target))  # hers
+    assert run("umount", "web").returncode == 0
+    assert not is_mounted(target)
+    assert run("commit", "web", "v1").returncode == 0
+
+
+KEEPER = """
+import os, sys
+child = os.fork()
+if child == 0:
+    os.execvp("unshare", ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", "echo made; exec sleep 60"])
+sys.stdin.readline()
+held = os.open(f"/proc/{child}/ns/mnt", os.O_RDONLY)
+os.kill(child, 9)
+os.waitpid(child, 0)
+print("kept", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_namespace_that_is_kept_by_a_descriptor_alone(daemon: Daemon, tmp_path: Path) -> None:
+    """No process is in Alice's namespace, which has a copy of what was mounted: the refusal names hers that keeps it, and the
+    other way out, which works."""
+    (target := tmp_path / "target").mkdir()
+    assert run("prepare", "web").returncode == 0
+    assert run("mount", "web", str(target)).returncode == 0
+    command = [*alice, sys.executable, "-c", KEEPER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+    ) as keeper:
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        assert keeper.stdout.readline() == "made\n"
+        keeper.stdin.write("\n")
+        keeper.stdin.flush()
+        assert keeper.stdout.readline() == "kept\n"
+        assert run("umount", "web").returncode == 0
+        done = run("rm", "web")
+        assert done.returncode == 5
+        assert f"in a mount namespace that process {keeper.pid} (" in done.stderr
+        assert "has open: end it first, or rmdir the directory that it was mounted on" in done.stderr
+        target.rmdir()
+        done = run("rm", "web")
+        assert done.returncode == 0, done.stderr
+        keeper.kill()
+
+
 def test_what_stands_at_a_target_in_another_mount_namespace_stays(daemon: Daemon, tmp_path: Path) -> None:
     """The daemon tells of the mounts that it sees: a user of another mount namespace may have something else there."""
     (target := tmp_path / "target").mkdir()

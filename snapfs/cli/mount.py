@@ -203,14 +203,17 @@ def _in_use(layer: str) -> Iterator[None]:
 
 def _bind(source: str, target: int, attributes: int) -> bool:
     """Bind the mount at ``source`` to the directory open as ``target``; False where nothing is mounted at ``source`` any more.
-    A second overlay must not write to the same layer."""
+    A second overlay must not write to the same layer.  Raises Refusal where something else is mounted over ``source``."""
     from snapfs.kernel import mounting
     from snapfs.kernel.mounttable import mount_id_of, mount_table
 
     with contextlib.suppress(FileNotFoundError):
-        held = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # so the daemon doesn't unmount its rootfs
+        # it asks no server; and what is held the daemon doesn't unmount
+        held = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            if any(mount.target == source and mount.id == mount_id_of(held) for mount in mount_table()):
+            there = [mount for mount in mount_table() if mount.target == source]
+            _refuse_covered(there)
+            if any(mount.id == mount_id_of(held) for mount in there):
                 mounting.mount_bind(f"/proc/self/fd/{held}", target, read_only=False, attributes=attributes)
                 return True
         finally:
@@ -224,8 +227,25 @@ def _plain(path: str) -> str:
 
 def _is_ours(mount: MountPoint) -> bool:
     """Whether ``mount`` is a tree of snapfs, or shows layers of a snapshot."""
+    return mount.type == "fuse.snapfs" or _shows_layers(mount)
+
+
+def _shows_layers(mount: MountPoint) -> bool:
     layers = [mount.root] if mount.type != "overlay" else [each for each in mount.super_options if "dir" in each]
-    return mount.type == "fuse.snapfs" or any(re.search(r"(?:^|[=:/])[1-9][0-9]*/fs(?=[/:]|\Z)", each) for each in layers)
+    return any(re.search(r"(?:^|[=:/])[1-9][0-9]*/fs(?=[/:]|\Z)", each) for each in layers)
+
+
+def _refuse_covered(mounts: Sequence[MountPoint]) -> None:
+    """Raise Refusal where the uppermost of ``mounts``, all those at one target, hides the file system of a snapshot: whoever
+    may write in that can mount there."""
+    top = mounts[-1] if mounts else None
+    if top is not None and not _shows_layers(top) and any(map(_shows_layers, mounts)):
+        from snapfs.kernel import trusted
+
+        owner = trusted.server_of(top)
+        whose = f" of the user {trusted.user_name(owner)}" * (owner >= 0)
+        what = f"something else ({top.type}{whose}) is mounted over the snapshot on {top.target}"
+        raise Refusal(f"{what}: unmount that first: umount {top.target}", BUSY)
 
 
 def _umount(given: Given) -> int:
@@ -233,11 +253,14 @@ def _umount(given: Given) -> int:
     from snapfs.kernel.mounttable import mount_table
 
     word = given.arguments[0]
-    shown = {mount.target: mount for mount in mount_table()}  # the uppermost is the last
+    table = list(mount_table())
+    shown = {mount.target: mount for mount in table}  # the uppermost is the last
     target = _unlinked(word) if "/" in word else ""  # else it is a key, whatever is called so in the working directory
     found = shown.get(target)
     if target and found is None:
         found = _entered(given, target)
+    if found is not None:
+        _refuse_covered([mount for mount in table if mount.target == target])
     if found is not None and not _is_ours(found):
         raise Refusal(f"{target} is no snapshot's file system: nothing for snapfs to unmount")
     places = [target] if found else []
@@ -248,8 +271,11 @@ def _umount(given: Given) -> int:
         kind, directory = place.find(word)
         mounted = place.mounted_by_hand(directory)
         if window := enter(place):
-            shown = {mount.target: mount for mount in mount_table()}
+            table = list(mount_table())
+            shown = {mount.target: mount for mount in table}
             mounted = [each.removeprefix(window) for each in mounted]
+        for each in mounted:
+            _refuse_covered([mount for mount in table if mount.target == each])
         ours = [each for each in mounted if each in shown and _is_ours(shown[each])]  # the daemon may see other mounts than we
         places = [_unlinked(each) for each in ours]
         if not places:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from itertools import islice
 
-from snapfs.kernel.processes import name_of, users, users_of_device
+from snapfs.kernel.processes import keepers, name_of, users, users_of_device
 from snapfs.root.mounted import Mounted, Place
 
 _MOST = 3  # that are named
@@ -52,7 +52,10 @@ def elsewhere(mounted: Mounted, number: int, rootfs: str, device: str = "") -> s
         return f"is mounted in another mount namespace, that of process {found}: end it first"
     if using:
         return f"is in use by process {using}: end it first"
+    to_do = "rmdir the directory that it was mounted on, if snapfs mount did that"
+    if keeping := ", ".join(f"{pid} ({name})" for pid, name in islice(keepers(), _MOST)):
+        return f"is in use elsewhere, perhaps in a mount namespace that process {keeping} has open: end it first, or {to_do}"
     return (
         "is in use elsewhere: something has it open, or mounted where this daemon can't see it (a mount that was detached, "
-        "a namespace without a process): end that first"
+        f"a namespace without a process): end that first, or {to_do}"
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from snapfs.kernel.handles import has_upper, open_elsewhere
-from snapfs.kernel.mounttable import MountPoint, MountTable, mount_id, mount_table, parse
+from snapfs.kernel.mounttable import MountPoint, MountTable, mount_id, mount_id_of, mount_table, parse
 from snapfs.kernel.namespaces import Namespaces
 from snapfs.names import parse_id
 
@@ -92,11 +92,12 @@ class Mounted:
             return [place.target for place in self._stacked.get(tuple(layers), ()) if not place.inside]
 
     def proven(self, number: int) -> list[str]:
-        """The same, as far as the kernel says that it is so.  Blocks."""
+        """The same, as far as the kernel says that it is so, and without those over which something else is mounted, perhaps by
+        whoever may write there.  Blocks."""
         with self._lock:
             self._refresh()
             places = [*self._upper.get(number, ()), *self._bound.get(number, ())]
-        shown = [place for place in places if place.writable and not place.inside]
+        shown = [place for place in places if place.writable and not place.inside and _is_seen(place)]
         return [place.target for place in shown if self.is_of(place, number, os.getpid())]
 
     def is_lower(self, number: int) -> bool:
@@ -121,9 +122,12 @@ class Mounted:
 
     def open(self, place: Place, number: int, pid: int) -> int:
         """A descriptor (O_PATH) of what is mounted at ``place``, of the namespace of process ``pid``: the layer of the active
-        snapshot ``number``, or an overlay on it.  Raises OSError: ENOENT where it is something else, or others."""
+        snapshot ``number``, or an overlay on it.  Raises OSError: ENOENT where it is something else, or others; EBUSY
+        where something is mounted over it, which is not asked, for its server may never answer."""
         fd, layer = open_elsewhere(pid, place.target), f"{self._snapshots}/{number}/fs"
         try:
+            if mount_id_of(fd) != place.id:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), place.target)
             is_it = has_upper(fd, layer) if place.upperdir else os.path.samestat(os.fstat(fd), os.stat(layer))
             if not is_it:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place.target)
@@ -221,6 +225,19 @@ class Mounted:
             except OSError:
                 continue
         return None
+
+
+def _is_seen(place: Place) -> bool:
+    """Whether the target of ``place``, of this namespace, leads to it, and to nothing that is mounted over it; True where the
+    kernel's memory alone doesn't tell."""
+    try:
+        fd = open_elsewhere(os.getpid(), place.target)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.ENOSYS, errno.EINVAL)
+    try:
+        return mount_id_of(fd) == place.id
+    finally:
+        os.close(fd)
 
 
 def _place(
