@@ -4,6 +4,7 @@
 set -eux
 
 git config --global --add safe.directory '*' # the clone is root's
+git config --global maintenance.autoDetach false # or git is still in the workspace when it has ended
 git clone --quiet "$1" snapfs
 python3 -m venv v
 CFLAGS=-g0 v/bin/pip install --quiet --disable-pip-version-check ${LOCKED:+--constraint snapfs/tests/constraints.txt} ./snapfs pytest pytest-xdist
