@@ -12,6 +12,7 @@ import os
 import signal
 import stat
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -175,11 +176,20 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 @pytest.fixture
-def open_path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def tmp_path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """As pytest's; but with ``open_path`` it is not in those, which each other run of root's closes to all users again."""
+    if "open_path" not in request.fixturenames:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="open-") as directory:
+        path = Path(directory).resolve()
+        path.chmod(0o755)
+        yield path
+
+
+@pytest.fixture
+def open_path(tmp_path: Path) -> Path:
     """``tmp_path``, which every user may enter."""
-    above = 3 if hasattr(request.config, "workerinput") else 2  # each process of ``pytest -n`` has one of its own
-    for directory in (tmp_path, *tmp_path.parents[:above]):
-        directory.chmod(stat.S_IMODE(directory.stat().st_mode) | 0o055)
     return tmp_path
 
 

@@ -247,6 +247,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.alone
 def test_a_namespace_that_is_kept_by_a_descriptor_alone(daemon: Daemon, tmp_path: Path) -> None:
     """No process is in Alice's namespace, which has a copy of what was mounted: the refusal names hers that keeps it, and the
     other way out, which works."""

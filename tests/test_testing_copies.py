@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from snapfs.testing.place import Place, new_name
 from tests.plugin import NOBODY, Runner
 from tests.processes import until
 
@@ -71,6 +75,27 @@ def test_it_needs_no_other_package(options: str, runner: Runner) -> None:
         "    try:\n        __import__(name)\n    except ModuleNotFoundError:\n        print('no', name)\n"
     )
     assert ran(runner, script, "-S", options=options) == "x\nno msgspec\nno lmdb\nno trio\nno pyfuse3\n"
+
+
+def test_a_directory_that_is_taken_for_a_dead_run_s_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may remove it before it is locked, at each step."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for step in ("chmod", "lstat", "open"):
+        act, left = getattr(os, step), [1]
+
+        def removed_before(path: str, *more: int, act: Any = act, left: list[int] = left) -> Any:
+            if str(path).startswith(f"{tmp_path}/snapfs-testing-") and left:
+                left.pop()
+                os.rmdir(path)
+            return act(path, *more)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, step, removed_before)
+            made = Place(new_name(), shared=False)
+        assert os.path.isdir(made.bases)
+        made.close()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("options", OPTIONS)

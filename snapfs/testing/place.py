@@ -105,15 +105,18 @@ def lock(path: str, how: int) -> int | None:
 
 
 def _joined(path: str) -> int:
-    """The descriptor that keeps the directory ``path``, which is made where it is missing."""
+    """The descriptor that keeps the directory ``path``, which is made where it is missing.  Until it is locked, another process
+    that starts takes it for that of a dead run, and may remove it."""
     while True:
         try:
-            os.mkdir(path, 0o700)
-            os.chmod(path, 0o711)
-        except FileExistsError:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+                os.chmod(path, 0o711)
             found = os.lstat(path)
-            if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
-                raise PermissionError(f"{path} is somebody else's") from None
+        except FileNotFoundError:
+            continue
+        if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
+            raise PermissionError(f"{path} is somebody else's")
         fd = lock(path, fcntl.LOCK_SH)
         if fd is not None:
             return fd
