@@ -16,7 +16,7 @@ from snapfs.cli.refusal import BUSY, FAILED, NOT_PERMITTED, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import Any
 
     from snapfs.cli.place import MountedTree
@@ -174,15 +174,14 @@ def _in_use(layer: str) -> Iterator[None]:
     at it: in the mount namespace of a child of this process.  A bind that is read-only is no use.  Raises OSError."""
     import socket
 
-    from snapfs.kernel import libc, mountapi, mounting, userns
+    from snapfs.kernel import mounting, userns
 
     ours, its = socket.socketpair()
     child = os.fork()
     if child == 0:
         try:
             ours.close()
-            libc.call("unshare", userns.CLONE_NEWNS)
-            mounting.mount("", "/", "", mountapi.MS_PRIVATE | mounting.MS_REC)
+            userns.copy_mounts()
             mounting.mount_bind(layer, layer, read_only=False)
             its.send(b"0")
             its.recv(1)  # until our end is closed
@@ -211,9 +210,7 @@ def _bind(source: str, target: int, attributes: int) -> bool:
         # it asks no server; and what is held the daemon doesn't unmount
         held = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            there = [mount for mount in mount_table() if mount.target == source]
-            _refuse_covered(there)
-            if any(mount.id == mount_id_of(held) for mount in there):
+            if any(mount.id == mount_id_of(held) for mount in _uncovered(mount_table(), source)):
                 mounting.mount_bind(f"/proc/self/fd/{held}", target, read_only=False, attributes=attributes)
                 return True
         finally:
@@ -235,9 +232,10 @@ def _shows_layers(mount: MountPoint) -> bool:
     return any(re.search(r"(?:^|[=:/])[1-9][0-9]*/fs(?=[/:]|\Z)", each) for each in layers)
 
 
-def _refuse_covered(mounts: Sequence[MountPoint]) -> None:
-    """Raise Refusal where the uppermost of ``mounts``, all those at one target, hides the file system of a snapshot: whoever
+def _uncovered(table: Iterable[MountPoint], target: str) -> list[MountPoint]:
+    """The mounts of ``table`` at ``target``.  Raises Refusal where the uppermost hides the file system of a snapshot: whoever
     may write in that can mount there."""
+    mounts = [mount for mount in table if mount.target == target]
     top = mounts[-1] if mounts else None
     if top is not None and not _shows_layers(top) and any(map(_shows_layers, mounts)):
         from snapfs.kernel import trusted
@@ -246,6 +244,7 @@ def _refuse_covered(mounts: Sequence[MountPoint]) -> None:
         whose = f" of the user {trusted.user_name(owner)}" * (owner >= 0)
         what = f"something else ({top.type}{whose}) is mounted over the snapshot on {top.target}"
         raise Refusal(f"{what}: unmount that first: umount {top.target}", BUSY)
+    return mounts
 
 
 def _umount(given: Given) -> int:
@@ -260,7 +259,7 @@ def _umount(given: Given) -> int:
     if target and found is None:
         found = _entered(given, target)
     if found is not None:
-        _refuse_covered([mount for mount in table if mount.target == target])
+        _uncovered(table, target)
     if found is not None and not _is_ours(found):
         raise Refusal(f"{target} is no snapshot's file system: nothing for snapfs to unmount")
     places = [target] if found else []
@@ -275,7 +274,7 @@ def _umount(given: Given) -> int:
             shown = {mount.target: mount for mount in table}
             mounted = [each.removeprefix(window) for each in mounted]
         for each in mounted:
-            _refuse_covered([mount for mount in table if mount.target == each])
+            _uncovered(table, each)
         ours = [each for each in mounted if each in shown and _is_ours(shown[each])]  # the daemon may see other mounts than we
         places = [_unlinked(each) for each in ours]
         if not places:

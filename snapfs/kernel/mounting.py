@@ -16,10 +16,10 @@ MNT_FORCE = 1
 MNT_DETACH = 2
 MNT_EXPIRE = 4
 UMOUNT_NOFOLLOW = 8
-MS_REC = 0x4000
 
 _MS_REMOUNT = 0x20
 _MS_BIND = 0x1000
+_MS_REC = 0x4000
 _KEPT_FLAGS = 2 | 4 | 8 | 1024 | 2048  # nosuid, nodev, noexec, noatime, nodiratime: the same in f_flag of statvfs and in MS_*
 
 _OVERLAYFS_MAGIC = 0x794C7630
@@ -91,9 +91,9 @@ def mount_bind_classic(source: str, target: str, *, read_only: bool, attributes:
     """``mount_bind`` by mount(2), which changes a bind's attributes in a second step, and not those of the mounts below it: so
     with any the mounts below ``source`` are left out, and ``target`` is without them for an instant."""
     attributes |= MS_RDONLY if read_only else 0
-    mount(source, target, "", _MS_BIND | (0 if attributes else MS_REC))
+    mount(source, target, "", _MS_BIND | (0 if attributes else _MS_REC))
     try:
-        mount("", target, "", mountapi.MS_PRIVATE | MS_REC)
+        mount("", target, "", mountapi.MS_PRIVATE | _MS_REC)
         if attributes:
             _remount(target, attributes)
     except OSError:

@@ -46,7 +46,7 @@ def lent_by_root() -> Lent:
         if not found[kind]:
             to_do = f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}"
             return Lent((), (), f"no line of {path} lends ids to {name}: root can add one: {to_do}")
-    return Lent(_without(found["uid"], os.geteuid()), _without(found["gid"], os.getegid()))
+    return Lent(_without(found["uid"], uid), _without(found["gid"], os.getegid()))
 
 
 def mapped_here() -> Lent:

@@ -218,15 +218,14 @@ class _Check:
         for done, (number, record) in enumerate(self._known.items()):
             self._progress(f"directory of {_called(record)}", done, len(self._known))
             own, layer = layers.directory(number), layers.fs(number)
-            closed = _why_unseen(own) or _why_unseen(layer)
-            if closed:
+            missing = [path for path in (own, layer) if not _is_directory(path)]
+            if closed := next(filter(None, map(_why_unseen, missing)), ""):
                 yield Finding(
                     Problem.DAMAGED,
                     f"{_called(record)}: its directory {layer} can't be looked at: {closed}",
                     f"see to the mode of {own}, and to the disk",
                 )
                 continue
-            missing = [path for path in (own, layer) if not _is_directory(path)]
             if missing:
                 text = f"{_called(record)}: its directory {missing[0]} is missing"
                 remedy = "restore it from a backup, or remove the snapshot"

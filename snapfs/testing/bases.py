@@ -181,13 +181,17 @@ def _remove_opened(place: str) -> None:
     with _locked(f"{place}.lock"):  # or a process is at it
         if os.path.exists(place + _OPENED) and (fd := lock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
             try:
-                gone = f"{place}.gone-{secrets.token_hex(4)}"
-                os.rename(place, gone)
-                copying.remove_tree(gone)
-                for mark in (_SIZE, _UNREADABLE, _OPENED):
-                    Path(place + mark).unlink(missing_ok=True)
+                _remove(place)
             finally:
                 os.close(fd)
+
+
+def _remove(place: str) -> None:
+    gone = f"{place}.gone-{secrets.token_hex(4)}"
+    os.rename(place, gone)  # whole or not at all
+    copying.remove_tree(gone)
+    for mark in (_SIZE, _UNREADABLE, _OPENED):
+        Path(place + mark).unlink(missing_ok=True)
 
 
 def _fill(directory: str, source: Source) -> None:
@@ -231,11 +235,7 @@ def _shrink(cache: str, limit: int) -> None:
             fd = lock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if fd is not None:
                 try:
-                    gone = f"{place}.gone-{secrets.token_hex(4)}"
-                    os.rename(place, gone)  # whole or not at all
-                    copying.remove_tree(gone)
-                    for mark in (_SIZE, _UNREADABLE, _OPENED):
-                        Path(place + mark).unlink(missing_ok=True)
+                    _remove(place)
                     total -= size
                 finally:
                     os.close(fd)

@@ -108,18 +108,16 @@ def _joined(path: str) -> int:
     """The descriptor that keeps the directory ``path``, which is made where it is missing.  Until it is locked, another process
     that starts takes it for that of a dead run, and may remove it."""
     while True:
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
-                os.chmod(path, 0o711)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        with contextlib.suppress(FileNotFoundError):
             found = os.lstat(path)
-        except FileNotFoundError:
-            continue
-        if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
-            raise PermissionError(f"{path} is somebody else's")
-        fd = lock(path, fcntl.LOCK_SH)
-        if fd is not None:
-            return fd
+            if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
+                raise PermissionError(f"{path} is somebody else's")
+            os.chmod(path, 0o711)
+            fd = lock(path, fcntl.LOCK_SH)
+            if fd is not None:
+                return fd
 
 
 def _clear_dead_runs(top: str) -> None:
