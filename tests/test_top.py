@@ -342,7 +342,7 @@ def test_in_the_fixtures_for_pytest(tmp_path: Path) -> None:
     assert "2 passed" in runner(status=0)
 
 
-def test_an_ordinary_users(tmp_path: Path) -> None:
+def test_an_ordinary_users(open_path: Path) -> None:
     """Whoever may not write into the parent's top makes one like it all the same."""
     script = """
 import os, stat, sys, trio
@@ -362,9 +362,7 @@ async def main():
             assert await snapshotter.changes(f"web{n}", list) == []
 trio.run(main)
 """
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o755)
-    place = tmp_path / "alice"
+    place = open_path / "alice"
     place.mkdir()
     os.chown(place, 1001, 1001)
     words = ["setpriv", "--reuid=1001", "--regid=1001", "--clear-groups", sys.executable, "-c", script, str(place / "root")]

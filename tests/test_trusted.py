@@ -34,14 +34,6 @@ pytestmark = [pytest.mark.mounts, pytest.mark.usefixtures("users")]
 
 
 @pytest.fixture
-def open_path(tmp_path: Path) -> Path:
-    """``tmp_path``, through which every user can go."""
-    for directory in (tmp_path, *tmp_path.parents[:-2]):
-        directory.chmod(0o711)
-    return tmp_path
-
-
-@pytest.fixture
 def victim(tmp_path: Path) -> Path:
     """A directory of root's, with something in it."""
     (directory := tmp_path / "victim").mkdir()
