@@ -19,6 +19,8 @@ from tests.daemon import Daemon
 from tests.desktop import rootfs_mounts, use_and_remove_all
 from tests.processes import die_with_parent, until
 
+pytestmark = pytest.mark.alone  # drags and drops are too quick for a screen that has to wait
+
 WIDTH, HEIGHT = 640, 480  # of the screen
 MARKED = b"\xff\x00\xff"
 

@@ -217,6 +217,8 @@ def test_a_file_system_that_was_shut_down(kind: str, make_daemon: Callable[..., 
             (tree / "active/a").mkdir()
             (tree / "active/a").rename(tree / "committed/base")
             (tree / "active/b").mkdir()
+            (tree / "committed/base/usage.json").read_text()
+            subprocess.run(["sync", str(tree / "committed/base")], check=True)  # the records were in doubt if it went meanwhile
             os.sync()  # from here on the kernel asks the file system before anything mapped is written to
             fd = os.open(mount, os.O_RDONLY)
             fcntl.ioctl(fd, SHUTDOWN, struct.pack("I", 2))
