@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from snapfs.testing import copying
 from snapfs.testing.place import Place, new_name
 from tests.plugin import NOBODY, Runner
 from tests.processes import until
@@ -75,6 +76,20 @@ def test_it_needs_no_other_package(options: str, runner: Runner) -> None:
         "    try:\n        __import__(name)\n    except ModuleNotFoundError:\n        print('no', name)\n"
     )
     assert ran(runner, script, "-S", options=options) == "x\nno msgspec\nno lmdb\nno trio\nno pyfuse3\n"
+
+
+def test_two_workers_may_try_reflinks_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the one directory of their run."""
+    cloned, found = copying._cloned, []
+
+    def while_another_tries(source: int, target: int) -> bool:
+        monkeypatch.undo()
+        found.append(copying.can_clone(str(tmp_path)))
+        return cloned(source, target)
+
+    monkeypatch.setattr(copying, "_cloned", while_another_tries)
+    assert [copying.can_clone(str(tmp_path))] == found
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_directory_that_is_taken_for_a_dead_run_s_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

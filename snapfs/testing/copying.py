@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
@@ -24,15 +25,9 @@ _PART = 1 << 30  # bytes that one call copies at most
 
 def can_clone(directory: str) -> bool:
     """Whether the file system of ``directory`` has reflinks."""
-    paths = [f"{directory}/clone-{number}" for number in range(2)]
-    source, target = (os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600) for path in paths)
-    try:
-        os.write(source, b"x" * 8192)
-        return _cloned(source, target)
-    finally:
-        for fd, path in ((source, paths[0]), (target, paths[1])):
-            os.close(fd)
-            os.unlink(path)
+    with tempfile.TemporaryFile(dir=directory, buffering=0) as source, tempfile.TemporaryFile(dir=directory) as target:
+        source.write(b"x" * 8192)
+        return _cloned(source.fileno(), target.fileno())
 
 
 def is_unreadable(directory: str) -> bool:
