@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 AFTER = 0.25  # seconds for what is to be flushed after a Commit that others wait for
+
+TOLD = 5.0  # seconds after which it is told what an end waits for
 
 LOCKED = 1.5  # seconds that a Commit or Remove in the tree waits for another task, since the kernel holds locks meanwhile
 
@@ -123,13 +126,16 @@ class Snapshotter:
         self._closed = True
         with trio.CancelScope(shield=True):
             try:
-                await self._shifting.finish()
-                await self.flushing.finish()
+                with _told("the change of owners under way"):
+                    await self._shifting.finish()
+                with _told("the flush of the disk"):
+                    await self.flushing.finish()
             finally:
                 self.records.stop()
                 if self._background is not None:
                     self._background.cancel()
-                    await self._background_ended.wait()
+                    with _told("the writes under way, and the disk"):
+                        await self._background_ended.wait()
             async with self._housekeeping.trash_lock:  # a Remove may be waiting for its files to go
                 await trio.to_thread.run_sync(self._close_files)
 
@@ -668,3 +674,15 @@ class Snapshotter:
             with trio.move_on_after(SEARCH):  # the kernel may hold locks meanwhile
                 words = await trio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=self._searches)
             raise Busy(f'snapshot "{used.name}" {words}') from None
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """For a block of the end that waits for ``what``: where it takes long, the log says so."""
+    timer = threading.Timer(TOLD, log.warning, (f"the end is waiting for {what}",))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

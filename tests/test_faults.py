@@ -713,3 +713,24 @@ async def test_what_stands_where_the_next_snapshot_belongs(root: Path, tmp_path:
     assert sorted(os.listdir(root / "lost+found")) == ["2", "3", "3~", "3~~", "new-link"]
     assert (root / "lost+found/3").read_text() == "precious"
     assert (outside / "precious").read_text() == "x"
+
+
+# -- the end
+
+
+async def test_the_end_says_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("snapfs.snapshotter.TOLD", 0.01)
+    go_on, begun = threading.Event(), threading.Event()
+
+    def slow(writer: Writer) -> None:
+        begun.set()
+        assert go_on.wait(20)
+
+    async with open_snapshotter(tmp_path / "root") as snapshotter, trio.open_nursery() as nursery:
+        nursery.start_soon(snapshotter.records.write, slow)
+        await trio.to_thread.run_sync(begun.wait, 20)
+        nursery.start_soon(snapshotter.close)
+        await trio.to_thread.run_sync(until, lambda: "the end is waiting for the writes under way, and the disk" in caplog.text)
+        go_on.set()

@@ -595,16 +595,16 @@ sys.stdin.readline()
 
 
 @contextmanager
-def unanswering(directory: Path, file: Path) -> Iterator[None]:
-    """For a block: file systems on ``directory`` and ``file`` whose server answers nothing, as any user can have them."""
-    words = [sys.executable, "-c", STUCK_SERVER, str(directory), str(file)]
+def unanswering(*places: Path) -> Iterator[None]:
+    """For a block: file systems on a directory, and on a file, whose server answers nothing, as any user can have them."""
+    words = [sys.executable, "-c", STUCK_SERVER, *map(str, places)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=die_with_parent) as server:
         assert server.stdout is not None
         assert server.stdout.readline()
         try:
             yield
         finally:
-            for place in (directory, file):
+            for place in places:
                 mounting.unmount(str(place), mounting.MNT_FORCE | mounting.MNT_DETACH)
             server.kill()
 
@@ -625,3 +625,26 @@ def test_what_is_mounted_inside_a_layer_is_not_asked(make_daemon: Make, outside:
     with reader:
         assert reader.stdout is not None
         assert reader.stdout.read().startswith("A /d\nA /d/e\nA /d/f\n")
+
+
+def test_a_layer_that_does_not_answer_holds_up_no_end(make_daemon: Make) -> None:
+    """Its disk is one of the network, say, that is gone: whoever reads `changes` waits, but not the end of the daemon, which
+    says what it has left."""
+    daemon = make_daemon().start()
+    for key in "ab":
+        os.mkdir(daemon.mnt / f"active/{key}")
+    with unanswering(daemon.root / "snapshots/1/fs"):
+        reader = subprocess.Popen(["cat", daemon.mnt / "active/a/changes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        until(lambda: "request_wait_answer" in "".join(stacks(daemon.pid)))
+        os.mkdir(daemon.mnt / "active/c")  # nobody else waits
+        assert daemon.stop() == 0
+        assert (
+            "snapfs: the comparison of snapshot 1 does not end: the disk does not answer; it is not waited for\n" in daemon.said
+        )
+        assert not is_mounted(daemon.mnt)
+    reader.communicate()
+
+
+def stacks(pid: int) -> Iterator[str]:
+    """Where in the kernel the threads of process ``pid`` are."""
+    return (stack.read_text() for stack in Path(f"/proc/{pid}/task").glob("*/stack"))

@@ -20,7 +20,7 @@ import trio
 import trio.testing
 
 from snapfs import Snapshotter
-from snapfs.errors import TryAgain
+from snapfs.errors import Closed, TryAgain
 from snapfs.fuse.waiting import (
     AGAIN,
     HOLD,
@@ -40,7 +40,7 @@ from snapfs.fuse.waiting import (
     Waiting,
 )
 from snapfs.model import BACKGROUND, OWNER, Caller
-from snapfs.scan.sharing import Sharing, Turns
+from snapfs.scan.sharing import Checkpoint, Sharing, Turns
 from snapfs.tree import Tree, listing
 from snapfs.tree.state import State
 from tests.daemon import Daemon, bounded
@@ -302,7 +302,7 @@ class Work:
     async def ask(self, name: str, caller: Caller, settled: bool = False) -> None:
         ends = self._ends.setdefault(name, threading.Event())
 
-        def work() -> str:
+        def work(checkpoint: Checkpoint) -> str:
             self.running.append(name)
             assert ends.wait(20)
             self.running.remove(name)
@@ -368,6 +368,50 @@ async def test_nobody_waits_long_for_the_end_of_what_was_begun_for_another(work:
         await work.begin(nursery, "a", OWNER)  # who has all the time
         work.end("a")
     assert work.found["a of None"] == "done a"
+
+
+async def test_work_that_never_ends_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that does not answer holds its thread, and keeps its turn from others, but not the end."""
+    monkeypatch.setattr("snapfs.scan.sharing.ENDING", 0.05)
+    work = Work(Sharing(Turns(1)))
+    refused: list[str] = []
+
+    async def ask() -> None:
+        with pytest.raises(Closed):
+            await work.ask("a", OWNER)
+        refused.append("a")
+
+    async with trio.open_nursery() as asking:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(work.sharing.serve)
+            asking.start_soon(ask)
+            await until_blocked()
+            with trio.move_on_after(0.05):
+                await work.sharing.run("b", lambda checkpoint: pytest.fail("a has the only turn"), OWNER)
+            nursery.cancel_scope.deadline = trio.current_time()
+        await until_blocked()
+        assert refused == ["a"]
+    assert work.running == ["a"]
+    assert "the a does not end: the disk does not answer; it is not waited for" in caplog.text
+    work.end()
+
+
+async def test_work_that_nobody_waits_for_is_stopped(work: Work) -> None:
+    stopped = threading.Event()
+
+    def endless(checkpoint: Checkpoint) -> str:
+        try:
+            while True:
+                checkpoint()
+        finally:
+            stopped.set()
+
+    with trio.move_on_after(0.05):
+        await work.sharing.run("endless", endless)
+    await trio.to_thread.run_sync(stopped.wait, 10)
+    assert stopped.is_set()
 
 
 # -- how many requests there may be

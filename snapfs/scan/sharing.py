@@ -6,6 +6,7 @@ are told to try again.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -16,7 +17,13 @@ import trio
 from snapfs.errors import Closed, TryAgain
 from snapfs.model import BACKGROUND, OWNER, Caller
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+ENDING = 2.0  # seconds that work under way has at the end of ``serve``: a file system that never answers would hold it for ever
+
+Checkpoint = Callable[[], None]
 
 
 class Turns:
@@ -52,18 +59,35 @@ class Turns:
             del self._running[user]
 
 
+class _Stopped(Exception):
+    """Nobody needs the work any more; raised in its thread."""
+
+
 class _Run(Generic[T]):
     """One piece of work, until it has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: str) -> None:
+        self.words = words
         self.turn = trio.Event()  # it may begin
         self.begun = False
         self.users: Counter[int | None] = Counter()  # of calls that share it and have not been cancelled
         self.taken_for: int | None = None  # whose turn it was
         self.scope = trio.CancelScope()
+        self.thread = trio.CancelScope(shield=True)  # a thread has its turn for as long as it goes on
         self.ended = trio.Event()
         self.error: Exception | None = None
         self.value: T
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Have it end soon."""
+        self._stopped = True
+        self.scope.cancel()
+
+    def checkpoint(self) -> None:
+        """Raise _Stopped if it is to end; for its thread."""
+        if self._stopped:
+            raise _Stopped()
 
 
 class Sharing(Generic[T]):
@@ -73,11 +97,12 @@ class Sharing(Generic[T]):
         self._turns = turns
         self._threads = trio.CapacityLimiter(math.inf)
         self._runs: dict[Hashable, _Run[T]] = {}
+        self._in_threads: set[_Run[T]] = set()
         self._waiting: list[_Run[T]] = []  # for their turn, the oldest first
         self._nursery: trio.Nursery | None = None
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Do the work until cancelled."""
+        """Do the work until cancelled; then leave to itself what doesn't end within ENDING seconds."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
@@ -85,18 +110,30 @@ class Sharing(Generic[T]):
                 await trio.sleep_forever()
             finally:
                 self._nursery = None
+                for run in self._in_threads:
+                    run.stop()
+                    run.thread.deadline = trio.current_time() + ENDING
 
-    async def run(self, key: Hashable, work: Callable[[], T], caller: Caller = OWNER, *, settled: bool = False) -> T:
-        """What ``work`` gives or raises, for ``caller``.
+    async def run(
+        self,
+        words: str,
+        work: Callable[[Checkpoint], T],
+        caller: Caller = OWNER,
+        *,
+        also: Hashable = None,
+        settled: bool = False,
+    ) -> T:
+        """What ``work`` gives or raises, for ``caller``; ``words`` say what it is, and are its key, together with ``also``.
 
         Calls with the same key before it has begun share it.  Work that is under way may have passed by what the caller has
         just done, so the call waits for its end and shares the next; where that can't be (``settled``) it shares what is under
-        way.  A call that is cancelled stops no other's; once all are, the work is cancelled: it should call
-        ``trio.from_thread.check_cancelled`` now and then.
+        way.  A call that is cancelled stops no other's; once all are, the work is stopped: it should call what it is given now
+        and then, and let pass what that raises.
 
         Raises Closed once ``serve`` has ended, and TryAgain where the work could not be begun within the caller's patience,
         because of others.
         """
+        key = (words, also)
         deadline = trio.current_time() + caller.patience
         running = self._runs.get(key)
         if running is not None and running.begun and not settled:
@@ -108,9 +145,9 @@ class Sharing(Generic[T]):
         if run is None:
             if self._nursery is None:
                 raise Closed()
-            run = self._runs[key] = _Run()
+            run = self._runs[key] = _Run(words)
             self._waiting.append(run)
-            self._nursery.start_soon(self._perform, key, run, work, name=f"snapfs {key}")
+            self._nursery.start_soon(self._perform, key, run, work, name=f"snapfs {words}")
         run.users[caller.user] += 1
         self._give_turns()
         try:
@@ -121,7 +158,7 @@ class Sharing(Generic[T]):
             run.users += Counter()  # none of those that are gone
             if not run.users and not run.ended.is_set():
                 self._forget(key, run)  # a call from now on gets another
-                run.scope.cancel()
+                run.stop()
         if run.error is not None:
             raise run.error
         return run.value
@@ -146,21 +183,29 @@ class Sharing(Generic[T]):
                     run.turn.set()
                     break
 
-    async def _perform(self, key: Hashable, run: _Run[T], work: Callable[[], T]) -> None:
+    async def _perform(self, key: Hashable, run: _Run[T], work: Callable[[Checkpoint], T]) -> None:
         def begin() -> T:
             run.begun = True
-            return work()
+            return work(run.checkpoint)
 
         try:
             with run.scope:
                 await run.turn.wait()
-                run.value = await trio.to_thread.run_sync(begin, limiter=self._threads)
+                self._in_threads.add(run)
+                with run.thread:
+                    run.value = await trio.to_thread.run_sync(begin, abandon_on_cancel=True, limiter=self._threads)
+                if run.thread.cancelled_caught:
+                    log.warning("the %s does not end: the disk does not answer; it is not waited for", run.words)
+                    run.error = Closed()
         except trio.Cancelled:
             run.error = Closed()
             raise
+        except _Stopped:
+            run.error = Closed()
         except Exception as error:
             run.error = error
         finally:
+            self._in_threads.discard(run)
             self._forget(key, run)
             if run.turn.is_set():
                 self._turns.give_back(run.taken_for)

@@ -14,7 +14,7 @@ from snapfs.model import Caller
 from snapfs.root.layers import Layers
 from snapfs.rules.lookup import find
 from snapfs.scan.changes import changes
-from snapfs.scan.sharing import Sharing, Turns
+from snapfs.scan.sharing import Checkpoint, Sharing, Turns
 from snapfs.store.metastore import MetaStore
 
 T = TypeVar("T")
@@ -42,17 +42,16 @@ class Comparing:
         Raises NotFound where it was removed meanwhile; Damaged; Unavailable, and TryAgain where it would wait for others.
         """
 
-        def scan() -> T:
+        def scan(checkpoint: Checkpoint) -> T:
             for layer in (number, *chain):
                 self._layers.refuse_damaged(layer)
             directories = [self._layers.fs(layer) for layer in (number, *chain)]
-            checked = trio.from_thread.check_cancelled
-            found = changes(directories, prefix=self._prefix, checkpoint=checked, spool=self._layers.root)
+            found = changes(directories, prefix=self._prefix, checkpoint=checkpoint, spool=self._layers.root)
             with closing(found) as lines:
                 return consume(lines)
 
         try:
-            result: T = await self._scans.run((number, consume), scan, caller)
+            result: T = await self._scans.run(f"comparison of snapshot {number}", scan, caller, also=consume)
         except (Damaged, OSError) as error:
             with self._records.reading() as reader:  # it may have been removed meanwhile
                 find(reader, number)

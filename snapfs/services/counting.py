@@ -15,7 +15,7 @@ from snapfs.errors import Closed, Damaged, NotFound, SnapshotError, Unavailable
 from snapfs.kernel import subids
 from snapfs.model import BACKGROUND, Caller, Kind, Usage
 from snapfs.root.layers import Layers
-from snapfs.scan.sharing import Sharing, Turns
+from snapfs.scan.sharing import Checkpoint, Sharing, Turns
 from snapfs.scan.usage import disk_usage
 from snapfs.store.metastore import MetaStore
 from snapfs.store.schema import Record
@@ -133,13 +133,12 @@ class Counting:
         """Count a layer in a worker thread; calls for the same layer share the count.  In a committed one, which it is from
         before the count on, nothing changes any more, so that they share one under way, too."""
 
-        def count() -> Usage:
+        def count(checkpoint: Checkpoint) -> Usage:
             self._layers.refuse_damaged(number)
-            return disk_usage(self._layers.fs(number), trio.from_thread.check_cancelled)
+            return disk_usage(self._layers.fs(number), checkpoint)
 
         try:
-            key = f"count of {kind} snapshot {number}"
-            usage = await self._scans.run(key, count, caller, settled=kind is Kind.COMMITTED)
+            usage = await self._scans.run(f"count of {kind} snapshot {number}", count, caller, settled=kind is Kind.COMMITTED)
         except (Damaged, FileNotFoundError) as error:
             with self._records.reading() as reader:
                 if reader.record(number) is None:
