@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         WrongParent,
     )
     from snapfs.labels import Labels
-    from snapfs.model import Caller, Change, Info, Kind, Mount, Ref, Statistics, Usage
+    from snapfs.model import Caller, Change, Checkpoint, Info, Kind, Mount, Ref, Statistics, Usage
     from snapfs.opening import open_snapshotter
     from snapfs.options import Feature, Options, Sync
     from snapfs.snapshotter import Snapshotter
@@ -56,6 +56,7 @@ __all__ = [
     "Busy",
     "Caller",
     "Change",
+    "Checkpoint",
     "Closed",
     "Damaged",
     "FailedPrecondition",
@@ -102,7 +103,7 @@ _ROOMS = {
     "Snapshotter": "snapshotter",
     "open_snapshotter": "opening",
     **dict.fromkeys(("Feature", "Options", "Sync"), "options"),
-    **dict.fromkeys(("Caller", "Change", "Info", "Kind", "Mount", "Ref", "Statistics", "Usage"), "model"),
+    **dict.fromkeys(("Caller", "Change", "Checkpoint", "Info", "Kind", "Mount", "Ref", "Statistics", "Usage"), "model"),
 }
 """Where the exported names are; all others are errors."""
 

@@ -177,6 +177,13 @@ class Snapshotter:
     flush = _awaited(AsyncSnapshotter.flush)
     flush_committed = _awaited(AsyncSnapshotter.flush_committed)
 
+    # -- the states of a workspace
+
+    checkpoint = _awaited(AsyncSnapshotter.checkpoint)
+    rollback = _awaited(AsyncSnapshotter.rollback)
+    fork = _awaited(AsyncSnapshotter.fork)
+    checkpoints = _awaited(AsyncSnapshotter.checkpoints)
+
     # -- reading
 
     stat = _awaited(AsyncSnapshotter.stat)

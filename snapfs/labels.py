@@ -17,6 +17,9 @@ PIN = "pin"
 PARENT_CHAIN = "containerd.io/snapshot/parent-chain-id"
 """The name of the layer below: on a snapshot without a parent, the parent that its Commit is going to name."""
 
+OF, NUMBER, MESSAGE = "snapfs.workspace", "snapfs.checkpoint", "snapfs.message"
+"""What the committed snapshot that is a checkpoint bears: the key of the workspace, its number there, and a line of text."""
+
 MAX = 4096
 """Bytes that a label's key and value may take together."""
 

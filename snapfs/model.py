@@ -50,6 +50,8 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
 
     ``id`` is the number of its directory ``ROOT/snapshots/<id>``: from 1, kept by Commit and rename, never used
     twice.  ``parent`` is the parent's name, or None.  ``created`` equals ``updated`` until the first Update.
+    ``node`` is the number that the inodes of the tree have for it, 0 where that is the id: a workspace keeps its directory
+    when it goes on on a checkpoint, with another id.
     ``origin`` says at which door it was made, and got its name: "containerd" on the socket, "" in the tree or by the library.
     """
 
@@ -61,6 +63,7 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     updated: int
     origin: str = ""
+    node: int = 0
 
     @property
     def created_at(self) -> datetime:
@@ -81,6 +84,16 @@ class Usage(msgspec.Struct, frozen=True):
 
     inodes: _Count = 0
     size: _Count = 0
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """A state of a workspace that was kept: its number there, why, in words (may be empty), what Stat shows of the committed
+    snapshot, and what that alone takes, as far as it is known without counting."""
+
+    number: int
+    message: str
+    info: Info
+    usage: Usage
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):

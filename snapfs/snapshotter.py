@@ -22,13 +22,13 @@ from snapfs import names
 from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, Pinned, TryAgain, Unavailable
 from snapfs.filters import Filters
 from snapfs.kernel.namespaces import shares_mount_namespace
-from snapfs.labels import PIN, Labels
-from snapfs.model import OWNER, Caller, Change, Info, Kind, Mount, Ref, Statistics, Usage
+from snapfs.labels import MESSAGE, PIN, Labels
+from snapfs.model import OWNER, Caller, Change, Checkpoint, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
 from snapfs.root.merged import Stack, why_unseen
 from snapfs.root.trash import cleanup_error
-from snapfs.rules import commit, lookup, prepare, remove, rename
+from snapfs.rules import commit, lookup, prepare, remove, rename, workspace
 from snapfs.rules import labels as label_rules
 from snapfs.rules import mounts as mount_rules
 from snapfs.rules.prepare import PrepareRequest
@@ -275,10 +275,7 @@ class Snapshotter:
         Raises NotFound; FailedPrecondition: HasChildren, Busy: a process uses its rootfs, Pinned, or it was made at another
         door than ``origin``, unless that is "", which may remove all.
         """
-        with suppress(Damaged), self.reading() as reader:  # before its rootfs is unmounted
-            _, found = lookup.find(reader, key)
-            if PIN in found.labels:
-                raise Pinned.of(found.name)
+        self._refuse_pinned(key)
         async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free), self._ending(number):
             await self._write_record(
                 lambda writer: remove.remove(self._root, writer, number, key, origin, refuse_mounted=refuse_mounted, free=free),
@@ -290,6 +287,108 @@ class Snapshotter:
             await self._housekeeping.empty_trash()
         else:
             self._housekeeping.empty_trash_soon()
+
+    # -- the states of a workspace
+
+    async def checkpoint(self, key: Ref, message: str = "", name: str | None = None, *, wait: bool = True) -> Info:
+        """Keep the state of the workspace ``key``, an active snapshot, as a committed snapshot, and have the workspace go on on
+        top of that, by the same key: what Stat shows of the checkpoint.  containerd lacks this.
+
+        It is one operation, and nobody sees the workspace missing.  The checkpoint is called KEY@NUMBER, or ``name``, and bears
+        the labels of the workspace, but for ``pin``, and ``labels.OF``, ``NUMBER`` and ``MESSAGE``; the workspace, which has a
+        new id, keeps its labels.  ``message`` is a line of text.  ``wait`` is as in ``commit``.
+
+        Raises NotFound; FailedPrecondition: the snapshot is not active, or its ids are mapped, so that it can have no child;
+        Busy: its layer is in use, by whatever process; TooDeep; AlreadyExists: ``name`` is in use; NameTooLong;
+        InvalidArgument: the message is no line; LabelTooBig: it, or all labels together, are too big.
+        """
+        workspace.refuse_message(message)
+        if name is not None:
+            names.encode(name)
+        number, made = await self._change_workspace(key, partial(workspace.checkpoint, message=message, name=name))
+        await self._kept(number, wait)
+        return made
+
+    async def rollback(self, key: Ref, to: str | int | None = None) -> Info:
+        """Throw away what the workspace ``key``, an active snapshot, has changed, and have it go on on the state ``to``, by the
+        same key: what Stat shows of it.  containerd lacks this.
+
+        ``to`` is the number of a checkpoint, 0 (what the workspace was before the first one), the name of a checkpoint or of a
+        snapshot that it stands on, or None: what it stands on.  It is one operation; labels stay, and the id is a new one.
+
+        Raises NotFound: no such workspace or checkpoint; FailedPrecondition: the snapshot is not active; Pinned; Busy: its
+        layer is in use, by whatever process; Damaged: the data of that state may be lost.
+        """
+        self._refuse_pinned(key)
+        _, made = await self._change_workspace(key, partial(workspace.rollback, to=to), frees=True)
+        if not self.options.async_remove:
+            self._housekeeping.empty_trash_soon()
+        return made
+
+    async def fork(self, key: Ref, new: str, *, wait: bool = True) -> Info:
+        """Make the active snapshot ``new``, which begins as the snapshot ``key`` is: what Stat shows of it.  containerd lacks
+        this.
+
+        It stands on ``key`` where that is committed, or else on a checkpoint of it, in one operation.  ``wait`` is as in
+        ``commit``.  Raises as ``checkpoint`` and ``prepare`` do.
+        """
+        names.encode(new)
+        with self.reading() as reader:
+            number, record = lookup.find(reader, key)
+            lookup.refuse_taken(reader, new)  # before its rootfs is unmounted
+        if record.kind is Kind.COMMITTED:
+            return await self._write_record(lambda writer: workspace.fork(self._root, writer, number, key, new=new, free=False))
+        number, made = await self._change_workspace(key, partial(workspace.fork, new=new))
+        await self._kept(number, wait)
+        return made
+
+    async def checkpoints(self, key: str) -> list[Checkpoint]:
+        """The checkpoints of the workspace ``key``, the oldest first; also those of one that is gone."""
+        await trio.lowlevel.checkpoint()
+        with self.reading() as reader:
+            return self.checkpoints_of(reader, key)
+
+    def checkpoints_of(self, reader: Reader, key: str) -> list[Checkpoint]:
+        """The same, of the state that ``reader`` reads."""
+        return [
+            Checkpoint(
+                nth,
+                record.labels.get(MESSAGE, ""),
+                self.shown(reader.info(number, record)),
+                self.known_usage(number, record),
+            )
+            for nth, number, record in workspace.checkpoints(reader, key)
+        ]
+
+    async def _change_workspace(self, key: Ref, rule: Callable[..., Info], *, frees: bool = False) -> tuple[int, Info]:
+        """Do ``rule`` (``rules/workspace.py``) to the workspace ``key`` while no process has its layer: the id that it had, and
+        what the rule gives.  Where another call changes the workspace meanwhile, this one is done after that."""
+        while True:
+            with self.reading() as reader:
+                before = lookup.find_id(reader, key)
+            try:
+                async with self._unmounted(before, LOCKED) as (number, free), self._ending(number):
+                    operation = partial(rule, self._root, number=number, key=key, free=free)
+                    return number, await self._write_record(lambda writer: operation(writer=writer), frees=frees)  # noqa: B023
+            except NotFound:
+                with self.reading() as reader:
+                    if isinstance(key, int) or lookup.find_id(reader, key) == before:
+                        raise
+
+    async def _kept(self, number: int, wait: bool) -> None:
+        """The layer ``number`` was committed: have it flushed, and counted."""
+        self._housekeeping.fill_pool_if_low()
+        self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless a call for its usage comes before
+        if wait:
+            await self.flushing.flush()
+            self._root.unflushed.refuse_lost([number])  # another flush may have failed on it meanwhile
+
+    def _refuse_pinned(self, key: Ref) -> None:
+        """Raise Pinned, before the rootfs of what is to go is unmounted."""
+        with suppress(Damaged), self.reading() as reader:
+            _, found = lookup.find(reader, key)
+            if PIN in found.labels:
+                raise Pinned.of(found.name)
 
     def _forget_removed(self, change: Change) -> None:
         if change.before is not None and change.after is None:

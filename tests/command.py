@@ -44,24 +44,6 @@ class Command:
         return self("ls", "-0", *arguments).split("\0")[:-1]
 
 
-STEPS = """
-import os, sys
-from snapfs.cli import main
-left = int(sys.argv[1])
-def dying(call):
-    def do(*arguments, **keywords):
-        global left
-        left -= 1
-        if left < 0:
-            os._exit(99)
-        return call(*arguments, **keywords)
-    return do
-for name in ("mkdir", "rename", "rmdir", "write", "unlink"):
-    setattr(os, name, dying(getattr(os, name)))
-sys.exit(main(sys.argv[2:]))
-"""
-
-
 def run(*words: str, cwd: str | Path = "/", **environment: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key != "SNAPFS"} | {"PYTHONPATH": os.getcwd()} | environment
     return subprocess.run([*SNAPFS, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)

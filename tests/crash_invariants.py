@@ -94,6 +94,7 @@ def _tables(found: Found, records: MetaStore) -> None:
         actual: dict[str, dict[bytes, bytes]] = {
             "names": table(records.tables.names),
             "children": table(records.tables.children),
+            "checkpoints": table(records.tables.checkpoints),
             "uncounted": table(records.tables.uncounted),
             **{kind.value: table(records.tables.kinds[kind]) for kind in Kind},
         }
@@ -103,6 +104,11 @@ def _tables(found: Found, records: MetaStore) -> None:
                 key(record.parent) + record.kind[0].encode() + key(n): record.name.encode()
                 for n, record in stored.items()
                 if record.parent
+            },
+            "checkpoints": {
+                len(of.encode()).to_bytes(2, "big") + of.encode() + key(int(record.labels["snapfs.checkpoint"])) + key(n): b""
+                for n, record in stored.items()
+                if record.kind is Kind.COMMITTED and (of := record.labels.get("snapfs.workspace", ""))
             },
             "uncounted": {key(n): b"" for n, record in stored.items() if record.kind is Kind.COMMITTED and not record.usage},
             **{

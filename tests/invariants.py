@@ -20,7 +20,7 @@ from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
 
-TABLES = ("meta", "snapshots", "names", "active", "view", "committed", "children", "uncounted", "unflushed")
+TABLES = ("meta", "snapshots", "names", "active", "view", "committed", "children", "checkpoints", "uncounted", "unflushed")
 
 Put = tuple[str, bytes, bytes | None]
 """A table, a key in it, and the value to be put there (None: taken out)."""
@@ -198,6 +198,9 @@ def check_reader(reader: Reader) -> None:
             assert found is None or found[1].name == name
     _read(lambda: list(reader.walk()))
     assert list(reader.numbers()) == sorted(reader.ids())
+    for workspace in ("", "web", "b" * 300):
+        reader.last_checkpoint(workspace)
+        assert all(isinstance(nth, int) for nth, _ in reader.checkpoints(workspace))
     reader.uncounted()
     reader.unflushed()
     assert reader.last_id() >= 0

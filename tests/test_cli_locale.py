@@ -114,7 +114,7 @@ REFUSED = [
     ("mount web /X", 1),
     ("umount /X", 1),
     ("fork web X", 1),
-    ("rollback web X", 3),
+    ("rollback web X", 1),
     ("tree X", 3),
     ("X", 2),
     ("ls --kind X", 2),

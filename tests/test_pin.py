@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from snapfs import Kind, Options, Snapshotter, open_snapshotter
 from snapfs.errors import NotPermitted, Pinned
 from snapfs.fuse.errno import errno_of
 from snapfs.kernel.mounttable import mount_table
-from tests.command import STEPS, Command
+from tests.command import Command
 from tests.containerd_client import connected
 from tests.daemon import Daemon
 from tests.refusals import refused
@@ -196,31 +195,6 @@ def test_a_checkpoint_of_a_pinned_workspace_is_not_pinned_by_that(snapfs: Comman
     snapfs("label", "k", "pin=")
     snapfs("rm", "k", "other", "k@2")
     assert "pin" in snapfs("rm", "k@1", status=6)
-
-
-@pytest.mark.parametrize("words", [("checkpoint", "k"), ("fork", "k", "other")])
-def test_killed_between_any_two_steps_of_a_pinned_workspace(snapfs: Command, words: tuple[str, ...]) -> None:
-    environment = {**os.environ, "SNAPFS": str(snapfs.mnt)}
-    for step in range(40):
-        snapfs("prepare", "k", "-l", "pin=yes")
-        (snapfs.mnt / "active/k/rootfs/file").write_text("kept")
-        command = [sys.executable, "-c", STEPS, str(step), *words]
-        killed = subprocess.run(command, env=environment, capture_output=True, check=False)
-        if killed.returncode != 0:
-            assert killed.returncode == 99, killed.stderr
-            if not {"k", "other"}.issubset(snapfs.names()):  # else it was about to take the label from the checkpoint
-                snapfs(*words)
-        assert (snapfs.mnt / "active/k/rootfs/file").read_text() == "kept"
-        assert snapfs("label", "k") == "pin=yes\n"
-        names = snapfs.names()
-        assert not [name for name in names if name.startswith("snapfs.new/")]
-        for name in names:
-            snapfs("label", name, "pin=")
-        snapfs("rm", *names)
-        if killed.returncode == 0:
-            assert step > 5
-            return
-    raise AssertionError("it never came to its end")
 
 
 async def test_a_damaged_record_can_be_removed_all_the_same(snapshotter: Snapshotter) -> None:

@@ -149,6 +149,9 @@ def test_slots_of_attributes_are_unique_and_fixed() -> None:
         "diff": 21,
         "rootfs": 22,
         "changes": 23,
+        "checkpoint": 24,
+        "rollback": 25,
+        "fork": 26,
     }
 
 

@@ -897,7 +897,7 @@ def test_what_is_listed_of_each_kind(daemon: Daemon) -> None:
     os.mkdir(base / "view/v")
     record = ["info.json", "labels", "usage.json"]
     expected = {
-        "active/a": [*record, "diff", "mount.sh", "mounts.json", "parent"],
+        "active/a": [*record, "diff", "mount.sh", "mounts.json", "parent", "checkpoint", "rollback", "fork"],
         "view/v": [*record, "mount.sh", "mounts.json", "parent"],
         "committed/base": [*record, "diff", *KINDS],
     }

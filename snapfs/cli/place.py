@@ -158,6 +158,16 @@ class MountedTree:
         lost = f'parent snapshot "{parent}" does not exist in {self.path}; snapfs ls --kind committed lists all'
         return Refusal(why or lost, NOT_FOUND)
 
+    def command(self, path: str, text: str) -> str:
+        """Write the line ``text`` into a file of the tree that does what is written there: the line that says what came of it.
+        Raises OSError."""
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            os.write(descriptor, text.encode(errors="surrogateescape") + b"\n")
+            return os.read(descriptor, 4096).decode(errors="surrogateescape").removesuffix("\n")
+        finally:
+            os.close(descriptor)
+
     def write_label(self, directory: str, key: str, value: str) -> None:
         """Set a label, or delete it where ``value`` is empty."""
         path = f"{directory}/labels/{file_name(key)}"

@@ -54,7 +54,7 @@ class KernelCache:
         assert info is not None
         if before is not None:  # of a new one the kernel can't have heard
             for slot in DIRECTORY_SLOTS if change.counted else _SLOTS:
-                self.forget_attributes(pack(info.id, slot))
+                self.forget_attributes(pack(info.node or info.id, slot))
         if change.counted or (before and after and (before.name, before.kind) == (after.name, after.kind)):
             return
         for kind in {shown.kind for shown in (before, after) if shown}:
@@ -68,10 +68,10 @@ class KernelCache:
         if (directory, name) not in self._asked_for:
             self.forget_name(directory, name)
 
-    def forget_directory(self, number: int) -> None:
-        """Forget what stat(2) says of the directory of snapshot ``number``."""
+    def forget_directory(self, node: int) -> None:
+        """Forget what stat(2) says of the directory of the snapshot for which inodes have the number ``node``."""
         for slot in DIRECTORY_SLOTS:
-            self.forget_attributes(pack(number, slot))
+            self.forget_attributes(pack(node, slot))
 
     def forget_attributes(self, inode: int) -> None:
         """Forget what stat(2) says of ``inode``."""

@@ -29,7 +29,7 @@ from snapfs.fuse.retelling import Retelling
 from snapfs.fuse.waiting import OPENDIR, PATIENCE, STAT, SYNC, Waiting
 from snapfs.model import Caller
 from snapfs.tree import Handle, Node, Tree
-from snapfs.tree.inodes import ROOT_INODE, unpack
+from snapfs.tree.inodes import ROOT_INODE
 from snapfs.tree.labels import Label
 from snapfs.tree.log import OpenLog
 from snapfs.tree.openlabels import OpenLabel
@@ -430,7 +430,7 @@ class Operations(pyfuse3.Operations):
     @answering
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         directory = self.directories[fh]
-        number, _ = unpack(directory.inode)
+        number = self.tree.id_of(directory.inode)
         with self.waiting.counted(SYNC, directory.user), self.waiting.holding(directory.user) as patience:
             # Whoever looks something up in the directory waits meanwhile.  In one that belongs to one snapshot alone, the owner
             # may let them; and where there are no others.

@@ -138,7 +138,7 @@ class Retelling:
     def _inode_for_writing(self, node: Label, pid: int) -> int:
         """The inode that the writer ``pid`` was told of, or a new one: the name may be another snapshot's by now."""
         inode = self._writers.get(_writer(node, pid))
-        if inode is None or not self._tree.state.open_labels.is_writers(inode) or unpack(inode)[0] != node.number:
+        if inode is None or not self._tree.state.open_labels.is_writers(inode) or unpack(inode)[0] != unpack(node.inode)[0]:
             inode = node.for_writing().inode
         self._writers.keep(_writer(node, pid), inode)
         return inode
@@ -166,7 +166,7 @@ class Retelling:
         with self._waiting.counted(node.waits_for, caller.user):
             now = await node.refresh(caller)
         if isinstance(node, AttributeFile) and now is not node:  # the directory shows what was found out
-            self._cache.forget_directory(node.number)
+            self._cache.forget_directory(unpack(node.inode)[0])
         # pid 0: a process that can't be seen from here, so it would not be known again
         if now.inode != inode and found is None and pid:
             text = now.known() if isinstance(now, TextFile) else None

@@ -28,12 +28,15 @@ def commit(
     keep_labels: bool,
     refuse_mounted: bool,
     free: bool,
+    node: int | None = None,
 ) -> None:
     """Make the active snapshot ``number``, called ``key``, the committed snapshot ``name``: the id stays, the key is gone.
 
     The labels are ``labels`` and no others, unless ``keep_labels``; created and updated are now.  ``parent`` is the parent
-    that it has, or one to rebase it onto if it has none.  ``refuse_mounted`` and ``free`` are as in ``use.refuse_used``.  What
-    was made at another door than ``origin`` belongs to the tree from now on, which has given it a name of its own.
+    that it has, or one to rebase it onto if it has none.  ``refuse_mounted`` and ``free`` are as in ``use.refuse_used``.
+    ``node``: what the tree's inodes have for it from now on, if not what they had.
+
+    What was made at another door than ``origin`` belongs to the tree from now on, which has given it a name of its own.
 
     Raises NotFound: no such key, or no such parent to rebase onto; FailedPrecondition: the snapshot is not active, or that
     parent is not committed; Used; TooDeep: its layer would be one too many for the kernel to mount; AlreadyExists: the name
@@ -54,7 +57,7 @@ def commit(
         refuse_used(root, number, record, free=free)
     now = time.time_ns()
     whose = origin if record.origin == origin else ""
-    after = Record(name, Kind.COMMITTED, above, now, now, kept, None, whose)
+    after = Record(name, Kind.COMMITTED, above, now, now, kept, None, whose, record.node if node is None else node)
     if above:
         refuse_too_deep(writer, number, after)
     change(root, writer, number, record, after)

@@ -24,7 +24,7 @@ class PrepareRequest(msgspec.Struct, frozen=True):
     """What a Prepare asks for.
 
     ``kind`` is active or view, ``parent`` a committed snapshot (None or "": none), ``labels`` are as they are stored,
-    ``origin`` is the door at which the caller stands.
+    ``origin`` is the door at which the caller stands, ``node`` as in ``schema.Record``.
     """
 
     kind: Kind
@@ -32,6 +32,7 @@ class PrepareRequest(msgspec.Struct, frozen=True):
     parent: Ref | None
     labels: dict[str, str]
     origin: str
+    node: int = 0
 
 
 def request(root: Root, kind: Kind, key: str, parent: Ref | None, labels: Labels | None, origin: str) -> PrepareRequest:
@@ -70,7 +71,7 @@ def _make(root: Root, writer: Writer, request: PrepareRequest) -> tuple[int, Rec
     above = find_parent(root, writer, request.parent) if request.parent else 0
     refuse_taken(writer, request.key)
     number, now = writer.next_id(), time.time_ns()
-    record = Record(request.key, request.kind, above, now, now, request.labels, None, request.origin)
+    record = Record(request.key, request.kind, above, now, now, request.labels, None, request.origin, request.node)
     if above:
         root.layers.refuse_damaged(above)
         refuse_mapped_twice(root, writer, above, idmap.root_owner(request.labels))

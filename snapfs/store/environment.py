@@ -23,6 +23,7 @@ import lmdb
 
 from snapfs.errors import FULL, Closed, Damaged, Forked, SnapshotError, Unavailable
 from snapfs.kernel import forks
+from snapfs.store import indexes
 from snapfs.store.locktable import new_table, open_environment
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Tables
@@ -151,7 +152,10 @@ class Environment:
             while True:
                 try:
                     with self.env.begin(write=True) as txn:
+                        older = txn.stat()["entries"] and not indexes.has_checkpoints(txn)
                         self.tables = Tables(self.env, txn)
+                        if older:
+                            indexes.add_checkpoints(txn, self.tables)
                     break
                 except lmdb.MapFullError:
                     self.grow()

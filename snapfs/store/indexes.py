@@ -6,12 +6,18 @@ All functions work within a transaction of LMDB, ``txn``.  What they keep in ste
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import lmdb
 
+from snapfs.errors import Damaged
+from snapfs.labels import NUMBER, OF
 from snapfs.model import Kind
-from snapfs.store.schema import Record, Tables, key_of
+from snapfs.names import NAME_MAX
+from snapfs.store.schema import Record, Tables, decode_checked, is_id, key_of, number_of
+
+DIGITS = 9  # of the number of a checkpoint, at most
 
 Entry = tuple[Any, bytes, bytes]
 """One entry of an index: the table (py-lmdb's handle, which has no type to name), key, value."""
@@ -27,6 +33,22 @@ def child_prefix(parent: int, kind: Kind) -> bytes:
     return key_of(parent) + kind[0].encode()
 
 
+def checkpoint_prefix(workspace: str) -> bytes:
+    """How the keys in the table ``checkpoints`` of all that are checkpoints of ``workspace`` begin."""
+    key = workspace.encode()
+    return len(key).to_bytes(2, "big") + key
+
+
+def _checkpoint(record: Record) -> bytes | None:
+    """``record``'s key in the table ``checkpoints``, but for the id; None where its labels make it no checkpoint."""
+    nth, workspace = record.labels.get(NUMBER, ""), record.labels.get(OF, "")
+    if record.kind is not Kind.COMMITTED or not (nth.isascii() and nth.isdecimal() and len(nth) <= DIGITS):
+        return None
+    if not workspace or len(workspace.encode()) > NAME_MAX:
+        return None
+    return checkpoint_prefix(workspace) + key_of(int(nth))
+
+
 def entries_of(tables: Tables, number: int, record: Record) -> Iterator[Entry]:
     """All that the indexes hold of snapshot ``number``, whose record is ``record``."""
     key, name = key_of(number), record.name.encode()
@@ -34,8 +56,32 @@ def entries_of(tables: Tables, number: int, record: Record) -> Iterator[Entry]:
     yield tables.kinds[record.kind], key, name
     if record.parent:
         yield tables.children, child_key(record.parent, record.kind, number), name
+    if (checkpoint := _checkpoint(record)) is not None:
+        yield tables.checkpoints, checkpoint + key, b""
+    if record.node:
+        yield tables.nodes, key_of(record.node), key
     if record.kind is Kind.COMMITTED and record.usage is None:
         yield tables.uncounted, key, b""
+
+
+def has_checkpoints(txn: lmdb.Transaction[bytes]) -> bool:
+    """Whether there is the table ``checkpoints``: records that an earlier snapfs made have none."""
+    with txn.cursor() as cursor:
+        return bool(cursor.set_key(b"checkpoints"))
+
+
+def add_checkpoints(txn: lmdb.Transaction[bytes], tables: Tables) -> None:
+    """Fill the table ``checkpoints``, which is new, from the records."""
+    with txn.cursor(db=tables.snapshots) as cursor:
+        for key, value in cursor:
+            if is_id(key):
+                with suppress(Damaged):
+                    record = decode_checked(number_of(key), value)
+                    replace(
+                        txn,
+                        set(),
+                        {entry for entry in entries_of(tables, number_of(key), record) if entry[0] is tables.checkpoints},
+                    )
 
 
 def stored_entries(txn: lmdb.Transaction[bytes], tables: Tables) -> set[Entry]:
@@ -68,6 +114,10 @@ def delete_number(txn: lmdb.Transaction[bytes], tables: Tables, number: int, kin
     for table in (tables.kinds[kind], tables.uncounted):
         txn.delete(key, db=table)
     txn.delete(name.encode(), db=tables.names)
-    with txn.cursor(db=tables.children) as cursor:
-        for entry in [entry for entry in cursor.iternext(values=False) if entry[9:] == key]:
-            txn.delete(entry, db=tables.children)
+    with txn.cursor(db=tables.nodes) as cursor:
+        for node in [node for node, value in cursor if value == key]:
+            txn.delete(node, db=tables.nodes)
+    for table, begin in ((tables.children, 9), (tables.checkpoints, -8)):
+        with txn.cursor(db=table) as cursor:
+            for entry in [entry for entry in cursor.iternext(values=False) if entry[begin:] == key]:
+                txn.delete(entry, db=table)

@@ -42,6 +42,19 @@ class Reader:
         found = self._txn.get(key_of(number), db=self._tables.snapshots)
         return decode_checked(number, found) if found is not None else None
 
+    def by_node(self, node: int) -> tuple[int, Record] | None:
+        """Id and record of the snapshot for which the tree's inodes have the number ``node``, None where there is none; raises
+        Damaged where its bytes can't be a record."""
+        found = self._txn.get(key_of(node), db=self._tables.nodes)
+        number = node if found is None else number_of(found)
+        record = self.record(number)
+        return (number, record) if record is not None and record.node_of(number) == node else None
+
+    def node_of(self, number: int) -> int:
+        """The number that the tree's inodes have for snapshot ``number``, of which the record can't be read."""
+        with self._txn.cursor(db=self._tables.nodes) as cursor:
+            return next((number_of(node) for node, key in cursor if key == key_of(number) and is_id(node)), number)
+
     def find(self, name: str) -> tuple[int, Record] | None:
         """Id and record of the snapshot called ``name``, None where there is none; raises Damaged where the name leads to the
         id of a snapshot that is called something else."""
@@ -90,6 +103,7 @@ class Reader:
             created=record.created,
             updated=record.updated,
             origin=record.origin,
+            node=record.node,
         )
 
     def chain(self, record: Record) -> list[int]:
@@ -154,6 +168,29 @@ class Reader:
                         return
                     if is_id(key[9:]):
                         yield number_of(key[9:]), name.decode(errors="replace")
+
+    def checkpoints(self, workspace: str) -> Iterator[tuple[int, int]]:
+        """Number and id of each checkpoint of ``workspace``, a key, by number."""
+        prefix = indexes.checkpoint_prefix(workspace)
+        with self._txn.cursor(db=self._tables.checkpoints) as cursor:
+            if cursor.set_range(prefix):
+                for key in cursor.iternext(values=False):
+                    if not key.startswith(prefix):
+                        return
+                    nth, number = key[len(prefix) : -8], key[-8:]
+                    if len(nth) == 8 and is_id(number):
+                        yield int.from_bytes(nth, "big"), number_of(number)
+
+    def last_checkpoint(self, workspace: str) -> int:
+        """The highest number of a checkpoint of ``workspace``, 0 where there is none."""
+        prefix = indexes.checkpoint_prefix(workspace)
+        with self._txn.cursor(db=self._tables.checkpoints) as cursor:
+            if cursor.set_range(prefix + b"\xff" * 16):
+                cursor.prev()
+            else:
+                cursor.last()
+            key = cursor.key()
+        return int.from_bytes(key[len(prefix) : -8], "big") if key.startswith(prefix) and len(key) == len(prefix) + 16 else 0
 
     def any_child(self, parent: int) -> tuple[Kind, str] | None:
         """Kind and name of one of the children of snapshot ``parent``, None where it has none."""

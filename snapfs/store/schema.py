@@ -7,6 +7,8 @@ Tables (keys are compared as bytes; ids are 8 bytes, big-endian, so byte order i
     names        key or name, UTF-8 -> id         in this order Walk lists
     active, view, committed      id -> name       for listing one kind in id order: the last id is a place to go on from
     children     parent id, kind's first letter, id -> name
+    checkpoints  workspace's key behind its length (2 bytes), number, id -> nothing     committed, and a checkpoint
+    nodes        number in the tree's inodes -> id               where that is not the id itself
     uncounted    id -> nothing                    committed, and its usage not yet known
     unflushed    id -> boot id                    committed, and its data not yet known to be on disk (``services/flushing.py``)
     placed       id -> name in ROOT/pool          its directory may still be there (``root/placing.py``)
@@ -36,8 +38,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     """What the table ``snapshots`` holds, as MessagePack: an array in this order; new fields go to the end, with defaults.
 
     ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted;
-    ``origin`` is as in ``model.Info``.  The limits are checked when a record is read: bytes that the disk has mangled must not
-    become a snapshot.
+    ``origin`` is as in ``model.Info``; ``node`` is what the tree's inodes have in the place of the id, 0 where that is the id.
+    The limits are checked when a record is read: bytes that the disk has mangled must not become a snapshot.
     """
 
     name: str
@@ -48,6 +50,11 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     labels: dict[str, str]
     usage: Usage | None = None
     origin: str = ""
+    node: Annotated[int, msgspec.Meta(ge=0, lt=IDS)] = 0
+
+    def node_of(self, number: int) -> int:
+        """The number that the tree's inodes have for this record, which is that of snapshot ``number``."""
+        return self.node or number
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -104,9 +111,11 @@ class Tables:
         self.names = table("names")
         self.kinds = {kind: table(kind.value) for kind in Kind}
         self.children = table("children")
+        self.checkpoints = table("checkpoints")
+        self.nodes = table("nodes")
         self.uncounted = table("uncounted")
         self.unflushed = table("unflushed")
         self.placed = table("placed")
-        self.indexes = [self.names, *self.kinds.values(), self.children, self.uncounted]
+        self.indexes = [self.names, *self.kinds.values(), self.children, self.checkpoints, self.nodes, self.uncounted]
         if txn is not None and txn.get(b"schema", db=self.meta) is None:
             txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)

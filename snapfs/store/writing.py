@@ -84,6 +84,8 @@ class Writer(Reader):
         if not (added and txn.put(key, name, db=tables.kinds[record.kind], append=True)):
             raise self._wrong_last_id(number - 1)
         txn.put(name, key, db=tables.names)
+        if record.node:
+            txn.put(key_of(record.node), key, db=tables.nodes)
         if record.parent:
             txn.put(indexes.child_key(record.parent, record.kind, number), name, db=tables.children)
 

@@ -16,7 +16,10 @@ from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
 from snapfs.model import OWNER, Caller, Kind, rfc3339
 from snapfs.store.schema import Record
+from snapfs.tree import commands
 from snapfs.tree.advice import path_of
+from snapfs.tree.commands import Command
+from snapfs.tree.handles import Handle
 from snapfs.tree.inodes import CHANGES_SLOT, ENTRY_MASK, FIRST_ATTRIBUTE, pack
 from snapfs.tree.node import Attributes, Link, Node
 from snapfs.tree.state import State
@@ -34,6 +37,7 @@ class Attribute(msgspec.Struct, frozen=True):
     ``private``: it tells what is in a layer, for users alone who may read that.
     ``refresh`` is awaited when the file is opened (by a caller), for what must be looked up on disk; ``follow`` when the link
     is followed by a process (its pid), and gives where that leads.  ``is_known``: ``refresh`` has nothing to wait for.
+    ``command`` is what writing to it does.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Attribute(msgspec.Struct, frozen=True):
     refresh: Callable[[State, int, Record, Caller], Awaitable[object]] | None = None
     is_known: Callable[[State, int, Record], bool] = lambda state, number, record: False
     follow: Callable[[State, int, Record, int], Awaitable[str]] | None = None
+    command: Command | None = None
 
 
 def json_text(value: object) -> str:
@@ -82,7 +87,8 @@ def info_json(state: State, number: int, record: Record) -> str:
     times = {"created": rfc3339(info.created), "updated": rfc3339(info.updated)}
     lost = {"state": "unflushed"} if state.snapshotter.is_lost(number) else {}
     shown = [f"{state.window}{place}".encode(errors="surrogateescape").decode(errors="backslashreplace") for place in places]
-    return json_text({**msgspec.structs.asdict(info), **times, **lost, "mounted": shown})
+    fields = {field: value for field, value in msgspec.structs.asdict(info).items() if field != "node"}
+    return json_text({**fields, **times, **lost, "mounted": shown})
 
 
 def usage_json(state: State, number: int, record: Record) -> str:
@@ -165,10 +171,12 @@ ROOTFS = "rootfs"
 
 ALL = (Kind.ACTIVE, Kind.VIEW, Kind.COMMITTED)
 MOUNTABLE = (Kind.ACTIVE, Kind.VIEW)
+WORKSPACES = (Kind.ACTIVE,)
 WITH_LAYER = (Kind.ACTIVE, Kind.COMMITTED)
 _LINK = stat.S_IFLNK | 0o777
 _SCRIPT = stat.S_IFREG | 0o555
 _PRIVATE = stat.S_IFREG | 0o400
+_COMMAND = stat.S_IFREG | 0o666
 
 ATTRIBUTES = (
     Attribute("mounts.json", 16, MOUNTABLE, mounts_json, fixed=True, refresh=find_layers),
@@ -181,6 +189,9 @@ ATTRIBUTES = (
     Attribute(
         "changes", CHANGES_SLOT, WITH_LAYER, changes, type=_PRIVATE, private=True, refresh=find_changes, is_known=is_compared
     ),
+    Attribute("checkpoint", 24, WORKSPACES, commands.checkpoint_list, type=_COMMAND, command=commands.checkpoint),
+    Attribute("rollback", 25, WORKSPACES, commands.rollback_text, type=_COMMAND, fixed=True, command=commands.rollback),
+    Attribute("fork", 26, WORKSPACES, commands.fork_text, type=_COMMAND, fixed=True, command=commands.fork),
 )
 
 
@@ -207,7 +218,7 @@ class AttributeFile(TextFile):
         self.waits_for = attribute.name if attribute.refresh and not attribute.is_known(state, number, record) else None
         self.private = attribute.private
         self.keep_entry = _keeps_its_name(attribute)
-        super().__init__(state, number, attribute.slot, fixed=attribute.fixed, text=text)
+        super().__init__(state, record.node_of(number), attribute.slot, fixed=attribute.fixed, text=text)
 
     @property
     def path(self) -> str:
@@ -219,6 +230,16 @@ class AttributeFile(TextFile):
 
     def time(self) -> int:
         return self.record.updated
+
+    async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
+        command = self.attribute.command
+        if command is None or not writing:
+            return await super().open(writing, truncate and command is None)
+        return commands.OpenCommand(self.state, self.record.name, command)
+
+    async def resize(self, size: int) -> None:
+        if self.attribute.command is None:
+            await super().resize(size)
 
     async def refresh(self, caller: Caller = OWNER) -> Node:
         if self.attribute.refresh is None:
@@ -238,7 +259,7 @@ class AttributeLink(Link):
     """A link of the table."""
 
     def __init__(self, state: State, number: int, record: Record, attribute: Attribute) -> None:
-        super().__init__(state, pack(number, attribute.slot))
+        super().__init__(state, pack(record.node_of(number), attribute.slot))
         self.number = number
         self.record = record
         self.attribute = attribute

@@ -34,7 +34,7 @@ def refuse_copied(state: State, number: int, pid: int, name: str = "") -> None:
     """Raise NotPermitted if process ``pid`` has just copied what the directory of snapshot ``number`` shows, or the one entry
     ``name`` without ever having listed the others: it moves that elsewhere, and the files would be lost."""
     record = state.record(number)
-    slots = [attribute.slot for attribute in attributes_of(state, record)]
+    slots = [attribute.slot for attribute in attributes_of(state, record) if attribute.command is None]  # one may be empty
     if state.reads.was_refused(pid, number) or state.reads.has_copied(pid, number, slots):
         state.reads.note_refusal(pid, number)
         raise NotPermitted(

@@ -1,7 +1,8 @@
 """Inode numbers: computed, never stored.  Everything that knows a bit of one is in this module.
 
 An inode number has 64 bits: the id of a snapshot (0 for what belongs to no snapshot), and a slot of 28 bits, which says what
-of that snapshot it is.  Ids are never used twice, so an inode number means the same for ever, through rename and Commit.
+of that snapshot it is.  Ids are never used twice, so an inode number means the same for ever, through rename and Commit.  A
+workspace keeps its number through checkpoint and rollback, too, though it gets another id (``Record.node``).
 
     bit    63 ........ 28  27  26 ....... 8  7   6 ..... 0
            snapshot's id   0   0             0   entry        a file, link or directory that each snapshot has: 1 to 127
@@ -136,13 +137,13 @@ class LabelInodes:
     def __init__(self) -> None:
         self._known: dict[int, tuple[dict[str, str], dict[str, int]]] = {}
 
-    def of(self, number: int, labels: dict[str, str]) -> dict[str, int]:
-        """The inode of the value of each of the ``labels`` that snapshot ``number`` has, by key."""
-        known = self._known.pop(number, None)
+    def of(self, node: int, labels: dict[str, str]) -> dict[str, int]:
+        """The inode of the value of each of ``labels``, by key, of the snapshot for which inodes have the number ``node``."""
+        known = self._known.pop(node, None)
         if known is None or known[0] != labels:
             words = {f"{key}\0{value}": key for key, value in labels.items()}
-            known = labels, {words[word]: pack(number, slot) for word, slot in label_slots(words).items()}
-        self._known[number] = known  # the last
+            known = labels, {words[word]: pack(node, slot) for word, slot in label_slots(words).items()}
+        self._known[node] = known  # the last
         if len(self._known) > REMEMBERED:
             del self._known[next(iter(self._known))]
         return known[1]

@@ -94,7 +94,7 @@ class ChildrenDirectory(KindDirectory):
     """The children of one kind of a committed snapshot, as links."""
 
     def __init__(self, state: State, kind: Kind, number: int, record: Record, alias: int = 0) -> None:
-        super().__init__(state, kind, pack(number, KIND_SLOTS[kind] | alias))
+        super().__init__(state, kind, pack(record.node_of(number), KIND_SLOTS[kind] | alias))
         self.parent = number
         self.record = record
 

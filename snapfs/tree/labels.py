@@ -58,7 +58,7 @@ class Label(Node):
 
     @property
     def shown_inode(self) -> int:
-        return pack(self.number, label_slot(self.key))
+        return pack(self.record.node_of(self.number), label_slot(self.key))
 
     def now(self) -> Text:
         """What it holds now, if it is not being written."""
@@ -74,7 +74,7 @@ class Label(Node):
         """The same label as a file of one writer's own, to be opened soon."""
         if self.text is None:
             return self
-        inode = self.state.open_labels.new_writer(self.number, self.key)
+        inode = self.state.open_labels.new_writer(self.record.node_of(self.number), self.key)
         return Label(self.state, self.number, self.record, self.key, inode, None)
 
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
@@ -96,7 +96,7 @@ class LabelsDirectory(Directory):
     """labels/ of one snapshot."""
 
     def __init__(self, state: State, number: int, record: Record, alias: int = 0) -> None:
-        super().__init__(state, pack(number, Slot.LABELS | alias))
+        super().__init__(state, pack(record.node_of(number), Slot.LABELS | alias))
         self.number = number
         self.record = record
 
@@ -110,7 +110,7 @@ class LabelsDirectory(Directory):
     def _inodes(self) -> dict[str, int]:
         """The inodes of the files that there are, by key: that of the value, or of the writer that is just making the label."""
         inodes = {handle.key: handle.inode for handle in self.state.open_labels.of(self.number) if handle.emptied}
-        return inodes | self.state.label_inodes.of(self.number, self.record.labels)
+        return inodes | self.state.label_inodes.of(self.record.node_of(self.number), self.record.labels)
 
     def _label(self, key: str, inode: int, text: Text | None) -> Label:
         return Label(self.state, self.number, self.record, key, inode, text)
@@ -165,7 +165,7 @@ class LabelsDirectory(Directory):
             raise NotPermitted(f'"{key}" is an editor\'s swap file, which is no label')
         if key in self._inodes():
             raise AlreadyExists(f'snapshot "{self.record.name}" has a label "{key}" already')
-        inode = self.state.open_labels.new_writer(self.number, key)
+        inode = self.state.open_labels.new_writer(self.record.node_of(self.number), key)
         handle = OpenLabel(self.state.open_labels, self.number, key, inode, b"", emptied=True)
         return self._label(key, inode, None), handle
 

@@ -22,7 +22,7 @@ class SnapshotLink(Link):
     keep_entry = False
 
     def __init__(self, state: State, number: int, record: Record, slot: Slot, path: str) -> None:
-        super().__init__(state, pack(number, slot))
+        super().__init__(state, pack(record.node_of(number), slot))
         self.record = record
         self._path = path
 
@@ -43,7 +43,8 @@ class DamagedLink(Link):
     keep_entry = False
 
     def __init__(self, state: State, number: int, slot: Slot, path: str, damage: Damaged) -> None:
-        super().__init__(state, pack(number, slot))
+        with state.reading() as reader:
+            super().__init__(state, pack(reader.node_of(number), slot))
         self._path = path
         self._damage = damage
 

@@ -35,10 +35,10 @@ class OpenLabels:
         handles = self._by_inode.get(inode)
         return handles[-1] if handles else None
 
-    def new_writer(self, number: int, key: str) -> int:
-        """An inode for one writer of label ``key`` of snapshot ``number``."""
+    def new_writer(self, node: int, key: str) -> int:
+        """An inode for one writer of label ``key`` of the snapshot for which inodes have the number ``node``."""
         self._writers_made += 1
-        inode = pack(number, label_slot(f"{key}\0\0{self._writers_made}"))
+        inode = pack(node, label_slot(f"{key}\0\0{self._writers_made}"))
         self._keys[inode] = key
         if len(self._keys) > WRITERS:
             del self._keys[next(iter(self._keys))]

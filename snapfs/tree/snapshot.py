@@ -43,7 +43,8 @@ class DamagedDirectory(Directory):
     keep_entry = False
 
     def __init__(self, state: State, number: int, kind: Kind, name: str) -> None:
-        super().__init__(state, pack(number, Slot.SNAPSHOT))
+        with state.reading() as reader:
+            super().__init__(state, pack(reader.node_of(number), Slot.SNAPSHOT))
         self._kind = kind
         self._name = name
 
@@ -59,7 +60,7 @@ class SnapshotDirectory(Directory):
     """One snapshot: /KIND/NAME."""
 
     def __init__(self, state: State, number: int, record: Record, alias: int = 0) -> None:
-        super().__init__(state, pack(number, Slot.SNAPSHOT | alias))
+        super().__init__(state, pack(record.node_of(number), Slot.SNAPSHOT | alias))
         self.alias = alias
         self.number = number
         self.record = record

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 import trio
 
 import snapfs
-from snapfs.errors import TryAgain
+from snapfs.errors import NotFound, TryAgain
 from snapfs.model import Caller, Change, Kind
 from snapfs.snapshotter import Snapshotter
 from snapfs.store.reading import Reader
@@ -114,6 +114,14 @@ class State:
         """The record of snapshot ``number``; raises NotFound."""
         return self.snapshotter.record(number)
 
+    def snapshot(self, node: int) -> tuple[int, Record]:
+        """Id and record of the snapshot for which inodes have the number ``node``; raises NotFound, Damaged."""
+        with self.reading() as reader:
+            found = reader.by_node(node)
+        if found is None:
+            raise NotFound(f"snapshot {node} does not exist any more")
+        return found
+
     def alias(self, number: int, record: Record) -> int:
         """The bit that the inodes of the directories of snapshot ``number`` have when they are looked up from the root: ALIAS,
         or none."""
@@ -142,6 +150,6 @@ class State:
                 self.changed[info.kind] = max(time.time_ns(), self.changed[info.kind] + 1)
         if before is not None and after is None:
             self.hidden.forget(before.id)
-            for inode in [inode for inode in self.removals if unpack(inode)[0] == before.id]:
+            for inode in [inode for inode in self.removals if unpack(inode)[0] == (before.node or before.id)]:
                 del self.removals[inode]
             self.aliased.discard(before.id)

@@ -6,9 +6,10 @@ their attributes never awaits anything, so a request sees one consistent state.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
-from snapfs.errors import NotFound, Stale
+from snapfs.errors import Damaged, NotFound, Stale
 from snapfs.model import Kind
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree.advice import path_of
@@ -58,7 +59,7 @@ class Tree:
             return self._version(inode, number, slot & ENTRY_MASK)
         if number == 0:
             return node_outside_snapshots(self.state, slot)
-        record = self.state.record(number)
+        number, record = self.state.snapshot(number)
         if slot >= FIRST_LABEL:
             return LabelsDirectory(self.state, number, record).node(inode)
         node: Node | None = None
@@ -85,7 +86,7 @@ class Tree:
         if number == 0:
             node = node_outside_snapshots(self.state, slot, text)
         else:
-            record = self.state.record(number)
+            number, record = self.state.snapshot(number)
             node = attribute_node(self.state, number, record, BY_SLOT[slot], text) if slot in BY_SLOT else None
         if node is None:
             raise NotFound(f"snapshot {number} has no such file")
@@ -114,7 +115,13 @@ class Tree:
 
     def note_read(self, inode: int, pid: int) -> None:
         """Process ``pid`` opens, follows or lists what has ``inode``: by that it is known later which process copies."""
-        number, slot = unpack(inode)
-        entry = entry_of(slot)
-        if number and (entry in BY_SLOT or entry == Slot.SNAPSHOT):
+        entry = entry_of(unpack(inode)[1])
+        if (entry in BY_SLOT or entry == Slot.SNAPSHOT) and (number := self.id_of(inode)):
             self.state.reads.note(pid, number, entry)
+
+    def id_of(self, inode: int) -> int:
+        """The id of the snapshot to which ``inode`` belongs; 0 where it belongs to none, or is of one that is gone."""
+        node, _ = unpack(inode)
+        with contextlib.suppress(NotFound, Damaged):
+            return self.state.snapshot(node)[0] if node else 0
+        return 0

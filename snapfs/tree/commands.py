@@ -1,0 +1,97 @@
+"""checkpoint, rollback, fork: the files of a workspace into which a caller writes what is to be done.
+
+Each write is one command, whole or refused, as in sysfs.  Who has the file open for reading too finds there, after the write,
+the name of the snapshot that came of it: ``exec 3<>active/web/checkpoint; echo "before the upgrade" >&3; read name <&3``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from snapfs import names
+from snapfs.errors import InvalidArgument, NotUtf8
+from snapfs.model import rfc3339
+from snapfs.store.schema import Record
+from snapfs.tree.handles import Handle
+from snapfs.tree.state import State
+
+Command = Callable[[State, str, str], Awaitable[str]]
+"""What a write does: for the workspace with this key, with what was written; the name of what came of it."""
+
+
+async def checkpoint(state: State, key: str, text: str) -> str:
+    """Keep the state, with the message ``text``; the name of the checkpoint."""
+    return (await state.snapshotter.checkpoint(key, text, wait=state.dirsync)).name
+
+
+async def rollback(state: State, key: str, text: str) -> str:
+    """Go back to the checkpoint with the number or name ``text``, or where that is empty to the last; the name of what the
+    workspace stands on, or nothing."""
+    word = names.decode(text) if text else ""
+    to = int(word) if word.isascii() and word.isdecimal() and len(word) < 20 else word or None
+    return (await state.snapshotter.rollback(key, to)).parent or ""
+
+
+async def fork(state: State, key: str, text: str) -> str:
+    """Make a second workspace with the key ``text``; that key."""
+    if not text:
+        raise InvalidArgument("write the key of the new workspace")
+    return (await state.snapshotter.fork(key, names.decode(text), wait=state.dirsync)).name
+
+
+def checkpoint_list(state: State, number: int, record: Record) -> str:
+    """The checkpoints of a workspace, a line each: number, name, time, message and bytes, between tabs, the newest last."""
+    with state.reading() as reader:
+        found = state.snapshotter.checkpoints_of(reader, record.name)
+    return "".join(
+        f"{each.number}\t{names.encode(each.info.name)}\t{rfc3339(each.info.created)}\t"
+        f"{names.printable(each.message)}\t{each.usage.size}\n"
+        for each in found
+    )
+
+
+def rollback_text(state: State, number: int, record: Record) -> str:
+    """What the file says."""
+    return (
+        "Write the number or the name of a checkpoint here, and the workspace is as it was then; an empty line is the last,\n"
+        "0 what there was before the first. What has changed since is gone.\n"
+    )
+
+
+def fork_text(state: State, number: int, record: Record) -> str:
+    """What the file says."""
+    return "Write a key here: a second workspace with that key begins as this one is, on a checkpoint of it.\n"
+
+
+class OpenCommand(Handle):
+    """One of these files, open for writing: reading on behind what was written gives what came of it."""
+
+    direct = True
+
+    def __init__(self, state: State, key: str, command: Command) -> None:
+        self._state = state
+        self._key = key
+        self._command = command
+        self._result = b""
+        self._begin = 0
+
+    @property
+    def size(self) -> int:
+        return len(self._result)
+
+    def read(self, offset: int, size: int) -> bytes:
+        offset = max(0, offset - self._begin)
+        return self._result[offset : offset + size]
+
+    async def write(self, offset: int, data: bytes) -> int:
+        try:
+            text = data.removesuffix(b"\n").decode()
+        except UnicodeDecodeError:
+            raise NotUtf8("what is written here must be UTF-8") from None
+        name = await self._command(self._state, self._key, text)
+        self._begin = offset + len(data)
+        self._result = f"{names.encode(name) if name else ''}\n".encode()
+        return len(data)
+
+    async def resize(self, size: int) -> None:
+        """A shell empties the file before it writes: nothing happens yet."""
