@@ -47,6 +47,8 @@ HAS_CHILDREN = (FailedPrecondition, {errno.ENOTEMPTY})
 NOT_ACTIVE = (FailedPrecondition, {errno.ENOENT})  # in the tree there is nothing at active/KEY
 BAD_PARENT = (InvalidArgument, {errno.ENOENT})  # in the tree there is nothing at committed/PARENT
 BAD_REBASE = (FailedPrecondition, {errno.ENOENT})
+NOT_A_WORKSPACE = (FailedPrecondition, {errno.ENOENT})
+ONE_LINE = (InvalidArgument, {errno.EINVAL, errno.ENOENT})
 OTHER_PARENT = (InvalidArgument, {errno.EPERM})
 
 Refusal = tuple[type[SnapshotError], set[int]]
@@ -113,6 +115,70 @@ class Model(dict[str, Snapshot]):
         del self[key]
         return None
 
+    def checkpoint(self, key: str, message: str) -> Refusal | None:
+        if "\n" in message:
+            return ONE_LINE
+        if key not in self:
+            return NOT_FOUND
+        before = self[key]
+        if before.kind is not Kind.ACTIVE:
+            return NOT_A_WORKSPACE
+        number = max([0, *self.checkpoints(key)]) + 1
+        while (name := f"{key}@{number}") in self:
+            number += 1
+        ours = {"snapfs.workspace": key, "snapfs.checkpoint": str(number), **({"snapfs.message": message} if message else {})}
+        self[name] = Snapshot(Kind.COMMITTED, before.parent, {**before.labels, **ours})
+        self[key] = Snapshot(Kind.ACTIVE, name, dict(before.labels))
+        return None
+
+    def checkpoints(self, key: str) -> dict[int, str]:
+        return {
+            int(its.labels["snapfs.checkpoint"]): name
+            for name, its in self.items()
+            if its.kind is Kind.COMMITTED and its.labels.get("snapfs.workspace") == key and "snapfs.checkpoint" in its.labels
+        }
+
+    def rollback(self, key: str, to: int | str | None) -> Refusal | None:
+        if key not in self:
+            return NOT_FOUND
+        if self[key].kind is not Kind.ACTIVE:
+            return NOT_A_WORKSPACE
+        known = self.checkpoints(key)
+        if to is None:
+            parent = self[key].parent
+        elif to == 0 and 0 not in known:
+            parent = self[known[min(known)]].parent if known else self[key].parent
+        elif isinstance(to, int):
+            if to not in known:
+                return NOT_FOUND
+            parent = known[to]
+        elif to in known.values() or to in self.chain(key):
+            parent = to
+        else:
+            return NOT_FOUND
+        self[key] = Snapshot(Kind.ACTIVE, parent, self[key].labels)
+        return None
+
+    def fork(self, key: str, new: str) -> Refusal | None:
+        if key not in self:
+            return NOT_FOUND
+        if new in self:
+            return EXISTS if self[key].kind is not Kind.VIEW else (SnapshotError, {errno.EEXIST, errno.ENOENT})
+        if self[key].kind is Kind.VIEW:
+            return NOT_A_WORKSPACE
+        base: str | None = key
+        if self[key].kind is Kind.ACTIVE:
+            self.checkpoint(key, f"forked as {new}")
+            base = self[key].parent
+        self[new] = Snapshot(Kind.ACTIVE, base)
+        return None
+
+    def chain(self, key: str) -> list[str]:
+        found = []
+        while (above := self[key].parent) is not None:
+            found.append(key := above)
+        return found
+
     def label(self, key: str, label: str, value: str) -> Refusal | None:
         if key not in self:
             return NOT_FOUND
@@ -136,6 +202,15 @@ async def test_library_and_tree_against_the_model(tmp_path: Path) -> None:
             await trio.to_thread.run_sync(partial(drive, snapshotter, mnt))
         finally:
             stop.set()
+
+
+def command(path: Path, text: str) -> None:
+    """What a shell does by ``echo text > path``, where there is such a file."""
+    fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
+    try:
+        os.write(fd, text.encode() + b"\n")
+    finally:
+        os.close(fd)
 
 
 def drive(snapshotter: Snapshotter, mnt: Path) -> None:
@@ -223,6 +298,35 @@ def drive(snapshotter: Snapshotter, mnt: Path) -> None:
             key = self.pick(data, *Kind)
             kind = self.model[key].kind if key in self.model else Kind.COMMITTED
             self.do(door, self.model.remove(key), partial(snapshotter.remove, key), path(kind, key).rmdir)
+
+        @precondition(lambda self: bool(self.model))
+        @rule(message=VALUES, door=DOORS, data=st.data())
+        def checkpoint(self, message: str, door: str, data: st.DataObject) -> None:
+            key = self.pick(data, Kind.ACTIVE)
+            expected = self.model.checkpoint(key, message)
+            write = partial(command, path(Kind.ACTIVE, key) / "checkpoint", message)
+            self.do(door, expected, partial(snapshotter.checkpoint, key, message), write)
+
+        @precondition(lambda self: bool(self.model))
+        @rule(to=st.integers(0, 3) | st.none() | KEYS, door=DOORS, data=st.data())
+        def rollback(self, to: int | str | None, door: str, data: st.DataObject) -> None:
+            key = self.pick(data, Kind.ACTIVE)
+            if isinstance(to, str) and data.draw(st.booleans()):
+                to = f"{key}@{data.draw(st.integers(1, 3))}"
+            expected = self.model.rollback(key, to)
+            text = "" if to is None else names.encode(to) if isinstance(to, str) else str(to)
+            write = partial(command, path(Kind.ACTIVE, key) / "rollback", text)
+            self.do(door, expected, partial(snapshotter.rollback, key, to), write)
+
+        @precondition(lambda self: bool(self.model))
+        @rule(new=KEYS, door=DOORS, data=st.data())
+        def fork(self, new: str, door: str, data: st.DataObject) -> None:
+            key = self.pick(data, Kind.ACTIVE)
+            if key in self.model and self.model[key].kind is Kind.COMMITTED:
+                door = "library"  # in the tree that is mkdir
+            expected = self.model.fork(key, new)
+            write = partial(command, path(Kind.ACTIVE, key) / "fork", names.encode(new))
+            self.do(door, expected, partial(snapshotter.fork, key, new), write)
 
         @precondition(lambda self: bool(self.model))
         @rule(label=LABELS, value=VALUES, door=DOORS, data=st.data())

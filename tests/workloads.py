@@ -75,6 +75,31 @@ def _labelled(key: str, change: Labels) -> Then:
     return then
 
 
+def _kept(key: str, name: str, message: str) -> Then:
+    """``key`` goes on on a checkpoint of it, the first or the next."""
+
+    def then(state: State) -> None:
+        before = dict(state[key].labels)
+        number = name.rpartition("@")[2]
+        ours = {"snapfs.workspace": key, "snapfs.checkpoint": number, "snapfs.message": message}
+        _committed(name, key, None, {**before, **{label: value for label, value in ours.items() if value}})(state)
+        _made(Kind.ACTIVE, key, name, before)(state)
+
+    return then
+
+
+def _rolled_back(key: str, parent: str | None) -> Then:
+    return lambda state: state.update({key: replace(state[key], parent=parent, files=())})
+
+
+def _forked(key: str, name: str, new: str) -> Then:
+    def then(state: State) -> None:
+        _kept(key, name, f"forked as {new}")(state)
+        _made(Kind.ACTIVE, new, name)(state)
+
+    return then
+
+
 def prepare(key: str, parent: str | None = None, labels: Labels | None = None) -> Step:
     return Step(f"prepare {key}", lambda s: s.prepare(key, parent, labels), _made(Kind.ACTIVE, key, parent, labels))
 
@@ -97,6 +122,18 @@ def remove(key: str, *, wait: bool = True) -> Step:
 
 def rename(old: str, new: str) -> Step:
     return Step(f"rename {old}", lambda s: s.rename(old, new), _renamed(old, new))
+
+
+def checkpoint(key: str, name: str, message: str = "", *, wait: bool = True) -> Step:
+    return Step(f"checkpoint {key}", lambda s: s.checkpoint(key, message, wait=wait), _kept(key, name, message))
+
+
+def rollback(key: str, to: str | int | None, parent: str | None) -> Step:
+    return Step(f"rollback {key}", lambda s: s.rollback(key, to), _rolled_back(key, parent))
+
+
+def fork(key: str, name: str, new: str) -> Step:
+    return Step(f"fork {key}", lambda s: s.fork(key, new), _forked(key, name, new))
 
 
 def label(key: str, **change: str) -> Step:
@@ -227,6 +264,13 @@ WORKLOADS = [
     Workload("remove a view", [[remove("peek")]]),
     Workload("remove while mounted", [[mount("old"), remove("old")]]),
     Workload("rename", [[rename("web", "web2"), rename("base", "ground")]]),
+    Workload(
+        "checkpoint", [[checkpoint("web", "web@1", "one"), write("web", "x", "2"), checkpoint("web", "web@2", wait=False)]]
+    ),
+    Workload("checkpoint while mounted", [[mount("web"), checkpoint("web", "web@1"), mount("web")]]),
+    Workload("rollback", [[rollback("web", None, "top"), checkpoint("web", "web@1"), rollback("web", 0, "top")]]),
+    Workload("rollback with async_remove", [[rollback("web", "top", "top"), cleanup()]], options=_ASYNC),
+    Workload("fork", [[fork("web", "web@1", "other"), write("other", "x", "y"), fork("other", "other@1", "third")]]),
     Workload("labels", [[label("web", team="green", more="x"), label("web", n=""), move_label("base", "team", "crew")]]),
     Workload("cleanup", [[cleanup()]]),
     Workload("cleanup with async_remove", [[remove("old"), remove("leaf"), cleanup()]], options=_ASYNC),
@@ -242,6 +286,7 @@ WORKLOADS = [
             [view("n4", "base"), mount("n4"), remove("n4"), cleanup()],
             [mount("web"), label("web", team="green"), commit("web", "web")],
             [rename("loose", "free"), commit("freed", "free", wait=False), mount("freed")],
+            [prepare("w", "base"), checkpoint("w", "w@1", "a"), fork("w", "w@2", "w2"), rollback("w", 1, "w@1"), remove("w2")],
         ],
     ),
     Workload(
@@ -384,6 +429,11 @@ def rmdir(path: str) -> Deed:
     return Deed(f"rmdir {path}", lambda mnt: os.rmdir(mnt / path), lambda state: state.__delitem__(path.rpartition("/")[2]))
 
 
+def echo(text: str, path: str, then: Then) -> Deed:
+    """What a shell does by ``echo text > path``, for the files that do what is written."""
+    return Deed(f"echo {text} > {path}", lambda mnt: (mnt / path).write_text(f"{text}\n"), then)
+
+
 def write_label(directory: str, key: str, value: str) -> Deed:
     def do(mnt: Path) -> None:
         fd = os.open(mnt / directory / "labels" / key, os.O_WRONLY | os.O_CREAT)
@@ -471,6 +521,17 @@ CLIENTS: dict[str, list[list[Deed]]] = {
     "labels in the tree": [
         [write_label("active/web", "n", "2"), write_label("committed/top", "new", "x"), unlink_label("active/web", "team")],
         [mv_label("committed/base", "team", "crew"), look("committed/base/labels")],
+    ],
+    "states of a workspace": [
+        [
+            put("web", "index.html", "1"),
+            echo("one", "active/web/checkpoint", _kept("web", "web@1", "one")),
+            put("web", "index.html", "2"),
+            echo("other", "active/web/fork", _forked("web", "web@2", "other")),
+            echo("1", "active/web/rollback", _rolled_back("web", "web@1")),
+            read("active/web/rootfs/index.html", "1"),
+        ],
+        [echo("", "active/old/rollback", _rolled_back("old", "top")), look("active"), look("committed")],
     ],
     "rootfs": [
         [read("active/web/rootfs/etc/hosts", "ground"), put("web", "index.html", "hello again"), look("active/web/rootfs")],
