@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import takewhile
@@ -139,6 +140,30 @@ def test_children_first_whatever_the_order() -> None:
     order = [row.name for row in children_first(rows)]
     assert order.index("c") < order.index("b") < order.index("a")
     assert set(order) == {"a", "b", "c", "d"}
+
+
+def test_the_reason_is_that_of_the_own_call(snapfs: Command) -> None:
+    """Another client is refused all the time, with the same errno: its words are not taken for the own ones."""
+    for key in ("evil", "mine"):
+        snapfs("prepare", key, "-l", "pin=yes")
+    stop = threading.Event()
+
+    def be_refused() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(PermissionError):
+                os.rmdir(active(snapfs, "evil"))
+
+    thread = threading.Thread(target=be_refused)
+    thread.start()
+    try:
+        said = {snapfs("rm", "mine", status=6) for _ in range(20)}
+    finally:
+        stop.set()
+        thread.join()
+        for key in ("evil", "mine"):
+            snapfs("label", key, "pin=")
+    assert len(said) == 1
+    assert 'snapshot "mine" has the label pin' in said.pop()
 
 
 # -- workspaces

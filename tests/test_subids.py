@@ -238,3 +238,34 @@ def test_tables() -> None:
 def test_a_table_is_no_longer_than_the_kernel_takes() -> None:
     ranges = subids._without([Range(4_000_000_000 + 2 * number, 1) for number in range(1000)], 5)
     assert len(subids.table(4_294_967_000, ranges, root=False)) < os.sysconf("SC_PAGE_SIZE")
+
+
+def test_all_ids_that_are_lent_to_one_user_count_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each user has a place, but not one for each of 65,536 ids; the file may change while the daemon runs."""
+    clock = 0.0
+    monkeypatch.setattr("snapfs.kernel.subids.time.monotonic", lambda: clock)
+    path = tmp_path / "subuid"
+    owners = subids.Owners(str(path))
+    assert owners.one_of(1001) == owners.one_of(100_000) - 98_999 == 1001
+    path.write_text("alice:100000:65536\nbob:165536:65536\nalice:400000:10\nbroken\nx:y:z\n1003:500000:1\n")
+    clock += 2
+    found = {
+        uid: owners.one_of(uid)
+        for uid in (1001, 99_999, 100_000, 165_535, 165_536, 231_071, 231_072, 400_009, 400_010, 500_000)
+    }
+    assert found == {
+        1001: 1001,
+        99_999: 99_999,
+        100_000: 100_000,
+        165_535: 100_000,
+        165_536: 165_536,
+        231_071: 165_536,
+        231_072: 231_072,
+        400_009: 100_000,
+        400_010: 400_010,
+        500_000: 500_000,
+    }
+    path.write_text("")
+    assert owners.one_of(165_535) == 100_000, "it is not looked at each time"
+    clock += 2
+    assert owners.one_of(165_535) == 165_535

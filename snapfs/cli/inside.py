@@ -78,7 +78,7 @@ def _stand_inside(given: Given) -> None:
         if over is not None:
             over = _checked(place, options["root"], over)
         rootfs: list[str] = []
-        place.do(f'get into "{key}"', lambda: rootfs.append(os.readlink(f"{directory}/rootfs")))
+        place.do(f'get into "{key}"', lambda path: rootfs.append(os.readlink(path)), f"{directory}/rootfs")
         target = rootfs[0]
         try:
             if window and target.startswith(f"{window}/"):

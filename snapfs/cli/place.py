@@ -110,12 +110,13 @@ class MountedTree:
 
     def do(self, what: str, call: Callable[..., object], *arguments: object) -> None:
         """Call ``call`` with ``arguments``; where it raises OSError, raises Refusal with the sentence that the tree has logged
-        for that.  ``what`` is what was being done, in words that go on from "cannot "."""
+        for the paths in it among these.  ``what`` is what was being done, in words that go on from "cannot "."""
         began = time.time_ns()
         try:
             call(*arguments)
         except OSError as error:
-            raise refusal(error, self.path, began, f"cannot {what}") from None
+            paths = [each for each in arguments if isinstance(each, str) and each.startswith(f"{self.path}/")]
+            raise refusal(error, self.path, began, f"cannot {what}", paths) from None
 
     def read(self, path: str) -> str:
         """The text of a file of the tree; raises Refusal."""
@@ -124,7 +125,7 @@ class MountedTree:
             with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 return file.read()
         except OSError as error:
-            raise refusal(error, self.path, began, f"cannot read {path}") from None
+            raise refusal(error, self.path, began, f"cannot read {path}", [path]) from None
 
     def lines(self, path: str) -> Iterator[str]:
         """The lines of a file of the tree, as they are read: there may be millions.  Raises Refusal."""
@@ -134,7 +135,7 @@ class MountedTree:
                 for line in file:
                     yield line.rstrip("\n")
         except OSError as error:
-            raise refusal(error, self.path, began, f"cannot read {path}") from None
+            raise refusal(error, self.path, began, f"cannot read {path}", [path]) from None
 
     def options(self) -> dict[str, Any]:
         """What options.json says; raises Refusal."""
@@ -164,7 +165,7 @@ class MountedTree:
         if not value:
             self.do(f'delete label "{key}"', _unlink, path)
         else:
-            self.do(f'set label "{key}"', _write, path, value)
+            self.do(f'set label "{key}"', _write, path, value.encode(errors="surrogateescape") + b"\n")
 
 
 def _within(tree: str, path: str) -> str:
@@ -183,10 +184,11 @@ def _within(tree: str, path: str) -> str:
     return unlinked if unlinked.startswith(f"{tree}/") else ""
 
 
-def _write(path: str, value: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+def _write(path: str, text: bytes) -> None:
+    # another process may have a lease on the file, for whose end the kernel would wait
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
     try:
-        os.write(descriptor, value.encode(errors="surrogateescape") + b"\n")
+        os.write(descriptor, text)
     finally:
         os.close(descriptor)
 
