@@ -19,10 +19,26 @@ _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 
 
 class MountedTree:
-    """A mounted tree at ``path``.  The methods do nothing that a shell could not do there."""
+    """A mounted tree at ``path``, which the user has given after --at if ``is_named``.  The methods do nothing that a shell
+    could not do there."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, is_named: bool = False) -> None:
         self.path = path
+        self.is_named = is_named
+
+    def command(self, verb: str, *words: str) -> str:
+        """What the user types for a ``verb`` (a word, or several) to do it to this tree."""
+        import shlex
+
+        at = ["--at", self.path] if self.is_named else []
+        dashes = ["--"] if any(word.startswith("-") for word in words) else []
+        return shlex.join(["snapfs", *verb.split(), *at, *dashes, *words])
+
+    def word_for(self, key: str, number: int) -> str:
+        """What names snapshot ``key``, whose id is ``number``, in such a command."""
+        from snapfs import names
+
+        return key if names.printable(key) == key else f"by-id/{number}"  # which is shown as it is
 
     def is_trusted(self) -> bool:
         """Whether root or the user has mounted the file system that stands at the path.  Raises Refusal."""
@@ -245,7 +261,7 @@ def find_tree(at: str | None, *, changes: bool = False, tell: bool = True) -> Mo
                 own = ", ".join(dict.fromkeys(tree.path for tree in mounted_trees() if tree.is_trusted))
                 to_do = f"give {own}" if own else "snapfs serve ROOT MOUNTPOINT mounts one"
                 raise Refusal(f"{what}: no snapfs tree is mounted on {given}: {to_do}", NO_TREE)
-            return MountedTree(path)
+            return MountedTree(path, is_named=given is at)
     everything = mounted_trees()
     trees = list(dict.fromkeys(tree.path for tree in everything if tree.is_trusted))
     others = [tree for tree in everything if tree.path not in trees]

@@ -43,7 +43,11 @@ def refusal(error: OSError, tree: str, began: int, otherwise: str) -> Refusal:
     number = error.errno or 0
     status = _STATUS.get(number, FAILED)
     if status == NO_TREE:
-        return Refusal(f"the daemon that served {tree} is gone: start it again (snapfs serve ROOT {tree})", NO_TREE)
+        import shlex
+
+        return Refusal(
+            f"the daemon that served {tree} is gone: start it again (snapfs serve ROOT {shlex.quote(tree)})", NO_TREE
+        )
     words = _last_words(tree, errno.errorcode.get(number, str(number)), began)
     return Refusal(words or f"{otherwise}: {os.strerror(number)}", status)
 
