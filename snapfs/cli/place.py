@@ -265,7 +265,7 @@ def find_tree(at: str | None, *, changes: bool = False, tell: bool = True) -> Mo
     everything = mounted_trees()
     trees = list(dict.fromkeys(tree.path for tree in everything if tree.is_trusted))
     others = [tree for tree in everything if tree.path not in trees]
-    whose = "root's" if os.geteuid() == 0 else "yours or root's"
+    whose = "root's" if os.geteuid() == 0 and not os.environ.get("SNAPFS_WORKSPACE") else "yours or root's"
     here = f"{os.getcwd()}/" if len(trees) > 1 or changes or others else ""
     inside = [tree for tree in trees if here.startswith(tree + "/")]
     stranger = next((tree for tree in others if here.startswith(tree.path + "/")), None)
@@ -327,11 +327,16 @@ class Mounted:
         self.path = path
         options = rest.split(" ", 2)[2].strip().split(",")
         self.uid = [-1, *(int(option[8:]) for option in options if option.startswith("user_id="))][-1]
+        self._options = options
 
     @property
     def is_trusted(self) -> bool:
         """Whether root or the user has mounted it."""
-        return self.uid in (0, os.geteuid())
+        if self.uid == 0:
+            return True
+        from snapfs.kernel import servers
+
+        return servers.is_ours(self.uid, self._options, self.path, self.device)
 
     def named(self) -> str:
         """It, for a sentence: its path is another user's choice."""
