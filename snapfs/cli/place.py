@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from snapfs.cli.refusal import NO_TREE, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, missing, refusal
+from snapfs.cli.refusal import NO_TREE, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, changed, missing, refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class MountedTree:
             with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 return file.read()
         except OSError as error:
-            raise refusal(error, self.path, began, f"cannot read {path}") from None
+            raise self._unread(error, path, began) from None
 
     def lines(self, path: str) -> Iterator[str]:
         """The lines of a file of the tree, as they are read: there may be millions.  Raises Refusal."""
@@ -150,7 +150,23 @@ class MountedTree:
                 for line in file:
                     yield line.rstrip("\n")
         except OSError as error:
-            raise refusal(error, self.path, began, f"cannot read {path}") from None
+            raise self._unread(error, path, began) from None
+
+    def _unread(self, error: OSError, path: str, began: int) -> Refusal:
+        """Why a file can't be read: what a snapshot always has is missing only where that has just become another."""
+        kind, _, rest = path.removeprefix(f"{self.path}/").partition("/")
+        inside = isinstance(error, FileNotFoundError) and kind in KINDS and "/" in rest
+        gone = changed(key_of(rest.partition("/")[0]), NOT_FOUND) if inside else None
+        return refusal(error, self.path, began, f"cannot read {path}", gone)
+
+    def rootfs(self, kind: str, key: str) -> str:
+        """Where the file system of snapshot ``key`` of ``kind`` is mounted, from now on if it was not; raises Refusal."""
+        began = time.time_ns()
+        try:
+            return os.readlink(f"{self.directory(kind, key)}/rootfs")
+        except OSError as error:
+            gone = changed(key) if isinstance(error, FileNotFoundError) else None
+            raise refusal(error, self.path, began, f'cannot get into "{key}"', gone) from None
 
     def options(self) -> dict[str, Any]:
         """What options.json says; raises Refusal."""
