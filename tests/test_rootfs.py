@@ -379,7 +379,7 @@ def test_what_was_written_beneath_is_kept_and_out_of_the_way(make_daemon: Make) 
     subprocess.run(["umount", str(where / "fs"), str(where)], check=True)
     (where / "mine").write_text("x")
     os.rename(mnt / "active/web", mnt / "committed/v1")
-    assert (daemon.root / "lost+found" / f"{where.name}~" / "mine").read_text() == "x"
+    assert (daemon.root / "lost+found" / f"{where.name}~1" / "mine").read_text() == "x"
     assert not where.exists()
 
 
