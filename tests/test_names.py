@@ -189,9 +189,11 @@ DISGUISES = [
 @pytest.mark.parametrize("text", DISGUISES)
 def test_what_a_terminal_would_obey_is_shown_escaped(text: str) -> None:
     assert printable(text).isprintable()
+    assert printable(text) != text, "a filler is printable, to Python"
     document = json.dumps({text: [text]}, ensure_ascii=False)
     plain = plain_json(document)
     assert plain.isprintable()
+    assert plain != document
     assert json.loads(plain) == {text: [text]}
 
 
