@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs import Options, open_snapshotter
+from snapfs import Options, names, open_snapshotter
 from snapfs.cli import VERBS, grammar, verb
 from snapfs.cli.listing import Row, children_first
 from snapfs.cli.prune import seconds
@@ -308,6 +308,50 @@ async def test_mounting_400_layers(make_daemon: Make, root: Path, tmp_path: Path
         assert {each.name for each in target.iterdir()} == {f"file{n}" for n in range(400)}
         snapfs("umount", key)
         assert os.listdir(target) == []
+
+
+@pytest.mark.parametrize("key", ["web", "a b", "-r", "it's", "ctr/1/web", "so\u00adft", "line\nbreak"])
+@pytest.mark.parametrize("named", [True, False], ids=["--at", "$SNAPFS"])
+def test_how_to_unmount_a_workspace_works_when_it_is_typed(
+    daemon: Daemon, make_daemon: Callable[..., Daemon], tmp_path: Path, key: str, named: bool
+) -> None:
+    """For a key that a shell would take for something else, and where there are several trees."""
+    make_daemon(root=tmp_path / "root2", mnt=tmp_path / "mnt2").start()
+    at, tree = (["--at", str(daemon.mnt)], {}) if named else ([], {"SNAPFS": str(daemon.mnt)})
+    (target := tmp_path / "t t").mkdir()
+    assert run("mount", *at, "--", key, str(target), **tree).returncode == 3
+    (daemon.mnt / "active" / names.encode(key)).mkdir()
+    assert run("mount", *at, "--", key, str(target), **tree).returncode == 0
+    done = run("rollback", *at, "--", key, **tree)
+    assert done.returncode == 5
+    typed = re.search(r"is mounted on .*/t t: unmount it first \(snapfs (.*)\)\n", done.stderr)
+    assert typed, done.stderr
+    environment = {key: value for key, value in os.environ.items() if key != "SNAPFS"} | tree
+    subprocess.run(["sh", "-ec", f"{shlex.join(SNAPFS)} {typed[1]}"], env=environment, timeout=60, check=True)
+    assert not target.is_mount()
+    assert run("rollback", *at, "--", key, **tree).returncode == 0
+
+
+def test_how_to_unmount_what_only_the_daemon_sees(daemon: Daemon, tmp_path: Path) -> None:
+    (daemon.mnt / "active/web").mkdir()
+    (target := tmp_path / "t t").mkdir()
+    words = shlex.join([*SNAPFS, "rollback", "--at", str(daemon.mnt), "web"])
+    elsewhere = subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", f"echo; read _; {words} 2>&1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+    with elsewhere:
+        assert elsewhere.stdout is not None
+        assert elsewhere.stdout.readline() == "\n"
+        assert run("mount", "--at", str(daemon.mnt), "web", str(target)).returncode == 0
+        said, _ = elsewhere.communicate("\n", timeout=60)
+    there, _, typed = said.rstrip("\n").partition(": nsenter ")
+    assert there.endswith(f"t t: unmount it there, in the mount namespace of the daemon, pid {daemon.pid}")
+    subprocess.run(["sh", "-ec", f"nsenter {typed}"], timeout=60, check=True)
+    assert not target.is_mount()
 
 
 def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:

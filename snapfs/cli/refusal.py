@@ -40,15 +40,28 @@ def missing(key: str, tree: str) -> Refusal:
     return Refusal(f'snapshot "{key}" does not exist in {tree}; snapfs ls lists all', NOT_FOUND)
 
 
-def refusal(error: OSError, tree: str, began: int, otherwise: str, paths: Sequence[str] = ()) -> Refusal:
+def changed(key: str, status: int = BUSY) -> Refusal:
+    """The refusal that says that the snapshot ``key`` is no longer what it was."""
+    return Refusal(f'"{key}" was committed or removed a moment ago: see snapfs ls, and try again', status)
+
+
+def refusal(
+    error: OSError, tree: str, began: int, otherwise: str, paths: Sequence[str] = (), unlogged: Refusal | None = None
+) -> Refusal:
     """The refusal with the sentence that the tree at ``tree`` has logged for a call on ``paths`` (in the tree) that failed with
     ``error`` and was begun at ``began`` (ns since the epoch).  Where it has logged none, since the kernel itself refused:
-    ``otherwise``, and the kernel's words."""
+    ``otherwise``, and the kernel's words; or ``unlogged``, if that is given."""
     number = error.errno or 0
     status = _STATUS.get(number, FAILED)
     if status == NO_TREE:
-        return Refusal(f"the daemon that served {tree} is gone: start it again (snapfs serve ROOT {tree})", NO_TREE)
+        import shlex
+
+        return Refusal(
+            f"the daemon that served {tree} is gone: start it again (snapfs serve ROOT {shlex.quote(tree)})", NO_TREE
+        )
     words = _last_words(tree, errno.errorcode.get(number, str(number)), paths, began) if paths else ""
+    if unlogged is not None and not words:
+        return unlogged
     return Refusal(words or f"{otherwise}: {os.strerror(number)}", status)
 
 

@@ -16,6 +16,7 @@ from snapfs.cli import table
 from snapfs.cli.commit import commit, persistently, sync
 from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.listing import Row, rows
+from snapfs.cli.mount import how_to_unmount
 from snapfs.cli.place import MountedTree, file_name, find_tree
 from snapfs.cli.prepare import make
 from snapfs.cli.refusal import BUSY, NOT_FOUND, NOT_PERMITTED, TAKEN, Refusal, missing
@@ -121,7 +122,8 @@ class Workspace:
         directory = self.place.directory("active", self.key)
         elsewhere = self.place.mounted_by_hand(directory)
         if elsewhere:
-            raise Refusal(f'"{self.key}" is mounted on {elsewhere[0]}: unmount it first (snapfs umount {self.key})', BUSY)
+            to_do = how_to_unmount(self.place, self.place.word_for(self.key, self.row.id), elsewhere[0])
+            raise Refusal(f'"{self.key}" is mounted on {elsewhere[0]}: {to_do}', BUSY)
         self._prepare(parent, self.row.labels)
         try:
             self.place.do(f'roll "{self.key}" back', os.rmdir, directory)
@@ -168,7 +170,8 @@ def _rollback(given: Given) -> int:
             parent = next(iter(found.values())).parent
         elif word != "0":
             if not word.isdecimal() or int(word) not in found:
-                raise Refusal(f'"{workspace.key}" has no checkpoint {word}: see snapfs checkpoint --list', NOT_FOUND)
+                to_do = place.command("checkpoint --list", place.word_for(workspace.key, workspace.row.id))
+                raise Refusal(f'"{workspace.key}" has no checkpoint {word}: see {to_do}', NOT_FOUND)
             parent = found[int(word)].name
     if given.has("keep"):
         kept = workspace.checkpoint(f"before it was rolled back to {parent or 'nothing'}")
