@@ -83,9 +83,10 @@ class Pinned(NotPermitted):
 
     @classmethod
     def of(cls, name: str) -> Pinned:
-        return cls(
-            f'snapshot "{name}" has the label pin, which keeps it: take that away first (snapfs label {name} --delete pin)'
-        )
+        import shlex
+
+        to_do = f"snapfs label {shlex.quote(name)} --delete pin"
+        return cls(f'snapshot "{name}" has the label pin, which keeps it: take that away first ({to_do})')
 
 
 class TooDeep(FailedPrecondition):

@@ -22,10 +22,13 @@ NAME_MAX = 255
 
 _ENCODED = re.compile("[%/\x00-\x1f\x7f-\x9f]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-UNSEEN = "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff\U000e0000-\U000e007f"
+UNSEEN = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
+    "\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"
+)
 """For a class of a regular expression: characters that turn the direction of writing (Unicode's Bidi_Control) or break
-lines, or that nobody sees, by which one name looks like another.  The joiners U+200C and U+200D are not among them: scripts and
-pictures need them."""
+lines, or that nobody sees (its Default_Ignorable_Code_Point, and annotations), by which one name looks like another.  The
+joiners U+200C and U+200D, and the selectors of variants, are not among them: scripts and pictures need them."""
 
 _DISGUISE = re.compile(f"[\x00-\x1f\x7f-\x9f{UNSEEN}]")
 _RAW_IN_JSON = re.compile(f"[\x7f-\x9f{UNSEEN}]")

@@ -331,7 +331,7 @@ def test_printf_gives_the_names_back(chain: Chain) -> None:
     layer = chain.layer()
     names = [bytes([byte]) for byte in range(1, 256) if byte not in b"/."]
     names += [b"0" + name + b"12\\c\\0101" for name in names]
-    names += ["é€😀\u2028".encode(), "\u0085\u009f".encode(), b"\xed\xb2\x80", b"%s%d", b" x ", b"-n"]
+    names += ["é€😀\u2028".encode(), "so\u00adft".encode(), "\u0085\u009f".encode(), b"\xed\xb2\x80", b"%s%d", b" x ", b"-n"]
     for name in names:
         Path(os.fsdecode(os.fsencode(layer) + b"/" + name)).touch()
     lines = list(changes(chain.layers))
@@ -340,6 +340,7 @@ def test_printf_gives_the_names_back(chain: Chain) -> None:
     shown = subprocess.check_output(["dash", "-c", script, "dash", *[line[2:-1] for line in lines]])
     assert shown.split(b"\0")[:-1] == sorted(b"/" + name for name in names) == [raw(line)[1] for line in lines]
     assert "A /é€😀\\0342\\0200\\0250\n" in lines
+    assert "A /so\\0302\\0255ft\n" in lines
     assert "A /\\n\n" in lines
     assert "A /\\\\\n" in lines
     assert "A /\\0302\\0205\\0302\\0237\n" in lines

@@ -307,12 +307,33 @@ async def test_lost_records_are_made_anew(root: Path, loss: str) -> None:
                 await walked(root)
         assert [finding.problem for finding in found(root)] == [Problem.DAMAGED]
         assert "--rebuild" in found(root)[0].remedy
-    assert [finding.text for finding in rebuild(str(root))] == ["the records were made anew: 5 snapshots"]
+    old = "" if loss == "deleted" else f"; the old ones are in {root}/lost+found/metadata.mdb"
+    assert [finding.text for finding in rebuild(str(root))] == [f"the records were made anew: 5 snapshots{old}"]
     assert wrong(found(root)) == []
     assert (root / "lost+found/metadata.mdb").exists() == (loss != "deleted")
     assert await walked(root) == before
     async with open_snapshotter(root) as snapshotter:
         assert (await snapshotter.usage("base")).inodes == 2, "counted again"
+        await snapshotter.prepare("new")
+        assert (await snapshotter.stat("new")).id > 5
+
+
+async def test_of_many_runs_the_first_records_and_the_last_ones_stay(filled: Path) -> None:
+    """With a line that says where they are, and what is gone; what is there and none of ours stays."""
+    first = (filled / "metadata.mdb").read_bytes()
+    (lost := filled / "lost+found").mkdir(0o700)
+    others = ["metadata.mdb~old", "metadata.mdb~03", "metadata.mdb-copy", "5~7"]
+    for name in others:
+        (lost / name).write_text("x")
+    said = [[finding.text for finding in rebuild(str(filled))] for _ in range(8)]
+    names = ["metadata.mdb", *(f"metadata.mdb~{number}" for number in range(1, 8))]
+    assert sorted(os.listdir(lost)) == sorted([*others, names[0], *names[4:]])
+    assert (lost / names[0]).read_bytes() == first
+    for number, texts in enumerate(said):
+        gone = f"; {names[number - 4]} deleted there, between the first and the last 4" if number >= 5 else ""
+        assert texts == [f"the records were made anew: 5 snapshots; the old ones are in {lost}/{names[number]}{gone}"]
+    assert {info.id for info in await walked(filled)} == {1, 2, 3, 4, 5}
+    async with open_snapshotter(filled) as snapshotter:
         await snapshotter.prepare("new")
         assert (await snapshotter.stat("new")).id > 5
 

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import takewhile
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs import Options, open_snapshotter
+from snapfs import Options, names, open_snapshotter
 from snapfs.cli import VERBS, grammar, verb
 from snapfs.cli.listing import Row, children_first
 from snapfs.cli.prune import seconds
@@ -141,6 +142,30 @@ def test_children_first_whatever_the_order() -> None:
     assert set(order) == {"a", "b", "c", "d"}
 
 
+def test_the_reason_is_that_of_the_own_call(snapfs: Command) -> None:
+    """Another client is refused all the time, with the same errno: its words are not taken for the own ones."""
+    for key in ("evil", "mine"):
+        snapfs("prepare", key, "-l", "pin=yes")
+    stop = threading.Event()
+
+    def be_refused() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(PermissionError):
+                os.rmdir(active(snapfs, "evil"))
+
+    thread = threading.Thread(target=be_refused)
+    thread.start()
+    try:
+        said = {snapfs("rm", "mine", status=6) for _ in range(20)}
+    finally:
+        stop.set()
+        thread.join()
+        for key in ("evil", "mine"):
+            snapfs("label", key, "pin=")
+    assert len(said) == 1
+    assert 'snapshot "mine" has the label pin' in said.pop()
+
+
 # -- workspaces
 
 
@@ -250,6 +275,50 @@ async def test_mounting_400_layers(make_daemon: Make, root: Path, tmp_path: Path
         assert os.listdir(target) == []
 
 
+@pytest.mark.parametrize("key", ["web", "a b", "-r", "it's", "ctr/1/web", "so\u00adft", "line\nbreak"])
+@pytest.mark.parametrize("named", [True, False], ids=["--at", "$SNAPFS"])
+def test_how_to_unmount_a_workspace_works_when_it_is_typed(
+    daemon: Daemon, make_daemon: Callable[..., Daemon], tmp_path: Path, key: str, named: bool
+) -> None:
+    """For a key that a shell would take for something else, and where there are several trees."""
+    make_daemon(root=tmp_path / "root2", mnt=tmp_path / "mnt2").start()
+    at, tree = (["--at", str(daemon.mnt)], {}) if named else ([], {"SNAPFS": str(daemon.mnt)})
+    (target := tmp_path / "t t").mkdir()
+    assert run("mount", *at, "--", key, str(target), **tree).returncode == 3
+    (daemon.mnt / "active" / names.encode(key)).mkdir()
+    assert run("mount", *at, "--", key, str(target), **tree).returncode == 0
+    done = run("rollback", *at, "--", key, **tree)
+    assert done.returncode == 5
+    typed = re.search(r"is mounted on .*/t t: unmount it first \(snapfs (.*)\)\n", done.stderr)
+    assert typed, done.stderr
+    environment = {key: value for key, value in os.environ.items() if key != "SNAPFS"} | tree
+    subprocess.run(["sh", "-ec", f"{shlex.join(SNAPFS)} {typed[1]}"], env=environment, timeout=60, check=True)
+    assert not target.is_mount()
+    assert run("rollback", *at, "--", key, **tree).returncode == 0
+
+
+def test_how_to_unmount_what_only_the_daemon_sees(daemon: Daemon, tmp_path: Path) -> None:
+    (daemon.mnt / "active/web").mkdir()
+    (target := tmp_path / "t t").mkdir()
+    words = shlex.join([*SNAPFS, "rollback", "--at", str(daemon.mnt), "web"])
+    elsewhere = subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", f"echo; read _; {words} 2>&1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+    with elsewhere:
+        assert elsewhere.stdout is not None
+        assert elsewhere.stdout.readline() == "\n"
+        assert run("mount", "--at", str(daemon.mnt), "web", str(target)).returncode == 0
+        said, _ = elsewhere.communicate("\n", timeout=60)
+    there, _, typed = said.rstrip("\n").partition(": nsenter ")
+    assert there.endswith(f"t t: unmount it there, in the mount namespace of the daemon, pid {daemon.pid}")
+    subprocess.run(["sh", "-ec", f"nsenter {typed}"], timeout=60, check=True)
+    assert not target.is_mount()
+
+
 def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
     for n, parent in enumerate(((), ("-p", "l0"), ("-p", "l1"))):
         snapfs("prepare", "x", *parent)
@@ -263,7 +332,7 @@ def test_mount_and_umount(snapfs: Command, tmp_path: Path) -> None:
         assert sorted(os.listdir(tmp_path / "t")) == ["0", "1", "2"]
         assert os.access(tmp_path / "t", os.W_OK) is writable
         if key == "web":
-            assert "is mounted at" in snapfs("rollback", "web", status=5)
+            assert "is mounted on" in snapfs("rollback", "web", status=5)
         snapfs("umount", key)
         assert os.listdir(tmp_path / "t") == []
         assert "is not mounted" in snapfs("umount", key, status=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -261,6 +262,21 @@ def test_snapshots_in_one_file(mnt: Path) -> None:
         os.rmdir(mnt / "view/v")
         assert len(opened.readlines()) == 2, "who has it open reads what it opened"
     assert len(listing.read_text().splitlines()) == 1
+
+
+def test_what_nobody_sees_in_a_label_is_escaped(mnt: Path) -> None:
+    """What reads the file has it back; and a file name in it is one, as it is."""
+    value = "so\u00adft \u202eturned\U000e0041 m\u200dn\ufe0f"
+    os.mkdir(mnt / "active/a\u00adb")
+    (mnt / "active/a\u00adb/labels/k\u200b=l").write_text(value)
+    name, *_, labels = (mnt / ".snapfs/snapshots").read_text().removesuffix("\n").split("\t")
+    assert name == "a\u00adb"
+    assert labels == "k%E2%80%8B%3Dl=so%C2%ADft %E2%80%AEturned%F3%A0%81%81 m\u200dn\ufe0f"
+    done = subprocess.run([*SNAPFS, "ls", "--json", "--at", str(mnt)], capture_output=True, text=True, check=True)
+    assert [row["labels"] for row in json.loads(done.stdout)] == [{"k\u200b=l": value}]
+    assert "\u00ad" not in done.stdout
+    done = subprocess.run([*SNAPFS, "ls", "--at", str(mnt)], capture_output=True, text=True, check=True)
+    assert "a%C2%ADb" in done.stdout
 
 
 def test_thousands(mnt: Path) -> None:

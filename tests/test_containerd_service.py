@@ -139,6 +139,23 @@ def test_a_message_of_list_is_small_enough_for_gos_clients() -> None:
     assert list(pages([])) == []
 
 
+@pytest.mark.parametrize("method", [method.name for method in SERVICE.methods])
+def test_what_is_no_message_is_refused_in_words(client: Client, served: Daemon, method: str) -> None:
+    """Bytes that mean nothing, a message that is cut off, a string that is not UTF-8; and nothing in the daemon's log."""
+    described = SERVICE.methods_by_name[method]
+    make = client.channel.unary_stream if described.server_streaming else client.channel.unary_unary
+    call: Any = make(f"/{SERVICE.full_name}/{method}")
+    for request in (b"\xff" * 20, b"\x0a\x7fsnapfs", b"\x0a\x01\xff"):
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(request, timeout=SECONDS)) if described.server_streaming else call(request, timeout=SECONDS)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        words = f"the request is no {described.input_type.full_name}: its bytes can't be decoded: invalid argument"
+        assert caught.value.details() == words
+    assert client.names() == []
+    served.stop()
+    assert len(served.said) == 1, served.said
+
+
 # -- a life
 
 

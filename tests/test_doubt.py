@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Awaitable, Iterator
@@ -173,6 +175,23 @@ async def test_a_batch_is_there_or_not(
         except BaseException as error:
             error.add_note(f"power cut {how}, of {batch.times} (seed {seed})")
             raise
+
+
+async def test_a_file_system_that_is_shut_down_says_what_to_do(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel lets nobody open its files any more, so the records can't be opened anew; after that all is there."""
+    async with open_snapshotter(small_disk / "root", Options(rootfs=False)) as snapshotter:
+        await snapshotter.prepare("a")
+        await snapshotter.flush()
+        monkeypatch.setattr(snapshotter.records.environment, "is_panicking", lambda: True)  # as where the meta page is refused
+        fd = os.open(small_disk, os.O_RDONLY)
+        fcntl.ioctl(fd, 0x8004587D, struct.pack("I", 2))  # EXT4_IOC_SHUTDOWN, without its log
+        os.close(fd)
+        with pytest.raises(Unavailable, match="Input/output error"):
+            await snapshotter.records.write(lambda writer: writer.raise_last_id(100))
+        to_do = "end the daemon, check that file system and mount it anew, and start the daemon again$"
+        with pytest.raises(Unavailable, match=to_do) as refused:
+            await snapshotter.stat("a")
+        assert refused.value.errno == errno.EIO
 
 
 def instants(batch: Batch, writes: list[Write]) -> list[int]:

@@ -710,7 +710,7 @@ async def test_what_stands_where_the_next_snapshot_belongs(root: Path, tmp_path:
         await snapshotter.cleanup()
     assert sorted(os.listdir(root / "snapshots")) == ["1", "2"]
     assert (root / "snapshots/2/fs").is_dir()
-    assert sorted(os.listdir(root / "lost+found")) == ["2", "3", "3~", "3~~", "new-link"]
+    assert sorted(os.listdir(root / "lost+found")) == ["2", "3", "3~1", "3~2", "new-link"]
     assert (root / "lost+found/3").read_text() == "precious"
     assert (outside / "precious").read_text() == "x"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 
 import pytest
 from hypothesis import assume, given
@@ -176,16 +177,38 @@ DISGUISES = [
     "a\u200bb",
     "\ufeff",
     "\U000e0041",
+    "soft\u00adhyphen",
+    "a\u034fb",
+    "\u3164",
+    "\u206a",
+    "note\ufff9",
+    "\U000e0fff",
 ]
 
 
 @pytest.mark.parametrize("text", DISGUISES)
 def test_what_a_terminal_would_obey_is_shown_escaped(text: str) -> None:
     assert printable(text).isprintable()
+    assert printable(text) != text, "a filler is printable, to Python"
     document = json.dumps({text: [text]}, ensure_ascii=False)
     plain = plain_json(document)
     assert plain.isprintable()
+    assert plain != document
     assert json.loads(plain) == {text: [text]}
+
+
+JOINERS = "\u200c\u200d"
+VARIANTS = "\u180b\u180c\u180d\u180f" + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+SEEN = "".join(map(chr, (*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0x13430, 0x13440))))
+"""Format characters that are signs of their own: numbers' and verses' in Arabic and Kaithi, how hieroglyphs stand."""
+
+
+def test_all_format_characters_are_escaped_but_those_that_scripts_need() -> None:
+    formats = {character for character in map(chr, range(0x110000)) if unicodedata.category(character) == "Cf"}
+    assert {character for character in formats if printable(character) == character} == {*JOINERS, *SEEN} & formats
+    for text in (JOINERS, VARIANTS, SEEN):
+        assert printable(text) == text
+        assert plain_json(text) == text
 
 
 def test_json_that_is_plain_stays_as_it_is() -> None:

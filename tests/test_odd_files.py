@@ -279,7 +279,8 @@ class Case:
         assert (self.root / "lost+found/odd/fs").is_dir()
 
     async def rebuild(self) -> None:
-        assert [finding.text for finding in rebuild(str(self.root))] == ["the records were made anew: 2 snapshots"]
+        (finding,) = rebuild(str(self.root))
+        assert finding.text.startswith("the records were made anew: 2 snapshots")
         assert {finding.problem for finding in check(str(self.root))} <= {Problem.NOTE}
 
     async def remove(self) -> None:

@@ -406,6 +406,37 @@ sys.exit(main(["run", "w", "--", "touch", "{anybody.path}/ran"]))
     assert not (anybody.path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "file", "status"),
+    [
+        ("run w -- touch ran", "rootfs", 5),
+        ("diff w", "changes", 3),
+        ("mount w t", "mounts.json", 3),
+        ("show w", "info.json", 3),
+    ],
+)
+def test_a_workspace_that_ends_before_anything_is_read(anybody: Home, words: str, file: str, status: int) -> None:
+    """A checkpoint or a commit of somebody else's takes it away for a moment: that is said, and not which file is missing."""
+    script = f"""
+import builtins, os, sys
+from snapfs.cli import main
+
+def before(act):
+    def acting(path, *arguments, **named):
+        if path == "{anybody.mnt}/active/w/{file}" and os.path.isdir("{anybody.mnt}/active/w"):
+            os.rmdir("{anybody.mnt}/active/w")
+        return act(path, *arguments, **named)
+    return acting
+
+os.readlink, builtins.open = before(os.readlink), before(builtins.open)
+sys.exit(main({words.split()}))
+"""
+    (anybody.path / "t").mkdir()
+    said = anybody.does(sys.executable, "-c", script, status=status)
+    assert said.endswith('snapfs: "w" was committed or removed a moment ago: see snapfs ls, and try again\n')
+    assert not (anybody.path / "ran").exists()
+
+
 def test_files_of_root_s_in_a_lower_layer(home: Home) -> None:
     """They can be read and removed, but not changed: the kernel can't give a copy an owner that has no number there."""
     layer = home.root / "snapshots/1/fs"

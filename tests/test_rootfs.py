@@ -379,7 +379,7 @@ def test_what_was_written_beneath_is_kept_and_out_of_the_way(make_daemon: Make) 
     subprocess.run(["umount", str(where / "fs"), str(where)], check=True)
     (where / "mine").write_text("x")
     os.rename(mnt / "active/web", mnt / "committed/v1")
-    assert (daemon.root / "lost+found" / f"{where.name}~" / "mine").read_text() == "x"
+    assert (daemon.root / "lost+found" / f"{where.name}~1" / "mine").read_text() == "x"
     assert not where.exists()
 
 
@@ -782,7 +782,10 @@ def test_where_root_cannot_be_an_upper_layer(make_daemon: Make, tmp_path: Path) 
     subprocess.run(["mount", "-t", "overlay", "-o", options, "none", str(merged)], check=True)
     daemon = make_daemon(root=merged / "root")
     try:
-        assert_left_out(daemon.start(), r"put ROOT on ext4, xfs, btrfs or tmpfs \(.*not supported as upperdir\)$")
+        root = re.escape(str(daemon.root))
+        why = f"the file system of {root} can't hold overlayfs's upper layers: put ROOT on ext4, xfs, btrfs or tmpfs, "
+        what = f"overlay: filesystem on {root} not supported as upperdir"
+        assert_left_out(daemon.start(), rf"{why}in a container on a volume \({what}\)$")
         assert daemon.stop() == 0
         assert daemon.said[1:] == []
     finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.kernel import subids
+from snapfs.kernel import servers, subids
 from snapfs.kernel.subids import Range
 from tests.command import SNAPFS
 from tests.home import Home, home_of, with_workspace
@@ -79,6 +79,53 @@ def test_from_within_a_workspace_they_can_not_be_had(home: Home) -> None:
     """A program that stands in one has no right over them, so it is told."""
     command = f"{shlex.join(SNAPFS)} run --subids w -- id"
     assert home.inside("w", command, status=6) == 'snapfs: cannot have the ids of /etc/subuid in there: leave "w" first\n'
+
+
+@pytest.mark.parametrize("how", [(), ("--root",), ("--root", "--subids")], ids=str)
+def test_her_own_tree_is_hers_whatever_her_number_is_in_there(home: Home, how: tuple[str, ...]) -> None:
+    """And another's isn't, though all may enter it, and is not taken for one by anything that mounts or runs."""
+    snapfs = shlex.join(SNAPFS)
+    with home_of(bob, BOB) as other, ExitStack() as stack:
+        (conf := other.path / "fuse.conf").write_text("user_allow_other\n")
+        bind(stack, conf, "/etc/fuse.conf")
+        other.daemon = other.another("-o", "allow_other")
+        other.daemon.start()
+        other.sh("mkdir tree/active/theirs")
+        script = f"unset SNAPFS; {snapfs} ls -q; {snapfs} run w -- pwd; {snapfs} run --at {other.mnt} theirs -- true"
+        told = f"snapfs: working in {home.mnt}, the only tree of yours or root's that is mounted (--at names another)"
+        assert home.inside("w", script, *how, status=6).splitlines() == [
+            "b",
+            "w",
+            told,
+            home.rootfs("w").removeprefix(str(home.options()["window"])),
+            f"snapfs: {other.mnt} is a tree of another user's, and what it says is up to them: nothing is run in by that",
+        ]
+
+
+HOST = [(0, 0, 4294967295)]
+HERS = [(0, ALICE, 1), (1, FIRST, 65536)]
+
+
+@pytest.mark.parametrize(
+    ("uid", "own", "ids", "ours"),
+    [
+        (ALICE, ALICE, HOST, True),
+        (BOB, ALICE, HOST, False),
+        (ALICE, ALICE, [(ALICE, ALICE, 1)], True),
+        (BOB, ALICE, [(ALICE, ALICE, 1)], False),
+        (ALICE, 0, [(0, ALICE, 1)], True),
+        (BOB, 0, [(0, ALICE, 1)], False),
+        (ALICE, 0, HERS, False),  # or it is that of number 1001 in there, who is another
+        (FIRST, 0, HERS, False),
+        (BOB, BOB, [(BOB, ALICE, 1)], False),  # or it is bob's, outside
+        (ALICE, BOB, [(BOB, ALICE, 1)], True),
+        (ALICE, 65534, [(0, ALICE, 1)], False),
+        (65534, 65534, [(0, ALICE, 1)], False),
+        (-1, 65534, [(0, ALICE, 1)], False),
+    ],
+)
+def test_whom_a_number_can_mean(uid: int, own: int, ids: list[tuple[int, int, int]], ours: bool) -> None:
+    assert servers.is_number_ours(uid, own, ids) is ours
 
 
 def test_who_maps_them_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,3 +285,34 @@ def test_tables() -> None:
 def test_a_table_is_no_longer_than_the_kernel_takes() -> None:
     ranges = subids._without([Range(4_000_000_000 + 2 * number, 1) for number in range(1000)], 5)
     assert len(subids.table(4_294_967_000, ranges, root=False)) < os.sysconf("SC_PAGE_SIZE")
+
+
+def test_all_ids_that_are_lent_to_one_user_count_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each user has a place, but not one for each of 65,536 ids; the file may change while the daemon runs."""
+    clock = 0.0
+    monkeypatch.setattr("snapfs.kernel.subids.time.monotonic", lambda: clock)
+    path = tmp_path / "subuid"
+    owners = subids.Owners(str(path))
+    assert owners.one_of(1001) == owners.one_of(100_000) - 98_999 == 1001
+    path.write_text("alice:100000:65536\nbob:165536:65536\nalice:400000:10\nbroken\nx:y:z\n1003:500000:1\n")
+    clock += 2
+    found = {
+        uid: owners.one_of(uid)
+        for uid in (1001, 99_999, 100_000, 165_535, 165_536, 231_071, 231_072, 400_009, 400_010, 500_000)
+    }
+    assert found == {
+        1001: 1001,
+        99_999: 99_999,
+        100_000: 100_000,
+        165_535: 100_000,
+        165_536: 165_536,
+        231_071: 165_536,
+        231_072: 231_072,
+        400_009: 100_000,
+        400_010: 400_010,
+        500_000: 500_000,
+    }
+    path.write_text("")
+    assert owners.one_of(165_535) == 100_000, "it is not looked at each time"
+    clock += 2
+    assert owners.one_of(165_535) == 165_535

@@ -400,8 +400,18 @@ def test_what_can_not_be_tried_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(userns, "sysctl", lambda name: "1" if "apparmor" in name else "0")
     monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
     for step in ("setgroups", "map", "mounts"):
-        assert "examples/apparmor/snapfs" in entering._why(step, PermissionError(13, "Permission denied"))
-    assert "unprivileged_userns_clone=1" in entering._why("user", PermissionError(1, "Operation not permitted"))
+        assert "examples/apparmor/snapfs" in entering._why(step, PermissionError(13, "Permission denied"), "/tmp/x")
+    assert "unprivileged_userns_clone=1" in entering._why("user", PermissionError(1, "Operation not permitted"), "/tmp/x")
+
+
+def test_a_temporary_directory_that_can_not_have_overlays() -> None:
+    """It is named, and what was tried in it is not."""
+    refused = OSError(22, "overlay: filesystem on /run/x y/upper not supported as upperdir")
+    place = tempfile.gettempdir()
+    assert entering._why("overlay", refused, "/run/x y") == (
+        f"the file system of {place} can't hold overlayfs's upper layers: put TMPDIR on ext4, xfs, btrfs or tmpfs, "
+        f"in a container on a volume (overlay: filesystem on {place} not supported as upperdir)"
+    )
 
 
 def test_an_option_that_there_is_not(user: Runner) -> None:

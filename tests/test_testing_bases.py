@@ -123,6 +123,18 @@ def test_the_cache_by_configuration(user: Runner) -> None:
     assert (user.tests / ".cache/bases").is_dir()
 
 
+@pytest.mark.parametrize("options", [(), ("-n2",)], ids=["alone", "xdist"])
+def test_the_cache_where_pytest_is_started(options: tuple[str, ...], user: Runner) -> None:
+    """As --basetemp and --junitxml are; whatever is in pytest.ini, and wherever a conftest.py goes."""
+    user.write(test_it=counting(user), conftest="import os\n\nos.chdir('/')\n")
+    (user.tests / "pytest.ini").write_text("[pytest]\nsnapfs_cache = .cache/bases\n")
+    for _ in range(2):
+        assert "6 passed" in user("--snapfs-cache=kept/bases", *options, status=0)
+    assert made(user) == 1
+    assert (user.temporary / "kept/bases").is_dir()
+    assert sorted(os.listdir(user.tests)) == ["conftest.py", "pytest.ini", "test_it.py"]
+
+
 @pytest.mark.parametrize("option", [True, False])
 def test_the_cache_in_the_home_directory(option: bool, user: Runner) -> None:
     """Neither pytest.ini nor a shell, after ``=``, makes another path of a tilde."""

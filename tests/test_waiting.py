@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -797,3 +798,30 @@ def test_a_commit_that_was_refused_has_changed_nothing_and_the_command_tries_aga
             assert process.returncode == 0
         assert "state" not in json.loads((held.mnt / "committed/v1/info.json").read_text())
     assert held.daemon.stop() == 0
+
+
+@pytest.mark.alone
+@pytest.mark.usefixtures("open_path", "users")
+def test_texts_that_change_all_the_time(make_daemon: Callable[..., Daemon]) -> None:
+    """Two hundred threads read stats.json: whoever else does gets it soon; and who reads it alone gets what is so."""
+    daemon = make_daemon("-o", "allow_other").start()
+    path = daemon.mnt / ".snapfs/stats.json"
+    for number in range(300):
+        os.mkdir(daemon.mnt / f"active/{number}")
+        os.listdir(daemon.mnt / "active")
+    with bounded(120, daemon), hammering(alice, "read", 200, path) as done:
+        for _ in range(5):
+            began = time.monotonic()
+            subprocess.run([*bob, "cat", path], check=True, stdout=subprocess.DEVNULL)
+            assert time.monotonic() - began < TIME
+    assert done["0"] > 200
+
+    def asked() -> int:
+        count: int = json.loads(path.read_text())["operations"]["statfs"]["count"]
+        return count
+
+    os.statvfs(daemon.mnt)
+    before = asked()
+    for number in range(1, 4):
+        os.statvfs(daemon.mnt)
+        assert asked() == before + number

@@ -21,6 +21,7 @@ from snapfs.errors import Busy, SnapshotError, Unavailable
 from snapfs.fuse.access import Access
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import mount_table
+from tests.command import SNAPFS
 from tests.containerd_client import connected
 from tests.daemon import Daemon, refusal
 from tests.mounts import is_mounted
@@ -159,8 +160,10 @@ def test_what_stat_shows(make_daemon: Make, arguments: list[str], owner: tuple[i
     daemon = make_daemon(*arguments).start()
     fill(daemon.mnt)
     for path, mode in MODES.items():
-        assert shown(daemon.mnt, path) == (mode & ~umask, *owner), path
-        assert shown(daemon.mnt, path) == (mode & ~umask, *owner), path
+        fixed = not mode & 0o222 and not umask & 0o004  # which its owner could keep others from opening
+        expected = (mode & ~umask, 0 if fixed else owner[0], owner[1])
+        assert shown(daemon.mnt, path) == expected, path
+        assert shown(daemon.mnt, path) == expected, path
     for link in ("active/a/diff", "active/a/rootfs", "active/a/parent", "committed/base/active/a", "by-id/1"):
         assert shown(daemon.mnt, link) == (0o777, *owner)
     for _ in range(2):  # before and after it is known
@@ -171,6 +174,42 @@ def test_what_stat_shows(make_daemon: Make, arguments: list[str], owner: tuple[i
     assert options["allow_other"] == bool(arguments)
     assert daemon.stop() == 0
     assert len(daemon.said) == 1
+
+
+LEASE = """
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+held = []
+for path in sys.argv[1:]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.fcntl(descriptor, 1024, fcntl.F_WRLCK)  # F_SETLEASE
+        held.append(path)
+    except PermissionError:
+        os.close(descriptor)
+print(*held, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_nobody_keeps_others_from_reading(make_daemon: Make) -> None:
+    """The kernel has whoever opens a file wait for the end of a lease, which its owner may take, for 45 seconds."""
+    daemon = make_daemon("-o", f"allow_other,uid={ALICE}").start()
+    fill(daemon.mnt)
+    more = (".snapfs/snapshots", ".snapfs/options.json", ".snapfs/metrics")
+    paths = [str(path) for path in map(daemon.mnt.joinpath, (*MODES, *more)) if path.is_file()]
+    command = [*alice, sys.executable, "-c", LEASE, *paths]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        held = holder.stdout.readline().split()
+        assert {Path(path).name for path in held} <= {"l", "cleanup"}, "those alone that she may write"
+        for path in set(paths) - set(held):
+            Path(path).read_bytes()
+        done = run((), *SNAPFS, "label", "--at", daemon.mnt, "a", "l=2")
+        assert "Resource temporarily unavailable" in done.stderr
+        assert holder.poll() is None
+        holder.communicate()
+    assert run((), *SNAPFS, "label", "--at", daemon.mnt, "a", "l=2").returncode == 0
 
 
 def test_without_allow_other_they_are_only_shown(make_daemon: Make) -> None:

@@ -18,7 +18,7 @@ import stat
 
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import find_tree
-from snapfs.cli.refusal import BUSY, NOT_PERMITTED, Refusal
+from snapfs.cli.refusal import NOT_PERMITTED, Refusal, changed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _stand_inside(given: Given) -> None:
     place = find_tree(given.value("at"), changes=True)
     place.refuse_foreign("run in")
     key = place.key(given.arguments[0])
-    _, directory = place.find(key)
+    kind, directory = place.find(key)
     options = place.options()
     window: str = options["window"]
     if not options["features"]["rootfs"]["on"]:
@@ -77,9 +77,7 @@ def _stand_inside(given: Given) -> None:
     with contextlib.ExitStack() as held:
         if over is not None:
             over = _checked(place, options["root"], over)
-        rootfs: list[str] = []
-        place.do(f'get into "{key}"', lambda: rootfs.append(os.readlink(f"{directory}/rootfs")))
-        target = rootfs[0]
+        target = place.rootfs(kind, key)
         try:
             if window and target.startswith(f"{window}/"):
                 target = target.removeprefix(window)
@@ -165,7 +163,7 @@ def _refuse_changed(key: str, directory: str, target: str) -> None:
     except OSError:
         now = ""
     if not now.endswith(target):  # without what leads to it from outside
-        raise Refusal(f'"{key}" was committed or removed a moment ago: see snapfs ls, and try again', BUSY)
+        raise changed(key)
 
 
 def _go(there: str, instead: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import stat
 from itertools import islice
 
@@ -32,7 +33,7 @@ def _mount(given: Given) -> int:
     key = place.key(given.arguments[0])
     kind, directory = place.find(key)
     if kind == "committed":
-        raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {key}')
+        raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {shlex.quote(key)}')
     info = json.loads(place.read(f"{directory}/info.json"))
     mounted: list[str] = info["mounted"]
     number: int = info["id"]
@@ -100,7 +101,7 @@ def _mount_at(
 
     target = found.path
     if found.missing or not stat.S_ISDIR(os.fstat(found.fd).st_mode):
-        to_do = f"make it first: mkdir {target}" if found.missing else "give a directory"
+        to_do = f"make it first: mkdir {shlex.quote(target)}" if found.missing else "give a directory"
         raise Refusal(f"{target}, where it is to be mounted, is no directory: {to_do}")
     if target in mounted:
         raise Refusal(f'"{key}" is mounted on {target} already', BUSY)
@@ -243,7 +244,7 @@ def _uncovered(table: Iterable[MountPoint], target: str) -> list[MountPoint]:
         owner = trusted.server_of(top)
         whose = f" of the user {trusted.user_name(owner)}" * (owner >= 0)
         what = f"something else ({top.type}{whose}) is mounted over the snapshot on {top.target}"
-        raise Refusal(f"{what}: unmount that first: umount {top.target}", BUSY)
+        raise Refusal(f"{what}: unmount that first: umount {shlex.quote(top.target)}", BUSY)
     return mounts
 
 
@@ -286,6 +287,21 @@ def _umount(given: Given) -> int:
             words = _why_busy(each) if error.errno == 16 else error.strerror
             raise Refusal(f"cannot unmount {each}: {words}", BUSY if error.errno == 16 else NOT_PERMITTED) from None
     return 0
+
+
+def how_to_unmount(place: MountedTree, word: str, target: str) -> str:
+    """What to do about a snapshot, which ``word`` names, that is mounted by hand on ``target``, as the daemon has it: words
+    that go on from a colon."""
+    from snapfs.kernel.mounttable import mount_table
+
+    if not place.is_trusted():
+        return "whoever has mounted it can unmount it"
+    options = place.options()
+    if not options["window"] and not any(mount.target == target for mount in mount_table()):
+        where = f"in the mount namespace of the daemon, pid {options['pid']}"
+        return f"unmount it there, {where}: nsenter -t {options['pid']} -m umount {shlex.quote(target)}"
+    whose = ", as root" * (not options["window"] and os.geteuid() != 0)
+    return f"unmount it first{whose} ({place.command('umount', word)})"
 
 
 def _why_busy(target: str) -> str:

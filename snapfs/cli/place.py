@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from snapfs.cli.refusal import NO_TREE, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, missing, refusal
+from snapfs.cli.refusal import NO_TREE, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, changed, missing, refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,10 +19,26 @@ _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 
 
 class MountedTree:
-    """A mounted tree at ``path``.  The methods do nothing that a shell could not do there."""
+    """A mounted tree at ``path``, which the user has given after --at if ``is_named``.  The methods do nothing that a shell
+    could not do there."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, is_named: bool = False) -> None:
         self.path = path
+        self.is_named = is_named
+
+    def command(self, verb: str, *words: str) -> str:
+        """What the user types for a ``verb`` (a word, or several) to do it to this tree."""
+        import shlex
+
+        at = ["--at", self.path] if self.is_named else []
+        dashes = ["--"] if any(word.startswith("-") for word in words) else []
+        return shlex.join(["snapfs", *verb.split(), *at, *dashes, *words])
+
+    def word_for(self, key: str, number: int) -> str:
+        """What names snapshot ``key``, whose id is ``number``, in such a command."""
+        from snapfs import names
+
+        return key if names.printable(key) == key else f"by-id/{number}"  # which is shown as it is
 
     def is_trusted(self) -> bool:
         """Whether root or the user has mounted the file system that stands at the path.  Raises Refusal."""
@@ -110,12 +126,13 @@ class MountedTree:
 
     def do(self, what: str, call: Callable[..., object], *arguments: object) -> None:
         """Call ``call`` with ``arguments``; where it raises OSError, raises Refusal with the sentence that the tree has logged
-        for that.  ``what`` is what was being done, in words that go on from "cannot "."""
+        for the paths in it among these.  ``what`` is what was being done, in words that go on from "cannot "."""
         began = time.time_ns()
         try:
             call(*arguments)
         except OSError as error:
-            raise refusal(error, self.path, began, f"cannot {what}") from None
+            paths = [each for each in arguments if isinstance(each, str) and each.startswith(f"{self.path}/")]
+            raise refusal(error, self.path, began, f"cannot {what}", paths) from None
 
     def read(self, path: str) -> str:
         """The text of a file of the tree; raises Refusal."""
@@ -124,7 +141,7 @@ class MountedTree:
             with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 return file.read()
         except OSError as error:
-            raise refusal(error, self.path, began, f"cannot read {path}") from None
+            raise self._unread(error, path, began) from None
 
     def lines(self, path: str) -> Iterator[str]:
         """The lines of a file of the tree, as they are read: there may be millions.  Raises Refusal."""
@@ -134,7 +151,24 @@ class MountedTree:
                 for line in file:
                     yield line.rstrip("\n")
         except OSError as error:
-            raise refusal(error, self.path, began, f"cannot read {path}") from None
+            raise self._unread(error, path, began) from None
+
+    def _unread(self, error: OSError, path: str, began: int) -> Refusal:
+        """Why a file can't be read: what a snapshot always has is missing only where that has just become another."""
+        kind, _, rest = path.removeprefix(f"{self.path}/").partition("/")
+        inside = isinstance(error, FileNotFoundError) and kind in KINDS and "/" in rest
+        gone = changed(key_of(rest.partition("/")[0]), NOT_FOUND) if inside else None
+        return refusal(error, self.path, began, f"cannot read {path}", [path], gone)
+
+    def rootfs(self, kind: str, key: str) -> str:
+        """Where the file system of snapshot ``key`` of ``kind`` is mounted, from now on if it was not; raises Refusal."""
+        began = time.time_ns()
+        link = f"{self.directory(kind, key)}/rootfs"
+        try:
+            return os.readlink(link)
+        except OSError as error:
+            gone = changed(key) if isinstance(error, FileNotFoundError) else None
+            raise refusal(error, self.path, began, f'cannot get into "{key}"', [link], gone) from None
 
     def options(self) -> dict[str, Any]:
         """What options.json says; raises Refusal."""
@@ -158,7 +192,7 @@ class MountedTree:
         lost = f'parent snapshot "{parent}" does not exist in {self.path}; snapfs ls --kind committed lists all'
         return Refusal(why or lost, NOT_FOUND)
 
-    def command(self, path: str, text: str) -> str:
+    def write_command(self, path: str, text: str) -> str:
         """Write the line ``text`` into a file of the tree that does what is written there: the line that says what came of it.
         Raises OSError."""
         descriptor = os.open(path, os.O_RDWR)
@@ -174,7 +208,7 @@ class MountedTree:
         if not value:
             self.do(f'delete label "{key}"', _unlink, path)
         else:
-            self.do(f'set label "{key}"', _write, path, value)
+            self.do(f'set label "{key}"', _write, path, value.encode(errors="surrogateescape") + b"\n")
 
 
 def _within(tree: str, path: str) -> str:
@@ -193,10 +227,11 @@ def _within(tree: str, path: str) -> str:
     return unlinked if unlinked.startswith(f"{tree}/") else ""
 
 
-def _write(path: str, value: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+def _write(path: str, text: bytes) -> None:
+    # another process may have a lease on the file, for whose end the kernel would wait
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
     try:
-        os.write(descriptor, value.encode(errors="surrogateescape") + b"\n")
+        os.write(descriptor, text)
     finally:
         os.close(descriptor)
 
@@ -255,11 +290,11 @@ def find_tree(at: str | None, *, changes: bool = False, tell: bool = True) -> Mo
                 own = ", ".join(dict.fromkeys(tree.path for tree in mounted_trees() if tree.is_trusted))
                 to_do = f"give {own}" if own else "snapfs serve ROOT MOUNTPOINT mounts one"
                 raise Refusal(f"{what}: no snapfs tree is mounted on {given}: {to_do}", NO_TREE)
-            return MountedTree(path)
+            return MountedTree(path, is_named=given is at)
     everything = mounted_trees()
     trees = list(dict.fromkeys(tree.path for tree in everything if tree.is_trusted))
     others = [tree for tree in everything if tree.path not in trees]
-    whose = "root's" if os.geteuid() == 0 else "yours or root's"
+    whose = "root's" if os.geteuid() == 0 and not os.environ.get("SNAPFS_WORKSPACE") else "yours or root's"
     here = f"{os.getcwd()}/" if len(trees) > 1 or changes or others else ""
     inside = [tree for tree in trees if here.startswith(tree + "/")]
     stranger = next((tree for tree in others if here.startswith(tree.path + "/")), None)
@@ -321,11 +356,16 @@ class Mounted:
         self.path = path
         options = rest.split(" ", 2)[2].strip().split(",")
         self.uid = [-1, *(int(option[8:]) for option in options if option.startswith("user_id="))][-1]
+        self._options = options
 
     @property
     def is_trusted(self) -> bool:
         """Whether root or the user has mounted it."""
-        return self.uid in (0, os.geteuid())
+        if self.uid == 0:
+            return True
+        from snapfs.kernel import servers
+
+        return servers.is_ours(self.uid, self._options, self.path, self.device)
 
     def named(self) -> str:
         """It, for a sentence: its path is another user's choice."""

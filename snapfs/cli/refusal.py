@@ -6,6 +6,10 @@ import errno
 import os
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 FAILED, USAGE, NOT_FOUND, TAKEN, BUSY, NOT_PERMITTED, NO_TREE = range(1, 8)
 
 _STATUS = {
@@ -36,20 +40,37 @@ def missing(key: str, tree: str) -> Refusal:
     return Refusal(f'snapshot "{key}" does not exist in {tree}; snapfs ls lists all', NOT_FOUND)
 
 
-def refusal(error: OSError, tree: str, began: int, otherwise: str) -> Refusal:
-    """The refusal with the sentence that the tree at ``tree`` has logged for a call that failed with ``error`` and was begun at
-    ``began`` (ns since the epoch).  Where it has logged none, since the kernel itself refused: ``otherwise``, and the kernel's
-    words."""
+def changed(key: str, status: int = BUSY) -> Refusal:
+    """The refusal that says that the snapshot ``key`` is no longer what it was."""
+    return Refusal(f'"{key}" was committed or removed a moment ago: see snapfs ls, and try again', status)
+
+
+def refusal(
+    error: OSError, tree: str, began: int, otherwise: str, paths: Sequence[str] = (), unlogged: Refusal | None = None
+) -> Refusal:
+    """The refusal with the sentence that the tree at ``tree`` has logged for a call on ``paths`` (in the tree) that failed with
+    ``error`` and was begun at ``began`` (ns since the epoch).  Where it has logged none, since the kernel itself refused:
+    ``otherwise``, and the kernel's words; or ``unlogged``, if that is given."""
     number = error.errno or 0
     status = _STATUS.get(number, FAILED)
     if status == NO_TREE:
-        return Refusal(f"the daemon that served {tree} is gone: start it again (snapfs serve ROOT {tree})", NO_TREE)
-    words = _last_words(tree, errno.errorcode.get(number, str(number)), began)
+        import shlex
+
+        return Refusal(
+            f"the daemon that served {tree} is gone: start it again (snapfs serve ROOT {shlex.quote(tree)})", NO_TREE
+        )
+    words = _last_words(tree, errno.errorcode.get(number, str(number)), paths, began) if paths else ""
+    if unlogged is not None and not words:
+        return unlogged
     return Refusal(words or f"{otherwise}: {os.strerror(number)}", status)
 
 
-def _last_words(tree: str, name: str, began: int) -> str:
-    """The reason in the last line of error_log with the errno ``name`` that is no older than ``began``."""
+def _last_words(tree: str, name: str, paths: Sequence[str], began: int) -> str:
+    """The reason in the last line of error_log with the errno ``name`` and these ``paths`` that is no older than ``began``.
+    Other users' calls have lines there, too, and must not choose what is said here."""
+    from snapfs.names import printable
+
+    where = printable(" ".join(path.removeprefix(f"{tree}/") for path in paths)) + ": "
     try:
         with open(f"{tree}/.snapfs/error_log", "rb", buffering=0) as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL))
@@ -61,6 +82,8 @@ def _last_words(tree: str, name: str, began: int) -> str:
         when, _, rest = line.partition(" ")
         if when < since:
             return ""
-        if rest.startswith(f"{name} "):
-            return rest.partition(": ")[2]
+        number, _, what = rest.partition(" ")
+        _, _, told = what.partition(" ")  # behind the operation
+        if number == name and told.startswith(where):
+            return told.removeprefix(where)
     return ""

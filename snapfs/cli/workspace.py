@@ -5,15 +5,17 @@ Each writes one line into a file of the tree, which does all of it or nothing (`
 
 from __future__ import annotations
 
+import json
 import os
 
 from snapfs.cli import table
 from snapfs.cli.commit import persistently, sync
 from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.listing import Row, rows
+from snapfs.cli.mount import how_to_unmount
 from snapfs.cli.place import MountedTree, file_name, find_tree, key_of
 from snapfs.cli.prepare import make
-from snapfs.cli.refusal import NOT_FOUND, NOT_PERMITTED, TAKEN, Refusal, missing
+from snapfs.cli.refusal import BUSY, NOT_FOUND, NOT_PERMITTED, TAKEN, Refusal, missing
 from snapfs.errors import Pinned
 from snapfs.labels import MESSAGE, NUMBER, OF, PIN
 
@@ -32,9 +34,13 @@ def _commanded(place: MountedTree, key: str, command: str, text: str, what: str)
     """Write ``text`` into the file ``command`` of the workspace ``key``: the key or name that comes of it, or "".  ``what`` is
     what is being done, in words that go on from "cannot ".  Raises Refusal."""
     result: list[str] = []
-    path = f"{place.directory('active', key)}/{command}"
     try:
-        place.do(what, persistently, lambda: result.append(place.command(path, text)))
+        place.do(
+            what,
+            persistently,
+            lambda path: result.append(place.write_command(path, text)),
+            f"{place.directory('active', key)}/{command}",
+        )
     except Refusal as refused:
         kind = place.kind_of(key) if refused.status == NOT_FOUND else "active"
         if kind is None:
@@ -94,7 +100,15 @@ def _rollback(given: Given) -> int:
         to = to or _parent(directory)
         kept = _kept(place, key, f"before it was rolled back to {to}")
         table.show_line(f"kept as {kept}")
-    parent = _commanded(place, key, "rollback", to, f'roll "{key}" back')
+    try:
+        parent = _commanded(place, key, "rollback", to, f'roll "{key}" back')
+    except Refusal as refused:
+        elsewhere = place.mounted_by_hand(place.directory("active", key)) if refused.status == BUSY else []
+        if not elsewhere:
+            raise
+        number = json.loads(place.read(f"{place.directory('active', key)}/info.json"))["id"]
+        to_do = how_to_unmount(place, place.word_for(key, number), elsewhere[0])
+        raise Refusal(f'"{key}" is mounted on {elsewhere[0]}: {to_do}', BUSY) from None
     table.show_line(f"{key} is as {parent or 'an empty one'}")
     return 0
 

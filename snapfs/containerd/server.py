@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 import trio
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from snapfs.containerd import snapshots_pb2
@@ -24,7 +24,7 @@ from snapfs.containerd.messages import pages
 from snapfs.containerd.service import Service, Settle
 from snapfs.containerd.socketfile import SocketFile, private_umask
 from snapfs.containerd.status import status_of
-from snapfs.errors import SnapshotError, Unavailable
+from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
 from snapfs.snapshotter import Snapshotter
 
 log = logging.getLogger(__name__)
@@ -134,26 +134,30 @@ class _Server:
         request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
         call = getattr(self._service, method.name.lower())
         if method.server_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                partial(self._listed, call), request.FromString, response.SerializeToString
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            partial(self._answered, call), request.FromString, response.SerializeToString
-        )
+            return grpc.unary_stream_rpc_method_handler(partial(self._listed, call, request), None, response.SerializeToString)
+        return grpc.unary_unary_rpc_method_handler(partial(self._answered, call, request), None, response.SerializeToString)
 
     async def _answered(
-        self, call: Callable[[Message], Awaitable[Message]], request: Message, context: grpc.aio.ServicerContext[Any, Any]
+        self,
+        call: Callable[[Message], Awaitable[Message]],
+        kind: type[Message],
+        request: bytes,
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> Message:
         try:
-            return await self._in_trio(partial(call, request))
+            return await self._in_trio(partial(call, _parsed(kind, request)))
         except Exception as error:
             await _refuse(context, error)
 
     async def _listed(
-        self, call: Callable[[Message], Awaitable[Any]], request: Message, context: grpc.aio.ServicerContext[Any, Any]
+        self,
+        call: Callable[[Message], Awaitable[Any]],
+        kind: type[Message],
+        request: bytes,
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[Message]:
         try:
-            infos = await self._in_trio(partial(call, request))
+            infos = await self._in_trio(partial(call, _parsed(kind, request)))
         except Exception as error:
             await _refuse(context, error)
         for page in pages(infos):
@@ -183,6 +187,14 @@ class _Server:
         except asyncio.CancelledError:
             self._token.run_sync_soon(scope.cancel)
             raise
+
+
+def _parsed(kind: type[Message], request: bytes) -> Message:
+    """The message in ``request``; not left to gRPC, which answers UNKNOWN and logs a traceback.  Raises InvalidArgument."""
+    try:
+        return kind.FromString(request)
+    except DecodeError:
+        raise InvalidArgument(f"the request is no {kind.DESCRIPTOR.full_name}: its bytes can't be decoded") from None
 
 
 def _set(answer: asyncio.Future[T], given: list[T], error: Exception) -> None:

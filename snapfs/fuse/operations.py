@@ -335,10 +335,11 @@ class Operations(pyfuse3.Operations):
 
     async def _charge(self, handle: Handle, uid: int) -> None:
         """Refuse to open ``handle`` for a user who has too much open; those who may fill the disk below ROOT may this too."""
-        if self.rights.may_enter_root(uid):
+        user = self.rights.user(uid)
+        if user is None:
             return
         try:
-            self.files.charge(handle, uid)
+            self.files.charge(handle, user)
         except Unavailable:
             if isinstance(handle, OpenLabel):
                 handle.emptied = False  # the label stays

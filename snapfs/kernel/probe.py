@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -99,9 +100,10 @@ def overlay_knows(parameter: str) -> bool:
     return os.path.exists(f"/sys/module/overlay/parameters/{parameter}")
 
 
-def why_trial_failed(error: OSError) -> str:
-    """Why the trial of mounting an overlay over a root met ``error``, and what to do; the kernel's words in parentheses."""
-    words = error.strerror or str(error)
+def why_trial_failed(error: OSError, what: str, path: str, reached: str) -> str:
+    """Why the trial of mounting an overlay over the directory ``path`` met ``error``, and what to do; the kernel's words in
+    parentheses.  ``what``: that by which the user chose the directory ("ROOT"); ``reached``: what paths in it began with."""
+    words = re.sub(rf"{re.escape(reached)}(/\S*)?", lambda _: path, error.strerror or str(error))
     if error.errno in (errno.EPERM, errno.EACCES):
         reason = _why_not_permitted()
     elif error.errno == errno.ENODEV:
@@ -109,7 +111,8 @@ def why_trial_failed(error: OSError) -> str:
     elif "parameter" in words or "Bad value" in words:
         reason = "overlayfs refuses a mount option: leave out the mount_option= that it names, or correct it"
     elif error.errno in _NO_UPPER_LAYERS:
-        reason = "ROOT's file system can't hold overlayfs's upper layers: put ROOT on ext4, xfs, btrfs or tmpfs"
+        to_do = f"put {what} on ext4, xfs, btrfs or tmpfs, in a container on a volume"
+        reason = f"the file system of {path} can't hold overlayfs's upper layers: {to_do}"
     else:
         reason = "mounting an overlay for trial failed"
     return f"{reason} ({words})"

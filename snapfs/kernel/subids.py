@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 import os
 import pwd
 import signal
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,23 +165,55 @@ def _by_program(name: str, process: int, text: str) -> str:
     return f"{name} refuses: {said[0].removeprefix(f'{name}: ')}"
 
 
+class Owners:
+    """To whom /etc/subuid lends each id, as it is now.  The file is looked at once a second at most."""
+
+    def __init__(self, path: str = _FILES["uid"]) -> None:
+        self._path = path
+        self._looked = -math.inf
+        self._state: tuple[int, int, int] | None = None
+        self._ranges: list[tuple[Range, int]] = []  # in order, each with the id that stands for its owner
+
+    def one_of(self, uid: int) -> int:
+        """The same id for all that are lent to one user, the first of those; ``uid`` itself where it is lent to nobody."""
+        if (now := time.monotonic()) >= self._looked + 1:
+            self._looked = now
+            self._look()
+        place = bisect.bisect_right(self._ranges, uid, key=lambda entry: entry[0].start) - 1
+        if place < 0:
+            return uid
+        (first, count), owner = self._ranges[place]
+        return owner if uid < first + count else uid
+
+    def _look(self) -> None:
+        try:
+            found = os.stat(self._path)
+            state = (found.st_mtime_ns, found.st_size, found.st_ino)
+        except OSError:
+            state = None
+        if state == self._state:
+            return
+        self._state = state
+        firsts: dict[str, int] = {}
+        self._ranges = sorted((each, firsts.setdefault(name, each.start)) for name, each in _lines(self._path))
+
+
 def _lines_for(path: str, names: set[str]) -> list[Range]:
+    return [found for name, found in _lines(path) if name in names]
+
+
+def _lines(path: str) -> Iterator[tuple[str, Range]]:
+    """To whom each range is lent, by name or id, and the range."""
     try:
         lines = Path(path).read_text(errors="replace").splitlines()
     except OSError:
-        return []
-    found = []
+        return
     for line in lines:
         name, *numbers = line.split(":")
-        if (
-            name in names
-            and len(numbers) == 2
-            and all(number.isascii() and number.isdigit() and len(number) <= 10 for number in numbers)
-        ):
+        if len(numbers) == 2 and all(number.isascii() and number.isdigit() and len(number) <= 10 for number in numbers):
             first, count = map(int, numbers)
             if count and first + count < 1 << 32:
-                found.append(Range(first, count))
-    return found
+                yield name, Range(first, count)
 
 
 def _without(ranges: Iterable[Range], own: int) -> tuple[Range, ...]:

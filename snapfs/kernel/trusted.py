@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from snapfs.kernel import probe
+from snapfs.kernel import probe, servers
 from snapfs.kernel.mounttable import MountPoint, mount_id_of, mount_table
 
 _MOST_LINKS = 40  # that are followed on one way, as in the kernel
@@ -116,7 +116,7 @@ def find(path: str, *, inside: bool = False, may_lack: bool = False) -> Found:
             fd = below
             if number != mount:
                 mount = number
-                _refuse_server(number, there, trusted)
+                _refuse_server(number, there)
             shown = os.fstat(fd)
             if shown.st_uid not in trusted:
                 what = "is a link of" if stat.S_ISLNK(shown.st_mode) else "belongs to"
@@ -195,11 +195,13 @@ def _is_private(fd: int, found: os.stat_result, trusted: set[int]) -> bool:
     return own and {user.pw_uid for user in users} <= trusted and names <= {user.pw_name for user in users}
 
 
-def _refuse_server(number: int, path: str, trusted: set[int]) -> None:
+def _refuse_server(number: int, path: str) -> None:
     """Raise Untrusted where the mount ``number`` at ``path`` is a file system that somebody else's process serves: it says of
     each file what it likes, whose it is for one."""
     mount = next((mount for mount in mount_table() if mount.id == number), None)
-    if mount is not None and mount.type.startswith("fuse") and (owner := server_of(mount)) not in trusted:
+    if mount is None or not mount.type.startswith("fuse") or (owner := server_of(mount)) == 0:
+        return
+    if not servers.is_ours(owner, mount.super_options, mount.target, mount.device):
         raise Untrusted(f"{path} is a file system that the user {user_name(owner)} serves, and shows what that user likes")
 
 

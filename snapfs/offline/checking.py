@@ -272,7 +272,7 @@ class _Check:
                 yield Finding(
                     Problem.UNFLUSHED,
                     text + "when the power went or the disk failed, or somebody was still writing",
-                    f"look at them, then take it as it is with --accept {name}, or remove the snapshot",
+                    f"look at them, then take it as it is with --accept {shlex.quote(name)}, or remove the snapshot",
                 )
 
     def _find_orphans(self) -> Iterator[Finding]:

@@ -1,12 +1,15 @@
 """Making the records anew from what each snapshot's directory says of itself (``snapfs/root/imprint.py``).
 
-For a root whose database is lost or broken, or was put back from a backup that is too old.  The old one goes to lost+found.
+For a root whose database is lost or broken, or was put back from a backup that is too old.  The old one goes to lost+found;
+of many runs the first one's, which has what nothing made here has, and the last ones' stay there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -18,6 +21,7 @@ from snapfs.model import Kind
 from snapfs.names import encode, parse_id
 from snapfs.offline.checking import Finding, Problem, Progress, put_away
 from snapfs.root import imprint
+from snapfs.root.claim import RECORDS
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
 from snapfs.store.metastore import MetaStore
@@ -25,6 +29,8 @@ from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
 
 BATCH = 10_000  # records that one transaction writes
+
+KEPT = 5  # old databases in lost+found
 
 UNKNOWN_BOOT = "unknown"  # in the mark of a snapshot of which it is unknown whether its data was ever flushed
 
@@ -56,8 +62,11 @@ def rebuild(root: str, *, progress: Progress = lambda what, done, total: None) -
         yield from _break_circles(layers, found)
         yield from _put_parents(found)
         yield from _tell_apart(found)
-        _write(layers, found, progress)
-        yield Finding(Problem.NOTE, f"the records were made anew: {len(found)} snapshots")
+        old = _write(layers, found, progress)
+        words = f"the records were made anew: {len(found)} snapshots"
+        if old:
+            words += f"; the old ones are in {old}{_bound_old(layers)}"
+        yield Finding(Problem.NOTE, words)
 
 
 def _break_circles(layers: Layers, found: dict[int, Imprint]) -> Iterator[Finding]:
@@ -106,8 +115,10 @@ def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
             yield Finding(Problem.DAMAGED, text, mended=f'number {number} is called "{name}"')
 
 
-def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> None:
-    """Write the records beside the old ones, then put them in their place."""
+def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> str:
+    """Write the records beside the old ones, then put them in their place; where the old ones are then, "" if there were
+    none."""
+    old = ""
     place, fresh = layers.records, f"{layers.records}.new"
     _remove(fresh)
     numbers = sorted(found)
@@ -119,7 +130,7 @@ def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> Non
         records.write_now(lambda writer: writer.raise_last_id(_last_id(layers, numbers)))
     try:
         if os.path.lexists(place):
-            layers.move_to_lost_found(place)
+            old = layers.move_to_lost_found(place)
         os.rename(fresh, place)
         _remove(fresh)
         for directory in (layers.root, layers.snapshots):
@@ -130,6 +141,19 @@ def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> Non
                 os.close(fd)
     except OSError as error:
         raise Unavailable.from_os("put the new records in place", error) from error
+    return old
+
+
+def _bound_old(layers: Layers) -> str:
+    """Delete old databases in lost+found but for the first and the last ones, KEPT together; what was done, as the end of a
+    sentence."""
+    old = [path for path in layers.lost_of(RECORDS).values() if stat.S_ISREG(os.lstat(layers.held_path(path)).st_mode)]
+    deleted = []
+    for path in old[1 : 1 - KEPT]:
+        with contextlib.suppress(OSError):
+            os.unlink(layers.held_path(path))
+            deleted.append(os.path.basename(path))
+    return f"; {', '.join(deleted)} deleted there, between the first and the last {KEPT - 1}" if deleted else ""
 
 
 def _remove(records: str) -> None:
@@ -161,5 +185,5 @@ def _last_id(layers: Layers, numbers: list[int]) -> int:
     seen = [*numbers, imprint.read_last_reserved_id(layers.snapshots)]
     for directory in (layers.trash.directory, layers.lost_found):
         with contextlib.suppress(FileNotFoundError):
-            seen += [number for name in os.listdir(directory) if (number := parse_id(name.partition("-")[0].rstrip("~")))]
+            seen += [number for name in os.listdir(directory) if (number := parse_id(re.split("[-~]", name)[0]))]
     return max(seen)

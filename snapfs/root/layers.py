@@ -22,6 +22,7 @@ import errno
 import itertools
 import logging
 import os
+import re
 import stat
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 
 RESERVED_AHEAD = 1000  # ids that are reserved at once
 
-_NAME = 50  # characters that are left of a name that is too long for another "~"
+_DIGITS = 6  # of the number that tells what has the same name apart in lost+found
+_NAME = 50  # characters that are left of a name that is too long for a number behind it
 
 _PARTS = frozenset(("fs", "work", imprint.FILE, f"{imprint.FILE}.new"))
 
@@ -379,17 +381,29 @@ class Layers(Paths):
             raise refused
 
     def move_to_lost_found(self, path: str) -> str:
-        """Move the file or directory ``path``, a name in ROOT, to lost+found, and return its path there.  Raises OSError."""
+        """Move the file or directory ``path``, a name in ROOT, to lost+found, and return its path there: the second of a name
+        is ``NAME~1``, and so on in the order in which they come.  Raises OSError."""
         with self.naming:
-            os.makedirs(f"{self.held}/lost+found", mode=0o700, exist_ok=True)
-            name = os.path.basename(path)
-            others = (f"{name[:_NAME]}~{number}" for number in itertools.count(1))
+            directory, name = f"{self.held}/lost+found", os.path.basename(path)
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            if os.path.lexists(f"{directory}/{name}"):
+                shown = name if len(os.fsencode(name)) + len("~") + _DIGITS <= NAME_MAX else name[:_NAME]
+                first = max((0, *self.lost_of(shown))) + 1
+                others = (f"{shown}~{number}" for number in itertools.count(first))
+                name = next(other for other in others if not os.path.lexists(f"{directory}/{other}"))
             target = f"{self.lost_found}/{name}"
-            while os.path.lexists(self.held_path(target)):
-                name = f"{name}~" if len(os.fsencode(name)) < NAME_MAX else next(others)
-                target = f"{self.lost_found}/{name}"
             os.rename(self.held_path(path), self.held_path(target))
         return target
+
+    def lost_of(self, name: str) -> dict[int, str]:
+        """The paths of what came to lost+found as ``name``, in the order in which it came, by number: 0 for the first, then
+        those of ``NAME~1`` …; an older snapfs wrote as many "~" instead.  Raises OSError."""
+        pattern = re.compile(rf"{re.escape(name)}(?:(~*)|~([1-9][0-9]{{0,{_DIGITS - 1}}}))", re.DOTALL)
+        found = {}
+        for other in os.listdir(f"{self.held}/lost+found"):
+            if match := pattern.fullmatch(other):
+                found[int(match[2] or len(match[1]))] = f"{self.lost_found}/{other}"
+        return dict(sorted(found.items()))
 
     def remove_directory(self, path: str) -> None:
         """Remove the directory ``path``, a name in ROOT, which should be empty; one that is not goes to lost+found.  Never

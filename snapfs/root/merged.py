@@ -123,7 +123,7 @@ class Merged:
         try:
             trial = self._layers.make_trial()
         except OSError as error:
-            return _why_refused(error)
+            return self._why_refused(error)
         options = [*self._options, "volatile"] if mounting.kernel_version() >= (5, 10) else self._options  # so: no flush
         directory = f"{self._directory}/trial"
         try:
@@ -131,11 +131,17 @@ class Merged:
             self._put(directory, [f"{trial}/lower"], f"{trial}/fs", f"{trial}/work", options)
             mounting.unmount(self._reach(f"{directory}/{shelter.INSIDE}"), mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
-            return _why_refused(error)
+            return self._why_refused(error)
         finally:
             self._clear(directory)
             shutil.rmtree(trial, ignore_errors=True)
         return None
+
+    def _why_refused(self, error: OSError) -> str | None:
+        """In words why mounting is not permitted; a full disk does not tell whether it is, nor a full table of descriptors."""
+        if error.errno in (*FULL, errno.EMFILE, errno.ENFILE):
+            return None
+        return probe.why_trial_failed(error, "ROOT", self._layers.root, self._layers.held)
 
     def recover(self, is_right: Callable[[int], bool]) -> dict[int, Held]:
         """Unmount what a crashed daemon left, and remove its directories; what is taken over, by snapshot id.
@@ -448,11 +454,6 @@ def _are_inherited(found: Sequence[Place], shelters: Sequence[Place]) -> bool:
     """Whether all that was ``found`` of an overlay are inherited copies: in foreign namespaces, in copies of its shelter."""
     standing = {place.id for place in shelters if place.foreign and place.inside == "/"}
     return all(place.foreign and place.parent in standing for place in found)
-
-
-def _why_refused(error: OSError) -> str | None:
-    """In words why mounting is not permitted; a full disk does not tell whether it is, nor a full table of descriptors."""
-    return None if error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else probe.why_trial_failed(error)
 
 
 def by_users(target: str) -> str:

@@ -35,6 +35,11 @@ log = logging.getLogger(__name__)
 READERS = 1024  # transactions that may read at once, in all processes: 64 bytes of the lock table each
 PATIENCE = 2.0  # seconds that one more reader waits for a place
 
+_IF_IT_STAYS_SO = (
+    ", and where the disk stays so (dmesg says what it has): end the daemon, check that file system and mount it anew, and "
+    "start the daemon again"
+)
+
 _NONSENSE = (lmdb.Error, UnicodeDecodeError, OverflowError)  # what reading raises where the disk has mangled pages of the file
 
 
@@ -66,10 +71,9 @@ class _Reading(Reader):
             raise environment.refusal()
         with environment._guard:
             if environment.reopen_error is not None:
-                raise Unavailable(
-                    f"cannot read the records: {environment.reopen_error}; the next change tries again",
-                    getattr(environment.reopen_error, "errno", None),
-                )
+                number = getattr(environment.reopen_error, "errno", None)
+                to_do = f"; the next change tries again{_IF_IT_STAYS_SO * (number == errno.EIO)}"
+                raise Unavailable(f"cannot read the records: {environment.reopen_error}{to_do}", number)
             while self._long and environment.is_changing:  # or long readers, one after the other, could keep the writer waiting
                 environment._idle.wait()
             environment._readers += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def enter(directory: str) -> None:
         _try_overlay(directory)
 
     if failed := userns.tried(act):
-        raise Refused(_why(*failed))
+        raise Refused(_why(*failed, directory))
     if not privileged:
         userns.enter()
         capabilities.hold_back()
@@ -102,13 +103,13 @@ def _try_overlay(directory: str) -> None:
     Path(directory, "merged/file").write_text("upper")
 
 
-def _why(step: str, error: OSError) -> str:
+def _why(step: str, error: OSError, directory: str) -> str:
     """The end of a sentence that begins with "no overlay, for "."""
     if step not in ("", _OVERLAY):
         return userns.in_words(step, error)
     if error.errno == errno.EPERM and os.geteuid() != 0:
         return "this kernel lets none but root mount overlays: it takes Linux 5.11"
-    return why_trial_failed(error).replace("ROOT's", "TMPDIR's").replace("put ROOT", "put TMPDIR")
+    return why_trial_failed(error, "TMPDIR", tempfile.gettempdir(), directory)
 
 
 def _other_threads() -> bool:

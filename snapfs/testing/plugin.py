@@ -49,7 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how copies are made, at best: overlay (from the start), reflink, copy; auto: overlay, if a test wants copies"
         + ini,
     )
-    group.addoption("--snapfs-cache", metavar="DIR", help="keep bases in DIR from one run to the next (ini: snapfs_cache)")
+    group.addoption(
+        "--snapfs-cache",
+        metavar="DIR",
+        help="keep bases in DIR, relative to where pytest is started, from one run to the next (ini: snapfs_cache, relative to "
+        "rootdir)",
+    )
     group.addoption("--snapfs-cache-size", metavar="SIZE", help="how much may be there, as 500M (5G) (ini: snapfs_cache_size)")
     group.addoption(
         "--snapfs-keep",
@@ -57,7 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="keep the copies of tests that failed, or of all, beside tmp_path's (ini: snapfs_keep)",
     )
     parser.addini("snapfs", "how copies are made: auto, overlay, reflink, copy", default="auto")
-    parser.addini("snapfs_cache", "the directory that keeps bases from one run to the next", default="")
+    parser.addini("snapfs_cache", "the directory, relative to rootdir, that keeps bases from one run to the next", default="")
     parser.addini("snapfs_cache_size", "how much may be in snapfs_cache", default="5G")
     parser.addini("snapfs_keep", "which copies are kept: no, failed, all", default="no")
 
@@ -132,7 +137,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_configure_node(node: Any) -> None:
     """What a worker has to know."""
     config = node.config
-    told: dict[str, object] = {"run": _run_of(config)}
+    told: dict[str, object] = {"run": _run_of(config), "cache": _cache_of(config)}
     session = config.stash.get(_session, None)
     if session is not None and session.how is not None:
         told |= {"how": session.how, "why": session.why, "namespace": os.stat("/proc/self/ns/mnt").st_ino}
@@ -337,6 +342,15 @@ def _input(config: pytest.Config) -> dict[str, Any]:
     return told
 
 
+def _cache_of(config: pytest.Config) -> str | None:
+    """The directory of the cache: as pytest's own options are, relative to where it was started, and as its ini options are,
+    to rootdir."""
+    if given := config.getoption("snapfs_cache"):
+        return os.path.join(config.invocation_params.dir, os.path.expanduser(given))
+    given = config.getini("snapfs_cache")
+    return os.path.join(config.rootpath, os.path.expanduser(given)) if given else None
+
+
 def _session_of(config: pytest.Config) -> Session:
     """What this process has of the run, made when it is asked for first."""
     if _session in config.stash:
@@ -346,12 +360,11 @@ def _session_of(config: pytest.Config) -> Session:
 
     told = _input(config)
     run = told.get("run", "") if _is_worker(config) else _run_of(config) if _is_controller(config) else ""
-    cache = config.getoption("snapfs_cache") or config.getini("snapfs_cache")
     size = config.getoption("snapfs_cache_size") or config.getini("snapfs_cache_size")
     session = config.stash[_session] = Session(
         _asked(config),  # type: ignore[arg-type]
         run=run,
-        cache=os.path.join(config.rootpath, os.path.expanduser(cache)) if cache else None,
+        cache=told["cache"] if _is_worker(config) and "cache" in told else _cache_of(config),
         limit=_bytes(size),
     )
     if "how" in told and entering.join(told["namespace"]):

@@ -71,7 +71,7 @@ class DaemonFile(TextFile):
         return self._path
 
     def render(self) -> Text:
-        return Text(self._rendered(self.state).encode())
+        return self.state.sparing.text(self._path, lambda: Text(self._rendered(self.state).encode()))
 
     def time(self) -> int:
         return self.state.started if self.fixed else self.text().made

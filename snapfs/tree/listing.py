@@ -6,8 +6,8 @@ One line a snapshot, in the order of ids, with ten columns between tabs, none of
 
 ``name`` and ``parent`` are file names, ``.`` where there is no parent.  ``size`` (bytes) and ``inodes`` are what is known
 without counting.  Times are seconds since the epoch with nine decimals.  ``state`` is ``unflushed``, ``damaged`` or ``.``.
-``labels`` are ``key=value`` with commas between, ``.`` where there are none; in them ``%``, ``,``, ``=`` (of a key) and
-control characters are percent-encoded.
+``labels`` are ``key=value`` with commas between, ``.`` where there are none; in them ``%``, ``,``, ``=`` (of a key), control
+characters and what nobody sees (``names.UNSEEN``) are percent-encoded.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ from snapfs.tree.state import State
 from snapfs.tree.textfile import TextFile
 from snapfs.tree.texts import Text
 
-_SPECIAL = re.compile("[%,=\x00-\x1f\x7f-\x9f]")
-_IN_KEY = {ord(c): "".join(f"%{byte:02X}" for byte in c.encode()) for c in map(chr, range(0xA0)) if _SPECIAL.match(c)}
+_RANGES = f"%,=\x00-\x1f\x7f-\x9f{names.UNSEEN}"
+_SPECIAL = re.compile(f"[{_RANGES}]")
+_IN_KEY = {
+    number: "".join(f"%{byte:02X}" for byte in chr(number).encode())
+    for first, last in re.findall("(.)(?:-(.))?", _RANGES, re.DOTALL)
+    for number in range(ord(first), ord(last or first) + 1)
+}
 _IN_VALUE = {number: text for number, text in _IN_KEY.items() if number != ord("=")}
 
 

@@ -25,7 +25,7 @@ from snapfs.tree.log import ErrorLog
 from snapfs.tree.meters import Meter
 from snapfs.tree.openlabels import OpenLabels
 from snapfs.tree.reads import Reads
-from snapfs.tree.texts import LongText, Text, Versions
+from snapfs.tree.texts import LongText, Sparing, Text, Versions
 
 
 class Collecting:
@@ -61,9 +61,9 @@ class State:
     since the epoch).
 
     ``error_log``, ``events``: the logs in .snapfs/.  ``meters``: the requests, by operation, for stats.json.  ``reads``: which
-    process has read what lately.  ``versions``: texts that were looked up lately.  ``open_labels``: labels that are open for
-    writing; ``label_inodes``: the inodes of those that are not.  ``hidden``: entries that were just unlinked.  ``teardowns``:
-    processes that were just refused to delete.
+    process has read what lately.  ``versions``: texts that were looked up lately.  ``sparing``: makes those about the daemon.
+    ``open_labels``: labels that are open for writing; ``label_inodes``: the inodes of those that are not.  ``hidden``: entries
+    that were just unlinked.  ``teardowns``: processes that were just refused to delete.
 
     ``removals``: how often a directory inside a snapshot was removed (and came back), by inode.  ``aliased``: the ids of
     committed snapshots whose directories are found under their other inode (``inodes.ALIAS``): the server of the tree says
@@ -93,6 +93,7 @@ class State:
         self.meters: defaultdict[str, Meter] = defaultdict(Meter)
         self.reads = Reads()
         self.versions = Versions()
+        self.sparing = Sparing()
         self.open_labels = OpenLabels(snapshotter)
         self.label_inodes = LabelInodes()
         self.hidden = Hidden()

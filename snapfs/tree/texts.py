@@ -7,7 +7,7 @@ import tempfile
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import BinaryIO
 
@@ -16,6 +16,7 @@ OVERHEAD = 1000  # bytes that a text takes besides its content, or an open file
 ON_DISK = 16  # bytes on the disk that weigh as much as one in memory
 LINES = 500  # that are taken at once, at most
 AT_ONCE = 64 << 10  # bytes; where lines take more, fewer of them are
+SHARE, SPARE = 0.1, 0.1  # of the time, and seconds at once, that making the daemon's own texts may take
 IN_MEMORY = 1 << 20  # bytes of one text that is made line by line; a longer one goes to the disk
 
 
@@ -100,6 +101,27 @@ def _write(file: BinaryIO, data: bytearray) -> None:
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]
+
+
+class Sparing:
+    """Texts about the daemon that are another at each moment, since each request counts.  They are made anew for each that
+    asks, but for no more than SHARE of the time: in a flood all get the same for some moments."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Text] = {}
+        self._left = SPARE
+        self._when = 0.0
+
+    def text(self, path: str, make: Callable[[], Text]) -> Text:
+        """That of the file at ``path``, which ``make`` makes."""
+        now = time.monotonic()
+        self._left = min(SPARE, self._left + (now - self._when) * SHARE)
+        self._when = now
+        if self._left <= 0 and path in self._last:
+            return self._last[path]
+        text = self._last[path] = make()
+        self._left -= time.monotonic() - now
+        return text
 
 
 class Versions:
