@@ -199,12 +199,13 @@ def test_killed(home: Home) -> None:
 
 def test_killed_while_somebody_stands_in_a_workspace(home: Home) -> None:
     """The new daemon must not mount the layer that the shell still has; nor take the directory away that it stands on."""
-    with sitting(home, "w"):
+    with sitting(home, "w") as sitter:
         home.daemon.stop(signal.SIGKILL)
         until(lambda: home.mounts() == [], "nothing is mounted")
         home.daemon = home.another().start()
-        home.sh("! ls tree/active/w/rootfs/ 2>/dev/null; ! mv tree/active/w tree/committed/v 2>/dev/null")
-        assert "in use elsewhere" in home.last_error()
+        for refused in ("ls tree/active/w/rootfs/", "mv tree/active/w tree/committed/v"):
+            home.sh(f"! {refused} 2>/dev/null")
+            assert f"is in use by process {sitter.pid} (sh): end it first" in home.last_error()
     until(lambda: home.does("sh", "-c", "cat tree/active/w/rootfs/said || true") == "bye\n", "it is free")
     home.sh("mv tree/active/w tree/committed/v")
 
