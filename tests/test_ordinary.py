@@ -83,6 +83,13 @@ def test_an_editor_and_a_file_manager_and_inotify(home: Home) -> None:
     assert home.sh(
         "cd tree/active/w; flock rootfs/file true; mkdir -p rootfs/a/b; cd ~; rsync -a tree/active/w/rootfs/ copy/; ls copy"
     )
+    watch = """
+import ctypes, os
+created, watcher = 0x100, ctypes.CDLL(None).inotify_init()
+assert ctypes.CDLL(None).inotify_add_watch(watcher, b"tree/active/w/rootfs/", created) > 0
+open("tree/active/w/rootfs/new", "w").close()
+assert b"new" in os.read(watcher, 4096)"""
+    home.does("/usr/bin/python3", "-c", watch)
 
 
 def test_the_mounts_of_its_own_are_told(home: Home) -> None:
@@ -428,7 +435,8 @@ def test_as_root_of_a_user(home: Home) -> None:
 
 
 def test_a_shell_at_a_terminal(anybody: Home) -> None:
-    """It is the process that was started, so the terminal is its own, and Ctrl-C ends what runs in it and not the shell."""
+    """It is the process that was started, so the terminal is its own: Ctrl-C ends what runs in it and not the shell, and Ctrl-Z
+    stops that."""
     home = anybody
     pid, terminal = pty.fork()
     if pid == 0:
@@ -448,6 +456,14 @@ def test_a_shell_at_a_terminal(anybody: Home) -> None:
     see(b"base\r\n")
     os.write(terminal, b"\x03")
     assert b"not reached" not in see(b"$ ")
+    os.write(terminal, b"sh -c 'cat file; exec sed -u s/^/got-/'\n")
+    see(b"base\r\n")
+    os.write(terminal, b"\x1a")
+    assert b"Stopped" in see(b"\r\n$ ")
+    os.write(terminal, b"fg\nline\n")
+    see(b"got-line\r\n")
+    os.write(terminal, b"\x04")
+    see(b"$ ")
     os.write(terminal, b"exit 5\n")
     status = os.waitpid(pid, 0)[1]
     os.close(terminal)
