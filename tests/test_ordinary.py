@@ -112,6 +112,14 @@ def test_nobody_else_gets_in(home: Home) -> None:
     assert home.does("cat", f"{target}/file", who=()) == "base\n", "but root"
 
 
+def test_who_names_a_tree_that_is_closed_is_told_so(home: Home) -> None:
+    for who, whose in ((bob, f" (of user {ALICE})"), ((), f" (of user {ALICE})"), (alice, "")):
+        where = home.mnt / "active" if who else home.mnt
+        said = home.does(*SNAPFS, "ls", "--at", where, who=who, status=6 if whose else 0)
+        closed = f"snapfs: {home.mnt}{whose} is closed to you: allow_other and umask= say who may enter, when it is served\n"
+        assert said == closed if whose else said.startswith("NAME")
+
+
 def test_nobody_else_gets_in_where_all_may_see_the_tree(nobody_serves: Home, tmp_path: Path) -> None:
     (tmp_path / "fuse.conf").write_text("user_allow_other\n")
     subprocess.run(["mount", "--bind", str(tmp_path / "fuse.conf"), "/etc/fuse.conf"], check=True)
