@@ -312,6 +312,27 @@ def test_no_userns(nobody_serves: Home) -> None:
     assert home.daemon.stop() == 0
 
 
+def test_a_root_that_was_filled_in_a_namespace_is_understood_without(nobody_serves: Home) -> None:
+    """What was replaced in its layers doesn't come back: not in `changes`, and not for whoever mounts them."""
+    home = nobody_serves
+    home.daemon = home.another().start()
+    home.sh(
+        "mkdir tree/active/b; mkdir tree/active/b/rootfs/d; touch tree/active/b/rootfs/d/f; mv tree/active/b tree/committed/b"
+    )
+    home.sh(
+        "mkdir tree/committed/b/active/w; cd tree/active/w/rootfs/; rm -r d; mkdir d; cd; mv tree/active/w tree/committed/v"
+    )
+    before = home.sh("cat tree/committed/v/changes")
+    assert before == "D /d/f\n"
+    assert home.daemon.stop() == 0
+    home.daemon.arguments = ("--no-userns",)
+    home.daemon.start()
+    assert home.sh("cat tree/committed/v/changes") == before
+    home.sh("mkdir tree/committed/v/view/p")
+    assert "userxattr" in home.sh("cat tree/view/p/mounts.json")
+    assert home.daemon.stop() == 0
+
+
 LIMITED = """
 import sys
 from pathlib import Path
