@@ -124,9 +124,7 @@ def _overlay_options(given: Sequence[str], directory: str, features: dict[str, F
         features["userxattr"] = Feature(True, "this user namespace can't write overlayfs's own extended attributes")
     elif imprint.has_userxattr(directory):  # or what was replaced in these layers would come back
         found.append("userxattr")
-        features["userxattr"] = Feature(
-            True, "a daemon in a user namespace has served this root: its layers have such marks"
-        )
+        features["userxattr"] = Feature(True, "a daemon in a user namespace has served this root: its layers have such marks")
     elif probe.in_user_namespace():
         features["userxattr"] = Feature(
             False, "overlayfs can't write users' extended attributes here, either (a kernel before 5.11, tmpfs before 6.6 …)"
