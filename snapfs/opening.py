@@ -16,7 +16,7 @@ from snapfs.kernel import mounting, probe
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.overlay import MountApiLacking, make_overlay
 from snapfs.options import Feature, Options, Sync
-from snapfs.root import placing
+from snapfs.root import imprint, placing
 from snapfs.root.inuse import InUse
 from snapfs.root.layers import Layers
 from snapfs.root.merged import Merged
@@ -122,12 +122,18 @@ def _overlay_options(given: Sequence[str], directory: str, features: dict[str, F
     elif probe.needs_userxattr(directory):
         found.append("userxattr")
         features["userxattr"] = Feature(True, "this user namespace can't write overlayfs's own extended attributes")
+    elif imprint.has_userxattr(directory):  # or what was replaced in these layers would come back
+        found.append("userxattr")
+        features["userxattr"] = Feature(True, "a daemon in a user namespace has served this root: its layers have such marks")
     elif probe.in_user_namespace():
         features["userxattr"] = Feature(
             False, "overlayfs can't write users' extended attributes here, either (a kernel before 5.11, tmpfs before 6.6 …)"
         )
     else:
         features["userxattr"] = Feature(False, "not needed outside of user namespaces")
+    if features["userxattr"].on:
+        with suppress(OSError):
+            imprint.note_userxattr(directory)
     if "index" in keys:
         features["index=off"] = Feature(False, "a mount option says otherwise")
     elif probe.overlay_knows("index"):

@@ -761,6 +761,20 @@ print(*{{"trio", "pyfuse3", "lmdb", "grpc"}} & set(sys.modules), file=sys.stderr
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("words", [("serve", "root", "mnt"), ("check", "root"), ("backup", "root", "copy"), ("root/", "mnt")])
+def test_where_it_was_installed_without_what_the_daemon_needs(words: tuple[str, ...], tmp_path: Path) -> None:
+    """As for the plugin for pytest, where there is no compiler."""
+    for name in ("root", "mnt"):
+        (tmp_path / name).mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-S", *SNAPFS[1:], *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"snapfs: \w+ is not installed, which {words[0]} takes: install snapfs anew, without --no-deps\n", done.stderr
+    )
+
+
 def test_grammar() -> None:
     its = grammar.Verb(
         "x",

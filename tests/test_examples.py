@@ -466,3 +466,27 @@ def test_only_snapfs_goes_where_a_users_link_could_lead(unit: Path) -> None:
         places = [word for word in words if not word.startswith("-") and word != "755"]
         assert places, command
         assert all(re.fullmatch(r"/run/snapfs(-%i|/tree)?", place) for place in places), command
+
+
+@pytest.mark.parametrize(
+    ("path", "is_ours"),
+    [
+        ("/opt/snapfs/bin/snapfs", True),  # the README's
+        ("/home/ann/src/snapfs/.venv/bin/snapfs", True),  # make run's
+        ("/home/ann/.local/share/pipx/venvs/snapfs/bin/snapfs", True),
+        ("/home/ann/.local/pipx/venvs/snapfs/bin/snapfs", True),  # Debian 12's pipx
+        ("/home/ann/.local/share/uv/tools/snapfs/bin/snapfs", True),
+        ("/opt/snapfs/bin/python3", False),
+        ("/tmp/snapfs", False),
+    ],
+)
+def test_the_profile_for_apparmor_is_of_the_files_that_are_installed(path: str, is_ours: bool) -> None:
+    """Not of links to them, which the kernel has followed by the time that it looks for a profile."""
+    text = (EXAMPLES / "apparmor/snapfs").read_text()
+    found = re.findall(r"^profile snapfs (\S+)", text, re.MULTILINE)
+    for variable in re.findall(r"^(@\{\w+\}) =", text, re.MULTILINE):
+        values = " ".join(re.findall(rf"^{re.escape(variable)} \+?= (.*)$", text, re.MULTILINE)).split()
+        found = [one.replace(variable, value) for one in found for value in values]
+    glob = {"**": ".*", "*": "[^/]*", "{": "(?:", "}": ")", ",": "|"}
+    patterns = [re.sub(r"\*\*|[*{},.]", lambda match: glob.get(match[0], r"\."), one) for one in found]
+    assert any(re.fullmatch(pattern, path) for pattern in patterns) is is_ours, patterns

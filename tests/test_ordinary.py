@@ -83,6 +83,13 @@ def test_an_editor_and_a_file_manager_and_inotify(home: Home) -> None:
     assert home.sh(
         "cd tree/active/w; flock rootfs/file true; mkdir -p rootfs/a/b; cd ~; rsync -a tree/active/w/rootfs/ copy/; ls copy"
     )
+    watch = """
+import ctypes, os
+created, watcher = 0x100, ctypes.CDLL(None).inotify_init()
+assert ctypes.CDLL(None).inotify_add_watch(watcher, b"tree/active/w/rootfs/", created) > 0
+open("tree/active/w/rootfs/new", "w").close()
+assert b"new" in os.read(watcher, 4096)"""
+    home.does("/usr/bin/python3", "-c", watch)
 
 
 def test_the_mounts_of_its_own_are_told(home: Home) -> None:
@@ -103,6 +110,14 @@ def test_nobody_else_gets_in(home: Home) -> None:
     enter = f"nsenter --target {home.daemon.pid} --user --mount --preserve-credentials ls {home.root}"
     assert "nsenter" in home.does("sh", "-c", enter, status=1, who=bob)
     assert home.does("cat", f"{target}/file", who=()) == "base\n", "but root"
+
+
+def test_who_names_a_tree_that_is_closed_is_told_so(home: Home) -> None:
+    for who, whose in ((bob, f" (of user {ALICE})"), ((), f" (of user {ALICE})"), (alice, "")):
+        where = home.mnt / "active" if who else home.mnt
+        said = home.does(*SNAPFS, "ls", "--at", where, who=who, status=6 if whose else 0)
+        closed = f"snapfs: {home.mnt}{whose} is closed to you: allow_other and umask= say who may enter, when it is served\n"
+        assert said == closed if whose else said.startswith("NAME")
 
 
 def test_nobody_else_gets_in_where_all_may_see_the_tree(nobody_serves: Home, tmp_path: Path) -> None:
@@ -199,12 +214,13 @@ def test_killed(home: Home) -> None:
 
 def test_killed_while_somebody_stands_in_a_workspace(home: Home) -> None:
     """The new daemon must not mount the layer that the shell still has; nor take the directory away that it stands on."""
-    with sitting(home, "w"):
+    with sitting(home, "w") as sitter:
         home.daemon.stop(signal.SIGKILL)
         until(lambda: home.mounts() == [], "nothing is mounted")
         home.daemon = home.another().start()
-        home.sh("! ls tree/active/w/rootfs/ 2>/dev/null; ! mv tree/active/w tree/committed/v 2>/dev/null")
-        assert "in use elsewhere" in home.last_error()
+        for refused in ("ls tree/active/w/rootfs/", "mv tree/active/w tree/committed/v"):
+            home.sh(f"! {refused} 2>/dev/null")
+            assert f"is in use by process {sitter.pid} (sh): end it first" in home.last_error()
     until(lambda: home.does("sh", "-c", "cat tree/active/w/rootfs/said || true") == "bye\n", "it is free")
     home.sh("mv tree/active/w tree/committed/v")
 
@@ -293,6 +309,27 @@ def test_no_userns(nobody_serves: Home) -> None:
     features = home.options()["features"]
     assert isinstance(features, dict)
     assert "leave out --no-userns" in features["rootfs"]["why"]
+    assert home.daemon.stop() == 0
+
+
+def test_a_root_that_was_filled_in_a_namespace_is_understood_without(nobody_serves: Home) -> None:
+    """What was replaced in its layers doesn't come back: not in `changes`, and not for whoever mounts them."""
+    home = nobody_serves
+    home.daemon = home.another().start()
+    home.sh(
+        "mkdir tree/active/b; mkdir tree/active/b/rootfs/d; touch tree/active/b/rootfs/d/f; mv tree/active/b tree/committed/b"
+    )
+    home.sh(
+        "mkdir tree/committed/b/active/w; cd tree/active/w/rootfs/; rm -r d; mkdir d; cd; mv tree/active/w tree/committed/v"
+    )
+    before = home.sh("cat tree/committed/v/changes")
+    assert before == "D /d/f\n"
+    assert home.daemon.stop() == 0
+    home.daemon.arguments = ("--no-userns",)
+    home.daemon.start()
+    assert home.sh("cat tree/committed/v/changes") == before
+    home.sh("mkdir tree/committed/v/view/p")
+    assert "userxattr" in home.sh("cat tree/view/p/mounts.json")
     assert home.daemon.stop() == 0
 
 
@@ -458,7 +495,8 @@ def test_as_root_of_a_user(home: Home) -> None:
 
 
 def test_a_shell_at_a_terminal(anybody: Home) -> None:
-    """It is the process that was started, so the terminal is its own, and Ctrl-C ends what runs in it and not the shell."""
+    """It is the process that was started, so the terminal is its own: Ctrl-C ends what runs in it and not the shell, and Ctrl-Z
+    stops that."""
     home = anybody
     pid, terminal = pty.fork()
     if pid == 0:
@@ -478,6 +516,14 @@ def test_a_shell_at_a_terminal(anybody: Home) -> None:
     see(b"base\r\n")
     os.write(terminal, b"\x03")
     assert b"not reached" not in see(b"$ ")
+    os.write(terminal, b"sh -c 'cat file; exec sed -u s/^/got-/'\n")
+    see(b"base\r\n")
+    os.write(terminal, b"\x1a")
+    assert b"Stopped" in see(b"\r\n$ ")
+    os.write(terminal, b"fg\nline\n")
+    see(b"got-line\r\n")
+    os.write(terminal, b"\x04")
+    see(b"$ ")
     os.write(terminal, b"exit 5\n")
     status = os.waitpid(pid, 0)[1]
     os.close(terminal)

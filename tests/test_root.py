@@ -495,10 +495,10 @@ async def test_foreign_entries_are_moved_aside_by_cleanup_and_never_deleted(root
             assert os.listdir(snapshots) == ["1"]
     lost = root / "lost+found"
     assert sorted(os.listdir(lost)) == sorted(
-        name + tail for name in ("precious", "007", "1x", "0", "99", "a file") for tail in ("", "~")
+        name + tail for name in ("precious", "007", "1x", "0", "99", "a file") for tail in ("", "~1")
     )
     assert (lost / "precious/file").read_text() == (lost / "a file").read_text() == "first"
-    assert (lost / "precious~/file").read_text() == (lost / "a file~").read_text() == "second"
+    assert (lost / "precious~1/file").read_text() == (lost / "a file~1").read_text() == "second"
 
 
 async def test_foreign_entries_survive_a_start(root: Path) -> None:

@@ -95,6 +95,16 @@ def test_a_worker_that_is_killed_while_it_makes_a_base(runner: Runner) -> None:
     assert "1 failed" in said
 
 
+def test_workers_have_the_best_without_a_conftest(user: Runner) -> None:
+    """They have threads before they collect tests, so that the namespace is entered by who starts them."""
+    (user.tests / "sub").mkdir()
+    user.write(**{"sub/test_it": counting(user)})
+    for tests in (user.tests, user.tests / "sub/test_it.py"):
+        said = user("-n2", tests=tests, status=0)
+        assert "snapfs: copies are overlays" in said
+        assert "whole copies" not in said
+
+
 # -- the cache
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import snapfs.testing
 from snapfs.testing import copying
 from snapfs.testing.place import Place, new_name
 from tests.plugin import NOBODY, Runner
@@ -194,6 +195,15 @@ def test_a_copy_in_use(options: str, runner: Runner) -> None:
     assert said.startswith("16 [Errno 16] the copy ")
     assert "is in use by process" in said
     assert "ZeroDivisionError" in said
+
+
+def test_what_it_is_asked_and_can_not_do() -> None:
+    with pytest.raises(ValueError, match="how='overlays': it is one of auto, overlay, reflink, copy"):
+        snapfs.testing.copies("/", how="overlays")  # type: ignore[arg-type]
+    made = snapfs.testing.copies("/")
+    for act in (made.reset, made.changes):
+        with pytest.raises(RuntimeError, match="there is no copy: use it in the block of its with statement"):
+            act()
 
 
 def test_with_a_cache(runner: Runner) -> None:

@@ -42,6 +42,8 @@ VERBS = {
 }
 """Module and summary of each verb."""
 
+_OF_THE_DAEMON = ("lmdb", "msgspec", "pyfuse3", "trio")  # which ``pip install --no-deps`` leaves out
+
 HELP = """\
 usage: snapfs VERB …            snapfs VERB --help tells more
        snapfs ROOT MOUNTPOINT [-o opt,…]      as mount(8) calls it: serve in the background
@@ -98,7 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from snapfs.errors import SnapshotError
 
         said: Exception = error
-        if not isinstance(error, (Refusal, SnapshotError)):
+        if isinstance(error, ModuleNotFoundError) and error.name in _OF_THE_DAEMON:
+            said = Refusal(f"{error.name} is not installed, which {given[0]} takes: install snapfs anew, without --no-deps")
+        elif not isinstance(error, (Refusal, SnapshotError)):
             if not isinstance(error, FileNotFoundError) or not _has_no_directory():
                 raise
             said = Refusal("the directory that this runs in was removed: cd to another one first")

@@ -331,6 +331,9 @@ def _above(path: str) -> str | None:
 
             if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
                 raise refusal(error, path, 0, "") from None
+            if error.errno == errno.EACCES and (closed := [tree for tree in mounted_trees() if tree.path == path]):
+                words = f"{closed[-1].named()} is closed to you: allow_other and umask= say who may enter, when it is served"
+                raise Refusal(words, NOT_PERMITTED) from None
         if path == "/":
             return None
         path = os.path.dirname(path)

@@ -52,6 +52,8 @@ def elsewhere(mounted: Mounted, number: int, rootfs: str, device: str = "") -> s
         return f"is mounted in another mount namespace, that of process {found}: end it first"
     if using:
         return f"is in use by process {using}: end it first"
+    if using := by_users(rootfs):  # in another mount of it at the same path: that of a daemon that is gone
+        return f"is in use{using}: end it first"
     to_do = "rmdir the directory that it was mounted on, if snapfs mount did that"
     if keeping := ", ".join(f"{pid} ({name})" for pid, name in islice(keepers(), _MOST)):
         return f"is in use elsewhere, perhaps in a mount namespace that process {keeping} has open: end it first, or {to_do}"

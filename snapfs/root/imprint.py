@@ -25,6 +25,7 @@ from snapfs.store.schema import Record
 
 ATTRIBUTE = "user.snapfs"  # of ROOT/snapshots/<id>
 LAST_ID = "user.snapfs.last_id"  # of ROOT/snapshots
+USERXATTR = "user.snapfs.userxattr"  # of ROOT/snapshots
 FILE = "record"  # in ROOT/snapshots/<id>
 
 _ABSENT = (errno.ENODATA, errno.ENOTSUP)
@@ -140,3 +141,17 @@ def read_last_reserved_id(directory: str) -> int:
         return int(os.getxattr(directory, LAST_ID))
     except (OSError, ValueError):
         return 0
+
+
+def note_userxattr(directory: str) -> None:
+    """Note on ``directory``, ROOT/snapshots, that overlays have left their marks in users' extended attributes of the layers,
+    where such overlays alone find them; raises OSError."""
+    os.setxattr(directory, USERXATTR, b"yes")
+
+
+def has_userxattr(directory: str) -> bool:
+    """Whether that is noted on ``directory``."""
+    try:
+        return bool(os.getxattr(directory, USERXATTR))
+    except OSError:
+        return False

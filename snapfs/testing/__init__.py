@@ -34,6 +34,8 @@ __all__ = ["copies"]
 
 pytest_plugins = ["snapfs.testing.plugin"]
 
+_WISHES = ("auto", "overlay", "reflink", "copy")
+
 _sessions: dict[tuple[str, str | None], Session] = {}
 
 
@@ -58,6 +60,8 @@ class copies:
         cache: str | os.PathLike[str] | None = None,
         how: Wish = "auto",
     ) -> None:
+        if how not in _WISHES:
+            raise ValueError(f"how={how!r}: it is one of {', '.join(_WISHES)}")
         self._base = base
         self._depends = depends
         self._cache = None if cache is None else os.path.abspath(cache)
@@ -74,11 +78,16 @@ class copies:
 
     def reset(self) -> None:
         """Let the copy begin anew, at the same path."""
-        self._copies[-1].reset()
+        self._copy().reset()
 
     def changes(self) -> list[str]:
         """What was changed in the copy so far: ``A /added``, ``C /changed``, ``D /deleted``."""
-        return [line.rstrip("\n") for line in self._copies[-1].changes()]
+        return [line.rstrip("\n") for line in self._copy().changes()]
+
+    def _copy(self) -> Copy:
+        if not self._copies:
+            raise RuntimeError("there is no copy: use it in the block of its with statement")
+        return self._copies[-1]
 
 
 def _session(how: Wish, cache: str | None) -> Session:

@@ -7,6 +7,8 @@ nothing is done, and nothing else of snapfs is imported.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 _FIXTURES = {"snapshot_of", "fresh_copy", "class_fresh_copy", "module_fresh_copy", "session_fresh_copy"}
 _MENTIONED = re.compile(r"\b(snapfs\.testing|snapshot_of|\w*fresh_copy)\b")
+
+_SEARCHED = 5000  # modules of tests that are searched for these, at most
 
 _SHOWN = 100  # lines of changes in a report
 
@@ -321,14 +325,31 @@ def _is_controller(config: pytest.Config) -> bool:
 
 
 def _is_mentioned(config: pytest.Config) -> bool:
-    """Whether one of the conftest.py that pytest starts with has the name of the plugin, or of a fixture."""
-    for plugin in config.pluginmanager.get_plugins():
-        file = getattr(plugin, "__file__", None) or ""
-        if os.path.basename(file) == "conftest.py":
-            with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="replace") as text:
-                if _MENTIONED.search(text.read()):
-                    return True
+    """Whether one of the conftest.py that pytest starts with has the name of the plugin, or of a fixture; for xdist, whose
+    workers have threads before they collect anything, also whether a module of tests has."""
+    files = [getattr(plugin, "__file__", None) or "" for plugin in config.pluginmanager.get_plugins()]
+    found: Iterable[str] = [file for file in files if os.path.basename(file) == "conftest.py"]
+    if _is_controller(config):
+        found = itertools.chain(found, itertools.islice(_test_modules(config), _SEARCHED))
+    for file in found:
+        with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="replace") as text:
+            if _MENTIONED.search(text.read()):
+                return True
     return False
+
+
+def _test_modules(config: pytest.Config) -> Iterator[str]:
+    """The files that pytest is going to collect tests from, or more."""
+    patterns, left_out = config.getini("python_files"), config.getini("norecursedirs")
+    for argument in config.args:
+        path = os.path.join(config.invocation_params.dir, argument.partition("::")[0])
+        if os.path.isfile(path):
+            yield path
+        for directory, below, names in os.walk(path):
+            below[:] = [name for name in below if not any(fnmatch.fnmatch(name, pattern) for pattern in left_out)]
+            for name in names:
+                if name == "conftest.py" or (name.endswith(".py") and any(fnmatch.fnmatch(name, each) for each in patterns)):
+                    yield os.path.join(directory, name)
 
 
 def _run_of(config: pytest.Config) -> str:

@@ -14,7 +14,6 @@ from snapfs.testing.making import Copy, How
 from snapfs.testing.place import Place
 
 Wish = Literal["auto", "overlay", "reflink", "copy"]
-WISHES: tuple[Wish, ...] = ("auto", "overlay", "reflink", "copy")
 
 CACHE_LIMIT = 5 << 30
 
