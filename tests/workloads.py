@@ -264,13 +264,11 @@ WORKLOADS = [
     Workload("remove a view", [[remove("peek")]]),
     Workload("remove while mounted", [[mount("old"), remove("old")]]),
     Workload("rename", [[rename("web", "web2"), rename("base", "ground")]]),
-    Workload(
-        "checkpoint", [[checkpoint("web", "web@1", "one"), write("web", "x", "2"), checkpoint("web", "web@2", wait=False)]]
-    ),
+    Workload("checkpoint", [[checkpoint("web", "web@1", "one"), checkpoint("web", "web@2", wait=False)]]),
     Workload("checkpoint while mounted", [[mount("web"), checkpoint("web", "web@1"), mount("web")]]),
     Workload("rollback", [[rollback("web", None, "top"), checkpoint("web", "web@1"), rollback("web", 0, "top")]]),
     Workload("rollback with async_remove", [[rollback("web", "top", "top"), cleanup()]], options=_ASYNC),
-    Workload("fork", [[fork("web", "web@1", "other"), write("other", "x", "y"), fork("other", "other@1", "third")]]),
+    Workload("fork", [[fork("web", "web@1", "other"), fork("other", "other@1", "third")]]),
     Workload("labels", [[label("web", team="green", more="x"), label("web", n=""), move_label("base", "team", "crew")]]),
     Workload("cleanup", [[cleanup()]]),
     Workload("cleanup with async_remove", [[remove("old"), remove("leaf"), cleanup()]], options=_ASYNC),
