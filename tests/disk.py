@@ -155,10 +155,10 @@ def disk(kind: str, image: Path | None = None) -> Iterator[Disk]:
         shutil.rmtree(directory)
 
 
-def make_file_system(kind: str, image: Path) -> None:
-    """Make the file ``image``, with a new file system of ``kind`` in it."""
+def make_file_system(kind: str, image: Path, size: int = 0) -> None:
+    """Make the file ``image``, with a new file system of ``kind`` in it, of ``size`` bytes or the least that it takes."""
     with image.open("xb") as made:
-        made.truncate(SIZES[kind])
+        made.truncate(size or SIZES[kind])
     subprocess.run([*_MAKE[kind], str(image)], check=True)
 
 

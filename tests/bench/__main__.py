@@ -13,7 +13,22 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.bench import calls, command, commit, copies, listing, plot, prepare, remove, scans, start, table, throughput, walk
+from tests.bench import (
+    calls,
+    command,
+    commit,
+    copies,
+    listing,
+    plot,
+    prepare,
+    remove,
+    scans,
+    start,
+    states,
+    table,
+    throughput,
+    walk,
+)
 from tests.bench.place import Place
 from tests.bench.rows import Growth, Row
 from tests.mounts import own_mount_namespace
@@ -36,6 +51,7 @@ BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "start": start.start,
     "fio": throughput.throughput,
     "command": command.command,
+    "states": states.states,
     "copies": copies.copies,
 }
 

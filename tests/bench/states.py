@@ -1,0 +1,139 @@
+"""The states of a workspace: kept, restored and copied, beside what else keeps the state of a project of many files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.bench.files import make_files
+from tests.bench.place import Place, run, settle, timed
+from tests.bench.rows import Row, at_most, in_turns
+from tests.disk import make_file_system
+from tests.mounts import loop_mounted
+
+PAUSE = 0.03  # seconds after a write: whoever has just followed the link rootfs has some 20 ms to get there
+
+NOTE = f"{PAUSE * 1000:.0f} ms after one file was written; not pinned"
+
+
+def states(place: Place) -> Iterator[Row]:
+    """A workspace on a project, and the same project elsewhere."""
+    files = place.size(20_000, 500)
+    with ExitStack() as stack:
+        for sync, bound in (("none", at_most(3, absolute=True)), ("full", None)):
+            mnt = stack.enter_context(place.snapfs("-o", f"sync={sync}")).mnt
+            workspace = _workspace(mnt, files)
+            for what, act in _acts(place, workspace).items():
+                row = Row(f"{what} by a write, sync={sync}", "", "ms", bound, f"{files:,} files below; {NOTE}; in one process")
+                for number in range(place.rounds):
+                    _touch(workspace / "rootfs", number)
+                    row.ours.append(timed(act) * 1e3)
+                yield row
+        ours = {what: _after_a_write(workspace / "rootfs", act) for what, act in _acts(place, workspace, shell=True).items()}
+        for kind, make in (("btrfs", _on_btrfs), ("xfs", _on_xfs), ("git", _by_git)):
+            directory = stack.enter_context(place.directory(kind))
+            for what, against, act, project in make(stack, place, directory, files):
+                row = Row(f"{what}, sync=full", against, "ms", None, f"{files:,} files; {NOTE}; each a process or a few")
+                yield in_turns(place.rounds, row, ours[what], _after_a_write(project, act))
+
+
+def _workspace(mnt: Path, files: int) -> Path:
+    os.mkdir(mnt / "active/base")
+    make_files(Path(os.readlink(mnt / "active/base/diff")), files, 1000)
+    os.rename(mnt / "active/base", mnt / "committed/base")
+    os.mkdir(mnt / "committed/base/active/web")
+    settle(mnt / "committed/base")
+    return mnt / "active/web"
+
+
+def _touch(directory: Path, number: int) -> None:
+    (directory / "changed").write_text(f"{number}\n")
+    time.sleep(PAUSE)
+
+
+def _after_a_write(directory: Path, act: Callable[[], object]) -> Callable[[], float]:
+    """Milliseconds that ``act`` takes, each time after a write in ``directory``."""
+    count = 0
+
+    def side() -> float:
+        nonlocal count
+        count += 1
+        _touch(directory, count)
+        return timed(act) * 1e3
+
+    return side
+
+
+def _acts(place: Place, workspace: Path, *, shell: bool = False) -> dict[str, Callable[[], object]]:
+    def write(file: str, text: Callable[[], str]) -> Callable[[], object]:
+        if shell:
+            return lambda: run("sh", "-c", f'echo "{text()}" > {workspace}/{file}')
+        return lambda: (workspace / file).write_text(f"{text()}\n")
+
+    return {
+        "a checkpoint": write("checkpoint", lambda: "a message"),
+        "a rollback": write("rollback", lambda: ""),
+        "a fork": write("fork", lambda: place.name("fork")),
+    }
+
+
+Opponent = tuple[str, str, Callable[[], object], Path]
+
+
+def _on_btrfs(stack: ExitStack, place: Place, directory: Path, files: int) -> Iterator[Opponent]:
+    image = directory / "image"
+    make_file_system("btrfs", image, 2 << 30)
+    disk = stack.enter_context(loop_mounted(image, directory / "mounted"))
+    project = disk / "project"
+    run("btrfs", "subvolume", "create", project)
+    make_files(project, files, 1000)
+    settle(project)
+
+    def snapshot() -> None:
+        run("btrfs", "subvolume", "snapshot", project, disk / place.name("snapshot"))
+
+    for what in ("a checkpoint", "a fork"):
+        yield what, "btrfs subvolume snapshot (on a loop device)", snapshot, project
+
+
+def _on_xfs(stack: ExitStack, place: Place, directory: Path, files: int) -> Iterator[Opponent]:
+    image = directory / "image"
+    make_file_system("xfs", image, 2 << 30)
+    disk = stack.enter_context(loop_mounted(image, directory / "mounted"))
+    project = disk / "project"
+    project.mkdir()
+    make_files(project, files, 1000)
+    settle(project)
+
+    def copy() -> None:
+        run("cp", "-a", "--reflink=always", project, disk / place.name("copy"))
+
+    for what in ("a checkpoint", "a fork"):
+        yield what, "cp -a --reflink on xfs (on a loop device)", copy, project
+
+
+def _by_git(stack: ExitStack, place: Place, directory: Path, files: int) -> Iterator[Opponent]:
+    if shutil.which("git") is None:
+        return
+    project = directory / "project"
+    project.mkdir()
+    make_files(project, files, 1000)
+    git = ("git", "-C", project, "-c", "user.name=x", "-c", "user.email=x@x", "-c", "maintenance.auto=false", "-c", "gc.auto=0")
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "base"]):
+        run(*git, *words)
+    settle(project)
+
+    def stash() -> None:
+        run(*git, "stash", "push", "-qu")
+        run(*git, "stash", "apply", "-q")
+
+    def worktree() -> None:
+        run(*git, "worktree", "add", "-q", "--detach", directory / place.name("worktree"))
+
+    yield "a checkpoint", "git stash push -u and apply", stash, project
+    yield "a rollback", "git stash push -u", lambda: run(*git, "stash", "push", "-qu"), project
+    yield "a fork", "git worktree add", worktree, project
