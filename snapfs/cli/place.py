@@ -195,7 +195,7 @@ class MountedTree:
     def write_command(self, path: str, text: str) -> str:
         """Write the line ``text`` into a file of the tree that does what is written there: the line that says what came of it.
         Raises OSError."""
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # as in _write
         try:
             os.write(descriptor, text.encode(errors="surrogateescape") + b"\n")
             return os.read(descriptor, 4096).decode(errors="surrogateescape").removesuffix("\n")
