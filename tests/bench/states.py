@@ -85,35 +85,28 @@ Opponent = tuple[str, str, Callable[[], object], Path]
 
 
 def _on_btrfs(stack: ExitStack, place: Place, directory: Path, files: int) -> Iterator[Opponent]:
-    image = directory / "image"
-    make_file_system("btrfs", image, 2 << 30)
-    disk = stack.enter_context(loop_mounted(image, directory / "mounted"))
-    project = disk / "project"
+    project = _disk(stack, "btrfs", directory) / "project"
     run("btrfs", "subvolume", "create", project)
-    make_files(project, files, 1000)
-    settle(project)
-
-    def snapshot() -> None:
-        run("btrfs", "subvolume", "snapshot", project, disk / place.name("snapshot"))
-
-    for what in ("a checkpoint", "a fork"):
-        yield what, "btrfs subvolume snapshot (on a loop device)", snapshot, project
+    return _copied(place, "btrfs subvolume snapshot", project, files, "btrfs", "subvolume", "snapshot")
 
 
 def _on_xfs(stack: ExitStack, place: Place, directory: Path, files: int) -> Iterator[Opponent]:
-    image = directory / "image"
-    make_file_system("xfs", image, 2 << 30)
-    disk = stack.enter_context(loop_mounted(image, directory / "mounted"))
-    project = disk / "project"
+    project = _disk(stack, "xfs", directory) / "project"
     project.mkdir()
+    return _copied(place, "cp -a --reflink on xfs", project, files, "cp", "-a", "--reflink=always")
+
+
+def _disk(stack: ExitStack, kind: str, directory: Path) -> Path:
+    image = directory / "image"
+    make_file_system(kind, image, 2 << 30)
+    return stack.enter_context(loop_mounted(image, directory / "mounted"))
+
+
+def _copied(place: Place, against: str, project: Path, files: int, *copy: str) -> Iterator[Opponent]:
     make_files(project, files, 1000)
     settle(project)
-
-    def copy() -> None:
-        run("cp", "-a", "--reflink=always", project, disk / place.name("copy"))
-
     for what in ("a checkpoint", "a fork"):
-        yield what, "cp -a --reflink on xfs (on a loop device)", copy, project
+        yield what, f"{against} (on a loop device)", lambda: run(*copy, project, project.parent / place.name("copy")), project
 
 
 def _by_git(stack: ExitStack, place: Place, directory: Path, files: int) -> Iterator[Opponent]:
