@@ -79,13 +79,7 @@ class NotPermitted(FailedPrecondition):
 
 
 class Pinned(NotPermitted):
-    """A snapshot that bears the label ``pin`` was to be removed."""
-
-    @classmethod
-    def of(cls, name: str) -> Pinned:
-        return cls(
-            f'snapshot "{name}" has the label pin, which keeps it: take that away first (snapfs label {name} --delete pin)'
-        )
+    """A snapshot that bears the label ``pin`` was to be removed (``labels.pinned``)."""
 
 
 class TooDeep(FailedPrecondition):

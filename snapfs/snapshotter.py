@@ -19,10 +19,10 @@ from typing import TypeVar
 import trio
 
 from snapfs import names
-from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, Pinned, TryAgain, Unavailable
+from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, TryAgain, Unavailable
 from snapfs.filters import Filters
 from snapfs.kernel.namespaces import shares_mount_namespace
-from snapfs.labels import PIN, Labels
+from snapfs.labels import PIN, Labels, pinned
 from snapfs.model import OWNER, Caller, Change, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
@@ -278,7 +278,7 @@ class Snapshotter:
         with suppress(Damaged), self.reading() as reader:  # before its rootfs is unmounted
             _, found = lookup.find(reader, key)
             if PIN in found.labels:
-                raise Pinned.of(found.name)
+                raise pinned(found.name)
         async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free), self._ending(number):
             await self._write_record(
                 lambda writer: remove.remove(self._root, writer, number, key, origin, refuse_mounted=refuse_mounted, free=free),

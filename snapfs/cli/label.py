@@ -19,7 +19,9 @@ def _label(given: Given) -> int:
     _, directory = place.find(name)
     for key in given.all("delete"):
         if not os.path.lexists(f"{directory}/labels/{file_name(key)}"):
-            raise Refusal(f'"{name}" has no label "{key}"; snapfs label {name} lists them', NOT_FOUND)
+            from snapfs.names import last_word
+
+            raise Refusal(f'"{name}" has no label "{key}"; snapfs label {last_word(name)} lists them', NOT_FOUND)
     for key, value in [*labels, *((key, "") for key in given.all("delete"))]:
         place.write_label(directory, key, value)
     if labels or given.has("delete"):

@@ -19,8 +19,7 @@ from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import MountedTree, file_name, find_tree
 from snapfs.cli.prepare import make
 from snapfs.cli.refusal import BUSY, NOT_FOUND, NOT_PERMITTED, TAKEN, Refusal, missing
-from snapfs.errors import Pinned
-from snapfs.labels import PIN
+from snapfs.labels import PIN, pinned
 
 OF, NUMBER, MESSAGE = OURS = ("snapfs.workspace", "snapfs.checkpoint", "snapfs.message")
 NEW = "snapfs.new/"  # before the key of a workspace: the active snapshot that is about to take its place
@@ -114,14 +113,17 @@ class Workspace:
     def refuse_pinned(self) -> None:
         """Refuse to throw the state away if it bears the label for that."""
         if PIN in self.row.labels:
-            raise Refusal(str(Pinned.of(self.key)), NOT_PERMITTED)
+            raise Refusal(str(pinned(self.key)), NOT_PERMITTED)
 
     def rollback(self, parent: str | None) -> None:
         """Throw the state away and begin anew on ``parent``."""
         directory = self.place.directory("active", self.key)
         elsewhere = self.place.mounted_by_hand(directory)
         if elsewhere:
-            raise Refusal(f'"{self.key}" is mounted on {elsewhere[0]}: unmount it first (snapfs umount {self.key})', BUSY)
+            from snapfs.names import last_word
+
+            to_do = f"unmount it first (snapfs umount {last_word(self.key)})"
+            raise Refusal(f'"{self.key}" is mounted on {elsewhere[0]}: {to_do}', BUSY)
         self._prepare(parent, self.row.labels)
         try:
             self.place.do(f'roll "{self.key}" back', os.rmdir, directory)
