@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -98,6 +99,39 @@ def test_detach(tmp_path: Path) -> None:
         assert is_mounted(tmp_path / "mnt")
     finally:
         subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
+    has_ended(tmp_path / "root")
+
+
+@pytest.mark.mounts
+def test_detached_it_keeps_no_descriptor_of_who_started_it(tmp_path: Path) -> None:
+    """A lock is free when its owner has closed it, and a pipe ends; what is given as /dev/fd/N stays open, and the daemon tells
+    systemd that it is ready."""
+    for name in ("mnt", "root"):
+        (tmp_path / name).mkdir()
+    serve = shlex.join([*SNAPFS, "serve", "--detach", "/dev/fd/7", "/proc/self/fd/8"])
+    script = f"""
+        exec 7<root 8<mnt 9>held
+        flock -n 9
+        LISTEN_FDS=1 LISTEN_PID=$$ {serve} 5>pipe
+        exec 9>&-
+        flock -n held true
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(30)
+        os.mkfifo(tmp_path / "pipe")
+        pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "PYTHONPATH": os.getcwd()}
+        try:
+            subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=environment, timeout=60, check=True)
+            assert os.read(pipe, 1) == b"", "nobody has the other end"
+            os.mkdir(tmp_path / "mnt/active/a")
+            (tmp_path / "mnt/active/a/rootfs/file").touch()
+            assert systemd.recv(4096).startswith(b"READY=1\n")
+        finally:
+            os.close(pipe)
+            if is_mounted(tmp_path / "mnt"):
+                subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
     has_ended(tmp_path / "root")
 
 

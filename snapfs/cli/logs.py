@@ -42,8 +42,8 @@ def is_journal() -> bool:
 
 
 class _Printable(logging.Formatter):
-    """The message on one line, and a traceback on lines that are indented, all without characters that a terminal would obey: no
-    name or error in it looks like another message."""
+    """The message on one line, and a traceback on lines that are indented, all without characters that a terminal would obey:
+    no name or error in it looks like another message."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return names.printable(super().formatMessage(record))
