@@ -79,14 +79,7 @@ class NotPermitted(FailedPrecondition):
 
 
 class Pinned(NotPermitted):
-    """A snapshot that bears the label ``pin`` was to be removed."""
-
-    @classmethod
-    def of(cls, name: str) -> Pinned:
-        import shlex
-
-        to_do = f"snapfs label {shlex.quote(name)} --delete pin"
-        return cls(f'snapshot "{name}" has the label pin, which keeps it: take that away first ({to_do})')
+    """A snapshot that bears the label ``pin`` was to be removed (``labels.pinned``)."""
 
 
 class TooDeep(FailedPrecondition):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from snapfs.errors import InvalidArgument, LabelTooBig, NotUtf8
+from snapfs.errors import InvalidArgument, LabelTooBig, NotUtf8, Pinned
 
 Labels = Mapping[str, str]
 
@@ -29,6 +29,14 @@ and time each request about the snapshot takes, for everybody."""
 
 ROOM = 64 << 10
 """Bytes that all keys and values of one snapshot may take together."""
+
+
+def pinned(name: str) -> Pinned:
+    """The refusal to remove snapshot ``name``, which has the label PIN."""
+    from snapfs.names import last_word  # the command's verbs load it where they need it
+
+    how = f"snapfs label --delete {PIN} {last_word(name)}"
+    return Pinned(f'snapshot "{name}" has the label {PIN}, which keeps it: take that away first ({how})')
 
 
 def check_label(label: str, value: str) -> None:

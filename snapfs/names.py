@@ -14,6 +14,7 @@ door, so each snapshot always has a path.
 from __future__ import annotations
 
 import re
+import shlex
 
 from snapfs.errors import InvalidArgument, NameTooLong, NotUtf8
 
@@ -85,6 +86,16 @@ def printable(text: str) -> str:
     text = _SURROGATES.sub(lambda m: f"\\u{ord(m[0]):04x}", text)  # which stand for no byte, so no file name has them
     text = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return _DISGUISE.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)
+
+
+def word(text: str) -> str:
+    """``text`` as one word of a command that a sentence advises: printable, and quoted where a shell would read more."""
+    return shlex.quote(printable(text))
+
+
+def last_word(key: str) -> str:
+    """``key`` as the last argument of such a command of snapfs, also where it looks like an option."""
+    return "-- " * key.startswith("-") + word(key)
 
 
 def plain_json(text: str) -> str:

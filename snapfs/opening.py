@@ -15,6 +15,7 @@ from snapfs.errors import Damaged, Unavailable
 from snapfs.kernel import mounting, probe
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.overlay import MountApiLacking, make_overlay
+from snapfs.names import word
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import imprint, placing
 from snapfs.root.inuse import InUse
@@ -253,7 +254,8 @@ def _refuse_unrecorded(layers: Layers, records: MetaStore, unknown: set[int], la
         if number > last_id and not layers.is_empty(number):  # no Prepare that was cut short leaves that
             raise Damaged(
                 f"{layers.directory(number)} holds files, but no such snapshot was ever recorded in {records.path}: "
-                f"put back the records that belong to this root, or have them made anew: snapfs check {layers.root} --rebuild"
+                "put back the records that belong to this root, or have them made anew: "
+                f"snapfs check {word(layers.root)} --rebuild"
             )
 
 
@@ -263,5 +265,5 @@ def _refuse_lost_records(layers: Layers, present: set[int]) -> None:
     if present and not (os.path.exists(path) and os.path.getsize(path)):
         raise Damaged(
             f"{layers.snapshots} holds layers but {path} is missing or empty: "
-            f"put the records back from a backup, or have them made anew: snapfs check {layers.root} --rebuild"
+            f"put the records back from a backup, or have them made anew: snapfs check {word(layers.root)} --rebuild"
         )

@@ -19,10 +19,10 @@ from typing import TypeVar
 import trio
 
 from snapfs import names
-from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, Pinned, TryAgain, Unavailable
+from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, TryAgain, Unavailable
 from snapfs.filters import Filters
 from snapfs.kernel.namespaces import shares_mount_namespace
-from snapfs.labels import MESSAGE, PIN, Labels
+from snapfs.labels import MESSAGE, PIN, Labels, pinned
 from snapfs.model import OWNER, Caller, Change, Checkpoint, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
@@ -388,7 +388,7 @@ class Snapshotter:
         with suppress(Damaged), self.reading() as reader:
             _, found = lookup.find(reader, key)
             if PIN in found.labels:
-                raise Pinned.of(found.name)
+                raise pinned(found.name)
 
     def _forget_removed(self, change: Change) -> None:
         if change.before is not None and change.after is None:

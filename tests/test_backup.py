@@ -23,6 +23,7 @@ from snapfs import AlreadyExists, Damaged, InvalidArgument, MetaStore, Snapshott
 from snapfs.cli import main
 from snapfs.kernel.mounttable import mount_table
 from snapfs.offline.backup import Backup, backup
+from snapfs.offline.checking import Problem, check
 from snapfs.root.lock import shared_lock
 from tests.daemon import Daemon
 from tests.processes import until
@@ -341,6 +342,26 @@ def test_restored_records_of_the_same_layers(served: Path) -> None:
             await snapshotter.prepare("more", "base")
 
     trio.run(check)
+
+
+def test_restored_records_that_are_long_and_sparse(served: Path, tmp_path: Path) -> None:
+    """They are served, checked and backed up as what they hold, and take no more of the disk than that, and the reserve."""
+    records = served / "metadata.mdb"
+    backup(str(served), str(tmp_path / "saved"))
+    shutil.copyfile(tmp_path / "saved", records)
+    os.truncate(records, 256 << 20)
+
+    async def serve() -> None:
+        async with open_snapshotter(served) as snapshotter:
+            assert [info.name for info in await snapshotter.walk()] == ["base", "peek", "web"]
+            await snapshotter.prepare("more")
+
+    trio.run(serve)
+    assert records.stat().st_blocks * 512 <= 4 << 20
+    assert [finding for finding in check(str(served)) if finding.problem is not Problem.NOTE] == []
+    assert records.stat().st_blocks * 512 <= 4 << 20
+    assert backup(str(served), str(tmp_path / "again")).size < 1 << 20
+    assert sorted(names_in(tmp_path / "again")) == ["base", "more", "peek", "web"]
 
 
 def test_restored_records_that_are_older_than_the_layers(served: Path, caplog: pytest.LogCaptureFixture) -> None:

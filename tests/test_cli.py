@@ -634,6 +634,31 @@ def test_completion(snapfs: Command) -> None:
         assert snapfs("_complete", *before) == "", "a path, which the shell knows"
 
 
+def test_completion_offers_only_words_that_work(snapfs: Command) -> None:
+    """Keys that look like options where they are none; none that a terminal obeys, that nobody sees, or that a shell cuts."""
+    for key in ("-x", "--at", "a\tb", "a\nb", "a\x1b]0;", "a\u202eb", "a\u200bb", "a b", "aé"):
+        snapfs("prepare", "--", key)
+    snapfs("prepare", "c")
+    snapfs("commit", "--no-sync", "c", "--", "-c")
+    for words, offered in (
+        (("show", ""), ["a b", "aé"]),
+        (("show", "--", ""), ["--at", "-c", "-x", "a b", "aé"]),
+        (("show", "--", "-"), ["--at", "-c", "-x"]),
+        (("rm", "a b", "--", "-x", "-"), ["--at", "-c", "-x"]),
+        (("rm", "--", "--at", "-"), ["--at", "-c", "-x"]),
+        (("prepare", "n", "--parent", ""), ["-c"]),
+        (("prepare", "n", "--parent", "-"), ["-c"]),
+        (("prepare", "--", "n", "--parent", ""), []),
+        (("show", "--pa"), ["--path"]),
+        (("show", "--at", str(snapfs.mnt), "a"), ["a b", "aé"]),
+        (("show", "--at", str(snapfs.mnt), "--", "--at", "-x"), ["-x"]),
+    ):
+        found = snapfs("_complete", *words).splitlines()
+        assert found == offered, words
+    for word in snapfs("_complete", "show", "--", "").splitlines():
+        assert snapfs("show", "--path", "--", word).endswith(f"/{word}\n")
+
+
 @contextlib.contextmanager
 def shell_at(home: Path, shell: str, mnt: Path) -> Iterator[int]:
     """A shell on a terminal of its own, which has the completion and no other configuration; the terminal's master."""
@@ -697,14 +722,15 @@ TABS = {
     "snapfs serve r m -o gid=sys,rootfs_m": "rootfs_max=",
     "snapfs serve r m -o ro,uid=daem": "uid=daemon",
     "snapfs ./r m -o no_ro": "no_rootfs",
+    "snapfs show -- -da": "-dash",
 }
 """What a line becomes by TAB."""
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_tab_in_the_shell(snapfs: Command, shell: str, tmp_path: Path) -> None:
-    for key in ("web", "wobbly", "with space", "default/1/sha256:abc"):
-        snapfs("prepare", key)
+    for key in ("web", "wobbly", "with space", "default/1/sha256:abc", "-dash"):
+        snapfs("prepare", "--", key)
     with shell_at(tmp_path, shell, snapfs.mnt) as master:
         for line, wanted in TABS.items():
             line = line.replace("--at .", f"--at {snapfs.mnt}")

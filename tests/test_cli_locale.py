@@ -156,3 +156,6 @@ def test_what_is_no_text_gets_to_syslog(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(syslog, "syslog", lambda priority, line: said.append(line.encode().decode()))
     logs._Syslog().emit(logging.LogRecord("snapfs", logging.ERROR, "", 0, "cannot unmount /\udce9", None, None))
     assert said == ["cannot unmount /\\xe9"]
+    said.clear()
+    logs._Syslog().emit(logging.LogRecord("snapfs", logging.ERROR, "", 0, "%s", ("a\nsnapfs: ended: b\x1b]0;c\x07",), None))
+    assert said == ["a%0Asnapfs: ended: b%1B]0;c%07"]

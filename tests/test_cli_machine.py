@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -102,6 +103,56 @@ def test_detach(tmp_path: Path) -> None:
     has_ended(tmp_path / "root")
 
 
+@pytest.mark.mounts
+def test_detached_it_keeps_no_descriptor_of_who_started_it(tmp_path: Path) -> None:
+    """A lock is free when its owner has closed it, and a pipe ends; what is given as /dev/fd/N stays open, and the daemon tells
+    systemd that it is ready."""
+    for name in ("mnt", "root"):
+        (tmp_path / name).mkdir()
+    serve = shlex.join([*SNAPFS, "serve", "--detach", "/dev/fd/7", "/proc/self/fd/8"])
+    script = f"""
+        exec 7<root 8<mnt 9>held
+        flock -n 9
+        LISTEN_FDS=1 LISTEN_PID=$$ {serve} 5>pipe
+        exec 9>&-
+        flock -n held true
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(30)
+        os.mkfifo(tmp_path / "pipe")
+        pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "PYTHONPATH": os.getcwd()}
+        try:
+            subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=environment, timeout=60, check=True)
+            assert os.read(pipe, 1) == b"", "nobody has the other end"
+            os.mkdir(tmp_path / "mnt/active/a")
+            (tmp_path / "mnt/active/a/rootfs/file").touch()
+            assert systemd.recv(4096).startswith(b"READY=1\n")
+        finally:
+            os.close(pipe)
+            if is_mounted(tmp_path / "mnt"):
+                subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
+    has_ended(tmp_path / "root")
+
+
+@pytest.mark.mounts
+def test_its_log_obeys_no_name(tmp_path: Path) -> None:
+    """A key with an escape sequence and a line of its own, whose layer is lost; at standard error, detached or not."""
+    (tmp_path / "mnt").mkdir()
+    words = [*SNAPFS, "serve", "--detach", str(tmp_path / "root"), str(tmp_path / "mnt")]
+    subprocess.run(words, timeout=60, check=True)
+    os.mkdir(tmp_path / "mnt/active/%1B]0;evil%07%0Asnapfs: ended: all is well")
+    subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
+    has_ended(tmp_path / "root")
+    shutil.rmtree(tmp_path / "root/snapshots/1")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
+    has_ended(tmp_path / "root")
+    damaged = f"its directory {tmp_path}/root/snapshots/1 is missing"
+    assert done.stderr == f'snapfs: snapshot "%1B]0;evil%07%0Asnapfs: ended: all is well" is damaged: {damaged}\n'
+
+
 WITH_SYSLOG = """
 import sys, syslog
 out = sys.argv[1]
@@ -196,20 +247,33 @@ logs.JOURNAL = sys.argv[1]
 logs.set_up()
 logs.say("up")
 logging.getLogger().info("refused", extra={"fields": {"ERRNO": 16}})
-logging.getLogger().error("a\\nb")
+logging.getLogger().error("a\\nsnapfs: b\\x1b]0;c\\u202e")
+try:
+    raise ValueError("d\\nsnapfs: e\\x1b")
+except ValueError:
+    logging.getLogger().exception("f")
 """
+PRINTABLE = "a%0Asnapfs: b%1B]0;c%E2%80%AE"
+TRACEBACK = [
+    "f",
+    "  Traceback (most recent call last):",
+    '    File "<string>", line 10, in <module>',
+    "  ValueError: d",
+    "  snapfs: e%1B",
+]
 
 
 @pytest.mark.parametrize(
     ("journal", "takes", "wanted"),
     [
         (True, True, "<6>up\n"),
-        (True, False, "<6>up\n<3>a\n<3>b\n"),
-        (False, True, "snapfs: up\nsnapfs: a\nb\n"),
+        (True, False, f"<6>up\n<3>{PRINTABLE}\n" + "".join(f"<3>{line}\n" for line in TRACEBACK)),
+        (False, True, f"snapfs: up\nsnapfs: {PRINTABLE}\nsnapfs: " + "".join(f"{line}\n" for line in TRACEBACK)),
     ],
 )
 def test_lines_for_the_journal(tmp_path: Path, journal: bool, takes: bool, wanted: str) -> None:
-    """Entries with fields where standard error is the journal; where it doesn't take them, lines with their priority."""
+    """Entries with fields where standard error is the journal; where it doesn't take them, lines with their priority.  None
+    holds what a terminal would obey, and no name or error begins a line that looks like another message."""
     with (tmp_path / "stderr").open("w+") as stderr, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journald:
         if takes:
             journald.bind(str(tmp_path / "socket"))
@@ -219,11 +283,12 @@ def test_lines_for_the_journal(tmp_path: Path, journal: bool, takes: bool, wante
         subprocess.run(words, env=environment, stderr=stderr, check=True)
         assert (tmp_path / "stderr").read_text() == wanted
         if journal and takes:
-            entries = [journald.recv(4096) for _ in range(2)]
+            entries = [journald.recv(4096) for _ in range(3)]
             assert b"MESSAGE\n\7\0\0\0\0\0\0\0refused\n" in entries[0]
             assert b"ERRNO\n\2\0\0\0\0\0\0\00016\n" in entries[0]
             assert b"PRIORITY\n\1\0\0\0\0\0\0\0003\n" in entries[1]
-            assert b"MESSAGE\n\3\0\0\0\0\0\0\0a\nb\n" in entries[1]
+            for text, entry in ((PRINTABLE, entries[1]), ("\n".join(TRACEBACK), entries[2])):
+                assert b"MESSAGE\n%s%s\n" % (len(text).to_bytes(8, "little"), text.encode()) in entry
 
 
 # -- .snapfs/metrics and .snapfs/snapshots

@@ -76,6 +76,43 @@ async def test_the_map_grows_while_there_is_disk(tmp_path: Path, monkeypatch: py
     store.close()
 
 
+async def test_a_file_that_is_longer_than_its_blocks_takes_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a backup that somebody else has put back may be; the room that a file has on the disk is kept, and so is what is in
+    use, also where its blocks that hold nothing were left out."""
+    monkeypatch.setattr("snapfs.store.space.STEP", 1 << 16)
+    path, names = tmp_path / "m", [f"{n:0200d}" for n in range(1000)]
+
+    async def add(more: list[str]) -> int:
+        """The size of the map with which it was opened."""
+        store = MetaStore(str(path), map_size=TINY)
+        size = store.map_size
+        async with trio.open_nursery() as nursery:
+            await nursery.start(store.serve)
+            for name in more:
+                await store.write(adding(name))
+            with store.reading() as reader:
+                assert [info.name for info in reader.walk()] == names[: names.index(more[-1]) + 1]
+            store.stop()
+        check_indexes(store)
+        store.close()
+        return size
+
+    await add(names[:500])
+    length = path.stat().st_size
+    assert path.stat().st_blocks * 512 >= length > 3 * RESERVE // 2
+    assert await add(names[500:501]) == length - RESERVE, "what was allocated is used again"
+    length = path.stat().st_size
+    copy = shutil.copyfile(path, tmp_path / "copy")
+    subprocess.run(["cp", "--sparse=always", str(copy), str(path)], check=True)
+    os.truncate(path, 256 << 20)
+    used = path.stat().st_blocks * 512
+    assert used < length
+    assert await add(names[501:502]) <= length
+    assert path.stat().st_blocks * 512 <= length + RESERVE
+    await add(names[502:])
+    assert length < path.stat().st_blocks * 512 < 3 * length
+
+
 async def test_an_error_of_the_first_run_is_not_that_of_the_second(tmp_path: Path) -> None:
     """An operation that another one of its batch made fail is run again with it."""
     store = MetaStore(str(tmp_path / "m"), map_size=TINY)

@@ -239,6 +239,17 @@ def test_in_the_background(nobody_serves: Home, closed: str) -> None:
     until(lambda: "pid" not in home.does("sh", "-c", f"flock -n {home.root}/lock true || echo pid"), "the daemon has ended")
 
 
+def test_in_the_background_it_keeps_no_descriptor_of_who_started_it(nobody_serves: Home) -> None:
+    """Neither the daemon nor the process that mounts for it: a lock is free when its owner has closed it."""
+    home = nobody_serves
+    serve = shlex.join([*SNAPFS, "serve", "--detach", str(home.root), str(home.mnt)])
+    try:
+        home.sh(f"exec 9>held; flock -n 9; {serve}; exec 9>&-; flock -n held true")
+    finally:
+        home.sh("fusermount3 -u tree")
+    until(lambda: "pid" not in home.does("sh", "-c", f"flock -n {home.root}/lock true || echo pid"), "the daemon has ended")
+
+
 @pytest.mark.parametrize(("does", "words"), [("exit 0", "gave no device"), ("exec sleep 60", "did not answer within 1 s")])
 def test_a_program_that_mounts_nothing(nobody_serves: Home, does: str, words: str) -> None:
     """It is told, and the process that mounts ends too."""

@@ -25,7 +25,7 @@ from tests.tree import KINDS, REMOVERS, listing, made, shell
 
 Make = Callable[..., Daemon]
 
-WORDS = 'snapshot "k" has the label pin, which keeps it: take that away first (snapfs label k --delete pin)'
+WORDS = 'snapshot "k" has the label pin, which keeps it: take that away first (snapfs label --delete pin k)'
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from snapfs.cli import VERBS as ALL
-from snapfs.cli import verb
-from snapfs.cli.grammar import AT, NAMES, Given, Verb
+from snapfs.cli import table, verb
+from snapfs.cli.grammar import AT, NAMES, Given, Option, Verb
 from snapfs.cli.refusal import USAGE, Refusal
 
 
@@ -80,11 +80,11 @@ def _completion(given: Given) -> int:
 
 
 def complete(words: Sequence[str]) -> int:
-    """Print the words that the last of ``words`` can be completed to, one a line; none where the shell has to complete a path.
-    Returns the exit status."""
+    """Print the words that the last of ``words`` can be completed to, one a line; none where the shell has to complete a path,
+    and none that a terminal would not show as it is, or a shell would cut.  Returns the exit status."""
     try:
         for each in candidates(list(words) or [""]):
-            if each.startswith(words[-1] if words else "") and "\n" not in each:
+            if each.startswith(words[-1] if words else "") and table.printable(each) == each:
                 print(each)
     except Exception:  # a shell that completes must not show error messages
         return 1
@@ -101,18 +101,19 @@ def candidates(words: list[str]) -> list[str]:
     if before[0] not in ALL:
         return []
     its = verb(before[0])
-    option = next((o for o in its.options if before[-1] in (f"--{o.name}", o.short) and o.metavar), None)
+    count, option, only_arguments = _read(its, before[1:])
     if option is not None:
         if option.metavar == "OPT,…":
             return _in_list(last)
         if option.metavar in CHOICES:
             return CHOICES[option.metavar]()
         return _snapshots(its, option.metavar, before)
-    if last.startswith("-"):
+    if last.startswith("-") and not only_arguments:
         return [*(f"--{option.name}" for option in its.options), "--help"]
     if its.name == "completion":
         return list(SCRIPTS)
-    return _snapshots(its, _argument(its, before[1:]), before)
+    found = _snapshots(its, _argument(its, count), before)
+    return [name for name in found if only_arguments or name == "-" or not name.startswith("-")]  # it would be an option
 
 
 def _in_list(text: str) -> list[str]:
@@ -131,10 +132,24 @@ def _in_list(text: str) -> list[str]:
     return [head + name + "=" * bool(metavar) for name, metavar in MOUNT_OPTIONS.items() if name not in had]
 
 
-def _argument(its: Verb, before: list[str]) -> str:
-    """The name of the argument that comes after ``before``."""
-    taking = {name for option in its.options if option.metavar for name in (f"--{option.name}", option.short)}
-    count = sum(not word.startswith("-") and (n == 0 or before[n - 1] not in taking) for n, word in enumerate(before))
+def _read(its: Verb, words: list[str]) -> tuple[int, Option | None, bool]:
+    """What ``Verb.parse`` takes ``words`` for: how many arguments, the option whose value comes next, whether all that comes
+    is an argument, since there was ``--``."""
+    count, option = 0, None
+    for n, word in enumerate(words):
+        if option is not None:
+            option = None
+        elif word == "--":
+            return count + len(words) - n - 1, None, True
+        elif word == "-" or not word.startswith("-"):
+            count += 1
+        else:
+            option = next((o for o in its.options if o.metavar and word in (f"--{o.name}", o.short)), None)
+    return count, option, False
+
+
+def _argument(its: Verb, count: int) -> str:
+    """The name of the argument that comes after ``count`` others."""
     names = its.arguments
     if count < len(names):
         return names[count].strip("[]…")
@@ -148,7 +163,8 @@ def _snapshots(its: Verb, argument: str, before: list[str]) -> list[str]:
     from snapfs.cli.listing import rows
     from snapfs.cli.place import find_tree
 
-    at = before[before.index("--at") + 1] if "--at" in before[:-1] else None
+    options = before[: before.index("--")] if "--" in before else before
+    at = options[options.index("--at") + 1] if "--at" in options[:-1] else None
     return sorted(row.name for row in rows(find_tree(at, tell=False)) if row.kind in kinds)
 
 

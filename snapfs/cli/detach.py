@@ -4,7 +4,12 @@ refused."""
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
+
+_DESCRIPTOR = re.compile("/+(?:dev|proc/+(?:thread-)?self)/+fd/+([0-9]+)(?:/|$)")
 
 
 class Detached:
@@ -32,6 +37,17 @@ class Detached:
                 return 0
         _, status = os.waitpid(self._child, 0)  # the child has written the reason to standard error
         return os.waitstatus_to_exitcode(status) or 1
+
+    def close_inherited(self, paths: Iterable[str]) -> None:
+        """In the child: close what the caller has left open besides the standard streams, for it may wait until nobody has that
+        any more (a lock, the other end of a pipe); but not what one of ``paths`` names, as ``/dev/fd/9/root`` does.
+
+        What this process has opened itself has close-on-exec."""
+        named = {int(found[1]) for path in paths if (found := _DESCRIPTOR.match(path))}
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):  # the one of this listing is closed by now
+                if descriptor > 2 and descriptor not in named and os.get_inheritable(descriptor):
+                    os.close(descriptor)
 
     def ready(self) -> None:
         """In the child: let the parent return, and leave its terminal."""

@@ -11,6 +11,9 @@ import os
 import socket
 import sys
 import syslog
+from typing import Any
+
+from snapfs import names
 
 JOURNAL = "/run/systemd/journal/socket"
 
@@ -38,16 +41,30 @@ def is_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
-class _Stream(logging.Formatter):
+class _Printable(logging.Formatter):
+    """The message on one line, and a traceback on lines that are indented, all without characters that a terminal would obey:
+    no name or error in it looks like another message."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return names.printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {names.printable(line)}" for line in super().formatException(ei).split("\n"))
+
+
+class _Stream(_Printable):
     def format(self, record: logging.LogRecord) -> str:
         lines = super().format(record).split("\n")  # a traceback would be as many entries, each with a priority of its own
         return "\n".join(f"<{priority(record.levelno)}>{line}" for line in lines)
 
 
 class _Syslog(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(_Printable("%(message)s"))
+
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record).encode(errors="surrogateescape").decode(errors="backslashreplace")
-        for line in text.split("\n"):
+        for line in self.format(record).split("\n"):
             syslog.syslog(priority(record.levelno), line)
 
 
@@ -59,7 +76,7 @@ class _Journal(logging.Handler):
 
     def __init__(self, instead: logging.Handler) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(message)s"))
+        self.setFormatter(_Printable("%(message)s"))
         self._instead = instead
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
 
@@ -88,7 +105,7 @@ def set_up() -> None:
     """Have warnings and worse logged to standard error; where that leads to the journal, also refusals (INFO)."""
     stream = logging.StreamHandler()
     journal = is_journal()
-    stream.setFormatter(_Stream("%(message)s") if journal else logging.Formatter("snapfs: %(message)s"))
+    stream.setFormatter(_Stream("%(message)s") if journal else _Printable("snapfs: %(message)s"))
     level = logging.INFO if journal else logging.WARNING
     logging.basicConfig(level=level, handlers=[_Journal(stream) if journal else stream])
 
@@ -111,9 +128,10 @@ def is_detached() -> bool:
 
 
 def say(line: str, level: int = logging.INFO) -> None:
-    """Write a line to standard error, also one that is no complaint (INFO); once detached, to syslog, whose lines the journal
-    has too."""
+    """Write ``line``, printable, to standard error, also one that is no complaint (INFO); once detached, to syslog, whose lines
+    the journal has too."""
     if _detached:
         _Syslog().emit(logging.makeLogRecord({"msg": line, "levelno": level}))
         return
+    line = names.printable(line)
     print(f"<{priority(level)}>{line}" if is_journal() else f"snapfs: {line}", file=sys.stderr, flush=True)

@@ -33,7 +33,9 @@ def _mount(given: Given) -> int:
     key = place.key(given.arguments[0])
     kind, directory = place.find(key)
     if kind == "committed":
-        raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {shlex.quote(key)}')
+        from snapfs.names import word
+
+        raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {word(key)}')
     info = json.loads(place.read(f"{directory}/info.json"))
     mounted: list[str] = info["mounted"]
     number: int = info["id"]
@@ -101,7 +103,9 @@ def _mount_at(
 
     target = found.path
     if found.missing or not stat.S_ISDIR(os.fstat(found.fd).st_mode):
-        to_do = f"make it first: mkdir {shlex.quote(target)}" if found.missing else "give a directory"
+        from snapfs.names import word
+
+        to_do = f"make it first: mkdir {word(target)}" if found.missing else "give a directory"
         raise Refusal(f"{target}, where it is to be mounted, is no directory: {to_do}")
     if target in mounted:
         raise Refusal(f'"{key}" is mounted on {target} already', BUSY)
@@ -240,11 +244,12 @@ def _uncovered(table: Iterable[MountPoint], target: str) -> list[MountPoint]:
     top = mounts[-1] if mounts else None
     if top is not None and not _shows_layers(top) and any(map(_shows_layers, mounts)):
         from snapfs.kernel import trusted
+        from snapfs.names import word
 
         owner = trusted.server_of(top)
         whose = f" of the user {trusted.user_name(owner)}" * (owner >= 0)
         what = f"something else ({top.type}{whose}) is mounted over the snapshot on {top.target}"
-        raise Refusal(f"{what}: unmount that first: umount {shlex.quote(top.target)}", BUSY)
+        raise Refusal(f"{what}: unmount that first: umount {word(top.target)}", BUSY)
     return mounts
 
 

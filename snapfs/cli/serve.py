@@ -117,6 +117,8 @@ def _serve(given: Given) -> int:
     detached = Detached(given_root, given_mountpoint) if given.has("detach") else None
     if detached is not None and (status := detached.wait_in_parent()) is not None:
         return status
+    if detached is not None:
+        detached.close_inherited((given_root, given_mountpoint, values.get("containerd", "")))
 
     def say_ready() -> None:
         line = f"serving {given_root} on {given_mountpoint}"

@@ -16,8 +16,7 @@ from snapfs.cli.mount import how_to_unmount
 from snapfs.cli.place import MountedTree, file_name, find_tree, key_of
 from snapfs.cli.prepare import make
 from snapfs.cli.refusal import BUSY, NOT_FOUND, NOT_PERMITTED, TAKEN, Refusal, missing
-from snapfs.errors import Pinned
-from snapfs.labels import MESSAGE, NUMBER, OF, PIN
+from snapfs.labels import MESSAGE, NUMBER, OF, PIN, pinned
 
 
 def checkpoints(everything: list[Row], key: str) -> dict[int, Row]:
@@ -96,7 +95,7 @@ def _rollback(given: Given) -> int:
     if given.has("keep"):
         directory = place.directory("active", key)
         if os.path.lexists(f"{directory}/labels/{PIN}"):  # before there is a checkpoint
-            raise Refusal(str(Pinned.of(key)), NOT_PERMITTED)
+            raise Refusal(str(pinned(key)), NOT_PERMITTED)
         to = to or _parent(directory)
         kept = _kept(place, key, f"before it was rolled back to {to}")
         table.show_line(f"kept as {kept}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from snapfs.errors import Unavailable
 from snapfs.kernel import mounting, trusted
 from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.names import word
 from snapfs.root import claim
 from snapfs.root.lock import is_abandoned
 from snapfs.root.mounted import origin
@@ -48,7 +49,7 @@ def _untrusted(mountpoint: str, error: Exception) -> str:
 
 
 def _hint(error: OSError, mountpoint: str) -> str:
-    return f"; make it first: mkdir {mountpoint}" if error.errno == errno.ENOENT else ""
+    return f"; make it first: mkdir {word(mountpoint)}" if error.errno == errno.ENOENT else ""
 
 
 def mounted_at(target: str) -> MountPoint | None:
@@ -120,7 +121,7 @@ def recover_mountpoint(root: str, mountpoint: str) -> None:
             if error.errno != errno.ENOTCONN:
                 return
         dead = mounts[-1].type
-        raise Unavailable(f"{mountpoint} is a dead mount of {dead}; unmount it first: fusermount3 -uz {mountpoint}")
+        raise Unavailable(f"{mountpoint} is a dead mount of {dead}; unmount it first: fusermount3 -uz {word(mountpoint)}")
 
 
 def detach(mount: MountPoint) -> None:

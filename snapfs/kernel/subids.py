@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from snapfs.names import word
+
 MOST = 100  # ranges: the kernel takes a table of one page
 
 _DONE = "done"  # what the process that writes tables says; who is killed says nothing
@@ -47,7 +49,7 @@ def lent_by_root() -> Lent:
     found = {kind: _lines_for(path, {name, str(uid)}) for kind, path in _FILES.items()}
     for kind, path in _FILES.items():
         if not found[kind]:
-            to_do = f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}"
+            to_do = f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {word(name)}"
             return Lent((), (), f"no line of {path} lends ids to {name}: root can add one: {to_do}")
     return Lent(_without(found["uid"], uid), _without(found["gid"], os.getegid()))
 

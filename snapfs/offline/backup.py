@@ -23,6 +23,7 @@ from snapfs.root.lock import shared_lock
 from snapfs.store.environment import READERS
 from snapfs.store.locktable import open_environment, table_of
 from snapfs.store.soundness import open_error, refuse_foreign
+from snapfs.store.space import allocated_bytes
 
 _NOT_WITHOUT_A_NAME = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 
@@ -113,7 +114,7 @@ def _write(root: str, records: str, directory: str, name: str) -> Backup:
 
 
 def _copy(root: str, records: str, fd: int) -> None:
-    room = 2 * os.stat(records).st_size + ROOM  # it may grow before the copy begins
+    room = 2 * allocated_bytes(os.stat(records)) + ROOM  # it may grow before the copy begins
     deadline = time.monotonic() + PATIENCE
     while True:
         with shared_lock(root) as holder, ExitStack() as ended:

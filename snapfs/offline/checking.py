@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 import errno
 import os
-import shlex
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ import msgspec
 
 from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
 from snapfs.model import Kind, Usage
-from snapfs.names import parse_id
+from snapfs.names import parse_id, word
 from snapfs.root import flags, imprint, placing
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
@@ -272,7 +271,7 @@ class _Check:
                 yield Finding(
                     Problem.UNFLUSHED,
                     text + "when the power went or the disk failed, or somebody was still writing",
-                    f"look at them, then take it as it is with --accept {shlex.quote(name)}, or remove the snapshot",
+                    f"look at them, then take it as it is with --accept {word(name)}, or remove the snapshot",
                 )
 
     def _find_orphans(self) -> Iterator[Finding]:
@@ -367,7 +366,7 @@ def put_away(layers: Layers, path: str) -> tuple[str, str]:
         if error.errno == errno.EBUSY:
             reason = "something is mounted there; unmount that first"
         elif flags.is_fixed(path):
-            reason = f"it is immutable or append-only; do first: chattr -i -a {shlex.quote(flags.nameable(path))}"
+            reason = f"it is immutable or append-only; do first: chattr -i -a {word(flags.nameable(path))}"
         return f"move it away; it can't be moved to lost+found: {reason}", ""
 
 

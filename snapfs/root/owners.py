@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shlex
 import stat
 import threading
 from collections.abc import Callable
 from contextlib import closing, suppress
 
-from snapfs import idmap
+from snapfs import idmap, names
 from snapfs.errors import Unavailable
 from snapfs.kernel.mounttable import mount_table
 from snapfs.labels import Labels
@@ -156,7 +155,7 @@ def _refusal(path: str, error: OSError) -> Unavailable:
     """Why the owner of ``path`` can't be changed, and what to do."""
     reason = os.strerror(error.errno or 0)
     if isinstance(error, PermissionError) and flags.is_fixed(path):
-        reason = f"it is immutable or append-only; do first: chattr -R -i -a {shlex.quote(flags.nameable(path))}"
+        reason = f"it is immutable or append-only; do first: chattr -R -i -a {names.word(flags.nameable(path))}"
     return Unavailable(
         f"cannot change the owner of {flags.shown(path)}: {reason}",
         error.errno,

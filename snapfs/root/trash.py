@@ -12,7 +12,6 @@ import errno
 import itertools
 import logging
 import os
-import shlex
 import stat
 import threading
 import time
@@ -22,6 +21,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TypeVar
 
+from snapfs import names
 from snapfs.errors import FULL, Unavailable
 from snapfs.kernel import subids
 from snapfs.root.flags import FIXED, flags_of, is_fixed, make_subvolume_writable, nameable, set_flags, shown
@@ -296,15 +296,15 @@ def why_undeletable(error: OSError) -> str:
                 of_all = "" if nameable(place) == place else "-R "
                 return (
                     f"{what}: {which} is immutable or append-only, and this daemon may not change that; do it as root: "
-                    f"chattr {of_all}-i -a {shlex.quote(nameable(place))}"
+                    f"chattr {of_all}-i -a {names.word(nameable(place))}"
                 )
         if len(os.fsencode(path)) >= _PATH_MAX:  # chattr can't be told of it, and it can't be told here whether that would help
-            remedy = f"find {shlex.quote(named)} -execdir chattr -f -i -a {{}} +; rm -rf {shlex.quote(named)}"
+            remedy = f"find {names.word(named)} -execdir chattr -f -i -a {{}} +; rm -rf {names.word(named)}"
         else:
-            remedy = f"rm -rf {shlex.quote(named)}"
+            remedy = f"rm -rf {names.word(named)}"
         return f"{what}: {reason}; do it as its owner or as root: {remedy}{subids.hint(error)}"
     if error.errno in (errno.EXDEV, errno.EROFS):
-        return f"{what}: {reason}; do it as root: rm -rf {shlex.quote(named)}, or btrfs subvolume delete for a subvolume"
+        return f"{what}: {reason}; do it as root: rm -rf {names.word(named)}, or btrfs subvolume delete for a subvolume"
     return f"{what}: {reason}"
 
 

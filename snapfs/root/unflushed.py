@@ -9,10 +9,10 @@ mounted anew, nobody knows what is in those files: they are lost.
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from snapfs import names
 from snapfs.errors import Damaged
 from snapfs.kernel import probe
 from snapfs.root.imprint import Imprint
@@ -83,9 +83,9 @@ class Unflushed:
                 with self._records.reading() as reader:
                     record = reader.record(number)
                 name = record.name if record else str(number)
-                accept = f"snapfs check {shlex.quote(self._layers.root)} --accept {shlex.quote(name)}"
+                how = f"snapfs check {names.word(self._layers.root)} --accept {names.word(name)}"
                 raise Damaged(
                     f'the files of snapshot "{name}" may be torn, since they had not reached the disk when the power went or '
                     f"the disk failed, or somebody was still writing: look at {self._layers.fs(number)}; then remove the "
-                    f"snapshot, or stop the daemon and take it as it is: {accept}"
+                    f"snapshot, or stop the daemon and take it as it is: {how}"
                 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from snapfs.errors import Damaged, FailedPrecondition, HasChildren, Pinned
-from snapfs.labels import PIN
+from snapfs.errors import Damaged, FailedPrecondition, HasChildren
+from snapfs.labels import PIN, pinned
 from snapfs.model import Info, Ref
 from snapfs.rules.lookup import find_again
 from snapfs.rules.root import Root
@@ -25,7 +25,7 @@ def remove(root: Root, writer: Writer, number: int, key: Ref, origin: str, *, re
     if origin and before.origin != origin:
         raise FailedPrecondition(f'snapshot "{before.name}" was not made by {origin}: remove it in the tree')
     if PIN in before.labels:
-        raise Pinned.of(before.name)
+        raise pinned(before.name)
     if child := writer.any_child(number):
         raise HasChildren.of(before.name, child[1], child[0])
     if refuse_mounted and record is not None:

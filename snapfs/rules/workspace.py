@@ -8,8 +8,8 @@ durable or nothing has happened.
 from __future__ import annotations
 
 from snapfs import names
-from snapfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Pinned
-from snapfs.labels import MESSAGE, NUMBER, OF, PIN, check_label
+from snapfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from snapfs.labels import MESSAGE, NUMBER, OF, PIN, check_label, pinned
 from snapfs.model import Info, Kind, Ref
 from snapfs.rules import commit, prepare, remove
 from snapfs.rules.lookup import find, find_again
@@ -75,7 +75,7 @@ def rollback(root: Root, writer: Writer, number: int, key: Ref, *, to: str | int
     """
     record = _workspace(writer, number, key)
     if PIN in record.labels:
-        raise Pinned.of(record.name)
+        raise pinned(record.name)
     below = record.parent if to is None else _state(writer, record, to)
     remove.remove(root, writer, number, key, "", refuse_mounted=True, free=free)
     return _begin(root, writer, record, number, below)

@@ -140,11 +140,10 @@ class Environment:
         with ExitStack() as undoing:
             if not os.path.lexists(path):
                 undoing.callback(_remove, path)  # a database that was left half made could not be read the next time
-            else:
-                map_size = max(map_size, os.path.getsize(path) - RESERVE)
             make_file(path)
             self.space = Space(path)
             undoing.callback(self.space.close)
+            map_size = max(map_size, self.space.allocated - RESERVE)  # LMDB makes that as much as is in use, if that is more
             self._table = new_table(path)
             undoing.callback(os.close, self._table)
             self.env = self._open_lmdb(map_size)

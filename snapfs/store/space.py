@@ -59,7 +59,7 @@ class Space:
             os.close(self._fd)
             raise Unavailable(f"the records in {path} are in use by another process; stop that one first") from None
         self.size = 0
-        self.allocated = os.fstat(self._fd).st_size
+        self.allocated = allocated_bytes(os.fstat(self._fd))
         self.lacks_reserve = True
         self._spare = f"{path}-reserve" if mounting.file_system_magic(path) in _NEVER_IN_PLACE else None
 
@@ -130,6 +130,11 @@ def refuse_without_address_space(more: int) -> None:
     """
     if more > 0:
         mmap.mmap(-1, more, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
+
+
+def allocated_bytes(file: os.stat_result) -> int:
+    """How many bytes of a file have blocks on the disk: a sparse one, as a copy may be, has fewer than it is long."""
+    return min(file.st_size, file.st_blocks * 512)
 
 
 def make_file(path: str) -> None:

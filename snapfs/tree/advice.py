@@ -26,20 +26,20 @@ def how_to_write(state: State, record: Record) -> str:
 
 def how_to_make(state: State, above: str) -> str:
     """How to make a snapshot to write in, in the root of the tree ("") or a committed snapshot's directory ("committed/b/")."""
-    return f"mkdir {above}active/K, and {_how_to_write(state, 'active/K')}"
+    return f"mkdir {names.word(f'{above}active/K')}, and {_how_to_write(state, 'active/K')}"
 
 
 def _how_to_write(state: State, path: str) -> str:
     if state.snapshotter.has_rootfs:
-        return f"write into {path}/rootfs/"
-    return f"write where it is mounted: sh {path}/mount.sh TARGET"
+        return f"write into {names.word(f'{path}/rootfs/')}"
+    return f"write where it is mounted: sh {names.word(f'{path}/mount.sh')} TARGET"
 
 
 def how_to_copy(state: State, record: Record) -> str:
     """How to have the files of this snapshot elsewhere."""
     path = path_of(record)
     if state.snapshotter.has_rootfs:
-        return f"cp -a {path}/rootfs/. TARGET"
+        return f"cp -a {names.word(f'{path}/rootfs/.')} TARGET"
     return f"{_how_to_mount(record)}, and cp -a DIR/. TARGET"
 
 
@@ -56,5 +56,5 @@ def why_no_rootfs(state: State) -> str:
 def _how_to_mount(record: Record) -> str:
     path = path_of(record)
     if record.kind is Kind.COMMITTED:
-        return f"mkdir {path}/view/K && sh view/K/mount.sh DIR"
-    return f"sh {path}/mount.sh DIR"
+        return f"mkdir {names.word(f'{path}/view/K')} && sh view/K/mount.sh DIR"
+    return f"sh {names.word(f'{path}/mount.sh')} DIR"

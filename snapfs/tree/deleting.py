@@ -6,8 +6,9 @@ the entries first.  And mv and file managers, which copy a directory elsewhere a
 
 from __future__ import annotations
 
-from snapfs.errors import HasChildren, NotPermitted, Pinned
-from snapfs.labels import PIN
+from snapfs import names
+from snapfs.errors import HasChildren, NotPermitted
+from snapfs.labels import PIN, pinned
 from snapfs.tree.advice import how_to_copy, path_of
 from snapfs.tree.attributes import BY_NAME, attributes_of
 from snapfs.tree.state import State
@@ -20,7 +21,7 @@ def refuse_with_children(state: State, number: int, pid: int) -> None:
         record = reader.record(number)
     if record is not None and (child is not None or PIN in record.labels):
         state.teardowns.note(pid, number)
-        raise HasChildren.of(record.name, child[1], child[0]) if child else Pinned.of(record.name)
+        raise HasChildren.of(record.name, child[1], child[0]) if child else pinned(record.name)
 
 
 def refuse_teardown(state: State, number: int, pid: int) -> None:
@@ -39,7 +40,7 @@ def refuse_copied(state: State, number: int, pid: int, name: str = "") -> None:
         state.reads.note_refusal(pid, number)
         raise NotPermitted(
             f"the copy that was just made of {path_of(record)} has links in place of its files, which would be lost: "
-            f"{how_to_copy(state, record)}, then rmdir {path_of(record)}"
+            f"{how_to_copy(state, record)}, then rmdir {names.word(path_of(record))}"
         )
     if name in BY_NAME and state.reads.has_copied_one(pid, number, BY_NAME[name].slot):
         raise NotPermitted(f"{path_of(record)}/{name} can't be moved elsewhere: it stays as long as its snapshot")

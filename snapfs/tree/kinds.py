@@ -150,4 +150,6 @@ class ChildrenDirectory(KindDirectory):
         self.lookup(name)
         self.state.teardowns.note(pid, self.parent)
         shown = names.printable(name)
-        raise NotPermitted(f"{self.path}/{shown} is a link to a snapshot: to remove that, rmdir {self.kind}/{shown}")
+        raise NotPermitted(
+            f"{self.path}/{shown} is a link to a snapshot: to remove that, rmdir {names.word(f'{self.kind}/{name}')}"
+        )
