@@ -10,12 +10,14 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
+from snapfs.kernel import inside
+from snapfs.kernel.mounttable import mount_id_of
+from snapfs.scan.walk import Descriptors, Directory
 from snapfs.testing import capabilities
 
 _FICLONE = 0x40049409
@@ -199,26 +201,88 @@ def size_of(directory: str) -> int:
 
 
 def remove_tree(directory: str) -> None:
-    """Remove ``directory`` with all that is in it, whatever modes it has; raises OSError."""
+    """Remove ``directory`` with all that is in it, whatever modes it has.  What is mounted in there stays, with all that it
+    holds, and no server of it is asked.  Raises OSError when all else is removed: EBUSY where something is mounted."""
     with capabilities.raised():
-        try:
-            shutil.rmtree(directory)
-        except FileNotFoundError:
-            if os.path.lexists(directory):
-                raise
-        except PermissionError:
+        refused = _remove(directory)
+        if any(isinstance(error, PermissionError) for error in refused):
             _make_writable(directory)
-            shutil.rmtree(directory)
+            refused = _remove(directory)
+    if refused:
+        raise refused[0]
+
+
+class _Beneath(Descriptors):
+    """Directories, and not what is mounted on them, but for what is on the first."""
+
+    def open(self, name: str, parent: int | None) -> int:
+        return os.open(name, inside.FLAGS) if parent is None else inside.open_directory(name, parent)
+
+
+def _remove(directory: str) -> list[OSError]:
+    """Remove what can be removed of ``directory``; the errors of all else."""
+    refused: list[OSError] = []
+    with _Beneath() as descriptors:
+        pending = [(Directory(directory), False)]
+        while pending:
+            each, is_empty = pending.pop()
+            with _noted(refused, each):
+                if is_empty:
+                    descriptors.close(each)
+                    above = None if each.parent is None else descriptors.get(each.parent)
+                    if above is None or above >= 0:
+                        os.rmdir(each.name, dir_fd=above)
+                elif (fd := descriptors.get(each)) >= 0:
+                    pending.append((each, True))
+                    pending += [(below, False) for below in _unlinked(fd, each, refused)]
+    return refused
+
+
+def _unlinked(fd: int, directory: Directory, refused: list[OSError]) -> list[Directory]:
+    """Remove all in ``directory``, which is open as ``fd``, but the directories, which are returned."""
+    with os.scandir(fd) as entries:
+        found = list(entries)
+    below = []
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            below.append(Directory(entry.name, directory))
+        else:
+            with _noted(refused, Directory(entry.name, directory)):
+                os.unlink(entry.name, dir_fd=fd)
+    return below
+
+
+@contextlib.contextmanager
+def _noted(refused: list[OSError], about: Directory) -> Iterator[None]:
+    """Add an error in here to ``refused``, unless it is that ``about`` is gone."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        refused.append(OSError(error.errno, error.strerror, path_of(about)))
+
+
+def path_of(directory: Directory) -> str:
+    """Its path, from the first on that has one."""
+    names = [directory.name]
+    while (above := directory.parent) is not None:
+        directory = above
+        names.append(directory.name)
+    return "/".join(reversed(names))
 
 
 def _make_writable(name: str, parent: int | None = None) -> None:
-    """Let the owner write each directory in the directory ``name`` of ``parent``.  By descriptors: a process of another user,
-    whose files these may be, could put a link to any other directory in the place of one."""
+    """Let the owner write each directory in the directory ``name`` of ``parent``, but none on which something is mounted.  By
+    descriptors: a process of another user, whose files these may be, could put a link to any other directory in the place of
+    one."""
     try:
         fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     except OSError:
         return
     try:
+        if parent is not None and mount_id_of(fd) != mount_id_of(parent):
+            return
         itself = f"/proc/self/fd/{fd}"
         with suppress(PermissionError):
             os.chmod(itself, 0o700)
