@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ import pytest
 
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import mount_table
-from snapfs.testing import copying, place
+from snapfs.testing import copying, digests, place
 from tests.plugin import NOBODY
 
 pytestmark = pytest.mark.mounts
@@ -144,3 +145,85 @@ def test_what_is_mounted_while_a_directory_is_removed_is_not_entered(run: Path, 
         copying.remove_tree(str(run))
     assert refused.value.filename in (str(theirs / "mnt"), str(theirs / "a"))
     assert file.exists()
+
+
+# -- what is copied
+
+
+def test_a_directory_that_becomes_a_link_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base/a").mkdir(parents=True)
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/secret").write_text("x")
+
+    def exchange() -> None:
+        (tmp_path / "base/a").rename(tmp_path / "other")
+        (tmp_path / "base/a").symlink_to(tmp_path / "victim")
+
+    once_before(monkeypatch, stat, "S_ISDIR", exchange)
+    with pytest.raises(NotADirectoryError, match=f"is none any more: '{tmp_path}/base/a'"):
+        copying.copy_tree(str(tmp_path / "base"), str(tmp_path / "copy"), clone=False)
+    assert (tmp_path / "base/a").is_symlink()
+    assert not (tmp_path / "copy/a/secret").exists()
+
+
+@contextmanager
+def becomes_a_fifo(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a block: ``file``, once it was found to be a regular one.  Who waits for a writer is let go after ten seconds, and
+    the test fails."""
+
+    def exchange() -> None:
+        file.unlink()
+        os.mkfifo(file)
+
+    late = threading.Event()
+
+    def let_go() -> None:
+        late.set()
+        os.close(os.open(file, os.O_RDWR))
+
+    timer = threading.Timer(10, let_go)
+    timer.start()
+    once_before(monkeypatch, stat, "S_ISREG", exchange)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+    assert file.is_fifo()
+    assert not late.is_set(), "it has waited for a writer"
+
+
+def test_a_file_that_becomes_a_fifo_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "base/file"
+    file.parent.mkdir()
+    file.write_text("x")
+    with becomes_a_fifo(file, monkeypatch), pytest.raises(OSError, match=f"is none any more: '{file}'"):
+        copying.copy_tree(str(file.parent), str(tmp_path / "copy"), clone=False)
+
+
+def test_a_file_that_becomes_a_fifo_while_it_is_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    with becomes_a_fifo(file, monkeypatch), pytest.raises(OSError, match=f"is none any more: '{file}'"):
+        list(digests._contents(str(file)))
+
+
+def test_root_changes_no_modes_to_copy(tmp_path: Path) -> None:
+    """What it changes that of may have become a link by then."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/file").touch(mode=0o200)
+    (tmp_path / "base/file").chmod(0o200)
+    with copying.readable(str(tmp_path / "base")) as modes:
+        copying.copy_tree(str(tmp_path / "base"), str(tmp_path / "copy"), clone=False, modes=modes)
+        assert (tmp_path / "base/file").stat().st_mode & 0o777 == 0o200
+    assert (tmp_path / "copy/file").stat().st_mode & 0o777 == 0o200
+
+
+def test_attributes_of_a_fifo_are_copied(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    os.mkfifo(tmp_path / "base/fifo")
+    os.setxattr(tmp_path / "base/fifo", "trusted.x", b"1")
+    os.setxattr(tmp_path / "base", "user.x", b"2")
+    copying.copy_tree(str(tmp_path / "base"), str(tmp_path / "copy"), clone=False)
+    assert os.getxattr(tmp_path / "copy/fifo", "trusted.x") == b"1"
+    assert os.getxattr(tmp_path / "copy", "user.x") == b"2"
