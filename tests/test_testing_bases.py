@@ -649,6 +649,18 @@ def test_what_a_function_does_not_depend_on() -> None:
     assert digest(function("def fill(d): return N", N=names)) == digest(function("def fill(d): return N", N=reversed_names))
 
 
+def test_it_does_not_depend_on_where_its_modules_are(tmp_path: Path) -> None:
+    """Another clone of the tests finds the same base."""
+    found = set()
+    for name in ("one", "other"):
+        module = types.ModuleType("h")
+        module.__file__ = str(tmp_path / name / "h.py")
+        Path(module.__file__).parent.mkdir()
+        Path(module.__file__).write_text("X = 1")
+        found.add(digest(function("def fill(d): return h.X", h=module)))
+    assert len(found) == 1
+
+
 def test_two_functions_on_a_line() -> None:
     one, other = lambda directory: (directory / "a").touch(), lambda directory: (directory / "b").touch()
     assert digest(one) != digest(other)

@@ -13,7 +13,7 @@ import pytest
 
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import mount_table
-from snapfs.testing import copying, digests, place
+from snapfs.testing import comparing, copying, digests, place
 from tests.plugin import NOBODY
 
 pytestmark = pytest.mark.mounts
@@ -227,3 +227,17 @@ def test_attributes_of_a_fifo_are_copied(tmp_path: Path) -> None:
     copying.copy_tree(str(tmp_path / "base"), str(tmp_path / "copy"), clone=False)
     assert os.getxattr(tmp_path / "copy/fifo", "trusted.x") == b"1"
     assert os.getxattr(tmp_path / "copy", "user.x") == b"2"
+
+
+def test_a_directory_that_becomes_a_link_while_it_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("base", "copy/a", "victim"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "victim/secret").write_text("x")
+
+    def exchange() -> None:
+        (tmp_path / "copy/a").rename(tmp_path / "other")
+        (tmp_path / "copy/a").symlink_to(tmp_path / "victim")
+
+    once_before(monkeypatch, comparing, "escaped", exchange)
+    assert comparing.compared(str(tmp_path / "base"), str(tmp_path / "copy")) == ["A /a\n"]
+    assert (tmp_path / "copy/a").is_symlink()

@@ -69,13 +69,20 @@ def _unreadable(directory: str) -> Iterator[tuple[str, int]]:
                 pending += [f"{path}/{name}" for name in os.listdir(path)]
 
 
+class Entering(Descriptors):
+    """Directories, with what is mounted on them."""
+
+    def open(self, name: str, parent: int | None) -> int:
+        return os.open(name, inside.FLAGS, dir_fd=parent)
+
+
 def copy_tree(source: str, target: str, *, clone: bool, modes: Mapping[str, int] | None = None) -> None:
     """Make ``target``, a copy of the directory ``source``; with ``clone`` files share their blocks with it where they can.
     ``modes`` are those that are not to be as they are.
 
     Whoever may write in ``source`` meanwhile leads nothing elsewhere: no link is followed there, and no FIFO waited for.
     Raises OSError, also where a file or a directory is another kind of file by then."""
-    with _Entering() as descriptors:
+    with Entering() as descriptors:
         _Copy(clone, modes or {}, descriptors).directory(source, target)
 
 
@@ -87,13 +94,6 @@ def open_regular(name: str, directory: int | None = None) -> int:
         return fd
     os.close(fd)
     raise OSError(errno.EINVAL, "It was a regular file, and is none any more", name)
-
-
-class _Entering(Descriptors):
-    """Directories, with what is mounted on them."""
-
-    def open(self, name: str, parent: int | None) -> int:
-        return os.open(name, inside.FLAGS, dir_fd=parent)
 
 
 class _Copy:

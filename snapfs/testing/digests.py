@@ -62,7 +62,7 @@ def of_function(fill: Callable[..., object], depends: Iterable[str | os.PathLike
     except RecursionError:
         raise Unknown("it has closed over values that are nested too deep") from None
     for path in depends:
-        parts.file(os.fspath(path))
+        parts.file(os.fspath(path), os.fspath(path))
     return parts.digest()
 
 
@@ -105,9 +105,9 @@ class _Parts:
         yield
         self._hash.update(b")")
 
-    def file(self, path: str) -> None:
+    def file(self, name: str, path: str) -> None:
         """Add what the file or directory ``path`` holds, of a link what it leads to."""
-        with self.group("file", path):
+        with self.group("file", name):
             for line in _contents(path):
                 self.add(line)
 
@@ -131,7 +131,7 @@ class _Parts:
                 self.thing(name, value, named)
 
     def again(self, value: object) -> bool:
-        """Whether ``value`` has come before; where is added then."""
+        """Whether ``value`` has come before; if so, the number of that place is added."""
         self._references += 1
         if id(value) in self._seen:
             self.add("again", str(self._seen[id(value)][1]))
@@ -327,7 +327,7 @@ class _Parts:
         top = sys.modules.get(module.__name__.partition(".")[0], module)
         self.add(module.__name__, str(getattr(top, "__version__", "")))
         if not _is_library(module) and (file := getattr(module, "__file__", None)):
-            self.file(file)
+            self.file("module", file)  # which may be elsewhere another time
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
