@@ -219,6 +219,30 @@ def test_root_changes_no_modes_to_copy(tmp_path: Path) -> None:
     assert (tmp_path / "copy/file").stat().st_mode & 0o777 == 0o200
 
 
+@pytest.mark.parametrize("at", [0, 1], ids=["changed", "given back"])
+def test_a_file_that_becomes_a_link_while_its_mode_is_changed(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a user's own, for which the user's rights are enough."""
+    victim, file = tmp_path / "victim", tmp_path / "base/d/file"
+    file.parent.mkdir(parents=True)
+    for path, mode in ((file, 0o266), (victim, 0o600)):
+        path.touch()
+        path.chmod(mode)
+
+    def exchange() -> None:
+        file.unlink()
+        file.symlink_to(victim)
+
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    if not at:
+        once_before(monkeypatch, os, "chmod", exchange)
+    with copying.readable(str(tmp_path / "base")) as modes:
+        assert modes == {str(file): stat.S_IFREG | 0o266}
+        if at:
+            exchange()
+    assert file.is_symlink()
+    assert victim.stat().st_mode & 0o777 == 0o600
+
+
 def test_attributes_of_a_fifo_are_copied(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     os.mkfifo(tmp_path / "base/fifo")

@@ -14,7 +14,7 @@ from snapfs.testing.copying import Entering
 def compared(base: str, copy: str) -> list[str]:
     """What the whole copy ``copy`` has other than ``base``, as ``snapfs/scan/changes.py`` tells it of a layer: lines, each with
     its newline.  A file that was written counts as changed, whatever was written, for its time is another."""
-    if not os.path.isdir(copy):
+    if not os.path.isdir(copy) or os.path.islink(copy):
         return ["D /\n"]
     top = ["C /\n"] if _state(os.lstat(base)) != _state(os.lstat(copy)) else []
     with Entering() as of_base, Entering() as of_copy:

@@ -22,6 +22,7 @@ from snapfs.testing import capabilities
 
 _FICLONE = 0x40049409
 _NO_CLONES = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY)
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _PART = 1 << 30  # bytes that one call copies at most
 
 
@@ -39,17 +40,45 @@ def is_unreadable(directory: str) -> bool:
 
 @contextlib.contextmanager
 def readable(directory: str) -> Iterator[dict[str, int]]:
-    """Within it, all in ``directory`` can be copied; the modes that were changed for that, by path.  Root needs none, and
-    changes none: in a directory of another user's that user could exchange what they are of."""
+    """Within it, all in ``directory`` can be copied; the modes that were changed for that, by path.  Root needs no other modes.
+
+    Others may write in there: no link is followed, and no mode is given to anything but the file that it was of."""
     modes: dict[str, int] = {}
+    changed: list[tuple[str, os.stat_result]] = []
     try:
         for path, mode in _unreadable(directory) if os.geteuid() != 0 else ():
-            modes[path] = mode
-            os.chmod(path, mode | _readable(mode))
+            with _held(directory, path) as fd:
+                found = os.fstat(fd)
+                if found.st_mode != mode:
+                    raise OSError(errno.EINVAL, "It has become another file", path)
+                modes[path] = mode
+                changed.append((path, found))
+                os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(mode) | _readable(mode))
         yield modes
     finally:
-        for path in reversed(modes):
-            os.chmod(path, stat.S_IMODE(modes[path]))
+        for path, found in reversed(changed):
+            with suppress(FileNotFoundError, NotADirectoryError), _held(directory, path) as fd:
+                if _identity(os.fstat(fd)) == _identity(found):
+                    os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(found.st_mode))
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """By what a file is the same: a new one may have gotten the inode number of one that is gone."""
+    return status.st_dev, status.st_ino, status.st_uid, stat.S_IFMT(status.st_mode)
+
+
+@contextlib.contextmanager
+def _held(directory: str, path: str) -> Iterator[int]:
+    """A descriptor (O_PATH) of ``path``, which is ``directory`` or in there, where no link is followed.  Raises OSError."""
+    fd = os.open(directory, _LOOK)
+    try:
+        for name in path[len(directory) + 1 :].split("/") if path != directory else ():
+            below = os.open(name, _LOOK, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _readable(mode: int) -> int:
