@@ -3,19 +3,27 @@ depends on."""
 
 from __future__ import annotations
 
+import collections
+import copy
+import datetime
+import enum
 import functools
 import importlib
 import linecache
 import os
+import re
+import subprocess
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from snapfs.testing import copying, digests
-from tests.plugin import FILL, NOBODY, Runner
+from tests.plugin import CLONE, FILL, NOBODY, Runner
 from tests.processes import until
 
 pytestmark = pytest.mark.mounts
@@ -457,12 +465,222 @@ def test_what_it_depends_on_in_other_files(
     assert digest_now() != before
 
 
+# what a value is of, for one fill with another
+
+
+def with_value(value: object) -> str:
+    return digest(functools.partial(print, value))
+
+
+ONE, TWO = ["1"], ["2"]
+
+
+def nested(depth: int, twice: bool) -> object:
+    found: object = "x"
+    for _ in range(depth):
+        found = [found, found] if twice else [found]
+    return found
+
+
+class Text(str):
+    """Its repr doesn't tell it."""
+
+    def __repr__(self) -> str:
+        return "hidden"
+
+
+class Listed(list[int]):
+    more: int
+
+    def __init__(self, *items: int, more: int = 0) -> None:
+        super().__init__(items)
+        self.more = more
+
+
+Pair = collections.namedtuple("Pair", "one two")
+Color = enum.Enum("Color", "RED BLUE")
+UTC_2 = datetime.timezone(datetime.timedelta(hours=2))
+
+
+def made_class(text: str, *, by: str) -> object:
+    class Made:
+        word = text if by == "attribute" else ""
+
+        @classmethod
+        def fill(cls, directory: Path) -> None:
+            (directory / "file").write_text(text if by == "closure" else cls.word)
+
+    return Made.fill
+
+
+def attributed(text: str) -> Callable[..., object]:
+    def fill(directory: Path) -> None:
+        (directory / "file").write_text(fill.text)  # type: ignore[attr-defined]
+
+    fill.text = text  # type: ignore[attr-defined]
+    return fill
+
+
+class Wrapper:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.__wrapped__ = function("def fill(d): pass")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"db": {"host": "a"}, "port": 1}, {"db": {"host": "a", "port": 1}}),
+        ([["a"], "b"], [["a", "b"]]),
+        ((ONE, TWO, ONE), (ONE, TWO, TWO)),
+        ([ONE, ONE, [TWO]], [ONE, ONE, TWO]),
+        ([], [[]]),
+        ([1, 2], (1, 2)),
+        ([1], [True]),
+        ([1], [1.0]),
+        ({1: 2}, {2: 1}),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ({"a", "b"}, {"a"}),
+        ({1}, frozenset({1})),
+        ({frozenset({"a"}), "b"}, {frozenset({"a", "b"})}),
+        (Text("a"), Text("b")),
+        (Text("a"), "a"),
+        (Listed(1), Listed(2)),
+        (Listed(1), Listed(1, more=1)),
+        (Pair(1, 2), (1, 2)),
+        (collections.defaultdict(list), collections.defaultdict(dict)),
+        (Color.RED, Color.BLUE),
+        (datetime.datetime(2020, 1, 1), datetime.datetime(2020, 1, 1, fold=1)),
+        (datetime.datetime(2020, 1, 1, tzinfo=UTC_2), datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)),
+        (["a"].append, ["b"].append),
+        (functools.partial(print, ["a"], "b"), functools.partial(print, ["a", "b"])),
+        (made_class("a", by="closure"), made_class("b", by="closure")),
+        (made_class("a", by="attribute"), made_class("b", by="attribute")),
+        (attributed("a"), attributed("b")),
+    ],
+)
+def test_values_that_differ(one: object, other: object) -> None:
+    assert with_value(one) == with_value(copy.copy(one))
+    assert with_value(one) != with_value(other)
+
+
+NOT_PLAIN = [object(), [object()], {1: (object(),)}, Wrapper("a"), re.compile("a").match, nested(3000, False)]
+
+
+@pytest.mark.parametrize("thing", NOT_PLAIN, ids=range(len(NOT_PLAIN)))
+def test_values_that_can_not_be_told(thing: object) -> None:
+    with pytest.raises(digests.Unknown, match=r"no plain value|nested too deep"):
+        with_value(thing)
+
+
+def test_values_within_themselves() -> None:
+    one: list[object] = ["a"]
+    one.append(one)
+    other: list[object] = ["a", ["a"]]
+    other[1].append(other)  # type: ignore[attr-defined]
+    assert with_value(one) == with_value(one)
+    assert with_value(one) != with_value(other)
+    twice = nested(60, True)  # which would be endless, if each was gone through as often as it is there
+    assert with_value(twice) != with_value([twice])
+
+
+def told(value: object) -> object:
+    """By what another value is the same."""
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(told, value))
+    if isinstance(value, dict):
+        return dict, tuple((told(key), told(item)) for key, item in value.items())
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(map(told, value))
+    return type(value), repr(value)
+
+
+TEXTS = st.text("a1:()", max_size=3) | st.binary(max_size=2)
+PLAIN = st.none() | st.booleans() | st.integers(-1, 2) | st.floats() | st.dates() | TEXTS
+KEYS = st.recursive(
+    PLAIN,
+    lambda below: st.lists(below, max_size=3).map(tuple) | st.frozensets(below, max_size=3),
+    max_leaves=4,
+)
+VALUES = st.recursive(
+    KEYS,
+    lambda below: (
+        st.lists(below, max_size=4)
+        | st.lists(below, max_size=4).map(tuple)
+        | st.dictionaries(KEYS, below, max_size=3)
+        | st.sets(KEYS, max_size=3)
+        | below.map(lambda value: [value, value])
+    ),
+    max_leaves=8,
+)
+FEW = st.recursive(st.just("a"), lambda below: st.lists(below, max_size=3), max_leaves=3)
+
+
+def rebuilt(value: object) -> object:
+    """An equal value, of which nothing is the same object as anything else."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value)(map(rebuilt, value))
+    return {rebuilt(key): rebuilt(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(st.tuples(VALUES, VALUES) | VALUES.map(lambda value: (value, rebuilt(value))) | st.tuples(FEW, FEW))
+def test_any_two_values(values: tuple[object, object]) -> None:
+    one, other = values
+    assert (with_value(one) == with_value(other)) == (told(one) == told(other))
+
+
+def test_a_digest_is_the_same_in_each_process() -> None:
+    """Whatever the order in which a set is gone through there."""
+    script = (
+        "import functools\nfrom snapfs.testing import digests\n"
+        "def f(): return NAMES\ndef g(): return NAMES\n"
+        "NAMES = {'a', 'b', 'c', ('d', frozenset({'e', 'f', 'g'})), f, g}\n"
+        "print(digests.of_function(functools.partial(f, NAMES), []))\n"
+    )
+    digest_of = [
+        subprocess.run(
+            [sys.executable, "-c", script], env={"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(CLONE)}, check=True, stdout=-1
+        ).stdout
+        for seed in range(4)
+    ]
+    assert len(set(digest_of)) == 1
+
+
+def test_a_named_link_stands_for_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/file").write_text("a")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "again").symlink_to("link")
+    fill = function("def fill(d): pass")
+    for name in ("link", "again", "link/file"):
+        before = digests.of_function(fill, [tmp_path / name])
+        assert digests.of_function(fill, [tmp_path / name]) == before
+        (tmp_path / "real/file").write_text(f"b {name}")
+        assert digests.of_function(fill, [tmp_path / name]) != before
+    (tmp_path / "dangling").symlink_to("nothing")
+    with pytest.raises(FileNotFoundError):
+        digests.of_function(fill, [tmp_path / "dangling"])
+
+
 def test_what_a_function_does_not_depend_on() -> None:
     plain = digest(function("N = 1\ndef fill(d): return N"))
     assert plain == digest(function("M = 2\n\n\nN = 1\ndef other(): pass\ndef fill(d): return N"))
     names = {f"name {number}" for number in range(100)}
     reversed_names = set(sorted(names, reverse=True))
     assert digest(function("def fill(d): return N", N=names)) == digest(function("def fill(d): return N", N=reversed_names))
+
+
+def test_it_does_not_depend_on_where_its_modules_are(tmp_path: Path) -> None:
+    """Another clone of the tests finds the same base."""
+    found = set()
+    for name in ("one", "other"):
+        module = types.ModuleType("h")
+        module.__file__ = str(tmp_path / name / "h.py")
+        Path(module.__file__).parent.mkdir()
+        Path(module.__file__).write_text("X = 1")
+        found.add(digest(function("def fill(d): return h.X", h=module)))
+    assert len(found) == 1
 
 
 def test_two_functions_on_a_line() -> None:

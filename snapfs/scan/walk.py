@@ -130,6 +130,11 @@ class Descriptors:
         for directory in list(self._open):
             self.close(directory)
 
+    def open(self, name: str, parent: int | None) -> int:
+        """A new descriptor of the directory ``name`` in the one open as ``parent``, without a parent of a path; what is mounted
+        at a name inside is not entered.  Raises OSError."""
+        return inside.open_top(name) if parent is None else inside.open_directory(name, parent)
+
     def get(self, directory: Directory) -> int:
         """A descriptor of ``directory``, valid until the next call; -1 where the directory has vanished, or is none any more.
 
@@ -145,8 +150,8 @@ class Descriptors:
         fd, passing = (above.fd, False) if above is not None else (None, False)
         while way:
             step = way.pop()
-            try:  # without a parent it is a path; what is mounted at a name inside is not entered
-                opened = inside.open_top(step.name) if fd is None else inside.open_directory(step.name, fd)
+            try:
+                opened = self.open(step.name, fd)
             except OSError as error:
                 if step.parent is not None and error.errno in _VANISHED:
                     return -1

@@ -10,16 +10,19 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
+from snapfs.kernel import inside
+from snapfs.kernel.mounttable import mount_id_of
+from snapfs.scan.walk import Descriptors, Directory
 from snapfs.testing import capabilities
 
 _FICLONE = 0x40049409
 _NO_CLONES = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY)
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _PART = 1 << 30  # bytes that one call copies at most
 
 
@@ -37,16 +40,45 @@ def is_unreadable(directory: str) -> bool:
 
 @contextlib.contextmanager
 def readable(directory: str) -> Iterator[dict[str, int]]:
-    """Within it, all in ``directory`` can be copied; the modes that were changed for that, by path."""
+    """Within it, all in ``directory`` can be copied; the modes that were changed for that, by path.  Root needs no other modes.
+
+    Others may write in there: no link is followed, and no mode is given to anything but the file that it was of."""
     modes: dict[str, int] = {}
+    changed: list[tuple[str, os.stat_result]] = []
     try:
-        for path, mode in _unreadable(directory):
-            modes[path] = mode
-            os.chmod(path, mode | _readable(mode))
+        for path, mode in _unreadable(directory) if os.geteuid() != 0 else ():
+            with _held(directory, path) as fd:
+                found = os.fstat(fd)
+                if found.st_mode != mode:
+                    raise OSError(errno.EINVAL, "It has become another file", path)
+                modes[path] = mode
+                changed.append((path, found))
+                os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(mode) | _readable(mode))
         yield modes
     finally:
-        for path in reversed(modes):
-            os.chmod(path, stat.S_IMODE(modes[path]))
+        for path, found in reversed(changed):
+            with suppress(FileNotFoundError, NotADirectoryError), _held(directory, path) as fd:
+                if _identity(os.fstat(fd)) == _identity(found):
+                    os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(found.st_mode))
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """By what a file is the same: a new one may have gotten the inode number of one that is gone."""
+    return status.st_dev, status.st_ino, status.st_uid, stat.S_IFMT(status.st_mode)
+
+
+@contextlib.contextmanager
+def _held(directory: str, path: str) -> Iterator[int]:
+    """A descriptor (O_PATH) of ``path``, which is ``directory`` or in there, where no link is followed.  Raises OSError."""
+    fd = os.open(directory, _LOOK)
+    try:
+        for name in path[len(directory) + 1 :].split("/") if path != directory else ():
+            below = os.open(name, _LOOK, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _readable(mode: int) -> int:
@@ -66,68 +98,109 @@ def _unreadable(directory: str) -> Iterator[tuple[str, int]]:
                 pending += [f"{path}/{name}" for name in os.listdir(path)]
 
 
+class Entering(Descriptors):
+    """Directories, with what is mounted on them."""
+
+    def open(self, name: str, parent: int | None) -> int:
+        return os.open(name, inside.FLAGS, dir_fd=parent)
+
+
 def copy_tree(source: str, target: str, *, clone: bool, modes: Mapping[str, int] | None = None) -> None:
     """Make ``target``, a copy of the directory ``source``; with ``clone`` files share their blocks with it where they can.
-    ``modes`` are those that are not to be as they are.  Raises OSError."""
-    _Copy(clone, modes or {}).directory(source, target, os.lstat(source))
+    ``modes`` are those that are not to be as they are.
+
+    Whoever may write in ``source`` meanwhile leads nothing elsewhere: no link is followed there, and no FIFO waited for.
+    Raises OSError, also where a file or a directory is another kind of file by then."""
+    with Entering() as descriptors:
+        _Copy(clone, modes or {}, descriptors).directory(source, target)
+
+
+def open_regular(name: str, directory: int | None = None) -> int:
+    """A descriptor for reading of the regular file ``name``, in the one open as ``directory``.  Raises OSError where it is
+    another kind of file."""
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "It was a regular file, and is none any more", name)
 
 
 class _Copy:
-    def __init__(self, clone: bool, modes: Mapping[str, int]) -> None:
+    """Sources are opened by descriptors; targets are made by path, for nobody else can enter them before all is in there."""
+
+    def __init__(self, clone: bool, modes: Mapping[str, int], descriptors: Descriptors) -> None:
         self._modes = modes
         self._clone = clone
+        self._descriptors = descriptors
         self._linked: dict[tuple[int, int], str] = {}
         self._uid, self._gid = os.geteuid(), os.getegid()
 
-    def directory(self, source: str, target: str, status: os.stat_result) -> None:
-        pending = [(source, target, status)]
+    def directory(self, source: str, target: str) -> None:
+        pending = [(Directory(source), target)]
         made = []
         while pending:
-            source, target, status = pending.pop()
+            directory, target = pending.pop()
+            fd = self._descriptors.get(directory)
+            if fd < 0:
+                raise NotADirectoryError(errno.ENOTDIR, "It was a directory, and is none any more", path_of(directory))
+            status = os.fstat(fd)
             os.mkdir(target, 0o700)
-            made.append((source, target, status))
-            with os.scandir(source) as entries:
+            made.append((directory, target, status, _attributes_of(fd)))
+            below = []
+            with os.scandir(fd) as entries:
                 for entry in entries:
                     found = entry.stat(follow_symlinks=False)
-                    path = f"{target}/{entry.name}"
+                    there = Directory(entry.name, directory)
                     if stat.S_ISDIR(found.st_mode):
-                        pending.append((entry.path, path, found))
+                        below.append((there, f"{target}/{entry.name}"))
                     else:
-                        self.other(entry.path, path, found)
-        for source, target, status in reversed(made):  # last, for what is made in a directory changes it
-            self.attributes(source, target, status)
+                        self.other(there, fd, f"{target}/{entry.name}", found)
+            pending += below
+            if not below:
+                self._descriptors.close(directory)
+        for directory, target, status, more in reversed(made):  # last, for what is made in a directory changes it
+            self.attributes(directory, target, status, more)
 
-    def other(self, source: str, target: str, status: os.stat_result) -> None:
-        """Copy ``source``, which is no directory."""
+    def other(self, source: Directory, parent: int, target: str, status: os.stat_result) -> None:
+        """Copy ``source``, which is no directory, in the one open as ``parent``."""
         if status.st_nlink > 1:
             first = self._linked.setdefault((status.st_dev, status.st_ino), target)
             if first != target:
                 os.link(first, target, follow_symlinks=False)
                 return
+        more: dict[str, bytes] = {}
         if stat.S_ISREG(status.st_mode):
-            self.file(source, target, status)
+            status, more = self.file(source, parent, target)
         elif stat.S_ISLNK(status.st_mode):
-            os.symlink(os.readlink(source), target)
+            os.symlink(os.readlink(source.name, dir_fd=parent), target)
         elif stat.S_ISSOCK(status.st_mode):
             return
         else:
             os.mknod(target, status.st_mode, status.st_rdev)
-        self.attributes(source, target, status)
+            more = _attributes_unopened(source.name, parent)
+        self.attributes(source, target, status, more)
 
-    def file(self, source: str, target: str, status: os.stat_result) -> None:
-        reading = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    def file(self, source: Directory, parent: int, target: str) -> tuple[os.stat_result, dict[str, bytes]]:
+        """Copy a regular file; what was read of it besides."""
         try:
+            reading = open_regular(source.name, parent)
+        except OSError as error:
+            error.filename = path_of(source)
+            raise
+        try:
+            status = os.fstat(reading)
             writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 if status.st_size and not (self._clone and _cloned(reading, writing)):
                     _copy(reading, writing, status)
             finally:
                 os.close(writing)
+            return status, _attributes_of(reading)
         finally:
             os.close(reading)
 
-    def attributes(self, source: str, target: str, status: os.stat_result) -> None:
-        mode = stat.S_IMODE(self._modes.get(source, status.st_mode))
+    def attributes(self, source: Directory, target: str, status: os.stat_result, more: Mapping[str, bytes]) -> None:
+        mode = stat.S_IMODE(self._modes.get(path_of(source), status.st_mode) if self._modes else status.st_mode)
         if (status.st_uid, status.st_gid) != (self._uid, self._gid):
             try:
                 os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
@@ -135,14 +208,31 @@ class _Copy:
                 if error.errno not in (errno.EPERM, errno.EINVAL):
                     raise
                 mode &= ~(stat.S_ISUID | stat.S_ISGID)
-        is_link = stat.S_ISLNK(status.st_mode)
-        if not is_link:
-            with suppress(OSError):
-                for name in os.listxattr(source):
-                    with suppress(OSError):  # of a kind that this user may not set
-                        os.setxattr(target, name, os.getxattr(source, name))
+        if not stat.S_ISLNK(status.st_mode):
+            for name, value in more.items():
+                with suppress(OSError):  # of a kind that this user may not set
+                    os.setxattr(target, name, value)
             os.chmod(target, mode)
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+
+
+def _attributes_of(file: int | str) -> dict[str, bytes]:
+    """The extended attributes of ``file``, as far as this user may read them."""
+    found = {}
+    with suppress(OSError):
+        for name in os.listxattr(file):
+            with suppress(OSError):
+                found[name] = os.getxattr(file, name)
+    return found
+
+
+def _attributes_unopened(name: str, parent: int) -> dict[str, bytes]:
+    """The same of a FIFO or a device: to open one may do something."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        return _attributes_of(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 def _cloned(source: int, target: int) -> bool:
@@ -189,36 +279,109 @@ def _copy_range(source: int, target: int, here: int, end: int) -> None:
 
 
 def size_of(directory: str) -> int:
-    """The bytes on the disk of all that is in ``directory``."""
+    """The bytes on the disk of all that is in ``directory``, as far as this user may look into it."""
     total = 0
-    for path, _, names in os.walk(directory):
-        for name in (*names, "."):
+    with _Beneath() as descriptors:
+        pending = [Directory(directory)]
+        while pending:
+            each = pending.pop()
             with suppress(OSError):
-                total += os.lstat(f"{path}/{name}").st_blocks * 512
+                if (fd := descriptors.get(each)) < 0:
+                    continue
+                total += os.fstat(fd).st_blocks * 512
+                with os.scandir(fd) as entries:
+                    found = list(entries)
+                for entry in found:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(Directory(entry.name, each))
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
     return total
 
 
 def remove_tree(directory: str) -> None:
-    """Remove ``directory`` with all that is in it, whatever modes it has; raises OSError."""
+    """Remove ``directory`` with all that is in it, whatever modes it has.  What is mounted in there stays, with all that it
+    holds, and no server of it is asked.  Raises OSError when all else is removed: EBUSY where something is mounted."""
     with capabilities.raised():
-        try:
-            shutil.rmtree(directory)
-        except FileNotFoundError:
-            if os.path.lexists(directory):
-                raise
-        except PermissionError:
+        refused = _remove(directory)
+        if any(isinstance(error, PermissionError) for error in refused):
             _make_writable(directory)
-            shutil.rmtree(directory)
+            refused = _remove(directory)
+    if refused:
+        raise refused[0]
+
+
+class _Beneath(Descriptors):
+    """Directories, and not what is mounted on them, but for what is on the first."""
+
+    def open(self, name: str, parent: int | None) -> int:
+        return os.open(name, inside.FLAGS) if parent is None else inside.open_directory(name, parent)
+
+
+def _remove(directory: str) -> list[OSError]:
+    """Remove what can be removed of ``directory``; the errors of all else."""
+    refused: list[OSError] = []
+    with _Beneath() as descriptors:
+        pending = [(Directory(directory), False)]
+        while pending:
+            each, is_empty = pending.pop()
+            with _noted(refused, each):
+                if is_empty:
+                    descriptors.close(each)
+                    above = None if each.parent is None else descriptors.get(each.parent)
+                    if above is None or above >= 0:
+                        os.rmdir(each.name, dir_fd=above)
+                elif (fd := descriptors.get(each)) >= 0:
+                    pending.append((each, True))
+                    pending += [(below, False) for below in _unlinked(fd, each, refused)]
+    return refused
+
+
+def _unlinked(fd: int, directory: Directory, refused: list[OSError]) -> list[Directory]:
+    """Remove all in ``directory``, which is open as ``fd``, but the directories, which are returned."""
+    with os.scandir(fd) as entries:
+        found = list(entries)
+    below = []
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            below.append(Directory(entry.name, directory))
+        else:
+            with _noted(refused, Directory(entry.name, directory)):
+                os.unlink(entry.name, dir_fd=fd)
+    return below
+
+
+@contextlib.contextmanager
+def _noted(refused: list[OSError], about: Directory) -> Iterator[None]:
+    """Add an error in here to ``refused``, unless it is that ``about`` is gone."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        refused.append(OSError(error.errno, error.strerror, path_of(about)))
+
+
+def path_of(directory: Directory) -> str:
+    """Its path, from the first on that has one."""
+    names = [directory.name]
+    while (above := directory.parent) is not None:
+        directory = above
+        names.append(directory.name)
+    return "/".join(reversed(names))
 
 
 def _make_writable(name: str, parent: int | None = None) -> None:
-    """Let the owner write each directory in the directory ``name`` of ``parent``.  By descriptors: a process of another user,
-    whose files these may be, could put a link to any other directory in the place of one."""
+    """Let the owner write each directory in the directory ``name`` of ``parent``, but none on which something is mounted.  By
+    descriptors: a process of another user, whose files these may be, could put a link to any other directory in the place of
+    one."""
     try:
         fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     except OSError:
         return
     try:
+        if parent is not None and mount_id_of(fd) != mount_id_of(parent):
+            return
         itself = f"/proc/self/fd/{fd}"
         with suppress(PermissionError):
             os.chmod(itself, 0o700)

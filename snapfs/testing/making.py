@@ -59,7 +59,7 @@ class Copy:
 
     def keep(self, target: str) -> None:
         """Make ``target`` a whole copy of what it holds now."""
-        if self.path.is_dir():
+        if self.path.is_dir() and not self.path.is_symlink():
             with contextlib.ExitStack() as stack:
                 stack.enter_context(capabilities.raised())
                 modes = {} if self._how == "overlay" else stack.enter_context(copying.readable(str(self.path)))

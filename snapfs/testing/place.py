@@ -16,18 +16,21 @@ they could not enter.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
 import stat
 import tempfile
 
-from snapfs.kernel import mounting
-from snapfs.kernel.mounttable import mount_table
+from snapfs.kernel import mounting, trusted
+from snapfs.kernel.mounttable import MountPoint, lines_of, mount_id_of, mount_table, parse
 from snapfs.testing import capabilities, copying
 
 PREFIX = "snapfs-testing-"
 
+_ROUNDS = 16  # at most, for others may mount again and again
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC  # asks no server of a file system
 _SEEN = 8  # characters of the name of a run
 
 
@@ -65,13 +68,59 @@ class Place:
 
 
 def remove(path: str) -> None:
-    """Remove the directory of a run, and unmount what is mounted there."""
-    with capabilities.raised():
-        for target in reversed([mount.target for mount in mount_table() if mount.target.startswith(f"{path}/")]):
-            with contextlib.suppress(OSError):
-                mounting.unmount(target, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+    """Remove the directory of a run, and unmount what is mounted there.  Raises OSError: EBUSY where something stays mounted,
+    which somebody else may have moved there (``_unmounted``)."""
+    with capabilities.raised(), contextlib.suppress(FileNotFoundError):
+        top = os.open(path, _LOOK | os.O_DIRECTORY)
+        try:
+            for _ in range(_ROUNDS):
+                if not _unmounted(path, top):
+                    break
+        finally:
+            os.close(top)
     with contextlib.suppress(FileNotFoundError):
         copying.remove_tree(path)
+
+
+def _unmounted(path: str, top: int) -> bool:
+    """Unmount each mount that stands in the directory ``path``, which is open as ``top``, with all that is mounted in there;
+    whether there was any, for meanwhile others may have been hidden by it, or moved."""
+    own = mount_id_of(top)
+    targets = [mount.target for mount in mount_table() if mount.parent == own and mount.target.startswith(f"{path}/")]
+    done = False
+    for target in reversed(targets):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            fd, are_ours = _followed(target[len(path) + 1 :], top, own, stack)
+            number = mount_id_of(fd)
+            # the descriptor keeps the mount: none but this one has its number in the table that is read now
+            lines = [line for line in lines_of("self") if line.startswith(f"{number} ")]
+            if number != own and (are_ours or any(_is_of_others(parse(line)) for line in lines)):
+                mounting.unmount(f"/proc/self/fd/{fd}", mounting.MNT_DETACH)
+                done = True
+    return done
+
+
+def _followed(target: str, top: int, own: int, stack: contextlib.ExitStack) -> tuple[int, bool]:
+    """A descriptor of what is at ``target``, a path from ``top`` on, and whether nobody else could have put it there.  Users to
+    whom tests have given directories may exchange what is in them, so no link is followed on the way, and no other mount than
+    ``own`` entered: its server may never answer.  Raises OSError."""
+    fd, are_ours = top, True
+    *above, name = target.split("/")
+    for each in above:
+        fd = os.open(each, _LOOK | os.O_DIRECTORY, dir_fd=fd)
+        stack.callback(os.close, fd)
+        if mount_id_of(fd) != own:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), target)
+        found = os.fstat(fd)
+        are_ours = are_ours and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    fd = os.open(name, _LOOK, dir_fd=fd)
+    stack.callback(os.close, fd)
+    return fd, are_ours
+
+
+def _is_of_others(mount: MountPoint) -> bool:
+    """Whether another user has mounted it.  One of ours, in a directory of theirs, they may have moved with that directory."""
+    return mount.type.startswith("fuse") and trusted.server_of(mount) not in trusted.trusted_users()
 
 
 def new_name() -> str:
