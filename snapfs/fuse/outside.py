@@ -16,7 +16,8 @@ import threading
 from contextlib import suppress
 from itertools import islice, pairwise
 
-from snapfs.fuse.mountpoint import abort, detach, mounted_at, still_there
+from snapfs.errors import NoThread
+from snapfs.fuse.mountpoint import DETACH, abort, mounted_at, still_there
 from snapfs.kernel.mounttable import MountPoint
 from snapfs.kernel.processes import users
 
@@ -122,6 +123,9 @@ def _stay(channel: socket.socket, answers: socket.socket, mountpoint: str) -> No
         except subprocess.TimeoutExpired:
             channel.send(f"{words[0]} did not answer within {_PATIENCE} s: see whether {mountpoint} does".encode())
             return
+        except BlockingIOError:
+            channel.send(str(NoThread()).encode())
+            return
         except OSError as error:
             channel.send(f"{words[0]}: {error.strerror}; install it (Debian: apt-get install fuse3)".encode())
             return
@@ -171,7 +175,6 @@ def _unmount(own: MountPoint) -> None:
     if still_there(own) is None:
         return
     now = mounted_at(own.target)
-    if now is not None and now.id == own.id:
-        detach(own)
-    else:  # something is mounted over it
-        abort(own)
+    abort(own)
+    if now is not None and now.id == own.id:  # else something is mounted over it
+        os.execvp(DETACH[0], [*DETACH, own.target])  # a process for it could perhaps not be started
