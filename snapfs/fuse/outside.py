@@ -27,6 +27,8 @@ _PATIENCE = 20  # seconds that fusermount3 may take: it looks at the mountpoint,
 
 _MOST = 8192  # bytes of a question, or an answer
 
+_NO_PROCESS = b"no process"  # said of fusermount3, where it could not be started
+
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """What a terminal or a service manager sends to all processes at once: the daemon ends, and this one after it."""
 
@@ -59,9 +61,11 @@ class Outside:
         asks.settimeout(ANSWER)
 
     def mount(self, options: set[str]) -> int:
-        """Mount the tree: the descriptor of the device.  Raises OutsideError."""
+        """Mount the tree: the descriptor of the device.  Raises OutsideError, and NoThread."""
         self._channel.send(",".join(sorted(options)).encode())
         words, fds, _, _ = socket.recv_fds(self._channel, 65536, 1)
+        if words == _NO_PROCESS:
+            raise NoThread()
         if not fds:
             raise OutsideError(words.decode(errors="replace").strip() or "the process that mounts has ended")
         os.set_inheritable(fds[0], False)
@@ -124,7 +128,7 @@ def _stay(channel: socket.socket, answers: socket.socket, mountpoint: str) -> No
             channel.send(f"{words[0]} did not answer within {_PATIENCE} s: see whether {mountpoint} does".encode())
             return
         except BlockingIOError:
-            channel.send(str(NoThread()).encode())
+            channel.send(_NO_PROCESS)
             return
         except OSError as error:
             channel.send(f"{words[0]}: {error.strerror}; install it (Debian: apt-get install fuse3)".encode())
