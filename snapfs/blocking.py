@@ -370,8 +370,7 @@ class _Loop:
             raise self._failure
 
     def _close_at_exit(self) -> None:
-        """Close as well as it still can be: since Python 3.12 no thread can be started any more, and the rest is then as after
-        a SIGKILL."""
+        """Close it, though since Python 3.12 no thread can be started any more: the loop's own does all then."""
         if os.getpid() == self._process:
             self.leave()
             self._join()

@@ -731,6 +731,7 @@ def test_an_interpreter_that_can_start_no_threads_at_its_end_ends_nevertheless(r
         "atexit.register(no_more)\n",
     )
     assert (done.returncode, done.stderr) == (0, "")
+    assert is_closed(root)
     with blocking.open_snapshotter(root, THROWN_AWAY) as again:
         assert again.stat("web").id == 1
 

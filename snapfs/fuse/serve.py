@@ -20,6 +20,7 @@ from snapfs.fuse.mountpoint import (
     mounted_at,
     ready,
     source_of,
+    still_there,
     unmount,
     why_over,
 )
@@ -148,7 +149,10 @@ async def serve_tree(
             outside.close()
             pyfuse3.close(unmount=False)
         else:
-            pyfuse3.close(unmount=own is None or not unmount(own))
+            to_unmount = own is None or not unmount(own)
+            pyfuse3.close(unmount=to_unmount)
+            if to_unmount and own is not None and still_there(own) is not None:
+                log.warning("fusermount3 could not be started: unmount %s with fusermount3 -u -z %s", own.target, own.target)
 
 
 async def _set_on_signal(
