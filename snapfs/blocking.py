@@ -25,7 +25,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import trio
 
 from snapfs import opening
-from snapfs.errors import Closed, Forked
+from snapfs.errors import Closed, Forked, NoThread
 from snapfs.model import Change
 from snapfs.options import Feature, Options
 from snapfs.snapshotter import Snapshotter as AsyncSnapshotter
@@ -321,7 +321,10 @@ class _Loop:
         self._calls: set[_Call[Any]] = set()
         opened: _Outcome[None] = _Outcome()
         self._thread = threading.Thread(target=self._run, args=(manager, opened), name="snapfs", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            raise NoThread() from None
         try:
             opened.result()
         except BaseException:  # refused, or interrupted: then it is opened and closed
@@ -374,8 +377,7 @@ class _Loop:
             raise self._failure
 
     def _close_at_exit(self) -> None:
-        """Close as well as it still can be: since Python 3.12 no thread can be started any more, and the rest is then as after
-        a SIGKILL."""
+        """Close it, though since Python 3.12 no thread can be started any more: the loop's own does all then."""
         if os.getpid() == self._process:
             self.leave()
             self._join()

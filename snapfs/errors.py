@@ -154,5 +154,17 @@ class TryAgain(Unavailable):
         super().__init__(f"{why}: try again in a moment", EAGAIN)
 
 
+class NoThread(TryAgain):
+    """The call takes a thread or a process, and none can be started."""
+
+    def __init__(self) -> None:
+        Unavailable.__init__(
+            self,
+            "no thread or process can be started: the user that snapfs runs as, or its cgroup, has as many as it may have; "
+            "end some, or raise that limit (ulimit -u, TasksMax=), and try again",
+            EAGAIN,
+        )
+
+
 class Damaged(SnapshotError):
     """What is on disk contradicts itself; nothing is guessed."""

@@ -29,6 +29,7 @@ from snapfs.rules.root import Root, overlay_prefix
 from snapfs.services.rootfs import Rootfs
 from snapfs.snapshotter import Snapshotter
 from snapfs.store.metastore import MetaStore
+from snapfs.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,10 @@ async def open_snapshotter(
     contradicts itself.
     """
     failure: BaseException | None = None
-    snapshotter = await trio.to_thread.run_sync(_open, os.fspath(root), options or Options(), metastore)
+    snapshotter = await in_thread(_open, os.fspath(root), options or Options(), metastore)
     async with trio.open_nursery() as nursery:
         try:
+            await nursery.start(snapshotter.run_writer, name="snapfs writer")
             await nursery.start(snapshotter.run_background, name="snapfs background")
             yield snapshotter
         except trio.Cancelled:

@@ -19,7 +19,7 @@ from typing import TypeVar
 import trio
 
 from snapfs import names
-from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, TryAgain, Unavailable
+from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, NoThread, TryAgain, Unavailable
 from snapfs.filters import Filters
 from snapfs.kernel.namespaces import shares_mount_namespace
 from snapfs.labels import MESSAGE, PIN, Labels, pinned
@@ -45,6 +45,7 @@ from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
 from snapfs.store.writing import Operation, Writer
+from snapfs.threads import AGAIN, in_thread, in_thread_or_here
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ class Snapshotter:
         self._searches = trio.CapacityLimiter(SEARCHES)
         self._owns_records = owns_records
         self._background: trio.CancelScope | None = None
-        self._background_ended = trio.Event()
+        self._background_ended = _set_event()
+        self._writer_ended = _set_event()
         self._closed = False
         self._endings: dict[int, list[trio.Event]] = {}
         self._listeners: list[Callable[[Change], None]] = []
@@ -96,12 +98,22 @@ class Snapshotter:
 
     # -- opening and closing
 
+    async def run_writer(self, task_status: trio.TaskStatus[None]) -> None:
+        """The writer of the records, until ``close``.  Raises NoThread."""
+        self._writer_ended = trio.Event()
+        try:
+            with trio.CancelScope(shield=True):  # until ``close`` has stopped the records and what waits is done
+                await self.records.serve(task_status)
+        finally:
+            self._writer_ended.set()
+
     async def run_background(self, task_status: trio.TaskStatus[None]) -> None:
-        """All that goes on besides calls, until ``close``; in a nursery of its own, so that closing cancels nothing else."""
+        """All else that goes on besides calls, until ``close``; in a nursery of its own, so that closing cancels nothing else,
+        and apart from the writer: that ends by ``close`` alone, which comes because this has ended."""
+        self._background_ended = trio.Event()
         try:
             async with trio.open_nursery() as nursery:
                 self._background = nursery.cancel_scope
-                await nursery.start(self._write, name="snapfs writer")
                 await nursery.start(self.counting.run, name="snapfs counting")
                 await nursery.start(self.flushing.run, name="snapfs flushing")
                 await nursery.start(self._comparing.serve, name="snapfs comparing")
@@ -134,10 +146,11 @@ class Snapshotter:
                 self.records.stop()
                 if self._background is not None:
                     self._background.cancel()
-                    with _told("the writes under way, and the disk"):
-                        await self._background_ended.wait()
+                with _told("the writes under way, and the disk"):
+                    await self._background_ended.wait()
+                    await self._writer_ended.wait()
             async with self._housekeeping.trash_lock:  # a Remove may be waiting for its files to go
-                await trio.to_thread.run_sync(self._close_files)
+                await in_thread_or_here(self._close_files)
 
     def _close_files(self) -> None:
         self.agreeing.note_end()
@@ -146,10 +159,6 @@ class Snapshotter:
         if self._owns_records:
             self.records.close()
         self._root.close()
-
-    async def _write(self, task_status: trio.TaskStatus[None]) -> None:
-        with trio.CancelScope(shield=True):  # until ``close`` has stopped the records and what waits is done
-            await self.records.serve(task_status)
 
     # -- making
 
@@ -250,16 +259,25 @@ class Snapshotter:
             )
         self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless a call for its usage comes before
         if wait:
-            try:
-                await self.flushing.flush(max(AFTER, deadline - trio.current_time()))
-            except TryAgain:
-                log.warning('snapshot "%s" was committed, and what was written last is still on its way to the disk', name)
+            await self._flush_after(name, deadline)
             self._root.unflushed.refuse_lost([number])  # another flush may have failed on it meanwhile
 
     async def _flush_before(self, key: Ref, patience: float) -> None:
         with self.reading() as reader:
             number = lookup.find_id(reader, key)
         await self.flushing.flush_before_commit(number, patience)
+
+    async def _flush_after(self, name: str, deadline: float) -> None:
+        """Flush what was committed as ``name``; what is not on disk by ``deadline`` goes on its way."""
+        while True:
+            try:
+                await self.flushing.flush(max(AFTER, deadline - trio.current_time()))
+                return
+            except TryAgain as error:
+                if deadline < math.inf:
+                    log.warning('snapshot "%s" was committed, and what was written last is on its way: %s', name, error)
+                    return
+            await trio.sleep(AGAIN)  # no thread can be started
 
     # -- changing
 
@@ -284,9 +302,12 @@ class Snapshotter:
         if self.options.async_remove:
             return
         if wait:
-            await self._housekeeping.empty_trash()
-        else:
-            self._housekeeping.empty_trash_soon()
+            try:
+                await self._housekeeping.empty_trash()
+                return
+            except NoThread:  # it is removed, and its files go as soon as may be
+                pass
+        self._housekeeping.empty_trash_soon()
 
     # -- the states of a workspace
 
@@ -380,7 +401,7 @@ class Snapshotter:
         self._housekeeping.fill_pool_if_low()
         self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless a call for its usage comes before
         if wait:
-            await self.flushing.flush()
+            await self._flush_after(str(number), math.inf)
             self._root.unflushed.refuse_lost([number])  # another flush may have failed on it meanwhile
 
     def _refuse_pinned(self, key: Ref) -> None:
@@ -513,7 +534,7 @@ class Snapshotter:
         if self._root.has_at_hand(number, record.kind, chain):
             return
         try:
-            await trio.to_thread.run_sync(self._root.refuse_missing, number, record.kind, chain)
+            await in_thread(self._root.refuse_missing, number, record.kind, chain)
         except Damaged:
             with self.reading() as reader:  # it may have been removed meanwhile
                 lookup.find(reader, number)
@@ -534,7 +555,7 @@ class Snapshotter:
                 found = reader.walk(compiled.selection)
             return [self.shown(info) for info in found if (not origin or info.origin == origin) and compiled.holds(info)]
 
-        return await trio.to_thread.run_sync(collect)
+        return await in_thread(collect)
 
     async def usage(self, key: Ref, *, caller: Caller = OWNER) -> Usage:
         """What the snapshot alone takes: an active one is scanned now, a committed one was once, a view takes nothing.
@@ -587,7 +608,7 @@ class Snapshotter:
         by_hand = (
             not self.rootfs.holds(number) and self._elsewhere(number, record) and (pid is None or shares_mount_namespace(pid))
         )
-        if by_hand and (found := await trio.to_thread.run_sync(self._root.mounted.proven, number)):
+        if by_hand and (found := await in_thread(self._root.mounted.proven, number)):
             return found[0]
         return await self.rootfs.mount(number, lambda: self._stack(number))
 
@@ -714,7 +735,7 @@ class Snapshotter:
         another mount namespace.  None where it gets there, as far as can be known; so for pid 0, an unknown process."""
         if not pid or shares_mount_namespace(pid):
             return None
-        return await trio.to_thread.run_sync(why_unseen, pid, target)
+        return await in_thread(why_unseen, pid, target)
 
     def statistics(self) -> Statistics:
         """Counts of this root now, and of what was done since it was opened."""
@@ -770,9 +791,15 @@ class Snapshotter:
         except Used as used:
             words = "is in use elsewhere: end what uses it first"
             look = partial(holders.elsewhere, self._root.mounted, number, self.layers.rootfs(number))
-            with trio.move_on_after(SEARCH):  # the kernel may hold locks meanwhile
-                words = await trio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=self._searches)
+            with trio.move_on_after(SEARCH), suppress(NoThread):  # the kernel may hold locks meanwhile
+                words = await in_thread(look, abandon_on_cancel=True, limiter=self._searches)
             raise Busy(f'snapshot "{used.name}" {words}') from None
+
+
+def _set_event() -> trio.Event:
+    event = trio.Event()
+    event.set()
+    return event
 
 
 @contextmanager
@@ -780,7 +807,8 @@ def _told(what: str) -> Iterator[None]:
     """For a block of the end that waits for ``what``: where it takes long, the log says so."""
     timer = threading.Timer(TOLD, log.warning, (f"the end is waiting for {what}",))
     timer.daemon = True
-    timer.start()
+    with suppress(RuntimeError):  # no thread can be started
+        timer.start()
     try:
         yield
     finally:

@@ -114,7 +114,7 @@ def ctrl_c(*when: Callable[[], object]) -> Iterator[None]:
 
 # -- it has what the async one has
 
-OF_THE_LOOP = {"run_background", "reading", "mounts_of", "checkpoints_of", "places", "abandon"}
+OF_THE_LOOP = {"run_background", "run_writer", "reading", "mounts_of", "checkpoints_of", "places", "abandon"}
 """What the async one has for code on its own loop: what starts it, gives it up, and gives or takes a reader."""
 
 
@@ -731,6 +731,7 @@ def test_an_interpreter_that_can_start_no_threads_at_its_end_ends_nevertheless(r
         "atexit.register(no_more)\n",
     )
     assert (done.returncode, done.stderr) == (0, "")
+    assert is_closed(root)
     with blocking.open_snapshotter(root, THROWN_AWAY) as again:
         assert again.stat("web").id == 1
 

@@ -449,6 +449,32 @@ def test_another_gets_its_key_while_it_is_being_mounted(
     assert snapfs("diff", "raced") == ""
 
 
+UNWRITABLE = """
+import os, sys
+import snapfs.cli.mount
+snapfs.cli.mount._let_write = lambda *_: os._exit(99)
+sys.exit(snapfs.cli.main())
+"""
+
+
+@pytest.mark.parametrize("parent", [(), ("-p", "base")])
+def test_umount_finds_what_a_mount_has_left_that_was_killed(snapfs: Command, tmp_path: Path, parent: tuple[str, ...]) -> None:
+    """Before it was made writable, so that the daemon tells of no mount."""
+    snapfs("prepare", "b")
+    snapfs("commit", "--no-sync", "b", "base")
+    target = tmp_path / "t"
+    target.mkdir()
+    for key in ("web", "other"):
+        snapfs("prepare", key, *parent)
+    words = [sys.executable, "-c", UNWRITABLE, "mount", "--at", str(snapfs.mnt), "web", str(target)]
+    assert subprocess.run(words, check=False).returncode == 99
+    assert is_mounted(target)
+    assert "is not mounted" in snapfs("umount", "other", status=1)
+    snapfs("umount", "web")
+    assert not is_mounted(target)
+    assert "is not mounted" in snapfs("umount", "web", status=1)
+
+
 def test_what_is_mounted_inside_is_named_by_umount(snapfs: Command, tmp_path: Path) -> None:
     snapfs("prepare", "w")
     (target := tmp_path / "target").mkdir()

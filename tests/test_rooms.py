@@ -21,19 +21,20 @@ DOORWAYS = {"tree", "fuse", "containerd", "cli"}  # what is built on a Snapshott
 MAY_IMPORT = {
     **dict.fromkeys(PURE, PURE),
     "kernel": PURE | {"kernel"},
-    "store": PURE | {"kernel", "store"},
-    "scan": PURE | {"kernel", "scan"},
+    "threads": PURE,
+    "store": PURE | {"kernel", "threads", "store"},
+    "scan": PURE | {"kernel", "threads", "scan"},
     "root": PURE | {"kernel", "store", "scan", "root"},
     "rules": PURE | {"kernel", "store", "scan", "root", "rules"},
-    "services": PURE | {"kernel", "store", "scan", "root", "rules", "services"},
-    "snapshotter": PURE | {"kernel", "store", "root", "rules", "services"},
-    "opening": PURE | {"kernel", "store", "root", "rules", "services", "snapshotter"},
+    "services": PURE | {"threads", "kernel", "store", "scan", "root", "rules", "services"},
+    "snapshotter": PURE | {"threads", "kernel", "store", "root", "rules", "services"},
+    "opening": PURE | {"threads", "kernel", "store", "root", "rules", "services", "snapshotter"},
     "blocking": PURE | DOORS | {"store"},
     "offline": PURE | {"kernel", "store", "scan", "root", "offline"},
     "__init__": PURE | DOORS | {"store", "blocking"},
-    "tree": PURE | {"store", "snapshotter", "tree"},
-    "fuse": PURE | DOORS | {"kernel", "root", "tree", "fuse"},
-    "containerd": PURE | {"kernel", "snapshotter", "containerd"},
+    "tree": PURE | {"threads", "store", "snapshotter", "tree"},
+    "fuse": PURE | DOORS | {"threads", "kernel", "root", "tree", "fuse"},
+    "containerd": PURE | {"threads", "kernel", "snapshotter", "containerd"},
     "testing": {"kernel", "scan", "testing"},
     "cli": PURE | DOORS | {"kernel", "root", "offline", "fuse", "containerd", "cli"},
 }
@@ -76,6 +77,11 @@ def test_arrows(module: Path) -> None:
 @pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in WITHOUT_TRIO], ids=str)
 def test_no_trio_below_the_services(module: Path) -> None:
     assert "import trio" not in (PACKAGE / module).read_text()
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) != "threads"], ids=str)
+def test_one_place_asks_trio_for_threads(module: Path) -> None:
+    assert "to_thread.run_sync(" not in (PACKAGE / module).read_text()
 
 
 PLAIN_VALUES = {"options", "overlay_options", "features"}  # of a Snapshotter; all its other attributes are its services

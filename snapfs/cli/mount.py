@@ -275,10 +275,12 @@ def _umount(given: Given) -> int:
         word = place.key(word)
         kind, directory = place.find(word)
         mounted = place.mounted_by_hand(directory)
+        specs = json.loads(place.read(f"{directory}/mounts.json")) if kind == "active" else []
         if window := enter(place):
             table = list(mount_table())
             shown = {mount.target: mount for mount in table}
             mounted = [each.removeprefix(window) for each in mounted]
+        mounted += [each for each in _left_unwritable(table, specs) if each not in mounted]
         for each in mounted:
             _uncovered(table, each)
         ours = [each for each in mounted if each in shown and _is_ours(shown[each])]  # the daemon may see other mounts than we
@@ -307,6 +309,23 @@ def how_to_unmount(place: MountedTree, word: str, target: str) -> str:
         return f"unmount it there, {where}: nsenter -t {options['pid']} -m umount {shlex.quote(target)}"
     whose = ", as root" * (not options["window"] and os.geteuid() != 0)
     return f"unmount it first{whose} ({place.command('umount', word)})"
+
+
+def _left_unwritable(table: Iterable[MountPoint], specs: Sequence[dict[str, Any]]) -> list[str]:
+    """Where ``table`` has what an active snapshot's ``specs`` mount, read-only: a ``snapfs mount`` that was killed has left it,
+    and the daemon takes it for nobody's."""
+    from snapfs.root.mounted import origin
+
+    found = []
+    for spec in specs:
+        upper = [_plain(option[9:]) for option in spec["options"] if option.startswith("upperdir=")]
+        layer = origin(spec["source"]) if spec["type"] == "bind" else None
+        for mount in table:
+            uppers = [_plain(option[9:]) for option in mount.super_options if option.startswith("upperdir=")]
+            shows = mount.root == "/" and uppers == upper if upper else (mount.device, mount.root) == layer
+            if shows and "ro" in mount.options:
+                found.append(mount.target)
+    return found
 
 
 def _why_busy(target: str) -> str:

@@ -8,12 +8,12 @@ import os
 import pwd
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
 from snapfs.cli.grammar import Given, Option, Verb
-from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
+from snapfs.errors import InvalidArgument, NoThread, SnapshotError, Unavailable
 from snapfs.kernel import processes, subids, userns
 from snapfs.options import Options, Sync
 
@@ -114,7 +114,8 @@ def _serve(given: Given) -> int:
     except ImportError as error:
         raise Unavailable(f"pyfuse3 can't be loaded ({error}); install libfuse3 (Debian: apt-get install fuse3)") from None
 
-    detached = Detached(given_root, given_mountpoint) if given.has("detach") else None
+    with _forking():
+        detached = Detached(given_root, given_mountpoint) if given.has("detach") else None
     if detached is not None and (status := detached.wait_in_parent()) is not None:
         return status
     if detached is not None:
@@ -147,7 +148,8 @@ def _serve(given: Given) -> int:
     if options.rootfs and os.geteuid() != 0 and not userns.may_mount():
         refusal: str | None = "mounting takes the right to: leave out --no-userns, or run it as root"
         if "no_userns" not in flags:
-            root, mountpoint, outside, refusal = _go_inside(root, mountpoint, more)
+            with _forking():
+                root, mountpoint, outside, refusal = _go_inside(root, mountpoint, more)
             if refusal:
                 logging.getLogger(__name__).warning("there is no rootfs: %s", refusal)
         if refusal:
@@ -172,6 +174,15 @@ def _serve(given: Given) -> int:
     except BrokenPipeError:  # the process that waited for the tree may not read any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # or the interpreter's end would try to write it again
     return 0
+
+
+@contextlib.contextmanager
+def _forking() -> Iterator[None]:
+    """For a block that starts processes.  Raises NoThread where none can be started."""
+    try:
+        yield
+    except BlockingIOError:
+        raise NoThread() from None
 
 
 def _go_inside(root: str, mountpoint: str, more: dict[str, Any]) -> tuple[str, str, Outside | None, str | None]:

@@ -26,6 +26,7 @@ from snapfs.containerd.socketfile import SocketFile, private_umask
 from snapfs.containerd.status import status_of
 from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
 from snapfs.snapshotter import Snapshotter
+from snapfs.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ async def serving(path: str, snapshotter: Snapshotter, settle: Settle = _nobody)
     except UnicodeEncodeError:
         raise Unavailable("the path of ROOT is not UTF-8, and containerd can be told no other") from None
     refusal: SnapshotError | None = None
-    place = await trio.to_thread.run_sync(SocketFile, path)
+    place = await in_thread(SocketFile, path)
     try:
         async with trio.open_nursery() as nursery:
             server = _Server(Service(snapshotter, settle), nursery)
@@ -98,7 +99,7 @@ class _Server:
         """Serve until ``stop``."""
         try:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(asyncio.run, self._serve(place), limiter=trio.CapacityLimiter(1))
+                await in_thread(lambda: asyncio.run(self._serve(place)), limiter=trio.CapacityLimiter(1))
         except SnapshotError as error:
             self.refusal = error
         finally:

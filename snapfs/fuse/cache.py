@@ -8,13 +8,15 @@ the directory's lock for it, which the very request being answered may hold.
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 
 import pyfuse3
 import trio
 
 from snapfs import names
+from snapfs.errors import NoThread
 from snapfs.model import Change, Info
 from snapfs.tree.attributes import ATTRIBUTES
 from snapfs.tree.inodes import DIRECTORY_SLOTS, LABELS_SLOTS, Slot, kind_inode, pack
@@ -35,8 +37,19 @@ class KernelCache:
 
     def __init__(self) -> None:
         self._asked_for: list[tuple[int, str]] = []
-        self._forgetting: deque[tuple[int, bytes]] = deque(maxlen=100)
-        self._settling = trio.Lock()
+        self._requests: SimpleQueue[tuple[int, bytes] | Callable[[], object] | None] = SimpleQueue()
+        self._asked = self._done = 0  # names to forget; the second is the other thread's
+
+    def begin(self) -> None:
+        """Start the other thread, which stays until ``end``.  Raises NoThread."""
+        try:
+            threading.Thread(target=self._forget, name="snapfs names", daemon=True).start()
+        except RuntimeError:
+            raise NoThread() from None
+
+    def end(self) -> None:
+        """Have the other thread end, which may be waiting for a lock."""
+        self._requests.put(None)
 
     @contextlib.contextmanager
     def asked_for(self, directory: int, name: str) -> Iterator[None]:
@@ -84,21 +97,26 @@ class KernelCache:
         Never before the answer to a request that holds the directory's lock: killed in between, the daemon could not die, for
         its thread waits for that lock and can't be interrupted, and the client that has it waits for the daemon.
         """
-        pyfuse3.invalidate_entry_async(directory, name.encode(), ignore_enoent=True)
-        self._forgetting.append((directory, name.encode()))
+        self._asked += 1
+        self._requests.put((directory, name.encode()))
 
     async def settle(self) -> None:
         """Return when the kernel has forgotten all names that it was told to forget.  Not to be awaited in a request, for which
         the kernel may be waiting."""
-        async with self._settling:
-            names_to_forget = list(self._forgetting)
-            self._forgetting.clear()
-            if names_to_forget:  # once more, since nothing shows when the other thread has done so
-                with trio.move_on_after(SETTLE):
-                    await trio.to_thread.run_sync(_forget, names_to_forget, abandon_on_cancel=True)
+        await trio.lowlevel.checkpoint()
+        if self._done < self._asked:
+            done, loop = trio.Event(), trio.lowlevel.current_trio_token()
+            self._requests.put(lambda: loop.run_sync_soon(done.set))
+            with trio.move_on_after(SETTLE):
+                await done.wait()
 
-
-def _forget(names_to_forget: list[tuple[int, bytes]]) -> None:
-    for directory, name in names_to_forget:
-        with contextlib.suppress(OSError):
-            pyfuse3.invalidate_entry(directory, name)
+    def _forget(self) -> None:
+        """In the other thread."""
+        while (request := self._requests.get()) is not None:
+            if isinstance(request, tuple):
+                with contextlib.suppress(OSError):  # the kernel doesn't know the name, or is gone
+                    pyfuse3.invalidate_entry(*request)
+                self._done += 1
+            else:
+                with contextlib.suppress(trio.RunFinishedError):
+                    request()

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 FILE_SYSTEM = "snapfs"  # the mount table says fuse.snapfs
 
+DETACH = ("fusermount3", "-u", "-z", "--")  # and a mountpoint
+
 
 def source_of(root: str) -> str:
     """The first column of the mount table."""
@@ -130,7 +132,7 @@ def detach(mount: MountPoint) -> None:
         mounting.unmount(mount.target, mounting.MNT_FORCE | mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
     except PermissionError:
         abort(mount)
-        subprocess.run(["fusermount3", "-u", "-z", "--", mount.target], check=False)
+        subprocess.run([*DETACH, mount.target], check=False)
 
 
 def abort(mount: MountPoint) -> None:

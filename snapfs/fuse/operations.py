@@ -28,6 +28,7 @@ from snapfs.fuse.openfiles import OpenDirectories, OpenDirectory, OpenFile, Open
 from snapfs.fuse.retelling import Retelling
 from snapfs.fuse.waiting import OPENDIR, PATIENCE, STAT, SYNC, Waiting
 from snapfs.model import Caller
+from snapfs.threads import in_thread
 from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.inodes import ROOT_INODE
 from snapfs.tree.labels import Label
@@ -350,7 +351,7 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self.files[fh].handle
         if handle.blocks:
-            return await trio.to_thread.run_sync(handle.read, off, size)
+            return await in_thread(handle.read, off, size)
         if isinstance(handle, OpenLog):
             with handle.reading():
                 data = handle.read(off, size)

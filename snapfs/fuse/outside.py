@@ -16,7 +16,8 @@ import threading
 from contextlib import suppress
 from itertools import islice, pairwise
 
-from snapfs.fuse.mountpoint import abort, detach, mounted_at, still_there
+from snapfs.errors import NoThread
+from snapfs.fuse.mountpoint import DETACH, abort, mounted_at, still_there
 from snapfs.kernel.mounttable import MountPoint
 from snapfs.kernel.processes import users
 
@@ -25,6 +26,8 @@ ANSWER = 0.4  # seconds that a question to the process outside may take
 _PATIENCE = 20  # seconds that fusermount3 may take: it looks at the mountpoint, whose server may never answer
 
 _MOST = 8192  # bytes of a question, or an answer
+
+_NO_PROCESS = b"no process"  # said of fusermount3, where it could not be started
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """What a terminal or a service manager sends to all processes at once: the daemon ends, and this one after it."""
@@ -58,9 +61,11 @@ class Outside:
         asks.settimeout(ANSWER)
 
     def mount(self, options: set[str]) -> int:
-        """Mount the tree: the descriptor of the device.  Raises OutsideError."""
+        """Mount the tree: the descriptor of the device.  Raises OutsideError, and NoThread."""
         self._channel.send(",".join(sorted(options)).encode())
         words, fds, _, _ = socket.recv_fds(self._channel, 65536, 1)
+        if words == _NO_PROCESS:
+            raise NoThread()
         if not fds:
             raise OutsideError(words.decode(errors="replace").strip() or "the process that mounts has ended")
         os.set_inheritable(fds[0], False)
@@ -122,6 +127,9 @@ def _stay(channel: socket.socket, answers: socket.socket, mountpoint: str) -> No
         except subprocess.TimeoutExpired:
             channel.send(f"{words[0]} did not answer within {_PATIENCE} s: see whether {mountpoint} does".encode())
             return
+        except BlockingIOError:
+            channel.send(_NO_PROCESS)
+            return
         except OSError as error:
             channel.send(f"{words[0]}: {error.strerror}; install it (Debian: apt-get install fuse3)".encode())
             return
@@ -171,7 +179,6 @@ def _unmount(own: MountPoint) -> None:
     if still_there(own) is None:
         return
     now = mounted_at(own.target)
-    if now is not None and now.id == own.id:
-        detach(own)
-    else:  # something is mounted over it
-        abort(own)
+    abort(own)
+    if now is not None and now.id == own.id:  # else something is mounted over it
+        os.execvp(DETACH[0], [*DETACH, own.target])  # a process for it could perhaps not be started

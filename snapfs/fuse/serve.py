@@ -20,6 +20,7 @@ from snapfs.fuse.mountpoint import (
     mounted_at,
     ready,
     source_of,
+    still_there,
     unmount,
     why_over,
 )
@@ -30,6 +31,7 @@ from snapfs.kernel import userns
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
 from snapfs.snapshotter import Snapshotter
+from snapfs.threads import in_thread
 from snapfs.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ async def serve(
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         target = mountpoint
         if outside is None:
-            root, target = await trio.to_thread.run_sync(ready, root, mountpoint)
+            root, target = await in_thread(ready, root, mountpoint)
         refusal: SnapshotError | None = None
         async with open_snapshotter(root, options) as snapshotter, trio.open_nursery() as nursery:
             stop = trio.Event()
@@ -129,6 +131,7 @@ async def serve_tree(
         raise Unavailable(f"cannot mount on {mountpoint}: {error}; {hint}") from None
     own = mounted_at(mountpoint) if outside is None else None
     try:
+        operations.cache.begin()
         async with beside(tree.snapshotter, operations.cache.settle), trio.open_nursery() as nursery:
             loop = trio.CancelScope()
             nursery.start_soon(_end_loop, loop, stop)
@@ -139,13 +142,17 @@ async def serve_tree(
             nursery.cancel_scope.cancel()
         return "unmounted" if own is None else why_over(own)
     finally:
+        operations.cache.end()
         for followed in (tree.state.events, tree.state.error_log):  # changes may still become durable after the mount is gone
             followed.forget_waiting()
         if outside is not None:
             outside.close()
             pyfuse3.close(unmount=False)
         else:
-            pyfuse3.close(unmount=own is None or not unmount(own))
+            to_unmount = own is None or not unmount(own)
+            pyfuse3.close(unmount=to_unmount)
+            if to_unmount and own is not None and still_there(own) is not None:
+                log.warning("fusermount3 could not be started: unmount %s with fusermount3 -u -z %s", own.target, own.target)
 
 
 async def _set_on_signal(

@@ -28,8 +28,11 @@ from snapfs.tree.attributes import ATTRIBUTES, ROOTFS
 
 STAT, SYNC, CLEANUP, LISTING, OPENDIR = "stat", "sync", "cleanup", "snapshots", "directories"
 
-KINDS = frozenset((STAT, SYNC, CLEANUP, LISTING, OPENDIR, *(each.name for each in ATTRIBUTES if each.refresh or each.follow)))
-"""What may take long: opening a file whose text is found out, following a link that mounts, and the others."""
+KINDS = frozenset(
+    (STAT, SYNC, CLEANUP, LISTING, OPENDIR, *(each.name for each in ATTRIBUTES if each.refresh or each.follow or each.command))
+)
+"""What may take long: opening a file whose text is found out, following a link that mounts, writing what is to be done to a
+workspace, and the others."""
 
 OF_OWNER, OF_USER = 64, 16  # requests of one kind
 

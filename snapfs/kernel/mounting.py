@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 
+from snapfs.errors import NoThread
 from snapfs.kernel import libc, mountapi
 from snapfs.mountoptions import PAGE
 
@@ -212,15 +213,18 @@ def kernel_version() -> tuple[int, int]:
 
 def maps_ids(directory: str) -> bool:
     """Whether overlays can have idmapped layers in ``directory``.  This is tried, since it depends on kernel (5.19 for
-    overlayfs), file system and privileges alike; it takes some milliseconds and a short-lived process."""
+    overlayfs), file system and privileges alike; it takes some milliseconds and a short-lived process.  Raises NoThread."""
     if kernel_version() < (5, 19):
         return False
-    holder = subprocess.Popen(
-        ["unshare", "--user", "--", "sh", "-c", "echo ready; read _"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
+    try:
+        holder = subprocess.Popen(
+            ["unshare", "--user", "--", "sh", "-c", "echo ready; read _"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except BlockingIOError:
+        raise NoThread() from None
     with holder:
         try:
             if holder.stdout is None or not holder.stdout.readline():

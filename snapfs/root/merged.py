@@ -32,7 +32,7 @@ from contextlib import ExitStack, suppress
 
 import msgspec
 
-from snapfs.errors import FULL, Busy, Unavailable
+from snapfs.errors import FULL, Busy, NoThread, Unavailable
 from snapfs.kernel import mountapi, mounting, namespaces, overlay, probe, shelter
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.kernel.processes import name_of, users, users_of_device
@@ -476,14 +476,18 @@ def why_unseen(pid: int, target: str) -> str | None:
 
 def _copy_of_another(pid: int, there: int) -> int:
     """The descriptor of a detached copy of the mount on which ``there`` is open, in the mount namespace of process ``pid``: to
-    be written to.  Raises OSError."""
+    be written to.  Raises OSError, and NoThread."""
 
     def copy() -> int:
         namespaces.enter(pid)  # this thread, which ends after this
         return mountapi.copy_tree(there)
 
     with ThreadPoolExecutor(1) as own_thread:
-        tree = own_thread.submit(copy).result()
+        try:
+            submitted = own_thread.submit(copy)
+        except RuntimeError:
+            raise NoThread() from None
+        tree = submitted.result()
     unwanted = mountapi.MOUNT_ATTR_RDONLY | mountapi.MOUNT_ATTR_NOSUID | mountapi.MOUNT_ATTR_NODEV | mountapi.MOUNT_ATTR_NOEXEC
     with suppress(OSError):
         mountapi.mount_setattr(tree, 0, clear=unwanted)

@@ -16,6 +16,7 @@ import trio
 
 from snapfs.errors import Closed, TryAgain
 from snapfs.model import BACKGROUND, OWNER, Caller
+from snapfs.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ class Sharing(Generic[T]):
                 await run.turn.wait()
                 self._in_threads.add(run)
                 with run.thread:
-                    run.value = await trio.to_thread.run_sync(begin, abandon_on_cancel=True, limiter=self._threads)
+                    run.value = await in_thread(begin, abandon_on_cancel=True, limiter=self._threads)
                 if run.thread.cancelled_caught:
                     log.warning("the %s does not end: the disk does not answer; it is not waited for", run.words)
                     run.error = Closed()

@@ -24,10 +24,13 @@ from snapfs.rules.root import Root
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
 from snapfs.store.writing import Writer
+from snapfs.threads import in_thread_at_last
 
 log = logging.getLogger(__name__)
 
 CHUNK = 1000  # snapshots that are compared in one transaction
+
+WHAT = "the comparison of directories with their records"
 
 
 class Agreeing:
@@ -62,9 +65,9 @@ class Agreeing:
     async def _compare(self) -> bool:
         """Compare all, and mend what disagrees; whether they agree now."""
         mended, agreed = 0, True
-        numbers = iter(await trio.to_thread.run_sync(self._numbers))
+        numbers = iter(await in_thread_at_last(WHAT, self._numbers))
         while chunk := list(islice(numbers, CHUNK)):
-            wrong = await trio.to_thread.run_sync(self._disagreeing, chunk)
+            wrong = await in_thread_at_last(WHAT, self._disagreeing, chunk)
             if wrong:
                 done = await self._records.write(partial(self._mend, wrong), frees=True)
                 mended += done

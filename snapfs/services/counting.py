@@ -11,7 +11,7 @@ import logging
 import msgspec
 import trio
 
-from snapfs.errors import Closed, Damaged, NotFound, SnapshotError, Unavailable
+from snapfs.errors import Closed, Damaged, NotFound, NoThread, SnapshotError, Unavailable
 from snapfs.kernel import subids
 from snapfs.model import BACKGROUND, Caller, Kind, Usage
 from snapfs.root.layers import Layers
@@ -20,6 +20,7 @@ from snapfs.scan.usage import disk_usage
 from snapfs.store.metastore import MetaStore
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
+from snapfs.threads import AGAIN
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +124,19 @@ class Counting:
         except trio.Cancelled:
             self._pending[number].error = Closed()
             raise
+        except NoThread as error:
+            self._pending[number].error = error
+            if self._nursery is not None:
+                self._nursery.start_soon(self._count_later, number, name=f"snapfs count {number} to come")
         except SnapshotError as error:
             self._pending[number].error = error
             log.warning("the usage of snapshot %d is not known: %s", number, error)
         finally:
             self._pending.pop(number).ended.set()
+
+    async def _count_later(self, number: int) -> None:
+        await trio.sleep(AGAIN)
+        self.count_soon(number)
 
     async def _scan(self, number: int, kind: Kind, caller: Caller) -> Usage:
         """Count a layer in a worker thread; calls for the same layer share the count.  In a committed one, which it is from

@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 import trio
 
-from snapfs.errors import Closed, SnapshotError, TryAgain, Unavailable
+from snapfs.errors import Closed, NoThread, SnapshotError, TryAgain, Unavailable
 from snapfs.kernel import mounting
 from snapfs.model import Kind
 from snapfs.root.unflushed import Unflushed
 from snapfs.store.metastore import MetaStore
+from snapfs.threads import AGAIN, in_thread, in_thread_or_here
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +47,21 @@ class Flushing:
         if self._marked():
             self.flush_soon()
         task_status.started()
+        told = False
         try:
             while True:
                 await self._wakeup.wait()
                 self._wakeup = trio.Event()
                 if self._next is not None:
                     flush, self._next = self._next, None
-                    await self._perform(flush)
+                    refusal = await self._perform(flush)
+                    if refusal is not None and not told:
+                        log.warning("the flush of the disk has to wait: %s", refusal)
+                    told = refusal is not None
+                    if refusal is not None:
+                        with trio.move_on_after(AGAIN):  # who asks meanwhile is to hear of it at once
+                            await self._wakeup.wait()
+                        self.flush_soon()
         finally:
             self._running = False
             if self._next is not None:
@@ -62,7 +71,7 @@ class Flushing:
         """Flush what is marked, before the end: a machine that shuts down after us loses nothing, though the boot changes."""
         with contextlib.suppress(SnapshotError):  # the records may be the caller's, and closed already, or the disk has failed
             if self._marked():
-                await self._perform(_Flush())
+                await self._perform(_Flush(), at_end=True)
 
     def _marked(self) -> list[int]:
         with self._records.reading() as reader:
@@ -74,13 +83,15 @@ class Flushing:
             active = {number for number, _ in reader.listing(Kind.ACTIVE)}
         return sorted(active.union(self._marked()))
 
-    async def _perform(self, flush: _Flush) -> None:
+    async def _perform(self, flush: _Flush, *, at_end: bool = False) -> NoThread | None:
+        """Flush, and tell those who wait for ``flush``.  NoThread is returned where no thread can be started: then nothing was
+        flushed.  ``at_end`` it is then done in the loop's own."""
         error: SnapshotError | None = Closed()
         lost = self._unflushed.lost
         try:
             numbers = self._marked()
             try:
-                await trio.to_thread.run_sync(mounting.sync_file_system, self._fd)
+                await (in_thread_or_here if at_end else in_thread)(mounting.sync_file_system, self._fd)
             except OSError as refusal:
                 numbers = self._suspect()  # those committed meanwhile, too: whose pages it were the kernel doesn't tell
                 lost.update(numbers)  # it tells once, and drops what it could not write
@@ -88,18 +99,22 @@ class Flushing:
                 log.error("%s; snapshots that may be torn: %s", error, numbers)
                 if numbers:
                     await self._remember_lost(numbers)
-                return
+                return None
             if numbers:
                 await self._records.write(
                     lambda writer: self._unflushed.settle(writer, [number for number in numbers if number not in lost]),
                     frees=True,
                 )
             error = None
+        except NoThread as refusal:
+            error = refusal
+            return refusal
         except SnapshotError as refusal:
             error = refusal
             log.error("the layers are flushed, but not marked so: %s", error)
         finally:
             flush.end(error)
+        return None
 
     async def doubt(self, number: int) -> None:
         """The committed snapshot ``number`` is not whole: a process that nothing had shown has a file of its layer open for
@@ -134,7 +149,8 @@ class Flushing:
     async def flush(self, patience: float = math.inf) -> None:
         """Return when all that was written so far is on disk, and known to be.
 
-        Raises Unavailable where the disk fails, and TryAgain where it takes longer than ``patience`` seconds: then it goes on.
+        Raises Unavailable where the disk fails, TryAgain where it takes longer than ``patience`` seconds, and NoThread: then it
+        goes on.
         """
         if self._sync:
             await self._ask().wait(patience)

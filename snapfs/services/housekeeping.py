@@ -6,7 +6,9 @@ import logging
 
 import trio
 
+from snapfs.errors import NoThread
 from snapfs.root.layers import Layers
+from snapfs.threads import AGAIN, in_thread, in_thread_at_last
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +45,10 @@ class Housekeeping:
 
     async def empty_trash(self) -> list[OSError]:
         """Delete what is in the trash; returns when it is gone: what can't be deleted, which is logged too.  It is tried again
-        after the next Remove and at the next start."""
+        after the next Remove and at the next start.  Raises NoThread."""
         async with self.trash_lock:
             try:
-                return await trio.to_thread.run_sync(self._layers.empty_trash, trio.from_thread.check_cancelled)
+                return await in_thread(self._layers.empty_trash, trio.from_thread.check_cancelled)
             except OSError as error:
                 error.filename = error.filename or self._layers.trash.directory
                 log.warning("cannot empty the trash: %s", error)
@@ -57,7 +59,7 @@ class Housekeeping:
             await self._pool_wakeup.wait()
             self._pool_wakeup = trio.Event()
             try:
-                await trio.to_thread.run_sync(self._layers.fill_pool, trio.from_thread.check_cancelled)
+                await in_thread_at_last("filling the pool", self._layers.fill_pool, trio.from_thread.check_cancelled)
             except OSError as error:  # Prepare makes its own then, and tells its user
                 log.warning("cannot make directories ahead: %s", error)
 
@@ -66,4 +68,18 @@ class Housekeeping:
             await self._trash_wakeup.wait()
             await trio.sleep(GATHER)
             self._trash_wakeup = trio.Event()
-            await self.empty_trash()
+            await self._empty_at_last()
+
+    async def _empty_at_last(self) -> None:
+        """``empty_trash``, as soon as a thread can be started; who asks for it meanwhile, and is to hear of that, is not kept
+        waiting."""
+        told = False
+        while True:
+            try:
+                await self.empty_trash()
+                return
+            except NoThread as error:
+                if not told:
+                    log.warning("emptying the trash has to wait: %s", error)
+                    told = True
+                await trio.sleep(AGAIN)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from snapfs.errors import Busy, Closed, Unavailable
+from snapfs.errors import Busy, Closed, NoThread, Unavailable
 from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.kernel.processes import users_of_device
 from snapfs.kernel.spare import Spare
@@ -28,6 +28,7 @@ from snapfs.root.layers import Layers
 from snapfs.root.merged import Held, Merged, Stack, by_users
 from snapfs.root.mounted import Mounted
 from snapfs.services.locks import Locks
+from snapfs.threads import AGAIN, in_thread, in_thread_or_here
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Rootfs:
                 for number in {*self._held, *self._locks}:
                     async with self._locks.held(number):
                         if number in self._held:
-                            await trio.to_thread.run_sync(self._merged.end, self._held.pop(number))
+                            await in_thread_or_here(self._merged.end, self._held.pop(number))
 
     def recover(self, is_right: Callable[[int], bool]) -> None:
         """Take over what a crashed daemon left mounted (``Merged.recover``), before ``run``.  Blocks."""
@@ -124,7 +125,7 @@ class Rootfs:
         async with self._room(), self._locks.held(number):
             if not self._is_there(number):
                 work = functools.partial(self._merged.mount, number, stack(), self._held.get(number))
-                held = await trio.to_thread.run_sync(work, limiter=self._threads)
+                held = await in_thread(work, limiter=self._threads)
                 held.asked = trio.current_time()
                 self._held[number] = held
         return self._layers.rootfs(number)
@@ -190,7 +191,7 @@ class Rootfs:
             if held is None:
                 if number in self._merged.left:
                     try:
-                        await trio.to_thread.run_sync(self._merged.forget_copies, number, limiter=self._threads)
+                        await in_thread(self._merged.forget_copies, number, limiter=self._threads)
                     except OSError as error:
                         log.warning("cannot remove %s: %s", self._layers.shelter(number), error)
                 yield False
@@ -219,13 +220,13 @@ class Rootfs:
         if _unwritten() >= MUCH:
             with trio.move_on_after(SEARCH):
                 users = functools.partial(next, users_of_device(held.device, longest=math.inf), None)
-                if await trio.to_thread.run_sync(users, abandon_on_cancel=True, limiter=self._searches) is None:
+                if await in_thread(users, abandon_on_cancel=True, limiter=self._searches) is None:
                     return True
-                await trio.to_thread.run_sync(self._merged.attach_again, held, limiter=self._threads)
+                await in_thread_or_here(self._merged.attach_again, held, limiter=self._threads)
                 self._held[held.number] = held
                 raise await self._elsewhere(held)
         self._let_go(held)
-        if await trio.to_thread.run_sync(self._in_use.has_overlay, held.number, limiter=self._threads):
+        if await in_thread(self._in_use.has_overlay, held.number, limiter=self._threads):
             raise await self._elsewhere(held)
         return True
 
@@ -236,27 +237,25 @@ class Rootfs:
         """
         target = self._layers.rootfs(held.number)
         try:
-            if await trio.to_thread.run_sync(self._merged.give_up, held, limiter=self._threads):
+            if await in_thread(self._merged.give_up, held, limiter=self._threads):
                 del self._held[held.number]
                 return
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
             by = ""
-            with trio.move_on_after(SEARCH):
-                by = await trio.to_thread.run_sync(by_users, target, abandon_on_cancel=True, limiter=self._searches)
+            with trio.move_on_after(SEARCH), suppress(NoThread):
+                by = await in_thread(by_users, target, abandon_on_cancel=True, limiter=self._searches)
             raise Busy(f"its file system {target} is in use{by}: leave it first") from None
         raise await self._elsewhere(held)
 
     async def _elsewhere(self, held: Held) -> Busy:
         """The refusal where another process has the overlay that was unmounted here."""
-        with trio.move_on_after(SEARCH):  # finding the process may take any time
+        with trio.move_on_after(SEARCH), suppress(NoThread):  # finding the process may take any time
             words = functools.partial(
                 holders.elsewhere, self._mounted, held.number, self._layers.rootfs(held.number), held.device
             )
-            return Busy(
-                f"its file system {await trio.to_thread.run_sync(words, abandon_on_cancel=True, limiter=self._searches)}"
-            )
+            return Busy(f"its file system {await in_thread(words, abandon_on_cancel=True, limiter=self._searches)}")
         return Busy("its file system is in use elsewhere: end what uses it first")
 
     async def _expire(self, number: int) -> None:
@@ -267,11 +266,13 @@ class Rootfs:
             if held is None or trio.current_time() - held.asked < max(self.idle, GRACE):
                 return
             try:
-                if await trio.to_thread.run_sync(self._merged.expire, held, limiter=self._threads):
+                if await in_thread(self._merged.expire, held, limiter=self._threads):
                     del self._held[number]
                     self._let_go(held)
                 else:
                     held.asked = max(held.asked, trio.current_time() - self.idle / 2)
+            except NoThread:
+                log.debug("%s stays mounted until a thread can be started", self._layers.rootfs(number))
             except OSError as error:
                 log.warning("cannot unmount %s: %s", self._layers.rootfs(number), error)
 
@@ -289,12 +290,26 @@ class Rootfs:
         closing.run()
 
     async def _close(self, number: int, closing: Closing) -> None:
-        with trio.CancelScope(shield=True):  # or the descriptor would stay open when the library is closed
-            await trio.to_thread.run_sync(closing.run, limiter=self._closing)
-            if closing.written and self._still_written is not None:
-                await self._still_written(number)
-        if self._in_use.closings.get(number) is closing:
-            del self._in_use.closings[number]
+        try:
+            while not await self._has_closed(closing):
+                try:
+                    await trio.sleep(AGAIN)
+                except trio.Cancelled:  # the end waits for no thread
+                    closing.run()
+                    raise
+        finally:
+            with trio.CancelScope(shield=True):
+                if closing.written and self._still_written is not None:
+                    await self._still_written(number)
+            if self._in_use.closings.get(number) is closing:
+                del self._in_use.closings[number]
+
+    async def _has_closed(self, closing: Closing) -> bool:
+        """Close it in a thread; False where none can be started."""
+        with trio.CancelScope(shield=True), suppress(NoThread):  # or the descriptor would stay open when the library is closed
+            await in_thread(closing.run, limiter=self._closing)
+            return True
+        return False
 
 
 def _unwritten() -> int:

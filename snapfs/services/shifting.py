@@ -21,6 +21,7 @@ from snapfs.rules.root import Root
 from snapfs.services.locks import Locks
 from snapfs.store.metastore import MetaStore
 from snapfs.store.writing import Writer
+from snapfs.threads import in_thread, in_thread_or_here
 
 
 class Shifting:
@@ -68,11 +69,11 @@ class Shifting:
 
     async def _shift(self, shift: Shift, rule: Callable[[Writer, Shift | None], Info]) -> Info:
         try:
-            await trio.to_thread.run_sync(shift.apply, trio.from_thread.check_cancelled, limiter=self._threads)
+            await in_thread(shift.apply, trio.from_thread.check_cancelled, limiter=self._threads)
             return await self._records.write(lambda writer: rule(writer, shift))
         except BaseException as error:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(shift.fail)
+                await in_thread_or_here(shift.fail)
             if isinstance(error, OSError):
                 raise Unavailable.from_os("change the store", error) from error
             raise

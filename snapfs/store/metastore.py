@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import lmdb
 import trio
 
-from snapfs.errors import Closed, SnapshotError
+from snapfs.errors import Closed, NoThread, SnapshotError
 from snapfs.model import Change
 from snapfs.store.batches import BatchRunner
 from snapfs.store.environment import Environment
@@ -26,6 +26,7 @@ from snapfs.store.reading import Reader
 from snapfs.store.requests import Request
 from snapfs.store.schema import Tables
 from snapfs.store.writing import Operation
+from snapfs.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -125,24 +126,36 @@ class MetaStore:
         """Run the writer, one batch after the other, until ``stop``.  ``serve`` may be called again after that.
 
         The writer is one thread for all that time: a caller's ``write`` wakes it, and it wakes the caller, with no task in
-        between.
+        between.  Raises NoThread where that can't be started.
         """
         queue: SimpleQueue[Request[Any] | None] = SimpleQueue()
-        ended = trio.Event()
+        begun, ended = trio.Event(), trio.Event()
+        refusal: NoThread | None = None
 
         async def work() -> None:
+            nonlocal refusal
+            loop = trio.lowlevel.current_trio_token()
+
+            def write() -> None:
+                loop.run_sync_soon(begun.set)
+                self._work(queue, loop)
+
             try:
                 with trio.CancelScope(shield=True):  # a thread can't be stopped, and callers wait for its results
-                    loop = trio.lowlevel.current_trio_token()
-                    await trio.to_thread.run_sync(self._work, queue, loop, limiter=trio.CapacityLimiter(1))
+                    await in_thread(write, limiter=trio.CapacityLimiter(1))
+            except NoThread as error:  # kept out of the nursery, which would wrap it in a group
+                refusal = error
             finally:
+                begun.set()
                 ended.set()
 
         async with trio.open_nursery() as nursery:
             self._queue = queue
             nursery.start_soon(work, name="snapfs writer's thread")
-            task_status.started()
             try:
+                await begun.wait()
+                if refusal is None:
+                    task_status.started()
                 await ended.wait()
             finally:
                 self.stop()
@@ -150,6 +163,8 @@ class MetaStore:
             if (left := queue.get()) is not None:
                 left.error = Closed()
                 left.done.set()
+        if refusal is not None:
+            raise refusal
 
     def _work(self, queue: SimpleQueue[Request[Any] | None], loop: trio.lowlevel.TrioToken) -> None:
         """In the writer's thread: take the requests that wait from ``queue`` and run them, until None comes."""

@@ -235,7 +235,7 @@ class AttributeFile(TextFile):
         command = self.attribute.command
         if command is None or not writing:
             return await super().open(writing, truncate and command is None)
-        return commands.OpenCommand(self.state, self.record.name, command)
+        return commands.OpenCommand(self.state, self.attribute.name, self.record.name, command)
 
     async def resize(self, size: int) -> None:
         if self.attribute.command is None:

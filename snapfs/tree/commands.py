@@ -64,11 +64,12 @@ def fork_text(state: State, number: int, record: Record) -> str:
 
 
 class OpenCommand(Handle):
-    """One of these files, open for writing: reading on behind what was written gives what came of it."""
+    """The file ``name`` of the workspace ``key``, open for writing: reading on behind what was written gives what came of it."""
 
     direct = True
 
-    def __init__(self, state: State, key: str, command: Command) -> None:
+    def __init__(self, state: State, name: str, key: str, command: Command) -> None:
+        self.waits_for = name
         self._state = state
         self._key = key
         self._command = command

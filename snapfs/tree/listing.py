@@ -16,11 +16,10 @@ import re
 from collections.abc import Generator
 from contextlib import closing, suppress
 
-import trio
-
 from snapfs import names
 from snapfs.errors import InvalidArgument
 from snapfs.model import OWNER, Caller
+from snapfs.threads import in_thread
 from snapfs.tree.inodes import Slot, pack
 from snapfs.tree.node import Node
 from snapfs.tree.state import State
@@ -71,7 +70,7 @@ class ListingFile(TextFile):
             if collecting.done <= begun and not self._is_right():  # else what was begun since then serves this one too
                 collecting.begun += 1
                 before = self.state.changes
-                text = await trio.to_thread.run_sync(_collected, self.state)
+                text = await in_thread(_collected, self.state)
                 self.state.versions.keep(pack(0, Slot.LISTING), text)
                 self.state.listed = before
                 collecting.done = collecting.begun
