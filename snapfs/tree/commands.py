@@ -64,7 +64,8 @@ def fork_text(state: State, number: int, record: Record) -> str:
 
 
 class OpenCommand(Handle):
-    """The file ``name`` of the workspace ``key``, open for writing: reading on behind what was written gives what came of it."""
+    """The file ``name`` of the workspace ``key``, open for writing: reading on behind what was written gives what came of
+    it."""
 
     direct = True
 
