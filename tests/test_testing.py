@@ -335,7 +335,10 @@ def test_threads_that_run_already_see_the_copies_of_root(open_path: Path) -> Non
 
 def test_xdist_where_nothing_says_that_copies_are_wanted(user: Runner) -> None:
     """The workers can't enter a user namespace; the end of the run says how to have it."""
-    user.write(test_it=FILL + "def test_it(snapshot_of, fresh_copy):\n    fresh_copy(snapshot_of(fill))\n")
+    fixture = "@pytest.fixture\ndef work(snapshot_of, fresh_copy):\n    return fresh_copy(snapshot_of(fill))\n"
+    user.write(
+        helpers=f"import pytest\n{FILL}{fixture}", test_it='pytest_plugins = "helpers"\n\ndef test_it(work):\n    pass\n'
+    )
     said = user("-n2", status=0)
     assert "snapfs = overlay in pytest.ini" in header(said)
 
