@@ -17,7 +17,12 @@ from typing import Annotated
 import msgspec
 
 Ref = str | int
-"""A snapshot by its key or name, or by its id, which stays right while others rename and replace."""
+"""A snapshot by its key or name, or by its id (or ``ByNode``), which stays right while others rename and replace."""
+
+
+class ByNode(int):
+    """The snapshot whose directory in the tree has this number in its inodes: whichever that is when it is looked up, within
+    the operation.  A workspace goes on as another snapshot when it is kept or rolled back, and its directory stays."""
 
 
 class Kind(enum.StrEnum):
@@ -124,11 +129,13 @@ class Change(msgspec.Struct, frozen=True):
     """One durable change of one snapshot: created (no ``before``), removed (no ``after``), or both differ.
 
     ``counted`` marks the one change that is no client's doing: the usage of a committed snapshot has become known.
+    ``goes_on``: a workspace was kept or rolled back, and the next change is that which it has become.
     """
 
     before: Info | None
     after: Info | None
     counted: bool = False
+    goes_on: bool = False
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -23,7 +23,7 @@ from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, N
 from snapfs.filters import Filters
 from snapfs.kernel.namespaces import shares_mount_namespace
 from snapfs.labels import MESSAGE, PIN, Labels, pinned
-from snapfs.model import OWNER, Caller, Change, Checkpoint, Info, Kind, Mount, Ref, Statistics, Usage
+from snapfs.model import OWNER, ByNode, Caller, Change, Checkpoint, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
 from snapfs.root.merged import Stack, why_unseen
@@ -393,7 +393,7 @@ class Snapshotter:
                     return number, await self._write_record(lambda writer: operation(writer=writer), frees=frees)  # noqa: B023
             except NotFound:
                 with self.reading() as reader:
-                    if isinstance(key, int) or lookup.find_id(reader, key) == before:
+                    if lookup.find_id(reader, key) == before or type(key) is int:
                         raise
 
     async def _kept(self, number: int, wait: bool) -> None:
@@ -697,6 +697,8 @@ class Snapshotter:
     def record(self, number: int) -> Record:
         """The record of snapshot ``number`` as it is now; raises NotFound, or Damaged where it can't be read."""
         with self.reading() as reader:
+            if isinstance(number, ByNode):
+                return lookup.find(reader, number)[1]
             record = reader.record(number)
         if record is None:
             raise NotFound(f"snapshot {number} does not exist any more")

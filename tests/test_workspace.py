@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -428,6 +430,130 @@ def test_views_and_committed_ones_have_no_such_files(workspace: Path, daemon: Da
                 (place / name).write_text("x\n")
 
 
+def test_a_descriptor_stays_that_of_its_workspace(workspace: Path, daemon: Daemon) -> None:
+    """Whatever bears its key by then: after a commit it is refused, after a rename it does what it says."""
+    files = {name: os.open(workspace / name, os.O_WRONLY) for name in ("checkpoint", "rollback")}
+    label = os.open(workspace / "labels/team", os.O_WRONLY | os.O_APPEND)
+    try:
+        os.rename(workspace, daemon.mnt / "active/other")
+        os.mkdir(workspace)
+        (workspace / "rootfs/precious").write_text("x")
+        (daemon.mnt / "active/other/rootfs/file").write_text("1")
+        os.write(files["checkpoint"], b"one\n")
+        os.write(label, b", green\n")
+        assert os.listdir(daemon.mnt / "committed") == ["other@1"]
+        assert (daemon.mnt / "active/other/labels/team").read_text() == "blue\n, green\n"
+        assert (daemon.mnt / "committed/other@1/labels/team").read_text() == "blue\n"
+        (daemon.mnt / "active/other/rootfs/file").write_text("2")
+        os.write(files["rollback"], b"\n")
+        assert (daemon.mnt / "active/other/rootfs/file").read_text() == "1"
+        os.rename(daemon.mnt / "active/other", daemon.mnt / "committed/done")
+        for name in files:
+            with failing(errno.EPERM):
+                os.write(files[name], b"\n")
+        assert (workspace / "rootfs/precious").read_text() == "x"
+        assert sorted(os.listdir(daemon.mnt / "committed")) == ["done", "other@1"]
+    finally:
+        for fd in (*files.values(), label):
+            os.close(fd)
+
+
+@pytest.mark.parametrize("name", ["mounts.json", "mount.sh"])
+def test_no_text_of_before_comes_back(workspace: Path, name: str) -> None:
+    """Somebody has the file open from before, and reads it into the kernel's cache again and again."""
+    held = os.open(workspace / name, os.O_RDONLY)
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            os.posix_fadvise(held, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.pread(held, 65536, 0)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(30):
+            write(workspace / "checkpoint", "")
+            number = os.path.basename(os.path.dirname(os.readlink(workspace / "diff")))
+            for _ in range(10):
+                text = (workspace / name).read_text()
+                assert f"{number}/fs" in text
+                assert "\0" not in text
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        os.close(held)
+
+
+def test_what_is_always_there_is_found_beside_rollbacks(workspace: Path) -> None:
+    stop = threading.Event()
+    missed: list[str] = []
+    seen = 0
+
+    def look() -> None:
+        nonlocal seen
+        while not stop.is_set():
+            for name in ("mounts.json", "mount.sh", "usage.json", "info.json", "changes"):
+                try:
+                    (workspace / name).read_text()
+                    seen += 1
+                except OSError as error:
+                    missed.append(f"{name}: {error}")
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for number in range(60):
+            write(workspace / ("rollback" if number % 3 else "checkpoint"), "")
+    finally:
+        stop.set()
+        thread.join()
+    assert missed == []
+    assert seen > 5
+
+
+def test_killed_beside_makers_of_directories(make_daemon: Make) -> None:
+    """The name of a workspace stays what it is for the kernel: nothing waits for the lock of its directory, or the daemon could
+    not die."""
+    daemon = make_daemon().start()
+    loops = f"""
+    cd {daemon.mnt}; (while mkdir active/t; do rmdir active/t; done) & (while mkdir active/u; do rmdir active/u; done) &
+    while echo x > active/web/checkpoint && echo 0 > active/web/rollback; do :; done; wait
+    """
+    for _ in range(4):
+        os.mkdir(daemon.mnt / "active/web")
+        with subprocess.Popen(["bash", "-c", loops], stderr=subprocess.DEVNULL) as clients:
+            until(lambda: len(os.listdir(daemon.mnt / "committed")) > 5)
+            daemon.stop(signal.SIGKILL)
+            clients.wait(30)
+        daemon.said.clear()
+        daemon.start()
+        for kind in ("active", "committed"):
+            for name in os.listdir(daemon.mnt / kind):
+                os.rmdir(daemon.mnt / kind / name)
+
+
+def test_thousands_of_checkpoints_keep_nobody_waiting(daemon: Daemon) -> None:
+    """Whoever lists the directory of the workspace does not have them all looked up."""
+    os.mkdir(daemon.mnt / "active/web")
+    for _ in range(4):
+        for _ in range(100):
+            write(daemon.mnt / "active/web/checkpoint", "a message")
+        write(daemon.mnt / "active/web/rollback", "0")
+    text = (daemon.mnt / "active/web/checkpoint").read_text()
+    assert [line.split("\t")[0] for line in text.splitlines()] == [str(number) for number in range(1, 401)]
+    began = time.monotonic()
+    for _ in range(100):
+        os.stat(daemon.mnt / "active/web/checkpoint")
+    stat = time.monotonic() - began
+    began = time.monotonic()
+    for _ in range(100):
+        os.stat(daemon.mnt / "active/web/info.json")
+    assert stat < 3 * (time.monotonic() - began) + 0.1
+
+
 def test_reading_them_and_emptying_them_does_nothing(workspace: Path, daemon: Daemon) -> None:
     for name in ("checkpoint", "rollback", "fork"):
         (workspace / name).read_text()
@@ -470,5 +596,12 @@ def test_the_command_says_what_was_kept(workspace: Path, daemon: Daemon) -> None
     assert snapfs("rollback", "web", "--keep") == "kept as web@2\nweb is as web@1\n"
     assert (workspace / "rootfs/file").read_text() == "1"
     assert snapfs("rollback", "web", "web@2") == "web is as web@2\n"
+    os.rename(daemon.mnt / "committed/web@1", daemon.mnt / "committed/2")
+    assert snapfs("rollback", "web", "committed/2") == "web is as 2\n"
+    assert snapfs("rollback", "web", "2") == "web is as web@2\n"
+    snapfs("rollback", "web", "committed/2")
+    (workspace / "rootfs/file").write_text("3")
+    assert snapfs("rollback", "web", "--keep") == "kept as web@3\nweb is as 2\n"
+    assert (workspace / "rootfs/file").read_text() == "1"
     assert "is one line" in snapfs("checkpoint", "web", "-m", "a\nb", status=1)
-    assert '"web@1" is committed: a workspace' in snapfs("checkpoint", "web@1", status=3)
+    assert '"2" is committed: a workspace' in snapfs("checkpoint", "2", status=3)

@@ -91,13 +91,13 @@ def _rollback(given: Given) -> int:
     place = find_tree(given.value("at"), changes=True)
     key, to = place.key(given.arguments[0]), given.arguments[1] if len(given.arguments) > 1 else ""
     if to and not to.isdecimal():
-        to = file_name(place.key(to))
+        to = f"committed/{file_name(place.key(to))}"
     if given.has("keep"):
         directory = place.directory("active", key)
         if os.path.lexists(f"{directory}/labels/{PIN}"):  # before there is a checkpoint
             raise Refusal(str(pinned(key)), NOT_PERMITTED)
         to = to or _parent(directory)
-        kept = _kept(place, key, f"before it was rolled back to {to}")
+        kept = _kept(place, key, f"before it was rolled back to {to.removeprefix('committed/')}")
         table.show_line(f"kept as {kept}")
     try:
         parent = _commanded(place, key, "rollback", to, f'roll "{key}" back')
@@ -113,9 +113,9 @@ def _rollback(given: Given) -> int:
 
 
 def _parent(directory: str) -> str:
-    """What the workspace in ``directory`` stands on, as ``rollback`` takes it: the file name of a snapshot, or 0."""
+    """What the workspace in ``directory`` stands on, as ``rollback`` takes it: the path of a snapshot, or 0."""
     try:
-        return os.path.basename(os.readlink(f"{directory}/parent"))
+        return f"committed/{os.path.basename(os.readlink(f'{directory}/parent'))}"
     except OSError:
         return "0"
 

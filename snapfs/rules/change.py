@@ -23,7 +23,7 @@ def change(root: Root, writer: Writer, number: int, before: Record, after: Recor
     write_imprint(root, number, after, writer.unflushed_since(number))
     writer.put(number, after)
     info = writer.info(number, after)
-    writer.changed(was, info)
+    writer.changed(was, info, goes_on=before.node_of(number) != after.node_of(number))
     return info
 
 

@@ -11,7 +11,7 @@ from snapfs.errors import (
     NotFound,
     TooDeep,
 )
-from snapfs.model import Kind, Ref
+from snapfs.model import ByNode, Kind, Ref
 from snapfs.rules.root import Root
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
@@ -24,6 +24,11 @@ def find(reader: Reader, key: Ref) -> tuple[int, Record]:
         if found is None:
             raise NotFound.snapshot(key)
         return found
+    if isinstance(key, ByNode):
+        found = reader.by_node(key)
+        if found is None:
+            raise NotFound(f"snapshot {key} does not exist any more")
+        return found
     record = reader.record(key)
     if record is None:
         raise NotFound.snapshot(str(key))
@@ -33,7 +38,11 @@ def find(reader: Reader, key: Ref) -> tuple[int, Record]:
 def find_again(reader: Reader, number: int, key: Ref) -> Record:
     """The record of snapshot ``number``, which was called ``key`` a moment ago; raises NotFound where it no longer is."""
     record = reader.record(number)
-    if record is None or (isinstance(key, str) and record.name != key):
+    if (
+        record is None
+        or (isinstance(key, str) and record.name != key)
+        or (isinstance(key, ByNode) and record.node_of(number) != key)
+    ):
         raise NotFound.snapshot(str(key))
     return record
 
@@ -43,7 +52,7 @@ def find_id(reader: Reader, key: Ref) -> int:
     try:
         number, _ = find(reader, key)
     except Damaged:
-        found = reader.id_of(key) if isinstance(key, str) else key
+        found = reader.id_of(key) if isinstance(key, str) else None if isinstance(key, ByNode) else key
         if found is None:
             raise
         return found

@@ -12,11 +12,21 @@ from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
 
 
-def remove(root: Root, writer: Writer, number: int, key: Ref, origin: str, *, refuse_mounted: bool, free: bool) -> None:
+def remove(
+    root: Root,
+    writer: Writer,
+    number: int,
+    key: Ref,
+    origin: str,
+    *,
+    refuse_mounted: bool,
+    free: bool,
+    goes_on: bool = False,
+) -> None:
     """Remove snapshot ``number``, called ``key``, of any kind; when that is durable its directory goes to the trash.
 
-    ``refuse_mounted`` and ``free`` are as in ``use.refuse_used``.  A snapshot whose record is damaged is removed too, if the
-    indexes agree about which one it is.
+    ``refuse_mounted`` and ``free`` are as in ``use.refuse_used``, ``goes_on`` as in ``Change``.  A snapshot whose record is
+    damaged is removed too, if the indexes agree about which one it is.
 
     Raises NotFound; HasChildren; Used; Pinned; FailedPrecondition: it was made at another door than ``origin``, unless that is
     "", which may remove all.
@@ -34,7 +44,7 @@ def remove(root: Root, writer: Writer, number: int, key: Ref, origin: str, *, re
         writer.delete_unreadable(number, before.kind, before.name)
     else:
         writer.delete(number, record)
-    writer.changed(before, None)
+    writer.changed(before, None, goes_on=goes_on)
     writer.when_durable(
         lambda: (root.layers.leave_for_cleanup if root.options.async_remove else root.layers.move_to_trash)(number)
     )

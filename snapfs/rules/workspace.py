@@ -14,6 +14,7 @@ from snapfs.model import Info, Kind, Ref
 from snapfs.rules import commit, prepare, remove
 from snapfs.rules.lookup import find, find_again
 from snapfs.rules.root import Root
+from snapfs.store.indexes import DIGITS
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
@@ -56,6 +57,10 @@ def checkpoint(root: Root, writer: Writer, number: int, key: Ref, *, message: st
     labels = {**kept, **{label: value for label, value in ours.items() if value}}
     # in the tree, the directory of the workspace stays what it is, and the checkpoint gets a new one
     node = writer.last_id() + 1
+    if nth >= 10**DIGITS:
+        raise FailedPrecondition(
+            f'"{record.name}" has a checkpoint with the highest number that there is: take its labels away'
+        )
     commit.commit(
         root, writer, name, number, key, labels, None, "", keep_labels=False, refuse_mounted=True, free=free, node=node
     )
@@ -77,7 +82,7 @@ def rollback(root: Root, writer: Writer, number: int, key: Ref, *, to: str | int
     if PIN in record.labels:
         raise pinned(record.name)
     below = record.parent if to is None else _state(writer, record, to)
-    remove.remove(root, writer, number, key, "", refuse_mounted=True, free=free)
+    remove.remove(root, writer, number, key, "", refuse_mounted=True, free=free, goes_on=True)
     return _begin(root, writer, record, number, below)
 
 

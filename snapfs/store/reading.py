@@ -46,7 +46,7 @@ class Reader:
         """Id and record of the snapshot for which the tree's inodes have the number ``node``, None where there is none; raises
         Damaged where its bytes can't be a record."""
         found = self._txn.get(key_of(node), db=self._tables.nodes)
-        number = node if found is None else number_of(found)
+        number = int(node) if found is None else number_of(found)
         record = self.record(number)
         return (number, record) if record is not None and record.node_of(number) == node else None
 

@@ -56,11 +56,11 @@ class Writer(Reader):
         """Flush the directory open as ``fd`` before the batch's records, once a batch: no record without its directory."""
         self._directories.add(fd)
 
-    def changed(self, before: Info | None, after: Info | None, *, counted: bool = False) -> None:
+    def changed(self, before: Info | None, after: Info | None, *, counted: bool = False, goes_on: bool = False) -> None:
         """Have the listeners told, once the batch is durable, that a snapshot was ``before`` and is ``after``: None before it
         was made and after it was removed.  ``counted``: what it takes on disk, or its state, has changed and not what Stat
-        shows."""
-        self.changes.append(Change(before, after, counted))
+        shows; ``goes_on``: as in ``Change``."""
+        self.changes.append(Change(before, after, counted, goes_on))
 
     def next_id(self) -> int:
         """An id that was never given out; it is given out again if the operation fails.  Raises Damaged where no id can be

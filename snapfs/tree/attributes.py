@@ -14,13 +14,13 @@ import msgspec
 
 from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
-from snapfs.model import OWNER, Caller, Kind, rfc3339
+from snapfs.model import OWNER, ByNode, Caller, Kind, rfc3339
 from snapfs.store.schema import Record
 from snapfs.tree import commands
 from snapfs.tree.advice import path_of
 from snapfs.tree.commands import Command
 from snapfs.tree.handles import Handle
-from snapfs.tree.inodes import CHANGES_SLOT, ENTRY_MASK, FIRST_ATTRIBUTE, pack
+from snapfs.tree.inodes import CHANGES_SLOT, CHECKPOINT_SLOT, ENTRY_MASK, FIRST_ATTRIBUTE, pack
 from snapfs.tree.node import Attributes, Link, Node
 from snapfs.tree.state import State
 from snapfs.tree.textfile import UNKNOWN_SIZE, TextFile
@@ -128,7 +128,7 @@ def diff(state: State, number: int, record: Record) -> str:
 
 def changes(state: State, number: int, record: Record) -> Text | None:
     """The paths that differ from the parent's, as they were found last; None before that."""
-    return state.changes_found(number)
+    return state.found(number, CHANGES_SLOT)
 
 
 def is_compared(state: State, number: int, record: Record) -> bool:
@@ -142,7 +142,7 @@ async def find_changes(state: State, number: int, record: Record, caller: Caller
         text = await state.snapshotter.changes(number, state.spool, caller=caller)
         before, record = record, state.record(number)
         if record.kind is before.kind:  # a scan under way at the Commit may have missed what was written before that
-            state.keep_changes(number, text)
+            state.keep(number, CHANGES_SLOT, text)
             return
 
 
@@ -189,7 +189,15 @@ ATTRIBUTES = (
     Attribute(
         "changes", CHANGES_SLOT, WITH_LAYER, changes, type=_PRIVATE, private=True, refresh=find_changes, is_known=is_compared
     ),
-    Attribute("checkpoint", 24, WORKSPACES, commands.checkpoint_list, type=_COMMAND, command=commands.checkpoint),
+    Attribute(
+        "checkpoint",
+        CHECKPOINT_SLOT,
+        WORKSPACES,
+        commands.checkpoint_list,
+        type=_COMMAND,
+        refresh=commands.find_checkpoints,
+        command=commands.checkpoint,
+    ),
     Attribute("rollback", 25, WORKSPACES, commands.rollback_text, type=_COMMAND, fixed=True, command=commands.rollback),
     Attribute("fork", 26, WORKSPACES, commands.fork_text, type=_COMMAND, fixed=True, command=commands.fork),
 )
@@ -202,6 +210,7 @@ def attributes_of(state: State, record: Record) -> list[Attribute]:
 
 BY_SLOT = {attribute.slot: attribute for attribute in ATTRIBUTES}
 BY_NAME = {attribute.name: attribute for attribute in ATTRIBUTES}
+FIXED = frozenset(attribute.slot for attribute in ATTRIBUTES if attribute.fixed)
 
 assert [attribute.slot for attribute in ATTRIBUTES] == sorted(BY_SLOT)  # the listing goes by slots
 assert all(FIRST_ATTRIBUTE <= attribute.slot <= ENTRY_MASK for attribute in ATTRIBUTES)
@@ -218,7 +227,7 @@ class AttributeFile(TextFile):
         self.waits_for = attribute.name if attribute.refresh and not attribute.is_known(state, number, record) else None
         self.private = attribute.private
         self.keep_entry = _keeps_its_name(attribute)
-        super().__init__(state, record.node_of(number), attribute.slot, fixed=attribute.fixed, text=text)
+        super().__init__(state, _number_in_inode(number, record, attribute), attribute.slot, fixed=attribute.fixed, text=text)
 
     @property
     def path(self) -> str:
@@ -235,21 +244,23 @@ class AttributeFile(TextFile):
         command = self.attribute.command
         if command is None or not writing:
             return await super().open(writing, truncate and command is None)
-        return commands.OpenCommand(self.state, self.attribute.name, self.record.name, command)
+        return commands.OpenCommand(self.state, self.attribute.name, ByNode(self.record.node_of(self.number)), command)
 
     async def resize(self, size: int) -> None:
         if self.attribute.command is None:
             await super().resize(size)
 
     async def refresh(self, caller: Caller = OWNER) -> Node:
-        if self.attribute.refresh is None:
+        refresh = self.attribute.refresh
+        if refresh is None:
             return self
         self.known()  # of the record as it is now, whatever comes while the disk is looked at
-        await self.attribute.refresh(self.state, self.number, self.record, caller)
-        if self.attribute.fixed:
+        number, record = await _of_the_same(
+            self.state, self.number, self.record, lambda number, record: refresh(self.state, number, record, caller)
+        )
+        if self.attribute.fixed and number == self.number:
             return self
-        record = self.state.record(self.number)  # by whatever name the snapshot goes now
-        node = attribute_node(self.state, self.number, record, self.attribute)
+        node = attribute_node(self.state, number, record, self.attribute)
         if node is None:
             raise NotFound(f"{path_of(record)} has no such entry")
         return node
@@ -259,7 +270,7 @@ class AttributeLink(Link):
     """A link of the table."""
 
     def __init__(self, state: State, number: int, record: Record, attribute: Attribute) -> None:
-        super().__init__(state, pack(record.node_of(number), attribute.slot))
+        super().__init__(state, pack(_number_in_inode(number, record, attribute), attribute.slot))
         self.number = number
         self.record = record
         self.attribute = attribute
@@ -278,9 +289,16 @@ class AttributeLink(Link):
         return target
 
     async def follow(self, pid: int) -> str:
-        if self.attribute.follow is None:
+        follow = self.attribute.follow
+        if follow is None:
             return self.target()
-        return await self.attribute.follow(self.state, self.number, self.record, pid)
+        found: list[str] = []
+
+        async def look(number: int, record: Record) -> None:
+            found.append(await follow(self.state, number, record, pid))
+
+        await _of_the_same(self.state, self.number, self.record, look)
+        return found[-1]
 
     def attributes(self) -> Attributes:
         try:
@@ -288,6 +306,31 @@ class AttributeLink(Link):
         except Damaged:  # it is listed all the same; a process that follows it is told
             size, keep = UNKNOWN_SIZE, False
         return Attributes(self.attribute.type, size=size, time=self.record.updated, keep=keep)
+
+
+async def _of_the_same(
+    state: State, number: int, record: Record, look: Callable[[int, Record], Awaitable[object]]
+) -> tuple[int, Record]:
+    """Do ``look`` for snapshot ``number``, or for what it has become meanwhile, if it is a workspace: id and record of that, by
+    whatever name it goes."""
+    node = record.node_of(number)
+    while True:
+        missing: NotFound | None = None
+        try:
+            await look(number, record)
+        except NotFound as error:
+            missing = error
+        looked_at = number
+        number, record = state.snapshot(node)
+        if number == looked_at:
+            if missing is not None:
+                raise missing
+            return number, record
+
+
+def _number_in_inode(number: int, record: Record, attribute: Attribute) -> int:
+    """What is fixed is so as long as the snapshot has its id; all else is found in the same directory whatever id it has."""
+    return number if attribute.fixed else record.node_of(number)
 
 
 def _keeps_its_name(attribute: Attribute) -> bool:

@@ -10,44 +10,59 @@ from collections.abc import Awaitable, Callable
 
 from snapfs import names
 from snapfs.errors import InvalidArgument, NotUtf8
-from snapfs.model import rfc3339
+from snapfs.model import ByNode, Caller, rfc3339
 from snapfs.store.schema import Record
+from snapfs.threads import in_thread
 from snapfs.tree.handles import Handle
+from snapfs.tree.inodes import CHECKPOINT_SLOT
 from snapfs.tree.state import State
+from snapfs.tree.texts import Text
 
-Command = Callable[[State, str, str], Awaitable[str]]
-"""What a write does: for the workspace with this key, with what was written; the name of what came of it."""
+Command = Callable[[State, ByNode, str], Awaitable[str]]
+"""What a write does: to the workspace whose directory this is, with what was written; the name of what came of it."""
 
 
-async def checkpoint(state: State, key: str, text: str) -> str:
+async def checkpoint(state: State, key: ByNode, text: str) -> str:
     """Keep the state, with the message ``text``; the name of the checkpoint."""
     return (await state.snapshotter.checkpoint(key, text, wait=state.dirsync)).name
 
 
-async def rollback(state: State, key: str, text: str) -> str:
-    """Go back to the checkpoint with the number or name ``text``, or where that is empty to the last; the name of what the
-    workspace stands on, or nothing."""
-    word = names.decode(text) if text else ""
-    to = int(word) if word.isascii() and word.isdecimal() and len(word) < 20 else word or None
+async def rollback(state: State, key: ByNode, text: str) -> str:
+    """Go back to the checkpoint with the number or name ``text`` (or its path, committed/NAME), or where that is empty to the
+    last; the name of what the workspace stands on, or nothing."""
+    path, _, name = text.rpartition("/")  # committed/1 is the snapshot with the name 1
+    word = names.decode(name if path == "committed" else text) if text else ""
+    to = int(word) if word.isascii() and word.isdecimal() and len(word) < 20 and not path else word or None
     return (await state.snapshotter.rollback(key, to)).parent or ""
 
 
-async def fork(state: State, key: str, text: str) -> str:
+async def fork(state: State, key: ByNode, text: str) -> str:
     """Make a second workspace with the key ``text``; that key."""
     if not text:
         raise InvalidArgument("write the key of the new workspace")
     return (await state.snapshotter.fork(key, names.decode(text), wait=state.dirsync)).name
 
 
-def checkpoint_list(state: State, number: int, record: Record) -> str:
-    """The checkpoints of a workspace, a line each: number, name, time, message and bytes, between tabs, the newest last."""
-    with state.reading() as reader:
-        found = state.snapshotter.checkpoints_of(reader, record.name)
-    return "".join(
+def checkpoint_list(state: State, number: int, record: Record) -> Text | None:
+    """The checkpoints of a workspace as they were found last; None before that."""
+    return state.found(number, CHECKPOINT_SLOT)
+
+
+async def find_checkpoints(state: State, number: int, record: Record, caller: Caller) -> None:
+    """Find them, in a thread, for there may be thousands: a line each, with number, name, time, message and bytes between tabs,
+    the newest last."""
+    state.keep(number, CHECKPOINT_SLOT, await in_thread(_collected, state, record.name))
+
+
+def _collected(state: State, key: str) -> Text:
+    with state.snapshotter.reading(long=True) as reader:
+        found = state.snapshotter.checkpoints_of(reader, key)
+    lines = (
         f"{each.number}\t{names.encode(each.info.name)}\t{rfc3339(each.info.created)}\t"
         f"{names.printable(each.message)}\t{each.usage.size}\n"
         for each in found
     )
+    return Text("".join(lines).encode())
 
 
 def rollback_text(state: State, number: int, record: Record) -> str:
@@ -64,12 +79,12 @@ def fork_text(state: State, number: int, record: Record) -> str:
 
 
 class OpenCommand(Handle):
-    """The file ``name`` of the workspace ``key``, open for writing: reading on behind what was written gives what came of
+    """The file ``name`` of a workspace, ``key``, open for writing: reading on behind what was written gives what came of
     it."""
 
     direct = True
 
-    def __init__(self, state: State, name: str, key: str, command: Command) -> None:
+    def __init__(self, state: State, name: str, key: ByNode, command: Command) -> None:
         self.waits_for = name
         self._state = state
         self._key = key

@@ -65,7 +65,7 @@ class Slot(enum.IntEnum):
     NO_MEDIA = 20
 
 
-CHANGES_SLOT = 23  # of the attribute ``changes``, under which the text that was found last is remembered
+CHANGES_SLOT, CHECKPOINT_SLOT = 23, 24  # of the attributes under which the text that was found last is remembered
 
 KIND_SLOTS = {Kind.ACTIVE: Slot.ACTIVE, Kind.VIEW: Slot.VIEW, Kind.COMMITTED: Slot.COMMITTED}
 KINDS = {slot: kind for kind, slot in KIND_SLOTS.items()}

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from snapfs import names
 from snapfs.errors import AlreadyExists, InvalidArgument, NotFound, NotPermitted, Stale
 from snapfs.labels import check_label
+from snapfs.model import ByNode
 from snapfs.store.schema import Record
 from snapfs.tree.advice import path_of
 from snapfs.tree.deleting import refuse_copied, refuse_teardown
@@ -49,6 +50,7 @@ class Label(Node):
         super().__init__(state, inode)
         self.number = number
         self.record = record
+        self.whose = ByNode(record.node_of(number))
         self.key = key
         self.text = text
 
@@ -58,7 +60,7 @@ class Label(Node):
 
     @property
     def shown_inode(self) -> int:
-        return pack(self.record.node_of(self.number), label_slot(self.key))
+        return pack(self.whose, label_slot(self.key))
 
     def now(self) -> Text:
         """What it holds now, if it is not being written."""
@@ -74,7 +76,7 @@ class Label(Node):
         """The same label as a file of one writer's own, to be opened soon."""
         if self.text is None:
             return self
-        inode = self.state.open_labels.new_writer(self.record.node_of(self.number), self.key)
+        inode = self.state.open_labels.new_writer(self.whose, self.key)
         return Label(self.state, self.number, self.record, self.key, inode, None)
 
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
@@ -82,7 +84,7 @@ class Label(Node):
             return OpenText(self.text or self.now())
         now = self.now()
         content = b"" if truncate else now.read(0, now.size)
-        return OpenLabel(self.state.open_labels, self.number, self.key, self.for_writing().inode, content, emptied=truncate)
+        return OpenLabel(self.state.open_labels, self.whose, self.key, self.for_writing().inode, content, emptied=truncate)
 
     async def resize(self, size: int) -> None:
         handle = await self.open(writing=True)
@@ -99,6 +101,7 @@ class LabelsDirectory(Directory):
         super().__init__(state, pack(record.node_of(number), Slot.LABELS | alias))
         self.number = number
         self.record = record
+        self.whose = ByNode(record.node_of(number))
 
     @property
     def path(self) -> str:
@@ -109,8 +112,8 @@ class LabelsDirectory(Directory):
 
     def _inodes(self) -> dict[str, int]:
         """The inodes of the files that there are, by key: that of the value, or of the writer that is just making the label."""
-        inodes = {handle.key: handle.inode for handle in self.state.open_labels.of(self.number) if handle.emptied}
-        return inodes | self.state.label_inodes.of(self.record.node_of(self.number), self.record.labels)
+        inodes = {handle.key: handle.inode for handle in self.state.open_labels.of(self.whose) if handle.emptied}
+        return inodes | self.state.label_inodes.of(self.whose, self.record.labels)
 
     def _label(self, key: str, inode: int, text: Text | None) -> Label:
         return Label(self.state, self.number, self.record, key, inode, text)
@@ -165,8 +168,8 @@ class LabelsDirectory(Directory):
             raise NotPermitted(f'"{key}" is an editor\'s swap file, which is no label')
         if key in self._inodes():
             raise AlreadyExists(f'snapshot "{self.record.name}" has a label "{key}" already')
-        inode = self.state.open_labels.new_writer(self.record.node_of(self.number), key)
-        handle = OpenLabel(self.state.open_labels, self.number, key, inode, b"", emptied=True)
+        inode = self.state.open_labels.new_writer(self.whose, key)
+        handle = OpenLabel(self.state.open_labels, self.whose, key, inode, b"", emptied=True)
         return self._label(key, inode, None), handle
 
     async def unlink(self, name: str, pid: int) -> None:
@@ -175,11 +178,11 @@ class LabelsDirectory(Directory):
         refuse_teardown(self.state, self.number, pid)
         if self.state.reads.was_refused(pid, self.number):
             refuse_copied(self.state, self.number, pid)
-        for handle in self.state.open_labels.of(self.number):
+        for handle in self.state.open_labels.of(self.whose):
             if handle.key == node.key:
                 handle.emptied = False  # nothing of it is left to apply
         if node.key in self.record.labels:
-            await self.state.snapshotter.update(self.number, {}, [f"labels.{node.key}"])
+            await self.state.snapshotter.update(self.whose, {}, [f"labels.{node.key}"])
 
     async def rename(self, old: str, new: str, replace: bool) -> None:
         """Rename a label; one that was opened and not yet written goes along as what it is: empty."""
@@ -189,10 +192,10 @@ class LabelsDirectory(Directory):
         if not replace and key in self._inodes():
             raise AlreadyExists(f'snapshot "{self.record.name}" has a label "{key}" already')
         if node.key in self.record.labels:
-            await self.state.snapshotter.move_label(self.number, node.key, key, replace=replace)
+            await self.state.snapshotter.move_label(self.whose, node.key, key, replace=replace)
         elif key in self.record.labels:
-            await self.state.snapshotter.update(self.number, {}, [f"labels.{key}"])
-        for handle in self.state.open_labels.of(self.number):
+            await self.state.snapshotter.update(self.whose, {}, [f"labels.{key}"])
+        for handle in self.state.open_labels.of(self.whose):
             if handle.key == key:
                 handle.emptied = False
             elif handle.key == node.key:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from snapfs.errors import LabelTooBig, NotUtf8, SnapshotError
 from snapfs.labels import MAX
+from snapfs.model import ByNode
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree.handles import Handle
 from snapfs.tree.inodes import label_slot, pack
@@ -21,14 +22,14 @@ class OpenLabels:
 
     def __init__(self, snapshotter: Snapshotter) -> None:
         self.snapshotter = snapshotter
-        self._open: dict[int, list[OpenLabel]] = {}  # by snapshot id
+        self._open: dict[int, list[OpenLabel]] = {}  # by the number of the snapshot in inodes
         self._by_inode: dict[int, list[OpenLabel]] = {}
         self._keys: dict[int, str] = {}  # by the inode of a writer, the latest is the last
         self._writers_made = 0
 
-    def of(self, number: int) -> list[OpenLabel]:
-        """Those of snapshot ``number``."""
-        return self._open.get(number, [])
+    def of(self, node: int) -> list[OpenLabel]:
+        """Those of the snapshot for which inodes have the number ``node``."""
+        return self._open.get(node, [])
 
     def at(self, inode: int) -> OpenLabel | None:
         """The one that was opened last under ``inode``."""
@@ -54,12 +55,12 @@ class OpenLabels:
 
     def add(self, handle: OpenLabel) -> None:
         """``handle`` is open from now on."""
-        self._open.setdefault(handle.number, []).append(handle)
+        self._open.setdefault(handle.node, []).append(handle)
         self._by_inode.setdefault(handle.inode, []).append(handle)
 
     def remove(self, handle: OpenLabel) -> None:
         """``handle`` is about to be closed."""
-        for handles, key in ((self._open, handle.number), (self._by_inode, handle.inode)):
+        for handles, key in ((self._open, handle.node), (self._by_inode, handle.inode)):
             handles[key].remove(handle)
             if not handles[key]:
                 del handles[key]
@@ -75,9 +76,9 @@ class OpenLabel(Handle):
     direct = True
     weight = OVERHEAD + MAX
 
-    def __init__(self, labels: OpenLabels, number: int, key: str, inode: int, content: bytes, emptied: bool) -> None:
+    def __init__(self, labels: OpenLabels, node: ByNode, key: str, inode: int, content: bytes, emptied: bool) -> None:
         self.content = content
-        self.number = number
+        self.node = node
         self.key = key
         self.inode = inode
         self.emptied = emptied
@@ -123,10 +124,10 @@ class OpenLabel(Handle):
             value = content.removesuffix(b"\n").decode()
         except UnicodeDecodeError:
             raise NotUtf8(f'the value of label "{self.key[:40]}" must be UTF-8') from None
-        await self._labels.snapshotter.update(self.number, {self.key: value}, [f"labels.{self.key}"])
+        await self._labels.snapshotter.update(self.node, {self.key: value}, [f"labels.{self.key}"])
         self.content, self.emptied = content, False
 
     async def close(self) -> None:
         self._labels.remove(self)
-        if self.emptied and self.key in self._labels.snapshotter.record(self.number).labels:
+        if self.emptied and self.key in self._labels.snapshotter.record(self.node).labels:
             await self._apply(b"")

@@ -20,12 +20,14 @@ from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
 from snapfs.tree.events import Events
 from snapfs.tree.hiding import Hidden, Teardowns
-from snapfs.tree.inodes import ALIAS, CHANGES_SLOT, LabelInodes, pack, unpack
+from snapfs.tree.inodes import ALIAS, CHANGES_SLOT, CHECKPOINT_SLOT, LabelInodes, pack, unpack
 from snapfs.tree.log import ErrorLog
 from snapfs.tree.meters import Meter
 from snapfs.tree.openlabels import OpenLabels
 from snapfs.tree.reads import Reads
 from snapfs.tree.texts import LongText, Sparing, Text, Versions
+
+BECAME = 1000  # former ids of workspaces that are remembered, for who has just looked up a file of them
 
 
 class Collecting:
@@ -69,7 +71,8 @@ class State:
     committed snapshots whose directories are found under their other inode (``inodes.ALIAS``): the server of the tree says
     which.  ``changes``: how many changes there were; ``listed``: how many of them .snapfs/snapshots shows.  ``changed``: when
     each kind last gained or lost a snapshot (ns since the epoch).  ``collecting``: who collects what .snapfs/snapshots shows.
-    ``cleaned``: is set when the Cleanup under way has ended; None where none is.
+    ``became``: by the id that a workspace had lately, the number that inodes have for it.  ``cleaned``: is set when the
+    Cleanup under way has ended; None where none is.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class State:
         self.teardowns = Teardowns()
         self.removals: defaultdict[int, int] = defaultdict(int)
         self.aliased: set[int] = set()
+        self.became: dict[int, int] = {}
         self.changes = 0
         self.listed = -1
         self.collecting = Collecting()
@@ -132,20 +136,26 @@ class State:
         """A text of ``lines``; in a worker thread."""
         return LongText(lines, self.snapshotter.root)
 
-    def changes_found(self, number: int) -> Text | None:
-        """The text of ``changes`` that was found last; it stays right once the snapshot is committed."""
-        return self.versions.get(pack(number, CHANGES_SLOT))
+    def found(self, number: int, slot: int) -> Text | None:
+        """The text of a file of snapshot ``number`` (``CHANGES_SLOT``, ``CHECKPOINT_SLOT``) that was found last; that of
+        ``changes`` stays right once the snapshot is committed."""
+        return self.versions.get(pack(number, slot))
 
-    def keep_changes(self, number: int, text: Text) -> None:
-        """Remember ``text`` as the ``changes`` of snapshot ``number``, until another one is found or the kind changes."""
-        self.versions.keep(pack(number, CHANGES_SLOT), text)
+    def keep(self, number: int, slot: int, text: Text) -> None:
+        """Remember ``text`` as that of a file of snapshot ``number``, until another one is found or the kind changes."""
+        self.versions.keep(pack(number, slot), text)
 
     def _note(self, change: Change) -> None:
         self.events.note(change)
         self.changes += 1
         before, after = change.before, change.after
+        if before is not None and change.goes_on:
+            self.became[before.id] = before.node or before.id
+            if len(self.became) > BECAME:
+                del self.became[next(iter(self.became))]
         if before is not None and (after is None or after.kind is not before.kind):
-            self.versions.forget(pack(before.id, CHANGES_SLOT))
+            for slot in (CHANGES_SLOT, CHECKPOINT_SLOT):
+                self.versions.forget(pack(before.id, slot))
         for info in (before, after):
             if info is not None and not (before and after and (before.name, before.kind) == (after.name, after.kind)):
                 self.changed[info.kind] = max(time.time_ns(), self.changed[info.kind] + 1)

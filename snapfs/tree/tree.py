@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from snapfs.errors import Damaged, NotFound, Stale
 from snapfs.model import Kind
 from snapfs.snapshotter import Snapshotter
+from snapfs.store.schema import Record
 from snapfs.tree.advice import path_of
-from snapfs.tree.attributes import BY_SLOT, attribute_node
+from snapfs.tree.attributes import BY_SLOT, FIXED, attribute_node
 from snapfs.tree.daemon import node_outside_snapshots
 from snapfs.tree.inodes import (
     ALIAS,
@@ -59,7 +60,10 @@ class Tree:
             return self._version(inode, number, slot & ENTRY_MASK)
         if number == 0:
             return node_outside_snapshots(self.state, slot)
-        number, record = self.state.snapshot(number)
+        if (slot & ENTRY_MASK) in FIXED and slot < FIRST_LABEL:
+            number, record = self._with_fixed(number, slot & ENTRY_MASK)
+        else:
+            number, record = self.state.snapshot(number)
         if slot >= FIRST_LABEL:
             return LabelsDirectory(self.state, number, record).node(inode)
         node: Node | None = None
@@ -79,6 +83,19 @@ class Tree:
         if node is None:
             raise NotFound(f"{path_of(record)} has no such entry")
         return node
+
+    def _with_fixed(self, number: int, slot: int) -> tuple[int, Record]:
+        """The snapshot with the id ``number``, whose file in ``slot`` is fixed, or what it has become: a workspace that was
+        kept or rolled back since the name was looked up.  Raises NotFound."""
+        record: Record | None = None
+        with contextlib.suppress(NotFound):
+            record = self.state.record(number)
+        node = self.state.became.get(number)
+        if node is not None and (record is None or record.kind not in BY_SLOT[slot].kinds):
+            return self.state.snapshot(node)
+        if record is None:
+            raise NotFound(f"snapshot {number} does not exist any more")
+        return number, record
 
     def _version(self, inode: int, number: int, slot: int) -> Node:
         text = self.state.versions.get(inode)
