@@ -286,7 +286,19 @@ def test_a_missing_layer(make_daemon: Make, which: str) -> None:
     assert f"EIO open active/web/changes: {words}" in daemon.error_log()[-1]
     assert (mnt / "active/other/changes").read_text() == ""
     assert sorted(os.listdir(mnt / "active/web")) == sorted(
-        ["changes", "diff", "info.json", "labels", "mount.sh", "mounts.json", "parent", "usage.json"]
+        [
+            "changes",
+            "checkpoint",
+            "diff",
+            "fork",
+            "info.json",
+            "labels",
+            "mount.sh",
+            "mounts.json",
+            "parent",
+            "rollback",
+            "usage.json",
+        ]
     )
     os.rename(f"{layer}.gone", layer)
     assert (mnt / "active/web/changes").read_text() == "A /a\n"

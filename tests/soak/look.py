@@ -98,6 +98,10 @@ class Look:
                 lines = "".join(f"{letters[file]} /{file}\n" for file in sorted(letters))
                 changes = self.client.read(path).decode()
                 check(changes == lines, its.key, f"{path} says {changes!r}, not {lines!r}")
+            case "checkpoint":
+                check(self.client.read(path) == b"", its.key, f"{path} has lines, and nobody keeps anything")
+            case "rollback" | "fork":
+                check(self.client.read(path).startswith(b"Write "), its.key, f"{path} does not say what to write")
             case "labels":
                 labels = self.client.must("list", path, lambda: os.listdir(path))
                 check(sorted(labels) == sorted(map(file_name, its.labels)), its.key, f"{path} has {labels}: {its.labels}")

@@ -15,7 +15,7 @@ BASE_FILES = {"f0": b"base 0\n", "f1": b"base 1\n" * 100, "f9": b"base 9\n"}
 
 _COMMON = {"info.json", "usage.json", "labels", "rootfs"}
 ENTRIES = {
-    Kind.ACTIVE: _COMMON | {"mounts.json", "mount.sh", "changes", "diff"},
+    Kind.ACTIVE: _COMMON | {"mounts.json", "mount.sh", "changes", "diff", "checkpoint", "rollback", "fork"},
     Kind.VIEW: _COMMON | {"mounts.json", "mount.sh"},
     Kind.COMMITTED: _COMMON | {"changes", "diff", *map(str, Kind)},
 }
