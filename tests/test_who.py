@@ -206,10 +206,24 @@ def test_nobody_keeps_others_from_reading(make_daemon: Make) -> None:
         for path in set(paths) - set(held):
             Path(path).read_bytes()
         done = run((), *SNAPFS, "label", "--at", daemon.mnt, "a", "l=2")
-        assert "Resource temporarily unavailable" in done.stderr
+        assert "another process has a lease on it" in done.stderr
         assert holder.poll() is None
         holder.communicate()
     assert run((), *SNAPFS, "label", "--at", daemon.mnt, "a", "l=2").returncode == 0
+
+
+def test_the_command_waits_for_no_lease(make_daemon: Make) -> None:
+    """Where only the owner may read, it is the owner's, who may take one."""
+    daemon = make_daemon("-o", f"allow_other,uid={ALICE},umask=077").start()
+    os.mkdir(daemon.mnt / "active/a")
+    paths = [str(daemon.mnt / path) for path in (".snapfs/snapshots", "active/a/info.json")]
+    command = [*alice, sys.executable, "-c", LEASE, *paths]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().split() == paths
+        for words in (["ls", "--at", str(daemon.mnt)], ["show", "--at", str(daemon.mnt), "a"]):
+            assert "another process has a lease on it" in run((), *SNAPFS, *words).stderr
+        holder.communicate()
 
 
 def test_without_allow_other_they_are_only_shown(make_daemon: Make) -> None:

@@ -138,7 +138,7 @@ class MountedTree:
         """The text of a file of the tree; raises Refusal."""
         began = time.time_ns()
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n", opener=_at_once) as file:
                 return file.read()
         except OSError as error:
             raise self._unread(error, path, began) from None
@@ -147,7 +147,7 @@ class MountedTree:
         """The lines of a file of the tree, as they are read: there may be millions.  Raises Refusal."""
         began = time.time_ns()
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n", opener=_at_once) as file:
                 for line in file:
                     yield line.rstrip("\n")
         except OSError as error:
@@ -195,7 +195,7 @@ class MountedTree:
     def write_command(self, path: str, text: str) -> str:
         """Write the line ``text`` into a file of the tree that does what is written there: the line that says what came of it.
         Raises OSError."""
-        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # as in _write
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # as in _at_once
         try:
             os.write(descriptor, text.encode(errors="surrogateescape") + b"\n")
             return os.read(descriptor, 4096).decode(errors="surrogateescape").removesuffix("\n")
@@ -227,9 +227,13 @@ def _within(tree: str, path: str) -> str:
     return unlinked if unlinked.startswith(f"{tree}/") else ""
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting for another process that has a lease on the file."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _write(path: str, text: bytes) -> None:
-    # another process may have a lease on the file, for whose end the kernel would wait
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)  # as in _at_once
     try:
         os.write(descriptor, text)
     finally:

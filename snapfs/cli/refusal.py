@@ -62,6 +62,8 @@ def refusal(
     words = _last_words(tree, errno.errorcode.get(number, str(number)), paths, began) if paths else ""
     if unlogged is not None and not words:
         return unlogged
+    if number == errno.EAGAIN and not words:
+        words = f"{otherwise}: another process has a lease on it, or many ask for it: try again"
     return Refusal(words or f"{otherwise}: {os.strerror(number)}", status)
 
 
