@@ -86,7 +86,8 @@ def daemon(make_daemon: object) -> Daemon:
 def test_a_directory_of_the_tree(served: Daemon) -> None:
     found = tried(served, served.mnt / "active/w", "changes", "label.x", "diff", "checkpoint")
     shown = {name: how for name, how in found.items() if how not in ("EACCES", "EPERM", "ENOENT")}
-    assert shown == {"above": "done"}, "the tree's root is for all to see"
+    assert shown == {"above": "done", "read checkpoint": "done"}, "the tree's root, and the list, are for all to see"
+    assert found["write checkpoint"] == "EACCES"
     assert found["read changes"] == found["read diff"] == "EACCES"
     assert found["handle"] == "EPERM"
     assert {found[f"getfd {number}"] for number in (3, 5, 8)} == {"EPERM"}
