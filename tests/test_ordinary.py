@@ -139,6 +139,10 @@ def test_programs_that_go_by_the_path_meet_an_error_in_the_window(home: Home) ->
     for make in ('mkdir -p "$p/new"', 'echo x > "$p/new"', "python3 -c \"import os; os.makedirs(os.getcwd() + '/deep/er')\""):
         home.does("sh", "-c", f"{into} p=$(pwd -P); ( {make} ) 2>/dev/null || exit 1", status=1)
         home.does("sh", "-c", f"mkdir -p {home.root}/rootfs/9/fs 2>/dev/null", status=1)
+    home.sh(f"{into} printf 'all:\\n\\tmkdir -p \"$(CURDIR)/made\"\\n' > Makefile")
+    home.sh(f"{into} make 2>&1", status=2)
+    home.sh(f"{into} node -e 'fs.mkdirSync(process.cwd() + `/made`, {{recursive: true}})' 2>&1", status=1)
+    assert "made" not in home.sh("ls tree/active/w/rootfs/").split()
     database = """
 try:
     sqlite3.connect("tree/active/w/rootfs/db").execute("create table t (x)")  # which resolves links itself
