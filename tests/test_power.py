@@ -252,4 +252,6 @@ async def test_the_mounted_tree(
         for number in story.content:
             story.flushed.setdefault(number, story.disk.now())
     found = await cut_often(story, tmp_path, monkeypatch)
-    assert sum(left.unflushed for left in found) > 0, "the test means something"
+    if option == "mv":  # with dirsync the data is there before, and it is a matter of chance whether a cut falls in between
+        assert sum(left.unflushed for left in found) > 0, "the test means something"
+    assert sum(left.committed for left in found) > 0
