@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -456,6 +457,18 @@ def test_a_descriptor_stays_that_of_its_workspace(workspace: Path, daemon: Daemo
     finally:
         for fd in (*files.values(), label):
             os.close(fd)
+
+
+@pytest.mark.parametrize("command", ["mv active/web {}", "tar -cf {}/tar --remove-files active/web"])
+def test_moving_it_elsewhere_loses_nothing(workspace: Path, daemon: Daemon, command: str) -> None:
+    """What is copied of a directory are links; whoever deletes it after that is refused, also where the id is another than
+    the number in the inodes."""
+    write(workspace / "checkpoint", "")
+    (workspace / "rootfs/precious").write_text("x")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        done = subprocess.run(["bash", "-c", command.format(elsewhere)], cwd=daemon.mnt, capture_output=True, check=False)
+    assert done.returncode != 0
+    assert (workspace / "rootfs/precious").read_text() == "x"
 
 
 @pytest.mark.parametrize("name", ["mounts.json", "mount.sh"])

@@ -60,10 +60,7 @@ class Tree:
             return self._version(inode, number, slot & ENTRY_MASK)
         if number == 0:
             return node_outside_snapshots(self.state, slot)
-        if (slot & ENTRY_MASK) in FIXED and slot < FIRST_LABEL:
-            number, record = self._with_fixed(number, slot & ENTRY_MASK)
-        else:
-            number, record = self.state.snapshot(number)
+        number, record = self._snapshot(number, slot)
         if slot >= FIRST_LABEL:
             return LabelsDirectory(self.state, number, record).node(inode)
         node: Node | None = None
@@ -84,17 +81,22 @@ class Tree:
             raise NotFound(f"{path_of(record)} has no such entry")
         return node
 
-    def _with_fixed(self, number: int, slot: int) -> tuple[int, Record]:
-        """The snapshot with the id ``number``, whose file in ``slot`` is fixed, or what it has become: a workspace that was
-        kept or rolled back since the name was looked up.  Raises NotFound."""
-        record: Record | None = None
-        with contextlib.suppress(NotFound):
+    def _snapshot(self, number: int, slot: int) -> tuple[int, Record]:
+        """Id and record of the snapshot for which the inode of ``slot`` has this ``number``: what is fixed has the id, all else
+        the number of the directory.  What is fixed of a workspace that was kept or rolled back since the name was looked up is
+        found in what it has become.  Raises NotFound, Damaged."""
+        entry = entry_of(slot)
+        if entry not in FIXED:
+            return self.state.snapshot(number)
+        became = self.state.became.get(number)
+        try:
             record = self.state.record(number)
-        node = self.state.became.get(number)
-        if node is not None and (record is None or record.kind not in BY_SLOT[slot].kinds):
-            return self.state.snapshot(node)
-        if record is None:
-            raise NotFound(f"snapshot {number} does not exist any more")
+        except NotFound:
+            if became is None:
+                raise
+            return self.state.snapshot(became)
+        if became is not None and record.kind not in BY_SLOT[entry].kinds:
+            return self.state.snapshot(became)
         return number, record
 
     def _version(self, inode: int, number: int, slot: int) -> Node:
@@ -103,7 +105,7 @@ class Tree:
         if number == 0:
             node = node_outside_snapshots(self.state, slot, text)
         else:
-            number, record = self.state.snapshot(number)
+            number, record = self._snapshot(number, slot)
             node = attribute_node(self.state, number, record, BY_SLOT[slot], text) if slot in BY_SLOT else None
         if node is None:
             raise NotFound(f"snapshot {number} has no such file")
@@ -138,7 +140,7 @@ class Tree:
 
     def id_of(self, inode: int) -> int:
         """The id of the snapshot to which ``inode`` belongs; 0 where it belongs to none, or is of one that is gone."""
-        node, _ = unpack(inode)
+        number, slot = unpack(inode)
         with contextlib.suppress(NotFound, Damaged):
-            return self.state.snapshot(node)[0] if node else 0
+            return self._snapshot(number, slot)[0] if number else 0
         return 0
