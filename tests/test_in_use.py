@@ -638,6 +638,38 @@ def test_few_descriptors_leave_no_mount(make_daemon: Make, limit: int) -> None:
     assert [mount.target for mount in mount_table() if mount.target.startswith(f"{daemon.root}/")] == []
 
 
+FILLED = """
+import os, resource, sys
+import pyfuse3
+from snapfs.cli import main
+
+terminate = pyfuse3.terminate
+
+def fill():
+    most = max(map(int, os.listdir("/proc/self/fd"))) + 3
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        while True:
+            os.open("/dev/null", os.O_RDONLY)
+    except OSError:
+        terminate()
+
+pyfuse3.terminate = fill
+sys.exit(main())
+"""
+
+
+def test_no_descriptor_at_the_end(make_daemon: Make) -> None:
+    """All are taken when the signal comes: nothing is left mounted, neither the tree nor what it has mounted."""
+    daemon = make_daemon()
+    daemon.program = ("-c", FILLED)
+    daemon.start()
+    os.mkdir(daemon.mnt / "active/a")
+    os.listdir(daemon.mnt / "active/a/rootfs/")
+    assert daemon.stop() == 0
+    assert [mount.target for mount in mount_table() if mount.target.startswith(f"{daemon.root.parent}/")] == []
+
+
 # -- asking the kernel
 
 

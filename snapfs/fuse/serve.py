@@ -8,11 +8,13 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 
 import msgspec
 import pyfuse3
 import trio
 
+from snapfs import names
 from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
 from snapfs.fuse.access import Access
 from snapfs.fuse.mountpoint import (
@@ -28,6 +30,7 @@ from snapfs.fuse.operations import Operations
 from snapfs.fuse.outside import Outside, OutsideError
 from snapfs.fuse.waiting import MAX_TASKS
 from snapfs.kernel import userns
+from snapfs.kernel.spare import Spare
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
 from snapfs.snapshotter import Snapshotter
@@ -130,6 +133,7 @@ async def serve_tree(
             hint += ", and for allow_other the line user_allow_other in /etc/fuse.conf, which is root's to add"
         raise Unavailable(f"cannot mount on {mountpoint}: {error}; {hint}") from None
     own = mounted_at(mountpoint) if outside is None else None
+    spare = Spare(1)  # for the mount table at the end, when none may be left
     try:
         operations.cache.begin()
         async with beside(tree.snapshotter, operations.cache.settle), trio.open_nursery() as nursery:
@@ -140,7 +144,7 @@ async def serve_tree(
             with loop:
                 await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
-        return "unmounted" if own is None else why_over(own)
+        return "unmounted" if own is None else spare.give_to(partial(why_over, own))
     finally:
         operations.cache.end()
         for followed in (tree.state.events, tree.state.error_log):  # changes may still become durable after the mount is gone
@@ -149,10 +153,12 @@ async def serve_tree(
             outside.close()
             pyfuse3.close(unmount=False)
         else:
-            to_unmount = own is None or not unmount(own)
+            to_unmount = own is None or not spare.give_to(partial(unmount, own))
             pyfuse3.close(unmount=to_unmount)
-            if to_unmount and own is not None and still_there(own) is not None:
-                log.warning("fusermount3 could not be started: unmount %s with fusermount3 -u -z %s", own.target, own.target)
+            if to_unmount and own is not None and spare.give_to(partial(still_there, own)) is not None:
+                words = "fusermount3 could not be started: unmount %s with fusermount3 -u -z %s"
+                log.warning(words, own.target, names.word(own.target))
+        spare.close()
 
 
 async def _set_on_signal(
