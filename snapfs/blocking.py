@@ -206,6 +206,7 @@ class Snapshotter:
 
     shown = _on_the_loop(AsyncSnapshotter.shown)
     record = _on_the_loop(AsyncSnapshotter.record)
+    by_node = _on_the_loop(AsyncSnapshotter.by_node)
     known_usage = _on_the_loop(AsyncSnapshotter.known_usage)
     rootfs_of = _on_the_loop(AsyncSnapshotter.rootfs_of)
     layer_path = _on_the_loop(AsyncSnapshotter.layer_path)

@@ -120,12 +120,13 @@ def _overlay_options(given: Sequence[str], directory: str, features: dict[str, F
     """The options of every overlay mount: those given, and what this kernel needs besides."""
     found = list(given)
     keys = _keys(given)
+    has_marks = imprint.has_userxattr(directory)
     if "userxattr" in keys:
         features["userxattr"] = Feature(True, "a mount option asks for it")
     elif probe.needs_userxattr(directory):
         found.append("userxattr")
         features["userxattr"] = Feature(True, "this user namespace can't write overlayfs's own extended attributes")
-    elif imprint.has_userxattr(directory):  # or what was replaced in these layers would come back
+    elif has_marks:  # or what was replaced in these layers would come back
         found.append("userxattr")
         features["userxattr"] = Feature(True, "a daemon in a user namespace has served this root: its layers have such marks")
     elif probe.in_user_namespace():
@@ -134,7 +135,7 @@ def _overlay_options(given: Sequence[str], directory: str, features: dict[str, F
         )
     else:
         features["userxattr"] = Feature(False, "not needed outside of user namespaces")
-    if features["userxattr"].on:
+    if features["userxattr"].on and not has_marks:
         with suppress(OSError):
             imprint.note_userxattr(directory)
     if "index" in keys:

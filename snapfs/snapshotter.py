@@ -257,6 +257,11 @@ class Snapshotter:
                     free=free,
                 )
             )
+        await self._follow_up(number, name, wait, deadline)
+
+    async def _follow_up(self, number: int, name: str, wait: bool, deadline: float = math.inf) -> None:
+        """Snapshot ``number`` was committed as ``name``: have its data flushed, and what it takes counted.  ``wait`` returns
+        when the data is on disk, or at ``deadline``."""
         self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless a call for its usage comes before
         if wait:
             await self._flush_after(name, deadline)
@@ -327,7 +332,7 @@ class Snapshotter:
         if name is not None:
             names.encode(name)
         number, made = await self._change_workspace(key, partial(workspace.checkpoint, message=message, name=name))
-        await self._kept(number, wait)
+        await self._follow_up(number, made.name, wait)
         return made
 
     async def rollback(self, key: Ref, to: str | int | None = None) -> Info:
@@ -358,9 +363,11 @@ class Snapshotter:
             number, record = lookup.find(reader, key)
             lookup.refuse_taken(reader, new)  # before its rootfs is unmounted
         if record.kind is Kind.COMMITTED:
-            return await self._write_record(lambda writer: workspace.fork(self._root, writer, number, key, new=new, free=False))
+            made = await self._write_record(lambda writer: workspace.fork(self._root, writer, number, key, new=new, free=False))
+            self._housekeeping.fill_pool_if_low()
+            return made
         number, made = await self._change_workspace(key, partial(workspace.fork, new=new))
-        await self._kept(number, wait)
+        await self._follow_up(number, made.parent or "", wait)
         return made
 
     async def checkpoints(self, key: str) -> list[Checkpoint]:
@@ -390,19 +397,14 @@ class Snapshotter:
             try:
                 async with self._unmounted(before, LOCKED) as (number, free), self._ending(number):
                     operation = partial(rule, self._root, number=number, key=key, free=free)
-                    return number, await self._write_record(lambda writer: operation(writer=writer), frees=frees)  # noqa: B023
+                    made = await self._write_record(lambda writer: operation(writer=writer), frees=frees)  # noqa: B023
             except NotFound:
                 with self.reading() as reader:
-                    if lookup.find_id(reader, key) == before or type(key) is int:
+                    if lookup.find_id(reader, key) == before:
                         raise
-
-    async def _kept(self, number: int, wait: bool) -> None:
-        """The layer ``number`` was committed: have it flushed, and counted."""
-        self._housekeeping.fill_pool_if_low()
-        self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless a call for its usage comes before
-        if wait:
-            await self._flush_after(str(number), math.inf)
-            self._root.unflushed.refuse_lost([number])  # another flush may have failed on it meanwhile
+            else:
+                self._housekeeping.fill_pool_if_low()
+                return number, made
 
     def _refuse_pinned(self, key: Ref) -> None:
         """Raise Pinned, before the rootfs of what is to go is unmounted."""
@@ -697,12 +699,15 @@ class Snapshotter:
     def record(self, number: int) -> Record:
         """The record of snapshot ``number`` as it is now; raises NotFound, or Damaged where it can't be read."""
         with self.reading() as reader:
-            if isinstance(number, ByNode):
-                return lookup.find(reader, number)[1]
             record = reader.record(number)
         if record is None:
             raise NotFound(f"snapshot {number} does not exist any more")
         return record
+
+    def by_node(self, node: int) -> tuple[int, Record]:
+        """Id and record of the snapshot for which the tree's inodes have the number ``node``; raises NotFound, or Damaged."""
+        with self.reading() as reader:
+            return lookup.find(reader, ByNode(node))
 
     def refuse_taken(self, name: str, by: int | None = None) -> None:
         """Raise AlreadyExists if ``name`` is in use as key or name, unless by snapshot ``by``.

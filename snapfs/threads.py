@@ -6,7 +6,7 @@ trio knows two ends of what a thread is asked for: a result, and what the work h
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar, TypeVarTuple
 
 import trio
@@ -50,12 +50,16 @@ async def in_thread_or_here(work: Callable[[*Ts], T], *args: *Ts, limiter: trio.
 
 
 async def in_thread_at_last(what: str, work: Callable[[*Ts], T], *args: *Ts, limiter: trio.CapacityLimiter | None = None) -> T:
-    """``in_thread``, for what goes on in the background: waits until a thread can be started.  ``what`` that is, in words for
-    the log."""
+    """``in_thread``, for what goes on in the background, which is ``what`` (``at_last``)."""
+    return await at_last(what, lambda: in_thread(work, *args, limiter=limiter))
+
+
+async def at_last(what: str, do: Callable[[], Awaitable[T]]) -> T:
+    """``do``, again and again until a thread can be started for it.  ``what`` that is, in words for the log."""
     told = False
     while True:
         try:
-            return await in_thread(work, *args, limiter=limiter)
+            return await do()
         except NoThread as error:
             if not told:
                 log.warning("%s has to wait: %s", what, error)

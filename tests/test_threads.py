@@ -39,7 +39,6 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
         "snapshotter",
         "services.counting",
         "services.flushing",
-        "services.housekeeping",
         "services.rootfs",
     ):
         monkeypatch.setattr(f"snapfs.{module}.AGAIN", 0.01)

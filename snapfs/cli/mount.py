@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import stat
 from itertools import islice
 
@@ -299,6 +298,7 @@ def _umount(given: Given) -> int:
 def how_to_unmount(place: MountedTree, word: str, target: str) -> str:
     """What to do about a snapshot, which ``word`` names, that is mounted by hand on ``target``, as the daemon has it: words
     that go on from a colon."""
+    from snapfs import names
     from snapfs.kernel.mounttable import mount_table
 
     if not place.is_trusted():
@@ -306,7 +306,7 @@ def how_to_unmount(place: MountedTree, word: str, target: str) -> str:
     options = place.options()
     if not options["window"] and not any(mount.target == target for mount in mount_table()):
         where = f"in the mount namespace of the daemon, pid {options['pid']}"
-        return f"unmount it there, {where}: nsenter -t {options['pid']} -m umount {shlex.quote(target)}"
+        return f"unmount it there, {where}: nsenter -t {options['pid']} -m umount {names.word(target)}"
     whose = ", as root" * (not options["window"] and os.geteuid() != 0)
     return f"unmount it first{whose} ({place.command('umount', word)})"
 

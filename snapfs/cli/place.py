@@ -28,11 +28,11 @@ class MountedTree:
 
     def command(self, verb: str, *words: str) -> str:
         """What the user types for a ``verb`` (a word, or several) to do it to this tree."""
-        import shlex
+        from snapfs import names
 
         at = ["--at", self.path] if self.is_named else []
         dashes = ["--"] if any(word.startswith("-") for word in words) else []
-        return shlex.join(["snapfs", *verb.split(), *at, *dashes, *words])
+        return " ".join(map(names.word, ["snapfs", *verb.split(), *at, *dashes, *words]))
 
     def word_for(self, key: str, number: int) -> str:
         """What names snapshot ``key``, whose id is ``number``, in such a command."""
@@ -195,7 +195,7 @@ class MountedTree:
     def write_command(self, path: str, text: str) -> str:
         """Write the line ``text`` into a file of the tree that does what is written there: the line that says what came of it.
         Raises OSError."""
-        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # as in _at_once
+        descriptor = _at_once(path, os.O_RDWR)
         try:
             os.write(descriptor, text.encode(errors="surrogateescape") + b"\n")
             return os.read(descriptor, 4096).decode(errors="surrogateescape").removesuffix("\n")

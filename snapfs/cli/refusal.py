@@ -54,11 +54,9 @@ def refusal(
     number = error.errno or 0
     status = _STATUS.get(number, FAILED)
     if status == NO_TREE:
-        import shlex
+        from snapfs.names import word
 
-        return Refusal(
-            f"the daemon that served {tree} is gone: start it again (snapfs serve ROOT {shlex.quote(tree)})", NO_TREE
-        )
+        return Refusal(f"the daemon that served {tree} is gone: start it again (snapfs serve ROOT {word(tree)})", NO_TREE)
     words = _last_words(tree, errno.errorcode.get(number, str(number)), paths, began) if paths else ""
     if unlogged is not None and not words:
         return unlogged

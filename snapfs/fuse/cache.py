@@ -26,6 +26,7 @@ TIMEOUT = 600.0  # seconds
 SETTLE = 1.0  # seconds that ``settle`` waits for the kernel to forget a name: a request may hold the directory's lock
 
 _FIXED = [attribute.slot for attribute in ATTRIBUTES if attribute.fixed]  # all others are looked up each time
+_SLOTS = (*DIRECTORY_SLOTS, *LABELS_SLOTS, *_FIXED)
 
 
 class KernelCache:
@@ -65,10 +66,8 @@ class KernelCache:
         info = after or before
         assert info is not None
         if before is not None:  # of a new one the kernel can't have heard
-            for slot in DIRECTORY_SLOTS if change.counted else (*DIRECTORY_SLOTS, *LABELS_SLOTS):
+            for slot in DIRECTORY_SLOTS if change.counted else _SLOTS:
                 self.forget_attributes(pack(before.node or before.id, slot))
-            for slot in () if change.counted else _FIXED:
-                self.forget_attributes(pack(before.id, slot))
         if change.counted or (before and after and (before.name, before.kind) == (after.name, after.kind)):
             return
         for kind in {shown.kind for shown in (before, after) if shown}:

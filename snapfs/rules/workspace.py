@@ -7,6 +7,8 @@ durable or nothing has happened.
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from snapfs import names
 from snapfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from snapfs.labels import MESSAGE, NUMBER, OF, PIN, check_label, pinned
@@ -118,13 +120,22 @@ def _made(root: Root, writer: Writer, request: prepare.PrepareRequest) -> Info:
 def _state(writer: Writer, record: Record, to: str | int) -> int:
     """The id of the state ``to`` of a workspace; 0 for an empty one."""
     if isinstance(to, int):
-        known = {nth: snapshot for nth, snapshot in writer.checkpoints(record.name)}
-        if to in known:
-            return known[to]
+        kept = _kept(writer, record.name, to)
+        if kept is not None:
+            return kept
         if to == 0:
-            return find(writer, known[min(known)])[1].parent if known else record.parent
+            first = _kept(writer, record.name, next((nth for nth, _ in writer.checkpoints(record.name)), 0))
+            return record.parent if first is None else find(writer, first)[1].parent
         raise NotFound(f'"{record.name}" has no checkpoint {to}: read the file checkpoint for those that there are')
     found = writer.find(to)
     if found is not None and (found[1].labels.get(OF) == record.name or found[0] in writer.chain(record)):
         return found[0]
     raise NotFound(f'"{record.name}" has no checkpoint "{to}": read the file checkpoint for those that there are')
+
+
+def _kept(writer: Writer, key: str, nth: int) -> int | None:
+    """The id of checkpoint ``nth`` of the workspace ``key``; the latest, where labels that were set by hand make several."""
+    if not 0 <= nth < 10**DIGITS:
+        return None
+    found = takewhile(lambda entry: entry[0] == nth, writer.checkpoints(key, nth))
+    return max((number for _, number in found), default=None)

@@ -6,9 +6,8 @@ import logging
 
 import trio
 
-from snapfs.errors import NoThread
 from snapfs.root.layers import Layers
-from snapfs.threads import AGAIN, in_thread, in_thread_at_last
+from snapfs.threads import at_last, in_thread, in_thread_at_last
 
 log = logging.getLogger(__name__)
 
@@ -68,18 +67,4 @@ class Housekeeping:
             await self._trash_wakeup.wait()
             await trio.sleep(GATHER)
             self._trash_wakeup = trio.Event()
-            await self._empty_at_last()
-
-    async def _empty_at_last(self) -> None:
-        """``empty_trash``, as soon as a thread can be started; who asks for it meanwhile, and is to hear of that, is not kept
-        waiting."""
-        told = False
-        while True:
-            try:
-                await self.empty_trash()
-                return
-            except NoThread as error:
-                if not told:
-                    log.warning("emptying the trash has to wait: %s", error)
-                    told = True
-                await trio.sleep(AGAIN)
+            await at_last("emptying the trash", self.empty_trash)  # each time with the lock: who asks meanwhile hears of it

@@ -169,11 +169,11 @@ class Reader:
                     if is_id(key[9:]):
                         yield number_of(key[9:]), name.decode(errors="replace")
 
-    def checkpoints(self, workspace: str) -> Iterator[tuple[int, int]]:
-        """Number and id of each checkpoint of ``workspace``, a key, by number."""
+    def checkpoints(self, workspace: str, first: int = 0) -> Iterator[tuple[int, int]]:
+        """Number and id of each checkpoint of ``workspace``, a key, by number, from ``first`` on."""
         prefix = indexes.checkpoint_prefix(workspace)
         with self._txn.cursor(db=self._tables.checkpoints) as cursor:
-            if cursor.set_range(prefix):
+            if cursor.set_range(prefix + key_of(first)):
                 for key in cursor.iternext(values=False):
                     if not key.startswith(prefix):
                         return

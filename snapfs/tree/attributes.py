@@ -33,7 +33,8 @@ class Attribute(msgspec.Struct, frozen=True):
     """One row: name, slot (never changed: it is in the inode), which kinds have it, and how it is rendered.
 
     ``present``: whether a snapshot of such a kind has it after all.
-    ``fixed``: its text never changes as long as the snapshot has it; each text of any other file has an inode of its own.
+    ``fixed``: a file whose text never changes as long as the snapshot has it, or a link of which the kernel is told when it
+    leads elsewhere; each text of any other file has an inode of its own.
     ``private``: it tells what is in a layer, for users alone who may read that.
     ``refresh`` is awaited when the file is opened (by a caller), for what must be looked up on disk; ``follow`` when the link
     is followed by a process (its pid), and gives where that leads.  ``is_known``: ``refresh`` has nothing to wait for.
@@ -179,8 +180,8 @@ _PRIVATE = stat.S_IFREG | 0o400
 _COMMAND = stat.S_IFREG | 0o666
 
 ATTRIBUTES = (
-    Attribute("mounts.json", 16, MOUNTABLE, mounts_json, fixed=True, refresh=find_layers),
-    Attribute("mount.sh", 17, MOUNTABLE, mount_sh, type=_SCRIPT, fixed=True, refresh=find_layers),
+    Attribute("mounts.json", 16, MOUNTABLE, mounts_json, refresh=find_layers),
+    Attribute("mount.sh", 17, MOUNTABLE, mount_sh, type=_SCRIPT, refresh=find_layers),
     Attribute("info.json", 18, ALL, info_json),
     Attribute("usage.json", 19, ALL, usage_json, refresh=count_usage, is_known=is_counted),
     Attribute("parent", 20, ALL, parent, type=_LINK, present=has_parent),
@@ -210,7 +211,6 @@ def attributes_of(state: State, record: Record) -> list[Attribute]:
 
 BY_SLOT = {attribute.slot: attribute for attribute in ATTRIBUTES}
 BY_NAME = {attribute.name: attribute for attribute in ATTRIBUTES}
-FIXED = frozenset(attribute.slot for attribute in ATTRIBUTES if attribute.fixed)
 
 assert [attribute.slot for attribute in ATTRIBUTES] == sorted(BY_SLOT)  # the listing goes by slots
 assert all(FIRST_ATTRIBUTE <= attribute.slot <= ENTRY_MASK for attribute in ATTRIBUTES)
@@ -227,7 +227,7 @@ class AttributeFile(TextFile):
         self.waits_for = attribute.name if attribute.refresh and not attribute.is_known(state, number, record) else None
         self.private = attribute.private
         self.keep_entry = _keeps_its_name(attribute)
-        super().__init__(state, _number_in_inode(number, record, attribute), attribute.slot, fixed=attribute.fixed, text=text)
+        super().__init__(state, record.node_of(number), attribute.slot, fixed=attribute.fixed, text=text)
 
     @property
     def path(self) -> str:
@@ -258,8 +258,6 @@ class AttributeFile(TextFile):
         number, record = await _of_the_same(
             self.state, self.number, self.record, lambda number, record: refresh(self.state, number, record, caller)
         )
-        if self.attribute.fixed and number == self.number:
-            return self
         node = attribute_node(self.state, number, record, self.attribute)
         if node is None:
             raise NotFound(f"{path_of(record)} has no such entry")
@@ -270,7 +268,7 @@ class AttributeLink(Link):
     """A link of the table."""
 
     def __init__(self, state: State, number: int, record: Record, attribute: Attribute) -> None:
-        super().__init__(state, pack(_number_in_inode(number, record, attribute), attribute.slot))
+        super().__init__(state, pack(record.node_of(number), attribute.slot))
         self.number = number
         self.record = record
         self.attribute = attribute
@@ -326,11 +324,6 @@ async def _of_the_same(
             if missing is not None:
                 raise missing
             return number, record
-
-
-def _number_in_inode(number: int, record: Record, attribute: Attribute) -> int:
-    """What is fixed is so as long as the snapshot has its id; all else is found in the same directory whatever id it has."""
-    return number if attribute.fixed else record.node_of(number)
 
 
 def _keeps_its_name(attribute: Attribute) -> bool:

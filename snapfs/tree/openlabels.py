@@ -129,5 +129,5 @@ class OpenLabel(Handle):
 
     async def close(self) -> None:
         self._labels.remove(self)
-        if self.emptied and self.key in self._labels.snapshotter.record(self.node).labels:
+        if self.emptied and self.key in self._labels.snapshotter.by_node(self.node)[1].labels:
             await self._apply(b"")

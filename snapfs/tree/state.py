@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 import trio
 
 import snapfs
-from snapfs.errors import NotFound, TryAgain
+from snapfs.errors import TryAgain
 from snapfs.model import Caller, Change, Kind
 from snapfs.snapshotter import Snapshotter
 from snapfs.store.reading import Reader
@@ -26,8 +26,6 @@ from snapfs.tree.meters import Meter
 from snapfs.tree.openlabels import OpenLabels
 from snapfs.tree.reads import Reads
 from snapfs.tree.texts import LongText, Sparing, Text, Versions
-
-BECAME = 1000  # former ids of workspaces that are remembered, for who has just looked up a file of them
 
 
 class Collecting:
@@ -71,8 +69,7 @@ class State:
     committed snapshots whose directories are found under their other inode (``inodes.ALIAS``): the server of the tree says
     which.  ``changes``: how many changes there were; ``listed``: how many of them .snapfs/snapshots shows.  ``changed``: when
     each kind last gained or lost a snapshot (ns since the epoch).  ``collecting``: who collects what .snapfs/snapshots shows.
-    ``became``: by the id that a workspace had lately, the number that inodes have for it.  ``cleaned``: is set when the
-    Cleanup under way has ended; None where none is.
+    ``cleaned``: is set when the Cleanup under way has ended; None where none is.
     """
 
     def __init__(
@@ -103,7 +100,6 @@ class State:
         self.teardowns = Teardowns()
         self.removals: defaultdict[int, int] = defaultdict(int)
         self.aliased: set[int] = set()
-        self.became: dict[int, int] = {}
         self.changes = 0
         self.listed = -1
         self.collecting = Collecting()
@@ -121,11 +117,7 @@ class State:
 
     def snapshot(self, node: int) -> tuple[int, Record]:
         """Id and record of the snapshot for which inodes have the number ``node``; raises NotFound, Damaged."""
-        with self.reading() as reader:
-            found = reader.by_node(node)
-        if found is None:
-            raise NotFound(f"snapshot {node} does not exist any more")
-        return found
+        return self.snapshotter.by_node(node)
 
     def alias(self, number: int, record: Record) -> int:
         """The bit that the inodes of the directories of snapshot ``number`` have when they are looked up from the root: ALIAS,
@@ -149,10 +141,6 @@ class State:
         self.events.note(change)
         self.changes += 1
         before, after = change.before, change.after
-        if before is not None and change.goes_on:
-            self.became[before.id] = before.node or before.id
-            if len(self.became) > BECAME:
-                del self.became[next(iter(self.became))]
         if before is not None and (after is None or after.kind is not before.kind):
             for slot in (CHANGES_SLOT, CHECKPOINT_SLOT):
                 self.versions.forget(pack(before.id, slot))

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 from snapfs.errors import Damaged, NotFound, Stale
 from snapfs.model import Kind
 from snapfs.snapshotter import Snapshotter
-from snapfs.store.schema import Record
 from snapfs.tree.advice import path_of
-from snapfs.tree.attributes import BY_SLOT, FIXED, attribute_node
+from snapfs.tree.attributes import BY_SLOT, attribute_node
 from snapfs.tree.daemon import node_outside_snapshots
 from snapfs.tree.inodes import (
     ALIAS,
@@ -60,7 +59,7 @@ class Tree:
             return self._version(inode, number, slot & ENTRY_MASK)
         if number == 0:
             return node_outside_snapshots(self.state, slot)
-        number, record = self._snapshot(number, slot)
+        number, record = self.state.snapshot(number)
         if slot >= FIRST_LABEL:
             return LabelsDirectory(self.state, number, record).node(inode)
         node: Node | None = None
@@ -81,31 +80,13 @@ class Tree:
             raise NotFound(f"{path_of(record)} has no such entry")
         return node
 
-    def _snapshot(self, number: int, slot: int) -> tuple[int, Record]:
-        """Id and record of the snapshot for which the inode of ``slot`` has this ``number``: what is fixed has the id, all else
-        the number of the directory.  What is fixed of a workspace that was kept or rolled back since the name was looked up is
-        found in what it has become.  Raises NotFound, Damaged."""
-        entry = entry_of(slot)
-        if entry not in FIXED:
-            return self.state.snapshot(number)
-        became = self.state.became.get(number)
-        try:
-            record = self.state.record(number)
-        except NotFound:
-            if became is None:
-                raise
-            return self.state.snapshot(became)
-        if became is not None and record.kind not in BY_SLOT[entry].kinds:
-            return self.state.snapshot(became)
-        return number, record
-
     def _version(self, inode: int, number: int, slot: int) -> Node:
         text = self.state.versions.get(inode)
         node: Node | None
         if number == 0:
             node = node_outside_snapshots(self.state, slot, text)
         else:
-            number, record = self._snapshot(number, slot)
+            number, record = self.state.snapshot(number)
             node = attribute_node(self.state, number, record, BY_SLOT[slot], text) if slot in BY_SLOT else None
         if node is None:
             raise NotFound(f"snapshot {number} has no such file")
@@ -140,7 +121,7 @@ class Tree:
 
     def id_of(self, inode: int) -> int:
         """The id of the snapshot to which ``inode`` belongs; 0 where it belongs to none, or is of one that is gone."""
-        number, slot = unpack(inode)
+        node, _ = unpack(inode)
         with contextlib.suppress(NotFound, Damaged):
-            return self._snapshot(number, slot)[0] if number else 0
+            return self.state.snapshot(node)[0] if node else 0
         return 0
