@@ -520,7 +520,7 @@ def test_what_is_always_there_is_found_beside_rollbacks(workspace: Path) -> None
     try:
         number = 0
         while number < 60 or seen <= 60:
-            write(workspace / ("rollback" if number % 3 else "checkpoint"), "")
+            write(workspace / ("rollback" if number % 3 or number > 60 else "checkpoint"), "")
             number += 1
     finally:
         stop.set()
