@@ -20,8 +20,8 @@ PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
-TEST_PACKAGES := bsdutils btrfs-progs bubblewrap busybox-static containerd dash dbus e2fsprogs ed fio fish git imagemagick l3afpad libglib2.0-bin locales mc nodejs openbox pcmanfm perl-base plocate postgresql procps rsync runc systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler uidmap vim xclip xdotool xfsprogs xvfb zsh
-DESKTOP_PACKAGES := baloo-kf5
+TEST_PACKAGES := acl bsdutils btrfs-progs bubblewrap busybox-static containerd dash dbus e2fsprogs ed fio fish git imagemagick l3afpad libglib2.0-bin locales mc nodejs openbox pcmanfm perl-base plocate postgresql procps rsync runc systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler uidmap vim xclip xdotool xfsprogs xvfb zsh
+DESKTOP_PACKAGES := baloo-kf5 samba samba-vfs-modules smbclient zenity
 PICTURE_PACKAGES := dbus imagemagick openbox pcmanfm tree util-linux xdotool xterm xvfb
 FRESH_PACKAGES := debian-archive-keyring e2fsprogs git mmdebstrap util-linux
 
@@ -85,7 +85,7 @@ systemd: .venv/ready-for-tests
 
 desktop: .venv/ready-for-tests
 	@$(call install_packages,$(DESKTOP_PACKAGES))
-	$(SUDO) .venv/bin/python -m pytest tests/test_desktop.py tests/baloo.py $(PYTEST_ARGS)
+	$(SUDO) .venv/bin/python -m pytest tests/test_desktop.py tests/baloo.py tests/earlier.py $(PYTEST_ARGS)
 
 picture: .venv/ready
 	@$(call install_packages,$(PICTURE_PACKAGES))
@@ -96,6 +96,7 @@ bench: .venv/ready-for-tests
 
 crash: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m tests.crash
+	$(SUDO) env EVERY=1 .venv/bin/python -m pytest -q tests/test_apply.py tests/test_apply_ends.py tests/test_adopt.py
 
 lint: .venv/ready-for-development
 	$(BIN)/ruff check

@@ -150,6 +150,11 @@ class Snapshotter:
         return self._loop.snapshotter.snapshots_directory
 
     @property
+    @_documented_by(AsyncSnapshotter.root_word)
+    def root_word(self) -> str:
+        return self._loop.snapshotter.root_word
+
+    @property
     @_documented_by(AsyncSnapshotter.overlay_options)
     def overlay_options(self) -> tuple[str, ...]:
         return self._loop.snapshotter.overlay_options
@@ -183,6 +188,9 @@ class Snapshotter:
     rollback = _awaited(AsyncSnapshotter.rollback)
     fork = _awaited(AsyncSnapshotter.fork)
     checkpoints = _awaited(AsyncSnapshotter.checkpoints)
+    list_checkpoints = _awaited(AsyncSnapshotter.list_checkpoints)
+    squash = _awaited(AsyncSnapshotter.squash)
+    dissolve = _awaited(AsyncSnapshotter.dissolve)
 
     # -- reading
 
@@ -190,6 +198,7 @@ class Snapshotter:
     walk = _awaited(AsyncSnapshotter.walk)
     usage = _awaited(AsyncSnapshotter.usage)
     changes = _awaited(AsyncSnapshotter.changes)
+    patch = _awaited(AsyncSnapshotter.patch)
     mounts = _awaited(AsyncSnapshotter.mounts)
     hand_over = _awaited(AsyncSnapshotter.hand_over)
     mount = _awaited(AsyncSnapshotter.mount)

@@ -150,8 +150,9 @@ class Stale(Unavailable):
 class TryAgain(Unavailable):
     """The call would wait too long for what is done for others.  Nothing has changed, and the same call soon succeeds."""
 
-    def __init__(self, why: str) -> None:
-        super().__init__(f"{why}: try again in a moment", EAGAIN)
+    def __init__(self, why: str, *, public: str | None = None) -> None:
+        then = "try again in a moment"
+        super().__init__(f"{why}: {then}", EAGAIN, public=None if public is None else f"{public}: {then}")
 
 
 class NoThread(TryAgain):

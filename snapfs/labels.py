@@ -20,6 +20,23 @@ PARENT_CHAIN = "containerd.io/snapshot/parent-chain-id"
 OF, NUMBER, MESSAGE = "snapfs.workspace", "snapfs.checkpoint", "snapfs.message"
 """What the committed snapshot that is a checkpoint bears: the key of the workspace, its number there, and a line of text."""
 
+SQUASHED = "snapfs.squash"
+"""What a committed snapshot that was made of a chain bears: the name of the snapshot whose files it shows."""
+
+SOURCE, BASE, OVER = "snapfs.source", "snapfs.base", "snapfs.over"
+"""What a workspace bears that ``snapfs adopt`` has made of a directory: the directory's path without links, as
+``names.path_as_text`` writes it; the name of its base, the committed snapshot that is as the directory was, and bears SOURCE,
+too; and the path, written so, of the directory over which it is to stand, if any."""
+
+ADOPTING = "snapfs.adopting"
+"""What a snapshot bears while ``snapfs adopt`` makes the base of it: COPIED or MOVED, the way in which the files come there."""
+
+COPIED, MOVED = "copied", "moved"
+
+UNDO, APPLY, UNDONE = "snapfs.undo", "snapfs.apply", "snapfs.undone"
+"""What the committed snapshot bears that keeps what an apply has replaced: the key of what was applied, a word that no other
+apply has, and whether it has been undone."""
+
 MAX = 4096
 """Bytes that a label's key and value may take together."""
 

@@ -85,20 +85,24 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What a snapshot alone takes on disk: distinct inodes, and allocated bytes (blocks of 512)."""
+    """What a snapshot alone takes on disk: distinct inodes, and allocated bytes (blocks of 512); of these, as of when it was
+    counted, the bytes of files that have names outside of it, too, as those of a squash have."""
 
     inodes: _Count = 0
     size: _Count = 0
+    shared: _Count = 0
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
     """A state of a workspace that was kept: its number there, why, in words (may be empty), what Stat shows of the committed
-    snapshot, and what that alone takes, as far as it is known without counting."""
+    snapshot, and what that alone takes, as far as it is known without counting.  ``squash``: the name of the snapshot that
+    shows the same and stands on nothing, if there is one, and its name tells."""
 
     number: int
     message: str
     info: Info
     usage: Usage
+    squash: str = ""
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,6 +111,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     ``snapshots``: how many there are of each kind.  ``last_id``: the highest id that was ever given out.  ``batches``: how many
     batches of so many changes were made durable since the root was opened.  ``mounts_held``: file systems mounted as rootfs.
     ``trash_waiting``: removed layers that are not yet deleted.  ``lost``: snapshots whose data the disk may have lost.
+    ``copies``: how many files, with how many bytes, have been copied so far of each workspace of which a copy is being made, by
+    its id.
     """
 
     snapshots: Mapping[Kind, int]
@@ -115,6 +121,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     mounts_held: int
     trash_waiting: int
     lost: int
+    copies: Mapping[int, tuple[int, int]]
 
 
 class Mount(msgspec.Struct, frozen=True):
@@ -129,7 +136,8 @@ class Change(msgspec.Struct, frozen=True):
     """One durable change of one snapshot: created (no ``before``), removed (no ``after``), or both differ.
 
     ``counted`` marks the one change that is no client's doing: the usage of a committed snapshot has become known.
-    ``goes_on``: a workspace was kept or rolled back, and the next change is that which it has become.
+    ``goes_on``: a workspace was kept or rolled back, and the next change is that which it has become; or a snapshot has become
+    another, with another id and what was dissolved beneath it.
     """
 
     before: Info | None

@@ -13,6 +13,7 @@ door, so each snapshot always has a path.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 
@@ -22,6 +23,8 @@ NAME_MAX = 255
 """Bytes that a file name may have: ``statvfs().f_namemax`` of Linux's file systems."""
 
 _ENCODED = re.compile("[%/\x00-\x1f\x7f-\x9f]")
+_ENCODED_IN_PATHS = re.compile("[%\x00-\x1f\x7f-\x9f]")
+_BYTES = re.compile("[\udc80-\udcff]")  # that are not UTF-8, as Python has them in a path
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 UNSEEN = (
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
@@ -37,14 +40,19 @@ _DECODED = re.compile("(?:%[0-9A-F]{2})+")
 _SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
+_SHOWN = 250  # bytes of a path that a sentence shows: an extended attribute has room for the sentence, too
+
+
 def encode(key: str) -> str:
     """The file name of ``key``.
 
     Raises InvalidArgument for an empty key, NotUtf8 for one with lone surrogates (how Python spells bytes that are
-    not UTF-8), NameTooLong where the file name would exceed 255 bytes.
+    not UTF-8), NameTooLong where the file name would exceed 255 bytes; that first where the key is longer by itself.
     """
     if not key:
         raise InvalidArgument("a snapshot's key must not be empty")
+    if len(key) > NAME_MAX:  # perhaps by millions
+        raise _too_long(key, len(key))
     try:
         if key in (".", ".."):
             name = "%2E" + key[1:]
@@ -54,8 +62,22 @@ def encode(key: str) -> str:
     except UnicodeEncodeError:
         raise NotUtf8(f'the key "{printable(key)}" is not UTF-8') from None
     if length > NAME_MAX:
-        raise NameTooLong(f'the key "{key[:40]}…" takes {length} bytes as a file name; at most {NAME_MAX} fit')
+        raise _too_long(key, length)
     return name
+
+
+def _too_long(key: str, length: int) -> NameTooLong:
+    return NameTooLong(f'the key "{printable(key[:40])}…" takes {length} bytes or more as a file name; at most {NAME_MAX} fit')
+
+
+def with_suffix(key: str, suffix: str) -> str:
+    """``key``, cut as far as needed to be a key, with ``suffix``."""
+    while True:
+        try:
+            encode(key + suffix)
+            return key + suffix
+        except NameTooLong:
+            key = key[:-1]
 
 
 def decode(file_name: str) -> str:
@@ -73,6 +95,23 @@ def decode(file_name: str) -> str:
     return key
 
 
+def path_as_text(path: str) -> str:
+    """``path`` as a label has room for it: as keys are written, but with its slashes, and with each byte that is not UTF-8
+    percent-encoded, too.
+
+    >>> path_as_text("/srv/a%b/c\\udcff")
+    '/srv/a%25b/c%FF'
+    """
+    text = _ENCODED_IN_PATHS.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), path)
+    return _BYTES.sub(lambda m: f"%{ord(m[0]) - 0xDC00:02X}", text)
+
+
+def path_of_text(text: str) -> str:
+    """The path that ``path_as_text`` has written as ``text``."""
+    raw = re.sub(rb"%([0-9A-F]{2})", lambda m: bytes.fromhex(m[1].decode()), text.encode(errors="surrogateescape"))
+    return raw.decode(errors="surrogateescape")
+
+
 def parse_id(name: str) -> int | None:
     """The id that ``name`` is (of a directory in ROOT/snapshots, of a link in by-id/): decimal, from 1, without a leading zero;
     None for any other name."""
@@ -83,14 +122,34 @@ def printable(text: str) -> str:
     """``text`` on one line for a log or a table: bytes that are not UTF-8 as ``\\xNN``, and what a terminal would obey
     percent-encoded: control characters, and UNSEEN.
     """
+    if text.isascii() and text.isprintable():  # looking for the others takes a hundred times as long
+        return text
     text = _SURROGATES.sub(lambda m: f"\\u{ord(m[0]):04x}", text)  # which stand for no byte, so no file name has them
     text = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return _DISGUISE.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)
 
 
+def without_colons(path: str) -> str:
+    """``path`` as error_log has it, where ``: `` ends it."""
+    return path.replace(": ", "%3A ")
+
+
 def word(text: str) -> str:
     """``text`` as one word of a command that a sentence advises: printable, and quoted where a shell would read more."""
     return shlex.quote(printable(text))
+
+
+def nameable(path: str) -> str:
+    """``path``, or of one that is too long for a sentence, or has characters that a terminal would obey, the nearest directory
+    above that is not and has none."""
+    while len(os.fsencode(path)) > _SHOWN or printable(path) != path:
+        path = os.path.dirname(path)
+    return path
+
+
+def shown(path: str) -> str:
+    """``path`` as a sentence shows it."""
+    return printable(path) if len(os.fsencode(path)) <= _SHOWN else f"{nameable(path)}/…"
 
 
 def last_word(key: str) -> str:

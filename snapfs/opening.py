@@ -17,7 +17,7 @@ from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.overlay import MountApiLacking, make_overlay
 from snapfs.names import word
 from snapfs.options import Feature, Options, Sync
-from snapfs.root import imprint, placing
+from snapfs.root import identity, imprint, placing
 from snapfs.root.inuse import InUse
 from snapfs.root.layers import Layers
 from snapfs.root.merged import Merged
@@ -84,8 +84,10 @@ def _opened(root: str, options: Options, metastore: MetaStore | None, opened: Ex
         opened.callback(records.close)
     with records.reading() as reader:
         known, last_id = reader.ids(), reader.last_id()
+    identity.refuse_foreign(layers, records)
     _refuse_unrecorded(layers, records, present - known, last_id)
     layers.make_ready()
+    identity.note(layers, records)
     fd = os.open(layers.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     opened.callback(os.close, fd)
     mounted = Mounted(layers.snapshots)
@@ -206,7 +208,7 @@ def _rootfs(root: Root, records: MetaStore, features: dict[str, Feature]) -> Roo
     if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
     options = root.options
-    merged = Merged(root.layers, root.mounted, root.in_use, own)
+    merged = Merged(root.layers, root.mounted, root.in_use, own, flushes=root.options.sync is Sync.FULL)
     rootfs = Rootfs(merged, root.layers, root.mounted, root.in_use, idle=options.rootfs_idle, most=options.rootfs_max)
     refusal = merged.trial() if options.rootfs else options.why_no_rootfs
 

@@ -24,7 +24,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     Not containerd's: ``sync``: how much survives a power cut.  ``rootfs``: mount the merged file systems that are asked for;
     ``why_no_rootfs``: why they are not; ``rootfs_idle``: seconds until one that no process uses is unmounted; ``rootfs_max``:
-    how many may be mounted at once.
+    how many may be mounted at once; ``squash_depth``: how many layers a workspace stands on, after a checkpoint, when they are
+    made one in the background: 0 for never.
     """
 
     async_remove: bool = False
@@ -37,6 +38,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     why_no_rootfs: str = "it was started with no_rootfs"
     rootfs_idle: float = 60.0
     rootfs_max: int = 128
+    squash_depth: int = 128
 
 
 class Feature(msgspec.Struct, frozen=True):

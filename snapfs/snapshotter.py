@@ -11,18 +11,31 @@ import logging
 import math
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
 import trio
 
 from snapfs import names
-from snapfs.errors import Busy, Closed, Damaged, FailedPrecondition, NotFound, NoThread, TryAgain, Unavailable
+from snapfs.errors import (
+    Busy,
+    Closed,
+    Damaged,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    NoThread,
+    TooDeep,
+    TryAgain,
+    Unavailable,
+)
 from snapfs.filters import Filters
+from snapfs.kernel import freezing
 from snapfs.kernel.namespaces import shares_mount_namespace
-from snapfs.labels import MESSAGE, PIN, Labels, pinned
+from snapfs.kernel.processes import users_of_device
+from snapfs.labels import MESSAGE, OF, PIN, Labels, pinned
 from snapfs.model import OWNER, ByNode, Caller, Change, Checkpoint, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
@@ -31,16 +44,22 @@ from snapfs.root.trash import cleanup_error
 from snapfs.rules import commit, lookup, prepare, remove, rename, workspace
 from snapfs.rules import labels as label_rules
 from snapfs.rules import mounts as mount_rules
+from snapfs.rules.change import take_id
 from snapfs.rules.prepare import PrepareRequest
 from snapfs.rules.root import Root
 from snapfs.rules.use import Used
 from snapfs.services.agreeing import Agreeing
-from snapfs.services.comparing import Comparing
+from snapfs.services.collecting import Collecting
+from snapfs.services.comparing import Comparing, Pair
+from snapfs.services.copying import Copying
 from snapfs.services.counting import Counting
 from snapfs.services.flushing import Flushing
 from snapfs.services.housekeeping import Housekeeping
-from snapfs.services.rootfs import SEARCH, SEARCHES, Rootfs
+from snapfs.services.locks import Locks
+from snapfs.services.naming import Naming
+from snapfs.services.rootfs import Rootfs
 from snapfs.services.shifting import Shifting
+from snapfs.services.squashing import Squashing
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
@@ -54,6 +73,14 @@ T = TypeVar("T")
 AFTER = 0.25  # seconds for what is to be flushed after a Commit that others wait for
 
 TOLD = 5.0  # seconds after which it is told what an end waits for
+
+KEEP = "or keep a copy of it as it is: snapfs checkpoint --copy"
+END = "or end what snapfs run has started in it: snapfs rollback --kill"
+"""What else to do about a workspace in use."""
+
+LOOKS = 8  # threads that look whether the layers of a snapshot are there
+
+WALKS = 4  # threads that walk all records for containerd or the library
 
 LOCKED = 1.5  # seconds that a Commit or Remove in the tree waits for another task, since the kernel holds locks meanwhile
 
@@ -84,9 +111,23 @@ class Snapshotter:
         self.rootfs = rootfs
         self._root = root
         self._comparing = Comparing(root.layers, records, root.overlay_prefix)
+        self._copying = Copying(root.layers, root.fd, sync=root.options.sync is Sync.FULL)
         self._housekeeping = Housekeeping(root.layers)
         self._shifting = Shifting(root, records)
-        self._searches = trio.CapacityLimiter(SEARCHES)
+        self._squashing = Squashing(
+            root,
+            records,
+            self.flushing,
+            depth=root.options.squash_depth,
+            usage=self.usage,
+            counted=self.counting.count_soon,
+            discarded=self._empty_trash_soon,
+        )
+        self._collecting = Collecting()
+        self._changing = Locks()  # by the number of a workspace in inodes, which stays
+        self._looks = trio.CapacityLimiter(LOOKS)
+        self._walks = trio.CapacityLimiter(WALKS)
+        self._naming = rootfs.naming if rootfs is not None else Naming()
         self._owns_records = owns_records
         self._background: trio.CancelScope | None = None
         self._background_ended = _set_event()
@@ -117,9 +158,12 @@ class Snapshotter:
                 await nursery.start(self.counting.run, name="snapfs counting")
                 await nursery.start(self.flushing.run, name="snapfs flushing")
                 await nursery.start(self._comparing.serve, name="snapfs comparing")
+                await nursery.start(self._copying.serve, name="snapfs copying")
+                await nursery.start(self._collecting.serve, name="snapfs collecting")
                 if self.rootfs is not None:
                     await nursery.start(self.rootfs.run, self.flushing.doubt, name="snapfs rootfs")
                 await nursery.start(self._housekeeping.run, name="snapfs housekeeping")
+                await nursery.start(self._squashing.run, name="snapfs squashing")
                 nursery.start_soon(self.agreeing.run, name="snapfs agreeing")
                 if not self.options.async_remove:
                     self._housekeeping.empty_trash_soon()
@@ -241,22 +285,23 @@ class Snapshotter:
         deadline = trio.current_time() + patience
         if wait and patience < math.inf:
             await self._flush_before(key, patience - AFTER)
-        async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free), self._ending(number):
-            await self._write_record(
-                lambda writer: commit.commit(
-                    self._root,
-                    writer,
-                    name,
-                    number,
-                    key,
-                    given,
-                    parent,
-                    origin,
-                    keep_labels=keep_labels,
-                    refuse_mounted=refuse_mounted,
-                    free=free,
+        with self._way_out(key, KEEP if refuse_mounted else None):
+            async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free), self._ending(number):
+                await self._write_record(
+                    lambda writer: commit.commit(
+                        self._root,
+                        writer,
+                        name,
+                        number,
+                        key,
+                        given,
+                        parent,
+                        origin,
+                        keep_labels=keep_labels,
+                        refuse_mounted=refuse_mounted,
+                        free=free,
+                    )
                 )
-            )
         await self._follow_up(number, name, wait, deadline)
 
     async def _follow_up(self, number: int, name: str, wait: bool, deadline: float = math.inf) -> None:
@@ -286,24 +331,31 @@ class Snapshotter:
 
     # -- changing
 
-    async def remove(self, key: Ref, *, refuse_mounted: bool = False, wait: bool = True, origin: str = "") -> None:
+    async def remove(
+        self,
+        key: Ref,
+        *,
+        refuse_mounted: bool = False,
+        wait: bool = True,
+        origin: str = "",
+        seen: tuple[Kind, str] | None = None,
+    ) -> None:
         """Remove a snapshot of any kind: key, record and, right after, its files; with ``async_remove`` at Cleanup.
 
         The key is free before the files are gone.  ``wait`` returns when they are; a failure to delete them is logged and
         never brings the snapshot back.  ``refuse_mounted`` asks for Busy while its layer is mounted by whatever process,
         wherever, as ``commit`` does; containerd removes even then.
 
-        A snapshot whose record is damaged is removed too, if the indexes agree about which one it is.
+        A snapshot whose record is damaged is removed too, if the indexes agree about which one it is.  ``seen`` is the kind and
+        the name by which the caller knows it: NotFound is raised where it has others by now.
 
         Raises NotFound; FailedPrecondition: HasChildren, Busy: a process uses its rootfs, Pinned, or it was made at another
         door than ``origin``, unless that is "", which may remove all.
         """
         self._refuse_pinned(key)
         async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free), self._ending(number):
-            await self._write_record(
-                lambda writer: remove.remove(self._root, writer, number, key, origin, refuse_mounted=refuse_mounted, free=free),
-                frees=True,
-            )
+            rule = partial(remove.remove, self._root, number=number, key=key, origin=origin, seen=seen)
+            await self._write_record(lambda writer: rule(writer=writer, refuse_mounted=refuse_mounted, free=free), frees=True)
         if self.options.async_remove:
             return
         if wait:
@@ -316,7 +368,16 @@ class Snapshotter:
 
     # -- the states of a workspace
 
-    async def checkpoint(self, key: Ref, message: str = "", name: str | None = None, *, wait: bool = True) -> Info:
+    async def checkpoint(
+        self,
+        key: Ref,
+        message: str = "",
+        name: str | None = None,
+        *,
+        copy: bool = False,
+        wait: bool = True,
+        caller: Caller = OWNER,
+    ) -> Info:
         """Keep the state of the workspace ``key``, an active snapshot, as a committed snapshot, and have the workspace go on on
         top of that, by the same key: what Stat shows of the checkpoint.  containerd lacks this.
 
@@ -324,16 +385,64 @@ class Snapshotter:
         the labels of the workspace, but for ``pin``, and ``labels.OF``, ``NUMBER`` and ``MESSAGE``; the workspace, which has a
         new id, keeps its labels.  ``message`` is a line of text.  ``wait`` is as in ``commit``.
 
+        ``copy`` is for a workspace in use: what is kept is a copy of its layer, on the same parent, and the workspace goes on
+        as it is, mounted and with its id.  Each file is in the copy as it was at one moment, but not all at the same one: it is
+        as after a power cut.  What ``snapfs run`` has started there is frozen while the last files are copied, where it has a
+        cgroup.  ``caller`` is for whom that is done.
+
         Raises NotFound; FailedPrecondition: the snapshot is not active, or its ids are mapped, so that it can have no child;
         Busy: its layer is in use, by whatever process; TooDeep; AlreadyExists: ``name`` is in use; NameTooLong;
-        InvalidArgument: the message is no line; LabelTooBig: it, or all labels together, are too big.
+        InvalidArgument: the message is no line; LabelTooBig: it, or all labels together, are too big; TryAgain: the layer
+        changes faster than it can be copied, or ``caller`` would wait for others beyond its patience.
         """
         workspace.refuse_message(message)
         if name is not None:
             names.encode(name)
-        number, made = await self._change_workspace(key, partial(workspace.checkpoint, message=message, name=name))
+        rule = partial(workspace.checkpoint, message=message, name=name)
+        try:
+            if copy:
+                made = await self._keep_copy(key, partial(workspace.keep_copy, message=message, name=name), caller)
+                number = made.id
+            else:
+                with self._way_out(key, KEEP):
+                    number, made = await self._change_workspace(key, rule)
+        except TooDeep:
+            with self.reading() as reader:
+                _, record = lookup.find(reader, key)
+            if not self._squashing.shorten_soon(record.name, record.parent):
+                raise
+            raise TooDeep(
+                f'snapshot "{record.name}" stands on as many layers as the kernel can mount together: they are being made one: '
+                "try again in a moment"
+            ) from None
+        if not copy:
+            self._squashing.shorten_soon(made.labels[OF], made.id)
         await self._follow_up(number, made.name, wait)
         return made
+
+    async def _keep_copy(self, key: Ref, rule: Callable[..., Info], caller: Caller) -> Info:
+        """Do ``rule`` with a copy of the layer of the workspace ``key``."""
+        while True:
+            with self.reading() as reader:
+                number, record = lookup.find(reader, key)
+                workspace.refuse_other_kinds(record)
+            device = None if self.rootfs is None else self.rootfs.device_of(number)
+            owners = () if caller.user is None else (caller.user,)
+            still = partial(_held_still, device, freezing.mark_of(self.root_word, number), owners)
+            try:
+                async with (
+                    self._shifting.kept_out(number, LOCKED),
+                    self._copying.copied(number, record.name, still, caller) as made,
+                ):
+                    new = await self._write_record(partial(take_id, self._root))
+                    operation = partial(rule, self._root, number=number, key=key, new=new, made=made)
+                    return await self._write_record(lambda writer: operation(writer=writer))  # noqa: B023
+            except (NotFound, Damaged):
+                with self.reading() as reader:
+                    if lookup.find_id(reader, key) == number:
+                        raise
+            finally:
+                self._housekeeping.empty_trash_soon()
 
     async def rollback(self, key: Ref, to: str | int | None = None) -> Info:
         """Throw away what the workspace ``key``, an active snapshot, has changed, and have it go on on the state ``to``, by the
@@ -346,9 +455,9 @@ class Snapshotter:
         layer is in use, by whatever process; Damaged: the data of that state may be lost.
         """
         self._refuse_pinned(key)
-        _, made = await self._change_workspace(key, partial(workspace.rollback, to=to), frees=True)
-        if not self.options.async_remove:
-            self._housekeeping.empty_trash_soon()
+        with self._way_out(key, END):
+            _, made = await self._change_workspace(key, partial(workspace.rollback, to=to), frees=True)
+        self._empty_trash_soon()
         return made
 
     async def fork(self, key: Ref, new: str, *, wait: bool = True) -> Info:
@@ -366,7 +475,9 @@ class Snapshotter:
             made = await self._write_record(lambda writer: workspace.fork(self._root, writer, number, key, new=new, free=False))
             self._housekeeping.fill_pool_if_low()
             return made
-        number, made = await self._change_workspace(key, partial(workspace.fork, new=new))
+        with self._way_out(key, KEEP):
+            number, made = await self._change_workspace(key, partial(workspace.fork, new=new))
+        self._squashing.shorten_soon(record.name, number)
         await self._follow_up(number, made.parent or "", wait)
         return made
 
@@ -374,23 +485,46 @@ class Snapshotter:
         """The checkpoints of the workspace ``key``, the oldest first; also those of one that is gone."""
         await trio.lowlevel.checkpoint()
         with self.reading() as reader:
-            return self.checkpoints_of(reader, key)
+            return list(self._checkpoints_of(reader, key))
 
-    def checkpoints_of(self, reader: Reader, key: str) -> list[Checkpoint]:
-        """The same, of the state that ``reader`` reads."""
-        return [
-            Checkpoint(
+    async def list_checkpoints(
+        self, key: str, line: Callable[[Checkpoint], str], consume: Callable[[Iterable[str]], T], *, caller: Caller = OWNER
+    ) -> T:
+        """What ``consume`` makes of a ``line`` of each of ``checkpoints``, both called in a worker thread, which holds one
+        checkpoint after the other.
+
+        Calls at the same time with the same two share a walk, begun after they came, and its result.  Raises TryAgain where
+        ``caller`` would wait for others beyond its patience.
+        """
+        self._refuse_closed()
+        words = f'list of the checkpoints of "{key}"'
+        return await self._collecting.collect(words, partial(self._lines, key, line), consume, caller, also=line)
+
+    def _lines(self, key: str, line: Callable[[Checkpoint], str]) -> Generator[str, None, None]:
+        with self.reading(long=True) as reader:
+            for each in self._checkpoints_of(reader, key):
+                yield line(each)
+
+    def _checkpoints_of(self, reader: Reader, key: str) -> Iterator[Checkpoint]:
+        for nth, number, record in workspace.checkpoints(reader, key):
+            yield Checkpoint(
                 nth,
                 record.labels.get(MESSAGE, ""),
                 self.shown(reader.info(number, record)),
                 self.known_usage(number, record),
+                lookup.stand_in(reader, record.name),
             )
-            for nth, number, record in workspace.checkpoints(reader, key)
-        ]
 
     async def _change_workspace(self, key: Ref, rule: Callable[..., Info], *, frees: bool = False) -> tuple[int, Info]:
         """Do ``rule`` (``rules/workspace.py``) to the workspace ``key`` while no process has its layer: the id that it had, and
-        what the rule gives.  Where another call changes the workspace meanwhile, this one is done after that."""
+        what the rule gives.  Calls for one workspace are done one after the other, as they come; where something else changes
+        it meanwhile, this is done after that."""
+        with self.reading() as reader:
+            number, record = lookup.find(reader, key)
+        async with self._changing.held(record.node_of(number)):
+            return await self._change_in_turn(key, rule, frees=frees)
+
+    async def _change_in_turn(self, key: Ref, rule: Callable[..., Info], *, frees: bool) -> tuple[int, Info]:
         while True:
             with self.reading() as reader:
                 before = lookup.find_id(reader, key)
@@ -406,6 +540,71 @@ class Snapshotter:
                 self._housekeeping.fill_pool_if_low()
                 return number, made
 
+    @contextmanager
+    def _way_out(self, key: Ref, words: str | None) -> Iterator[None]:
+        """For a block that is refused where the workspace ``key`` is in use: ``words`` end the refusal, and a command."""
+        try:
+            yield
+        except Busy as busy:
+            if words is None:
+                raise
+            with self.reading() as reader:
+                _, record = lookup.find(reader, key)
+            raise Busy(f"{busy}; {words} {names.last_word(record.name)}") from None
+
+    # -- many layers, and one
+
+    async def squash(self, key: Ref, new: str | None = None, *, caller: Caller = OWNER) -> Info:
+        """Make the committed snapshot ``new`` (None: NAME-squashed, or a name like that), which stands on nothing and shows
+        what the committed snapshot ``key`` shows: what Stat shows of it.  containerd lacks this.
+
+        It is made of hard links, so that it takes next to no space; what can't be linked is copied.  It bears the labels of
+        ``key``, but for ``pin`` and those of a checkpoint, and ``labels.SQUASHED``, the name of ``key``.  All of it is on disk
+        when the call returns, and nothing of it is seen before.
+
+        Raises NotFound; FailedPrecondition: the snapshot is not committed, or an overlay has left in it what can't be squashed;
+        AlreadyExists: ``new`` is in use; NameTooLong; LabelTooBig; Damaged; TryAgain where ``caller`` would wait for others
+        beyond its patience.
+        """
+        if new is not None:
+            names.encode(new)
+        self._refuse_closed()
+        return await self._squashing.squash(key, new, caller)
+
+    async def dissolve(self, key: Ref, *, caller: Caller = OWNER) -> None:
+        """Remove the committed snapshot ``key`` though others stand on it: each of these takes over what it had, shows what it
+        showed, and stands on its parent from now on.  containerd lacks this.
+
+        What takes over keeps its name, labels and times, and gets a new id.  Files are linked, not copied.  All of it is one
+        operation.
+
+        Raises NotFound; FailedPrecondition: the snapshot, or what stands on it, is not committed; Busy: their files are in a
+        mount, of whatever process; Pinned; Damaged; TryAgain as ``squash``.
+        """
+        self._refuse_closed()
+        going_on = await self._squashing.dissolve(key, caller, self._kept_unmounted)
+        if not self.options.async_remove:
+            with suppress(NoThread):  # the files go as soon as may be
+                await self._housekeeping.empty_trash()
+        for number in going_on:  # now that the files have no names in the trash any more
+            self.counting.count_soon(number)
+
+    @asynccontextmanager
+    async def _kept_unmounted(self, numbers: Iterable[int]) -> AsyncIterator[set[int]]:
+        """For a block in which none of the snapshots ``numbers``, in their order, is mounted as rootfs, and after which
+        ``find_layers`` looks at them anew: those that were a moment ago, and that no process has, as in ``_unmounted``."""
+        free = set()
+        async with AsyncExitStack() as stack:
+            for number in numbers:
+                await stack.enter_async_context(self._ending(number))
+                if self.rootfs is not None and await stack.enter_async_context(self.rootfs.unmounted(number)):
+                    free.add(number)
+            yield free
+
+    def _empty_trash_soon(self) -> None:
+        if not self.options.async_remove:
+            self._housekeeping.empty_trash_soon()
+
     def _refuse_pinned(self, key: Ref) -> None:
         """Raise Pinned, before the rootfs of what is to go is unmounted."""
         with suppress(Damaged), self.reading() as reader:
@@ -414,7 +613,7 @@ class Snapshotter:
                 raise pinned(found.name)
 
     def _forget_removed(self, change: Change) -> None:
-        if change.before is not None and change.after is None:
+        if change.before is not None and (change.after is None or change.after.id != change.before.id):
             self.counting.forget(change.before.id)
             self._root.forget(change.before.id)
 
@@ -536,7 +735,7 @@ class Snapshotter:
         if self._root.has_at_hand(number, record.kind, chain):
             return
         try:
-            await in_thread(self._root.refuse_missing, number, record.kind, chain)
+            await in_thread(self._root.refuse_missing, number, record.kind, chain, limiter=self._looks)
         except Damaged:
             with self.reading() as reader:  # it may have been removed meanwhile
                 lookup.find(reader, number)
@@ -550,14 +749,14 @@ class Snapshotter:
 
         Raises InvalidArgument for a bad filter, Unavailable for one with ``~=`` where google-re2 is not installed.
         """
-        compiled = Filters(filters)
 
         def collect() -> list[Info]:
+            compiled = Filters(filters)
             with self.reading(long=True) as reader:
                 found = reader.walk(compiled.selection)
             return [self.shown(info) for info in found if (not origin or info.origin == origin) and compiled.holds(info)]
 
-        return await in_thread(collect)
+        return await in_thread(collect, limiter=self._walks)
 
     async def usage(self, key: Ref, *, caller: Caller = OWNER) -> Usage:
         """What the snapshot alone takes: an active one is scanned now, a committed one was once, a view takes nothing.
@@ -574,22 +773,79 @@ class Snapshotter:
             number, record = lookup.find(reader, key)
         return await self.counting.usage(number, record, caller)
 
-    async def changes(self, key: Ref, consume: Callable[[Iterable[str]], T], *, caller: Caller = OWNER) -> T:
+    async def changes(
+        self,
+        key: Ref,
+        consume: Callable[[Iterable[str]], T],
+        *,
+        against: Ref | None = None,
+        since: int | None = None,
+        content: bool = False,
+        paths: Sequence[str] = (),
+        caller: Caller = OWNER,
+    ) -> T:
         """What an active or committed snapshot changed against its parent: what ``consume`` makes of the lines, ``list`` say.
 
         It is called in a worker thread, with one line a path as it is found (``scan/changes.py`` says which).  Calls at
         the same time with the same ``consume`` share a scan, begun after they came, and its result.
 
-        Raises NotFound; FailedPrecondition: a view; Damaged; TryAgain where ``caller`` would wait for others beyond its
-        patience.
+        ``against``: against this snapshot instead, of whatever kind, as ``key`` may be then; ``since``: against this checkpoint
+        of the same workspace, 0 for what that was before the first (``scan/lines.py`` says which lines there are then).
+        ``content``: without what holds what it held.  ``paths``: of these alone, and what is in them, written as from the root
+        of the snapshot.
+
+        Raises NotFound; FailedPrecondition: a view, with nothing named; InvalidArgument: a path that leads out; Damaged;
+        TryAgain where ``caller`` would wait for others beyond its patience.
         """
         await trio.lowlevel.checkpoint()
+        if against is not None or since is not None or content or paths:
+            return await self._comparing.lines(self._pair(key, against, since, paths), content, consume, caller)
         with self.reading() as reader:
             number, record = lookup.find(reader, key)
             chain = reader.chain(record)
         if record.kind is Kind.VIEW:
-            raise FailedPrecondition(f'snapshot "{record.name}" is a view, which changes nothing')
+            raise _changes_nothing(record)
         return await self._comparing.changes(number, record.name, chain, consume, caller)
+
+    async def patch(
+        self,
+        key: Ref,
+        consume: Callable[[Iterable[str]], T],
+        *,
+        against: Ref | None = None,
+        since: int | None = None,
+        binary: bool = False,
+        paths: Sequence[str] = (),
+        caller: Caller = OWNER,
+    ) -> T:
+        """The patch for ``git apply`` that makes of what the parent shows, or ``against`` or ``since``, what ``key`` shows:
+        what ``consume`` makes of its text, which comes in pieces of some kilobytes (``scan/patch.py`` says what it can't tell).
+        ``binary``: it has what is no text, too.  The rest is as for ``changes``.
+        """
+        await trio.lowlevel.checkpoint()
+        return await self._comparing.patch(self._pair(key, against, since, paths), binary, consume, caller)
+
+    def _pair(self, key: Ref, against: Ref | None, since: int | None, paths: Sequence[str]) -> Pair:
+        """What is compared with what; raises as ``changes`` does."""
+        for path in paths:
+            if not path or "\0" in path:
+                raise InvalidArgument("an empty path names nothing" if not path else "no path has a NUL byte in it")
+            if os.path.normpath(f"./{path}").split("/")[0] == "..":
+                raise InvalidArgument(f'the path "{names.printable(path)}" leads out of the snapshot')
+        wanted = tuple(os.fsencode(os.path.normpath(f"/{path}").lstrip("/")) for path in paths)
+        with self.reading() as reader:
+            number, record = lookup.find(reader, key)
+            new = _layers(reader, number, record)
+            if against is None and since is None:
+                if record.kind is Kind.VIEW:
+                    raise _changes_nothing(record)
+                old, other = new[1:], "its parent"
+            else:
+                base = workspace.kept(reader, record, since) if since is not None else lookup.find(reader, against or "")[0]
+                below = lookup.find(reader, base)[1] if base else None
+                old = _layers(reader, base, below) if below is not None else []
+                other = f'"{below.name}"' if below is not None else "nothing"
+        return Pair(tuple(old), tuple(new), wanted, f'compare snapshot "{record.name}" with {other}')
 
     async def mount(self, key: Ref, pid: int | None = None) -> str:
         """Have the merged file system of a snapshot mounted by the kernel, read-only unless the snapshot is active: where.
@@ -682,6 +938,14 @@ class Snapshotter:
         return self.layers.snapshots
 
     @property
+    def root_word(self) -> str:
+        """A word that no other root has while this machine is up: one that was made at random, and where it is now, for there
+        may be copies of a root; "" where the disk let none be noted."""
+        with self.reading() as reader:
+            word, where = reader.root_word(), os.fstat(self._root.fd)
+        return f"{word} {where.st_dev:x}:{where.st_ino:x}" if word else ""
+
+    @property
     def overlay_options(self) -> tuple[str, ...]:
         """The options of every overlay mount."""
         return self._root.overlay_options
@@ -755,6 +1019,7 @@ class Snapshotter:
             mounts_held=self.rootfs.count if self.rootfs is not None else 0,
             trash_waiting=self.layers.pending_deletions,
             lost=len(self.unflushed.lost),
+            copies={number: (copy.files, copy.size) for number, copy in self._copying.under_way.items()},
         )
 
     # -- how
@@ -796,11 +1061,30 @@ class Snapshotter:
                     async with self.rootfs.unmounted(number) as free:
                         yield number, free
         except Used as used:
-            words = "is in use elsewhere: end what uses it first"
             look = partial(holders.elsewhere, self._root.mounted, number, self.layers.rootfs(number))
-            with trio.move_on_after(SEARCH), suppress(NoThread):  # the kernel may hold locks meanwhile
-                words = await in_thread(look, abandon_on_cancel=True, limiter=self._searches)
-            raise Busy(f'snapshot "{used.name}" {words}') from None
+            words = await self._naming.words(("used", number), look)
+            raise Busy(f'snapshot "{used.name}" {words or "is in use elsewhere: end what uses it first"}') from None
+
+
+@contextmanager
+def _held_still(device: str | None, snapshot: str, owners: Collection[int]) -> Iterator[None]:
+    """For a block in which what ``snapfs run`` has started in the overlay with this ``device`` does not run, nor what it has
+    started in ``snapshot`` (``freezing.mark``) for one of the ``owners``, as far as that can be had.  Blocks."""
+    found = freezing.marked(snapshot, owners=owners)
+    if device:
+        found |= freezing.cgroups(pid for pid, _ in users_of_device(device, longest=math.inf, enough=math.inf))
+    with freezing.frozen(found):
+        yield
+
+
+def _layers(reader: Reader, number: int, record: Record) -> list[int]:
+    """Of which layers the file system of snapshot ``number`` is made, the nearest first."""
+    chain = reader.chain(record)
+    return chain if record.kind is Kind.VIEW else [number, *chain]
+
+
+def _changes_nothing(record: Record) -> FailedPrecondition:
+    return FailedPrecondition(f'snapshot "{record.name}" is a view, which changes nothing: name what it is to be compared with')
 
 
 def _set_event() -> trio.Event:

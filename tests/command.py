@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.processes import die_with_parent
@@ -50,14 +51,14 @@ def run(*words: str, cwd: str | Path = "/", **environment: str) -> subprocess.Co
 
 
 class OnATerminal:
-    """The command on a terminal of its own; ``stopped`` as if Ctrl-S had been pressed before."""
+    """The command on a terminal of its own, begun ``by`` these words; ``stopped`` as if Ctrl-S had been pressed before."""
 
-    def __init__(self, *words: str, stopped: bool = False) -> None:
+    def __init__(self, *words: str, by: Sequence[str] = SNAPFS, stopped: bool = False) -> None:
         self.master, terminal = os.openpty()
         if stopped:
             os.write(self.master, b"\x13")
         self.process = subprocess.Popen(
-            [*SNAPFS, *words],
+            [*by, *words],
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,

@@ -25,9 +25,12 @@ from snapfs import Snapshotter, open_snapshotter
 from snapfs.kernel import mounting
 from snapfs.options import Options, Sync
 from snapfs.store.metastore import MetaStore
+from tests.command import Command
 from tests.daemon import Daemon
+from tests.home import Home, home_of, with_workspace
+from tests.kernel_changes import Chain
 from tests.mounts import loop_mounted, own_mount_namespace
-from tests.users import ALICE, BOB, STAFF, bind
+from tests.users import ALICE, BOB, STAFF, alice, bind
 
 NO_MOUNTS = pytest.StashKey[str]()  # why there can be none
 MOUNTING = {"make_daemon", "module_daemon", "everybodys_fuse", "small_disk", "users"}  # fixtures that do
@@ -154,12 +157,20 @@ def everybodys_fuse(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture
+def chain(tmp_path: Path) -> Iterator[Chain]:
+    """Layers made by hand."""
+    yield Chain(tmp_path)
+    subprocess.run(["rm", "-rf", *tmp_path.iterdir()], check=True)  # however deep
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """An ext4 of 16 MiB on a loop device."""
     image = tmp_path / "image"
     image.touch()
     os.truncate(image, 16 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    at_once = "lazy_itable_init=0,lazy_journal_init=0"  # so that the kernel writes nothing later that nobody asked for
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-E", at_once, str(image)], check=True)
     with loop_mounted(image, tmp_path / "disk") as disk:
         yield disk
 
@@ -204,3 +215,24 @@ def users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             copy.chmod(0o644)
             bind(stack, copy, f"/etc/{name}")
         yield
+
+
+@pytest.fixture
+def snapfs(module_daemon: Daemon) -> Iterator[Command]:
+    """The command on a tree that is empty before and after."""
+    command = Command(module_daemon.mnt)
+    yield command
+    names = command.names()
+    if names:
+        command("rm", "-rf", "--", *names)
+    assert command.names() == []
+
+
+@pytest.fixture(params=["alice", "root"])
+def anybody(everybodys_fuse: None, users: None, request: pytest.FixtureRequest) -> Iterator[Home]:
+    """The home of an ordinary user, and one of root's, each with a daemon, a base ``b`` and the workspace ``w`` on it."""
+    with home_of(alice if request.param == "alice" else ()) as home:
+        home.daemon.start()
+        yield with_workspace(home)
+        assert home.daemon.stop() == 0
+        assert home.mounts() == []

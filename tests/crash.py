@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -184,7 +184,8 @@ class Arena:
         """Unmount and delete what the last run left."""
         for mount in reversed(list(mount_table())):
             if mount.target.startswith(f"{self.base}/"):
-                mounting.unmount(mount.target, mounting.MNT_DETACH | mounting.MNT_FORCE)
+                with suppress(FileNotFoundError):  # it went with the mount that it stood on
+                    mounting.unmount(mount.target, mounting.MNT_DETACH | mounting.MNT_FORCE)
         shutil.rmtree(self.root, ignore_errors=True)
 
     # -- many

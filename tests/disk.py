@@ -1,4 +1,4 @@
-"""A disk of the test's own, which remembers what a power cut would leave of it, and which fails when told to.
+"""A disk of the test's own, which remembers what a power cut would leave of it, and which fails, or waits, when told to.
 
 The backing file of a loop device is the one file of a small FUSE file system, served by a child process.  The kernel passes on
 to it what it would send to a disk: writes, and flushes (loop turns them into fsync).  The child notes all of them, in their
@@ -35,6 +35,8 @@ BLOCK = 4096  # what a disk writes whole or not at all; ext4 and xfs don't survi
 _ENTRY = struct.Struct("=cQI")  # write or flush, offset, length; then the data
 _WRITE, _FLUSH = b"w", b"f"
 _FAULTS = struct.Struct("=iiiQQqqq")  # errno of reads, writes, flushes; bytes from, up to; spared, then failed, of these done
+
+_MARK = 16  # bytes at the start of a block that is to wait, with zeroes at the end; none: nothing waits
 
 _MAKE = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"],
@@ -87,6 +89,16 @@ class Disk:
         with (self._directory / "faults").open("r+b", buffering=0) as faults:
             faults.write(_FAULTS.pack(read, write, flush, start, end, spare, times, done))
 
+    @contextmanager
+    def held(self, mark: bytes) -> Iterator[None]:
+        """No write that has ``mark`` at the start of a block is done meanwhile, nor for 20 seconds: who waits is seen."""
+        with (self._directory / "mark").open("r+b", buffering=0) as file:
+            file.write(mark.ljust(_MARK, b"\0"))
+            try:
+                yield
+            finally:
+                os.pwrite(file.fileno(), bytes(_MARK), 0)
+
     def history(self) -> tuple[list[Write], list[int]]:
         """All writes so far, and when flushes had ended, by the disk's clock."""
         writes, flushes = [], []
@@ -136,8 +148,11 @@ def after_power_cut(disk: Disk, history: tuple[list[Write], list[int]], at: int,
 
 
 @contextmanager
-def disk(kind: str, image: Path | None = None) -> Iterator[Disk]:
-    """A disk with a new file system of ``kind`` on it, or with the one in ``image``; not mounted."""
+def disk(kind: str, image: Path | None = None, *, parallel: bool = False) -> Iterator[Disk]:
+    """A disk with a new file system of ``kind`` on it, or with the one in ``image``; not mounted.
+
+    ``parallel``: what is written doesn't wait for what was written before it, as long as these are less than a dozen requests.
+    """
     directory = Path(tempfile.mkdtemp(prefix="snapfs-disk-", dir="/dev/shm"))
     try:
         served = Disk(kind, directory)
@@ -148,8 +163,9 @@ def disk(kind: str, image: Path | None = None) -> Iterator[Disk]:
         _copy(served.base, directory / "image")
         (directory / "journal").touch()
         (directory / "faults").write_bytes(_FAULTS.pack(0, 0, 0, 0, 0, 0, 0, 0))
+        (directory / "mark").write_bytes(bytes(_MARK))
         (directory / "fuse").mkdir()
-        with _child(directory), loop_device(directory / "fuse/disk") as served.device:
+        with _child(directory), loop_device(directory / "fuse/disk", direct=parallel) as served.device:
             yield served
     finally:
         shutil.rmtree(directory)
@@ -185,9 +201,10 @@ def _child(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def loop_device(file: Path) -> Iterator[str]:
-    """The path of a loop device over ``file``."""
-    made = subprocess.run(["losetup", "--find", "--show", str(file)], check=True, stdout=subprocess.PIPE, text=True)
+def loop_device(file: Path, *, direct: bool = False) -> Iterator[str]:
+    """The path of a loop device over ``file``; ``direct``: which hands on what comes without waiting for what came before."""
+    command = ["losetup", "--find", "--show", f"--direct-io={'on' if direct else 'off'}", str(file)]
+    made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     device = made.stdout.strip()
     try:
         yield device
@@ -196,10 +213,10 @@ def loop_device(file: Path) -> Iterator[str]:
 
 
 @contextmanager
-def mounted(device: str, kind: str, target: Path) -> Iterator[Path]:
+def mounted(device: str, kind: str, target: Path, options: str = "") -> Iterator[Path]:
     """The file system on ``device``, mounted at ``target``."""
     target.mkdir(exist_ok=True)
-    mounting.mount(device, str(target), kind, 0, _OPTIONS[kind])
+    mounting.mount(device, str(target), kind, 0, ",".join(filter(None, (_OPTIONS[kind], options))))
     try:
         yield target
         mounting.unmount(str(target))
@@ -224,6 +241,8 @@ class _Served(pyfuse3.Operations):
         self._journal = os.open(directory / "journal", os.O_WRONLY | os.O_APPEND)
         faults = os.open(directory / "faults", os.O_RDWR)
         self._faults = mmap.mmap(faults, _FAULTS.size)
+        mark = os.open(directory / "mark", os.O_RDWR)
+        self._mark = mmap.mmap(mark, _MARK)
         self._size = os.fstat(self._image).st_size
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
@@ -248,6 +267,11 @@ class _Served(pyfuse3.Operations):
         return os.pread(self._image, size, off)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
+        with trio.move_on_after(20) as patience:
+            while self._is_held(buf):
+                await trio.sleep(0.01)
+        if patience.cancelled_caught:
+            self._mark[:] = bytes(_MARK)
         try:
             self._refuse(1, off, len(buf))
         except _RefusedTooLate:
@@ -262,6 +286,10 @@ class _Served(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         self._refuse(2, 0, 1 << 62)
         os.write(self._journal, _ENTRY.pack(_FLUSH, 0, 0))
+
+    def _is_held(self, data: bytes) -> bool:
+        mark = self._mark[:].rstrip(b"\0")
+        return bool(mark) and any(data.startswith(mark, start) for start in range(0, len(data), BLOCK))
 
     def _refuse(self, what: int, offset: int, size: int) -> None:
         *errors, start, end, spare, times, done = _FAULTS.unpack(self._faults)

@@ -44,7 +44,7 @@ def check_key(key: str) -> None:
     try:
         name = names.encode(key)
     except NameTooLong:
-        assert len(key.encode()) > names.NAME_MAX // 6
+        assert len(key) > names.NAME_MAX or len(key.encode()) > names.NAME_MAX // 6
     except NotUtf8:
         assert not is_utf8(key)
     except InvalidArgument:

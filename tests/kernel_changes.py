@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapfs.kernel import mounting
 from snapfs.rules.root import overlay_prefix
-from snapfs.scan.changes import PREFIX, changes
+from snapfs.scan.changes import changes
+from snapfs.scan.marks import PREFIX
 
 
 def raw(line: str) -> tuple[str, bytes]:
@@ -71,9 +73,12 @@ def attributes(path: bytes, prefix: str) -> dict[str, bytes]:
     return {}
 
 
-def tree(top: str, prefix: str) -> dict[bytes, tuple[object, ...]]:
+Tree = dict[bytes, tuple[object, ...]]
+
+
+def tree(top: str, prefix: str) -> Tree:
     """All that is in ``top``: path -> (whether it is a directory, all else that can be seen of it)."""
-    result: dict[bytes, tuple[object, ...]] = {}
+    result: Tree = {}
     start = os.fsencode(top)
     pending = [start]
     while pending:
@@ -209,27 +214,99 @@ def some_path(random: Random, target: str, new: bool) -> str:
     return f"{directory}/{name}"
 
 
+def random_chain(random: Random, scratch: str, options: str, more: Sequence[Callable[[str, str], None]] = ()) -> list[str]:
+    """Layers, the nearest first, made in the directory ``scratch`` through overlay mounts, layer on layer; also by the steps
+    ``more``."""
+    chain: list[str] = []
+    for number in range(random.randint(2, 4)):
+        chain.insert(0, random_layer(random, scratch, options, chain, str(number), more))
+    return chain
+
+
+def random_layer(
+    random: Random, scratch: str, options: str, chain: Sequence[str], name: str, more: Sequence[Callable[[str, str], None]] = ()
+) -> str:
+    """One more of them, on ``chain``, called ``name``."""
+    steps = [*STEPS, *more] if "userxattr" in options else [*STEPS, forge, forge, *more]
+    layer, work = f"{scratch}/{name}", f"{scratch}/work{name}"
+    os.mkdir(layer)
+    os.mkdir(work)
+    upper = merged([layer, *chain], f"{scratch}/mnt", options, work) if chain else contextlib.nullcontext(layer)
+    with upper as target:
+        for _ in range(random.randint(0, 12) if chain else 25):
+            step = random.choice(steps if chain else [*MAKING, *more])
+            with contextlib.suppress(OSError):
+                step(some_path(random, target, step in MAKING), some_path(random, target, True))
+        if random.random() < 0.1:
+            os.chmod(target, 0o700)
+    return layer
+
+
 @settings(max_examples=100, deadline=None, database=None)
 @given(random=st.randoms(use_true_random=True))
 def compare_with_kernel(random: Random, options: str) -> None:
-    """Trees that are made through overlay mounts, layer on layer; the choices come seeded, so that they make dense trees."""
-    steps = STEPS if "userxattr" in options else [*STEPS, forge, forge]
+    """Trees that are made through overlay mounts; the choices come seeded, so that they make dense trees."""
     scratch = tempfile.mkdtemp(prefix="changes-")
     try:
-        chain: list[str] = []
-        for number in range(random.randint(2, 4)):
-            layer, work = f"{scratch}/{number}", f"{scratch}/work{number}"
-            os.mkdir(layer)
-            os.mkdir(work)
-            chain.insert(0, layer)
-            upper = merged(chain, f"{scratch}/mnt", options, work) if number else contextlib.nullcontext(layer)
-            with upper as target:
-                for _ in range(random.randint(0, 12) if number else 25):
-                    step = random.choice(steps if number else MAKING)
-                    with contextlib.suppress(OSError):
-                        step(some_path(random, target, step in MAKING), some_path(random, target, True))
-                if random.random() < 0.1:
-                    os.chmod(target, 0o700)
+        chain = random_chain(random, scratch, options)
         assert set(found(chain, overlay_prefix(options.split(",")))) == expected(chain, scratch, options)
     finally:
         shutil.rmtree(scratch)
+
+
+# Layers made by hand
+
+
+def have_little_wait_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever may wait in a file does, in pieces of some bytes, and few names are looked at at once."""
+    monkeypatch.setattr("snapfs.scan.spool.RUN", 3)
+    monkeypatch.setattr("snapfs.scan.spool._CHUNK", 7)
+    monkeypatch.setattr("snapfs.scan.spool.MERGED", 0)
+    monkeypatch.setattr("snapfs.scan.marks.BATCH", 2)
+
+
+class Chain:
+    """Layers, the nearest first, each made on top of the last; names that end in a slash are directories."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.layers: list[str] = []
+
+    def layer(self, *paths: str, **marks: str) -> Path:
+        """``D:path`` is a whiteout, ``X:path`` one with an extended attribute."""
+        made = self.base / f"layer{len(self.layers)}"
+        made.mkdir()
+        self.layers.insert(0, str(made))
+        for path in paths:
+            kind, name = path.split(":") if path[1:2] == ":" else ("", path)
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith("/"):
+                (made / name).mkdir(exist_ok=True)
+            elif kind == "D":
+                os.mknod(made / name, stat.S_IFCHR, os.makedev(0, 0))
+            else:
+                (made / name).write_text("" if kind else "text")
+                if kind:
+                    os.setxattr(made / name, "trusted.overlay.whiteout", b"")
+        for path, mark in marks.items():
+            os.setxattr(made / path, "trusted.overlay.opaque", mark.encode())
+        return made
+
+    def check(self, *lines: str) -> None:
+        """That ``changes`` says ``lines``, and the kernel shows the same."""
+        assert said(self.layers) == list(lines)
+        options = "redirect_dir=off,index=off,metacopy=off"
+        assert expected(self.layers, str(self.base), options) == {raw(f"{line}\n") for line in lines}
+
+
+def make_comb(directory: Path, levels: int, name: str) -> None:
+    """Directories in directories, beyond what a path can name, each with one to come back for."""
+    fd = os.open(directory, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=fd)
+        os.mkdir(f"z{name[:2]}", dir_fd=fd)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
+    os.close(fd)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import filecmp
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +48,15 @@ def loop_mounted(image: Path, target: Path) -> Iterator[Path]:
         yield target
     finally:
         mounting.unmount(str(target), mounting.MNT_DETACH)
+
+
+def copy_as_cut(image: Path, copy: Path) -> Path:
+    """Copy ``image``, on which a disk is mounted, as a power cut would leave it: all blocks of one moment, though something is
+    written meanwhile, and nothing flushed that isn't."""
+    while True:
+        shutil.copyfile(image, copy)
+        if filecmp.cmp(image, copy, shallow=False):  # no block has changed since it was copied
+            return copy
 
 
 @contextmanager

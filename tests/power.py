@@ -59,7 +59,19 @@ class Story:
         return [number for number, state in last.items() if state is not None and state.kind is kind]
 
     def has_children(self, number: int) -> bool:
-        return any(versions[-1].state and versions[-1].state.parent == number for versions in self.versions.values())
+        return bool(self.children(number))
+
+    def children(self, number: int) -> list[int]:
+        last = {child: versions[-1].state for child, versions in self.versions.items()}
+        return [child for child, state in last.items() if state is not None and state.parent == number]
+
+    def shown(self, number: int) -> Content:
+        """What a committed snapshot shows; no layer deletes anything."""
+        found: Content = {}
+        while number:
+            found = {**self.content[number], **found}
+            number = self.now(number).parent
+        return found
 
     def tell(self, number: int, asked: int, state: State | None) -> None:
         """Snapshot ``number`` was to become ``state``, and this has just been acknowledged."""

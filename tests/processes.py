@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import time
@@ -47,3 +48,9 @@ def in_fork(act: Callable[[], object]) -> str:
         said = pipe.read()
     assert os.waitpid(child, 0)[1] == 0
     return said
+
+
+def own_descriptors() -> list[str]:
+    """The descriptors that this process has open, without those of other tests' objects that nobody has collected yet."""
+    gc.collect()
+    return sorted(os.listdir("/proc/self/fd"))

@@ -19,6 +19,6 @@ def read(path: str) -> str:
     return (CLONE / path / "README.md").read_text()
 
 
-def recipe(title: str) -> str:
+def recipe(title: str, text: str = README) -> str:
     """The commands of one of the recipes."""
-    return textwrap.dedent(README.split(f"**{title}.**")[1].split("\n\n")[1])
+    return textwrap.dedent(text.split(f"**{title}.**")[1].split("\n\n")[1])

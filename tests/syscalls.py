@@ -46,6 +46,9 @@ CHANGING = tuple(
 )
 """The calls by which a process changes anything outside of itself; ``open`` only as far as it creates or truncates."""
 
+EVERY = int(os.environ.get("EVERY", "6"))
+"""A test that repeats a program for its system calls takes one of so many; all of them by ``make crash``."""
+
 _MAKES_FILES = os.O_CREAT | os.O_TRUNC
 _OPENS = {"open": 1, "openat": 2}  # which argument holds the flags
 _WRITES = ("write", "writev", "pwrite64", "pwritev", "pwritev2")

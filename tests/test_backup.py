@@ -24,6 +24,7 @@ from snapfs.cli import main
 from snapfs.kernel.mounttable import mount_table
 from snapfs.offline.backup import Backup, backup
 from snapfs.offline.checking import Problem, check
+from snapfs.root import imprint
 from snapfs.root.lock import shared_lock
 from tests.daemon import Daemon
 from tests.processes import until
@@ -225,6 +226,30 @@ def test_a_newer_schema_is_not_copied(served: Path, tmp_path: Path) -> None:
     with pytest.raises(Damaged, match=r"newer snapfs \(schema 7"):
         backup(str(served), str(tmp_path / "file"))
     assert not (tmp_path / "file").exists()
+
+
+def test_the_records_of_another_root_are_not_copied(
+    served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put in the place of this root's by mistake: the backup would be one of the wrong root."""
+
+    async def begin() -> None:
+        async with open_snapshotter(tmp_path / "other"):
+            pass
+
+    trio.run(begin)
+    shutil.copyfile(tmp_path / "other/metadata.mdb", served / "metadata.mdb")
+    before = (served / "metadata.mdb").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert main(["backup", served.name, "file"]) != 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"snapfs: {served}/metadata.mdb holds the records of another root: put back those that belong to {served}, or have "
+        f"them made anew: snapfs check {served} --rebuild"
+    ]
+    assert not [name for name in os.listdir(tmp_path) if name not in ("other", "root", "alias")]
+    assert (served / "metadata.mdb").read_bytes() == before
+    os.removexattr(served / "snapshots", imprint.WORD)
+    assert backup(str(served), str(tmp_path / "file")).snapshots == 0, "whoever has only one of the two is taken as it is"
 
 
 # -- who has the root meanwhile

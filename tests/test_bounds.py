@@ -4,6 +4,7 @@ they keep open."""
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 import subprocess
@@ -15,16 +16,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 from pyfuse3 import EntryAttributes
 
 from snapfs import Options, open_snapshotter
-from snapfs.errors import TryAgain, Unavailable
+from snapfs.errors import Stale, TryAgain, Unavailable
 from snapfs.fuse import retelling
-from snapfs.fuse.openfiles import ALL, ALLOWANCE, CLEANUPS, CLEANUPS_OF_USER, SHARE, OpenFile, OpenFiles
-from snapfs.fuse.waiting import OF_READER, OF_READERS
-from snapfs.labels import COUNT, ROOM
+from snapfs.fuse.cache import KernelCache
+from snapfs.fuse.openfiles import ALL, ALLOWANCE, OPENERS, OPENERS_OF_USER, SHARE, OpenFile, OpenFiles
+from snapfs.fuse.waiting import OF_READER, OF_READERS, Waiting
+from snapfs.labels import COUNT, MESSAGE, NUMBER, OF, ROOM
+from snapfs.model import ByNode, Caller
 from snapfs.options import Sync
-from snapfs.tree import Handle, Tree, inodes, listing
+from snapfs.tree import Handle, Tree, inodes, listing, texts
+from snapfs.tree.attributes import BY_NAME
+from snapfs.tree.commands import OpenCommand
 from snapfs.tree.daemon import OpenCleanup
 from snapfs.tree.handles import OpenText
 from snapfs.tree.inodes import label_slot
@@ -229,26 +235,39 @@ def test_the_share_of_a_user_and_of_all() -> None:
     opened(files, handle(size), 99)
 
 
-async def test_how_often_cleanup_may_be_open_for_writing(tree: Tree) -> None:
+@pytest.mark.parametrize("name", ["cleanup", "checkpoint", "rollback", "fork", "squash", "dissolve"])
+async def test_how_often_a_file_may_be_open_for_writing(tree: Tree, name: str) -> None:
     """The kernel lets one write at a time, and all others wait for that."""
     files = OpenFiles()
 
-    def open_one(uid: int) -> int:
-        return opened(files, OpenCleanup(tree.state), uid)
+    def of(snapshot: int) -> Handle:
+        if name == "cleanup":
+            return OpenCleanup(tree.state)
+        command = BY_NAME[name].command
+        assert command is not None
+        return OpenCommand(tree.state, name, ByNode(snapshot), command)
 
-    of_one = [open_one(1) for _ in range(CLEANUPS_OF_USER)]
+    def open_one(uid: int) -> int:
+        return opened(files, of(1), uid)
+
+    of_one = [open_one(1) for _ in range(OPENERS_OF_USER)]
     with pytest.raises(TryAgain):
         open_one(1)
-    for uid in range(2, 2 + CLEANUPS - CLEANUPS_OF_USER):
+    for uid in range(2, 2 + OPENERS - OPENERS_OF_USER):
         open_one(uid)
     with pytest.raises(TryAgain):
         open_one(2)
     files.remove(of_one.pop())
     open_one(2)
-    for uid in range(100, 100 + CLEANUPS):  # who has none
+    for uid in range(100, 100 + OPENERS):  # who has none
         open_one(uid)
     with pytest.raises(TryAgain):
         open_one(99)
+    if name != "cleanup":
+        opened(files, of(2), 1)  # another file
+    for fh in list(files._by_number):
+        files.remove(fh)
+    assert (files._held, files._writers) == ({}, {})
 
 
 def test_a_reader_of_a_log_weighs_what_it_holds() -> None:
@@ -302,6 +321,75 @@ def test_texts_that_are_remembered_weigh_what_they_cost(tmp_path: Path) -> None:
     assert versions.get(-1) is versions.get(-2) is longest
 
 
+def free_on(disk: Path) -> int:
+    space = os.statvfs(disk)
+    return space.f_bavail * space.f_frsize
+
+
+def test_a_text_takes_a_part_of_what_is_free_on_the_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before it is written, and leaves nothing; so it is where others have filled the disk meanwhile."""
+    before = free_on(small_disk)
+    part = ["x" * IN_MEMORY]
+    with pytest.raises(Unavailable, match="the text is longer than a tenth of the 1") as no:
+        LongText(part * 3, str(small_disk), is_bounded=True)
+    assert no.value.errno == errno.EFBIG
+    assert free_on(small_disk) == before
+    assert LongText(part * 3, str(small_disk)).size == 3 * IN_MEMORY, "one that has another bound"
+    monkeypatch.setattr(texts, "PART", 2)
+
+    def meanwhile() -> Iterator[str]:
+        yield from part * 4
+        (small_disk / "others").write_bytes(b"x" * (before // 2))
+        yield from part * 2
+
+    assert LongText(part * 5, str(small_disk), is_bounded=True).on_disk == 5 * IN_MEMORY
+    with pytest.raises(Unavailable, match="the text is longer"):
+        LongText(meanwhile(), str(small_disk), is_bounded=True)
+
+
+def test_a_small_layer_does_not_fill_the_disk(make_daemon: Make, small_disk: Path) -> None:
+    """Of each of many names of one file a patch has all lines."""
+    daemon = make_daemon(root=small_disk).start()
+    web = daemon.mnt / "active/web"
+    web.mkdir()
+    (web / "diff/0").write_text("a line of text\n" * 60_000)
+    for number in range(1, 30):
+        os.link(web / "diff/0", web / f"diff/{number}")
+    before = free_on(small_disk)
+    with failing(errno.EFBIG):
+        (web / "changes.patch").read_text()
+    assert "EFBIG open active/web/changes.patch: the text is longer than a tenth of the " in daemon.error_log()[-1]
+    with pytest.raises(OSError, match="File too large"), (web / "compare").open("w") as file:
+        file.write("patch\n")
+    assert before - free_on(small_disk) < 100_000
+    assert (web / "changes").read_text().count("\n") == 30
+
+
+async def test_a_long_text_is_on_the_disk_until_it_is_closed(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it is found by who has been told to look its name up again, and by others meanwhile."""
+    monkeypatch.setattr(texts, "MOST_ON_DISK", IN_MEMORY)
+    await tree.snapshotter.prepare("web")
+    number = (await tree.snapshotter.stat("web")).id
+    for name in "abc":
+        (Path(tree.snapshotter.layer_path(number)) / name).write_text("a line of text\n" * 60_000)
+    told = retelling.Retelling(tree, KernelCache(), OpenFiles(), Waiting(trio.current_time))
+    with pytest.raises(Stale):
+        await told.to_read(tree.walk("active/web/changes.patch").inode, 1, Caller(ALICE, 1))
+    looked_up = tree.walk("active/web/changes.patch").inode
+    node = await told.to_read(looked_up, 1, Caller(ALICE, 1))
+    assert node.inode == looked_up, "and not past the pages"
+    handle = await node.open()
+    del node
+    assert handle.size > 2 << 20
+    assert tree.walk("active/web/changes.patch").attributes().size == handle.size
+    del handle
+    gc.collect()  # of the Stale, which has all frames
+    assert tree.state.found(number, inodes.PATCH_SLOT) is None
+    await tree.snapshotter.commit("v1", "web")
+    node = await tree.walk("committed/v1/changes.patch").refresh()
+    assert (await node.open()).size > 2 << 20
+
+
 def peak(work: Callable[[], object]) -> float:
     """The memory that ``work`` takes at most, in MiB."""
     tracemalloc.start()
@@ -322,6 +410,65 @@ async def test_the_listing_of_many_labels_holds_one_record_after_the_other(tree:
     for n in range(200):
         await tree.snapshotter.prepare(f"k{n}", labels=labels)
     assert peak(lambda: listing._collected(tree.state)) < 6, "MiB: the records are 12, and lines go to the disk from 1 on"
+
+
+async def kept(tree: Tree, key: str, count: int, message: str) -> None:
+    """Give the workspace ``key`` so many checkpoints."""
+
+    async def keep(number: int) -> None:
+        await tree.snapshotter.prepare(f"{key}-{number}")
+        labels = {OF: key, NUMBER: str(number), MESSAGE: message}
+        await tree.snapshotter.commit(f"{key}@{number}", f"{key}-{number}", labels)
+
+    await tree.snapshotter.prepare(key)
+    async with trio.open_nursery() as nursery:
+        for number in range(1, count + 1):
+            nursery.start_soon(keep, number)
+
+
+def counted(tree: Tree) -> bool:
+    """Whether it is known what each committed snapshot takes."""
+    with tree.snapshotter.records.reading() as reader:
+        return reader.uncounted() == []
+
+
+async def test_a_long_list_of_checkpoints_can_be_read_and_is_never_whole_in_memory(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is longer than all texts that are remembered may be together."""
+    monkeypatch.setattr(texts, "MOST", IN_MEMORY)
+    count, message = 500, "m" * 3900
+    await kept(tree, "web", count, message)
+    with trio.fail_after(60):
+        while not counted(tree):  # which takes memory, too
+            await trio.sleep(0.01)
+    tracemalloc.start()
+    try:
+        node = await tree.walk("active/web/checkpoint").refresh()
+        handle = await node.open()
+        most = tracemalloc.get_traced_memory()[1] / (1 << 20)
+    finally:
+        tracemalloc.stop()
+    assert handle.size > texts.MOST
+    assert handle.read(handle.size - 10_000, 10_000).splitlines()[-1].startswith(f"{count}\tweb@{count}\t".encode())
+    assert tree.walk("active/web/checkpoint").attributes().size == handle.size
+    assert most < 4, "MiB: the records are 2, and lines go to the disk from 1 on"
+
+
+async def test_each_of_many_readers_opens_a_text_that_has_changed(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process is told once to look the name up again, however long the texts are that were found for others."""
+    monkeypatch.setattr(retelling, "MOST", 8 * OVERHEAD)
+    await kept(tree, "web", 10, "m" * 3900)
+    told = retelling.Retelling(tree, KernelCache(), OpenFiles(), Waiting(trio.current_time))
+    for pid in range(1, 6):
+        with pytest.raises(Stale):
+            await told.to_read(tree.walk("active/web/checkpoint").inode, pid, Caller(ALICE, 1))
+        await tree.snapshotter.checkpoint("web", f"for {pid}")
+    for pid in range(1, 6):
+        node = await told.to_read(tree.walk("active/web/checkpoint").inode, pid, Caller(ALICE, 1))
+        handle = await node.open()
+        assert "for 4" in handle.read(0, handle.size).decode()
+        await tree.snapshotter.checkpoint("web", "and another")
 
 
 def test_the_work_of_encoding_labels_does_not_depend_on_what_is_in_them() -> None:

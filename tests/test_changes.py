@@ -8,7 +8,8 @@ import stat
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -16,9 +17,20 @@ import pytest
 
 from snapfs.kernel import inside
 from snapfs.scan.changes import changes
+from snapfs.scan.lines import lines
 from snapfs.scan.walk import Descriptors
-from tests.kernel_changes import compare_with_kernel, expected, found, merged, raw, said
-from tests.processes import die_with_parent
+from tests.kernel_changes import (
+    Chain,
+    compare_with_kernel,
+    expected,
+    found,
+    have_little_wait_in_memory,
+    make_comb,
+    merged,
+    raw,
+    said,
+)
+from tests.processes import die_with_parent, own_descriptors
 
 pytestmark = pytest.mark.mounts
 
@@ -39,54 +51,11 @@ def test_as_the_kernel_shows_it_where_entries_wait_in_a_file(monkeypatch: pytest
     monkeypatch.setattr("snapfs.scan.changes.MANY", many)
     monkeypatch.setattr("snapfs.scan.changes.HELD", held)
     monkeypatch.setattr("snapfs.scan.changes._HARDLY_ANY", 2)
-    monkeypatch.setattr("snapfs.scan.spool.RUN", 3)
-    monkeypatch.setattr("snapfs.scan.spool._CHUNK", 7)
-    monkeypatch.setattr("snapfs.scan.spool.MERGED", 0)
-    monkeypatch.setattr("snapfs.scan.changes.BATCH", 2)
+    have_little_wait_in_memory(monkeypatch)
     compare_with_kernel(options="redirect_dir=off,index=off,metacopy=off")
 
 
 # Layers made by hand
-
-
-class Chain:
-    """Layers, the nearest first, each made on top of the last; names that end in a slash are directories."""
-
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        self.layers: list[str] = []
-
-    def layer(self, *paths: str, **marks: str) -> Path:
-        """``D:path`` is a whiteout, ``X:path`` one with an extended attribute."""
-        made = self.base / f"layer{len(self.layers)}"
-        made.mkdir()
-        self.layers.insert(0, str(made))
-        for path in paths:
-            kind, name = path.split(":") if path[1:2] == ":" else ("", path)
-            (made / name).parent.mkdir(parents=True, exist_ok=True)
-            if name.endswith("/"):
-                (made / name).mkdir(exist_ok=True)
-            elif kind == "D":
-                os.mknod(made / name, stat.S_IFCHR, os.makedev(0, 0))
-            else:
-                (made / name).write_text("" if kind else "text")
-                if kind:
-                    os.setxattr(made / name, "trusted.overlay.whiteout", b"")
-        for path, mark in marks.items():
-            os.setxattr(made / path, "trusted.overlay.opaque", mark.encode())
-        return made
-
-    def check(self, *lines: str) -> None:
-        """That ``changes`` says ``lines``, and the kernel shows the same."""
-        assert said(self.layers) == list(lines)
-        options = "redirect_dir=off,index=off,metacopy=off"
-        assert expected(self.layers, str(self.base), options) == {raw(f"{line}\n") for line in lines}
-
-
-@pytest.fixture
-def chain(tmp_path: Path) -> Iterator[Chain]:
-    yield Chain(tmp_path)
-    subprocess.run(["rm", "-rf", *tmp_path.iterdir()], check=True)  # however deep
 
 
 def test_without_parents_everything_is_added(chain: Chain) -> None:
@@ -350,26 +319,13 @@ def test_printf_gives_the_names_back(chain: Chain) -> None:
 # Bounds
 
 
-def make_comb(directory: Path, levels: int, name: str) -> None:
-    """Directories in directories, beyond what a path can name, each with one to come back for."""
-    fd = os.open(directory, os.O_RDONLY)
-    for _ in range(levels):
-        os.mkdir(name, dir_fd=fd)
-        os.mkdir(f"z{name[:2]}", dir_fd=fd)
-        below = os.open(name, os.O_RDONLY, dir_fd=fd)
-        os.close(fd)
-        fd = below
-    os.close(os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
-    os.close(fd)
-
-
 @pytest.mark.parametrize(
     ("levels", "name", "below"), [(3000, "d", 0), (3000, "d", 1), (200, "n" * 255, 0), (200, "n" * 255, 2)]
 )
 def test_depth_and_length(chain: Chain, levels: int, name: str, below: int) -> None:
     for _ in range(below + 1):
         make_comb(chain.layer(), levels, name)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(own_descriptors())
     most = asked = lines = 0
 
     def checkpoint() -> None:
@@ -388,13 +344,13 @@ def test_depth_and_length(chain: Chain, levels: int, name: str, below: int) -> N
     assert lines == (1 if below else 2 * levels + 1)
     assert last == (line if below else f"A /z{name[:2]}\n")
     assert most <= before + Descriptors.OPEN + 4
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(own_descriptors()) == before
 
 
 def test_few_descriptors_for_many_layers(chain: Chain) -> None:
     for number in range(300):
         chain.layer(f"a/b/{number}")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(own_descriptors())
     assert said(chain.layers) == ["A /a/b/299"]
     lines = changes([*chain.layers[1:], chain.layers[0]], checkpoint=lambda: most.append(len(os.listdir("/proc/self/fd"))))
     most: list[int] = []
@@ -439,9 +395,38 @@ def test_memory_does_not_grow_with_paths_and_nothing_is_looked_up(many_files: Pa
     assert peak < 300_000
 
 
+@pytest.mark.parametrize("scan", [changes, partial(lines, [])])
+def test_memory_on_the_way_down_a_deep_and_wide_tree(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch, scan: Callable[..., Iterable[str]]
+) -> None:
+    """Some kilobytes for each directory, however many names are beside the next, and however long."""
+    monkeypatch.setattr("snapfs.scan.changes.HELD", 100)
+    monkeypatch.setattr("snapfs.scan.differing.HELD", 100)
+    levels, width = 100, 90
+    names = [f"z{number:02}".ljust(250, "x") for number in range(width)]
+    above = os.open(chain.layer(), os.O_RDONLY)
+    os.close(os.open("file", os.O_CREAT, dir_fd=above))
+    for _ in range(levels):
+        for name in names:
+            os.mknod(name, dir_fd=above)
+        os.mkdir("a", dir_fd=above)
+        below = os.open("a", os.O_RDONLY, dir_fd=above)
+        os.close(above)
+        above = below
+    os.close(above)
+    tracemalloc.start()
+    try:
+        found = sum(1 for _ in scan(chain.layers))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found >= levels * (width + 1) + 1
+    assert peak < levels * 20_000, "the names alone are 22,500 each"
+
+
 def test_the_checkpoint_stops_it_and_close_lets_go(chain: Chain) -> None:
     chain.layer("a/b/c", "d")
-    before = os.listdir("/proc/self/fd")
+    before = own_descriptors()
 
     def checkpoint() -> None:
         asked.append(None)
@@ -453,12 +438,12 @@ def test_the_checkpoint_stops_it_and_close_lets_go(chain: Chain) -> None:
     assert [next(lines), next(lines)] == ["A /a\n", "A /a/b\n"]
     with pytest.raises(KeyboardInterrupt):
         next(lines)
-    assert os.listdir("/proc/self/fd") == before
+    assert own_descriptors() == before
     lines = changes(chain.layers)
     next(lines)
-    assert os.listdir("/proc/self/fd") != before
+    assert own_descriptors() != before
     lines.close()
-    assert os.listdir("/proc/self/fd") == before
+    assert own_descriptors() == before
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -496,7 +481,7 @@ def test_a_directory_emptied_while_it_is_read(chain: Chain, monkeypatch: pytest.
         shutil.rmtree(layer / "z", ignore_errors=True)
         return []
 
-    monkeypatch.setattr("snapfs.scan.changes.list_xattrs", vanishes)
+    monkeypatch.setattr("snapfs.scan.marks.list_xattrs", vanishes)
     assert said(chain.layers) == ["C /a/x", "A /a/y"]
 
 

@@ -35,6 +35,7 @@ from snapfs import (
 from snapfs.kernel import mounting
 from snapfs.offline.checking import Finding, Problem, check
 from snapfs.offline.rebuilding import rebuild
+from snapfs.options import Options
 from snapfs.root import imprint, unflushed
 from snapfs.root.imprint import Imprint
 from snapfs.services import flushing
@@ -42,6 +43,8 @@ from snapfs.store import space
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
 from tests.daemon import Daemon
+from tests.placing import DryPool
+from tests.records import until_in_line
 
 pytestmark = pytest.mark.durable
 
@@ -272,6 +275,48 @@ async def test_each_damage(filled: Path, damage: Damage, expected: list[tuple[Pr
     assert [finding.problem for finding in wrong(found(filled))] == left, "what was mended is not found again"
 
 
+# -- the records of another root
+
+
+async def test_records_of_another_root_are_refused_and_nothing_is_changed(filled: Path, tmp_path: Path) -> None:
+    """Put there by mistake, they would have layers go by wrong names, and --repair would write that on the directories."""
+    before = await walked(filled)
+    other = tmp_path / "other"
+    await fill(other)
+    shutil.copyfile(filled / "metadata.mdb", tmp_path / "saved")
+    shutil.copyfile(other / "metadata.mdb", filled / "metadata.mdb")
+    as_it_was = everything(filled)
+    with pytest.raises(Damaged, match=r"metadata\.mdb holds the records of another root: put back .* --rebuild"):
+        await walked(filled)
+    for repair in (False, True):
+        (finding,) = found(filled, repair=repair)
+        assert finding.problem is Problem.DAMAGED
+        assert "the records of another root" in finding.text
+    assert everything(filled) == as_it_was
+    list(rebuild(str(filled)))
+    assert wrong(found(filled)) == []
+    assert await walked(filled) == before
+    shutil.copyfile(tmp_path / "saved", filled / "metadata.mdb")
+    assert await walked(filled) == before
+
+
+@pytest.mark.parametrize("lost", ["noted", "recorded", "both"])
+async def test_a_root_that_has_lost_its_word_is_taken_as_it_is(filled: Path, lost: str) -> None:
+    """By a copy without extended attributes; by records from before there was one."""
+    before = await walked(filled)
+    word = os.getxattr(filled / "snapshots", imprint.WORD)
+    if lost != "recorded":
+        os.removexattr(filled / "snapshots", imprint.WORD)
+    if lost != "noted":
+        in_records(lambda writer: writer.put_root_word(""))(filled)
+    assert wrong(found(filled)) == []
+    assert await walked(filled) == before
+    with closing(MetaStore(f"{filled}/metadata.mdb")) as records, records.reading() as reader:
+        recorded = reader.root_word().encode()
+    assert recorded == os.getxattr(filled / "snapshots", imprint.WORD)
+    assert (recorded == word) == (lost != "both")
+
+
 # -- rebuilding
 
 
@@ -391,6 +436,7 @@ async def test_a_failed_operation_leaves_the_imprint_as_it_was(root: Path, monke
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fails)
+            patch.setattr(snapshotter.layers.pool, "_ready", DryPool())
 
             async def refused(call: Callable[[], object]) -> None:
                 with pytest.raises(Unavailable):
@@ -413,7 +459,7 @@ async def test_a_failed_operation_leaves_the_imprint_as_it_was(root: Path, monke
                     lambda: snapshotter.update("v1", {"small": "now"}),
                 ):
                     nursery.start_soon(refused, call)
-                await trio.testing.wait_all_tasks_blocked(0.01)
+                await until_in_line(snapshotter.records, 5)
                 go_on.set()
         assert [imprint.read(snapshotter.layers.directory(number)) for number in range(1, 6)] == before
 
@@ -430,6 +476,57 @@ async def test_of_two_of_one_name_the_later_keeps_it(filled: Path) -> None:
     texts = [(finding.text, finding.mended) for finding in rebuild(str(filled))]
     assert texts[0] == ('another snapshot is called "web" too, and changed later', 'number 5 is called "web~5"')
     assert {info.id: info.name for info in await walked(filled)} == {1: "base", 2: "web", 3: "peek", 4: "v1", 5: "web~5"}
+
+
+def nodes(root: Path) -> dict[str, int]:
+    """The number that each snapshot has in the tree's inodes."""
+    with closing(MetaStore(str(root / "metadata.mdb"))) as records, records.reading() as reader:
+        found = {record.name: (number, record) for number in reader.ids() if (record := reader.record(number)) is not None}
+        for number, record in found.values():
+            assert reader.by_node(record.node_of(number)) == (number, record)
+        return {name: record.node_of(number) for name, (number, record) in found.items()}
+
+
+async def test_workspaces_that_were_rolled_back_are_apart_after_a_rebuild(root: Path) -> None:
+    """Their old directories may be there, each of which says that it is the workspace."""
+    async with open_snapshotter(root, Options(async_remove=True)) as snapshotter:
+        await snapshotter.prepare("web")
+        await snapshotter.checkpoint("web")
+        for _ in range(2):
+            await snapshotter.rollback("web")
+        Path(snapshotter.layer_path((await snapshotter.stat("web")).id), "precious").write_text("x")
+    (root / "metadata.mdb").unlink()
+    list(rebuild(str(root)))
+    found(root, repair=True)
+    assert wrong(found(root)) == []
+    assert sorted(nodes(root)) == ["web", "web@1", "web~2", "web~3"]
+    assert len(set(nodes(root).values())) == 4
+    async with open_snapshotter(root) as snapshotter:
+        assert os.listdir(snapshotter.layer_path((await snapshotter.stat("web")).id)) == ["precious"]
+
+
+@pytest.mark.parametrize("given", [(2, 2, 2, 0, 0), (0, 1, 1, 1, 0), (9, 9, 0, 0, 4), (5, 0, 0, 0, 0), (2, 1, 0, 5, 4)])
+async def test_each_snapshot_has_a_number_of_its_own_in_the_inodes(filled: Path, given: tuple[int, ...]) -> None:
+    """Whatever the records say."""
+
+    def mangle(writer: Writer) -> None:
+        for number, node in enumerate(given, 1):
+            record = writer.record(number)
+            assert record is not None
+            writer.overwrite(number, msgspec.structs.replace(record, node=node))
+        writer.rebuild_indexes()
+
+    with closing(MetaStore(str(filled / "metadata.mdb"))) as records:
+        records.write_now(mangle)
+    numbers = [node or number for number, node in enumerate(given, 1)]
+    are_apart = len(set(numbers)) == len(numbers)
+    said = [finding.text for finding in found(filled) if "in the tree it is one with another" in finding.text]
+    assert len(said) == len(numbers) - len(set(numbers))
+    found(filled, repair=True)
+    assert wrong(found(filled)) == []
+    after = nodes(filled)
+    assert len(set(after.values())) == 5
+    assert not are_apart or sorted(after.values()) == sorted(numbers)
 
 
 async def test_a_parent_without_a_directory_comes_back_damaged(filled: Path) -> None:
@@ -585,4 +682,18 @@ async def test_where_directories_can_bear_nothing_nobody_misses_it(root: Path, m
     await fill(root)
     async with open_snapshotter(root) as snapshotter:
         assert not snapshotter.features["imprints"].on
+    assert found(root) == []
+
+
+async def test_what_a_squash_shares_is_no_damage(root: Path) -> None:
+    """Neither of its own files, nor of those that were counted before they had a second name."""
+    async with open_snapshotter(root, Options(squash_depth=2)) as snapshotter:
+        await snapshotter.prepare("web")
+        for number in range(3):
+            Path(snapshotter.layer_path((await snapshotter.stat("web")).id), str(number)).write_text("x" * 5000)
+            await snapshotter.checkpoint("web")
+        await snapshotter.squash("web@3", "flat")
+        await snapshotter.dissolve("web@1")
+        for info in await snapshotter.walk():
+            await snapshotter.usage(info.name)
     assert found(root) == []

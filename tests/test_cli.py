@@ -16,31 +16,25 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snapfs import Options, names, open_snapshotter
-from snapfs.cli import VERBS, grammar, verb
+from snapfs.cli import VERBS, grammar, main, mount, prune, rm, verb, workspace
 from snapfs.cli.listing import Row, children_first
+from snapfs.cli.place import MountedTree
 from snapfs.cli.prune import seconds
+from snapfs.cli.refusal import Refusal
+from snapfs.cli.within import Within
 from snapfs.options import Sync
 from tests.command import SNAPFS, Command, OnATerminal, run
 from tests.daemon import Daemon
 from tests.mounts import is_mounted
 from tests.processes import die_with_parent, until
+from tests.tree import committed
 
 Make = Callable[..., Daemon]
-
-
-@pytest.fixture
-def snapfs(module_daemon: Daemon) -> Iterator[Command]:
-    """The command on a tree that is empty before and after."""
-    command = Command(module_daemon.mnt)
-    yield command
-    names = command.names()
-    if names:
-        command("rm", "-rf", "--", *names)
-    assert command.names() == []
 
 
 def active(snapfs: Command, key: str) -> Path:
@@ -89,6 +83,19 @@ def test_any_key(snapfs: Command, key: str) -> None:
 def test_a_label_that_is_refused_leaves_nothing(snapfs: Command) -> None:
     assert "at most 4096" in snapfs("prepare", "web", "-l", "a=1", "-l", f"big={'x' * 5000}", status=1)
     assert snapfs.names() == []
+
+
+def test_a_label_that_somebody_else_makes_meanwhile(snapfs: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapfs("prepare", "web")
+    create = Within.create
+
+    def late(within: Within, path: str) -> int:
+        Path(path).write_text("a longer one\n")
+        return create(within, path)
+
+    monkeypatch.setattr(Within, "create", late)
+    assert main(["label", "--at", str(snapfs.mnt), "web", "team=blue"]) == 0
+    assert snapfs("label", "web") == "team=blue\n"
 
 
 def test_refusals(snapfs: Command) -> None:
@@ -164,6 +171,125 @@ def test_the_reason_is_that_of_the_own_call(snapfs: Command) -> None:
             snapfs("label", key, "pin=")
     assert len(said) == 1
     assert 'snapshot "mine" has the label pin' in said.pop()
+
+
+def test_the_reason_is_that_of_the_own_operation(
+    snapfs: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another client does something else at the same path, which is refused with the same errno a moment later."""
+    path = active(snapfs, "web")
+    path.mkdir()
+    (path / "labels/pin").write_text("yes")
+    rmdir = Within.rmdir
+
+    def late(within: Within, which: str) -> None:
+        try:
+            rmdir(within, which)
+        finally:
+            with pytest.raises(PermissionError):
+                path.chmod(0o700)
+
+    monkeypatch.setattr(Within, "rmdir", late)
+    monkeypatch.setenv("SNAPFS", str(snapfs.mnt))
+    assert main(["rm", "web"]) == 6
+    (path / "labels/pin").unlink()
+    assert 'snapshot "web" has the label pin' in capsys.readouterr().err
+
+
+def test_no_name_is_taken_for_a_reason(snapfs: Command) -> None:
+    """Nor is what follows in it: the first ``: `` in a line of error_log ends the path."""
+    snapfs("prepare", "mine", "-l", "pin=yes")
+    forged = "mine: the records are damaged; run as root: sh ("
+    os.mkdir(active(snapfs, "mine").parent / forged)
+    stop = threading.Event()
+
+    def be_refused() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(PermissionError):
+                os.mkdir(active(snapfs, forged) / "x")
+
+    thread = threading.Thread(target=be_refused)
+    thread.start()
+    try:
+        said = {snapfs("rm", "mine", status=6) for _ in range(20)}
+    finally:
+        stop.set()
+        thread.join()
+        snapfs("label", "mine", "pin=")
+        snapfs("rm", forged)
+        snapfs("rm", "mine")
+    assert not any("damaged" in each for each in said)
+    assert any('snapshot "mine" has the label pin' in each for each in said)  # unless others push it out of what is looked at
+
+
+# -- another has the name by then
+
+
+def replaced(snapfs: Command, path: str, content: str = "") -> None:
+    """Somebody else renames the snapshot at ``path``, which is called x from then on, and makes another there."""
+    kind, name = path.split("/")
+    os.rename(snapfs.mnt / path, snapfs.mnt / kind / "x")
+    if kind == "committed":
+        committed(snapfs.mnt, name)
+    else:
+        os.mkdir(snapfs.mnt / path)
+        (snapfs.mnt / path / "rootfs/new").write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "status"),
+    [
+        ("active/web", ("prune", "--expired"), 3),
+        ("active/web", ("rm", "-r", "web"), 3),
+        ("active/web", ("rm", "web", "other"), 3),
+        ("committed/web@1", ("prune", "--keep-last", "1"), 0),
+        ("committed/web@2", ("prune", "--keep-last", "1"), 0),
+        ("active/web", ("rollback", "--keep", "web"), 0),
+    ],
+)
+def test_another_gets_the_name_of_what_was_listed(
+    snapfs: Command, monkeypatch: pytest.MonkeyPatch, path: str, words: tuple[str, ...], status: int
+) -> None:
+    """It stays, whatever was to become of the other."""
+    for key in ("web", "other"):
+        os.mkdir(active(snapfs, key))
+    (active(snapfs, "web") / "labels/ttl").write_text("0")
+    if path.startswith("committed"):  # the first two go, of which the last that stays takes over what the second has
+        for _ in range(3):
+            (active(snapfs, "web") / "checkpoint").write_text("\n")
+    done: list[str] = []
+    call = {"prune": "remove", "rm": "remove", "rollback": "_kept"}[words[0]]
+    module = {"prune": prune, "rm": rm, "rollback": workspace}[words[0]]
+    call = "_do" if "--keep-last" in words else call
+
+    def late(*arguments: Any) -> Any:
+        kept = original(*arguments) if module is workspace else None
+        replaced(snapfs, path)
+        done.append(path)
+        return kept if module is workspace else original(*arguments)
+
+    original = getattr(module, call)
+    monkeypatch.setattr(module, call, late)
+    monkeypatch.setenv("SNAPFS", str(snapfs.mnt))
+    assert main(list(words)) == status
+    assert done == [path]
+    assert {path.split("/")[1], "x"} <= set(snapfs.names())
+    if path.startswith("active"):
+        assert os.listdir(snapfs.mnt / path / "rootfs/") == ["new"]
+
+
+def test_another_gets_the_name_of_what_was_made(snapfs: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label is refused, and what was made goes again; but not another that has its name by then."""
+
+    def late(*arguments: object) -> None:
+        replaced(snapfs, "active/web")
+        raise Refusal("no")
+
+    monkeypatch.setattr(MountedTree, "write_label", late)
+    monkeypatch.setenv("SNAPFS", str(snapfs.mnt))
+    assert main(["prepare", "web", "-l", "a=1"]) == 1
+    assert snapfs.names() == ["web"]
+    assert os.listdir(snapfs.mnt / "active/web/rootfs/") == ["new"]
 
 
 # -- workspaces
@@ -475,6 +601,32 @@ def test_umount_finds_what_a_mount_has_left_that_was_killed(snapfs: Command, tmp
     assert "is not mounted" in snapfs("umount", "web", status=1)
 
 
+@pytest.mark.parametrize("steps", ["umount t; mount -t tmpfs none t", "mount -t tmpfs none t", "umount t; rmdir t; ln -s u t"])
+def test_umount_leaves_what_has_come_there_since(
+    snapfs: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: str
+) -> None:
+    """Between the command's look at the mount table and the unmount."""
+    os.mkdir(active(snapfs, "web"))
+    (tmp_path / "t").mkdir()
+    (tmp_path / "u").mkdir()
+    snapfs("mount", "web", str(tmp_path / "t"))
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(tmp_path / "u")], check=True)
+    uncovered = mount._uncovered
+
+    def late(*arguments: Any) -> None:
+        uncovered(*arguments)
+        subprocess.run(["sh", "-ec", steps], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(mount, "_uncovered", late)
+    try:
+        assert main(["umount", str(tmp_path / "t")]) == 5
+        assert "has just been unmounted, or covered" in capsys.readouterr().err
+        assert [is_mounted(tmp_path / name) for name in "tu"] == ["tmpfs" in steps, True]
+    finally:
+        for name in ("t", "t", "u"):
+            subprocess.run(["umount", "-q", "--no-canonicalize", str(tmp_path / name)], check=False)
+
+
 def test_what_is_mounted_inside_is_named_by_umount(snapfs: Command, tmp_path: Path) -> None:
     snapfs("prepare", "w")
     (target := tmp_path / "target").mkdir()
@@ -520,6 +672,38 @@ def test_usage(snapfs: Command) -> None:
     assert snapfs("usage", "web").splitlines()[1].startswith("web")
 
 
+def test_usage_of_a_squash(snapfs: Command) -> None:
+    """What it shares is said, and is in the total once."""
+    snapfs("prepare", "web")
+    (active(snapfs, "web") / "rootfs/file").write_bytes(b"x" * 1_000_000)
+    snapfs("commit", "web", "v1")
+    before = snapfs("usage", "v1", "--json")
+    assert snapfs("squash", "v1") == "v1-squashed\n"
+    usage = {each["name"]: each for each in json.loads(snapfs("usage", "--json"))}
+    assert usage["v1"] == json.loads(before)[0]
+    assert (usage["v1"]["shared"], usage["v1-squashed"]["shared"] > 1_000_000) == (0, True)
+    lines = [line.split() for line in snapfs("usage").splitlines()]
+    assert lines[0] == ["NAME", "KIND", "INODES", "SIZE", "SHARED"]
+    assert lines[-1][2].endswith("K"), lines
+
+
+def test_squash(snapfs: Command) -> None:
+    for name in ("one", "two"):
+        snapfs("prepare", "web", *(("--parent", "one") if name == "two" else ()))
+        (active(snapfs, "web") / f"rootfs/{name}").write_text(name)
+        snapfs("commit", "web", name)
+    assert snapfs("squash", "two", "flat") == "flat\n"
+    assert sorted(os.listdir(snapfs.mnt / "committed/flat/rootfs/")) == ["one", "two"]
+    snapfs("prepare", "web")
+    for words, status, said in (
+        (("two", "flat"), 4, 'snapshot "flat" already exists (committed)'),
+        (("two", "web"), 4, 'snapshot "web" already exists (active)'),
+        (("no",), 3, 'snapshot "no" does not exist'),
+        (("web",), 3, '"web" is active: only committed snapshots can be squashed'),
+    ):
+        assert said in snapfs("squash", *words, status=status)
+
+
 def test_events(snapfs: Command) -> None:
     snapfs("prepare", "web")
     snapfs("commit", "--no-sync", "web", "v1")
@@ -539,6 +723,135 @@ def test_events_follow_until_the_daemon_ends(daemon: Daemon) -> None:
         assert daemon.stop() == 0
         assert "the daemon that served" in events.stderr.read()
         assert events.wait(timeout=30) == 7
+
+
+# -- patches
+
+
+@pytest.fixture
+def edited(snapfs: Command) -> Path:
+    """The files of an active snapshot "web", some of which are others than its parent's."""
+    snapfs("prepare", "draft")
+    files = active(snapfs, "draft") / "rootfs"
+    (files / "some text").write_text("".join(f"{number}\n" for number in range(9)))
+    (files / "gone").write_text("-- a\n")
+    snapfs("commit", "draft", "base")
+    snapfs("prepare", "web", "-p", "base")
+    files = active(snapfs, "web") / "rootfs"
+    (files / "some text").write_text(
+        "".join(f"{number}\n" for number in (0, 1, 2, "three", 4, 5, 6, 7, 8, "diff --git a/x b/x"))
+    )
+    (files / "gone").unlink()
+    (files / "nul").write_bytes(b"\0")
+    (files / "é").write_text("\33[31mred\n")
+    return files
+
+
+def test_a_patch(snapfs: Command, edited: Path) -> None:
+    said = snapfs("diff", "--patch", "web")
+    assert said == (active(snapfs, "web") / "changes.patch").read_text()
+    assert "\n-3\n+three\n" in said
+    assert snapfs("diff", "-p", "base").count("new file mode") == 2
+    assert "can't go together" in snapfs("diff", "--patch", "--stat", "web", status=2)
+
+
+def test_how_many_lines_each_file_has(snapfs: Command, edited: Path) -> None:
+    assert snapfs("diff", "--stat", "web").splitlines() == [
+        " gone       | 1 -",
+        " nul        | Bin",
+        " some text  | 3 ++-",
+        ' "\\303\\251" | 1 +',
+        " 4 files changed, 3 insertions(+), 2 deletions(-)",
+    ]
+    snapfs("prepare", "same", "-p", "base")
+    assert snapfs("diff", "--stat", "same") == snapfs("diff", "--patch", "same") == ""
+
+
+def test_two_snapshots(snapfs: Command, edited: Path) -> None:
+    snapfs("checkpoint", "web", "-m", "one")
+    (edited / "nul").unlink()
+    (edited / "é").write_text("\33[31mred\n")
+    snapfs("view", "peek", "-p", "base")
+    snapfs("prepare", "7")
+    for words, lines in {
+        "base web": ["D /gone", "C /some text", "A /é"],
+        "web base": ["A /gone", "C /some text", "D /é"],
+        "--since 1 web": ["D /nul", "C /é"],
+        "--since 0 web": ["D /gone", "C /some text", "A /é"],
+        "--since web@1 --content active/web": ["D /nul"],
+        "--content web": ["D /nul"],
+        "peek web /some\\ text": ["C /some text"],
+        "base committed/web@1 nul gone": ["D /gone", "A /nul"],
+        "base web@1 -- nul": ["A /nul"],
+        "web -- é": ["C /é"],
+        "base peek": [],
+        "7 web /nul": [],
+    }.items():
+        assert snapfs("diff", *shlex.split(words)).splitlines() == lines, words
+    assert json.loads(snapfs("diff", "--json", "--since", "1", "web"))[0] == {"change": "D", "path": "/nul"}
+    assert snapfs("diff", "--stat", "base", "web@1") == snapfs("diff", "--stat", "web@1")
+    assert "GIT binary patch" in snapfs("diff", "--binary", "base", "web@1")
+    assert snapfs("diff", "--color=always", "web").startswith("\33[31mD /nul\33[0m")
+
+
+def test_what_is_no_comparison(snapfs: Command, edited: Path) -> None:
+    """Each mistake has a sentence that says what to do."""
+    snapfs("view", "peek")
+    for words, status, said in (
+        ("nix web", 3, 'snapshot "nix" does not exist in'),
+        ("web nix", 3, "; a path goes after --, as in snapfs diff web -- nix\n"),
+        (f"web {snapfs.mnt}/committed/nix", 3, "snapfs ls lists all"),
+        ("--since nix web", 3, 'snapshot "nix" does not exist in'),
+        ("--since 7 web", 3, '"web" has no checkpoint 7'),
+        ("--since 1 base web", 2, "--since says with what the first is compared"),
+        ("peek", 1, "snapfs diff NAME peek compares it with another"),
+        ("--color=no web", 2, "--color is auto, always or never"),
+        ("--json --binary web", 2, "leave --binary away"),
+        ("base web ../x", 1, 'the path "../x" leads out of the snapshot'),
+        ("base web ''", 1, "an empty path names nothing"),
+        (f"web -- {'a' * (64 << 10)}", 2, "too many paths"),
+        ("", 2, "NAME is missing"),
+    ):
+        assert said in snapfs("diff", *shlex.split(words), status=status), words
+    for name in ("-a", "-b"):
+        snapfs("prepare", "--", name)
+    assert snapfs("diff", "--", "-a", "-b") == snapfs("diff", "--", "-a") == ""
+
+
+def test_a_read_only_tree_compares_with_the_parent_alone(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    Command(daemon.mnt)("prepare", "web")
+    assert daemon.stop() == 0
+    daemon = make_daemon("-o", "ro").start()
+    snapfs = Command(daemon.mnt)
+    assert snapfs("diff", "web") == snapfs("diff", "-p", "web") == ""
+    assert "mounted read-only, so nothing can be asked of it" in snapfs("diff", "web", "web", status=6)
+
+
+def test_a_patch_at_a_terminal(snapfs: Command, edited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In git's colours, through the pager that the user has; nothing in a file is obeyed by the terminal."""
+    monkeypatch.setenv("SNAPFS", str(snapfs.mnt))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.delenv("LESS", raising=False)
+    monkeypatch.setenv("PAGER", f"tee {tmp_path}/paged; echo $LESS")
+    said = OnATerminal("diff", "--patch", "web").said()
+    assert said.endswith("FRX\r\n")
+    assert said.replace("\r\n", "\n").removesuffix("FRX\n") == (tmp_path / "paged").read_text()
+    for line in (
+        "\33[1mdiff --git a/gone b/gone",
+        "\33[36m@@ -1,9 +1,10 @@",
+        "\33[31m-3",
+        "\33[32m+three",
+        "\33[32m+%1B[31mred",
+    ):
+        assert f"{line}\33[0m" in said
+    monkeypatch.setenv("PAGER", "head -n 1")  # it ends before it has read all
+    assert OnATerminal("diff", "--patch", "web").said().count("\n") == 1
+    monkeypatch.setenv("PAGER", "there-is-none --such")
+    assert "+three" in OnATerminal("diff", "--patch", "web").said()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\33" not in OnATerminal("diff", "--patch", "web").said()
 
 
 # -- the terminal
@@ -624,6 +937,15 @@ def test_help(word: str) -> None:
     assert shown.returncode == 0
     assert f"snapfs {word}" in shown.stdout
     assert "\nexamples:\n  " in shown.stdout
+
+
+@pytest.mark.parametrize("words", [("--help",), ("ls",), ("ls", "--json"), ("diff", "--patch", "web")])
+def test_standard_output_on_a_full_disk(snapfs: Command, edited: Path, words: tuple[str, ...]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*SNAPFS, *words], stdout=full, stderr=subprocess.PIPE, env={**os.environ, "SNAPFS": str(snapfs.mnt)}, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, b"snapfs: cannot write to standard output: No space left on device\n")
 
 
 def test_the_command_alone() -> None:

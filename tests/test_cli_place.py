@@ -93,7 +93,7 @@ def test_no_path_of_a_snapshot(tree: Path) -> None:
         done = run("show", word)
         assert done.returncode in (1, 3), word
         assert "Traceback" not in done.stderr
-        assert "does not exist in" in done.stderr or "at most 255" in done.stderr
+        assert "does not exist in" in done.stderr or "at most 255 fit" in done.stderr
     done = run("show", "active/no")
     assert done.stderr == f'snapfs: snapshot "active/no" does not exist in {tree}; snapfs ls lists all\n'
     assert os.listdir(tree.parent / "root/rootfs") == [], "nothing was mounted by looking"
@@ -154,6 +154,88 @@ def test_somebody_at_a_terminal_is_told_which_tree_is_changed(
     monkeypatch.chdir(tree)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     assert "snapfs: working" not in OnATerminal(*words.split()).said()
+
+
+OF_ACTIVE = """\
+show web; show --path web; usage web; diff web; label web; label web a=b; label web --delete team; commit web v1; rm web
+checkpoint web; checkpoint --copy web; rollback web; rollback --keep web; fork web other; mount web TARGET; umount web
+run web -- true; show active/web; tree active/web"""
+
+HIDDEN = {
+    "active": f"{OF_ACTIVE}; prepare new",
+    "active/web": OF_ACTIVE,
+    "active/web/info.json": "show web; mount web TARGET; umount web; label web",
+    "active/web/labels": "label web a=b; label web --delete team; rollback --keep web",
+    "committed": "squash base flat; prepare new -p base; commit web v1; show base; rm base; usage",
+    "committed/base": "squash base flat; show base; usage; prepare new -p base; fork base new; diff base; rm base",
+    "committed/base/active": "show base; prepare new -p base; fork base new",
+    ".snapfs": """\
+ls; tree; usage; rm -r web; checkpoint --list web; events; prune --kind active
+mount web TARGET; umount web; run web -- true""",
+    ".snapfs/snapshots": "ls; tree; usage; rm -r web; checkpoint --list web; prune --kind active",
+    ".snapfs/options.json": "mount web TARGET; umount web; run web -- true",
+}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_what_is_mounted_inside_a_tree_does_not_answer(tree: Path, hidden: str, tmp_path: Path) -> None:
+    """It has copies of all that it hides, so that it could; nor is anything made, changed or removed there."""
+    (copy := tmp_path / "copy").mkdir()
+    (target := tmp_path / "target").mkdir()
+    assert run("label", "web", "team=blue").returncode == run("checkpoint", "web").returncode == 0
+    subprocess.run(["mount", "-t", "tmpfs", "none", copy], check=True)
+    try:
+        place = tree / hidden
+        there = copy / "it"
+        if place.is_dir():
+            there.mkdir()
+            for directory, names, files in os.walk(place):
+                inside = there / Path(directory).relative_to(place)
+                for name in names:
+                    if not (Path(directory) / name).is_symlink():
+                        (inside / name).mkdir()
+                for name in files:
+                    if name not in ("events", "error_log"):
+                        (inside / name).write_bytes((Path(directory) / name).read_bytes())
+        else:
+            there.write_bytes(place.read_bytes())
+        before = sorted(map(str, there.rglob("*")))
+        shown = {each: each.read_bytes() for each in there.rglob("*") if each.is_file()}
+        subprocess.run(["mount", "--bind", there, place], check=True)
+        try:
+            for words in HIDDEN[hidden].replace("TARGET", str(target)).replace("\n", "; ").split("; "):
+                done = run(*words.split())
+                assert done.stdout == "", words
+                assert done.stderr == (
+                    f"snapfs: something else (tmpfs) is mounted over {place}, in the tree: unmount that first: umount {place}\n"
+                ), words
+                assert done.returncode == 5, words
+            assert os.listdir(target) == []
+        finally:
+            subprocess.run(["umount", place], check=True)
+        assert before == sorted(map(str, there.rglob("*")))
+        assert shown == {each: each.read_bytes() for each in there.rglob("*") if each.is_file()}
+    finally:
+        subprocess.run(["umount", copy], check=True)
+    assert sorted(os.listdir(tree / "active")) == ["web"]
+    assert sorted(os.listdir(tree / "committed")) == ["base", "w%2F1", "web@1"]
+    for words in ("label web a=b", "label web --delete team", "show web", "fork base new", "commit web v1"):
+        assert run(*words.split()).returncode == 0
+
+
+def test_another_directory_of_the_tree_in_the_place_of_a_snapshot(tree: Path) -> None:
+    """A bind of the same file system, with the same device."""
+    assert run("prepare", "other").returncode == 0
+    subprocess.run(["mount", "--bind", tree / "active/other", tree / "active/web"], check=True)
+    try:
+        for words in ("show web", "label web a=b", "rm web", "mount web /mnt"):
+            done = run(*words.split())
+            assert done.returncode == 5, words
+            assert "something else (fuse.snapfs of the user root) is mounted over" in done.stderr
+        assert run("show", "other").returncode == run("ls").returncode == 0
+    finally:
+        subprocess.run(["umount", tree / "active/web"], check=True)
+    assert json.loads((tree / "active/other/info.json").read_text())["labels"] == {}
 
 
 @pytest.mark.parametrize(

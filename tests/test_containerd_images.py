@@ -23,7 +23,7 @@ import pytest
 from tests.containerd_client import SECONDS, Client, Containerd, connected
 from tests.containerds import SUITES, binaries, version
 from tests.daemon import Daemon
-from tests.readme import recipe
+from tests.readme import read, recipe
 
 EXAMPLES = Path(__file__).parent.parent / "examples/containerd"
 IMAGE = "test.local/layers:1"
@@ -245,7 +245,11 @@ def test_a_running_container_is_watched_in_the_tree(both: Both) -> None:
     assert os.readlink(web / "rootfs") == said["mounted"][0], "nothing is mounted a second time"
     assert {"A /data/hello", "D /kept/file"} < set((web / "changes").read_text().splitlines()), "and runc's mountpoints"
     done = subprocess.run(
-        ["sh", "-euc", recipe("Look into a running container")], cwd=both.mnt, capture_output=True, text=True, check=True
+        ["sh", "-euc", recipe("Look into a running container", read("examples/containerd"))],
+        cwd=both.mnt,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert {key, "A /data/hello", "D /kept/file", "etc"} < set(done.stdout.splitlines())
     with pytest.raises(OSError, match="busy"):

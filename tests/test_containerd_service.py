@@ -177,7 +177,7 @@ def test_a_life_over_the_socket_as_the_tree_shows_it(client: Client, served: Dae
     assert json.loads((layer / "info.json").read_text())["labels"] == {"a": "b"}
     usage = client.call("Usage", key=LAYER)
     assert (usage.inodes, usage.size >= 12_288) == (2, True)
-    assert json.loads((layer / "usage.json").read_text()) == {"inodes": usage.inodes, "size": usage.size}
+    assert json.loads((layer / "usage.json").read_text()) == {"inodes": usage.inodes, "size": usage.size, "shared": 0}
 
     (mount,) = client.call("View", key="peek", parent=LAYER).mounts
     assert (mount.source, list(mount.options)) == (f"{root}/snapshots/1/fs", ["ro", "rbind"])
@@ -512,6 +512,23 @@ def test_slow_calls_keep_nobody_waiting(client: Client, served: Daemon) -> None:
     assert client.call("Stat", key="quick", timeout=5).info.name == "quick"
     assert scans[0].result().inodes == 30 * 301 + 1
     assert all(scan.result().inodes for scan in scans)
+
+
+def test_requests_of_megabytes_keep_nobody_waiting(client: Client) -> None:
+    """They are refused unread."""
+    most = client.call("Prepare", key="k" * 255, labels={f"{number}": "v" * 200 for number in range(256)})
+    assert len(most.mounts) == 1
+    large = 1 << 20
+    for method, fields in (
+        ("Prepare", {"key": "\x01" * large}),
+        ("Prepare", {"key": "k", "parent": "p" * large}),
+        ("Prepare", {"key": "k", "labels": {f"{number}": "v" for number in range(large // 8)}}),
+        ("Update", {"update_mask": {"paths": ["labels"] * (large // 8)}}),
+        ("List", {"filters": ["name==a"] * (large // 8)}),
+    ):
+        with pytest.raises(grpc.RpcError) as refused:
+            list(client.call(method, **fields))
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 # -- the socket

@@ -1,4 +1,4 @@
-"""The daemon's own files, and the file ``changes``, through the mounted tree."""
+"""The daemon's own files, and the files ``changes`` and ``changes.patch``, through the mounted tree."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.daemon import Daemon
+from tests.patches import ALONE
 from tests.refusals import failing
 from tests.tree import committed, shell
 
@@ -107,3 +108,37 @@ def test_a_directory_that_was_renamed_with_redirects_is_listed_as_it_is(daemon: 
     (mnt / "active/web/diff/moved/new").touch()
     os.setxattr(mnt / "active/web/diff/moved", "trusted.overlay.redirect", b"/elsewhere")
     assert (mnt / "active/web/changes").read_text() == "A /moved\nR /moved/\nA /moved/new\n"
+
+
+def test_changes_as_a_patch(daemon: Daemon, mnt: Path, tmp_path: Path) -> None:
+    """git makes of a copy of the parent's files those of the snapshot, active or committed; others' changes to it are seen."""
+    base = committed(mnt, "base", content="below\n")
+    subprocess.run(["cp", "-a", f"{base}/rootfs/", tmp_path / "copy"], check=True)
+    os.mkdir(base / "active/web")
+    web = mnt / "active/web"
+    assert (web / "changes.patch").read_bytes() == b""
+    (web / "rootfs/file").write_bytes(b"above \xff\xc3")
+    (web / "rootfs/directory").mkdir()
+    (web / "rootfs/directory/file").write_text("")
+    for number in range(2000):
+        (web / f"rootfs/{number}").write_bytes(b"%d \xe2\x82\xac\n" % number * 100)  # which pieces may cut anywhere
+    text = (web / "changes.patch").read_bytes()
+    assert os.stat(web / "changes.patch").st_size == len(text) > 1 << 20
+    subprocess.run(["git", "apply"], cwd=tmp_path / "copy", input=text, check=True, env=ALONE)
+    subprocess.run(["diff", "-r", tmp_path / "copy", f"{web}/rootfs/"], check=True)
+    (web / "rootfs/0").unlink()
+    os.rename(web, mnt / "committed/v1")
+    text = (mnt / "committed/v1/changes.patch").read_bytes()
+    assert b"b/0\n" not in text
+    assert b"b/1999\n" in text
+    assert (mnt / "committed/v1/changes.patch").read_bytes() == text
+
+
+def test_a_patch_of_what_is_elsewhere_is_refused(daemon: Daemon, mnt: Path) -> None:
+    base = committed(mnt, "base")
+    os.mkdir(base / "active/web")
+    (mnt / "active/web/diff/moved").mkdir()
+    os.setxattr(mnt / "active/web/diff/moved", "trusted.overlay.redirect", b"/elsewhere")
+    with failing(errno.EPERM):
+        (mnt / "active/web/changes.patch").read_text()
+    assert '"moved" was renamed in an overlay with redirect_dir=on' in daemon.error_log()[-1]

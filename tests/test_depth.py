@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from snapfs.store.writing import Writer
 from tests.command import Command
 from tests.containerd_client import connected
 from tests.daemon import Daemon
+from tests.processes import until
 
 Make = Callable[..., Daemon]
 
@@ -52,7 +52,7 @@ def deep(root: Path) -> Path:
 
 
 def test_500_checkpoints_work_and_the_next_is_refused_before_anything_is_made(deep: Path, make_daemon: Make) -> None:
-    daemon = make_daemon(root=deep).start()
+    daemon = make_daemon("-o", "squash_depth=0", root=deep).start()
     snapfs = Command(daemon.mnt)
     web = daemon.mnt / "active/web"
     (web / "rootfs/last").write_text("1")
@@ -61,7 +61,7 @@ def test_500_checkpoints_work_and_the_next_is_refused_before_anything_is_made(de
     before = sorted(snapfs.names())
     assert (web / "rootfs/file1").read_text() == "1"
     assert (daemon.mnt / f"committed/web@{MOST}/rootfs/file100").read_text() == "100"
-    assert "(500): copy what its rootfs shows (cp -a) into a new snapshot" in snapfs("checkpoint", "web", status=1)
+    assert f"(500): make one of them, and go on on that: snapfs squash web@{MOST}" in snapfs("checkpoint", "web", status=1)
     with pytest.raises(OSError, match="Too many links") as caught:
         os.rename(web, daemon.mnt / "committed/more")
     assert caught.value.errno == errno.EMLINK
@@ -72,11 +72,29 @@ def test_500_checkpoints_work_and_the_next_is_refused_before_anything_is_made(de
     (web / "rootfs/last").write_text("3")
     os.mkdir(daemon.mnt / f"committed/web@{MOST}/view/peek")
     assert (daemon.mnt / "view/peek/rootfs/last").read_text() == "1"
-    os.mkdir(daemon.mnt / "active/copied")  # what the words say
-    subprocess.run(["cp", "-a", f"{web}/rootfs/.", daemon.mnt / "active/copied/rootfs/"], check=True)
-    os.rename(daemon.mnt / "active/copied", daemon.mnt / "committed/anew")
-    assert (daemon.mnt / "committed/anew/rootfs/last").read_text() == "3"
-    assert (daemon.mnt / "committed/anew/rootfs/file400").read_text() == "400"
+    assert snapfs("squash", f"web@{MOST}", "anew") == "anew\n"  # what the words say
+    os.mkdir(daemon.mnt / "committed/anew/active/next")
+    assert (daemon.mnt / "active/next/rootfs/last").read_text() == "1"
+    assert (daemon.mnt / "active/next/rootfs/file400").read_text() == "400"
+    os.rename(daemon.mnt / "active/next", daemon.mnt / "committed/more")
+    assert daemon.stop() == 0
+
+
+def test_so_many_become_one_by_themselves(deep: Path, make_daemon: Make) -> None:
+    """The workspace, which can't be kept at first, soon can."""
+    daemon = make_daemon("-o", "squash_depth=0", root=deep).start()
+    web = daemon.mnt / "active/web"
+    (web / "rootfs/last").write_text("1")
+    (web / "checkpoint").write_text("\n")
+    (web / "rootfs/more").write_text("2")
+    assert daemon.stop() == 0
+    daemon = make_daemon(root=deep).start()
+    with pytest.raises(OSError, match="Too many links"):
+        (web / "checkpoint").write_text("\n")
+    assert "they are being made one: try again in a moment" in daemon.error_log()[-1]
+    until(lambda: (web / "parent").resolve().name == f"web@{MOST}-squashed")
+    (web / "checkpoint").write_text("\n")
+    assert {path.name for path in (web / "rootfs").iterdir()} == {"last", "more", "file1", *(f"file{n}00" for n in range(1, 5))}
     assert daemon.stop() == 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import trio
 
 from snapfs import Info, Kind, open_snapshotter
 from tests.daemon import Daemon
-from tests.mounts import loop_mounted, mounted
+from tests.mounts import copy_as_cut, loop_mounted, mounted
 
 pytestmark = pytest.mark.durable
 
@@ -26,8 +25,7 @@ async def test_a_power_cut_after_any_call_loses_nothing_of_it(small_disk: Path, 
     async with open_snapshotter(small_disk) as snapshotter:
 
         async def cut() -> None:
-            copy = tmp_path / f"copy{len(copies)}"
-            shutil.copyfile(tmp_path / "image", copy)
+            copy = copy_as_cut(tmp_path / "image", tmp_path / f"copy{len(copies)}")
             copies.append((copy, await snapshotter.walk()))
 
         await snapshotter.prepare("warm")

@@ -19,7 +19,7 @@ from snapfs.options import Sync
 from snapfs.root import unflushed as room
 from snapfs.tree import Tree
 from tests.daemon import Daemon
-from tests.mounts import loop_mounted
+from tests.mounts import copy_as_cut, loop_mounted
 
 pytestmark = pytest.mark.durable
 
@@ -76,7 +76,7 @@ async def test_what_commit_waited_for_is_whole_after_a_power_cut(
         await snapshotter.prepare("a")
         write(snapshotter, 1)
         await snapshotter.commit("base", "a")
-        shutil.copyfile(tmp_path / "image", tmp_path / "copy")
+        copy_as_cut(tmp_path / "image", tmp_path / "copy")
     monkeypatch.setattr(room, "boot_id", lambda: "the next boot")
     with loop_mounted(tmp_path / "copy", tmp_path / "after") as disk:
         async with open_snapshotter(disk) as survivor:
@@ -94,7 +94,7 @@ async def test_what_nobody_waited_for_is_not_passed_off_as_whole(
         await snapshotter.prepare("a")
         write(snapshotter, 1)
         await snapshotter.commit("base", "a", wait=False)
-        shutil.copyfile(tmp_path / "image", tmp_path / "copy")
+        copy_as_cut(tmp_path / "image", tmp_path / "copy")
         await snapshotter.prepare("web", "base")
         gate.open.set()
     with loop_mounted(tmp_path / "copy", tmp_path / "after") as disk:
@@ -248,7 +248,7 @@ def test_sync_of_a_directory_waits_and_mv_does_not(
         fd = os.open(daemon.mnt / waited, os.O_RDONLY | os.O_DIRECTORY)
         os.fsync(fd)
         os.close(fd)
-        shutil.copyfile(tmp_path / "image", tmp_path / "copy")
+        copy_as_cut(tmp_path / "image", tmp_path / "copy")
         with loop_mounted(tmp_path / "copy", tmp_path / "after") as disk:
             assert all((disk / f"snapshots/{n + 1}/fs/file{number}").read_bytes() == CONTENT for number in range(5))
     assert daemon.stop() == 0

@@ -487,7 +487,9 @@ fields: st.SearchStrategy[dict[str, object]] = st.fixed_dictionaries(
         "created": numbers | st.floats(),
         "updated": numbers,
         "labels": st.sampled_from([{}, {"": ""}, {"a": 1}, {1: "a"}, {"x" * 5000: "x" * 5000}, [], {"a\n/": "b\n"}, None]),
-        "usage": st.none() | st.fixed_dictionaries({}, optional={"inodes": numbers, "size": numbers}) | st.just([]),
+        "usage": st.none()
+        | st.fixed_dictionaries({}, optional=dict.fromkeys(("inodes", "size", "shared"), numbers))
+        | st.just([]),
     },
 )
 

@@ -618,13 +618,22 @@ def test_what_is_mounted_inside_a_layer_is_not_asked(make_daemon: Make, outside:
     layer = daemon.root / "snapshots/1/fs"
     (layer / "d/e").mkdir(parents=True)
     (layer / "d/f").write_text("")
-    program = f"for name in ('changes', 'usage.json'): print(open('{workspace}/' + name).read())"
+    (daemon.mnt / "active/other").mkdir()
+    shutil.copytree(layer, daemon.root / "snapshots/2/fs", dirs_exist_ok=True)
+    program = (
+        f"import os; os.chdir('{workspace}')\n"
+        "for name in ('changes', 'usage.json', 'changes.patch'): print(open(name).read())\n"
+        "file = os.open('compare', os.O_RDWR); os.write(file, b'changes content other'); print(os.read(file, 100))"
+    )
     with unanswering(layer / "d/e", layer / "d/f"):
         reader = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)  # which nothing can end
         until(lambda: reader.poll() == 0)
     with reader:
         assert reader.stdout is not None
-        assert reader.stdout.read().startswith("A /d\nA /d/e\nA /d/f\n")
+        said = reader.stdout.read()
+    assert said.startswith("A /d\nA /d/e\nA /d/f\n")
+    assert "diff --git a/d/f b/d/f\nnew file mode 100644\n" in said
+    assert said.endswith("\nb''\n")
 
 
 def test_a_layer_that_does_not_answer_holds_up_no_end(make_daemon: Make) -> None:

@@ -544,6 +544,21 @@ def test_words_of_a_stranger_are_not_believed(served: Daemon) -> None:
         os.rename(workspace, served.mnt / "committed/v1")
 
 
+def test_lower_layers_that_a_stranger_names_are_not_believed(served: Daemon) -> None:
+    """So they keep nothing from being removed or dissolved; an upper one that is in use is no lie."""
+    os.rename(served.mnt / "active/w", served.mnt / "committed/v1")
+    root, top = served.root / "snapshots", Path("/", served.root.parts[1])
+    script = (
+        f"mount -t tmpfs x {top}; mkdir -p {root}/1/fs {root}/2/fs {top}/u {top}/w {top}/o; "
+        f"mount -t overlay o -o userxattr,lowerdir={root}/2/fs:{root}/1/fs {top}/o && {READY}"
+    )
+    assert info(served.mnt / "committed/v1")["id"] == 2
+    with process(*alice, "unshare", "-Urm", "--propagation", "private", "sh", "-c", script, cwd=Path("/")):
+        (served.mnt / "committed/b/dissolve").write_text("yes\n")
+        assert (served.mnt / "committed/v1/rootfs/file").read_text() == "base"
+        os.rmdir(served.mnt / "committed/v1")
+
+
 @pytest.mark.durable
 def test_what_another_root_of_the_same_path_had_mounted(make_daemon: Make, served: Daemon, tmp_path: Path) -> None:
     """What the mount table says of it is true of the root that was moved away."""

@@ -37,7 +37,7 @@ from snapfs.store import environment, locktable
 from snapfs.tree import Tree
 from snapfs.tree.inodes import ROOT_INODE
 from tests.nodes import crawl
-from tests.processes import die_with_parent, in_fork
+from tests.processes import die_with_parent, in_fork, own_descriptors
 from tests.records import adding, check_indexes, readers
 
 pytestmark = pytest.mark.durable
@@ -222,11 +222,11 @@ def test_nobody_else_can_open_what_is_open(tmp_path: Path) -> None:
 
 
 def test_nothing_is_beside_the_records_nor_left_in_memory(tmp_path: Path) -> None:
-    before = set(os.listdir("/dev/shm")), set(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/dev/shm")), set(own_descriptors())
     store = MetaStore(str(tmp_path / "m"))
     assert os.listdir(tmp_path) == ["m"]
     store.close()
-    assert (set(os.listdir("/dev/shm")), set(os.listdir("/proc/self/fd"))) == before
+    assert (set(os.listdir("/dev/shm")), set(own_descriptors())) == before
 
 
 @pytest.mark.mounts

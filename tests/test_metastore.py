@@ -23,7 +23,7 @@ from snapfs.store.reading import Reader
 from snapfs.store.schema import SCHEMA, Record
 from snapfs.store.writing import Writer
 from tests.placing import DryPool
-from tests.records import Held, adding, check_indexes, entries, record
+from tests.records import Held, adding, check_indexes, entries, record, until_in_line
 
 # -- indexes
 
@@ -195,10 +195,10 @@ async def test_if_the_sync_fails_all_of_its_batch_do_and_are_undone(
             nursery.start_soon(snapshotter.records.write, hold)
             await busy.wait()
             nursery.start_soon(remove)
-            await trio.testing.wait_all_tasks_blocked()
+            await until_in_line(snapshotter.records, 1)
             nursery.start_soon(prepare, "one", None)
             nursery.start_soon(prepare, "two", None)
-            await trio.testing.wait_all_tasks_blocked()
+            await until_in_line(snapshotter.records, 3)
             go_on.set()
     assert [error.errno for error in errors] == [code, code]
     assert os.strerror(code) in str(errors[0])

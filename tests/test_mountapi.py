@@ -16,7 +16,7 @@ import pytest
 from snapfs.kernel import mountapi, mounting, overlay
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.mountoptions import escape
-from tests.processes import die_with_parent
+from tests.processes import die_with_parent, own_descriptors
 
 pytestmark = pytest.mark.mounts
 
@@ -61,7 +61,7 @@ def writers(upper: str) -> list[str]:
 
 
 def descriptors() -> list[str]:
-    return sorted(os.listdir("/proc/self/fd"))
+    return sorted(own_descriptors())
 
 
 def mounts_at(target: Path) -> list[MountPoint]:

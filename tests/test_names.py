@@ -110,6 +110,13 @@ def test_255_bytes_fit_as_a_file_name_and_no_more(unit: str, takes: int) -> None
         decode(encode(fits) + "x")
 
 
+def test_a_key_of_millions_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over containerd's socket somebody may send one, and all others would wait."""
+    monkeypatch.setattr("snapfs.names._ENCODED", None)
+    with pytest.raises(NameTooLong, match='%01…" takes 1000000 bytes or more as a file name; at most 255 fit'):
+        encode("\x01" * 1_000_000)
+
+
 @given(keys | tricky)
 def test_decoding_undoes_encoding(key: str) -> None:
     try:

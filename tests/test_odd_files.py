@@ -42,6 +42,7 @@ from snapfs.scan.usage import disk_usage
 from snapfs.scan.walk import Descriptors, directories
 from tests.command import Command, run
 from tests.daemon import Daemon, bounded
+from tests.processes import own_descriptors
 from tests.tree import remove_all
 
 pytestmark = pytest.mark.mounts
@@ -299,11 +300,11 @@ OPERATIONS = ["usage", "changes", "owners", "commit", "check", "check_orphaned",
 async def test_each_odd_thing_in_each_operation(root: Path, make: Callable[[Path], Made], operation: str) -> None:
     case = Case(root, make)
     await case.filled()
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len(own_descriptors())
     with closing(Opened(case.layer)) as opened, bounded(60):
         await getattr(case, operation)()
         assert opened.names() == set()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(own_descriptors()) == descriptors
 
 
 # -- what another process opens, and what grows
@@ -421,7 +422,7 @@ def test_memory_for_very_many_entries_of_a_directory(fast: Path, monkeypatch: py
 
 def test_memory_for_very_many_subdirectories(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("snapfs.scan.walk.BATCH", 500)
-    monkeypatch.setattr("snapfs.scan.changes.BATCH", 500)
+    monkeypatch.setattr("snapfs.scan.marks.BATCH", 500)
     monkeypatch.setattr("snapfs.scan.changes.MANY", 1000)
     monkeypatch.setattr("snapfs.scan.spool.RUN", 1000)
     monkeypatch.setattr("snapfs.scan.spool.MERGED", 1 << 16)
@@ -473,7 +474,7 @@ def test_a_walk_that_stops_half_way_through_large_directories_meets_everything_o
         else:
             place.touch()
         expected.add(os.lstat(place).st_ino)
-    before, most = len(os.listdir("/proc/self/fd")), 0
+    before, most = len(own_descriptors()), 0
     met = [tmp_path.stat().st_ino]
     with closing(directories(str(tmp_path))) as visited:
         for _, entries in visited:
@@ -482,11 +483,11 @@ def test_a_walk_that_stops_half_way_through_large_directories_meets_everything_o
             assert len(entries) <= 4
     assert sorted(met) == sorted(expected)
     assert most <= before + 14
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(own_descriptors()) == before
     with closing(directories(str(tmp_path))) as visited:  # given up half way
         for _ in range(30):
             next(visited)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(own_descriptors()) == before
 
 
 def test_a_file_appears_in_a_spool_no_longer_than_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,13 +497,13 @@ def test_a_file_appears_in_a_spool_no_longer_than_the_scan(tmp_path: Path, monke
     for name in "abcdef":
         (tmp_path / "layer" / name).touch()
         (tmp_path / "layer/d" / name).touch()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(own_descriptors())
     lines = changes([str(tmp_path / "layer")], spool=str(tmp_path / "spool"))
     assert next(lines) == "A /a\n"
     assert any(str(tmp_path / "spool") in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")[:-1])
     assert os.listdir(tmp_path / "spool") == []
     lines.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(own_descriptors()) == before
 
 
 # -- what is mounted inside a layer

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ import pytest
 from tests.command import SNAPFS
 from tests.home import Home, home_of, with_workspace
 from tests.processes import until
-from tests.users import ALICE, alice, bob
+from tests.users import ALICE, alice, bind, bob
 
 pytestmark = [pytest.mark.mounts, pytest.mark.usefixtures("everybodys_fuse", "users")]
 
@@ -39,16 +39,6 @@ def home(nobody_serves: Home) -> Home:
     """With a base, and the workspace ``w`` on it."""
     nobody_serves.daemon.start()
     return with_workspace(nobody_serves)
-
-
-@pytest.fixture(params=["alice", "root"])
-def anybody(request: pytest.FixtureRequest) -> Iterator[Home]:
-    """The same for an ordinary user and for root."""
-    with home_of(alice if request.param == "alice" else ()) as home:
-        home.daemon.start()
-        yield with_workspace(home)
-        assert home.daemon.stop() == 0
-        assert home.mounts() == []
 
 
 # -- the tree from every shell
@@ -74,6 +64,23 @@ def test_a_whole_life(home: Home) -> None:
     assert home.mounts() == []
     assert home.daemon.said == [f"snapfs: serving {home.root} on {home.mnt}\n"]
     assert os.listdir(home.root / "rootfs") == []
+
+
+def test_any_two_snapshots(anybody: Home) -> None:
+    """What an ordinary user's overlays write into layers is understood, too; git makes the one of the other."""
+    home = anybody
+    home.sh("cd tree/active/w/rootfs; rm file; echo n > n; mkdir -p sub/d; echo 1 > sub/d/f; ln -s n l")
+    home.snapfs("checkpoint", "w")
+    home.sh("cd tree/active/w/rootfs; echo m > n; rm -r sub; mkdir sub; echo 2 > sub/f")
+    assert home.snapfs("diff", "b", "w") == "D /file\nA /l\nA /n\nA /sub/f\n"
+    assert home.snapfs("diff", "--since", "1", "w") == "C /n\nD /sub/d\nA /sub/f\n"
+    home.sh("exec 3<>tree/committed/b/compare; echo 'changes w' >&3; cat <&3 > said")
+    assert home.sh("cat said") == "A /file\nD /l\nD /n\nD /sub/f\n"
+    for old, new in (("b", "w"), ("w@1", "w"), ("w", "b")):
+        for kind, name in (("old", old), ("new", new)):
+            home.sh(f"rm -rf {kind}; cp -a tree/*/{name}/rootfs/ {kind}; find {kind} -type d -empty -delete")
+        home.sh(f"{shlex.join(SNAPFS)} diff -p {old} {new} > patch; cd old; git apply --check ../patch; git apply ../patch")
+        home.sh("diff -r old new")
 
 
 def test_an_editor_and_a_file_manager_and_inotify(home: Home) -> None:
@@ -472,21 +479,110 @@ def test_a_workspace_that_ends_before_anything_is_read(anybody: Home, words: str
     script = f"""
 import builtins, os, sys
 from snapfs.cli import main
+from snapfs.cli.within import Within
 
 def before(act):
-    def acting(path, *arguments, **named):
-        if path == "{anybody.mnt}/active/w/{file}" and os.path.isdir("{anybody.mnt}/active/w"):
+    def acting(*arguments, **named):
+        if "{anybody.mnt}/active/w/{file}" in arguments and os.path.isdir("{anybody.mnt}/active/w"):
             os.rmdir("{anybody.mnt}/active/w")
-        return act(path, *arguments, **named)
+        return act(*arguments, **named)
     return acting
 
-os.readlink, builtins.open = before(os.readlink), before(builtins.open)
+Within.readlink, builtins.open = before(Within.readlink), before(builtins.open)
 sys.exit(main({words.split()}))
 """
     (anybody.path / "t").mkdir()
     said = anybody.does(sys.executable, "-c", script, status=status)
     assert said.endswith('snapfs: "w" was committed or removed a moment ago: see snapfs ls, and try again\n')
     assert not (anybody.path / "ran").exists()
+
+
+JOINING = """
+import os, sys
+from snapfs.cli import main
+from snapfs.kernel import userns
+
+def after(join):
+    def joining(*arguments, **named):
+        join(*arguments, **named)
+        before.update(set() if before else sys.modules)
+    return joining
+
+def end(*_):
+    print("imported:", *sorted(set(sys.modules) - before) if before else "nothing was joined")
+    sys.exit()
+
+before = set()
+userns.join = after(userns.join)
+os.execvp = end
+main(sys.argv[1:])
+end()
+"""
+
+
+def test_all_modules_are_imported_before_a_namespace_is_joined(home: Home) -> None:
+    """What stands at their place in there may be somebody else's."""
+    target = home.path / "target"
+    home.sh("mkdir target")
+    for words in (
+        ["mount", "w", target],
+        ["umount", "w"],
+        ["mount", "w", target],
+        ["umount", target],
+        ["umount", "w"],
+        ["mount", "w", target / "missing"],
+        ["run", "w", "--", "true"],
+        ["run", "w", "--over", target, "--", "true"],
+        ["run", "w", "--root", "--", "true"],
+    ):
+        said = home.does(sys.executable, "-c", JOINING, *words)
+        assert said.splitlines()[-1] == "imported:", (words, said)
+
+
+def test_a_tree_that_calls_another_process_its_daemon(home: Home, tmp_path: Path) -> None:
+    """The kernel says which process has the tree's device: no other's namespaces are joined, be it the user's own."""
+    target = home.path / "target"
+    home.sh("mkdir target")
+    with subprocess.Popen(home.words("unshare", "-Urm", "sh", "-c", "echo; read _"), stdin=-1, stdout=-1) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"\n"
+        script = """
+import sys
+from snapfs.cli import main
+from snapfs.cli.place import MountedTree
+
+options = MountedTree.options
+MountedTree.options = lambda place: {**options(place), "pid": int(sys.argv[1])}
+sys.exit(main(sys.argv[2:]))
+"""
+        mounted = home.does("cat", f"/proc/{other.pid}/mountinfo")
+        for pid, status, why in (
+            (other.pid, 1, "does not serve"),
+            (os.getpid(), 6, "is another user's: be that user"),
+        ):
+            for words in (["mount", "w", str(target)], ["umount", "w"], ["run", "w", "--", "true"]):
+                said = home.does(sys.executable, "-c", script, str(pid), *words, status=status)
+                assert f"snapfs: process {pid}" in said
+                assert why in said
+        assert home.does("cat", f"/proc/{other.pid}/mountinfo") == mounted
+        other.kill()
+
+
+def test_what_is_mounted_in_the_tree_is_in_the_daemons_log(nobody_serves: Home, tmp_path: Path) -> None:
+    """Though the daemon may not see it in its own namespace."""
+    (tmp_path / "fuse.conf").write_text("user_allow_other\n")
+    with ExitStack() as stack:
+        bind(stack, tmp_path / "fuse.conf", "/etc/fuse.conf")
+        nobody_serves.daemon = nobody_serves.another("--allow-other").start()
+        home = with_workspace(nobody_serves)
+        process = home.daemon.process
+        assert process is not None
+        assert process.stderr is not None
+        for place in (home.mnt / "active/w", home.mnt / ".snapfs"):
+            subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+            stack.callback(subprocess.run, ["umount", str(place)], check=True)
+            line = process.stderr.readline()
+            assert line == f"snapfs: something is mounted over {place}, and hides what the tree has there: umount {place}\n"
 
 
 def test_files_of_root_s_in_a_lower_layer(home: Home) -> None:

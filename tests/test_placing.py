@@ -14,7 +14,7 @@ from snapfs.root import imprint
 from snapfs.root.layers import FsTemplate
 from snapfs.root.pool import POOL, Pool
 from snapfs.store.writing import Writer
-from tests.mounts import loop_mounted
+from tests.mounts import copy_as_cut, loop_mounted
 from tests.placing import FILL, DryPool, placed
 
 pytestmark = pytest.mark.durable
@@ -140,21 +140,27 @@ async def test_an_id_that_was_given_back_is_not_settled_by_what_had_it(
 async def test_a_power_cut_takes_no_directory(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: bool
 ) -> None:
-    """The image of the disk is copied the moment the calls return: what a power cut would leave."""
+    """The image of the disk is copied the moment the calls return: what a power cut would leave.  With a pool the
+    directories mostly lack in it, and are put in their places at the next start; but the kernel may have written them."""
+    missing: list[str] = []
+
+    async def look(copy: Path, made: dict[str, int]) -> None:
+        with loop_mounted(copy, tmp_path / "after") as disk:
+            missing.extend({str(number) for number in made.values()} - set(os.listdir(disk / "snapshots")))
+            async with open_snapshotter(disk) as survivor:
+                assert {info.name: info.id for info in await survivor.walk()} == made
+                for name in made:
+                    await survivor.mounts(name)
+
     async with open_snapshotter(small_disk) as snapshotter:
         FILL(snapshotter.layers.pool, lambda: None)
         with monkeypatch.context() as patch:
             if dry:
                 patch.setattr(snapshotter.layers.pool, "_ready", DryPool())
-            for number in range(5):
-                await snapshotter.prepare(f"k{number}")
-            await snapshotter.view("peek")
-        made = {info.name: info.id for info in await snapshotter.walk()}
-        shutil.copyfile(tmp_path / "image", tmp_path / "copy")
-    with loop_mounted(tmp_path / "copy", tmp_path / "after") as disk:
-        present = set(os.listdir(disk / "snapshots"))
-        assert {str(number) for number in made.values()}.issubset(present) == dry, "the test means something"
-        async with open_snapshotter(disk) as survivor:
-            assert {info.name: info.id for info in await survivor.walk()} == made
-            for name in made:
-                await survivor.mounts(name)
+            for number in range(11):
+                await (snapshotter.prepare if number % 10 else snapshotter.view)(f"k{number}")
+                made = {info.name: info.id for info in await snapshotter.walk()}
+                copy = copy_as_cut(tmp_path / "image", tmp_path / "copy")
+                await look(copy, made)
+                copy.unlink()
+    assert not (dry and missing), "without a pool each is flushed by itself"

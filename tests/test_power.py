@@ -19,7 +19,7 @@ from snapfs import Kind, Options, Snapshotter, open_snapshotter
 from snapfs.root import unflushed as unflushed_room
 from tests.daemon import Daemon
 from tests.disk import disk, mounted
-from tests.power import Left, State, Story, cut, fill
+from tests.power import Content, Left, State, Story, cut, fill
 
 pytestmark = [pytest.mark.mounts, pytest.mark.durable]
 
@@ -65,7 +65,8 @@ class Library:
         return f"{word}{self.serial}"
 
     async def anything(self) -> None:
-        calls = (self.make, self.commit, self.commit, self.commit_soon, self.commit_soon, self.rename, self.update, self.remove)
+        commits = (self.commit, self.commit, self.commit_soon, self.commit_soon)
+        calls = (self.make, *commits, self.rename, self.update, self.remove, self.squash, self.dissolve)
         await self.chance.choice(calls)()
 
     async def make(self, kind: Kind | None = None) -> int:
@@ -90,6 +91,36 @@ class Library:
 
     async def commit_soon(self) -> None:
         await self.commit(wait=False)
+
+    async def squash(self) -> None:
+        if numbers := self.story.all(Kind.COMMITTED):
+            number, name = self.chance.choice(numbers), self.name("squash")
+            asked, content = self.story.disk.now(), self.story.shown(number)
+            made = await self.snapshotter.squash(number, name)
+            self._tell_made(made.id, asked, State(name, Kind.COMMITTED, 0, made.labels), content)
+
+    def _tell_made(self, number: int, asked: int, state: State, content: Content) -> None:
+        self.story.content[number] = content
+        self.story.tell(number, asked, state)
+        self.story.flushed[number] = self.story.disk.now()
+
+    async def dissolve(self) -> None:
+        """One on which only committed ones stand, if at all."""
+        story, committed = self.story, self.story.all(Kind.COMMITTED)
+        if numbers := [number for number in committed if set(story.children(number)) <= set(committed)]:
+            number = self.chance.choice(sorted(numbers, key=lambda number: -len(story.children(number)))[:2])
+            gone, children = story.now(number), story.children(number)
+            asked = story.disk.now()
+            await self.snapshotter.dissolve(number)
+            story.tell(number, asked, None)
+            for child in children:
+                before, above = story.now(child), story.children(child)
+                new = (await self.snapshotter.stat(before.name)).id
+                story.tell(child, asked, None)
+                content = {**story.content[number], **story.content[child]}
+                self._tell_made(new, asked, before._replace(parent=gone.parent), content)
+                for each in above:
+                    story.tell(each, asked, story.now(each)._replace(parent=new))
 
     async def flush(self) -> None:
         before = self.story.disk.now()

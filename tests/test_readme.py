@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ import pytest
 from snapfs.cli import VERBS
 from snapfs.cli.serve import _ACCESS, _FLAGS, _NUMBERS
 from snapfs.offline.checking import check
+from tests.command import SNAPFS
 from tests.daemon import Daemon
+from tests.home import Home
 from tests.readme import CLONE, README, READMES, read, recipe
 
 
@@ -45,21 +48,46 @@ def test_the_first_steps(daemon: Daemon) -> None:
     assert done.stdout == "hostname\n"
 
 
-def test_a_workspace(daemon: Daemon, tmp_path: Path) -> None:
-    (tmp_path / "snapfs").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m snapfs.cli "$@"\n')
-    (tmp_path / "snapfs").chmod(0o755)
-    environment = {**os.environ, "SNAPFS": str(daemon.mnt), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+@pytest.fixture
+def does(anybody: Home) -> Callable[[str], list[str]]:
+    """What the commands of a recipe say."""
+    anybody.sh("mkdir bin app project project/src project/docs")
+    scripts = {
+        "bin/snapfs": f'exec {shlex.join(SNAPFS)} "$@"',
+        "app/upgrade.sh": "echo 2 > version; rm old; ln -s version new",
+        "project/agent.sh": "echo good > src/code; echo bad > docs/text; pwd > docs/where",
+    }
+    for name, script in scripts.items():
+        (anybody.path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (anybody.path / name).chmod(0o755)
+    anybody.sh("cd app; echo 1 > version; echo old > old; cd ..; find app | sort > before; echo text > project/docs/text")
 
-    def run(title: str) -> list[str]:
-        words = ["sh", "-euc", recipe(title)]
-        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    def does(title: str) -> list[str]:
+        return anybody.sh(f"PATH={anybody.path}/bin:$PATH\n{recipe(title)}").splitlines()
 
-    assert run("Try an upgrade, and undo it")[-1] == "1"
-    said = run("Checkpoint an agent's workspace")
-    assert [line.split()[1] for line in said[2:4]] == ["web@1", "web@2"]
-    assert said[3].endswith("the tests pass")
-    assert said[4] == "kept as web@3"
-    assert (daemon.mnt / "active/other/rootfs/version").read_text() == "1\n"
+    return does
+
+
+def test_an_upgrade(anybody: Home, does: Callable[[str], list[str]]) -> None:
+    said = does("Try an upgrade of a whole directory, and undo it")
+    assert {"C /version", "D /old", "A /new"} <= set(said)
+    assert anybody.sh("cat app/version; find app | sort | diff - before") == "1\n"
+    assert "new" in anybody.sh("ls tree/active/app/rootfs/")
+
+
+def test_a_review(anybody: Home, does: Callable[[str], list[str]]) -> None:
+    said = does("Review what an agent did, and take half of it")
+    assert {"+good", "-text", "+bad", f"+{anybody.path}/project"} <= set(said)
+    assert anybody.sh("cd project; cat src/code docs/text; ls docs") == "good\ntext\ntext\n"
+    assert anybody.sh("ls tree/active") == "w\n"
+
+
+def test_an_agents_workspace(anybody: Home, does: Callable[[str], list[str]]) -> None:
+    said = does("Checkpoint an agent's workspace")
+    assert [line.split()[1] for line in said if line.lstrip()[:1].isdigit()] == ["web@1"]
+    assert next(line for line in said if line.endswith("the tests pass")).split()[1] == "web@1"
+    assert "web is as web@1" in said
+    assert anybody.sh("ls tree/active") == "other\nw\nweb\n"
 
 
 @pytest.mark.durable

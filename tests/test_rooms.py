@@ -14,7 +14,7 @@ from snapfs.snapshotter import Snapshotter
 
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
-PURE = {"model", "errors", "names", "filters", "idmap", "labels", "mountoptions", "mountspec", "options"}
+PURE = {"allowance", "model", "errors", "names", "filters", "idmap", "labels", "mountoptions", "mountspec", "options"}
 DOORS = {"snapshotter", "opening"}
 DOORWAYS = {"tree", "fuse", "containerd", "cli"}  # what is built on a Snapshotter
 
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "threads": PURE,
     "store": PURE | {"kernel", "threads", "store"},
     "scan": PURE | {"kernel", "threads", "scan"},
+    "applying": PURE | {"kernel", "scan", "applying"},
     "root": PURE | {"kernel", "store", "scan", "root"},
     "rules": PURE | {"kernel", "store", "scan", "root", "rules"},
     "services": PURE | {"threads", "kernel", "store", "scan", "root", "rules", "services"},
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "fuse": PURE | DOORS | {"threads", "kernel", "root", "tree", "fuse"},
     "containerd": PURE | {"threads", "kernel", "snapshotter", "containerd"},
     "testing": {"kernel", "scan", "testing"},
-    "cli": PURE | DOORS | {"kernel", "root", "offline", "fuse", "containerd", "cli"},
+    "cli": PURE | DOORS | {"kernel", "scan", "applying", "root", "offline", "fuse", "containerd", "cli"},
 }
 
 WITHOUT_TRIO = {*PURE, "kernel", "root", "rules"}

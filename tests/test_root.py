@@ -30,6 +30,7 @@ from snapfs import (
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import mountapi, mounting, overlay, probe
 from snapfs.labels import UPPERDIR as UPPERDIR_LABEL
+from snapfs.store.schema import SCHEMA
 from tests.processes import die_with_parent
 
 
@@ -559,9 +560,9 @@ async def test_a_newer_schema_is_refused_and_nothing_is_touched(root: Path) -> N
     (root / "snapshots/2").mkdir()
     store = MetaStore(str(root / "metadata.mdb"))
     with store.environment.env.begin(write=True) as txn:
-        txn.put(b"schema", b"2", db=store.tables.meta)
+        txn.put(b"schema", str(SCHEMA + 1).encode(), db=store.tables.meta)
     store.close()
-    with pytest.raises(Damaged, match=r"newer snapfs \(schema 2; this one reads 1\): use that one"):
+    with pytest.raises(Damaged, match=rf"newer snapfs \(schema {SCHEMA + 1}; this one reads {SCHEMA}\): use that one"):
         await use(root)
     assert sorted(os.listdir(root / "snapshots")) == ["1", "2"]
 

@@ -27,12 +27,14 @@ from snapfs import open_snapshotter
 from snapfs.errors import AlreadyExists, Busy, Closed, NotFound
 from snapfs.kernel import mounting, processes
 from snapfs.kernel.mounttable import mount_table
+from snapfs.kernel.processes import used_devices
 from snapfs.model import Kind
 from snapfs.options import Options
 from snapfs.root.inuse import Closing
 from snapfs.services.rootfs import GRACE, PASSING
+from tests import disk
 from tests.daemon import Daemon
-from tests.processes import die_with_parent, until
+from tests.processes import die_with_parent, own_descriptors, until
 from tests.refusals import failing, refused
 from tests.rootfs import chain, feature, files, held, mounts_below, somebody, stats
 from tests.tree import info, mounted, remove_all, shell, usage
@@ -1059,57 +1061,43 @@ def test_kill_9_in_the_middle_of_it(make_daemon: Make) -> None:
 # -- the disk
 
 
-@contextmanager
-def disk(tmp_path: Path, megabytes: int) -> Iterator[Path]:
-    """An ext4 of its own."""
-    (image := tmp_path / "image").touch()
-    os.truncate(image, megabytes << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
-    (target := tmp_path / "disk").mkdir()
-    subprocess.run(["mount", "-o", "loop", str(image), str(target)], check=True)
-    try:
-        yield target
-    finally:
-        subprocess.run(["umount", str(target)], check=False)
-
-
 @pytest.mark.alone
 @pytest.mark.durable
 @pytest.mark.parametrize("how", ["committed", "removed", "evicted", "expired"])
 def test_no_request_waits_for_the_flush(make_daemon: Make, tmp_path: Path, how: str) -> None:
     """The last unmount of an overlay writes all that the file system below it has in memory: never while somebody waits."""
-    with disk(tmp_path, 256) as directory:
+    mark = b"not yet"
+    disk.make_file_system("ext4", image := tmp_path / "image", 128 << 20)
+    with (
+        disk.disk("ext4", image, parallel=True) as slow,
+        disk.mounted(slow.device, "ext4", tmp_path / "disk", "data=writeback") as directory,  # no journal waits for data
+    ):
         daemon = make_daemon("--rootfs-idle=0.3" if how == "expired" else "--rootfs-max=1", root=directory / "root").start()
 
-        def written() -> int:
-            """Mebibytes that the disk has been given so far."""
-            device = os.stat(directory).st_dev
-            return int(Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()[6]) >> 11
+        def written() -> bool:
+            """Whether the disk has been given what nobody has asked to be flushed."""
+            return any(mark in write.data for write in slow.history()[0])
 
         try:
             mnt = daemon.mnt
             os.mkdir(chain(mnt, "base") / "active/web")
             os.mkdir(mnt / "active/other")
             os.sync()
-            with open(mnt / "active/web/rootfs/much", "wb") as file:
-                for _ in range(64):
-                    file.write(os.urandom(1 << 20))
-            before = written()
-            if how == "committed":
-                os.rename(mnt / "active/web", mnt / "committed/v1")
-            elif how == "removed":
-                os.rmdir(mnt / "active/web")
-            elif how == "evicted":
-                os.readlink(mnt / "active/other/rootfs")
-            else:
-                until_held(daemon, [])
-            between = written()
-            if how != "expired":  # which nobody waits for: the flush has begun when it can be seen
-                assert between - before < 48, f"{between - before} MiB were written meanwhile"
-            if how in ("committed", "removed"):
-                assert held(daemon) == []
+            with slow.held(mark):
+                (mnt / "active/web/rootfs/much").write_bytes(mark.ljust(4096) * 64)
+                if how == "committed":
+                    os.rename(mnt / "active/web", mnt / "committed/v1")
+                elif how == "removed":
+                    os.rmdir(mnt / "active/web")
+                elif how == "evicted":
+                    os.readlink(mnt / "active/other/rootfs")
+                else:
+                    until_held(daemon, [])
+                if how in ("committed", "removed"):
+                    assert held(daemon) == []
+                assert not written()
             if how != "removed":
-                until(lambda: written() - before > 48)
+                until(written)
             assert daemon.stop() == 0
         finally:
             daemon.cleanup()
@@ -1186,7 +1174,7 @@ def test_whatever_crawls_the_tree_ends_and_mounts_no_more_than_the_cap(make_daem
 async def test_cancelled_or_closed_in_the_middle_nothing_is_left(root: Path, seed: int) -> None:
     """No mount, no directory, no descriptor, no lock; and it goes on where it was not closed."""
     pick = random.Random(seed)
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = sorted(own_descriptors())
     async with open_snapshotter(root, Options(rootfs_max=4, rootfs_idle=0.3)) as snapshotter:
         await snapshotter.prepare("draft")
         await snapshotter.commit("base", "draft")
@@ -1237,7 +1225,7 @@ async def test_cancelled_or_closed_in_the_middle_nothing_is_left(root: Path, see
     assert [mount for mount in mount_table() if mount.target.startswith(f"{root}/rootfs/")] == []
     assert os.listdir(root / "rootfs") == []
     assert not (root / "lost+found").exists()
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert sorted(own_descriptors()) == before
 
 
 async def test_who_follows_while_it_is_being_unmounted_waits(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1379,16 +1367,16 @@ async def test_a_commit_that_is_cancelled_while_it_looks_for_users_leaves_nothin
 ) -> None:
     searching, go_on = trio.Event(), threading.Event()
 
-    def search(device: str, *, longest: float) -> Iterator[tuple[int, str]]:
+    def search(devices: set[str]) -> set[str]:
         trio.from_thread.run_sync(searching.set)
         assert go_on.wait(20)
-        yield from ()
+        return set()
 
     async with open_snapshotter(root) as snapshotter, trio.open_nursery() as nursery:
         await snapshotter.prepare("web")
         await snapshotter.mount("web")
         monkeypatch.setattr("snapfs.services.rootfs.MUCH", 0)
-        monkeypatch.setattr("snapfs.services.rootfs.users_of_device", search)
+        monkeypatch.setattr("snapfs.services.naming.used_devices", search)
         with trio.CancelScope() as scope:
             nursery.start_soon(_when, searching, scope.cancel)
             await snapshotter.commit("v1", "web")
@@ -1397,6 +1385,43 @@ async def test_a_commit_that_is_cancelled_while_it_looks_for_users_leaves_nothin
         monkeypatch.setattr("snapfs.services.rootfs.MUCH", 1 << 40)
         assert os.listdir(await snapshotter.mount("web")) == []
         await snapshotter.commit("v1", "web")
+
+
+async def test_one_search_for_all_who_ask_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty commits while much waits for the disk: who comes while all processes are looked at waits for the next time."""
+    searched, go_on = list[set[str]](), threading.Event()
+
+    def search(devices: set[str]) -> set[str]:
+        searched.append(set(devices))
+        assert go_on.wait(20)
+        return used_devices(devices)
+
+    monkeypatch.setattr("snapfs.services.rootfs.MUCH", 0)
+    monkeypatch.setattr("snapfs.services.rootfs.SEARCH", 20)
+    monkeypatch.setattr("snapfs.services.naming.used_devices", search)
+    async with open_snapshotter(root) as snapshotter:
+        for n in range(20):
+            await snapshotter.prepare(f"k{n}")
+            await snapshotter.mount(f"k{n}")
+        busy = os.open(f"{await snapshotter.mount('k7')}/file", os.O_CREAT | os.O_WRONLY)
+        assert snapshotter.rootfs is not None
+        using, refused = snapshotter.rootfs._using, list[str]()
+
+        async def commit(key: str) -> None:
+            try:
+                await snapshotter.commit(f"c{key}", key, wait=False)
+            except Busy:
+                refused.append(key)
+
+        async with trio.open_nursery() as nursery:
+            for n in range(20):
+                nursery.start_soon(commit, f"k{n}")
+            while not searched or len(using._next.devices) + len(searched[0]) < 19:
+                await trio.sleep(0.001)
+            go_on.set()
+        os.close(busy)
+    assert refused == ["k7"], "which could not even be unmounted"
+    assert [len(devices) for devices in searched] == [len(searched[0]), 19 - len(searched[0])]
 
 
 async def _when(event: trio.Event, call: Callable[[], None]) -> None:

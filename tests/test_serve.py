@@ -121,6 +121,30 @@ def test_umount_ends_it(make_daemon: Make, command: str) -> None:
     assert os.listdir(daemon.root / "pool") == []
 
 
+def test_umount_ends_it_while_another_user_has_a_copy(make_daemon: Make, tmp_path: Path) -> None:
+    """In a mount namespace that was made meanwhile, by somebody who may do nothing in the tree; a mount more or less, and one
+    that is moved, don't end it."""
+    daemon = make_daemon().start()
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    mounting.mount("none", str(tmp_path / "here"), "tmpfs")
+    subprocess.run(["mount", "--move", tmp_path / "here", tmp_path / "there"], check=True)
+    mounting.unmount(str(tmp_path / "there"))
+    script = "echo here; exec sleep 60"
+    stranger = ["setpriv", "--reuid=61234", "--regid=61234", "--clear-groups", "unshare", "-Urm", "sh", "-c", script]
+    with subprocess.Popen(stranger, stdout=subprocess.PIPE, preexec_fn=die_with_parent) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"here\n"
+        os.mkdir(daemon.mnt / "active/a")
+        subprocess.run(["umount", daemon.mnt], check=True)
+        assert daemon.ended() == 0
+        assert daemon.last == "snapfs: ended: unmounted\n"
+        daemon.said.clear()
+        daemon.start()
+        assert os.listdir(daemon.mnt / "active") == ["a"]
+        process.kill()
+
+
 def test_an_aborted_connection_ends_it(make_daemon: Make, tmp_path: Path) -> None:
     daemon = make_daemon().start()
     connection = os.minor(os.stat(daemon.mnt).st_dev)
@@ -669,6 +693,28 @@ def test_a_mount_that_is_refused(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"snapfs: cannot mount on {tmp_path / 'mnt'}: ")
     assert "CAP_SYS_ADMIN" in done.stderr
+
+
+def test_what_is_mounted_in_the_tree_is_told_once(make_daemon: Make, tmp_path: Path) -> None:
+    daemon = make_daemon().start()
+    assert daemon.process is not None
+    assert daemon.process.stderr is not None
+    for name in ("a b", "c"):
+        os.mkdir(daemon.mnt / "active" / name)
+    places = [daemon.mnt / "active/a b", daemon.mnt / "active/a b/inside", tmp_path / "other", daemon.mnt / "active/c"]
+    (tmp_path / "other").mkdir()
+    told = []
+    with contextlib.ExitStack() as stack:
+        for place in places:
+            place.mkdir(exist_ok=True)
+            mounting.mount("none", str(place), "tmpfs", 0)
+            stack.callback(mounting.unmount, str(place))
+            if place.name in ("a b", "c"):
+                told.append(daemon.process.stderr.readline())
+    ends = [f"over {daemon.mnt}/active/a b", f"umount '{daemon.mnt}/active/a b'\n", f"over {daemon.mnt}/active/c,"]
+    assert all(end in line for end, line in zip(ends, [told[0], told[0], told[1]], strict=True)), told
+    assert daemon.stop() == 0
+    assert len(daemon.said) == 1, "and nothing else"
 
 
 def test_a_trash_that_cannot_be_emptied_does_not_end_the_daemon(make_daemon: Make) -> None:

@@ -47,6 +47,8 @@ HAS_CHILDREN = (FailedPrecondition, {errno.ENOTEMPTY})
 NOT_ACTIVE = (FailedPrecondition, {errno.ENOENT})  # in the tree there is nothing at active/KEY
 BAD_PARENT = (InvalidArgument, {errno.ENOENT})  # in the tree there is nothing at committed/PARENT
 BAD_REBASE = (FailedPrecondition, {errno.ENOENT})
+NOT_COMMITTED = (FailedPrecondition, {errno.ENOENT})  # in the tree there is nothing at committed/NAME
+STANDS_ON_IT = (FailedPrecondition, {errno.EPERM})
 NOT_A_WORKSPACE = (FailedPrecondition, {errno.ENOENT})
 ONE_LINE = (InvalidArgument, {errno.EINVAL, errno.ENOENT})
 OTHER_PARENT = (InvalidArgument, {errno.EPERM})
@@ -115,7 +117,7 @@ class Model(dict[str, Snapshot]):
         del self[key]
         return None
 
-    def checkpoint(self, key: str, message: str) -> Refusal | None:
+    def checkpoint(self, key: str, message: str, *, copy: bool = False) -> Refusal | None:
         if "\n" in message:
             return ONE_LINE
         if key not in self:
@@ -128,7 +130,8 @@ class Model(dict[str, Snapshot]):
             number += 1
         ours = {"snapfs.workspace": key, "snapfs.checkpoint": str(number), **({"snapfs.message": message} if message else {})}
         self[name] = Snapshot(Kind.COMMITTED, before.parent, {**before.labels, **ours})
-        self[key] = Snapshot(Kind.ACTIVE, name, dict(before.labels))
+        if not copy:
+            self[key] = Snapshot(Kind.ACTIVE, name, dict(before.labels))
         return None
 
     def checkpoints(self, key: str) -> dict[int, str]:
@@ -152,7 +155,7 @@ class Model(dict[str, Snapshot]):
             if to not in known:
                 return NOT_FOUND
             parent = known[to]
-        elif to in known.values() or to in self.chain(key):
+        elif to in known.values() or to in self.stands_on(key):
             parent = to
         else:
             return NOT_FOUND
@@ -178,6 +181,46 @@ class Model(dict[str, Snapshot]):
         while (above := self[key].parent) is not None:
             found.append(key := above)
         return found
+
+    def stands_on(self, key: str) -> set[str]:
+        """Also what those that were squashed stand on."""
+        found = set[str]()
+        waiting = self.chain(key)
+        while waiting:
+            if (name := waiting.pop()) not in found:
+                found.add(name)
+                of = self[name].labels.get("snapfs.squash", "")
+                if of in self and self[of].kind is Kind.COMMITTED:
+                    waiting += [of, *self.chain(of)]
+        return found
+
+    def squash(self, key: str, new: str | None) -> Refusal | None:
+        if key not in self:
+            return NOT_FOUND
+        if self[key].kind is not Kind.COMMITTED:
+            return NOT_COMMITTED
+        if new is not None and new in self:
+            return EXISTS
+        number = 1
+        while new is None or new in self:
+            new = f"{key}-squashed" + f"-{number}" * (number > 1)
+            number += 1
+        gone = ("snapfs.workspace", "snapfs.checkpoint", "snapfs.message")
+        kept = {label: value for label, value in self[key].labels.items() if label not in gone}
+        self[new] = Snapshot(Kind.COMMITTED, None, {**kept, "snapfs.squash": key})
+        return None
+
+    def dissolve(self, key: str) -> Refusal | None:
+        if key not in self:
+            return NOT_FOUND
+        if self[key].kind is not Kind.COMMITTED:
+            return NOT_COMMITTED
+        if self.children(key) != self.children(key, Kind.COMMITTED):
+            return STANDS_ON_IT
+        for child in self.children(key):
+            self[child].parent = self[key].parent
+        del self[key]
+        return None
 
     def label(self, key: str, label: str, value: str) -> Refusal | None:
         if key not in self:
@@ -300,12 +343,13 @@ def drive(snapshotter: Snapshotter, mnt: Path) -> None:
             self.do(door, self.model.remove(key), partial(snapshotter.remove, key), path(kind, key).rmdir)
 
         @precondition(lambda self: bool(self.model))
-        @rule(message=VALUES, door=DOORS, data=st.data())
-        def checkpoint(self, message: str, door: str, data: st.DataObject) -> None:
+        @rule(message=VALUES, copy=st.booleans(), door=DOORS, data=st.data())
+        def checkpoint(self, message: str, copy: bool, door: str, data: st.DataObject) -> None:
             key = self.pick(data, Kind.ACTIVE)
-            expected = self.model.checkpoint(key, message)
-            write = partial(command, path(Kind.ACTIVE, key) / "checkpoint", message)
-            self.do(door, expected, partial(snapshotter.checkpoint, key, message), write)
+            message = message.lstrip() if copy else message
+            expected = self.model.checkpoint(key, message, copy=copy)
+            write = partial(command, path(Kind.ACTIVE, key) / "checkpoint", f"copy: {message}" if copy else message)
+            self.do(door, expected, partial(snapshotter.checkpoint, key, message, copy=copy), write)
 
         @precondition(lambda self: bool(self.model))
         @rule(to=st.integers(0, 3) | st.none() | KEYS, door=DOORS, data=st.data())
@@ -327,6 +371,21 @@ def drive(snapshotter: Snapshotter, mnt: Path) -> None:
             expected = self.model.fork(key, new)
             write = partial(command, path(Kind.ACTIVE, key) / "fork", names.encode(new))
             self.do(door, expected, partial(snapshotter.fork, key, new), write)
+
+        @precondition(lambda self: bool(self.model))
+        @rule(new=KEYS | st.none(), door=DOORS, data=st.data())
+        def squash(self, new: str | None, door: str, data: st.DataObject) -> None:
+            key = self.pick(data, Kind.COMMITTED)
+            expected = self.model.squash(key, new)
+            write = partial(command, path(Kind.COMMITTED, key) / "squash", names.encode(new) if new else "")
+            self.do(door, expected, partial(snapshotter.squash, key, new), write)
+
+        @precondition(lambda self: bool(self.model))
+        @rule(door=DOORS, data=st.data())
+        def dissolve(self, door: str, data: st.DataObject) -> None:
+            key = self.pick(data, Kind.COMMITTED)
+            write = partial(command, path(Kind.COMMITTED, key) / "dissolve", "")
+            self.do(door, self.model.dissolve(key), partial(snapshotter.dissolve, key), write)
 
         @precondition(lambda self: bool(self.model))
         @rule(label=LABELS, value=VALUES, door=DOORS, data=st.data())

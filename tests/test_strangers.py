@@ -156,11 +156,16 @@ def test_a_forged_tree_mounts_and_unmounts_nothing(daemon: Daemon, tmp_path: Pat
         "active/mounted/info.json": json.dumps({"mounted": [str(busy)]}),
     }
     with forged(tmp_path / "forged", files) as mnt:
-        for words in (["mount", "web", str(target)], ["mount", "mounted", str(target)], ["umount", "mounted"]):
+        commands = {
+            "mounted": [["mount", "web", str(target)], ["mount", "mounted", str(target)]],
+            "unmounted": [["umount", "mounted"]],
+            "ended": [["rollback", "--kill", "web"]],
+        }
+        for what, words in ((what, words) for what, each in commands.items() for words in each):
             for how in ({"SNAPFS": str(mnt)}, {}):
                 done = run(*words, *([] if how else ["--at", str(mnt)]), **how)
                 assert done.returncode == 6, done.stderr
-                by_that = f"nothing is {words[0].replace('umount', 'unmount')}ed by that\n"
+                by_that = f"nothing is {what} by that\n"
                 assert done.stderr == f"snapfs: {mnt} is a tree of another user's, and what it says is up to them: {by_that}"
         assert not is_mounted(target)
         assert is_mounted(busy)
@@ -233,6 +238,34 @@ def test_a_workspace_that_a_user_has_mounted_over(daemon: Daemon, tmp_path: Path
     assert run("commit", "web", "v1").returncode == 0
 
 
+def test_a_server_that_never_answers_in_ones_tree(make_daemon: Make, tmp_path: Path) -> None:
+    """Root lets alice write the tree, and she mounts over a snapshot's directory there: root's verbs neither wait for her, nor
+    take her word for it."""
+    daemon = make_daemon("-o", f"allow_other,uid={ALICE}").start()
+    (target := tmp_path / "target").mkdir()
+    assert run("prepare", "web").returncode == 0
+    place = daemon.mnt / "active/web"
+    command = [*alice, sys.executable, "-c", SILENT, str(place), "fsname=hers,allow_other"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "mounted\n"
+        try:
+            for words in (f"mount web {target}", "umount web", "run web -- true", "show web", "rm web", "commit web v1", "ls"):
+                done = run(*words.split())
+                if words == "ls":
+                    assert done.returncode == 0, "it reads nothing there"
+                    continue
+                assert (done.returncode, done.stdout) == (5, ""), done.stderr
+                whose = f"something else (fuse of the user alice) is mounted over {place}, in the tree"
+                assert done.stderr == f"snapfs: {whose}: unmount that first: umount {place}\n"
+        finally:
+            server.kill()
+            mounting.unmount(str(place))
+    assert run("rm", "web").returncode == 0
+
+
 KEEPER = """
 import os, sys
 child = os.fork()
@@ -278,6 +311,40 @@ def test_a_namespace_that_is_kept_by_a_descriptor_alone(daemon: Daemon, tmp_path
         done = run("rm", "web")
         assert done.returncode == 0, done.stderr
         keeper.kill()
+
+
+@pytest.mark.parametrize("parent", [(), ("-p", "base")])
+def test_another_snapshot_at_the_target_in_another_mount_namespace(
+    daemon: Daemon, tmp_path: Path, parent: tuple[str, ...]
+) -> None:
+    """The daemon tells of the mounts that it sees: what this process's own mount table doesn't prove to be the snapshot's is
+    neither bound nor unmounted."""
+    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    target.mkdir()
+    elsewhere.mkdir()
+    assert run("prepare", "base").returncode == run("commit", "base", "base").returncode == 0
+    for key in ("web", "other"):
+        assert run("prepare", key, *parent).returncode == 0
+        (daemon.mnt / f"active/{key}/rootfs/is {key}").touch()
+    assert run("mount", "web", str(target)).returncode == 0
+    script = """
+        umount "$0" && sh "$1/active/other/mount.sh" "$0" && shift 2; ls "$0"
+        "$@" umount web; echo $?; ls "$0"
+        "$@" mount web "$OTHER"; ls "$OTHER"; "$@" umount web; echo $?; ls "$0"
+    """
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, str(target), str(daemon.mnt), "", *SNAPFS],
+        env={**os.environ, "OTHER": str(elsewhere)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert '"web" (active) is not mounted' in done.stderr
+    assert done.stdout == "is other\n1\nis other\nis web\n0\nis other\n", done.stderr
+    assert is_mounted(target)
+    assert run("umount", "web").returncode == 0
+    assert daemon.stop() == 0  # with the rootfs of both
 
 
 def test_what_stands_at_a_target_in_another_mount_namespace_stays(daemon: Daemon, tmp_path: Path) -> None:

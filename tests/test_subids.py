@@ -230,7 +230,7 @@ def test_a_daemon_that_has_lost_them_says_what_to_do(home: Home) -> None:
     home.daemon.prefix = (*alice, "/usr/bin/env", f"PATH={home.path}/bin")
     home.daemon.start()
     hint = "or start the daemon where it gets the ids of /etc/subuid, if one is the owner: options.json says why not (subids)\n"
-    for command in ("usage w", "diff w"):
+    for command in ("usage w", "diff w", "diff -p w", "diff b w"):
         assert home.snapfs(*command.split(), status=6).endswith(hint)
     home.sh("rmdir tree/active/w")
     home.does("sh", "-c", "echo 1 > tree/.snapfs/cleanup", status=1)
@@ -312,6 +312,18 @@ def test_all_ids_that_are_lent_to_one_user_count_as_one(tmp_path: Path, monkeypa
         400_010: 400_010,
         500_000: 500_000,
     }
+    path.write_text("alice:700000:65536\nbob:710000:10\ncarol:760000:65536\ndan:700000:5\n")
+    clock += 2
+    found = {uid: owners.one_of(uid) for uid in (700_000, 710_005, 710_010, 765_535, 765_536, 825_535, 825_536)}
+    assert found == {
+        **dict.fromkeys((700_000, 710_005, 710_010, 765_535), 700_000),
+        765_536: 760_000,
+        825_535: 760_000,
+        825_536: 825_536,
+    }
+    path.write_text("alice:100000:65536\n")
+    clock += 2
+    assert owners.one_of(165_535) == 100_000
     path.write_text("")
     assert owners.one_of(165_535) == 100_000, "it is not looked at each time"
     clock += 2

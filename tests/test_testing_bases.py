@@ -107,6 +107,7 @@ def test_workers_have_the_best_without_a_conftest(user: Runner) -> None:
     """They have threads before they collect tests, so that the namespace is entered by who starts them."""
     (user.tests / "sub").mkdir()
     user.write(**{"sub/test_it": counting(user)})
+    os.mkfifo(user.tests / "test_pipe.py")  # as for pytest, this is no module
     for tests in (user.tests, user.tests / "sub/test_it.py"):
         said = user("-n2", tests=tests, status=0)
         assert "snapfs: copies are overlays" in said

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import snapfs.testing
+from snapfs.scan.copying import clone
 from snapfs.testing import copying
 from snapfs.testing.place import Place, new_name
 from tests.plugin import NOBODY, Runner
@@ -81,14 +82,14 @@ def test_it_needs_no_other_package(options: str, runner: Runner) -> None:
 
 def test_two_workers_may_try_reflinks_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the one directory of their run."""
-    cloned, found = copying._cloned, []
+    found: list[bool] = []
 
     def while_another_tries(source: int, target: int) -> bool:
         monkeypatch.undo()
         found.append(copying.can_clone(str(tmp_path)))
-        return cloned(source, target)
+        return clone(source, target)
 
-    monkeypatch.setattr(copying, "_cloned", while_another_tries)
+    monkeypatch.setattr("snapfs.testing.copying.clone", while_another_tries)
     assert [copying.can_clone(str(tmp_path))] == found
     assert os.listdir(tmp_path) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -263,5 +264,68 @@ def test_a_directory_that_becomes_a_link_while_it_is_compared(tmp_path: Path, mo
         (tmp_path / "copy/a").symlink_to(tmp_path / "victim")
 
     once_before(monkeypatch, comparing, "escaped", exchange)
-    assert comparing.compared(str(tmp_path / "base"), str(tmp_path / "copy")) == ["A /a\n"]
+    assert list(comparing.compared(str(tmp_path / "base"), str(tmp_path / "copy"))) == ["A /a\n"]
     assert (tmp_path / "copy/a").is_symlink()
+
+
+# -- directories deeper than any path is long, and than Python's stack
+
+
+def deepen(directory: Path, depth: int) -> None:
+    """Make a chain of ``depth`` directories in ``directory``, each beside a file that sorts after it."""
+    fd = os.open(directory, os.O_RDONLY)
+    for _ in range(depth):
+        os.close(os.open("b", os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=fd))
+        os.mkdir("aaa", dir_fd=fd)
+        below = os.open("aaa", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(os.open("bottom", os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=fd))
+    os.close(fd)
+
+
+@contextmanager
+def few_descriptors() -> Iterator[None]:
+    """For a block: this process may have 400 more open at most."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 400, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_directories_1_500_deep_are_compared_copied_digested_and_removed(tmp_path: Path) -> None:
+    depth = 1500
+    base, copy, kept = tmp_path / "base", tmp_path / "copy", tmp_path / "kept"
+    for path in (base, copy):
+        path.mkdir()
+    deepen(copy, depth)
+    with few_descriptors():
+        lines = list(comparing.compared(str(base), str(copy)))
+        assert len(lines) == 2 * depth + 1
+        assert lines[0] == "A /aaa\n"
+        assert lines[depth] == f"A {'/aaa' * depth}/bottom\n"
+        assert lines[-1] == "A /b\n"
+        copying.copy_tree(str(copy), str(kept), clone=False)
+        assert list(comparing.compared(str(copy), str(kept))) == []
+        assert digests.of_directory(str(copy), contents=True)
+        found = list(digests._states(str(copy)))
+        assert found == list(digests._states(str(kept)))
+        assert found[depth + 1].startswith(f"{'/aaa' * depth}/bottom 100600 0 ")
+        assert sum(1 for _ in digests._contents(str(copy))) == 1 + depth + 2 * (depth + 1)
+        copying._make_writable(str(copy))
+        copying.remove_tree(str(copy))
+        copying.remove_tree(str(kept))
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def test_the_modes_of_directories_1_500_deep_are_given(tmp_path: Path) -> None:
+    deepen(tmp_path, 1500)
+    fd = os.open(tmp_path / ("aaa/" * 1000), os.O_RDONLY)
+    os.chmod("aaa", 0, dir_fd=fd)
+    with few_descriptors():
+        copying._make_writable(str(tmp_path))
+    assert os.stat("aaa", dir_fd=fd).st_mode & 0o777 == 0o700
+    os.close(fd)
+    copying.remove_tree(str(tmp_path / "aaa"))

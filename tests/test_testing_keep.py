@@ -111,3 +111,35 @@ def test_none_are_kept(runner: Runner) -> None:
     assert kept(said) == {}
     assert "is kept" not in said
     assert list((runner.temporary / "base").glob("**/copy")) == []
+
+
+CANNOT = """
+import pytest
+from snapfs.testing.making import Copy
+
+def keep(self, target):
+    raise OSError(5, "as of a disk", target)
+
+Copy.keep = keep
+
+def test_of_module(tmp_path, module_fresh_copy):
+    module_fresh_copy(tmp_path)
+    assert False
+
+def test_alone(tmp_path, fresh_copy):
+    fresh_copy(tmp_path)
+    assert False
+
+def test_next():
+    pass
+"""
+
+
+def test_a_copy_that_cannot_be_kept_ends_no_run(tmp_path: Path) -> None:
+    """Whoever else may write in it can see to that."""
+    run = Runner(tmp_path)
+    run.write(test_it=CANNOT)
+    said = run("--snapfs=copy", "--snapfs-keep=failed", status=1)
+    assert "INTERNALERROR" not in said
+    assert re.search(r"snapfs: a copy can't be kept: .*/copy -+\n.*as of a disk", said)
+    assert "2 failed, 1 passed, 1 error" in said

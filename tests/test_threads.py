@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -230,6 +231,22 @@ async def test_the_close_of_an_overlay(root: Path, ends: bool) -> None:
             await come_about(lambda: 1 not in closings)
 
 
+@pytest.mark.mounts
+async def test_what_is_let_go_keeps_no_descriptor_though_it_has_no_copy(root: Path) -> None:
+    async with open_snapshotter(root, THROWN_AWAY) as snapshotter:
+        assert snapshotter.rootfs is not None
+        await snapshotter.prepare("a")
+        await snapshotter.mount("a")
+        held = snapshotter.rootfs._held[1]
+        assert held.copy is not None
+        os.close(held.copy)
+        held.copy = None  # as where there was no descriptor left for it
+        await snapshotter.rootfs._release(held)
+        assert held.shelters
+        snapshotter.rootfs._let_go(held)
+        assert not held.shelters
+
+
 # -- beginning and ending
 
 
@@ -333,16 +350,24 @@ def home() -> Iterator[Home]:
         yield with_workspace(home)
 
 
-def alone(daemon: Daemon) -> None:
-    """Wait until the daemon has no idle threads: its own, the writer's, and the one that tells the kernel of names."""
-    until(lambda: threads_of(daemon) <= 3, "its threads have ended", lambda: f": {threads_of(daemon)} threads")
+@contextmanager
+def no_threads_but_its_own(daemon: Daemon) -> Iterator[None]:
+    """The daemon has no thread for work in this block, not even an idle one, and gets none: there are its own, the writer's,
+    and the one that tells the kernel of names."""
+
+    def until_ended() -> None:
+        until(lambda: threads_of(daemon) <= 3, "its threads have ended", lambda: f": {threads_of(daemon)} threads")
+
+    until_ended()
+    with no_threads_for(daemon):
+        until_ended()  # one may have begun meanwhile
+        yield
 
 
 @pytest.mark.usefixtures("everybodys_fuse", "users")
 def test_a_users_daemon(home: Home) -> None:
     home.sh("cd tree; mkdir active/x active/y; touch active/w/rootfs/new active/y/rootfs/f; rm active/y/rootfs/f")
-    alone(home.daemon)
-    with no_threads_for(home.daemon):
+    with no_threads_but_its_own(home.daemon):
         for command in ("cat active/w/changes", "cat active/w/usage.json", "sync active/w", "ls active/x/rootfs/"):
             assert "Resource temporarily unavailable" in home.sh(f"cd tree; ! {command} 2>&1")
             assert WORDS in home.last_error()
@@ -362,8 +387,7 @@ def test_a_users_daemon(home: Home) -> None:
 @pytest.mark.usefixtures("everybodys_fuse", "users")
 def test_a_users_daemon_ends_meanwhile(home: Home) -> None:
     home.sh("cd tree; echo kept > active/w/rootfs/kept")
-    alone(home.daemon)
-    with no_threads_for(home.daemon):
+    with no_threads_but_its_own(home.daemon):
         assert home.daemon.stop() == 0
     assert home.daemon.last == "snapfs: ended: SIGTERM\n"
     assert home.mounts() == []

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import time
 import zlib
 from collections.abc import Iterator
 
 import pytest
+import trio
+import trio.testing
 from msgspec import structs
 
 from snapfs import NotFound, Snapshotter, errors
@@ -16,6 +21,7 @@ from snapfs.tree import Tree
 from snapfs.tree.attributes import ATTRIBUTES
 from snapfs.tree.inodes import FIRST_LABEL, ROOT_INODE, Slot, label_slots, pack, unpack
 from snapfs.tree.node import Directory, Link
+from snapfs.tree.reads import LATELY, MOST_OF_USER, Reads
 from snapfs.tree.texts import MOST, Text
 from tests.nodes import crawl
 
@@ -152,6 +158,10 @@ def test_slots_of_attributes_are_unique_and_fixed() -> None:
         "checkpoint": 24,
         "rollback": 25,
         "fork": 26,
+        "squash": 32,
+        "dissolve": 33,
+        "changes.patch": 34,
+        "compare": 35,
     }
 
 
@@ -201,3 +211,83 @@ def test_every_error_has_an_errno() -> None:
 
     for kind in kinds(errors.SnapshotError):
         assert errno_of(kind() if issubclass(kind, errors.Closed | errors.NoThread) else kind("")) > 0
+
+
+# -- what was read, before it is deleted
+
+ALL = (17, 18, 20)
+LISTED = Slot.SNAPSHOT
+
+
+def copy(reads: Reads, pid: int, number: int, user: int | None = None) -> None:
+    for slot in (LISTED, *ALL):
+        reads.note(user, pid, number, slot)
+
+
+async def test_who_copies_may_take_long(autojump_clock: trio.testing.MockClock) -> None:
+    """It may be busy with others in between; when it has read nothing at all for ten minutes, it no longer moves anything."""
+    reads, pid = Reads(), os.getpid()
+    copy(reads, pid, 1)
+    for number in range(2, 200):
+        await trio.sleep(60)
+        copy(reads, pid, number)
+    assert all(reads.has_copied(pid, number, ALL) for number in range(1, 200))
+    reads.note_refusal(pid, 7)
+    assert [number for number in range(200) if reads.was_refused(pid, number)] == [7]
+    reads.note(None, pid, 7, LISTED)  # it reads on
+    assert not reads.was_refused(pid, 7)
+    await trio.sleep(LATELY - 1)
+    assert reads.has_copied(pid, 1, ALL)
+    await trio.sleep(2)
+    assert not reads.has_copied(pid, 1, ALL)
+
+
+async def test_nobody_makes_another_user_s_reads_forgotten() -> None:
+    """Nor is more remembered than there is room for; a process of which something had to be forgotten may have copied all."""
+    reads, pid = Reads(), os.getpid()
+    copy(reads, pid, 1)
+    reads.note(None, pid, 2, ALL[0])
+    for thread in range(5 * MOST_OF_USER):
+        reads.note(1234, 1_000_000 + thread, 1, ALL[0])
+    for number in range(5 * MOST_OF_USER):
+        reads.note(5678, 2_000_000, number, ALL[0])
+    assert reads.has_copied(pid, 1, ALL)
+    assert not reads.has_copied(pid, 2, ALL)
+    assert len(reads._processes) <= 2 + MOST_OF_USER
+    assert reads.has_copied(2_000_000, 5 * MOST_OF_USER + 1, ALL)
+    assert reads._processes[2_000_000].seen == {}
+    assert reads.has_copied_one(pid, 2, ALL[0])
+    assert not reads.has_copied_one(pid, 1, ALL[0])
+
+
+async def test_a_thousand_are_moved_at_once() -> None:
+    reads, pid = Reads(), os.getpid()
+    for number in range(5000):
+        copy(reads, pid, number)
+    assert all(reads.has_copied(pid, number, ALL) for number in range(5000))
+
+
+async def test_another_process_with_the_same_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = Reads()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        copy(reads, process.pid, 1)
+        assert reads.has_copied(process.pid, 1, ALL)
+        monkeypatch.setattr(reads._processes[process.pid], "known_since", time.clock_gettime(time.CLOCK_BOOTTIME) - 60)
+        assert not reads.has_copied(process.pid, 1, ALL)
+        process.kill()
+
+
+async def test_what_is_copied_by_a_process_whose_number_another_had(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can have a number remembered, by what they read, so that the next who has it is let delete what it has copied."""
+    reads = Reads()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        reads.note(1234, process.pid, 7, LISTED)
+        monkeypatch.setattr(reads._processes[process.pid], "known_since", time.clock_gettime(time.CLOCK_BOOTTIME) - 60)
+        await trio.sleep(30)
+        copy(reads, process.pid, 1)
+        assert reads.has_copied(process.pid, 1, ALL)
+        assert reads._processes[process.pid].user is None
+        assert not reads.has_copied_one(process.pid, 7, LISTED)
+        process.kill()

@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -521,6 +522,89 @@ def test_rmdir_of_a_parent(daemon: Daemon, kind: str) -> None:
     assert os.listdir(daemon.mnt / "committed") == []
 
 
+def removed_as(path: Path, number: int, name: str = "user.snapfs.remove", seen: str = "") -> None:
+    os.setxattr(path, name, f"{number} {seen or f'{path.parent.name}/{path.name}'}".encode())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_snapshot_is_removed_by_its_id(daemon: Daemon, kind: str) -> None:
+    """As by rmdir, but no other that has its name by then; the name is free when the call returns."""
+    path = made(daemon.mnt, kind, "k")
+    number = info(path)["id"]
+    os.rename(path, daemon.mnt / kind / "other")
+    path = made(daemon.mnt, kind, "k")
+    with refused(daemon, errno.ENOENT, "setxattr", f"{kind}/k", f"snapshot {number} is not here any more"):
+        removed_as(path, number)
+    for value in range(1, 4):
+        removed_as(path, info(path)["id"])
+        assert not os.path.lexists(daemon.root / f"snapshots/{number + value}")
+        path = made(daemon.mnt, kind, "k")
+    other = daemon.mnt / kind / "other"
+    with refused(
+        daemon, errno.ENOENT, "setxattr", f"{kind}/other", 'snapshot "k" was committed or renamed a moment ago, to "other"'
+    ):
+        removed_as(other, number, seen=f"{kind}/k")
+    removed_as(other, number)
+    assert os.listdir(daemon.mnt / kind) == ["k"]
+
+
+def test_what_was_committed_meanwhile_is_not_removed(daemon: Daemon) -> None:
+    """Neither by who has its directory open, nor by who asked while it was being committed."""
+    path = made(daemon.mnt, "active", "k")
+    number, held = info(path)["id"], os.open(path, os.O_PATH)
+    try:
+        os.rename(path, daemon.mnt / "committed/v")
+        with failing(errno.ENOENT):
+            removed_as(Path(f"/proc/self/fd/{held}"), number, seen="active/k")
+    finally:
+        os.close(held)
+
+    def moved(path: Path, new: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):  # the other was quicker
+            os.rename(path, new)
+
+    for serial in range(4):
+        path, new = made(daemon.mnt, "active", "k"), daemon.mnt / f"committed/v{serial}"
+        number = info(path)["id"]
+        (path / "rootfs/precious").write_text("x")  # whoever has just followed the link is waited for
+        moving = threading.Thread(target=moved, args=(path, new))
+        moving.start()
+        is_removed = False
+        with contextlib.suppress(FileNotFoundError):
+            removed_as(path, number)
+            is_removed = True
+        moving.join()
+        assert new.exists() != is_removed
+
+
+def test_what_is_not_removed_by_its_id(daemon: Daemon, tmp_path: Path) -> None:
+    base = committed(daemon.mnt, "base")
+    os.mkdir(base / "active/k")
+    with refused(daemon, errno.ENOTEMPTY, "setxattr", "committed/base", r'child "k" \(active\)'):
+        removed_as(base, info(base)["id"])
+    (daemon.mnt / "active/k/labels/pin").write_text("yes")
+    number = info(daemon.mnt / "active/k")["id"]
+    with refused(daemon, errno.EPERM, "setxattr", "active/k", "has the label pin"):
+        removed_as(daemon.mnt / "active/k", number)
+    (daemon.mnt / "active/k/labels/pin").unlink()
+    with mounted(daemon.mnt / "active/k", tmp_path / "m"), failing(errno.EBUSY):
+        removed_as(daemon.mnt / "active/k", number)
+    assert re.search(r" EBUSY setxattr active/k: .* is mounted", daemon.error_log()[-1])
+    before, lines = listing(daemon.mnt), daemon.error_log()
+    for path, name, value in (
+        ("active/k", "user.other", number),
+        ("active/k", "user.snapfs.remove", 0),
+        ("active", "user.snapfs.remove", 0),
+    ):
+        with failing(errno.ENOTSUP):
+            removed_as(daemon.mnt / path, value, name)
+    assert (listing(daemon.mnt), daemon.error_log()) == (before, lines)
+    for path in ("active/k/labels", "active/k/info.json", "active", "."):
+        with failing(errno.ENOENT):
+            removed_as(daemon.mnt / path, number)
+    assert listing(daemon.mnt) == before
+
+
 @pytest.mark.parametrize("path", ["active", "view", "committed", "by-id", ".snapfs"])
 def test_the_fixed_directories_stay(daemon: Daemon, path: str) -> None:
     with refused(daemon, errno.EPERM, "rmdir", path, "fixed"):
@@ -802,7 +886,7 @@ def test_du_and_ls_tell_the_truth_right_after_mv(daemon: Daemon) -> None:
     assert os.stat(daemon.mnt / "active/big").st_blocks * 512 < taken, "last known: nobody has looked yet"
     os.rename(daemon.mnt / "active/big", daemon.mnt / "committed/big")
     assert os.stat(daemon.mnt / "committed/big").st_blocks * 512 == taken
-    assert usage(daemon.mnt / "committed/big") == {"inodes": 20 + 20 * 60 + 1, "size": taken}
+    assert usage(daemon.mnt / "committed/big") == {"inodes": 20 + 20 * 60 + 1, "size": taken, "shared": 0}
     assert shell(daemon.mnt, "du -s --block-size=1 committed/big").stdout.split()[0] == str(taken)
     assert shell(daemon.mnt, "ls -ls --block-size=1 committed").stdout.splitlines()[1].split()[0] == str(taken)
 
@@ -829,7 +913,7 @@ def test_an_active_snapshots_blocks_are_the_last_known(daemon: Daemon) -> None:
 
 def test_a_view_takes_nothing(daemon: Daemon) -> None:
     path = made(daemon.mnt, "view", "k")
-    assert usage(path) == {"inodes": 0, "size": 0}
+    assert usage(path) == {"inodes": 0, "size": 0, "shared": 0}
     assert os.stat(path).st_blocks == 0
 
 
@@ -895,14 +979,14 @@ def test_what_is_listed_of_each_kind(daemon: Daemon) -> None:
     base = committed(daemon.mnt, "base")
     os.mkdir(base / "active/a")
     os.mkdir(base / "view/v")
-    record = ["info.json", "labels", "usage.json"]
+    record = ["info.json", "labels", "usage.json", "compare"]
     expected = {
-        "active/a": [*record, "diff", "mount.sh", "mounts.json", "parent", "checkpoint", "rollback", "fork"],
+        "active/a": [*record, "diff", "mount.sh", "mounts.json", "parent", "checkpoint", "rollback", "fork", "history"],
         "view/v": [*record, "mount.sh", "mounts.json", "parent"],
-        "committed/base": [*record, "diff", *KINDS],
+        "committed/base": [*record, "diff", *KINDS, "squash", "dissolve"],
     }
     for path, entries in expected.items():
-        listed = set(os.listdir(daemon.mnt / path)) - {"changes", "rootfs"}
+        listed = set(os.listdir(daemon.mnt / path)) - {"changes", "changes.patch", "rootfs"}
         assert listed == set(entries)
         assert all(os.path.lexists(daemon.mnt / path / name) for name in entries)
 

@@ -234,10 +234,10 @@ def test_info_json(tree: Path) -> None:
 
 
 def test_usage_json(tree: Path) -> None:
-    assert list(usage(tree / "active/web")) == ["inodes", "size"]
+    assert list(usage(tree / "active/web")) == ["inodes", "size", "shared"]
     assert usage(tree / "active/web")["inodes"] == 1
     assert usage(tree / "committed/base")["inodes"] == 2
-    assert usage(tree / "view/peek") == {"inodes": 0, "size": 0}
+    assert usage(tree / "view/peek") == {"inodes": 0, "size": 0, "shared": 0}
 
 
 def test_mounts_json(daemon: Daemon, tree: Path) -> None:

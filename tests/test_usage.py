@@ -18,6 +18,7 @@ from snapfs import NotFound, Snapshotter, Unavailable, Usage, open_snapshotter
 from snapfs.scan.usage import disk_usage
 from tests.disk import make_file_system
 from tests.mounts import loop_mounted
+from tests.processes import own_descriptors
 
 
 def counted_by_du(directory: Path) -> int:
@@ -156,9 +157,9 @@ def make_deep(directory: Path, levels: int) -> None:
 async def test_a_directory_of_3000_levels_is_counted_and_deleted(snapshotter: Snapshotter, root: Path) -> None:
     await snapshotter.prepare("deep")
     make_deep(root / "snapshots/1/fs", 3000)
-    open_before = len(os.listdir("/proc/self/fd"))
+    open_before = len(own_descriptors())
     assert (await snapshotter.usage("deep")).inodes == 3002
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert len(own_descriptors()) == open_before
     await snapshotter.commit("deeper", "deep")
     assert (await snapshotter.usage("deeper")).inodes == 3002
     await snapshotter.remove("deeper")
@@ -209,7 +210,7 @@ def test_a_file_that_vanishes_between_listing_and_looking(layer: Path, monkeypat
 
 def test_a_scan_can_be_stopped_and_closes_what_it_opened(layer: Path) -> None:
     build_tree(layer)
-    before = set(os.listdir("/proc/self/fd"))
+    before = set(own_descriptors())
 
     class StopError(Exception):
         pass
@@ -224,7 +225,21 @@ def test_a_scan_can_be_stopped_and_closes_what_it_opened(layer: Path) -> None:
 
     with pytest.raises(StopError):
         disk_usage(str(layer), checkpoint)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(own_descriptors()) == before
+
+
+def test_what_is_shared(layer: Path) -> None:
+    """Files that have names elsewhere, each once; not those of which all names are in the layer."""
+    (layer / "d").mkdir()
+    for name, here, elsewhere in (("one", 1, 0), ("two", 2, 0), ("three", 3, 0), ("out", 1, 1), ("both", 2, 1), ("many", 3, 4)):
+        (layer / name).write_bytes(b"x" * 100_000)
+        for number in range(1, here):
+            os.link(layer / name, layer / f"d/{name}-{number}")
+        for number in range(elsewhere):
+            os.link(layer / name, layer.parent / f"{name}-{number}")
+    found = disk_usage(str(layer))
+    assert found.inodes == 8
+    assert found.shared == sum(os.stat(layer / name).st_blocks for name in ("out", "both", "many")) * 512
 
 
 def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:

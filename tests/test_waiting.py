@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,8 +21,11 @@ import pytest
 import trio
 import trio.testing
 
-from snapfs import Snapshotter
-from snapfs.errors import Closed, TryAgain
+from snapfs import Snapshotter, model
+from snapfs.errors import Closed, Stale, TryAgain
+from snapfs.fuse.cache import KernelCache
+from snapfs.fuse.openfiles import OPENERS_OF_USER, OpenFiles
+from snapfs.fuse.retelling import Retelling
 from snapfs.fuse.waiting import (
     AGAIN,
     HOLD,
@@ -41,8 +45,11 @@ from snapfs.fuse.waiting import (
     Waiting,
 )
 from snapfs.model import BACKGROUND, OWNER, Caller
+from snapfs.rules.root import Root
 from snapfs.scan.sharing import Checkpoint, Sharing, Turns
-from snapfs.tree import Tree, listing
+from snapfs.services.naming import Naming
+from snapfs.tree import Tree, commands, listing
+from snapfs.tree.inodes import WRITERS, WRITING, Writers
 from snapfs.tree.state import State
 from tests.daemon import Daemon, bounded
 from tests.processes import die_with_parent, until
@@ -55,10 +62,10 @@ Make = Callable[..., Daemon]
 
 TIME = 2.0  # seconds in which everybody is answered
 
-# Each count of a layer with a file ``big``, each flush and each emptying of the trash says so in the file ``begun``, and waits
-# for as long as the test has the lock of that file.
+# Each count of a layer with a file ``big``, each flush, each emptying of the trash and each search for the processes in a mount
+# says so in the file ``begun``, and waits for as long as the test has the lock of that file.
 HELD = """
-import fcntl, os, snapfs.cli, snapfs.services.counting, snapfs.kernel.mounting, snapfs.root.layers
+import fcntl, os, snapfs.cli, snapfs.services.counting, snapfs.services.rootfs, snapfs.kernel.mounting, snapfs.root.layers
 
 count, flush, empty = (
     snapfs.services.counting.disk_usage, snapfs.kernel.mounting.sync_file_system, snapfs.root.layers.Layers.empty_trash
@@ -83,9 +90,14 @@ def held_empty(*arguments):
     hold("empty")
     return empty(*arguments)
 
+def held_search(target):
+    hold("search")
+    return " by process 1 (held)"
+
 snapfs.services.counting.disk_usage = held_count
 snapfs.kernel.mounting.sync_file_system = held_flush
 snapfs.root.layers.Layers.empty_trash = held_empty
+snapfs.services.rootfs.by_users = held_search
 raise SystemExit(snapfs.cli.main())
 """
 
@@ -126,7 +138,8 @@ def commit(path):
 def work(number):
     if first:
         ctypes.CDLL(None).syscall(setresuid, first + number, first + number, first + number)
-    act = {"read": read, "ls": os.listdir, "stat": os.stat, "sync": sync, "clean": clean, "commit": commit}[what]
+    acts = {"read": read, "ls": os.listdir, "stat": os.stat, "sync": sync, "clean": clean, "commit": commit, "rmdir": os.rmdir}
+    act = acts[what]
     while not ended.is_set():
         try:
             act(paths[number % len(paths)])
@@ -481,6 +494,52 @@ def test_for_how_long_a_lock_of_the_kernel_may_be_held() -> None:
         assert patience == HOLD / 2
 
 
+async def test_for_how_long_who_uses_a_snapshot_is_looked_for() -> None:
+    clock = Clock()
+    naming, searched = Naming(clock), Counter[str]()
+
+    async def ask(what: str) -> str | None:
+        def look() -> str:
+            searched[what] += 1
+            clock.now += 0.3
+            return f"{what} by {searched[what]}"
+
+        return await naming.words(what, look)
+
+    began = clock.now
+    assert [await ask("a") for _ in range(3)] == ["a by 1", "a by 2", "a by 2"], "alone it is looked for each time"
+    for n in range(100):
+        assert await ask("a") == f"a by {searched['a']}", "what was found last"
+        found = await ask(f"another {n}")
+        assert n or found == "another 0 by 1", "one snapshot takes half of the time"
+    assert clock.now - began < TIME
+    clock.now += 60
+    before = searched["a"]
+    assert await ask("a") == f"a by {before + 1}"
+
+
+async def test_who_asks_meanwhile_shares_the_search_for_who_uses_a_snapshot() -> None:
+    naming, gate, searched = Naming(), threading.Event(), 0
+    found: list[str | None] = []
+
+    def look() -> str:
+        nonlocal searched
+        searched += 1
+        assert gate.wait(20)
+        return "by somebody"
+
+    async def ask() -> None:
+        found.append(await naming.words(1, look))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(16):
+            nursery.start_soon(ask)
+        await until_blocked()
+        gate.set()
+    assert searched == 1
+    assert found == ["by somebody"] * 16
+
+
 def test_how_many_directories_may_be_listed_at_once() -> None:
     clock, number = Clock(), itertools.count()
     listings = Listings(clock)
@@ -588,6 +647,65 @@ async def test_the_list_of_all_snapshots_is_collected_once_for_all_who_wait(
     assert collected == 2
     assert len(texts) == 21
     assert all("web\tactive" in text for text in texts[1:])
+
+
+async def test_the_list_of_checkpoints_is_collected_once_for_all_who_wait(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = Tree(snapshotter)
+    await snapshotter.prepare("web")
+    await snapshotter.checkpoint("web", "the first")
+    gate, collected = threading.Event(), 0
+    line = commands._line
+
+    def held(each: model.Checkpoint) -> str:
+        nonlocal collected
+        collected += each.number == 1
+        assert gate.wait(20)
+        return line(each)
+
+    monkeypatch.setattr(commands, "_line", held)
+    texts: list[str] = []
+
+    async def read() -> None:
+        node = await tree.walk("active/web/checkpoint").refresh()
+        handle = await node.open()
+        texts.append(handle.read(0, handle.size).decode())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await until_blocked()
+        await snapshotter.checkpoint("web", "the second")  # which the first may have missed
+        for _ in range(20):
+            nursery.start_soon(read)
+        await until_blocked()
+        gate.set()
+    assert collected == 2
+    assert len(texts) == 21
+    assert all("the second" in text for text in texts[1:])
+
+
+async def test_what_takes_all_threads_keeps_no_reader_waiting(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that trio has for everybody: reading long texts takes them."""
+    tree = Tree(snapshotter)
+    await snapshotter.prepare("web")
+    await snapshotter.checkpoint("web", "kept")
+    monkeypatch.setattr(Root, "has_at_hand", lambda *arguments: False)  # the disk is asked for the layers
+    limiter = trio.to_thread.current_default_thread_limiter()
+    taken = [object() for _ in range(int(limiter.total_tokens))]
+    for each in taken:
+        await limiter.acquire_on_behalf_of(each)
+    try:
+        with trio.fail_after(10):
+            for name in ("checkpoint", "mounts.json"):
+                node = await tree.walk(f"active/web/{name}").refresh()
+                assert (await node.open()).size > 0
+            assert len(await snapshotter.walk()) == 2
+    finally:
+        for each in taken:
+            limiter.release_on_behalf_of(each)
 
 
 async def test_what_is_known_is_not_waited_for(snapshotter: Snapshotter) -> None:
@@ -758,6 +876,153 @@ def test_cleaning_up(make_held: Callable[..., Held]) -> None:
             held.let_go()
         assert done["0"] > 0
         assert done[REFUSED] > 0
+    assert held.daemon.stop() == 0
+
+
+ROLLING = """
+import os, sys
+
+os.chdir(sys.argv[1])
+with open("rollback", "wb", buffering=0) as file:
+    before = int(os.path.basename(os.path.dirname(os.readlink("diff"))))  # the id: each rollback takes one
+    file.write(b"1")
+    print(int(os.path.basename(os.path.dirname(os.readlink("diff")))) - before)
+"""
+
+
+def test_writing_what_is_to_be_done_to_a_workspace(make_held: Callable[..., Held]) -> None:
+    """One is done after the other, in the order in which they come; who comes waits for the few that are before."""
+    held = make_held()
+    os.mkdir(held.mnt / "active/web")
+    (held.mnt / "active/web/checkpoint").write_text("the first")
+    with bounded(120, held.daemon):
+        with hammering(alice, "clean", 300, held.mnt / "active/web/rollback") as done:  # it writes 1: the first
+            until(lambda: refusals(held.daemon, "open"))
+            for _ in range(5):
+                rolling = [*bob, sys.executable, "-c", ROLLING, str(held.mnt / "active/web")]
+                before = int(subprocess.run(rolling, stdout=subprocess.PIPE, check=True).stdout)
+                assert 0 < before < 4 * OPENERS_OF_USER, "so many were before him"
+            assert ordinary(bob, held.mnt) == {}
+        assert done["0"] > 0
+        assert done[REFUSED] > 0
+        assert "opened this file to write to it" in refusals(held.daemon, "open")[-1]
+    assert held.daemon.stop() == 0
+
+
+COPYING = """
+import os, sys, threading
+
+fd = os.open(sys.argv[1], os.O_WRONLY)
+writers = [threading.Thread(target=os.pwrite, args=(fd, b"copy: " + b"x" * n, 0)) for n in range(30)]
+for writer in writers:
+    writer.start()
+for writer in writers:
+    writer.join()
+"""
+
+
+@pytest.mark.durable
+def test_a_copy_that_takes_long_keeps_nobody_else_from_writing(make_held: Callable[..., Held]) -> None:
+    """For each who opens a file that does something it is one of its own to the kernel, which lets one write at a time."""
+    held = make_held()
+    os.mkdir(held.mnt / "active/web")
+    file = held.mnt / "active/web/checkpoint"
+    held.hold()
+    with subprocess.Popen([*alice, sys.executable, "-c", COPYING, file], preexec_fn=die_with_parent) as copying:
+        try:
+            until(lambda: held.count("flush"))
+            for who in (bob, alice, ()):
+                subprocess.run([*who, "sh", "-c", f"echo mine > {file}"], timeout=20, check=True)
+            with open(file, "r+b", buffering=0) as mine:
+                assert os.fstat(mine.fileno()).st_ino == os.stat(file).st_ino
+                mine.write(b"more")
+                assert mine.read() == b"web@4\n"
+            os.truncate(file, 0)
+            assert [line.split("\t")[3] for line in file.read_text().splitlines()] == ["mine"] * 3 + ["more"]
+            assert copying.poll() is None
+        finally:
+            held.let_go()
+        assert copying.wait() == 0
+    assert len(file.read_text().splitlines()) == 34
+    assert held.daemon.stop() == 0
+
+
+REOPENING = """
+import os, sys
+
+path = sys.argv[1]
+fd = os.open(path, os.O_PATH)
+for there in (f"/proc/self/fd/{fd}", "/proc/self/fd/9"):
+    for reopen in (lambda: os.close(os.open(there, os.O_WRONLY)), lambda: os.truncate(there, 0)):
+        try:
+            reopen()
+        except OSError as error:
+            print(error.errno)
+mine = os.open(path, os.O_WRONLY)
+os.close(os.open(f"/proc/self/fd/{mine}", os.O_WRONLY))
+os.write(mine, b"mine")
+"""
+
+
+def test_nobody_writes_to_what_others_may_have_to_write_to(make_held: Callable[..., Held]) -> None:
+    """What is opened by no name can't be one of the process's own to the kernel, unless the user had it before."""
+    held = make_held()
+    os.mkdir(held.mnt / "active/web")
+    file = held.mnt / "active/web/checkpoint"
+    with open(file, "w") as of_root:
+        script = 'exec 9>&"$1" && exec "$2" -c "$3" "$4"'
+        words = ["bash", "-c", script, "bash", str(of_root.fileno()), sys.executable, REOPENING, str(file)]
+        said = subprocess.run(
+            [*alice, *words], stdout=subprocess.PIPE, text=True, check=True, timeout=20, pass_fds=[of_root.fileno()]
+        )
+    assert said.stdout.split() == [REFUSED] * 4
+    assert "opened by its name it does not: try again" in refusals(held.daemon, "open")[-1]
+    assert [line.split("\t")[3] for line in file.read_text().splitlines()] == ["mine"]
+    assert held.daemon.stop() == 0
+
+
+def test_new_writers_of_one_user_push_out_no_others() -> None:
+    writers = Writers()
+    other, owners = writers.new(1, 20, 5), writers.new(1, 20, None)
+    own = [writers.new(1, 20, 6) for _ in range(WRITERS + 1)]
+    assert len({other, owners, *own}) == WRITERS + 3
+    assert [writers.is_of(other, 5), writers.is_of(owners, None), other in writers] == [True, True, True]
+    assert [writers.is_of(inode, 6) for inode in (own[0], own[1], own[-1], other, owners)] == [False, True, True, False, False]
+    for user in range(100, 100 + WRITING):
+        writers.new(1, 20, user)
+    assert not any(inode in writers for inode in (other, owners, *own)), "only so many users have some"
+    assert not writers.is_of(owners, None)
+
+
+async def test_the_inode_that_a_process_was_told_of_is_there_whoever_else_was_told(snapshotter: Snapshotter) -> None:
+    """A flood of another user's must not have it open one that others have."""
+    await snapshotter.prepare("web")
+    tree = Tree(snapshotter)
+    told = Retelling(tree, KernelCache(), OpenFiles(), Waiting(trio.current_time), writers_apart=True)
+    directory, file = tree.walk("active/web"), tree.walk("active/web/checkpoint")
+    for pid, user in ((1, BOB), *((pid, ALICE) for pid in range(2, WRITERS + 3))):
+        with pytest.raises(Stale):
+            told.to_write(file.inode, pid, user)
+    inode = told.look_up(directory, "checkpoint", 1, BOB).inode
+    assert inode != file.inode
+    assert told.to_write(inode, 1, BOB).inode == inode
+    assert told.look_up(directory, "checkpoint", 2, ALICE).inode == file.inode, "her own have pushed it out"
+
+
+def test_removing_what_is_in_use(make_held: Callable[..., Held]) -> None:
+    """The kernel keeps the directory locked while it is looked for who uses the snapshot, which here never ends by itself."""
+    held = make_held()
+    os.mkdir(held.mnt / "active/web")
+    with bounded(120, held.daemon), open(held.mnt / "active/web/rootfs/file", "w"):
+        held.hold()
+        with hammering(alice, "rmdir", 16, held.mnt / "active/web") as done:
+            until(lambda: held.count("search"))
+            assert ordinary(bob, held.mnt) == {}
+            held.let_go()
+            until(lambda: "by process 1 (held)" in held.daemon.error_log()[-1])
+            assert ordinary((), held.mnt) == {}
+        assert set(done) == {str(errno.EBUSY)}
+        assert done[str(errno.EBUSY)] > 1.25 * held.count("search"), "one answer serves many"
     assert held.daemon.stop() == 0
 
 

@@ -55,7 +55,7 @@ def served(mnt: Path, name: str) -> dict[str, Any]:
 def fill(mnt: Path) -> None:
     """A committed snapshot with a file, and active ones on it."""
     base = committed(mnt, "base", content="content")
-    for name in ("a", "old", "older", "oldest"):
+    for name in ("a", "old", "older", "oldest", "eldest"):
         os.mkdir(base / "active" / name)
     for label in ("l", "m", "n"):
         (mnt / "active/a/labels" / label).write_text("1")
@@ -84,6 +84,7 @@ WRITING = (  # each can be done, whether those before it were or not
     "mv active/old committed/done",
     "mv active/older committed/base/committed/child",
     "rmdir active/oldest",
+    f"""{sys.executable} -c 'import os; os.setxattr("active/eldest", "user.snapfs.remove", b"6 active/eldest")'""",
     "echo 1 > .snapfs/cleanup",
 )
 
@@ -103,6 +104,7 @@ WRITING = (  # each can be done, whether those before it were or not
         (f"allow_other,umask=077,uid={ALICE}", alice, True, True),
         (f"allow_other,umask=077,uid={ALICE}", bob, False, False),
         (f"allow_other,umask=077,uid={ALICE}", (), True, True),  # root
+        (f"allow_other,umask=027,uid={ALICE},gid={STAFF}", member, True, False),
     ],
 )
 def test_uid_gid_and_umask_decide_who_reads_and_who_writes(
@@ -160,8 +162,8 @@ def test_what_stat_shows(make_daemon: Make, arguments: list[str], owner: tuple[i
     daemon = make_daemon(*arguments).start()
     fill(daemon.mnt)
     for path, mode in MODES.items():
-        fixed = not mode & 0o222 and not umask & 0o004  # which its owner could keep others from opening
-        expected = (mode & ~umask, 0 if fixed else owner[0], owner[1])
+        fixed = not mode & 0o222  # which its owner could keep others from opening
+        expected = (mode if fixed and owner[0] else mode & ~umask, 0 if fixed else owner[0], owner[1])
         assert shown(daemon.mnt, path) == expected, path
         assert shown(daemon.mnt, path) == expected, path
     for link in ("active/a/diff", "active/a/rootfs", "active/a/parent", "committed/base/active/a", "by-id/1"):
@@ -192,11 +194,14 @@ sys.stdin.read()
 """
 
 
-def test_nobody_keeps_others_from_reading(make_daemon: Make) -> None:
+@pytest.mark.parametrize("options", ["", f",gid={ALICE},umask=027", f",gid={STAFF},umask=027", ",umask=077", ",umask=023"])
+def test_nobody_keeps_others_from_reading(make_daemon: Make, options: str) -> None:
     """The kernel has whoever opens a file wait for the end of a lease, which its owner may take, for 45 seconds."""
-    daemon = make_daemon("-o", f"allow_other,uid={ALICE}").start()
+    daemon = make_daemon("-o", f"allow_other,uid={ALICE}{options}").start()
     fill(daemon.mnt)
-    more = (".snapfs/snapshots", ".snapfs/options.json", ".snapfs/metrics")
+    more = ("active/a/mounts.json", ".snapfs/version", ".snapfs/snapshots", ".snapfs/options.json", ".snapfs/metrics")
+    for script in READING:
+        assert may(sh(alice, daemon.mnt, script)), script
     paths = [str(path) for path in map(daemon.mnt.joinpath, (*MODES, *more)) if path.is_file()]
     command = [*alice, sys.executable, "-c", LEASE, *paths]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
@@ -209,12 +214,38 @@ def test_nobody_keeps_others_from_reading(make_daemon: Make) -> None:
         assert "another process has a lease on it" in done.stderr
         assert holder.poll() is None
         holder.communicate()
+    commands = [str(daemon.mnt / "active/a" / name) for name in ("checkpoint", "rollback", "fork")]
+    command = [*alice, sys.executable, "-c", LEASE, *commands]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().split() == commands
+        for words in (["checkpoint", "a"], ["checkpoint", "--copy", "a"], ["rollback", "a"], ["fork", "a", "c"]):
+            done = run((), *SNAPFS, words[0], "--at", daemon.mnt, *words[1:])
+            assert "another process has a lease on it" in done.stderr
+        holder.communicate()
     assert run((), *SNAPFS, "label", "--at", daemon.mnt, "a", "l=2").returncode == 0
 
 
+@pytest.mark.parametrize("options", [f"gid={STAFF},umask=027", "umask=077"])
+def test_whom_the_umask_keeps_out_reads_no_file(make_daemon: Make, options: str) -> None:
+    """Whatever modes the files show: not by a path, and not by a directory that somebody else has opened."""
+    daemon = make_daemon("-o", f"allow_other,uid={ALICE},{options}").start()
+    fill(daemon.mnt)
+    paths = [path for path in MODES if (daemon.mnt / path).is_file()]
+    done = sh(bob, daemon.mnt.parent, f"for path in {' '.join(paths)}; do cat {daemon.mnt.name}/$path; done")
+    assert (done.stdout, done.stderr.count("Permission denied")) == ("", len(paths))
+    for path in paths:
+        fd = os.open(daemon.mnt / os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+        name = os.path.basename(path)
+        words = ["-c", f"import os; os.open({name!r}, os.O_RDONLY, dir_fd={fd})"]
+        done = subprocess.run([*bob, sys.executable, *words], pass_fds=[fd], capture_output=True, text=True, check=False)
+        os.close(fd)
+        assert "PermissionError" in done.stderr, path
+
+
 def test_the_command_waits_for_no_lease(make_daemon: Make) -> None:
-    """Where only the owner may read, it is the owner's, who may take one."""
-    daemon = make_daemon("-o", f"allow_other,uid={ALICE},umask=077").start()
+    """Where others may enter and only the owner may read, it is the owner's, who may take one."""
+    daemon = make_daemon("-o", f"allow_other,uid={ALICE},umask=066").start()
     os.mkdir(daemon.mnt / "active/a")
     paths = [str(daemon.mnt / path) for path in (".snapfs/snapshots", "active/a/info.json")]
     command = [*alice, sys.executable, "-c", LEASE, *paths]
@@ -458,13 +489,30 @@ def test_who_may_read_changes_is_who_may_read_the_layer(make_daemon: Make, who: 
     for _ in range(2):  # before and after the text is known
         for directory in ("active/a", "committed/base"):
             assert may(run(who, "ls", daemon.mnt / directory / "diff/")) == expected
-            assert may(run(who, "cat", daemon.mnt / directory / "changes")) == expected
-        for path in ("active/a/changes", "committed/base/changes"):
+            for name in ("changes", "changes.patch", "compare"):
+                assert may(run(who, "cat", daemon.mnt / directory / name)) == expected
+        for path in ("active/a/changes", "committed/base/changes", "active/a/changes.patch", "committed/base/changes.patch"):
             assert (daemon.mnt / path).read_text()
-    for path in ("active/a/changes", "committed/base/changes"):
+    for path in ("active/a/changes", "committed/base/changes.patch"):
         for change in (("chmod", "444"), ("chown", str(BOB))):
             assert run(who, *change, daemon.mnt / path).returncode != 0
-    assert shown(daemon.mnt, "active/a/changes") == (0o400, 0, 0)
+    for name in ("changes", "changes.patch"):
+        assert shown(daemon.mnt, f"active/a/{name}") == (0o400, 0, 0)
+    assert shown(daemon.mnt, "active/a/compare") == (0o600, 0, 0)
+    asked = run(who, "sh", "-c", 'exec 3<>"$1" && echo "changes base" >&3 && cat <&3', "sh", daemon.mnt / "active/a/compare")
+    assert (asked.returncode == 0 and asked.stdout.endswith("A /new\n")) == (expected and "--ambient-caps" not in who)
+    assert daemon.stop() == 0
+
+
+def test_who_may_not_compare_is_told_who_may(make_daemon: Make) -> None:
+    """The owner of all else in the tree, too."""
+    daemon = make_daemon("-o", f"allow_other,umask=000,uid={ALICE}").start()
+    fill(daemon.mnt)
+    for words in ("a", "-p a", "a base", "--stat --since 0 a"):
+        done = run(alice, *SNAPFS, "diff", "--at", daemon.mnt, *words.split())
+        assert done.returncode == 6
+        assert "what is in layers is for root, and the user that serves the tree, alone" in done.stderr
+        assert run((), *SNAPFS, "diff", "--at", daemon.mnt, *words.split()).returncode == 0
     assert daemon.stop() == 0
 
 

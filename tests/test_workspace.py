@@ -35,6 +35,7 @@ from snapfs.errors import (
 from snapfs.options import Options, Sync
 from snapfs.store import indexes
 from snapfs.store.metastore import MetaStore
+from snapfs.store.schema import SCHEMA
 from snapfs.store.writing import Writer
 from tests.command import Command
 from tests.daemon import Daemon
@@ -292,8 +293,11 @@ def test_records_of_an_earlier_snapfs_are_indexed(tmp_path: Path) -> None:
         writer.put(writer.next_id(), labelled)
         txn.drop(store.tables.checkpoints)
         assert not indexes.has_checkpoints(txn)
+        txn.put(b"schema", b"1", db=store.tables.meta)
     store.close()
     store = MetaStore(str(tmp_path / "m"), sync=False)
+    with store.environment.env.begin() as txn:
+        assert txn.get(b"schema", db=store.tables.meta) == str(SCHEMA).encode(), "which an older snapfs refuses"
     with store.reading() as reader:
         assert list(reader.checkpoints("web")) == [(3, 1)]
         assert reader.wrong_index_entries() == 0

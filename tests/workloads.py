@@ -88,6 +88,17 @@ def _kept(key: str, name: str, message: str) -> Then:
     return then
 
 
+def _kept_a_copy(key: str, name: str, message: str) -> Then:
+    """``key`` goes on beside a checkpoint of it."""
+
+    def then(state: State) -> None:
+        before = state[key]
+        _kept(key, name, message)(state)
+        state[key] = before
+
+    return then
+
+
 def _rolled_back(key: str, parent: str | None) -> Then:
     return lambda state: state.update({key: replace(state[key], parent=parent, files=())})
 
@@ -128,12 +139,76 @@ def checkpoint(key: str, name: str, message: str = "", *, wait: bool = True) -> 
     return Step(f"checkpoint {key}", lambda s: s.checkpoint(key, message, wait=wait), _kept(key, name, message))
 
 
+def keep_copy(key: str, name: str, message: str = "") -> Step:
+    return Step(f"copy {key}", lambda s: s.checkpoint(key, message, copy=True), _kept_a_copy(key, name, message))
+
+
 def rollback(key: str, to: str | int | None, parent: str | None) -> Step:
     return Step(f"rollback {key}", lambda s: s.rollback(key, to), _rolled_back(key, parent))
 
 
 def fork(key: str, name: str, new: str) -> Step:
     return Step(f"fork {key}", lambda s: s.fork(key, new), _forked(key, name, new))
+
+
+def _shown(state: State, name: str) -> tuple[tuple[str, str], ...]:
+    found: dict[str, str] = {}
+    above: str | None = name
+    while above is not None:
+        found = dict(state[above].files) | found
+        above = state[above].parent
+    return tuple(sorted(found.items()))
+
+
+_OURS = ("pin", "snapfs.workspace", "snapfs.checkpoint", "snapfs.message")
+
+
+def _squashed(name: str, new: str, **more: str) -> Then:
+    def then(state: State) -> None:
+        kept = {label: value for label, value in state[name].labels if label not in _OURS}
+        labels = {**kept, "snapfs.squash": name, **more}
+        state[new] = Snapshot(Kind.COMMITTED, None, tuple(sorted(labels.items())), _shown(state, name))
+
+    return then
+
+
+def _moved(key: str, name: str) -> Then:
+    """A squash was made of ``name``, and ``key`` stands on that."""
+
+    def then(state: State) -> None:
+        _squashed(name, f"{name}-squashed", **{"snapfs.workspace": key})(state)
+        state[key] = replace(state[key], parent=f"{name}-squashed")
+
+    return then
+
+
+def _dissolved(name: str) -> Then:
+    def then(state: State) -> None:
+        gone = state.pop(name)
+        for child, snapshot in state.items():
+            if snapshot.parent == name:
+                files = tuple(sorted((dict(gone.files) | dict(snapshot.files)).items()))
+                state[child] = replace(snapshot, parent=gone.parent, files=files)
+
+    return then
+
+
+def squash(name: str, new: str) -> Step:
+    return Step(f"squash {name}", lambda s: s.squash(name, new), _squashed(name, new))
+
+
+def dissolve(name: str) -> Step:
+    return Step(f"dissolve {name}", lambda s: s.dissolve(name), _dissolved(name))
+
+
+def shortened(key: str, name: str) -> Step:
+    """What a checkpoint ``name`` of ``key`` has begun is done."""
+
+    async def do(snapshotter: Snapshotter) -> None:
+        while (await snapshotter.stat(key)).parent == name:
+            await trio.sleep(0.001)
+
+    return Step(f"shorten {key}", do, _moved(key, name))
 
 
 def label(key: str, **change: str) -> Step:
@@ -266,9 +341,20 @@ WORKLOADS = [
     Workload("rename", [[rename("web", "web2"), rename("base", "ground")]]),
     Workload("checkpoint", [[checkpoint("web", "web@1", "one"), checkpoint("web", "web@2", wait=False)]]),
     Workload("checkpoint while mounted", [[mount("web"), checkpoint("web", "web@1"), mount("web")]]),
+    Workload(
+        "a copy", [[mount("web"), keep_copy("web", "web@1", "one"), keep_copy("web", "web@2"), rollback("web", 1, "web@1")]]
+    ),
     Workload("rollback", [[rollback("web", None, "top"), checkpoint("web", "web@1"), rollback("web", 0, "top")]]),
     Workload("rollback with async_remove", [[rollback("web", "top", "top"), cleanup()]], options=_ASYNC),
     Workload("fork", [[fork("web", "web@1", "other"), fork("other", "other@1", "third")]]),
+    Workload("squash", [[squash("leaf", "flat"), usage("flat"), prepare("next", "flat")]]),
+    Workload("squash with sync=none", [[squash("base", "flat"), usage("flat")]], options=Options(sync=Sync.NONE)),
+    Workload("squash by itself", [[checkpoint("old", "old@1"), shortened("old", "old@1")]], options=Options(squash_depth=3)),
+    Workload(
+        "dissolve",
+        [[remove("web"), checkpoint("old", "old@1"), dissolve("top"), usage("leaf"), remove("peek"), dissolve("base")]],
+    ),
+    Workload("dissolve with async_remove", [[remove("web"), remove("old"), dissolve("top"), cleanup()]], options=_ASYNC),
     Workload("labels", [[label("web", team="green", more="x"), label("web", n=""), move_label("base", "team", "crew")]]),
     Workload("cleanup", [[cleanup()]]),
     Workload("cleanup with async_remove", [[remove("old"), remove("leaf"), cleanup()]], options=_ASYNC),
@@ -526,10 +612,23 @@ CLIENTS: dict[str, list[list[Deed]]] = {
             echo("one", "active/web/checkpoint", _kept("web", "web@1", "one")),
             put("web", "index.html", "2"),
             echo("other", "active/web/fork", _forked("web", "web@2", "other")),
+            put("web", "index.html", "3"),
+            echo("copy: three", "active/web/checkpoint", _kept_a_copy("web", "web@3", "three")),
             echo("1", "active/web/rollback", _rolled_back("web", "web@1")),
             read("active/web/rootfs/index.html", "1"),
+            read("committed/web@3/rootfs/index.html", "3"),
         ],
         [echo("", "active/old/rollback", _rolled_back("old", "top")), look("active"), look("committed")],
+    ],
+    "many layers": [
+        [
+            echo("flat", "committed/leaf/squash", _squashed("leaf", "flat")),
+            read("committed/flat/rootfs/top.txt", "top"),
+            echo("one", "active/old/checkpoint", _kept("old", "old@1", "one")),
+            echo("two", "active/old/checkpoint", _kept("old", "old@2", "two")),
+            echo("", "committed/old@1/dissolve", _dissolved("old@1")),
+            read("committed/old@2/rootfs/a/b", "c"),
+        ],
     ],
     "rootfs": [
         [read("active/web/rootfs/etc/hosts", "ground"), put("web", "index.html", "hello again"), look("active/web/rootfs")],

@@ -6,6 +6,7 @@ A script that lists or makes snapshots in a loop pays for each start, so what th
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -25,6 +26,8 @@ VERBS = {
     "rm": ("rm", "remove snapshots"),
     "mount": ("mount", "mount a snapshot's file system"),
     "umount": ("mount", "unmount a snapshot's file system"),
+    "adopt": ("adopt", "make a base and a workspace of a directory"),
+    "release": ("adopt", "take a workspace away from over a directory"),
     "shell": ("inside", "start a shell that stands in a snapshot"),
     "run": ("inside", "run a command that stands in a snapshot"),
     "diff": ("diff", "show what a snapshot changed"),
@@ -33,14 +36,20 @@ VERBS = {
     "fork": ("workspace", "make a second workspace from a snapshot, as it is now"),
     "checkpoint": ("workspace", "keep the state of a workspace"),
     "rollback": ("workspace", "put a workspace back to a checkpoint"),
+    "apply": ("apply", "bring what changed into an ordinary directory, and undo that"),
+    "versions": ("versions", "show which checkpoints hold which version of a file"),
+    "restore": ("versions", "put one file or directory back as it was at a checkpoint"),
+    "squash": ("squash", "make one layer of many"),
     "events": ("events", "show, or follow, what happens"),
-    "prune": ("prune", "remove snapshots by label, age or kind"),
+    "prune": ("prune", "remove snapshots by label, age or kind; thin checkpoints"),
     "completion": ("completion", "completion for bash, zsh and fish"),
     "serve": ("serve", "mount a root's tree and serve it"),
     "check": ("check", "look for damage in a root that is not in use, and mend it"),
     "backup": ("backup", "copy a root's records to a file, also while it is served"),
 }
 """Module and summary of each verb."""
+
+_OF_FULL_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _OF_THE_DAEMON = ("lmdb", "msgspec", "pyfuse3", "trio")  # which ``pip install --no-deps`` leaves out
 
@@ -65,6 +74,7 @@ exit status:
   5    it is in use, or has children
   6    not permitted
   7    no tree is mounted, or its daemon is gone
+  8    what is to be changed was changed there, too: nothing was touched
   130  interrupted
 
 examples:
@@ -102,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said: Exception = error
         if isinstance(error, ModuleNotFoundError) and error.name in _OF_THE_DAEMON:
             said = Refusal(f"{error.name} is not installed, which {given[0]} takes: install snapfs anew, without --no-deps")
+        elif isinstance(error, OSError) and error.filename is None and error.errno in _OF_FULL_DISKS:  # /dev/full, say
+            said = Refusal(f"cannot write to standard output: {error.strerror}")
+            os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # so that the interpreter's last flush says nothing
         elif not isinstance(error, (Refusal, SnapshotError)):
             if not isinstance(error, FileNotFoundError) or not _has_no_directory():
                 raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Callable
 
@@ -12,6 +11,9 @@ from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import MountedTree, find_tree
 from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import NOT_FOUND, TAKEN, Refusal, missing
+
+SYNC = ("opendir", "fsyncdir")
+"""What a sync of a directory asks of the tree."""
 
 AGAIN = 0.2  # seconds until what the tree refuses for the moment is tried again
 
@@ -40,7 +42,7 @@ def commit(place: MountedTree, key: str, name: str, parent: str | None = None) -
     the tree.  Raises Refusal."""
     target = place.made_at("committed", name, parent)
     try:
-        place.do(f'commit "{key}"', persistently, os.rename, place.directory("active", key), target)
+        place.do(f'commit "{key}"', ["rename"], persistently, place.within.rename, place.directory("active", key), target)
     except Refusal as refused:
         if refused.status == NOT_FOUND:
             kind = place.kind_of(key)
@@ -56,21 +58,12 @@ def commit(place: MountedTree, key: str, name: str, parent: str | None = None) -
     return place.directory("committed", name)
 
 
-def sync(directory: str) -> None:
-    """Return when the data of the snapshot in ``directory`` is on disk."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _commit(given: Given) -> int:
     place = find_tree(given.value("at"), changes=True)
     key, name, parent = given.arguments[0], given.arguments[1], given.value("parent")
     directory = commit(place, place.key(key), place.new_key(name, "committed"), None if parent is None else place.key(parent))
     if not given.has("no-sync"):
-        place.do("wait for the disk", persistently, sync, directory)
+        place.do("wait for the disk", SYNC, persistently, place.within.sync, directory)
     table.show_line(directory)
     return 0
 

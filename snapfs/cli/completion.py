@@ -27,6 +27,7 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
     "full|none": lambda: ["full", "none"],
     "USER": _users,
     "GROUP": _groups,
+    "WHEN": lambda: ["auto", "always", "never"],
 }
 """The values that an option can have, by its metavar."""
 

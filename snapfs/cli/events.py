@@ -16,7 +16,7 @@ from snapfs.cli.refusal import refusal
 def _events(given: Given) -> int:
     place = find_tree(given.value("at"))
     try:
-        with open(f"{place.path}/.snapfs/events", "rb", buffering=0) as events:
+        with open(place.within.open(f"{place.path}/.snapfs/events", os.O_RDONLY), "rb", buffering=0) as events:
             if given.has("new"):
                 events.seek(0, os.SEEK_END)
             more = select.poll()
@@ -34,7 +34,7 @@ def _events(given: Given) -> int:
     except OSError as error:
         if error.errno in (errno.EPIPE, None):
             raise
-        raise refusal(error, place.path, 0, "cannot read the events") from None
+        raise refusal(error, place.path, "cannot read the events") from None
 
 
 def _said(line: bytes) -> str:

@@ -17,14 +17,18 @@ NAMES = {"KEY": "active view", "NAME": "active view committed", "PARENT": "commi
 
 
 class Option:
-    """``--name`` or ``-n``, with a value where it has a ``metavar``; ``many``: it may be repeated."""
+    """``--name`` or ``-n``, with a value where it has a ``metavar``; ``many``: it may be repeated; ``instead``: there is no
+    such argument where it is given."""
 
-    def __init__(self, name: str, text: str, metavar: str = "", short: str = "", *, many: bool = False) -> None:
+    def __init__(
+        self, name: str, text: str, metavar: str = "", short: str = "", *, many: bool = False, instead: str = ""
+    ) -> None:
         self.name = name
         self.text = text
         self.metavar = metavar
         self.short = short
         self.many = many
+        self.instead = instead
 
     def words(self) -> str:
         """How it is written: ``-p, --parent PARENT``."""
@@ -40,10 +44,12 @@ JSON = Option("json", "for programs")
 
 
 class Given:
-    """What was given: the arguments in order, and the options by name."""
+    """What was given: the arguments in order, how many of them stood before ``--`` (None: there was none), and the options by
+    name."""
 
     def __init__(self) -> None:
         self.arguments: list[str] = []
+        self.before: int | None = None
         self.values: dict[str, list[str]] = {}
 
     def has(self, name: str) -> bool:
@@ -100,15 +106,16 @@ class Verb:
 
     def parse(self, words: Sequence[str]) -> Given:
         """Raises WrongUsage."""
-        given, rest = Given(), list(words)
+        given, rest, arguments = Given(), list(words), list(self.arguments)
         while rest:
             word = rest.pop(0)
             if word == "--":
+                given.before = len(given.arguments)
                 given.arguments += rest
                 break
             if not word.startswith("-") or word == "-":
                 given.arguments.append(word)
-                if self.arguments[-1:] == [COMMAND] and len(given.arguments) == len(self.arguments):
+                if arguments[-1:] == [COMMAND] and len(given.arguments) == len(arguments):
                     given.arguments += rest  # the command's own options among them
                     break
                 continue
@@ -130,10 +137,12 @@ class Verb:
                     raise WrongUsage(f"{name} wants {option.metavar}")
                 value = rest.pop(0)
             given.values.setdefault(option.name, []).append(value)
-        least = sum(not argument.startswith("[") for argument in self.arguments)
-        most = None if any("…" in argument for argument in self.arguments) else len(self.arguments)
+            if option.instead in arguments:
+                arguments.remove(option.instead)
+        least = sum(not argument.startswith("[") for argument in arguments)
+        most = None if any("…" in argument for argument in arguments) else len(arguments)
         if len(given.arguments) < least:
-            raise WrongUsage(f"{self.arguments[len(given.arguments)]} is missing")
+            raise WrongUsage(f"{arguments[len(given.arguments)]} is missing")
         if most is not None and len(given.arguments) > most:
             raise WrongUsage(f'"{given.arguments[most]}" is too much')
         return given

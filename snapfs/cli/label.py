@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Option, Verb
@@ -18,7 +17,7 @@ def _label(given: Given) -> int:
     name = place.key(given.arguments[0])
     _, directory = place.find(name)
     for key in given.all("delete"):
-        if not os.path.lexists(f"{directory}/labels/{file_name(key)}"):
+        if not place.within.exists(f"{directory}/labels/{file_name(key)}"):
             raise Refusal(f'"{name}" has no label "{key}"; {place.command("label", name)} lists them', NOT_FOUND)
     for key, value in [*labels, *((key, "") for key in given.all("delete"))]:
         place.write_label(directory, key, value)

@@ -11,8 +11,10 @@ from itertools import islice
 
 from snapfs.cli import table
 from snapfs.cli.grammar import Given, Option, Verb
+from snapfs.cli.listing import rows
 from snapfs.cli.place import find_tree
 from snapfs.cli.refusal import BUSY, FAILED, NOT_PERMITTED, Refusal
+from snapfs.cli.within import covered
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,51 +24,61 @@ if TYPE_CHECKING:
     from snapfs.cli.place import MountedTree
     from snapfs.kernel.mounttable import MountPoint
     from snapfs.kernel.trusted import Found
+    from snapfs.root.mounted import Place
 
 
 def _mount(given: Given) -> int:
-    from snapfs.kernel import trusted
-
     place = find_tree(given.value("at"), changes=True)
     place.refuse_foreign("mounted")
-    key = place.key(given.arguments[0])
-    kind, directory = place.find(key)
+    mount_on(place, place.key(given.arguments[0]), given.arguments[1], suid=given.has("suid"), dev=given.has("dev"))
+    return 0
+
+
+def mount_on(place: MountedTree, key: str, directory: str, *, suid: bool = False, dev: bool = False) -> None:
+    """Mount the file system of the active snapshot or view ``key`` on ``directory``, in the namespaces of the daemon, where it
+    has some of its own; this process is in there then.  ``suid`` and ``dev``: let setuid programs and device nodes in it work.
+    Raises Refusal."""
+    from snapfs.kernel import trusted
+
+    kind, shown_at = place.find(key)
     if kind == "committed":
         from snapfs.names import word
 
         raise Refusal(f'"{key}" is committed: make a view of it and mount that: snapfs view VIEW --parent {word(key)}')
-    info = json.loads(place.read(f"{directory}/info.json"))
-    mounted: list[str] = info["mounted"]
-    number: int = info["id"]
-    specs = json.loads(place.read(f"{directory}/mounts.json"))
-    target = os.path.abspath(given.arguments[1])
+    number: int = json.loads(place.read(f"{shown_at}/info.json"))["id"]
+    specs = json.loads(place.read(f"{shown_at}/mounts.json"))
+    layers = _layers(place, key, kind, number)
+    target = os.path.abspath(directory)
+    options = place.options()
     with contextlib.ExitStack() as held:
-        tree = os.open(place.path, os.O_PATH | os.O_DIRECTORY)  # in the daemon's namespaces its path may be none
-        held.callback(os.close, tree)
-        window = enter(place)
-        with _trusted(f'mount "{key}" on', given.arguments[1]):
+        window = enter(place, options)
+        with trusting(f'mount "{key}" on', directory):
             found = held.enter_context(trusted.find(target, may_lack=True))
         if f"{found.path}/".startswith(f"{place.path}/"):
-            raise Refusal(f"{given.arguments[1]} lies in the tree: mount it elsewhere")
-        mounted = [each.removeprefix(window) for each in mounted]
-        if _mount_at(mounted, specs, key, kind, found, _attributes(given)):
-            _let_write(f"/proc/self/fd/{tree}/by-id/{number}", specs, key, kind, found.path)
+            raise Refusal(f"{directory} lies in the tree: mount it elsewhere")
+        shown = _shown(options["root"], layers, kind)
+        if _mount_at(shown, specs, key, kind, found, _attributes(suid=suid, dev=dev)):
+            _let_write(place, number, specs, key, kind, found.path)
         if window:
             table.complain(f"mounted for the daemon and what snapfs starts; others reach it as {window}{found.path}")
-    return 0
 
 
-def enter(place: MountedTree) -> str:
-    """Enter the namespaces of the daemon that serves the tree, where it has some of its own, in which alone the user may mount:
-    before the paths there what leads to them from outside; "" where there are none.  The working directory is another one then,
-    and the tree may not be seen.  Raises Refusal."""
-    options = place.options()
+def enter(place: MountedTree, options: dict[str, Any]) -> str:
+    """Enter the namespaces of the daemon that serves the tree and has these ``options``, where it has some of its own, in which
+    alone the user may mount: before the paths there what leads to them from outside; "" where there are none.  The working
+    directory is another one then, and the tree may not be seen.  Raises Refusal.
+
+    What is needed afterwards is imported before: in there something else may stand at the place of a module."""
     window: str = options["window"]
     if window:
-        from snapfs.kernel import userns
+        from snapfs import errors, names  # noqa: F401
+        from snapfs.cli import daemon, within  # noqa: F401
+        from snapfs.kernel import mountapi, mounting, mounttable, overlay, processes, trusted, userns  # noqa: F401
+        from snapfs.root import mounted  # noqa: F401
 
         try:
-            userns.join(options["pid"], mounts=True)
+            with daemon.proven(place, options["pid"]) as process:
+                userns.join(process, mounts=True)
         except OSError as error:
             hint = "leave the workspace that you stand in, or see whether the daemon is yours"
             raise Refusal(f"cannot mount for the daemon of {place.path}: {error.strerror}: {hint}", NOT_PERMITTED) from None
@@ -74,7 +86,7 @@ def enter(place: MountedTree) -> str:
 
 
 @contextlib.contextmanager
-def _trusted(doing: str, target: str) -> Iterator[None]:
+def trusting(doing: str, target: str) -> Iterator[None]:
     """For a block that is ``doing`` something to TARGET; raises Refusal where somebody else could lead it elsewhere."""
     from snapfs.kernel.trusted import Untrusted
 
@@ -87,15 +99,41 @@ def _trusted(doing: str, target: str) -> Iterator[None]:
         raise Refusal(f"cannot {doing} {target}: {error.strerror}") from None
 
 
-def _attributes(given: Given) -> int:
+def _attributes(*, suid: bool, dev: bool) -> int:
     """What holds for all that is mounted: no program gets another user's rights there, and no device node works."""
     from snapfs.kernel import mountapi
 
-    return mountapi.MOUNT_ATTR_NOSUID * (not given.has("suid")) | mountapi.MOUNT_ATTR_NODEV * (not given.has("dev"))
+    return mountapi.MOUNT_ATTR_NOSUID * (not suid) | mountapi.MOUNT_ATTR_NODEV * (not dev)
+
+
+def _layers(place: MountedTree, key: str, kind: str, number: int) -> list[int]:
+    """The ids of the layers that the snapshot ``key`` with the id ``number`` shows as one, the nearest first; that of an active
+    one alone."""
+    if kind == "active":
+        return [number]
+    known = {row.name: row for row in rows(place)}
+    row = known.get(key)
+    found = []
+    while row is not None:
+        found += [row.id] * (row.kind == "committed")
+        row = known.pop(row.parent, None) if row.parent is not None else None
+    return found or [number]
+
+
+def _shown(root: str, layers: Sequence[int], kind: str) -> list[Place]:
+    """The mounts of a snapshot, in this process's own mount table, whatever the tree tells of them; the kernel says what they
+    show, as far as it does."""
+    from snapfs.root.mounted import Mounted
+
+    mounted = Mounted(f"{root}/snapshots")
+    try:
+        return mounted.shown(layers[0]) if kind == "active" else mounted.shown_as_one(layers)
+    finally:
+        mounted.close()
 
 
 def _mount_at(
-    mounted: Sequence[str], specs: Sequence[dict[str, Any]], key: str, kind: str, found: Found, attributes: int
+    shown: Sequence[Place], specs: Sequence[dict[str, Any]], key: str, kind: str, found: Found, attributes: int
 ) -> bool:
     """Mount it, read-only until it is known to be still what it was; False where it is another mount of what is mounted."""
     from snapfs.kernel import mounting, overlay
@@ -106,9 +144,10 @@ def _mount_at(
 
         to_do = f"make it first: mkdir {word(target)}" if found.missing else "give a directory"
         raise Refusal(f"{target}, where it is to be mounted, is no directory: {to_do}")
-    if target in mounted:
+    if target in (each.target for each in shown):
         raise Refusal(f'"{key}" is mounted on {target} already', BUSY)
-    if kind == "active" and mounted and _bind(mounted[0], found.fd, attributes):
+    writable = [each for each in shown if each.writable]
+    if kind == "active" and writable and _bind(writable[0], found.fd, attributes):
         return False
     for spec in specs:
         options: list[str] = spec["options"]
@@ -129,15 +168,15 @@ def _mount_at(
     return True
 
 
-def _let_write(directory: str, specs: Sequence[dict[str, Any]], key: str, kind: str, target: str) -> None:
-    """Make what was mounted on ``target`` by ``specs`` writable, if it is an active snapshot's, and still the one that has
-    ``directory`` in the tree: what is mounted can't be committed or removed from now on.  Another user of the tree may have
+def _let_write(place: MountedTree, number: int, specs: Sequence[dict[str, Any]], key: str, kind: str, target: str) -> None:
+    """Make what was mounted on ``target`` by ``specs`` writable, if it is an active snapshot's, and still the one that has the
+    id ``number`` in the tree: what is mounted can't be committed or removed from now on.  Another user of the tree may have
     done so, or given its key to another, since it was looked up.  Raises Refusal, and then nothing is mounted."""
     from snapfs.kernel import mounting
 
     try:
-        with _in_use(specs[0]["source"]) if specs[0]["type"] == "bind" and kind == "active" else contextlib.nullcontext():
-            why = _changed(directory, specs, kind)
+        with in_use(specs[0]["source"]) if specs[0]["type"] == "bind" and kind == "active" else contextlib.nullcontext():
+            why = _changed(place, number, specs, kind)
             if why:
                 raise Refusal(f'"{key}" {why} a moment ago: it is not mounted', BUSY)
             if kind == "active":
@@ -149,33 +188,34 @@ def _let_write(directory: str, specs: Sequence[dict[str, Any]], key: str, kind: 
         raise
 
 
-def _changed(directory: str, specs: Sequence[dict[str, Any]], kind: str) -> str:
-    """What has become of the snapshot of ``kind`` with ``directory`` in the tree, whose mounts ``specs`` were; "" for nothing.
+def _changed(place: MountedTree, number: int, specs: Sequence[dict[str, Any]], kind: str) -> str:
+    """What has become of the snapshot of ``kind`` with this id in the tree, whose mounts ``specs`` were; "" for nothing.
 
     mounts.json is read before info.json: to open it waits for a commit, or a removal, that began before there was the mount."""
 
     def read(name: str) -> Any:
         try:
-            with open(f"{directory}/{name}", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            path = place.within.unlinked(f"{place.path}/by-id/{number}", ["by-id"])
+            with open(place.within.open(f"{path}/{name}", os.O_RDONLY), encoding="utf-8", errors="surrogateescape") as file:
                 return json.load(file)
         except FileNotFoundError:
             return None
 
     now, info = read("mounts.json"), read("info.json")
-    number = os.path.basename(directory)
     if info is None:
         return "was removed"
     if info["kind"] != kind:
         return f"was {info['kind']}"
     own = [specs[0]["source"], *specs[0]["options"]] if kind == "active" else []
     of_it = any(each.endswith(f"/{number}/fs") and "lowerdir=" not in each for each in own) if own else True
-    return "" if now == specs and str(info["id"]) == number and of_it else "became another"
+    return "" if now == specs and info["id"] == number and of_it else "became another"
 
 
 @contextlib.contextmanager
-def _in_use(layer: str) -> Iterator[None]:
+def in_use(layer: str, process: str = "") -> Iterator[None]:
     """For a block: the directory ``layer`` bound so that it can be written, which the daemon takes for use, where nobody gets
-    at it: in the mount namespace of a child of this process.  A bind that is read-only is no use.  Raises OSError."""
+    at it: in the mount namespace of a child of this process; a bind that is read-only is no use.  ``process``: the directory in
+    /proc of the daemon, where its user namespace is needed to mount.  Raises OSError."""
     import socket
 
     from snapfs.kernel import mounting, userns
@@ -184,11 +224,14 @@ def _in_use(layer: str) -> Iterator[None]:
     child = os.fork()
     if child == 0:
         try:
-            ours.close()
+            if process:
+                userns.join(process, mounts=False)
             userns.copy_mounts()
+            os.closerange(3, its.fileno())  # no lock of the parent's outlives it
+            os.closerange(its.fileno() + 1, 1 << 16)
             mounting.mount_bind(layer, layer, read_only=False)
             its.send(b"0")
-            its.recv(1)  # until our end is closed
+            its.recv(1)  # until the parent's end is closed
         except OSError as error:
             its.send(str(error.errno).encode())
         finally:
@@ -204,19 +247,20 @@ def _in_use(layer: str) -> Iterator[None]:
         os.waitpid(child, 0)
 
 
-def _bind(source: str, target: int, attributes: int) -> bool:
-    """Bind the mount at ``source`` to the directory open as ``target``; False where nothing is mounted at ``source`` any more.
-    A second overlay must not write to the same layer.  Raises Refusal where something else is mounted over ``source``."""
+def _bind(source: Place, target: int, attributes: int) -> bool:
+    """Bind the mount ``source`` to the directory open as ``target``; False where it is not mounted any more.  A second overlay
+    must not write to the same layer.  Raises Refusal where something else is mounted over it."""
     from snapfs.kernel import mounting
     from snapfs.kernel.mounttable import mount_id_of, mount_table
 
     with contextlib.suppress(FileNotFoundError):
         # it asks no server; and what is held the daemon doesn't unmount
-        held = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+        held = os.open(source.target, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            if any(mount.id == mount_id_of(held) for mount in _uncovered(mount_table(), source)):
+            if mount_id_of(held) == source.id:
                 mounting.mount_bind(f"/proc/self/fd/{held}", target, read_only=False, attributes=attributes)
                 return True
+            _uncovered(mount_table(), source.target)
         finally:
             os.close(held)
     return False
@@ -236,24 +280,16 @@ def _shows_layers(mount: MountPoint) -> bool:
     return any(re.search(r"(?:^|[=:/])[1-9][0-9]*/fs(?=[/:]|\Z)", each) for each in layers)
 
 
-def _uncovered(table: Iterable[MountPoint], target: str) -> list[MountPoint]:
-    """The mounts of ``table`` at ``target``.  Raises Refusal where the uppermost hides the file system of a snapshot: whoever
+def _uncovered(table: Iterable[MountPoint], target: str) -> None:
+    """Raise Refusal where the uppermost of the mounts of ``table`` at ``target`` hides the file system of a snapshot: whoever
     may write in that can mount there."""
     mounts = [mount for mount in table if mount.target == target]
     top = mounts[-1] if mounts else None
     if top is not None and not _shows_layers(top) and any(map(_shows_layers, mounts)):
-        from snapfs.kernel import trusted
-        from snapfs.names import word
-
-        owner = trusted.server_of(top)
-        whose = f" of the user {trusted.user_name(owner)}" * (owner >= 0)
-        what = f"something else ({top.type}{whose}) is mounted over the snapshot on {top.target}"
-        raise Refusal(f"{what}: unmount that first: umount {word(top.target)}", BUSY)
-    return mounts
+        raise covered(top, top.target, f"the snapshot on {top.target}")
 
 
 def _umount(given: Given) -> int:
-    from snapfs.kernel import mounting
     from snapfs.kernel.mounttable import mount_table
 
     word = given.arguments[0]
@@ -267,32 +303,71 @@ def _umount(given: Given) -> int:
         _uncovered(table, target)
     if found is not None and not _is_ours(found):
         raise Refusal(f"{target} is no snapshot's file system: nothing for snapfs to unmount")
-    places = [target] if found else []
+    places = [found] if found else []
     if not places:
         place = find_tree(given.value("at"), changes=True)
         place.refuse_foreign("unmounted")
         word = place.key(word)
-        kind, directory = place.find(word)
-        mounted = place.mounted_by_hand(directory)
-        specs = json.loads(place.read(f"{directory}/mounts.json")) if kind == "active" else []
-        if window := enter(place):
-            table = list(mount_table())
-            shown = {mount.target: mount for mount in table}
-            mounted = [each.removeprefix(window) for each in mounted]
-        mounted += [each for each in _left_unwritable(table, specs) if each not in mounted]
-        for each in mounted:
-            _uncovered(table, each)
-        ours = [each for each in mounted if each in shown and _is_ours(shown[each])]  # the daemon may see other mounts than we
-        places = [_unlinked(each) for each in ours]
+        kind, _ = place.find(word)
+        places = mounts_of(place, word)
         if not places:
             raise Refusal(f'"{word}" ({kind}) is not mounted, but perhaps as its rootfs, which needs no umount')
-    for each in places:
-        try:
-            mounting.unmount(each, mounting.UMOUNT_NOFOLLOW)
-        except OSError as error:
-            words = _why_busy(each) if error.errno == 16 else error.strerror
-            raise Refusal(f"cannot unmount {each}: {words}", BUSY if error.errno == 16 else NOT_PERMITTED) from None
+    for mount in places:
+        unmount(mount)
     return 0
+
+
+def mounts_of(place: MountedTree, key: str) -> list[MountPoint]:
+    """The mounts of snapshot ``key`` but for its rootfs, the uppermost first, in the namespaces of the daemon, where it has
+    some of its own; this process is in there then.  Raises Refusal where something else is mounted over one."""
+    from snapfs.kernel.mounttable import mount_table
+
+    kind, directory = place.find(key)
+    layers = _layers(place, key, kind, json.loads(place.read(f"{directory}/info.json"))["id"])
+    options = place.options()
+    enter(place, options)
+    by_hand = [
+        each for each in _shown(options["root"], layers, kind) if not each.target.startswith(f"{options['root']}/rootfs/")
+    ]
+    table = list(mount_table())
+    top = {mount.target: mount for mount in table}
+    numbers = {each.id for each in by_hand}
+    for each in by_hand:
+        if each.target in top and top[each.target].id not in numbers:
+            raise covered(top[each.target], each.target, f"the snapshot on {each.target}")
+    return [mount for mount in reversed(table) if mount.id in numbers]
+
+
+def unmount(mount: MountPoint) -> None:
+    """Unmount ``mount``, and nothing that has come to its place since.  Raises Refusal.
+
+    umount2(2) takes a path alone.  It is one below the directory that is held, which nobody else can exchange, and a moment
+    before the kernel tells what is mounted there: what is held itself it would not unmount.  The id of a mount that is gone
+    goes to the next one."""
+    from snapfs.kernel import mounting, trusted
+    from snapfs.kernel.mounttable import mount_id_of, mount_table
+
+    def what(mount: MountPoint) -> tuple[object, ...]:
+        return mount.id, mount.device, mount.root, mount.type, mount.super_options
+
+    path = mount.target
+    directory, name = os.path.split(path)
+    with trusting("unmount what is in", directory):
+        above = trusted.find(directory, inside=True)
+    with above:
+        try:
+            held = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above.fd)
+            try:
+                number = mount_id_of(held)
+                there = [what(each) for each in mount_table() if each.id == number]
+            finally:
+                os.close(held)
+            if there != [what(mount)]:
+                raise Refusal(f"what was mounted on {path} has just been unmounted, or covered: it is left as it is", BUSY)
+            mounting.unmount(f"/proc/self/fd/{above.fd}/{name}", mounting.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            words = _why_busy(path) if error.errno == 16 else error.strerror
+            raise Refusal(f"cannot unmount {path}: {words}", BUSY if error.errno == 16 else NOT_PERMITTED) from None
 
 
 def how_to_unmount(place: MountedTree, word: str, target: str) -> str:
@@ -309,23 +384,6 @@ def how_to_unmount(place: MountedTree, word: str, target: str) -> str:
         return f"unmount it there, {where}: nsenter -t {options['pid']} -m umount {names.word(target)}"
     whose = ", as root" * (not options["window"] and os.geteuid() != 0)
     return f"unmount it first{whose} ({place.command('umount', word)})"
-
-
-def _left_unwritable(table: Iterable[MountPoint], specs: Sequence[dict[str, Any]]) -> list[str]:
-    """Where ``table`` has what an active snapshot's ``specs`` mount, read-only: a ``snapfs mount`` that was killed has left it,
-    and the daemon takes it for nobody's."""
-    from snapfs.root.mounted import origin
-
-    found = []
-    for spec in specs:
-        upper = [_plain(option[9:]) for option in spec["options"] if option.startswith("upperdir=")]
-        layer = origin(spec["source"]) if spec["type"] == "bind" else None
-        for mount in table:
-            uppers = [_plain(option[9:]) for option in mount.super_options if option.startswith("upperdir=")]
-            shows = mount.root == "/" and uppers == upper if upper else (mount.device, mount.root) == layer
-            if shows and "ro" in mount.options:
-                found.append(mount.target)
-    return found
 
 
 def _why_busy(target: str) -> str:
@@ -351,7 +409,7 @@ def _entered(given: Given, target: str) -> MountPoint | None:
         if options["window"] and place.is_trusted():
             shown = {mount.target: mount for mount in map(parse, lines_of(options["pid"]))}
             if target in shown:
-                enter(place)
+                enter(place, options)
                 return shown[target]
     return None
 
@@ -361,7 +419,7 @@ def _unlinked(path: str) -> str:
     directory nothing can be mounted: that is some key."""
     from snapfs.kernel import trusted
 
-    with _trusted("unmount what is in", os.path.dirname(path)):
+    with trusting("unmount what is in", os.path.dirname(path)):
         try:
             return trusted.above(path)
         except (FileNotFoundError, NotADirectoryError):

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 
-from snapfs.cli.refusal import NO_TREE, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, changed, missing, refusal
+from snapfs.cli.refusal import NO_TREE, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, changed, last_words, missing, refusal
+from snapfs.cli.within import Within
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
 KINDS = ("active", "committed", "view")
 
+MOST_ASKED = 64 << 10  # characters of a request: the kernel would cut a longer one in pieces
+
+_OF_LAYERS = ("changes", "changes.patch", "compare")
+
 _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_:@+,=. ")
+
+
+_READING, _FOLLOWING = ("open", "read", "write"), ("lookup", "readlink")  # what is read of compare is written before
+"""What reading a file, or following a link, asks of the tree, and may be refused in words."""
+
+
+class Leased(OSError):
+    """EAGAIN for as long as another process likes: it has a lease on the file."""
 
 
 class MountedTree:
     """A mounted tree at ``path``, which the user has given after --at if ``is_named``.  The methods do nothing that a shell
-    could not do there."""
+    could not do there.  Whatever is in the tree is reached by way of ``within``."""
 
-    def __init__(self, path: str, *, is_named: bool = False) -> None:
-        self.path = path
+    def __init__(self, within: Within, *, is_named: bool = False) -> None:
+        self.within = within
+        self.path = within.path
         self.is_named = is_named
 
     def command(self, verb: str, *words: str) -> str:
@@ -41,13 +56,12 @@ class MountedTree:
         return key if names.printable(key) == key else f"by-id/{number}"  # which is shown as it is
 
     def is_trusted(self) -> bool:
-        """Whether root or the user has mounted the file system that stands at the path.  Raises Refusal."""
-        try:
-            device = os.stat(self.path).st_dev  # the kernel says it, not the file system
-        except OSError as error:
-            raise refusal(error, self.path, 0, f"cannot look at {self.path}") from None
-        shown = f"{os.major(device)}:{os.minor(device)}"
-        return any(tree.device == shown and tree.is_trusted for tree in mounted_trees())
+        """Whether root or the user has mounted the file system that stands at the path."""
+        return any(tree.number == self.within.mount and tree.is_trusted for tree in mounted_trees())
+
+    def connection(self) -> str:
+        """The number of the FUSE connection by which the tree is served."""
+        return next((tree.device.partition(":")[2] for tree in mounted_trees() if tree.number == self.within.mount), "")
 
     def refuse_foreign(self, what: str) -> None:
         """Raise Refusal where the tree is another user's, by whose word nothing is to be ``what`` ("mounted")."""
@@ -73,12 +87,10 @@ class MountedTree:
         """The kind of snapshot ``key``, None where there is none."""
         for kind in KINDS:
             try:
-                os.stat(self.directory(kind, key))
-                return kind
-            except FileNotFoundError:
-                continue
+                if self.within.exists(self.directory(kind, key)):
+                    return kind
             except OSError as error:
-                raise refusal(error, self.path, 0, f'cannot look for "{key}"') from None
+                raise refusal(error, self.path, f'cannot look for "{key}"') from None
         return None
 
     def key(self, word: str) -> str:
@@ -101,8 +113,12 @@ class MountedTree:
             if place.split("/")[-2] in (*KINDS, "by-id"):  # nothing else is looked at: rootfs would be mounted
                 place = _within(tree, place)
                 if place:
-                    directory, name = os.path.split(os.path.realpath(place))
-                    if directory in [f"{tree}/{kind}" for kind in KINDS] and os.path.lexists(f"{directory}/{name}"):
+                    try:
+                        found = self.within.unlinked(self.path + place.removeprefix(tree), (*KINDS, "by-id"))
+                    except OSError:
+                        continue
+                    kind, _, name = found.removeprefix(f"{self.path}/").partition("/")
+                    if kind in KINDS and name and "/" not in name:
                         return key_of(name)
         return None
 
@@ -124,21 +140,34 @@ class MountedTree:
             raise missing(key, self.path)
         return kind, self.directory(kind, key)
 
-    def do(self, what: str, call: Callable[..., object], *arguments: object) -> None:
+    def do(self, what: str, operations: Sequence[str], call: Callable[..., object], *arguments: object) -> None:
         """Call ``call`` with ``arguments``; where it raises OSError, raises Refusal with the sentence that the tree has logged
-        for the paths in it among these.  ``what`` is what was being done, in words that go on from "cannot "."""
+        for one of these ``operations`` on the paths in it among the arguments.  ``what`` is what was being done, in words that
+        go on from "cannot "."""
         began = time.time_ns()
         try:
             call(*arguments)
         except OSError as error:
             paths = [each for each in arguments if isinstance(each, str) and each.startswith(f"{self.path}/")]
-            raise refusal(error, self.path, began, f"cannot {what}", paths) from None
+            if error.errno == errno.EBUSY:  # as the kernel says of what something is mounted on
+                for path in paths:
+                    self.within.refuse_covered(path)
+            raise refusal(error, self.path, f"cannot {what}", self._logged(error, operations, paths, began)) from None
+
+    def _logged(self, error: OSError, operations: Sequence[str], paths: Sequence[str], began: int) -> str:
+        """What the tree has logged for one of the ``operations`` on ``paths`` that failed with ``error`` and was begun at
+        ``began``; "" if nothing was, or nothing can be read."""
+        try:
+            log = self.within.open(f"{self.path}/.snapfs/error_log", os.O_RDONLY)
+        except (OSError, Refusal):
+            return ""
+        return last_words(log, error, operations, [path.removeprefix(f"{self.path}/") for path in paths], began)
 
     def read(self, path: str) -> str:
         """The text of a file of the tree; raises Refusal."""
         began = time.time_ns()
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n", opener=_at_once) as file:
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n", opener=self.open) as file:
                 return file.read()
         except OSError as error:
             raise self._unread(error, path, began) from None
@@ -147,28 +176,72 @@ class MountedTree:
         """The lines of a file of the tree, as they are read: there may be millions.  Raises Refusal."""
         began = time.time_ns()
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n", opener=_at_once) as file:
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n", opener=self.open) as file:
                 for line in file:
                     yield line.rstrip("\n")
         except OSError as error:
             raise self._unread(error, path, began) from None
 
+    def compared(self, directory: str, request: str, paths: Sequence[str]) -> Iterator[str]:
+        """The lines that ``compare`` of the snapshot in ``directory`` has for ``request``, as they are read; of ``paths``
+        alone, if there are any.  Raises Refusal."""
+        path = f"{directory}/compare"
+        if paths:
+            from urllib.parse import quote
+
+            request = "\t".join([request, *(quote(each, errors="surrogateescape") for each in paths)])
+        if len(request) > MOST_ASKED:
+            raise Refusal("too many paths: give fewer of them, or a directory in which they are", USAGE)
+        began = time.time_ns()
+        try:
+            descriptor = self.open(path, os.O_RDWR)
+            with open(descriptor, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+                os.write(descriptor, request.encode(errors="surrogateescape") + b"\n")
+                for line in file:
+                    yield line.rstrip("\n")
+        except OSError as error:
+            if error.errno == errno.EROFS:
+                words = "the tree is mounted read-only, so nothing can be asked of it: compare a snapshot with its parent"
+                raise Refusal(f"{words}, without paths and options", NOT_PERMITTED) from None
+            raise self._unread(error, path, began) from None
+
     def _unread(self, error: OSError, path: str, began: int) -> Refusal:
         """Why a file can't be read: what a snapshot always has is missing only where that has just become another."""
         kind, _, rest = path.removeprefix(f"{self.path}/").partition("/")
+        words = self._logged(error, _READING, [path], began)
+        if error.errno == errno.EACCES and kind in KINDS and rest.rpartition("/")[2] in _OF_LAYERS and not words:
+            words = f"cannot read {path}: what is in layers is for root, and the user that serves the tree, alone"
         inside = isinstance(error, FileNotFoundError) and kind in KINDS and "/" in rest
         gone = changed(key_of(rest.partition("/")[0]), NOT_FOUND) if inside else None
-        return refusal(error, self.path, began, f"cannot read {path}", [path], gone)
+        return refusal(error, self.path, f"cannot read {path}", words, gone)
+
+    def open(self, path: str, flags: int) -> int:
+        """A descriptor of a file of the tree, without waiting for another process that has a lease on it.  Raises OSError, and
+        Refusal."""
+        return self._unleased(path, lambda: self.within.open(path, flags | os.O_NONBLOCK))
+
+    def _open_in(self, held: int, path: str, flags: int) -> int:
+        """The same of the file at ``path`` that is in the directory ``held``, whatever there is at ``path`` by now."""
+        return self._unleased(path, lambda: self.within.open_in(held, path, flags | os.O_NONBLOCK))
+
+    @staticmethod
+    def _unleased(path: str, call: Callable[[], int]) -> int:
+        try:
+            return call()
+        except BlockingIOError as error:
+            raise Leased(error.errno, error.strerror, path) from None
 
     def rootfs(self, kind: str, key: str) -> str:
         """Where the file system of snapshot ``key`` of ``kind`` is mounted, from now on if it was not; raises Refusal."""
         began = time.time_ns()
         link = f"{self.directory(kind, key)}/rootfs"
         try:
-            return os.readlink(link)
+            return self.within.readlink(link)
         except OSError as error:
             gone = changed(key) if isinstance(error, FileNotFoundError) else None
-            raise refusal(error, self.path, began, f'cannot get into "{key}"', [link], gone) from None
+            raise refusal(
+                error, self.path, f'cannot get into "{key}"', self._logged(error, _FOLLOWING, [link], began), gone
+            ) from None
 
     def options(self) -> dict[str, Any]:
         """What options.json says; raises Refusal."""
@@ -176,6 +249,16 @@ class MountedTree:
 
         found: dict[str, Any] = json.loads(self.read(f"{self.path}/.snapfs/options.json"))
         return found
+
+    def mark(self, kind: str, key: str) -> str:
+        """What no snapshot but ``key`` of ``kind`` ever has, in any root (``kernel/freezing.py``); "" where that is not known.
+        Raises Refusal."""
+        import json
+
+        from snapfs.kernel import freezing
+
+        info = json.loads(self.read(f"{self.directory(kind, key)}/info.json"))
+        return freezing.mark_of(self.options().get("root_word", ""), info["id"])
 
     def mounted_by_hand(self, directory: str) -> list[str]:
         """Where the snapshot at ``directory`` is mounted, as the daemon tells it, but for its rootfs; raises Refusal."""
@@ -192,10 +275,59 @@ class MountedTree:
         lost = f'parent snapshot "{parent}" does not exist in {self.path}; snapfs ls --kind committed lists all'
         return Refusal(why or lost, NOT_FOUND)
 
-    def write_command(self, path: str, text: str) -> str:
-        """Write the line ``text`` into a file of the tree that does what is written there: the line that says what came of it.
-        Raises OSError."""
-        descriptor = _at_once(path, os.O_RDWR)
+    def hold(self, kind: str, key: str, number: int | None = None) -> int:
+        """A descriptor (O_PATH) of the directory of snapshot ``key``: it is of this one, whoever has the key by then.  Raises
+        Refusal; also where it isn't the one with the id ``number``, if that is given."""
+        path = self.directory(kind, key)
+        try:
+            held = self.within.find(path)
+        except OSError as error:
+            raise refusal(error, self.path, f'cannot look at "{key}"') from None
+        if number is not None and self._info(held, path).get("id") != number:
+            os.close(held)
+            raise changed(key, NOT_FOUND)
+        return held
+
+    def _info(self, held: int, path: str) -> dict[str, Any]:
+        """What info.json says of the snapshot whose directory, at ``path``, is open as ``held``; nothing where it is gone.
+        Raises Refusal."""
+        import json
+
+        try:
+            with open(self._open_in(held, f"{path}/info.json", os.O_RDONLY), encoding="utf-8") as file:
+                found: dict[str, Any] = json.load(file)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                return {}
+            raise refusal(error, self.path, f"cannot read {path}/info.json") from None
+        return found
+
+    def remove(self, kind: str, key: str, number: int) -> None:
+        """Remove the snapshot ``key`` of ``kind`` that has the id ``number``, and no other that has the key by now.  Raises
+        Refusal."""
+        self.do(f'remove "{key}"', ["setxattr"], self._remove, self.directory(kind, key), f"{number} {kind}/{file_name(key)}")
+
+    def _remove(self, path: str, seen: str) -> None:
+        found = self.within.find(path)
+        try:
+            _set_to_go(found, seen)
+        finally:
+            os.close(found)
+
+    def remove_held(self, held: int, kind: str, key: str) -> None:
+        """Remove the snapshot whose directory is open as ``held``, and was called ``key``, if it is still there and of this
+        kind.  Raises OSError, and Refusal."""
+        found = self._info(held, self.directory(kind, key))
+        if found:
+            try:  # noqa: SIM105, for contextlib takes its time
+                _set_to_go(held, f"{found['id']} {kind}/{file_name(found['name'])}")
+            except FileNotFoundError:  # it was committed or renamed just now
+                pass
+
+    def write_command(self, path: str, text: str, held: int | None = None) -> str:
+        """Write the line ``text`` into a file of the tree that does what is written there, in the directory ``held`` if that is
+        given: the line that says what came of it.  Raises OSError."""
+        descriptor = self.open(path, os.O_RDWR) if held is None else self._open_in(held, path, os.O_RDWR)
         try:
             os.write(descriptor, text.encode(errors="surrogateescape") + b"\n")
             return os.read(descriptor, 4096).decode(errors="surrogateescape").removesuffix("\n")
@@ -206,9 +338,35 @@ class MountedTree:
         """Set a label, or delete it where ``value`` is empty."""
         path = f"{directory}/labels/{file_name(key)}"
         if not value:
-            self.do(f'delete label "{key}"', _unlink, path)
+            self.do(f'delete label "{key}"', ["unlink"], self._unlink, path)
         else:
-            self.do(f'set label "{key}"', _write, path, value.encode(errors="surrogateescape") + b"\n")
+            text = value.encode(errors="surrogateescape") + b"\n"
+            self.do(f'set label "{key}"', ["open", "create", "setattr", "write"], self._write, path, text)
+
+    def _write(self, path: str, text: bytes) -> None:
+        try:
+            descriptor = self.open(path, os.O_WRONLY)
+        except FileNotFoundError:
+            try:
+                descriptor = self.within.create(path)
+            except FileExistsError:  # somebody else has made it meanwhile
+                descriptor = self.open(path, os.O_WRONLY)
+        try:
+            os.ftruncate(descriptor, 0)  # by now it is known to be in the tree
+            os.write(descriptor, text)
+        finally:
+            os.close(descriptor)
+
+    def _unlink(self, path: str) -> None:
+        try:  # noqa: SIM105, for contextlib takes its time
+            self.within.unlink(path)
+        except FileNotFoundError:
+            pass
+
+
+def _set_to_go(held: int, seen: str) -> None:
+    """Remove the snapshot whose directory is open as ``held``, if it still is what was ``seen``: ID KIND/NAME."""
+    os.setxattr(f"/proc/self/fd/{held}", "user.snapfs.remove", seen.encode())
 
 
 def _within(tree: str, path: str) -> str:
@@ -225,26 +383,6 @@ def _within(tree: str, path: str) -> str:
     except (trusted.Untrusted, OSError):
         return ""
     return unlinked if unlinked.startswith(f"{tree}/") else ""
-
-
-def _at_once(path: str, flags: int) -> int:
-    """Open without waiting for another process that has a lease on the file."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _write(path: str, text: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)  # as in _at_once
-    try:
-        os.write(descriptor, text)
-    finally:
-        os.close(descriptor)
-
-
-def _unlink(path: str) -> None:
-    try:  # noqa: SIM105, for contextlib takes its time
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def file_name(key: str) -> str:
@@ -289,12 +427,12 @@ def find_tree(at: str | None, *, changes: bool = False, tell: bool = True) -> Mo
     """
     for given, what in ((at, "--at"), (os.environ.get("SNAPFS"), "$SNAPFS")):
         if given:
-            path = _above(os.path.abspath(given))
-            if path is None:
+            within = _above(os.path.abspath(given))
+            if within is None:
                 own = ", ".join(dict.fromkeys(tree.path for tree in mounted_trees() if tree.is_trusted))
                 to_do = f"give {own}" if own else "snapfs serve ROOT MOUNTPOINT mounts one"
                 raise Refusal(f"{what}: no snapfs tree is mounted on {given}: {to_do}", NO_TREE)
-            return MountedTree(path, is_named=given is at)
+            return MountedTree(within, is_named=given is at)
     everything = mounted_trees()
     trees = list(dict.fromkeys(tree.path for tree in everything if tree.is_trusted))
     others = [tree for tree in everything if tree.path not in trees]
@@ -314,7 +452,10 @@ def find_tree(at: str | None, *, changes: bool = False, tell: bool = True) -> Mo
         raise Refusal("no snapfs tree is mounted: snapfs serve ROOT MOUNTPOINT mounts one", NO_TREE)
     if len(trees) > 1:
         raise Refusal(f"several trees are mounted: say which with --at or $SNAPFS: {', '.join(sorted(trees))}", NO_TREE)
-    found = MountedTree(trees[0])
+    try:
+        found = MountedTree(Within(trees[0]))
+    except OSError as error:
+        raise refusal(error, trees[0], f"cannot look at {trees[0]}") from None
     if not found.is_trusted():
         raise Refusal(f"another file system hides {found.path}, where a tree of {whose} is mounted", NO_TREE)
     if tell and not inside and (changes or others) and ((changes and others) or sys.stderr.isatty()):
@@ -325,19 +466,24 @@ def find_tree(at: str | None, *, changes: bool = False, tell: bool = True) -> Mo
     return found
 
 
-def _above(path: str) -> str | None:
+def _above(path: str) -> Within | None:
     while True:
+        within = None
         try:
-            os.stat(f"{path}/.snapfs/version")
-            return path
+            within = Within(path)
+            if within.exists(f"{path}/.snapfs/version"):
+                return within
+        except Refusal:
+            if within is not None and any(tree.number == within.mount for tree in mounted_trees()):
+                raise
         except OSError as error:
-            import errno
-
             if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-                raise refusal(error, path, 0, "") from None
+                raise refusal(error, path, "") from None
             if error.errno == errno.EACCES and (closed := [tree for tree in mounted_trees() if tree.path == path]):
                 words = f"{closed[-1].named()} is closed to you: allow_other and umask= say who may enter, when it is served"
                 raise Refusal(words, NOT_PERMITTED) from None
+        if within is not None:
+            within.close()
         if path == "/":
             return None
         path = os.path.dirname(path)
@@ -351,13 +497,14 @@ def given_root(path: str) -> str:
 
 
 class Mounted:
-    """A tree that is mounted on ``path``.  ``device`` is that of its files, ``major:minor``; ``uid`` whoever mounted it: the
-    kernel says that, and not the file system, which anybody can make look like a tree of snapfs.  It is the id in the user
-    namespace that the mount belongs to, whoever reads it."""
+    """A tree that is mounted on ``path``.  ``number`` is the mount's id; ``device`` that of its files, ``major:minor``; ``uid``
+    whoever mounted it: the kernel says that, and not the file system, which anybody can make look like a tree of snapfs.  It is
+    the id in the user namespace that the mount belongs to, whoever reads it."""
 
     def __init__(self, line: str) -> None:
         fields, _, rest = line.partition(" - ")
-        self.device, path = fields.split(" ", 5)[2:5:2]
+        number, _, self.device, self.root, path, _ = fields.split(" ", 5)
+        self.number = int(number)
         for escaped, meant in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
             path = path.replace(escaped, meant)
         self.path = path
@@ -384,4 +531,5 @@ class Mounted:
 def mounted_trees() -> list[Mounted]:
     """The trees that are mounted, as this process sees it, or what looks like one."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as table:
-        return [Mounted(line) for line in table if " - fuse.snapfs " in line]
+        mounts = [Mounted(line) for line in table if " - fuse.snapfs " in line]
+    return [each for each in mounts if each.root == "/"]  # and not a directory in one that is bound elsewhere

@@ -31,20 +31,25 @@ def make(place: MountedTree, kind: str, key: str, parent: str | None, labels: Se
     """Make a snapshot with these labels; returns its directory in the tree.  Raises Refusal, and no snapshot is left."""
     directory = place.directory(kind, key)
     try:
-        place.do(f'make "{key}"', os.mkdir, place.made_at(kind, key, parent))
+        place.do(f'make "{key}"', ["mkdir"], place.within.mkdir, place.made_at(kind, key, parent))
     except Refusal as refused:
         if refused.status == NOT_FOUND and parent is not None:
             raise place.wrong_parent(parent) from None
         if refused.status == TAKEN:
             raise Refusal(f'snapshot "{key}" already exists ({place.kind_of(key)})', TAKEN) from None
         raise
+    if not labels:
+        return directory
+    held = place.hold(kind, key)
     try:
         for label, value in labels:
             if value:
                 place.write_label(directory, label, value)
     except BaseException:
-        os.rmdir(directory)
+        place.remove_held(held, kind, key)
         raise
+    finally:
+        os.close(held)
     return directory
 
 

@@ -24,6 +24,15 @@ class Progress:
         full = WIDTH * done // max(total, 1)
         self._show(f"[{'#' * full}{'.' * (WIDTH - full)}] {done + 1}/{total} {what}"[:100])
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is a terminal."""
+        return self._on
+
+    def show_count(self, what: str, files: int, size: int) -> None:
+        """Show that ``what`` (in words) is done to so many files and bytes so far."""
+        self._show(f"{what}: {files} files, {table.format_size(size)}")
+
     def show_waiting(self, what: str, seconds: float) -> None:
         """Show that ``what`` (in words) has taken ``seconds`` so far, and that nobody knows how long it will take."""
         self._show(f"{what} ({seconds:.0f} s)")

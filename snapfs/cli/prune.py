@@ -1,17 +1,24 @@
-"""``snapfs prune``: remove what is old, expired or labelled so.  Nothing is ever pruned unasked."""
+"""``snapfs prune``: remove what is old, expired or labelled so, and thin checkpoints.  Nothing is ever pruned unasked."""
 
 from __future__ import annotations
 
+import os
 import re
 import time
 
-from snapfs.cli import table
+from snapfs.cli import keeping, table
+from snapfs.cli.commanding import commanded
 from snapfs.cli.grammar import JSON, Given, Option, Verb
+from snapfs.cli.keeping import Keep, Step, checkpoints
 from snapfs.cli.listing import Row, children_first, rows
-from snapfs.cli.place import checked_kinds, find_tree
-from snapfs.cli.refusal import USAGE, Refusal
+from snapfs.cli.place import MountedTree, checked_kinds, find_tree
+from snapfs.cli.progress import Progress
+from snapfs.cli.refusal import NOT_FOUND, USAGE, Refusal, missing
 from snapfs.cli.rm import remove
 from snapfs.labels import PIN
+
+_ASKING = ("label", "older-than", "expired", "kind")
+_KEEPING = ("keep-last", "keep-hourly", "keep-daily")
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -57,12 +64,75 @@ def choose(everything: list[Row], given: Given, now: float) -> tuple[list[Row], 
     return children_first(going.values()), staying
 
 
+def _thin(given: Given) -> int:
+    """``--keep-…``: of the checkpoints of each workspace only some stay."""
+    if any(given.has(name) for name in _ASKING):
+        raise Refusal("--keep-last, --keep-hourly and --keep-daily are about checkpoints: give them without the others", USAGE)
+    counts = []
+    for name in _KEEPING:
+        text = given.value(name) or "0"
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise Refusal(f'--{name} "{text}" is no number', USAGE)
+        counts.append(int(text))
+    place = find_tree(given.value("at"), changes=True)
+    everything, keys = rows(place), [place.key(word) for word in given.arguments]
+    for key in keys:
+        if not checkpoints(everything, [key]) and place.kind_of(key) is None:
+            raise missing(key, place.path)
+    steps, staying = keeping.choose(everything, Keep(*counts), keys)
+    removed, refused = (steps, []) if given.has("dry-run") else _do(place, steps)
+    _tell(given, [step.row for step in removed], staying)
+    for refusal in refused:
+        table.complain(refusal)
+    return refused[-1].status if refused else 0
+
+
+def _do(place: MountedTree, steps: list[Step]) -> tuple[list[Step], list[Refusal]]:
+    """Do ``steps``, in this order: those that were done, and the refusals.  Where one is refused the next ones still can be."""
+    done: list[Step] = []
+    refused: list[Refusal] = []
+    progress = Progress()
+    try:
+        for nth, step in enumerate(steps):
+            name = step.row.name
+            progress.show(f"removing {table.printable(name)}", nth, len(steps))
+            try:
+                if step.dissolves:
+                    held = place.hold("committed", name, step.row.id)
+                    try:
+                        commanded(place, "committed", name, "dissolve", "", f'dissolve "{name}"', held=held)
+                    finally:
+                        os.close(held)
+                else:
+                    place.remove("committed", name, step.row.id)
+                done.append(step)
+            except Refusal as refusal:
+                if refusal.status != NOT_FOUND:  # else it was removed meanwhile
+                    refused.append(Refusal(f"{name}: {refusal}", refusal.status))
+    finally:
+        progress.clear()
+    return done, refused
+
+
 def _prune(given: Given) -> int:
-    if not any(given.has(name) for name in ("label", "older-than", "expired", "kind")):
-        raise Refusal("say what to prune: --label, --older-than, --expired or --kind", USAGE)
+    if any(given.has(name) for name in _KEEPING):
+        return _thin(given)
+    if given.arguments:
+        raise Refusal("a workspace is named with --keep-last, --keep-hourly or --keep-daily only", USAGE)
+    if not any(given.has(name) for name in _ASKING):
+        raise Refusal(
+            "say what to prune: --label, --older-than, --expired, --kind, or what to --keep-last, -hourly, -daily", USAGE
+        )
     place = find_tree(given.value("at"), changes=True)
     going, staying = choose(rows(place), given, time.time())
     removed, refused = (going, []) if given.has("dry-run") else remove(place, going)
+    _tell(given, removed, staying)
+    for refusal in refused:
+        table.complain(refusal)
+    return refused[-1].status if refused else 0
+
+
+def _tell(given: Given, removed: list[Row], staying: list[tuple[Row, str]]) -> None:
     if given.has("json"):
         shown = {"removed": [row.shown() for row in removed], "kept": [{"name": row.name, "why": why} for row, why in staying]}
         table.show_json(shown)
@@ -73,29 +143,33 @@ def _prune(given: Given) -> int:
         for row, why in staying:
             print(f"kept {table.printable(row.name)}: {table.printable(why)}")
         print(f"{verb} {len(removed)}, {table.format_size(sum(row.size for row in removed))}")
-    for refusal in refused:
-        table.complain(refusal)
-    return refused[-1].status if refused else 0
 
 
 VERBS = {
     "prune": Verb(
         "prune",
-        "",
+        "[KEY…]",
         (
             Option("label", "with this label", "KEY[=VALUE]", short="-l", many=True),
             Option("older-than", "made longer ago than this: 90s, 30m, 2h, 7d, 1w", "AGE"),
             Option("expired", "whose label ttl (an age, from its last update on) is over"),
             Option("kind", "of this kind; without it, committed ones, and with --expired all", "KIND", many=True),
+            Option("keep-last", "keep the N latest checkpoints of each workspace", "N"),
+            Option("keep-hourly", "and the last of each of the N latest hours that have any", "N"),
+            Option("keep-daily", "and the last of each of the N latest days that have any", "N"),
             Option("dry-run", "only say what would be removed", short="-n"),
             JSON,
         ),
         "Remove the snapshots for which all that is given holds.  What bears the label pin or is in use stays, and so does\n"
-        "what they stand on.",
+        "what they stand on.\n"
+        "\n"
+        "With --keep-…: thin the checkpoints of all workspaces, or of the workspaces KEY.  The newest stays, and what a\n"
+        "workspace or a view stands on.  What stands on one that goes takes over what that had, and shows what it showed.",
         """
 snapfs prune --expired --dry-run
 snapfs prune --label ci --older-than 7d
 snapfs prune --kind view --older-than 1h
+snapfs prune web --keep-last 20 --keep-hourly 24 --keep-daily 7 --dry-run
 """,
         _prune,
     )

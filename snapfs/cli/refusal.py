@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-FAILED, USAGE, NOT_FOUND, TAKEN, BUSY, NOT_PERMITTED, NO_TREE = range(1, 8)
+FAILED, USAGE, NOT_FOUND, TAKEN, BUSY, NOT_PERMITTED, NO_TREE, CONFLICT = range(1, 9)
 
 _STATUS = {
     errno.ENOENT: NOT_FOUND,
@@ -24,7 +24,7 @@ _STATUS = {
     errno.ECONNABORTED: NO_TREE,
 }
 
-_TAIL = 65536  # bytes of error_log that are searched
+_TAIL, _MOST = 64 << 10, 4 << 20  # bytes of error_log that are searched at first, and at most: no more is kept
 
 
 class Refusal(Exception):
@@ -45,19 +45,16 @@ def changed(key: str, status: int = BUSY) -> Refusal:
     return Refusal(f'"{key}" was committed or removed a moment ago: see snapfs ls, and try again', status)
 
 
-def refusal(
-    error: OSError, tree: str, began: int, otherwise: str, paths: Sequence[str] = (), unlogged: Refusal | None = None
-) -> Refusal:
-    """The refusal with the sentence that the tree at ``tree`` has logged for a call on ``paths`` (in the tree) that failed with
-    ``error`` and was begun at ``began`` (ns since the epoch).  Where it has logged none, since the kernel itself refused:
-    ``otherwise``, and the kernel's words; or ``unlogged``, if that is given."""
+def refusal(error: OSError, tree: str, otherwise: str, words: str = "", unlogged: Refusal | None = None) -> Refusal:
+    """The refusal for a call in the tree at ``tree`` that failed with ``error``, with the ``words`` that the tree has logged
+    (``last_words``).  Where it has logged none, since the kernel itself refused: ``otherwise``, and the kernel's words; or
+    ``unlogged``, if that is given."""
     number = error.errno or 0
     status = _STATUS.get(number, FAILED)
     if status == NO_TREE:
         from snapfs.names import word
 
         return Refusal(f"the daemon that served {tree} is gone: start it again (snapfs serve ROOT {word(tree)})", NO_TREE)
-    words = _last_words(tree, errno.errorcode.get(number, str(number)), paths, began) if paths else ""
     if unlogged is not None and not words:
         return unlogged
     if number == errno.EAGAIN and not words:
@@ -65,25 +62,32 @@ def refusal(
     return Refusal(words or f"{otherwise}: {os.strerror(number)}", status)
 
 
-def _last_words(tree: str, name: str, paths: Sequence[str], began: int) -> str:
-    """The reason in the last line of error_log with the errno ``name`` and these ``paths`` that is no older than ``began``.
-    Other users' calls have lines there, too, and must not choose what is said here."""
-    from snapfs.names import printable
+def last_words(descriptor: int, error: OSError, operations: Sequence[str], paths: Sequence[str], began: int) -> str:
+    """The reason in the last line of the error_log that is open as ``descriptor``, which is closed, with the errno of
+    ``error``, one of these ``operations`` and these ``paths``, that is no older than ``began`` (ns since the epoch).  Other
+    users' calls have lines there, too, and must not choose what is said here."""
+    from snapfs.names import printable, without_colons
 
-    where = printable(" ".join(path.removeprefix(f"{tree}/") for path in paths)) + ": "
-    try:
-        with open(f"{tree}/.snapfs/error_log", "rb", buffering=0) as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL))
-            lines = (log.read(_TAIL) or b"").decode(errors="replace").splitlines()
-    except OSError:
-        return ""
+    name = errno.errorcode.get(error.errno or 0, str(error.errno))
+    where = printable(without_colons(" ".join(paths))) + ": "
     since = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(began // 1_000_000_000)) + f".{began % 1_000_000_000:09d}Z"
-    for line in reversed(lines):
-        when, _, rest = line.partition(" ")
-        if when < since:
-            return ""
-        number, _, what = rest.partition(" ")
-        _, _, told = what.partition(" ")  # behind the operation
-        if number == name and told.startswith(where):
-            return told.removeprefix(where)
-    return ""
+    most = _TAIL
+    with open(descriptor, "rb") as log:
+        while True:
+            try:
+                size = os.fstat(descriptor).st_size
+                log.seek(max(0, size - most))
+                lines = log.read(most).decode(errors="replace").splitlines()
+            except OSError:
+                return ""
+            for line in reversed(lines):
+                when, _, rest = line.partition(" ")
+                if when < since:
+                    return ""
+                number, _, what = rest.partition(" ")
+                operation, _, told = what.partition(" ")
+                if number == name and operation in operations and told.startswith(where):
+                    return told.removeprefix(where)
+            if most >= min(size, _MOST):
+                return ""
+            most *= 8  # others are refused all the time

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from snapfs.cli import table
@@ -14,14 +13,15 @@ from snapfs.cli.refusal import NOT_FOUND, Refusal, missing
 
 
 def remove(place: MountedTree, wanted: Sequence[Row]) -> tuple[list[Row], list[Refusal]]:
-    """Remove ``wanted``, in this order; returns those that were removed, and the refusals."""
+    """Remove ``wanted``, in this order, and no others that have their names by then; returns those that were removed, and the
+    refusals."""
     removed, refused = [], []
     progress = Progress()
     try:
         for done, row in enumerate(wanted):
             progress.show(f"removing {table.printable(row.name)}", done, len(wanted))
             try:
-                place.do(f'remove "{row.name}"', os.rmdir, place.directory(row.kind, row.name))
+                place.remove(row.kind, row.name, row.id)
                 removed.append(row)
             except Refusal as refusal:
                 refused.append(Refusal(f"{row.name}: {refusal}", refusal.status))
@@ -37,7 +37,7 @@ def _rm(given: Given) -> int:
     if len(names) == 1 and not given.has("recursive") and not given.has("dry-run"):
         kind = place.kind_of(names[0])
         if kind is not None:
-            place.do(f'remove "{names[0]}"', os.rmdir, place.directory(kind, names[0]))
+            place.do(f'remove "{names[0]}"', ["rmdir"], place.within.rmdir, place.directory(kind, names[0]))
             return 0
     everything = rows(place)
     known = {row.name: row for row in everything}

@@ -40,6 +40,11 @@ _FLAGS = {
 _NUMBERS = {
     "rootfs_idle": ("SECONDS", f"unmount a file system that was not used for so long (default {_DEFAULTS.rootfs_idle:g})"),
     "rootfs_max": ("N", f"hold at most so many file systems mounted (default {_DEFAULTS.rootfs_max})"),
+    "squash_depth": (
+        "N",
+        f"make one of the layers of a workspace, in the background, when a checkpoint leaves it on N or more "
+        f"(default {_DEFAULTS.squash_depth}; 0: never)",
+    ),
 }
 
 _ACCESS = {
@@ -106,6 +111,7 @@ def _serve(given: Given) -> int:
         rootfs="no_rootfs" not in flags,
         rootfs_idle=_number("rootfs_idle", values.get("rootfs_idle", _DEFAULTS.rootfs_idle), float, 0.0),
         rootfs_max=_number("rootfs_max", values.get("rootfs_max", _DEFAULTS.rootfs_max), int, 1),
+        squash_depth=_number("squash_depth", values.get("squash_depth", _DEFAULTS.squash_depth), int, 0),
     )
     try:
         from snapfs.fuse.access import Access

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Option, Verb
@@ -22,7 +21,7 @@ def _show(given: Given) -> int:
         info["usage"] = json.loads(place.read(f"{directory}/usage.json"))
         if kind == "committed":
             info["children"] = sorted(
-                key_of(name) for each in ("active", "view", "committed") for name in os.listdir(f"{directory}/{each}")
+                key_of(name) for each in ("active", "view", "committed") for name in place.within.names(f"{directory}/{each}")
             )
         else:
             info["mounts"] = json.loads(place.read(f"{directory}/mounts.json"))

@@ -10,13 +10,29 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "dim": 2, "bold": 1}
+COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "cyan": 36, "dim": 2, "bold": 1}
 KIND_COLOURS = {"active": "green", "view": "blue", "committed": "bold"}
+
+
+WHEN = ("auto", "always", "never")
+
+_when = "auto"
+
+
+def colour(when: str) -> None:
+    """From now on there are colours ``when``; raises Refusal."""
+    from snapfs.cli.refusal import USAGE, Refusal
+
+    global _when
+    if when not in WHEN:
+        raise Refusal(f"--color is {', '.join(WHEN[:-1])} or {WHEN[-1]}", USAGE)
+    _when = when
 
 
 def coloured(text: str, colour: str) -> str:
     """``text`` in ``colour``, where standard output is a terminal and NO_COLOR (no-color.org) is not set."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    is_plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if _when == "never" or (_when == "auto" and is_plain):
         return text
     return f"\033[{COLOURS[colour]}m{text}\033[0m"
 

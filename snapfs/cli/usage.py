@@ -32,7 +32,7 @@ def _usage(given: Given) -> int:
                 continue  # removed meanwhile
             found.append({"name": name, "kind": kind, **usage})
             total[0] += usage["inodes"]
-            total[1] += usage["size"]
+            total[1] += usage["size"] - usage["shared"]
     finally:
         progress.clear()
     if given.has("json"):
@@ -40,12 +40,18 @@ def _usage(given: Given) -> int:
         return 0
     found.sort(key=lambda each: -int(str(each["size"])))
     lines = [
-        (table.printable(str(each["name"])), str(each["kind"]), str(each["inodes"]), table.format_size(int(str(each["size"]))))
+        (
+            table.printable(str(each["name"])),
+            str(each["kind"]),
+            str(each["inodes"]),
+            table.format_size(int(str(each["size"]))),
+            table.format_size(int(str(each["shared"]))) if each["shared"] else "",
+        )
         for each in found
     ]
     if len(found) != 1:
-        lines.append(("total", "", str(total[0]), table.format_size(total[1])))
-    table.show_table(("NAME", "KIND", "INODES", "SIZE"), lines, right_aligned=(2, 3))
+        lines.append(("total", "", str(total[0]), table.format_size(total[1]), ""))
+    table.show_table(("NAME", "KIND", "INODES", "SIZE", "SHARED"), lines, right_aligned=(2, 3, 4))
     return 0
 
 
@@ -54,7 +60,8 @@ VERBS = {
         "usage",
         "[NAME…]",
         (JSON,),
-        "Count what snapshots take on disk, each alone, without its parents; all of them where none is named.",
+        "Count what snapshots take on disk, each alone, without its parents; all of them where none is named.  SHARED is what\n"
+        "of that is in files that were others' too when it was counted, as those of a squash are; the total is without it.",
         """
 snapfs usage
 snapfs usage web

@@ -5,53 +5,61 @@ Each writes one line into a file of the tree, which does all of it or nothing (`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 
-from snapfs.cli import table
-from snapfs.cli.commit import persistently, sync
+from snapfs.cli import keeping, table
+from snapfs.cli.commanding import commanded
+from snapfs.cli.commit import SYNC, persistently
 from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.mount import how_to_unmount
-from snapfs.cli.place import MountedTree, file_name, find_tree, key_of
+from snapfs.cli.place import MountedTree, file_name, find_tree
 from snapfs.cli.prepare import make
-from snapfs.cli.refusal import BUSY, NOT_FOUND, NOT_PERMITTED, TAKEN, Refusal, missing
-from snapfs.labels import MESSAGE, NUMBER, OF, PIN, pinned
+from snapfs.cli.progress import Progress
+from snapfs.cli.refusal import BUSY, NOT_PERMITTED, TAKEN, Refusal, missing
+from snapfs.labels import MESSAGE, NUMBER, OF, PIN, SQUASHED, pinned
+
+SHOWN = 0.2  # seconds between two looks at how far a copy is
 
 
 def checkpoints(everything: list[Row], key: str) -> dict[int, Row]:
     """The checkpoints of workspace ``key`` by number."""
-    found = {}
-    for row in everything:
-        labels = row.labels
-        if row.kind == "committed" and labels.get(OF) == key and labels.get(NUMBER, "").isdecimal():
-            found[int(labels[NUMBER])] = row
-    return dict(sorted(found.items()))
+    newest_first = keeping.checkpoints(everything, [key]).get(key, [])
+    return {int(row.labels[NUMBER]): row for row in reversed(newest_first)}
 
 
-def _commanded(place: MountedTree, key: str, command: str, text: str, what: str) -> str:
-    """Write ``text`` into the file ``command`` of the workspace ``key``: the key or name that comes of it, or "".  ``what`` is
-    what is being done, in words that go on from "cannot ".  Raises Refusal."""
-    result: list[str] = []
+def _kept(place: MountedTree, key: str, message: str, held: int | None = None) -> str:
+    return commanded(place, "active", key, "checkpoint", message, f'keep the state of "{key}"', held=held)
+
+
+def _copied(place: MountedTree, key: str, message: str) -> str:
+    """Keep a copy of the workspace ``key``, while it is in use; on a terminal, tell how far that is."""
+    import threading
+
+    progress, done = Progress(), threading.Event()
+
+    def show() -> None:
+        while not done.wait(SHOWN):
+            with contextlib.suppress(Refusal, ValueError, KeyError):
+                number = json.loads(place.read(f"{place.directory('active', key)}/info.json"))["id"]
+                for copy in json.loads(place.read(f"{place.path}/.snapfs/stats.json"))["copies"]:
+                    if copy["id"] == number:
+                        progress.show_count("copying", copy["files"], copy["bytes"])
+
+    teller = threading.Thread(target=show, daemon=True)
+    if progress.is_shown:
+        teller.start()
     try:
-        place.do(
-            what,
-            persistently,
-            lambda path: result.append(place.write_command(path, text)),
-            f"{place.directory('active', key)}/{command}",
+        return commanded(
+            place, "active", key, "checkpoint", f"copy:{message}", f'keep a copy of "{key}"', lambda call, *paths: call(*paths)
         )
-    except Refusal as refused:
-        kind = place.kind_of(key) if refused.status == NOT_FOUND else "active"
-        if kind is None:
-            raise missing(key, place.path) from None
-        if kind != "active":
-            raise Refusal(f'"{key}" is {kind}: a workspace is an active snapshot', NOT_FOUND) from None
-        raise
-    return key_of(result[0])
-
-
-def _kept(place: MountedTree, key: str, message: str) -> str:
-    return _commanded(place, key, "checkpoint", message, f'keep the state of "{key}"')
+    finally:
+        done.set()
+        if progress.is_shown:
+            teller.join()
+        progress.clear()
 
 
 def _checkpoint(given: Given) -> int:
@@ -59,19 +67,21 @@ def _checkpoint(given: Given) -> int:
     key = place.key(given.arguments[0])
     if given.has("list"):
         return _list(place, key, as_json=given.has("json"))
-    name = _kept(place, key, given.value("message") or "")
+    name = (_copied if given.has("copy") else _kept)(place, key, given.value("message") or "")
     if given.has("sync"):
-        place.do("wait for the disk", persistently, sync, place.directory("committed", name))
+        place.do("wait for the disk", SYNC, persistently, place.within.sync, place.directory("committed", name))
     table.show_line(name)
     return 0
 
 
 def _list(place: MountedTree, key: str, *, as_json: bool) -> int:
-    found = checkpoints(rows(place), key)
+    everything = rows(place)
+    found = checkpoints(everything, key)
     if not found and place.kind_of(key) is None:
         raise missing(key, place.path)
+    squashes = {row.labels[SQUASHED]: row.name for row in everything if row.labels.get(OF) == key and SQUASHED in row.labels}
     if as_json:
-        table.show_json([{"checkpoint": n, **row.shown()} for n, row in found.items()])
+        table.show_json([{"checkpoint": n, **row.shown(), "squash": squashes.get(row.name)} for n, row in found.items()])
         return 0
     lines = [
         (
@@ -79,11 +89,12 @@ def _list(place: MountedTree, key: str, *, as_json: bool) -> int:
             table.printable(row.name),
             table.format_size(row.size),
             table.format_age(row.created),
+            table.printable(squashes.get(row.name, "")),
             table.printable(row.labels.get(MESSAGE, "")),
         )
         for n, row in found.items()
     ]
-    table.show_table(("NUMBER", "NAME", "SIZE", "AGE", "MESSAGE"), lines, right_aligned=(0, 2, 3))
+    table.show_table(("NUMBER", "NAME", "SIZE", "AGE", "SQUASH", "MESSAGE"), lines, right_aligned=(0, 2, 3))
     return 0
 
 
@@ -92,15 +103,22 @@ def _rollback(given: Given) -> int:
     key, to = place.key(given.arguments[0]), given.arguments[1] if len(given.arguments) > 1 else ""
     if to and not to.isdecimal():
         to = f"committed/{file_name(place.key(to))}"
+    if given.has("kill"):
+        from snapfs.cli.ending import end_all
+
+        end_all(place, key)
+    held = None
     if given.has("keep"):
         directory = place.directory("active", key)
-        if os.path.lexists(f"{directory}/labels/{PIN}"):  # before there is a checkpoint
+        if place.within.exists(f"{directory}/labels/{PIN}"):  # before there is a checkpoint
             raise Refusal(str(pinned(key)), NOT_PERMITTED)
-        to = to or _parent(directory)
-        kept = _kept(place, key, f"before it was rolled back to {to.removeprefix('committed/')}")
+        if place.kind_of(key) == "active":  # else the sentence is that of the checkpoint
+            held = place.hold("active", key)  # what is rolled back is what was kept, whoever gets the key meanwhile
+        to = to or ("0" if held is None else _parent(held))
+        kept = _kept(place, key, f"before it was rolled back to {to.removeprefix('committed/')}", held)
         table.show_line(f"kept as {kept}")
     try:
-        parent = _commanded(place, key, "rollback", to, f'roll "{key}" back')
+        parent = commanded(place, "active", key, "rollback", to, f'roll "{key}" back', held=held)
     except Refusal as refused:
         elsewhere = place.mounted_by_hand(place.directory("active", key)) if refused.status == BUSY else []
         if not elsewhere:
@@ -112,10 +130,11 @@ def _rollback(given: Given) -> int:
     return 0
 
 
-def _parent(directory: str) -> str:
-    """What the workspace in ``directory`` stands on, as ``rollback`` takes it: the path of a snapshot, or 0."""
+def _parent(held: int) -> str:
+    """What the workspace whose directory is open as ``held`` stands on, as ``rollback`` takes it: the path of a snapshot, or
+    0."""
     try:
-        return f"committed/{os.path.basename(os.readlink(f'{directory}/parent'))}"
+        return f"committed/{os.path.basename(os.readlink('parent', dir_fd=held))}"
     except OSError:
         return "0"
 
@@ -127,7 +146,7 @@ def _fork(given: Given) -> int:
         table.show_line(make(place, "active", key, source))
         return 0
     try:
-        _commanded(place, source, "fork", file_name(key), f'make "{key}"')
+        commanded(place, "active", source, "fork", file_name(key), f'make "{key}"')
     except Refusal as refused:
         if refused.status == TAKEN:
             raise Refusal(f'snapshot "{key}" already exists ({place.kind_of(key)})', TAKEN) from None
@@ -143,13 +162,17 @@ VERBS = {
         (
             Option("message", "why, in words", "TEXT", short="-m"),
             Option("list", "list the checkpoints there are", short="-l"),
+            Option(
+                "copy", "keep a copy, while the workspace is in use: each file as it is at one moment, as after a power cut"
+            ),
             Option("sync", "return when it is on disk"),
             JSON,
         ),
         "Keep the state of workspace KEY as the committed snapshot KEY@NUMBER, and go on where you were: same key, same path.\n"
-        "Nobody may be in its rootfs meanwhile.",
+        "Nobody may be in its rootfs meanwhile, unless you --copy it.",
         """
 snapfs checkpoint web -m "before the upgrade"
+snapfs checkpoint --copy web -m "before make install"
 snapfs checkpoint --list web
 """,
         _checkpoint,
@@ -157,7 +180,10 @@ snapfs checkpoint --list web
     "rollback": Verb(
         "rollback",
         "KEY [NUMBER|NAME]",
-        (Option("keep", "make a checkpoint of the present state first"),),
+        (
+            Option("keep", "make a checkpoint of the present state first"),
+            Option("kill", "end what snapfs run and snapfs shell have started in it first"),
+        ),
         "Put workspace KEY back to what it stands on: its last checkpoint, or what it was prepared on.  Or to checkpoint\n"
         "NUMBER, or that with this NAME; 0 is what it was before the first.  What changed since is gone, unless you --keep it.",
         """

@@ -35,11 +35,14 @@ T = TypeVar("T")
 GRACE = 2.0  # seconds that calls under way have to end once the server is to stop
 CALLS = 4096  # at once; further ones are refused (ResourceExhausted)
 
+LARGEST = 256 << 10
+"""Bytes of a request: several times what names and labels may have.  Others would wait while one of millions is looked at."""
+
 _OPTIONS = (
     ("grpc.server.max_pending_requests", 2 * CALLS),  # from 1000 on gRPC would end some as cancelled, without a word
     ("grpc.server.max_pending_requests_hard_limit", 2 * CALLS),
-    ("grpc.max_receive_message_length", 16 << 20),  # as containerd's own server
-    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.max_receive_message_length", LARGEST),
+    ("grpc.max_send_message_length", 16 << 20),  # as containerd's own server
     ("grpc.so_reuseport", 0),
 )
 

@@ -4,13 +4,13 @@ Without ``allow_other`` the kernel lets nobody in but processes whose user and g
 others, and asks for no modes.  With it everybody is let in, and the kernel (``default_permissions``) decides by what is shown
 here, as on other file systems:
 
-- everything belongs to ``uid`` and ``gid`` (but for files that all may read and nobody write), with all permissions that make
-  sense less ``umask``: a user who may write may prepare, commit, rename, label and remove every snapshot and clean up, one
-  who may read sees their names, labels and mounts;
+- everything belongs to ``uid`` and ``gid`` (but for files that nobody may write), with all permissions that make sense less
+  ``umask``: a user who may write may prepare, commit, rename, label and remove every snapshot and clean up, one who may read
+  sees their names, labels and mounts;
 - what is in a layer is for users alone who may read ROOT, which is the daemon's own with mode 0700.  So ``diff`` and ``rootfs``
-  lead others to EACCES, ``changes`` belongs to the daemon's user with mode 0400 whatever the options say, and error_log leaves
-  out what it would tell of a layer.  How much a layer takes is no secret, nor where it is mounted and which processes use it,
-  as far as /proc tells the daemon.
+  lead others to EACCES, ``changes``, ``changes.patch`` and ``compare`` belong to the daemon's user alone whatever the options
+  say, and error_log leaves out what it would tell of a layer.  How much a layer takes is no secret, nor where it is mounted
+  and which processes use it, as far as /proc tells the daemon.
 
 To let another user work in a snapshot, mount it elsewhere as root (``mount.sh``): its files' own modes decide there, and
 ``rootfs`` leads to that place for all.
@@ -46,18 +46,31 @@ class Access(msgspec.Struct, frozen=True):
         return self.allow_other and bool(granted & (0o022 if self.uid == os.geteuid() else 0o222))
 
     def owner(self, found: Attributes) -> tuple[int, int]:
-        """User and group of a node.
-
-        A file that nobody may write and everybody may read is the daemon's own: its owner could put a lease on it (F_SETLEASE),
-        and the kernel would have each process wait that opens it, for a minute or so, and not tell the daemon."""
+        """User and group of a node."""
         if found.private:
             return os.geteuid(), os.getegid()
-        fixed = stat.S_ISREG(found.mode) and not found.mode & 0o222 and not self.umask & 0o004
-        return os.geteuid() if fixed else self.uid, self.gid
+        return self.uid if self._apart(found) is None else os.geteuid(), self.gid
 
     def mode(self, found: Attributes) -> int:
         """Type and permissions of a node; nobody heeds those of a link."""
-        return found.mode if stat.S_ISLNK(found.mode) else found.mode & ~self.umask
+        if stat.S_ISLNK(found.mode):
+            return found.mode
+        mode = self._apart(found)
+        return found.mode & ~self.umask if mode is None else mode
+
+    def _apart(self, found: Attributes) -> int | None:
+        """The mode of a file that nobody may write, which is the daemon's own though the tree is another user's; None for any
+        other node.
+
+        Its owner could put a lease on it (F_SETLEASE), and the kernel would have each process wait that opens it, for a minute
+        or so, and not tell the daemon.  So ``uid`` reads it as the group or all others do.  These may, then, whatever ``umask``
+        says, if it keeps them from entering any directory, and so from getting to the file.  Where it lets them enter and
+        takes reading from them alone, as 006 does, the file is the user's after all."""
+        if not stat.S_ISREG(found.mode) or found.mode & 0o222 or found.private or self.uid == os.geteuid():
+            return None
+        kept_out = sum(0o7 << shift for shift in (0, 3, 6) if self.umask >> shift & 0o1)
+        mode = found.mode & ~(self.umask & ~kept_out)
+        return mode if mode & 0o444 == 0o444 else None
 
     def may_enter_root(self, uid: int) -> bool:
         """Whether a process with this user id gets into ROOT; others may have a capability for that, which is not known."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from snapfs.errors import Unavailable
 from snapfs.kernel import mounting, trusted
-from snapfs.kernel.mounttable import MountPoint, mount_table
+from snapfs.kernel.mounttable import MountPoint, lines_of, mount_id, mount_table, parse
 from snapfs.names import word
 from snapfs.root import claim
 from snapfs.root.lock import is_abandoned
@@ -95,6 +95,24 @@ def why_over(own: MountPoint) -> str:
 def still_there(own: MountPoint) -> MountPoint | None:
     """Our mount as it is now, which may have been moved."""
     return next((mount for mount in mount_table() if (mount.id, mount.device) == (own.id, own.device)), None)
+
+
+def is_there(own: MountPoint) -> bool | None:
+    """Whether our mount is there; None where that can't be seen now: no descriptors are left.  Quick where it is still at its
+    place, however many others there are."""
+    with contextlib.suppress(OSError):
+        if mount_id(own.target) == own.id:
+            return True
+    with contextlib.suppress(OSError):
+        return still_there(own) is not None
+    return None
+
+
+def mounted_on(own: MountPoint) -> dict[int, str]:
+    """Where something is mounted over our mount, or over what is in it: paths by the ids of the mounts.  Raises OSError."""
+    number = str(own.id)
+    found = [parse(line) for line in lines_of("self") if line.split(" ", 2)[1] == number]
+    return {mount.id: mount.target for mount in found}
 
 
 def recover_mountpoint(root: str, mountpoint: str) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
+from collections.abc import Hashable
 from itertools import count
 
 from pyfuse3 import EntryAttributes
 
 from snapfs.errors import TryAgain, Unavailable
 from snapfs.tree import Handle
-from snapfs.tree.daemon import OpenCleanup
 from snapfs.tree.texts import Text
 
 SHARE = 8 << 20  # bytes that one user may make the daemon hold by what the user has open
 ALL = 4 * SHARE  # bytes that all of them may, for one user may have many ids
 ALLOWANCE = 256 << 10  # bytes of each user that count apart, up to ALL too: a few who hold much leave these to the others
 
-CLEANUPS_OF_USER, CLEANUPS = 16, 32
-"""How many times a user, and all together, may have cleanup open for writing: the kernel lets one write to it at a time, and
-who writes next waits there behind all others.  Who has it open not at all may open it up to twice as many."""
+OPENERS_OF_USER, OPENERS = 16, 32
+"""How many times a user, and all together, may have a file open for writing to which a write does something (``Handle.does``):
+one write is done at a time, and who writes next waits behind all others.  Who has it open not at all may open it up to twice as
+many."""
+
+MANY_WRITERS = "as many processes as may have opened this file to write to it"
 
 
 class OpenFile:
@@ -90,27 +93,32 @@ class OpenFiles:
         self._numbers = count(1)
         self._held: dict[int, Held] = {}  # by user
         self._users: dict[Handle, int] = {}
-        self._cleanups: Counter[int] = Counter()  # by user: how many of cleanup are open for writing
+        self._writers: dict[Hashable, Counter[int]] = {}  # by file (``Handle.does``) and user: how many are open for writing
         self._allowed = 0  # the weight of all that is held for users, up to ALLOWANCE of each
         self._weight = 0  # of what is held besides
 
     def charge(self, handle: Handle, uid: int) -> None:
         """Count ``handle``, which is about to be added, as one that user ``uid`` has open, until it is removed.
 
-        Raises Unavailable where the user, or all who are counted, would have too much open by that; TryAgain where it is
-        cleanup that they have open too often."""
+        Raises Unavailable where the user, or all who are counted, would have too much open by that; TryAgain where they have it
+        open for writing too often."""
         held = self._held.get(uid) or Held()
         self._refuse(uid, held.weight, held.cost(handle))
-        if isinstance(handle, OpenCleanup):
-            own, together = self._cleanups[uid], self._cleanups.total()
-            if own >= CLEANUPS_OF_USER or together >= (CLEANUPS if own else 2 * CLEANUPS):
-                raise TryAgain("as many processes as may have opened cleanup to write to it")
-            self._cleanups[uid] += 1
+        if handle.does is not None:
+            if self.has_enough_writers(handle.does, uid):
+                raise TryAgain(MANY_WRITERS)
+            self._writers.setdefault(handle.does, Counter())[uid] += 1
         self._count(held, -1)
         held.add(handle)
         self._count(held, 1)
         self._held[uid] = held
         self._users[handle] = uid
+
+    def has_enough_writers(self, does: Hashable, uid: int) -> bool:
+        """Whether user ``uid`` may not open the file that is known as ``does`` once more to write to it."""
+        writers = self._writers.get(does, Counter())
+        own = writers[uid]
+        return own >= OPENERS_OF_USER or writers.total() >= (OPENERS if own else 2 * OPENERS)
 
     def reweigh(self, handle: Handle) -> None:
         """Count what ``handle``, which is open, weighs by now.  Raises Unavailable as ``charge`` does; then nothing has
@@ -145,9 +153,12 @@ class OpenFiles:
     def _discharge(self, handle: Handle) -> None:
         uid = self._users.pop(handle, None)
         if uid is not None:
-            if isinstance(handle, OpenCleanup):
-                self._cleanups[uid] -= 1
-                self._cleanups += Counter()  # none of those who have none
+            if handle.does is not None:
+                writers = self._writers[handle.does]
+                writers[uid] -= 1
+                writers += Counter()  # none of those who have none
+                if not writers:
+                    del self._writers[handle.does]
             held = self._held[uid]
             self._count(held, -1)
             held.remove(handle)

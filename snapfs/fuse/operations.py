@@ -27,13 +27,16 @@ from snapfs.fuse.errno import errno_of
 from snapfs.fuse.openfiles import OpenDirectories, OpenDirectory, OpenFile, OpenFiles
 from snapfs.fuse.retelling import Retelling
 from snapfs.fuse.waiting import OPENDIR, PATIENCE, STAT, SYNC, Waiting
+from snapfs.kernel.processes import asking
 from snapfs.model import Caller
 from snapfs.threads import in_thread
 from snapfs.tree import Handle, Node, Tree
+from snapfs.tree.commands import OpenCommand
 from snapfs.tree.inodes import ROOT_INODE
 from snapfs.tree.labels import Label
 from snapfs.tree.log import OpenLog
 from snapfs.tree.openlabels import OpenLabel
+from snapfs.tree.tree import REMOVE
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,8 @@ def answering(
 
     async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         began, number = time.perf_counter(), 0
+        if isinstance(args[-1], RequestContext):
+            asking.set(args[-1].pid)
         try:
             if self.retelling.is_emptying and isinstance(args[0], int):
                 await self.retelling.emptied(args[0])
@@ -104,7 +109,7 @@ class Operations(pyfuse3.Operations):
         self.files = OpenFiles()
         self.directories = OpenDirectories()
         self.waiting = Waiting(trio.current_time)
-        self.retelling = Retelling(tree, self.cache, self.files, self.waiting)
+        self.retelling = Retelling(tree, self.cache, self.files, self.waiting, writers_apart=rights.others_may_write)
         self._on_ready = on_ready
         tree.snapshotter.subscribe(self.cache.note)
 
@@ -179,6 +184,8 @@ class Operations(pyfuse3.Operations):
         if operation in ("read", "write", "release", "fsync"):
             file = self.files.get(args[0]) if isinstance(args[0], int) else None
             return file.path if file is not None else str(args[0])
+        if operation == "setxattr":
+            args = args[:1]
         if operation in ("readdir", "fsyncdir") and isinstance(args[0], int):
             args = (self.directories[args[0]].inode,)
         paths: list[str] = []
@@ -202,7 +209,7 @@ class Operations(pyfuse3.Operations):
         if len(name) > names.NAME_MAX:  # nothing has it; to make it is refused in words
             raise FUSEError(errno.ENOENT)
         try:
-            return self.entry(self.retelling.look_up(directory, name.decode(), ctx.pid))
+            return self.entry(self.retelling.look_up(directory, name.decode(), ctx.pid, self.rights.user(ctx.uid)))
         except LeftOut:
             raise
         except (NotFound, UnicodeDecodeError):
@@ -232,7 +239,7 @@ class Operations(pyfuse3.Operations):
             if (file := self.files.get(fh)) is not None:
                 await file.handle.resize(attr.st_size)
             else:
-                await self.retelling.to_write(inode, ctx.pid).resize(attr.st_size)
+                await self.retelling.to_write(inode, ctx.pid, self.rights.user(ctx.uid)).resize(attr.st_size)
             if isinstance(node, Label):
                 now.st_size = attr.st_size  # whatever became of it: a label that was cut to nothing is gone
             return now
@@ -249,7 +256,7 @@ class Operations(pyfuse3.Operations):
     @answering
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         node = self.tree.node(inode)
-        self.tree.note_read(inode, ctx.pid)
+        self.tree.note_read(inode, self.rights.user(ctx.uid), ctx.pid)
         # mounted for a process that can't get there, a file system would only push out another
         if not self.rights.may_enter_root(ctx.uid):
             return node.target().encode(errors="surrogateescape")
@@ -269,6 +276,15 @@ class Operations(pyfuse3.Operations):
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         with self.cache.asked_for(parent_inode, _text(name)):
             await self.tree.node(parent_inode).rmdir(_text(name), ctx.pid)
+
+    @answering
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        first, blank, path = value.decode(errors="replace").partition(" ")
+        number = names.parse_id(first) if name == REMOVE and blank else None
+        if number is None:
+            raise FUSEError(errno.ENOTSUP)
+        await self.tree.remove(inode, number, path)
+        await self.cache.settle()  # the kernel has no lock of the directory in which the name is
 
     @answering
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -322,16 +338,18 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        self.tree.note_read(inode, ctx.pid)
+        self.tree.note_read(inode, self.rights.user(ctx.uid), ctx.pid)
         writing, truncate = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
         if writing or truncate:
-            node = self.retelling.to_write(inode, ctx.pid)
+            node = self.retelling.to_write(inode, ctx.pid, self.rights.user(ctx.uid))
         else:
             node = await self.retelling.to_read(inode, ctx.pid, self.caller(ctx))
         handle = await node.open(writing, truncate)
         await self._charge(handle, ctx.uid)
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
+        if isinstance(handle, OpenCommand):
+            handle.caller, handle.pid = self.caller(ctx), ctx.pid
         return self.retelling.opened(inode, self.rights.user(ctx.uid), node, handle, self.entry(node))
 
     async def _charge(self, handle: Handle, uid: int) -> None:
@@ -373,8 +391,17 @@ class Operations(pyfuse3.Operations):
     @answering
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         file = self.files[fh]
+        asking.set(file.handle.pid if isinstance(file.handle, OpenCommand) else 0)
         with self.waiting.counted(file.handle.waits_for, file.user):
-            return await file.handle.write(off, buf)
+            written = await file.handle.write(off, buf)
+        if isinstance(file.handle, OpenCommand):
+            try:
+                self.files.reweigh(file.handle)
+            except Unavailable:
+                file.handle.forget()
+                self.files.reweigh(file.handle)
+                raise
+        return written
 
     @answering
     async def release(self, fh: int) -> None:
@@ -389,7 +416,7 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        self.tree.note_read(inode, ctx.pid)
+        self.tree.note_read(inode, self.rights.user(ctx.uid), ctx.pid)
         user = self.rights.user(ctx.uid)
         fh = self.directories.add(OpenDirectory(self.tree.node(inode).inode, user))
         if user is not None:

@@ -17,9 +17,9 @@ from contextlib import suppress
 from itertools import islice, pairwise
 
 from snapfs.errors import NoThread
-from snapfs.fuse.mountpoint import DETACH, abort, mounted_at, still_there
+from snapfs.fuse.mountpoint import DETACH, abort, mounted_at, mounted_on, still_there
 from snapfs.kernel.mounttable import MountPoint
-from snapfs.kernel.processes import users
+from snapfs.kernel.processes import asking, users
 
 ANSWER = 0.4  # seconds that a question to the process outside may take
 
@@ -79,15 +79,19 @@ class Outside:
                 while select.select([self._asks], [], [], 0)[0]:  # an answer that came too late
                     if not self._asks.recv(_MOST):
                         return []
-                self._asks.send(os.fsencode(directory)[:_MOST])
+                self._asks.send(b"%d %b" % (asking.get(), os.fsencode(directory)[:_MOST]))
                 words = self._asks.recv(_MOST).decode(errors="surrogateescape").splitlines()
         except OSError:
             return []
         return [(int(pid), name) for pid, _, name in (line.partition(" ") for line in words if line)]
 
     def fileno(self) -> int:
-        """Becomes readable when the tree is no longer mounted."""
+        """Becomes readable when ``told`` has something."""
         return self._channel.fileno()
+
+    def told(self) -> str | None:
+        """Where something was mounted over the tree, or over what is in it; None once the tree is no longer mounted."""
+        return os.fsdecode(self._channel.recv(_MOST)) or None
 
     def close(self) -> None:
         """Refuse all requests that wait in the kernel, unmount the tree, if it is still mounted, and nothing else; returns when
@@ -155,7 +159,9 @@ def _watch(channel: socket.socket, answers: socket.socket, own: MountPoint | Non
     """Return when the daemon is gone: True; or when ``own`` is no longer mounted, of which the daemon is told: False.  Until
     then, answer.
 
-    The daemon would not learn that from the kernel while a mount namespace that was made meanwhile has a copy of the mount."""
+    The daemon would not learn that from the kernel while a mount namespace that was made meanwhile has a copy of the mount.
+    It is also told what is mounted over that."""
+    told: set[int] = set()
     with open("/proc/self/mountinfo", "rb") as table:
         poll = select.poll()
         poll.register(channel, select.POLLIN)
@@ -166,13 +172,21 @@ def _watch(channel: socket.socket, answers: socket.socket, own: MountPoint | Non
             if channel.fileno() in ready:
                 return True
             if answers.fileno() in ready:
-                directory = answers.recv(_MOST)
+                pid, _, directory = answers.recv(2 * _MOST).partition(b" ")
                 if not directory:
                     return True
+                asking.set(int(pid))
                 found = islice(users(os.fsdecode(directory)), 5)
                 answers.send("\n".join(f"{pid} {name}" for pid, name in found).encode(errors="replace") or b"\n")
-            if own is not None and still_there(own) is None:
+            if own is None:
+                continue
+            if still_there(own) is None:
                 return False
+            over = mounted_on(own)
+            for number in over.keys() - told:
+                with suppress(BlockingIOError):
+                    channel.send(os.fsencode(over[number])[:_MOST], socket.MSG_DONTWAIT)
+            told = set(over)
 
 
 def _unmount(own: MountPoint) -> None:

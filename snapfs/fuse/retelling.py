@@ -4,7 +4,8 @@ The kernel's view of a file system has rules that the tree knows nothing of, and
 
 - An inode has one size and one set of pages.  A process that opens a file which has another text by now is told to look the
   name up again (ESTALE), and then opens the new text under the new text's inode.  The same goes for a process that is about to
-  write a label: it gets an inode of its own.  What was found for the process is kept here until it comes back.
+  write a label, or into a file that does something where several users may: it gets an inode of its own.  What was found for
+  the process is kept here until it comes back.
 - A directory has one name.  A snapshot that is made, committed or renamed in its parent's listing stands there as a directory
   for the kernel, where the tree has a link: the kernel is made to forget that name.
 - An inode that was removed is dead for as long as anybody holds it: what comes back under the same one has another generation.
@@ -20,14 +21,14 @@ from typing import Generic, TypeVar
 import trio
 from pyfuse3 import EntryAttributes, FileInfo
 
-from snapfs.errors import NotFound, Stale
+from snapfs.errors import NotFound, Stale, TryAgain
 from snapfs.fuse.cache import KernelCache
-from snapfs.fuse.openfiles import OpenFile, OpenFiles
+from snapfs.fuse.openfiles import MANY_WRITERS, OpenFile, OpenFiles
 from snapfs.fuse.waiting import Waiting
 from snapfs.model import Caller
 from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.attributes import AttributeFile
-from snapfs.tree.inodes import Slot, entry_of, is_in_snapshot, kind_inode, pack, unpack
+from snapfs.tree.inodes import WRITERS, WRITING, Slot, entry_of, is_in_snapshot, kind_inode, pack, unpack, without_version
 from snapfs.tree.kinds import KindDirectory
 from snapfs.tree.labels import Label
 from snapfs.tree.log import OpenLog
@@ -44,12 +45,19 @@ RETRY = 10.0  # seconds within which a process that was told to look a file up a
 
 MOST = 8 << 20  # bytes of what was found for all processes that were
 
+NOT_OWN = (
+    "opened by /proc/self/fd, or by a thousand processes at once, this file would keep others waiting who write to it; opened "
+    "by its name it does not"
+)
+
 
 class Awaited(Generic[K, V]):
     """What was found for processes that were told to look a name up again, by a key that tells process and file: until the
-    process has come back, or too long ago (RETRY), or so many others were told (MOST) that the oldest is forgotten."""
+    process has come back, or too long ago (RETRY), or so many others were told (``most`` bytes) that the oldest is forgotten.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self._most = MOST if most is None else most
         self._found: dict[K, tuple[V, float, int]] = {}  # the latest is the last
         self._weight = 0
 
@@ -59,7 +67,7 @@ class Awaited(Generic[K, V]):
         now = trio.current_time()
         self._found[key] = found, now, weight
         self._weight += weight
-        while len(self._found) > 1 and (self._weight > MOST or next(iter(self._found.values()))[1] < now - RETRY):
+        while len(self._found) > 1 and (self._weight > self._most or next(iter(self._found.values()))[1] < now - RETRY):
             self._forget(next(iter(self._found)))  # the process never came back
 
     def _forget(self, key: K) -> None:
@@ -77,17 +85,41 @@ class Awaited(Generic[K, V]):
         return found
 
 
+class Apart(Generic[K, V]):
+    """The same of each user apart: a user's processes push out only that user's."""
+
+    def __init__(self) -> None:
+        self._of: dict[int | None, Awaited[K, V]] = {}  # who was told last is the last
+
+    def keep(self, user: int | None, key: K, found: V) -> None:
+        own = self._of[user] = self._of.pop(user) if user in self._of else Awaited(WRITERS * OVERHEAD)
+        own.keep(key, found)
+        if len(self._of) > WRITING:
+            del self._of[next(iter(self._of))]
+
+    def get(self, user: int | None, key: K) -> V | None:
+        return self._of[user].get(key) if user in self._of else None
+
+    def pop(self, user: int | None, key: K) -> V | None:
+        return self._of[user].pop(key) if user in self._of else None
+
+
 class Retelling:
     """What one mount of ``tree`` tells the kernel besides what the tree has; ``cache``, ``files`` and ``waiting`` are that
-    mount's."""
+    mount's.  ``writers_apart``: several users may write, and none is to wait until others have been served."""
 
-    def __init__(self, tree: Tree, cache: KernelCache, files: OpenFiles, waiting: Waiting) -> None:
+    def __init__(
+        self, tree: Tree, cache: KernelCache, files: OpenFiles, waiting: Waiting, *, writers_apart: bool = False
+    ) -> None:
+        self._writers_apart = writers_apart
+        self._commanders: Apart[tuple[int, int], int] = Apart()  # inodes for who writes commands, by process and file
         self._tree = tree
         self._waiting = waiting
         self._cache = cache
         self._files = files
         self._writers: Awaited[tuple[int, str], int] = Awaited()  # inodes for writers of labels, by process and label
         self._refreshed: Awaited[tuple[int, int], Node] = Awaited()  # files with another text, by process and slot
+        self._told: Awaited[tuple[int, int], bool] = Awaited()  # the same processes: long texts are soon forgotten
         self._emptied: list[tuple[int, trio.Event]] = []  # snapshots with a label that was closed empty, until it is deleted
         self.generations = tree.state.removals
         """By inode: how often what has it was removed.  The kernel, which takes what was removed for dead as long as anybody
@@ -95,12 +127,16 @@ class Retelling:
 
     # -- looking up
 
-    def look_up(self, directory: Node, name: str, pid: int) -> Node:
-        """The entry ``name`` of ``directory`` for process ``pid``: a label under the inode that the process was told to look
-        up, if it is about to write it.  Raises NotFound."""
+    def look_up(self, directory: Node, name: str, pid: int, user: int | None) -> Node:
+        """The entry ``name`` of ``directory`` for process ``pid`` of ``user``: a label, or a file that does something, under
+        the inode that the process was told to look up, if it is about to write it.  Raises NotFound."""
         node = directory.lookup(name)
         if isinstance(node, Label) and self._writers.get(_writer(node, pid)) is not None:
             return self._tree.node(self._inode_for_writing(node, pid))
+        if self._writers_apart and isinstance(node, AttributeFile) and node.attribute.command is not None:
+            inode = self._commanders.get(user, (pid, without_version(node.inode)))
+            if inode is not None and self._tree.state.writers.is_of(inode, user):
+                return self._tree.node(inode)
         return node
 
     def look_at(self, inode: int) -> Node | OpenFile:
@@ -119,13 +155,25 @@ class Retelling:
 
     # -- opening
 
-    def to_write(self, inode: int, pid: int) -> Node:
-        """What process ``pid`` is to write that opens or cuts ``inode``.  A process that writes a label has an inode of its
-        own: raises Stale the first time, on which the kernel looks the name up again.
+    def to_write(self, inode: int, pid: int, user: int | None) -> Node:
+        """What process ``pid`` of ``user`` is to write that opens or cuts ``inode``.  A process that writes a label, or into a
+        file that does something, has an inode of its own: raises Stale the first time, on which the kernel looks the name up
+        again.  Raises TryAgain where the process comes back to a file that does something with an inode that others may have.
 
         Processes in pid namespaces that can't be seen from here all have the pid 0: they share one inode, which stays theirs.
         """
         node = self._tree.node(inode)
+        if isinstance(node, AttributeFile) and node.attribute.command is not None and self._writers_apart and pid:
+            key = pid, without_version(inode)
+            told = self._commanders.pop(user, key)
+            number, slot = unpack(key[1])
+            if user is not None and self._files.has_enough_writers((number, node.attribute.name), user):
+                raise TryAgain(MANY_WRITERS)
+            if told is None:
+                self._commanders.keep(user, key, self._tree.state.writers.new(number, slot, user))
+                raise Stale(node.path)
+            if not self._tree.state.writers.is_of(inode, user):  # there was no name to look up
+                raise TryAgain(NOT_OWN)
         if not isinstance(node, Label):
             return node
         if node.text is not None:
@@ -154,7 +202,7 @@ class Retelling:
         """
         number, slot = unpack(inode)
         key = pid, entry_of(slot)
-        found = self._refreshed.pop(key)
+        found, told = self._refreshed.pop(key), self._told.pop(key)
         try:
             node = self._tree.node(inode)
         except Stale:
@@ -168,7 +216,8 @@ class Retelling:
         if isinstance(node, AttributeFile) and now is not node:  # the directory shows what was found out
             self._cache.forget_directory(unpack(node.inode)[0])
         # pid 0: a process that can't be seen from here, so it would not be known again
-        if now.inode != inode and found is None and pid:
+        if now.inode != inode and not told and pid:
+            self._told.keep(key, True)
             text = now.known() if isinstance(now, TextFile) else None
             self._refreshed.keep(key, now, text.weight if text is not None else OVERHEAD)
             raise Stale(node.path)

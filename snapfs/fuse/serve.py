@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -19,7 +20,9 @@ from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
 from snapfs.fuse.access import Access
 from snapfs.fuse.mountpoint import (
     FILE_SYSTEM,
+    is_there,
     mounted_at,
+    mounted_on,
     ready,
     source_of,
     still_there,
@@ -30,16 +33,19 @@ from snapfs.fuse.operations import Operations
 from snapfs.fuse.outside import Outside, OutsideError
 from snapfs.fuse.waiting import MAX_TASKS
 from snapfs.kernel import userns
+from snapfs.kernel.mounttable import MountPoint
 from snapfs.kernel.spare import Spare
 from snapfs.opening import open_snapshotter
 from snapfs.options import Options
 from snapfs.snapshotter import Snapshotter
-from snapfs.threads import in_thread
+from snapfs.threads import in_thread, in_thread_at_last
 from snapfs.tree import Tree
 
 log = logging.getLogger(__name__)
 
 IDLE_TASKS = 8  # tasks that wait for a request: with fewer, each request that has to wait makes a task, and its end ends one
+
+LOOKING = 0.1  # seconds between two looks whether the tree is still mounted, while other mounts come and go
 
 GRACE = 5.0  # seconds that requests under way have to end once the daemon is to stop
 
@@ -141,6 +147,8 @@ async def serve_tree(
             nursery.start_soon(_end_loop, loop, stop)
             if outside is not None:
                 nursery.start_soon(_set_when_unmounted, stop, outside)
+            elif own is not None:
+                nursery.start_soon(_set_when_gone, stop, own)
             with loop:
                 await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
@@ -172,8 +180,54 @@ async def _set_on_signal(
 
 
 async def _set_when_unmounted(stop: trio.Event, outside: Outside) -> None:
-    await trio.lowlevel.wait_readable(outside)
+    told: str | None = ""
+    while told is not None:
+        await trio.lowlevel.wait_readable(outside)
+        told = outside.told()
+        if told:
+            _warn_of(told)
     stop.set()
+
+
+def _warn_of(path: str) -> None:
+    log.warning("something is mounted over %s, and hides what the tree has there: umount %s", path, names.word(path))
+
+
+async def _set_when_gone(stop: trio.Event, own: MountPoint) -> None:
+    """The same for a mount of this process's own namespace: the kernel tells nothing to the daemon while other namespaces have
+    copies of it, such as each that was made meanwhile has, by whatever user."""
+    told: set[int] = set()
+    with contextlib.ExitStack() as held:
+        try:
+            table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+            held.callback(os.close, table)
+            changes = held.enter_context(select.epoll())
+        except OSError as error:
+            log.warning("unmounting the tree may not end the daemon: %s", error)
+            return
+        changes.register(table, select.EPOLLPRI)
+        while True:
+            began = trio.current_time()
+            there, over = await in_thread_at_last("looking whether the tree is mounted", _look, own)
+            if there is False:
+                break
+            for number in over.keys() - told:
+                _warn_of(over[number])
+            told = set(over)
+            pause = max(LOOKING, 10 * (trio.current_time() - began))  # there may be thousands of mounts, hundreds a second
+            if there:
+                await trio.lowlevel.wait_readable(changes.fileno())
+                changes.poll(0)
+            await trio.sleep(pause)
+        stop.set()
+
+
+def _look(own: MountPoint) -> tuple[bool | None, dict[int, str]]:
+    """Whether our mount is there (``is_there``), and what is mounted over it, or in it."""
+    there = is_there(own)
+    with contextlib.suppress(OSError):
+        return there, mounted_on(own)
+    return there, {}
 
 
 async def _end_loop(loop: trio.CancelScope, stop: trio.Event) -> None:

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 
 import trio
 
+from snapfs.allowance import Allowance
 from snapfs.errors import TryAgain
 from snapfs.tree.attributes import ATTRIBUTES, ROOTFS
 
@@ -67,32 +68,6 @@ OF_READER, OF_READERS = 10, 50
 """Lines in error_log about requests that need no right to write: of one user at once, and of all users together."""
 
 READERS_AGAIN = 0.1  # of these, how many of one user's there may be again each second; of all users', five times as many
-
-
-class Allowance:
-    """Something of which ``most`` may be taken at once, and ``again`` more each second."""
-
-    def __init__(self, most: float, again: float, clock: Callable[[], float]) -> None:
-        self._most = most
-        self._again = again
-        self._clock = clock
-        self._left, self._when = most, clock()
-
-    @property
-    def left(self) -> float:
-        """How much may be taken now."""
-        now = self._clock()
-        self._left, self._when = min(self._most, self._left + (now - self._when) * self._again), now
-        return self._left
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it is as if nothing had been taken."""
-        return self.left >= self._most
-
-    def take(self, amount: float) -> None:
-        """Take ``amount``, of what is left; a negative one is given back."""
-        self._left = self.left - amount
 
 
 class Listings:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+from contextlib import suppress
 
 from snapfs.kernel import libc
 
-_OPENAT2 = 437  # on every architecture
-_NO_SYMLINKS, _BENEATH, _CACHED = 0x04, 0x08, 0x20  # linux/openat2.h
+TRIES = 20
+"""How often a directory is looked up: the kernel gives up, as if it had to read the disk, also where anything is mounted or
+renamed on the machine just then."""
 
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
-
-
-_how = _OpenHow(os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, _NO_SYMLINKS | _BENEATH | _CACHED)
-_how_address, _how_size = ctypes.byref(_how), ctypes.c_size_t(ctypes.sizeof(_how))
+_HOW = libc.OpenHow(
+    os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_BENEATH | libc.RESOLVE_CACHED
+)
 
 
 def open_directory(fd: int, path: str) -> int:
@@ -24,7 +21,11 @@ def open_directory(fd: int, path: str) -> int:
 
     Raises OSError: EAGAIN where the kernel would have to read the disk, ENOSYS or EINVAL where it is too old.
     """
-    return libc.call("syscall", _OPENAT2, fd, os.fsencode(path), _how_address, _how_size)
+    name = os.fsencode(path)
+    for _ in range(TRIES - 1):
+        with suppress(BlockingIOError):
+            return libc.openat2(fd, name, _HOW)
+    return libc.openat2(fd, name, _HOW)
 
 
 def is_directory(fd: int, path: str) -> bool:

@@ -7,7 +7,6 @@ a user's, whose server never answers.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -17,17 +16,8 @@ from snapfs.kernel import libc, mountapi
 
 FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-_OPENAT2 = 437  # on every architecture
-_NO_XDEV = 0x01  # linux/openat2.h; a subvolume of btrfs is no mount, and is entered
-
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
-
-
-_how = _OpenHow(FLAGS, 0, _NO_XDEV)
-_how_address, _how_size = ctypes.byref(_how), ctypes.c_size_t(ctypes.sizeof(_how))
-_how_to_look = _OpenHow(os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0, _NO_XDEV)
+_HOW = libc.OpenHow(FLAGS, 0, libc.RESOLVE_NO_XDEV)  # a subvolume of btrfs is no mount, and is entered
+_HOW_TO_LOOK = libc.OpenHow(os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0, libc.RESOLVE_NO_XDEV)
 
 
 def open_top(path: str) -> int:
@@ -50,7 +40,7 @@ def open_directory(name: str, parent: int) -> int:
     Raises OSError: EBUSY where something is mounted there and this process may not look beneath.
     """
     try:
-        return libc.call("syscall", _OPENAT2, parent, os.fsencode(name), _how_address, _how_size)
+        return open_unmounted(name, parent)
     except OSError as error:
         if error.errno == errno.EXDEV:
             return _beneath(name, parent)
@@ -59,11 +49,17 @@ def open_directory(name: str, parent: int) -> int:
     return os.open(name, FLAGS, dir_fd=parent)
 
 
+def open_unmounted(name: str, parent: int) -> int:
+    """A descriptor of the directory ``name`` in the one that is open as ``parent``; raises OSError, EXDEV where something is
+    mounted on it."""
+    return libc.openat2(parent, os.fsencode(name), _HOW)
+
+
 def stat_beneath(name: str, parent: int) -> os.stat_result:
     """lstat(2) of ``name`` in the directory that is open as ``parent``, beneath whatever is mounted there; raises OSError, as
     ``open_directory`` does."""
     try:  # first: of a directory that is alone (``open_top``) no more copies can be had
-        fd = libc.call("syscall", _OPENAT2, parent, os.fsencode(name), ctypes.byref(_how_to_look), _how_size)
+        fd = libc.openat2(parent, os.fsencode(name), _HOW_TO_LOOK)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EPERM):
             raise

@@ -12,17 +12,36 @@ _CLONE_FS = 0x200
 _AT_FDCWD = -100
 _AT_NO_AUTOMOUNT = 0x800
 _AT_STATX_DONT_SYNC = 0x4000
+_WRITE_AND_WAIT = 0x7  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
 _SIZE_OF_STATX, _STX_DEV = 256, 136  # struct statx (statx(2)), and where the device's major and minor number are in it
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.syncfs.argtypes = [ctypes.c_int]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.opendir.argtypes = [ctypes.c_char_p]
 _libc.opendir.restype = ctypes.c_void_p
 _libc.readdir.argtypes = [ctypes.c_void_p]
 _libc.closedir.argtypes = [ctypes.c_void_p]
 _libc.syscall.restype = ctypes.c_long
+
+
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
+
+RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_CACHED = 0x01, 0x02, 0x04, 0x08, 0x20
+"""Of linux/openat2.h."""
+
+
+class OpenHow(ctypes.Structure):
+    """``struct open_how``: O_* as flags, a mode, and RESOLVE_*."""
+
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+_OPENAT2 = 437  # on every architecture
+_SIZE_OF_HOW = ctypes.c_size_t(ctypes.sizeof(OpenHow))
 
 
 class Dirent(ctypes.Structure):
@@ -56,6 +75,25 @@ def device_number(path: str) -> int:
     call("statx", _AT_FDCWD, os.fsencode(path), _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC, 0, found)
     major, minor = struct.unpack_from("II", found, _STX_DEV)
     return os.makedev(major, minor)
+
+
+def openat2(directory: int, path: bytes, how: OpenHow) -> int:
+    """A descriptor of what is at ``path``, from the directory open as ``directory`` on (openat2(2), from Linux 5.6 on).  Raises
+    OSError."""
+    return call("syscall", _OPENAT2, directory, path, ctypes.byref(how), _SIZE_OF_HOW)
+
+
+def rename(name: str | bytes, directory: int, new: str | bytes, there: int, flags: int) -> None:
+    """renameat2(2): ``name`` in the directory open as ``directory`` becomes ``new`` in the one open as ``there``, both of one
+    mount.  RENAME_NOREPLACE fails with EEXIST where ``new`` is there, RENAME_EXCHANGE exchanges both, in one step.  Raises
+    OSError; EINVAL where the file system can't do that."""
+    call("renameat2", directory, os.fsencode(name), there, os.fsencode(new), flags)
+
+
+def write_out(file: int) -> None:
+    """Return when what memory holds of ``file``, a descriptor, has been written to the disk, which may still have it in a cache
+    (sync_file_range(2)).  Raises OSError."""
+    call("sync_file_range", file, 0, 0, _WRITE_AND_WAIT)
 
 
 def separate_thread() -> None:

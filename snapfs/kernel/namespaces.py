@@ -87,6 +87,10 @@ class _StatMount(ctypes.Structure):
 _STRINGS = 512  # the size of struct statmount, where its strings begin
 
 
+def never(found: object) -> bool:
+    return False
+
+
 class _Patience:
     """The time that one scan may still take for foreign namespaces, by the user who has made them."""
 
@@ -145,10 +149,11 @@ class Namespaces(Generic[T]):
         """
         return self.scan(wanted)[0]
 
-    def scan(self, wanted: Callable[[T], bool]) -> tuple[list[T], bool]:
-        """The same, and whether nothing was left unread."""
+    def scan(self, wanted: Callable[[T], bool], *, settled: Callable[[T], bool] = never) -> tuple[list[T], bool]:
+        """The same, and whether nothing was left unread.  Those that are ``settled`` are told as they were when they came,
+        which saves asking for each: it must not matter whether these can be written, nor where they are attached."""
         patience = _Patience()
-        if (listed := self._listed(wanted, patience)) is not None:
+        if (listed := self._listed(wanted, patience, settled)) is not None:
             return [found for _, found in listed], patience.whole
         return self._spare.give_to(lambda: [found for _, found in self._by_tables(wanted, patience)]), patience.whole
 
@@ -166,12 +171,14 @@ class Namespaces(Generic[T]):
             if not namespaces:
                 return
 
-    def _listed(self, wanted: Callable[[T], bool], patience: _Patience) -> list[tuple[int, T]] | None:
+    def _listed(
+        self, wanted: Callable[[T], bool], patience: _Patience, settled: Callable[[T], bool] = never
+    ) -> list[tuple[int, T]] | None:
         """All mounts that are ``wanted``, each with the inode number of its namespace; None where the kernel has no lists."""
         with self._lock:
             if self._lists:
                 try:
-                    return self._spare.give_to(lambda: list(self._find(wanted, patience)))
+                    return self._spare.give_to(lambda: list(self._find(wanted, patience, settled)))
                 except OSError as error:
                     if error.errno not in (errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EINVAL):
                         raise
@@ -205,24 +212,27 @@ class Namespaces(Generic[T]):
                 patience.spend(owner, time.monotonic() - began)
             yield from matching
 
-    def _find(self, wanted: Callable[[T], bool], patience: _Patience) -> Iterator[tuple[int, T]]:
+    def _find(self, wanted: Callable[[T], bool], patience: _Patience, settled: Callable[[T], bool]) -> Iterator[tuple[int, T]]:
         before, self._known = self._known, {}
         for number, count, fd in _namespaces(self._own):
             what = before.get(number)
             if what is None:
                 what = _Namespace(None if fd == self._own else foreign_owner(fd))
             self._known[number] = what
-            owner, deadline, began = what.owner, math.inf, time.monotonic()
+            owner, deadline, began, fresh = what.owner, math.inf, time.monotonic(), set[int]()
             if owner is not None:
                 deadline = began + patience.left(owner)
                 if count > MOST or deadline <= began:
                     patience.whole = False
                     continue
-            if not self._read(number, what, deadline):
+            if not self._read(number, what, deadline, fresh):
                 patience.whole = False
             inode = os.fstat(fd).st_ino
             for mount, kept in what.kept:
                 if wanted(kept):
+                    if mount in fresh or settled(kept):
+                        yield inode, kept
+                        continue
                     if time.monotonic() > deadline:
                         patience.whole = False
                         break
@@ -233,8 +243,9 @@ class Namespaces(Generic[T]):
             if owner is not None:
                 patience.spend(owner, time.monotonic() - began)
 
-    def _read(self, number: int, what: _Namespace[T], deadline: float) -> bool:
-        """Bring ``what`` up to date, of the namespace ``number``: whether that was done by the ``deadline``."""
+    def _read(self, number: int, what: _Namespace[T], deadline: float, fresh: set[int]) -> bool:
+        """Bring ``what`` up to date, of the namespace ``number``: whether that was done by the ``deadline``.  Adds to ``fresh``
+        the ids of the mounts that have been asked for."""
         ids, whole = self._mounts(number, foreign=what.owner is not None)
         if ids == what.ids:
             return whole
@@ -246,6 +257,7 @@ class Namespaces(Generic[T]):
                 what.ids, whole = None, False
             elif (point := self._stat(mount, number, what.owner is not None)) is not None:
                 what.known[mount] = self._classify(point)
+                fresh.add(mount)
             else:
                 what.ids = None  # it may be one of which the kernel tells more later
         what.kept = [(mount, kept) for mount, kept in what.known.items() if kept is not None]

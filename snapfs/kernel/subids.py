@@ -64,6 +64,16 @@ def mapped_here() -> Lent:
     return Lent(found["uid"], found["gid"])
 
 
+def mapped_in(process: str) -> tuple[list[range], list[range]]:
+    """The uids, and the gids, that the user namespace has of the process whose directory in /proc is ``process``, as this
+    process numbers them.  Raises OSError."""
+    found: list[list[range]] = []
+    for kind in ("uid", "gid"):
+        columns = [[int(column) for column in line.split()] for line in Path(f"{process}/{kind}_map").read_text().splitlines()]
+        found.append([range(first, first + count) for _, first, count in columns])
+    return found[0], found[1]
+
+
 def hint(error: OSError) -> str:
     """What may help, as the end of a sentence, where ``error`` may come from an id that this process has not; "" elsewhere."""
     if not isinstance(error, PermissionError) or mapped_here().uids:
@@ -174,7 +184,7 @@ class Owners:
         self._path = path
         self._looked = -math.inf
         self._state: tuple[int, int, int] | None = None
-        self._ranges: list[tuple[Range, int]] = []  # in order, each with the id that stands for its owner
+        self._ranges: list[tuple[Range, int]] = []  # in order, apart, each with the id that stands for its owner
 
     def one_of(self, uid: int) -> int:
         """The same id for all that are lent to one user, the first of those; ``uid`` itself where it is lent to nobody."""
@@ -197,7 +207,12 @@ class Owners:
             return
         self._state = state
         firsts: dict[str, int] = {}
-        self._ranges = sorted((each, firsts.setdefault(name, each.start)) for name, each in _lines(self._path))
+        self._ranges, end = [], 0
+        for name, (start, length) in sorted(_lines(self._path), key=lambda line: (line[1].start, -line[1].length)):
+            owner = firsts.setdefault(name, start)
+            if start + length > end:  # where two have an id, it counts for the range that begins before the other
+                self._ranges.append((Range(max(start, end), start + length - max(start, end)), owner))
+                end = start + length
 
 
 def _lines_for(path: str, names: set[str]) -> list[Range]:

@@ -185,10 +185,10 @@ def is_inside(pid: int) -> bool:
     return True
 
 
-def join(pid: int, *, mounts: bool) -> None:
-    """Move this process, which must have one thread, into the user namespace of process ``pid``, and into its mount
-    namespace if ``mounts`` are wanted.  Raises OSError: EPERM where that is not this user's."""
-    fds = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in (("user", "mnt") if mounts else ("user",))]
+def join(process: str, *, mounts: bool) -> None:
+    """Move this process, which must have one thread, into the user namespace of the one whose directory in /proc is
+    ``process``, and into its mount namespace if ``mounts`` are wanted.  Raises OSError: EPERM where that is not this user's."""
+    fds = [os.open(f"{process}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in (("user", "mnt") if mounts else ("user",))]
     try:
         for fd, kind in zip(fds, (CLONE_NEWUSER, CLONE_NEWNS), strict=False):
             libc.call("setns", fd, kind)

@@ -18,10 +18,12 @@ import msgspec
 from snapfs.errors import AlreadyExists, InvalidArgument, Unavailable
 from snapfs.kernel import trusted
 from snapfs.kernel.mounttable import mount_table
+from snapfs.root import identity, imprint
 from snapfs.root.claim import RECORDS, look
 from snapfs.root.lock import shared_lock
 from snapfs.store.environment import READERS
 from snapfs.store.locktable import open_environment, table_of
+from snapfs.store.schema import root_word
 from snapfs.store.soundness import open_error, refuse_foreign
 from snapfs.store.space import allocated_bytes
 
@@ -47,7 +49,7 @@ def backup(root: str, file: str) -> Backup:
     that is there is never replaced.  Every process may call this but the one that has the root open; blocks on the disk.
 
     Raises AlreadyExists; InvalidArgument: ``file`` lies within the root or on a mount of snapfs; Damaged: the records can't be
-    read; Unavailable: there are none, or the operating system refused.
+    read, or are another root's; Unavailable: there are none, or the operating system refused.
     """
     with look(root) as found:
         return _backup(found.path, root, file)
@@ -107,7 +109,7 @@ def _write(root: str, records: str, directory: str, name: str) -> Backup:
         ended.callback(os.close, fd)
         _copy(root, records, fd)
         os.fsync(fd)
-        made = Backup(_count(fd, records), os.fstat(fd).st_size)
+        made = Backup(_count(fd, root, records), os.fstat(fd).st_size)
         os.link(partial or f"/proc/self/fd/{fd}", name, src_dir_fd=place, dst_dir_fd=place, follow_symlinks=True)
         os.fsync(place)
         return made
@@ -177,13 +179,16 @@ def _is_of(holder: int | None, records: str, table: int) -> bool:
         os.close(now)
 
 
-def _count(fd: int, records: str) -> int:
-    """How many snapshots the copy, open as ``fd``, has.  This opens it, which shows that it can be read."""
+def _count(fd: int, root: str, records: str) -> int:
+    """How many snapshots the copy, open as ``fd``, has.  This opens it, which shows that it can be read.  Raises Damaged, also
+    where the copy is of the records of another root."""
     try:
         with (
             lmdb.open(f"/proc/self/fd/{fd}", subdir=False, readonly=True, lock=False, max_dbs=16) as env,
             env.begin() as txn,
         ):
+            recorded = root_word(txn, env.open_db(b"meta", txn, create=False))
+            identity.refuse_other(root, records, imprint.read_root_word(f"{root}/snapshots"), recorded)
             entries: int = txn.stat(env.open_db(b"snapshots", txn, create=False))["entries"]
             return entries
     except lmdb.Error as error:

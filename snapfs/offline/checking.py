@@ -19,8 +19,9 @@ import msgspec
 
 from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
 from snapfs.model import Kind, Usage
-from snapfs.names import parse_id, word
-from snapfs.root import flags, imprint, placing
+from snapfs.names import nameable, parse_id, word
+from snapfs.offline.nodes import told_apart
+from snapfs.root import flags, identity, imprint, placing
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
 from snapfs.root.trash import STUCK
@@ -73,6 +74,12 @@ def check(
             yield Finding(Problem.DAMAGED, str(error), "--rebuild makes them anew from what each directory says of itself")
             return
         with closing(records):
+            try:
+                identity.refuse_foreign(layers, records)
+            except Damaged as error:
+                layers.leave_note(layers.previous_note)
+                yield Finding(Problem.DAMAGED, str(error))
+                return
             layers.supports_imprints = imprint.is_supported(layers.snapshots)
             placing.finish(layers, records)
             changed = repair
@@ -133,6 +140,7 @@ class _Check:
         with self._records.reading() as reader:
             numbers, self._last_id = sorted(reader.ids()), reader.last_id()
         yield from self._read_records(numbers)
+        yield from self._check_nodes()
         yield from self._check_indexes()
         yield from self._check_parents()
         yield from self._check_directories()
@@ -175,8 +183,28 @@ class _Check:
             else:
                 self._unreadable.add(number)
 
+    def _check_nodes(self) -> Iterator[Finding]:
+        for number, node in told_apart(self._known).items():
+            before = self._known[number]
+            record = msgspec.structs.replace(before, node=node)
+
+            def mend(writer: Writer, number: int = number, record: Record = record) -> None:
+                writer.overwrite(number, record)
+                self._layers.write_imprint(number, Imprint(record, writer.unflushed_since(number)))
+                writer.rebuild_indexes()
+
+            text = (
+                f"{_called(before)}: in the tree it is one with another snapshot, number {before.node_of(number)} in the inodes"
+            )
+            mended = self._mend(mend, "it has a number of its own")
+            yield Finding(Problem.DAMAGED, text, "--repair gives it a number of its own", mended)
+            if mended:
+                self._known[number] = record
+
     def _check_indexes(self) -> Iterator[Finding]:
         if self._unreadable or len({record.name for record in self._known.values()}) < len(self._known):
+            return  # it is unknown what they should hold
+        if told_apart(self._known):
             return  # it is unknown what they should hold
         with self._records.reading() as reader:
             wrong = reader.wrong_index_entries()
@@ -335,8 +363,8 @@ class _Check:
                     Problem.DAMAGED, f"{_called(record)}: {Unavailable.from_os('read its layer', error)}", "see to the disk"
                 )
                 continue
-            if usage != record.usage:
-                was = record.usage or Usage()
+            was = record.usage or Usage()
+            if (usage.inodes, usage.size) != (was.inodes, was.size):  # what is shared is told as of when it was counted
                 text = (
                     f"{_called(record)}: it takes {usage.size} bytes in {usage.inodes} inodes, but when it was "
                     f"committed {was.size} in {was.inodes} were counted"
@@ -366,7 +394,7 @@ def put_away(layers: Layers, path: str) -> tuple[str, str]:
         if error.errno == errno.EBUSY:
             reason = "something is mounted there; unmount that first"
         elif flags.is_fixed(path):
-            reason = f"it is immutable or append-only; do first: chattr -i -a {word(flags.nameable(path))}"
+            reason = f"it is immutable or append-only; do first: chattr -i -a {word(nameable(path))}"
         return f"move it away; it can't be moved to lost+found: {reason}", ""
 
 

@@ -16,11 +16,12 @@ from functools import partial
 
 import msgspec
 
-from snapfs.errors import Damaged, NameTooLong, Unavailable
+from snapfs.errors import Damaged, Unavailable
 from snapfs.model import Kind
-from snapfs.names import encode, parse_id
+from snapfs.names import parse_id, with_suffix
 from snapfs.offline.checking import Finding, Problem, Progress, put_away
-from snapfs.root import imprint
+from snapfs.offline.nodes import told_apart
+from snapfs.root import identity, imprint
 from snapfs.root.claim import RECORDS
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
@@ -62,6 +63,10 @@ def rebuild(root: str, *, progress: Progress = lambda what, done, total: None) -
         yield from _break_circles(layers, found)
         yield from _put_parents(found)
         yield from _tell_apart(found)
+        for number, node in told_apart({number: each.record for number, each in found.items()}).items():
+            found[number] = msgspec.structs.replace(
+                found[number], record=msgspec.structs.replace(found[number].record, node=node)
+            )
         old = _write(layers, found, progress)
         words = f"the records were made anew: {len(found)} snapshots"
         if old:
@@ -107,7 +112,7 @@ def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
     for number, each in sorted(found.items(), key=lambda item: (item[1].record.updated, item[0]), reverse=True):
         name = each.record.name
         while name in taken:
-            name = _with_suffix(name, f"~{number}")
+            name = with_suffix(name, f"~{number}")
         taken.add(name)
         if name != each.record.name:
             found[number] = msgspec.structs.replace(each, record=msgspec.structs.replace(each.record, name=name))
@@ -128,6 +133,7 @@ def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> str
             part = {number: found[number] for number in numbers[start : start + BATCH]}
             records.write_now(partial(_put, part))
         records.write_now(lambda writer: writer.raise_last_id(_last_id(layers, numbers)))
+        identity.note(layers, records)
     try:
         if os.path.lexists(place):
             old = layers.move_to_lost_found(place)
@@ -168,16 +174,6 @@ def _put(part: dict[int, Imprint], writer: Writer) -> None:
         writer.put(number, each.record)
         if each.boot:
             writer.mark_unflushed(number, each.boot)
-
-
-def _with_suffix(name: str, suffix: str) -> str:
-    """``name``, cut as far as needed to be a key, with ``suffix``."""
-    while True:
-        try:
-            encode(name + suffix)
-            return name + suffix
-        except NameTooLong:
-            name = name[:-1]
 
 
 def _last_id(layers: Layers, numbers: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""The flags immutable and append-only (chattr(1)), which stand in everybody's way, and how sentences name a file that has one.
+"""The flags immutable and append-only (chattr(1)), which stand in everybody's way.
 
 To open anything but a regular file or a directory may do something, so that is never done here.
 """
@@ -11,24 +11,10 @@ import stat
 import sys
 from contextlib import suppress
 
-from snapfs import names
+from snapfs.kernel.inodeflags import FIXED, flags_of
 
-FIXED = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
-
-_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS of <linux/fs.h>
 _SUBVOL_GETFLAGS, _SUBVOL_SETFLAGS = 0x80089419, 0x4008941A  # BTRFS_IOC_SUBVOL_… of <linux/btrfs.h>
 _SUBVOL_RDONLY = 2
-_SHOWN = 250  # bytes of a path that a sentence shows: an extended attribute has room for the sentence, too
-
-
-def flags_of(file: int) -> int:
-    """The flags of the file open as ``file``, as chattr(1) sets them."""
-    return int.from_bytes(fcntl.ioctl(file, _GET_FLAGS, bytes(8))[:4], sys.byteorder)
-
-
-def set_flags(file: int, flags: int) -> None:
-    """Set all flags of the file open as ``file``."""
-    fcntl.ioctl(file, _SET_FLAGS, flags.to_bytes(4, sys.byteorder) + bytes(4))
 
 
 def make_subvolume_writable(directory: int) -> None:
@@ -57,16 +43,3 @@ def is_fixed(path: str) -> bool:
             os.close(file)
     except OSError:
         return False
-
-
-def nameable(path: str) -> str:
-    """``path``, or of one that is too long for a sentence, or has characters that a terminal would obey, the nearest directory
-    above that is not and has none."""
-    while len(os.fsencode(path)) > _SHOWN or names.printable(path) != path:
-        path = os.path.dirname(path)
-    return path
-
-
-def shown(path: str) -> str:
-    """``path`` as a sentence shows it."""
-    return names.printable(path) if len(os.fsencode(path)) <= _SHOWN else f"{nameable(path)}/…"

@@ -26,6 +26,7 @@ from snapfs.store.schema import Record
 ATTRIBUTE = "user.snapfs"  # of ROOT/snapshots/<id>
 LAST_ID = "user.snapfs.last_id"  # of ROOT/snapshots
 USERXATTR = "user.snapfs.userxattr"  # of ROOT/snapshots
+WORD = "user.snapfs.root"  # of ROOT/snapshots
 FILE = "record"  # in ROOT/snapshots/<id>
 
 _ABSENT = (errno.ENODATA, errno.ENOTSUP)
@@ -141,6 +142,19 @@ def read_last_reserved_id(directory: str) -> int:
         return int(os.getxattr(directory, LAST_ID))
     except (OSError, ValueError):
         return 0
+
+
+def write_root_word(directory: str, word: str) -> None:
+    """Note the root's own word (``root/identity.py``) on ``directory``, ROOT/snapshots; raises OSError."""
+    os.setxattr(directory, WORD, word.encode())
+
+
+def read_root_word(directory: str) -> str:
+    """The word that is noted on ``directory``, ROOT/snapshots; "" where none is."""
+    try:
+        return os.getxattr(directory, WORD).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def note_userxattr(directory: str) -> None:

@@ -24,15 +24,37 @@ class Closing:
     If no other process has the overlay, the close writes all that the file system below has in memory, and until then the
     kernel says that the layers are in use, though no process can get there any more.
 
-    With ``seal`` the overlay is made read-only before, in case a process has it after all; ``written`` then tells whether a
-    process has a file of it open for writing, so that it could not be made so."""
+    ``run`` is called in a thread of its own, which may be there before it is known whether there is anything to close: it waits
+    for ``begin`` or ``cancel``.  Where none is to be had, ``leave`` says so.  ``written`` tells whether a process had a file of
+    the overlay open for writing, so that it could not be made read-only."""
 
-    def __init__(self, copy: int, *, seal: bool = False) -> None:
+    def __init__(self) -> None:
         self.written = False
-        self._copy = copy
-        self._seal = seal
+        self._copy: int | None = None
+        self._seal = False
         self._thread = 0
+        self._left = False
+        self._deciding = threading.Lock()
+        self._decided = threading.Event()
         self._done = threading.Event()
+
+    def begin(self, copy: int, *, seal: bool = False) -> bool:
+        """Have the descriptor ``copy`` closed; with ``seal`` the overlay is made read-only before, in case a process has it.
+        False where there is no thread for it: the caller is to ``run`` it."""
+        with self._deciding:
+            self._copy, self._seal = copy, seal
+            self._decided.set()
+            return not self._left
+
+    def cancel(self) -> None:
+        """There is nothing to close, unless it has begun."""
+        self._decided.set()
+
+    def leave(self) -> bool:
+        """There is no thread for it; False where it has begun, so that the caller is to ``run`` it."""
+        with self._deciding:
+            self._left = True
+            return not self._decided.is_set()
 
     def wait(self, seconds: float) -> bool:
         """Whether it is closed, or is within ``seconds``."""
@@ -41,13 +63,15 @@ class Closing:
     def run(self) -> None:
         """Close it; blocks on the disk."""
         self._thread = threading.get_native_id()
+        self._decided.wait()
         try:
-            if self._seal:
+            if self._seal and self._copy is not None:
                 mounting.make_file_system_read_only(self._copy)
         except OSError as error:  # a kernel that can't
             self.written = error.errno == errno.EBUSY
         finally:
-            os.close(self._copy)
+            if self._copy is not None:
+                os.close(self._copy)
             self._done.set()
 
     def is_flush(self) -> bool:
@@ -55,8 +79,9 @@ class Closing:
 
         The kernel tells by what the closing thread is at.  Raises Busy where it doesn't within FLUSHING.
         """
-        deadline = time.monotonic() + FLUSHING
-        while not self._done.wait(0.001):
+        deadline, wait = time.monotonic() + FLUSHING, 0.0002
+        while not self._done.wait(wait):
+            wait = min(2 * wait, 0.005)
             with suppress(OSError):
                 if "generic_shutdown_super" in Path(f"/proc/self/task/{self._thread}/stack").read_text():
                     return True

@@ -273,16 +273,52 @@ class Layers(Paths):
                 if template.mode != FS_MODE or template.attributes:
                     # last: an ACL changes the mode, and a process that the mode keeps out may set no attribute
                     os.chmod(f"{path}/fs", template.mode)
-                if os.path.lexists(
-                    self.held_directory(number)
-                ):  # a crash left it before there was a record, or a user put it there
-                    self._move_away(number, discard=self.is_empty(number))
-                os.rename(path, self.held_directory(number))
+                self._rename_into_place(path, number)
             except OSError:
                 remove_empty(path)
                 raise
         self.pool.note_placed(number)
         return os.path.basename(path) if was_ready else None
+
+    def make_ahead(self) -> str:
+        """Make a directory that the caller fills, for a snapshot that is yet to be: its name in the pool.  Then it is placed
+        (``place_made``) or thrown away (``discard_made``); the next start does the latter.  Raises OSError."""
+        with self.naming:
+            return os.path.basename(self.pool.make())
+
+    def made_path(self, name: str) -> str:
+        """The path of ``fs`` in a directory that ``make_ahead`` has made, by the descriptor of ROOT."""
+        return f"{self.pool.directory}/{name}/fs"
+
+    def place_made(self, number: int, name: str) -> None:
+        """Put what ``make_ahead`` has made, and the caller has filled, at snapshots/<number>.  Raises OSError."""
+        with self.naming:
+            self._rename_into_place(f"{self.pool.directory}/{name}", number)
+
+    def _rename_into_place(self, path: str, number: int) -> None:
+        if os.path.lexists(self.held_directory(number)):  # a crash left it before there was a record, or a user put it there
+            self._move_away(number, discard=self.is_empty(number))
+        os.rename(path, self.held_directory(number))
+
+    def undo_place_made(self, number: int, name: str) -> None:
+        """Undo ``place_made``.  Never raises: where the disk refuses, a later Cleanup removes it."""
+        try:
+            os.rename(self.held_directory(number), f"{self.pool.directory}/{name}")
+        except OSError as error:
+            log.warning("cannot move %s back: %s", self.directory(number), error.strerror)
+        self.pool.note_undone(number)
+
+    def discard_made(self, name: str) -> None:
+        """Move what ``make_ahead`` has made into the trash, unless it was placed.  Never raises: where the disk refuses, the
+        next start does it."""
+        with suppress(FileNotFoundError):
+            try:
+                with self.naming:
+                    self.trash.move_here(f"{self.pool.directory}/{name}")
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                log.warning("cannot remove %s/pool/%s: %s", self.root, name, error.strerror)
 
     def refuse_damaged(self, number: int, kind: Kind = Kind.COMMITTED) -> None:
         """Raise Damaged where a directory of snapshot ``number`` is missing or is not a directory, but a link, say: its own,

@@ -49,6 +49,12 @@ _GONE = (errno.EINVAL, errno.ENOENT)
 """What umount2(2) says where another process has unmounted it, and perhaps removed the directory."""
 
 
+VOLATILE, VOLATILE_SINCE = "volatile", (5, 10)
+"""The option of an overlay that flushes nothing, and the kernel from which on there is one."""
+
+_MARK = "work/incompat/volatile"  # in the work directory of such an overlay
+
+
 class Stack(msgspec.Struct, frozen=True):
     """What to mount: the ids of the read-only layers, the nearest first, and that of a writable one above them."""
 
@@ -106,13 +112,18 @@ class Held:
 
 
 class Merged:
-    """The merged file systems of one root; ``options`` go on each overlay.  Threads may share it, each at another snapshot."""
+    """The merged file systems of one root; ``options`` go on each overlay.  Where nothing is ever flushed (``flushes`` is
+    false), neither does an unmount: without that the kernel then flushes the whole disk below.  Threads may share it, each at
+    another snapshot."""
 
-    def __init__(self, layers: Layers, mounted: Mounted, in_use: InUse, options: Sequence[str]) -> None:
+    def __init__(self, layers: Layers, mounted: Mounted, in_use: InUse, options: Sequence[str], *, flushes: bool) -> None:
         self._layers = layers
         self._mounted = mounted
         self._in_use = in_use
         self._options = options
+        self._volatile = [VOLATILE] if mounting.kernel_version() >= VOLATILE_SINCE else []
+        self.flushes = flushes
+        self._of_writable = list(options) if flushes else [*options, *self._volatile]
         self.left: set[int] = set()
         """The snapshots whose directories were left, since something is mounted on them in other namespaces."""
         self._directory = layers.rootfs_directory
@@ -124,7 +135,7 @@ class Merged:
             trial = self._layers.make_trial()
         except OSError as error:
             return self._why_refused(error)
-        options = [*self._options, "volatile"] if mounting.kernel_version() >= (5, 10) else self._options  # so: no flush
+        options = [*self._options, *self._volatile]
         directory = f"{self._directory}/trial"
         try:
             shelter.prepare(self._reach(directory))
@@ -233,7 +244,10 @@ class Merged:
                     lowers = [layers.fs(below) for below in stack.lower] or [layers.empty_layer()]
                     upper = None if stack.upper is None else layers.fs(stack.upper)
                     work = None if stack.upper is None else layers.work(stack.upper)
-                    self._put(directory, lowers, upper, work, self._options)
+                    if work is None:
+                        self._put(directory, lowers, None, None, self._options)
+                    else:
+                        self._put_writable(directory, lowers, upper, work)
                 return Held(number, target)
             except BaseException:
                 self._clear(directory)
@@ -253,6 +267,20 @@ class Merged:
             shelter.attach_classic(mount, self._reach(directory))
         else:
             shelter.attach(tree, self._reach(directory))
+
+    def _put_writable(self, directory: str, lowers: Sequence[str], upper: str | None, work: str) -> None:
+        self._take_mark_away(work)
+        self._put(directory, lowers, upper, work, self._of_writable)
+        self._take_mark_away(work)
+
+    def _take_mark_away(self, work: str) -> None:
+        """Remove what the kernel leaves in the work directory where it flushes nothing, and which forbids the next mount: after
+        a power cut the layer may be torn.  But so is all of a root of which nothing is flushed."""
+        if VOLATILE in self._of_writable:
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self._reach(work)}/{_MARK}/dirty")
+            with suppress(FileNotFoundError):
+                os.rmdir(f"{self._reach(work)}/{_MARK}")
 
     def _put_bind(self, directory: str, layer: str) -> None:
         try:
@@ -323,11 +351,16 @@ class Merged:
                     os.close(there)
         raise Busy(f"snapshot {number} {holders.elsewhere(self._mounted, number, self._layers.rootfs(number))}")
 
-    def give_up(self, held: Held) -> bool:
+    def give_up(self, held: Held, *, is_asked: bool = False) -> bool:
         """Unmount ``held`` if no process uses it in another namespace, either: whether that is so.  Raises OSError: EBUSY while
-        it is in use here.  Where it isn't unmounted nothing has changed."""
+        it is in use here.  Where it isn't unmounted nothing has changed.
+
+        ``is_asked``: the kernel is asked next whether a process has the overlay even so.  Then this doesn't look for what has
+        come in the moment of the unmount where there was nothing before."""
         directory = self._layers.shelter(held.number)
-        seen, whole = self._mounted.scan(lambda place: place.device in held.shelters or place.device == held.device)
+        devices = {*held.shelters, held.device} - {""}
+        target = self._layers.rootfs(held.number)
+        seen, whole = self._mounted.scan(lambda place: place.device in devices or place.target == target)
         shelters = [place for place in seen if place.device in held.shelters]
         found, unused = _copies(held, seen), False
         if whole and not _are_inherited(found, shelters):
@@ -336,13 +369,18 @@ class Merged:
             unused = self._is_unused(held)
             if not unused and (found or (held.device and not whole)):
                 return False
-        self._unmount(self._layers.rootfs(held.number))
+        self._unmount(target)
         shelter.remove(self._reach(directory))  # at once: what is left in it is an empty directory
-        found = self._elsewhere(held) if held.copy is not None else []
+        if is_asked and whole and len(seen) == 2 and {place.target for place in seen} == {target, directory}:
+            self._clear_beneath(directory, ())
+            return True
+        kept = _keeping(directory, shelters)
+        seen = self._mounted.everywhere(lambda place: place.device == held.device or kept(place))
+        found = _copies(held, seen) if held.copy is not None else []
         if found and not (unused and (not whole or _are_inherited(found, shelters))):  # by now
             self.attach_again(held)
             return False
-        self._clear(directory, shelters, inherited=unused)
+        self._clear_beneath(directory, [place for place in seen if kept(place)], inherited=unused)
         return True
 
     def _is_unused(self, held: Held) -> bool:
@@ -398,10 +436,12 @@ class Merged:
         to them.
         """
         shelter.remove(self._reach(directory))
-        target, before = f"{directory}/{shelter.INSIDE}", {place.unique for place in shelters} - {0}
-        found = self._mounted.everywhere(lambda place: place.unique in before or place.target == target)
+        self._clear_beneath(directory, self._mounted.everywhere(_keeping(directory, shelters)), inherited=inherited)
+
+    def _clear_beneath(self, directory: str, keeping: Sequence[Place], *, inherited: bool = False) -> None:
+        """Remove ROOT/rootfs/<id>, on which nothing is mounted here any more, unless the mounts ``keeping`` keep it."""
         number = parse_id(os.path.basename(directory)) or 0
-        if all(inherited and place.foreign for place in found):
+        if all(inherited and place.foreign for place in keeping):
             shelter.clear(self._reach(directory))
             self._layers.remove_directory(directory)
             self.left.discard(number)
@@ -437,6 +477,12 @@ class Merged:
             mounting.make_read_only(self._reach(target))
         with suppress(OSError):
             mounting.unmount(self._reach(target), mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+
+
+def _keeping(directory: str, shelters: Collection[Place]) -> Callable[[Place], bool]:
+    """Tells which mounts keep ROOT/rootfs/<id>: those at its target, and of ``shelters`` those that are still there."""
+    target, before = f"{directory}/{shelter.INSIDE}", {place.unique for place in shelters} - {0}
+    return lambda place: place.unique in before or place.target == target
 
 
 def _copies(held: Held, places: Sequence[Place]) -> list[Place]:

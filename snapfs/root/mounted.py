@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from snapfs.kernel.handles import has_upper, open_elsewhere
 from snapfs.kernel.mounttable import MountPoint, MountTable, mount_id, mount_id_of, mount_table, parse
-from snapfs.kernel.namespaces import Namespaces
+from snapfs.kernel.namespaces import Namespaces, never
 from snapfs.names import parse_id
 
 _LAYER = re.compile(r"/([1-9][0-9]*)/fs")
@@ -45,6 +45,11 @@ class Place:
     upperdir: str = ""
     parent: int = 0
     foreign: bool = False
+    relative: tuple[int, ...] = ()
+
+    def may_stand_on(self, number: int) -> bool:
+        """Whether it is an overlay that has, or may have, the layer of snapshot ``number`` among the lower ones."""
+        return number in self.lowers or number in self.relative or 0 in self.relative
 
 
 class Mounted:
@@ -54,7 +59,7 @@ class Mounted:
     asked of the kernel itself (``snapfs/root/inuse.py``)."""
 
     def __init__(self, snapshots: str) -> None:
-        self._snapshots = snapshots
+        self._snapshots, self._below = snapshots, f"{snapshots}/"
         self._table = MountTable()
         self._everywhere = Namespaces(self._place)
         self._lock = threading.Lock()
@@ -85,11 +90,7 @@ class Mounted:
     def stacked(self, layers: Sequence[int]) -> list[str]:
         """Where these layers, the nearest first, are mounted as one, with none to write to above them: what a committed
         snapshot, or a view of it, looks like."""
-        with self._lock:
-            self._refresh()
-            if len(layers) == 1:
-                return [place.target for place in self._bound.get(layers[0], ()) if not place.inside]
-            return [place.target for place in self._stacked.get(tuple(layers), ()) if not place.inside]
+        return [place.target for place in self.shown_as_one(layers)]
 
     def proven(self, number: int) -> list[str]:
         """The same, as far as the kernel says that it is so, and without those over which something else is mounted, perhaps by
@@ -100,21 +101,37 @@ class Mounted:
         shown = [place for place in places if place.writable and not place.inside and _is_seen(place)]
         return [place.target for place in shown if self.is_of(place, number, os.getpid())]
 
-    def is_lower(self, number: int) -> bool:
-        """Whether the layer of snapshot ``number`` is a lower layer of an overlay in this mount namespace."""
+    def shown(self, number: int) -> list[Place]:
+        """The mounts in this namespace that are known to show the layer of the active snapshot ``number``, whole, also those
+        where it can't be written.  Blocks."""
         with self._lock:
             self._refresh()
-            return any(number in layers for layers in self._stacked)
+            places = [*self._upper.get(number, ()), *self._bound.get(number, ())]
+        return [place for place in places if not place.inside and self.is_of(place, number, os.getpid())]
+
+    def shown_as_one(self, layers: Sequence[int]) -> list[Place]:
+        """The mounts of ``stacked``."""
+        with self._lock:
+            self._refresh()
+            places = self._bound.get(layers[0], ()) if len(layers) == 1 else self._stacked.get(tuple(layers), ())
+        return [place for place in places if not place.inside]
+
+    def uppers_on(self, number: int) -> list[int]:
+        """The snapshots whose layer is the upper one of an overlay in this mount namespace that has, or may have, the layer of
+        snapshot ``number`` among the lower ones."""
+        with self._lock:
+            self._refresh()
+            return [upper for upper, places in self._upper.items() if any(place.may_stand_on(number) for place in places)]
 
     def everywhere(self, wanted: Callable[[Place], bool]) -> list[Place]:
         """The ``wanted`` mounts of all mount namespaces that this process may see; ``Namespaces.find`` says what may be
         asked."""
         return self._everywhere.find(wanted)
 
-    def scan(self, wanted: Callable[[Place], bool]) -> tuple[list[Place], bool]:
+    def scan(self, wanted: Callable[[Place], bool], *, settled: Callable[[Place], bool] = never) -> tuple[list[Place], bool]:
         """The same, and whether nothing was left unread: of another user's namespaces no more is read than can be read in a
-        short time (``snapfs/kernel/namespaces.py``)."""
-        return self._everywhere.scan(wanted)
+        short time.  ``Namespaces.scan`` says what is ``settled``."""
+        return self._everywhere.scan(wanted, settled=settled)
 
     def by_process(self, wanted: Callable[[Place], bool]) -> Iterator[tuple[int, Place]]:
         """The same, each with the pid of a process that is in its namespace.  Takes longer."""
@@ -174,7 +191,7 @@ class Mounted:
             inside = "" if mount.root == "/" else mount.root  # a part of it that is bound there
             texts = [option[9:] for option in mount.super_options if option.startswith("upperdir=")]
             above = self._number(texts[0]) if texts else None
-            return _place(mount, inside, above, self._lowers(mount), None, "".join(texts))
+            return _place(mount, inside, above, self._lowers(mount), None, "".join(texts), self._relative(mount))
         if found := self._bound_layer(mount):
             return _place(mount, found[1], bound=found[0])
         if mount.type == "tmpfs":  # it may be a shelter
@@ -191,12 +208,21 @@ class Mounted:
                 numbers += [self._number(part) for part in _COLON.findall(value) if part]
         return () if None in numbers else tuple(number for number in numbers if number)
 
+    @staticmethod
+    def _relative(mount: MountPoint) -> tuple[int, ...]:
+        """The ids that lower directories may mean that are told by relative names; 0 for names that tell none (mount.sh)."""
+        texts = [option[9:] for option in mount.super_options if option.startswith("lowerdir=")]
+        parts = [part for text in texts for part in text.split(":")]
+        if parts == [str(nth) for nth in range(len(parts))]:
+            return (0,) if parts else ()
+        found = (_LAYER.fullmatch("/" + part) for part in parts)
+        return tuple(int(match[1]) for match in found if match)
+
     def _number(self, path: str) -> int | None:
         """The id whose layer is at ``path``, as overlayfs shows it: with or without its backslashes."""
-        for text in (path, re.sub(r"\\(.)", r"\1", path, flags=re.DOTALL)):
-            if text.startswith(self._snapshots + "/") and (found := _LAYER.fullmatch(text, len(self._snapshots))):
-                return parse_id(found[1])
-        return None
+        if path.startswith(self._below) and (found := _LAYER.fullmatch(path, len(self._snapshots))):
+            return parse_id(found[1])
+        return self._number(re.sub(r"\\(.)", r"\1", path, flags=re.DOTALL)) if "\\" in path else None
 
     def _bound_layer(self, mount: MountPoint) -> tuple[int, str] | None:
         """Id and directory inside of a bound layer.
@@ -247,10 +273,11 @@ def _place(
     lowers: tuple[int, ...] = (),
     bound: int | None = None,
     upperdir: str = "",
+    relative: tuple[int, ...] = (),
 ) -> Place:
     ids = mount.id, mount.unique, mount.group, mount.master
     shown = mount.target, "rw" in mount.options, inside, mount.device
-    return Place(*ids, *shown, upper, lowers, bound, upperdir, mount.parent, mount.foreign)
+    return Place(*ids, *shown, upper, lowers, bound, upperdir, mount.parent, mount.foreign, relative)
 
 
 def origin(directory: str) -> tuple[str, str] | None:

@@ -144,7 +144,7 @@ def _refuse_mounts(directory: str) -> None:
     for mount in mount_table():
         if mount.target.startswith(inside):
             raise Unavailable(
-                f"cannot change the owners of the files in {directory}: something is mounted on {flags.shown(mount.target)}; "
+                f"cannot change the owners of the files in {directory}: something is mounted on {names.shown(mount.target)}; "
                 "unmount that first",
                 errno.EBUSY,
                 public="cannot change the owners of the files in the layer: something is mounted inside",
@@ -155,9 +155,9 @@ def _refusal(path: str, error: OSError) -> Unavailable:
     """Why the owner of ``path`` can't be changed, and what to do."""
     reason = os.strerror(error.errno or 0)
     if isinstance(error, PermissionError) and flags.is_fixed(path):
-        reason = f"it is immutable or append-only; do first: chattr -R -i -a {names.word(flags.nameable(path))}"
+        reason = f"it is immutable or append-only; do first: chattr -R -i -a {names.word(names.nameable(path))}"
     return Unavailable(
-        f"cannot change the owner of {flags.shown(path)}: {reason}",
+        f"cannot change the owner of {names.shown(path)}: {reason}",
         error.errno,
         public=f"cannot change the owner of a file in the layer: {os.strerror(error.errno or 0)}",
     )

@@ -22,7 +22,7 @@ from snapfs.errors import Damaged
 from snapfs.model import Kind
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import FsTemplate, Layers
-from snapfs.scan.changes import PREFIX, is_shown_by_overlay, list_xattrs
+from snapfs.scan.marks import PREFIX, is_shown_by_overlay, list_xattrs
 from snapfs.store.metastore import MetaStore
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
@@ -38,7 +38,7 @@ have thousands of 64 KiB, and while they are copied no other record is written."
 
 class Placing:
     """Puts directories of the pool in their places, within write operations.  ``fd`` is open on ROOT/snapshots; the overlays'
-    own attributes begin with ``prefix`` (``scan/changes.py``)."""
+    own attributes begin with ``prefix`` (``scan/marks.py``)."""
 
     def __init__(self, layers: Layers, fd: int, prefix: str = PREFIX) -> None:
         self._layers = layers
@@ -62,6 +62,13 @@ class Placing:
         if flushed > self._cleared:
             writer.clear_placed(flushed)
             writer.when_durable(lambda: self._note(flushed))
+
+    def place_made(self, writer: Writer, number: int, name: str) -> None:
+        """Put a directory that is filled (``Layers.make_ahead``) in its place, as snapshot ``number``.  When the batch is
+        durable it is there on disk; what is in it, when its files are flushed.  Raises OSError."""
+        self._layers.place_made(number, name)
+        writer.on_failure(lambda: self._layers.undo_place_made(number, name))
+        writer.sync_directory(self._fd)
 
     def _note(self, flushed: int) -> None:
         self._cleared = max(flushed, self._cleared)

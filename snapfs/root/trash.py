@@ -24,7 +24,8 @@ from typing import TypeVar
 from snapfs import names
 from snapfs.errors import FULL, Unavailable
 from snapfs.kernel import subids
-from snapfs.root.flags import FIXED, flags_of, is_fixed, make_subvolume_writable, nameable, set_flags, shown
+from snapfs.kernel.inodeflags import FIXED, flags_of, set_flags
+from snapfs.root.flags import is_fixed, make_subvolume_writable
 
 T = TypeVar("T")
 
@@ -285,18 +286,18 @@ def _clear_flags(fd: int, stack: ExitStack) -> bool:
 def why_undeletable(error: OSError) -> str:
     """The sentence that says why the file or directory that ``error`` names can't be deleted, and what to do."""
     path, reason = str(error.filename), os.strerror(error.errno or 0)
-    what = f"{shown(path)} can't be deleted"
-    named = nameable(path)
+    what = f"{names.shown(path)} can't be deleted"
+    named = names.nameable(path)
     if error.errno == errno.EBUSY:
         return f"{what}: something is mounted there; unmount that first"
     if isinstance(error, PermissionError):
         for place in (path, os.path.dirname(path)):
             if is_fixed(place):
-                which = "it" if place == path else shown(place)
-                of_all = "" if nameable(place) == place else "-R "
+                which = "it" if place == path else names.shown(place)
+                of_all = "" if names.nameable(place) == place else "-R "
                 return (
                     f"{what}: {which} is immutable or append-only, and this daemon may not change that; do it as root: "
-                    f"chattr {of_all}-i -a {names.word(nameable(place))}"
+                    f"chattr {of_all}-i -a {names.word(names.nameable(place))}"
                 )
         if len(os.fsencode(path)) >= _PATH_MAX:  # chattr can't be told of it, and it can't be told here whether that would help
             remedy = f"find {names.word(named)} -execdir chattr -f -i -a {{}} +; rm -rf {names.word(named)}"

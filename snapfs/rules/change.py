@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from snapfs.errors import Unavailable
 from snapfs.model import Info
 from snapfs.root.imprint import Imprint
 from snapfs.rules.root import Root
@@ -16,15 +17,33 @@ def change(root: Root, writer: Writer, number: int, before: Record, after: Recor
     that becomes committed is marked as unflushed.  Raises OSError.
     """
     was = writer.info(number, before)
+    rewrite(root, writer, number, before, after)
+    info = writer.info(number, after)
+    writer.changed(was, info, goes_on=before.node_of(number) != after.node_of(number))
+    return info
+
+
+def rewrite(root: Root, writer: Writer, number: int, before: Record, after: Record) -> None:
+    """The same, of which no listener is told."""
     since = writer.unflushed_since(number)
     if before.kind is not after.kind:
         root.unflushed.mark(writer, number)
     writer.on_failure(lambda: _take_back_imprint(root, number, before, since))
     write_imprint(root, number, after, writer.unflushed_since(number))
     writer.put(number, after)
-    info = writer.info(number, after)
-    writer.changed(was, info, goes_on=before.node_of(number) != after.node_of(number))
-    return info
+
+
+def take_id(root: Root, writer: Writer) -> int:
+    """Give out the id of a snapshot that is to be made of a directory with files.  Once that is durable, the next start knows
+    what a crash has left of the directory for none of a recorded snapshot's, and deletes it.
+
+    Raises Unavailable where the disk refuses."""
+    number = writer.next_id()
+    try:
+        root.layers.reserve_ids(number)
+    except OSError as error:
+        raise Unavailable.from_os("give out an id", error) from error
+    return number
 
 
 def write_imprint(root: Root, number: int, record: Record, unflushed_since: str = "") -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from snapfs import mountspec
+from collections.abc import Iterator
+from itertools import count
+
+from snapfs import mountspec, names
 from snapfs.errors import (
     AlreadyExists,
     Damaged,
@@ -11,6 +14,7 @@ from snapfs.errors import (
     NotFound,
     TooDeep,
 )
+from snapfs.labels import SQUASHED
 from snapfs.model import ByNode, Kind, Ref
 from snapfs.rules.root import Root
 from snapfs.store.reading import Reader
@@ -94,6 +98,42 @@ def refuse_too_deep(reader: Reader, number: int, record: Record) -> None:
     if layers > mountspec.MOST_LOWERS:
         raise TooDeep(
             f'snapshot "{record.name}" would stand on {layers} layers, more than the kernel can mount together '
-            f"({mountspec.MOST_LOWERS}): copy what its rootfs shows (cp -a) into a new snapshot without a parent, and go "
-            "on with that"
+            f"({mountspec.MOST_LOWERS}): make one of them, and go on on that: snapfs squash "
+            f"{names.last_word(reader.parent_of(record).name)}"
         )
+
+
+def squashed_names(name: str) -> Iterator[str]:
+    """What the squash of snapshot ``name`` may be called, the best first."""
+    return (names.with_suffix(name, f"-squashed{f'-{nth}' * (nth > 1)}") for nth in count(1))
+
+
+def stand_in(reader: Reader, name: str) -> str:
+    """The squash that stands in for the committed snapshot ``name``, as far as its own name leads to it; "" for none."""
+    try:
+        for made in squashed_names(name):
+            found = reader.find(made)
+            if found is None:
+                break
+            if found[1].labels.get(SQUASHED) == name:
+                return made
+    except Damaged:
+        pass
+    return ""
+
+
+def stands_on(reader: Reader, record: Record) -> set[int]:
+    """The ids of the snapshots that ``record`` stands on, and with each squash those for which it stands in, as far as their
+    names lead to them.  Raises Damaged."""
+    found: set[int] = set()
+    waiting = reader.chain(record)
+    while waiting:
+        number = waiting.pop()
+        if number in found:
+            continue
+        found.add(number)
+        below = reader.record(number)
+        of = reader.find(below.labels.get(SQUASHED, "")) if below is not None else None
+        if of is not None and of[1].kind is Kind.COMMITTED:
+            waiting += [of[0], *reader.chain(of[1])]
+    return found

@@ -14,7 +14,7 @@ from snapfs.root.layers import Layers
 from snapfs.root.mounted import Mounted
 from snapfs.root.placing import Placing
 from snapfs.root.unflushed import Unflushed
-from snapfs.scan.changes import PREFIX
+from snapfs.scan.marks import PREFIX
 
 _FEW = 50  # layers that are looked at without a thread, if that takes no disk: a microsecond or two each
 
@@ -49,7 +49,7 @@ class Root:
 
     @property
     def overlay_prefix(self) -> str:
-        """What the names of overlays' own extended attributes begin with here (``scan/changes.py``)."""
+        """What the names of overlays' own extended attributes begin with here (``scan/marks.py``)."""
         return overlay_prefix(self.overlay_options)
 
     @property

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+
 from snapfs.errors import Busy, Unavailable
 from snapfs.model import Kind
 from snapfs.root.mounted import Place
 from snapfs.rules.root import Root
+from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
 
 
@@ -20,31 +23,67 @@ class Used(Busy):
 def refuse_used(root: Root, number: int, record: Record, *, free: bool) -> None:
     """Raise Used if an active snapshot can be written through a mount, or a committed one's files are in one, anywhere.
 
-    ``free``: the kernel has said that no overlay has it.  Called in the writer's thread, so that snapfs itself mounts nothing
-    meanwhile.  Raises Unavailable where the kernel doesn't tell.
+    ``free``: the kernel has said that no overlay has it.  Called where snapfs itself mounts nothing meanwhile: in the writer's
+    thread, or while the rootfs is kept unmounted.  Raises Unavailable where the kernel doesn't tell.
     """
-    if record.kind is Kind.VIEW:
+    refuse_any_used(root, {number: record}, [number] if free else ())
+
+
+def refuse_any_used(root: Root, records: Mapping[int, Record], free: Collection[int]) -> None:
+    """The same of many, with one look at all mounts.  Blocks for as long as the kernel is asked of each active one that was
+    ever mounted, some tenths of a millisecond."""
+    records = {number: record for number, record in records.items() if record.kind is not Kind.VIEW}
+    if not records:
         return
+    name, committed = "", [number for number, record in records.items() if record.kind is Kind.COMMITTED]
+
+    def may_show(place: Place) -> bool:
+        return (
+            place.bound in records
+            or (bool(place.upperdir) and (place.upper is None or place.upper in records))
+            or any(place.may_stand_on(number) for number in committed)
+        )
+
+    def names_no_layer(place: Place) -> bool:  # as all overlays of other programs: a machine may have hundreds
+        return bool(place.upperdir) and place.upper is None
+
     try:
-        if record.kind is Kind.COMMITTED:
-            used = root.mounted.is_lower(number) or bool(root.mounted.everywhere(lambda place: place.bound == number))
-        else:
-            used = _is_written(root, number, free)
+        found, whole = root.mounted.scan(may_show, settled=names_no_layer)
+        for number, record in records.items():
+            name = record.name
+            if record.kind is Kind.COMMITTED:
+                places = [place for place in found if place.bound == number or place.may_stand_on(number)]
+                used = any(place.bound == number or _is_real(root, place) for place in places)
+            else:
+                used = _is_written(root, number, found, whole, number in free)
+            if used:
+                raise Used(name)
     except OSError as error:
-        raise Unavailable.from_os(f'find out whether snapshot "{record.name}" is in use', error) from error
-    if used:
-        raise Used(record.name)
+        raise Unavailable.from_os(f'find out whether snapshot "{name}" is in use', error) from error
 
 
-def _is_written(root: Root, number: int, free: bool) -> bool:
-    """Whether any process can write the layer of the active snapshot ``number`` through a mount.  Raises OSError."""
-    mounted = root.mounted
+def refuse_below_active(root: Root, reader: Reader, number: int, name: str) -> None:
+    """Raise Used if snapshot ``number``, called ``name``, is a lower layer of an active one, as that is mounted here."""
+    for upper in root.mounted.uppers_on(number):
+        record = reader.record(upper)
+        if record is not None and record.kind is Kind.ACTIVE:
+            raise Used(name)
+
+
+def _is_real(root: Root, place: Place) -> bool:
+    """Whether the overlay at ``place`` has the layers that its options name, as far as another user can't have forged these."""
+    return not place.foreign or (place.upper is not None and root.in_use.has_overlay(place.upper, suspected=True))
+
+
+def _is_written(root: Root, number: int, found: Sequence[Place], whole: bool, free: bool) -> bool:
+    """Whether any process can write the layer of the active snapshot ``number`` through a mount; ``found`` are mounts that may
+    show it, all of them if ``whole``.  Raises OSError."""
 
     def may_show_it(place: Place) -> bool:
         return place.bound == number or (bool(place.upperdir) and place.upper in (None, number))
 
     # a bind in a namespace that is unread is as one that a descriptor holds: it can't be found out
-    found, whole = mounted.scan(may_show_it)
+    found = list(filter(may_show_it, found))
     if any(place.writable for place in found if place.bound is not None):
         return True
     suspected = not whole or any(place.upperdir for place in found)
@@ -53,4 +92,4 @@ def _is_written(root: Root, number: int, free: bool) -> bool:
     named = [place for place in found if place.upper == number]  # a second overlay bears no mark
     if not named:
         return False
-    return any(mounted.is_of(place, number, pid) for pid, place in mounted.by_process(may_show_it))
+    return any(root.mounted.is_of(place, number, pid) for pid, place in root.mounted.by_process(may_show_it))

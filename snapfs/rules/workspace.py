@@ -7,14 +7,17 @@ durable or nothing has happened.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from itertools import takewhile
 
 from snapfs import names
-from snapfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from snapfs.labels import MESSAGE, NUMBER, OF, PIN, check_label, pinned
+from snapfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from snapfs.labels import MESSAGE, NUMBER, OF, PIN, check_label, pinned, refuse_too_many
 from snapfs.model import Info, Kind, Ref
 from snapfs.rules import commit, prepare, remove
-from snapfs.rules.lookup import find, find_again
+from snapfs.rules.change import write_imprint
+from snapfs.rules.lookup import find, find_again, refuse_taken, refuse_too_deep, stands_on
 from snapfs.rules.root import Root
 from snapfs.store.indexes import DIGITS
 from snapfs.store.reading import Reader
@@ -31,10 +34,12 @@ def refuse_message(message: str) -> None:
     check_label(MESSAGE, message)
 
 
-def checkpoints(reader: Reader, key: str) -> list[tuple[int, int, Record]]:
+def checkpoints(reader: Reader, key: str) -> Iterator[tuple[int, int, Record]]:
     """Number, id and record of each checkpoint of the workspace ``key``, the oldest first.  Raises Damaged."""
-    found = ((nth, number, reader.record(number)) for nth, number in reader.checkpoints(key))
-    return [(nth, number, record) for nth, number, record in found if record is not None]
+    for nth, number in reader.checkpoints(key):
+        record = reader.record(number)
+        if record is not None:
+            yield nth, number, record
 
 
 def checkpoint(root: Root, writer: Writer, number: int, key: Ref, *, message: str, name: str | None, free: bool) -> Info:
@@ -46,6 +51,46 @@ def checkpoint(root: Root, writer: Writer, number: int, key: Ref, *, message: st
     no room for the message, beside the other labels; Unavailable where the disk refuses.
     """
     record = _workspace(writer, number, key)
+    name, labels = _as_checkpoint(writer, record, message, name)
+    # in the tree, the directory of the workspace stays what it is, and the checkpoint gets a new one
+    node = writer.last_id() + 1
+    commit.commit(
+        root, writer, name, number, key, labels, None, "", keep_labels=False, refuse_mounted=True, free=free, node=node
+    )
+    _begin(root, writer, record, number, number)
+    return writer.info(number, find_again(writer, number, name))
+
+
+def keep_copy(
+    root: Root, writer: Writer, number: int, key: Ref, *, message: str, name: str | None, new: int, made: str
+) -> Info:
+    """Make the directory ``made`` in the pool, a copy of the layer of the active snapshot ``number``, called ``key``, a
+    checkpoint of it with the id ``new`` (``take_id``), beside which it goes on: what Stat shows of the checkpoint.
+
+    Raises as ``checkpoint`` does, but for Used.
+    """
+    record = _workspace(writer, number, key)
+    name, labels = _as_checkpoint(writer, record, message, name)
+    refuse_taken(writer, name)
+    refuse_too_many(name, labels, record.labels)
+    now = time.time_ns()
+    kept = Record(name, Kind.COMMITTED, record.parent, now, now, labels)
+    if record.parent:
+        refuse_too_deep(writer, new, kept)
+    try:
+        root.placing.place_made(writer, new, made)
+    except OSError as error:
+        raise Unavailable.from_os(f'make the directory of snapshot "{name}"', error) from error
+    root.unflushed.mark(writer, new)
+    write_imprint(root, new, kept, writer.unflushed_since(new))
+    writer.put(new, kept)
+    info = writer.info(new, kept)
+    writer.changed(None, info)
+    return info
+
+
+def _as_checkpoint(writer: Writer, record: Record, message: str, name: str | None) -> tuple[str, dict[str, str]]:
+    """Name and labels of the next checkpoint of the workspace with this ``record``."""
     nth = writer.last_checkpoint(record.name) + 1
     if name is None:
         while writer.id_of(f"{record.name}@{nth}") is not None:
@@ -54,20 +99,13 @@ def checkpoint(root: Root, writer: Writer, number: int, key: Ref, *, message: st
         names.encode(name)
     elif name == record.name:
         raise AlreadyExists.snapshot(name, record.kind)
-    ours = {OF: record.name, NUMBER: str(nth), MESSAGE: message}
-    kept = {label: value for label, value in record.labels.items() if label not in (*OURS, PIN)}
-    labels = {**kept, **{label: value for label, value in ours.items() if value}}
-    # in the tree, the directory of the workspace stays what it is, and the checkpoint gets a new one
-    node = writer.last_id() + 1
     if nth >= 10**DIGITS:
         raise FailedPrecondition(
             f'"{record.name}" has a checkpoint with the highest number that there is: take its labels away'
         )
-    commit.commit(
-        root, writer, name, number, key, labels, None, "", keep_labels=False, refuse_mounted=True, free=free, node=node
-    )
-    _begin(root, writer, record, number, number)
-    return writer.info(number, find_again(writer, number, name))
+    ours = {OF: record.name, NUMBER: str(nth), MESSAGE: message}
+    kept = {label: value for label, value in record.labels.items() if label not in (*OURS, PIN)}
+    return name, {**kept, **{label: value for label, value in ours.items() if value}}
 
 
 def rollback(root: Root, writer: Writer, number: int, key: Ref, *, to: str | int | None, free: bool) -> Info:
@@ -98,10 +136,15 @@ def fork(root: Root, writer: Writer, number: int, key: Ref, *, new: str, free: b
     return _made(root, writer, prepare.PrepareRequest(Kind.ACTIVE, new, number, {}, ""))
 
 
-def _workspace(writer: Writer, number: int, key: Ref) -> Record:
-    record = find_again(writer, number, key)
+def refuse_other_kinds(record: Record) -> None:
+    """Raise FailedPrecondition unless ``record`` is that of a workspace."""
     if record.kind is not Kind.ACTIVE:
         raise FailedPrecondition(f'"{record.name}" is {record.kind}: a workspace is an active snapshot')
+
+
+def _workspace(writer: Writer, number: int, key: Ref) -> Record:
+    record = find_again(writer, number, key)
+    refuse_other_kinds(record)
     return record
 
 
@@ -120,22 +163,29 @@ def _made(root: Root, writer: Writer, request: prepare.PrepareRequest) -> Info:
 def _state(writer: Writer, record: Record, to: str | int) -> int:
     """The id of the state ``to`` of a workspace; 0 for an empty one."""
     if isinstance(to, int):
-        kept = _kept(writer, record.name, to)
-        if kept is not None:
-            return kept
-        if to == 0:
-            first = _kept(writer, record.name, next((nth for nth, _ in writer.checkpoints(record.name)), 0))
-            return record.parent if first is None else find(writer, first)[1].parent
-        raise NotFound(f'"{record.name}" has no checkpoint {to}: read the file checkpoint for those that there are')
+        return kept(writer, record, to)
     found = writer.find(to)
-    if found is not None and (found[1].labels.get(OF) == record.name or found[0] in writer.chain(record)):
+    if found is not None and (found[1].labels.get(OF) == record.name or found[0] in stands_on(writer, record)):
         return found[0]
     raise NotFound(f'"{record.name}" has no checkpoint "{to}": read the file checkpoint for those that there are')
 
 
-def _kept(writer: Writer, key: str, nth: int) -> int | None:
+def kept(reader: Reader, record: Record, nth: int) -> int:
+    """The id of checkpoint ``nth`` of the workspace with this ``record``, or of which this is a checkpoint; 0: of what it was
+    before the first, which may be nothing (0).  Raises NotFound."""
+    key = record.name if record.kind is not Kind.COMMITTED else record.labels.get(OF, record.name)
+    found = _kept(reader, key, nth)
+    if found is not None:
+        return found
+    if nth == 0:
+        first = _kept(reader, key, next((nth for nth, _ in reader.checkpoints(key)), 0))
+        return record.parent if first is None else find(reader, first)[1].parent
+    raise NotFound(f'"{key}" has no checkpoint {nth}: read the file checkpoint for those that there are')
+
+
+def _kept(reader: Reader, key: str, nth: int) -> int | None:
     """The id of checkpoint ``nth`` of the workspace ``key``; the latest, where labels that were set by hand make several."""
     if not 0 <= nth < 10**DIGITS:
         return None
-    found = takewhile(lambda entry: entry[0] == nth, writer.checkpoints(key, nth))
+    found = takewhile(lambda entry: entry[0] == nth, reader.checkpoints(key, nth))
     return max((number for _, number in found), default=None)

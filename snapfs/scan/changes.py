@@ -8,8 +8,6 @@ under this one.  Lines are sorted by the bytes of their paths, and paths are wri
 ``printf %b`` of a POSIX shell gives them back: ``\\`` for a backslash, ``\n`` for a newline, ``\0ooo`` for each byte of other
 control characters, for each byte of characters that break lines or turn the direction of writing, and for bytes that are not
 UTF-8.
-
-Source: the kernel's ``Documentation/filesystems/overlayfs.rst`` and, where that is silent, ``fs/overlayfs/namei.c``.
 """
 
 from __future__ import annotations
@@ -18,49 +16,37 @@ import errno
 import hashlib
 import os
 import re
-import stat
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import chain, islice
 from typing import Final
 
 from snapfs.names import UNSEEN
+from snapfs.scan.marks import (
+    DIRECTORY,
+    OTHER,
+    PREFIX,
+    WHITEOUT,
+    LayerDirectory,
+    Marks,
+    is_shown_by_overlay,
+    list_xattrs,
+    xattr,
+)
 from snapfs.scan.spool import Entry, Spool
-from snapfs.scan.walk import BATCH, Descriptors, Directory
-
-PREFIX = "trusted.overlay."
-"""What the names of overlayfs's own attributes begin with; "user.overlay." where overlays are mounted with userxattr.  The
-kernel obeys those alone, and shows the others like any attribute: every user can set them."""
+from snapfs.scan.walk import Descriptors
 
 _SPECIAL = re.compile(f"[\\\\\x00-\x1f\x7f-\x9f{UNSEEN}\udc80-\udcff]")
 _FEW = 30  # names that are looked up one by one; for more, listing the directory is faster
 
 MANY = 120_000  # entries of one directory that are compared in memory; of a larger one they wait in a file
 HELD = 250_000  # entries that all directories on the way down may have in memory
-_HARDLY_ANY = 100  # entries of one directory that are compared in memory even so
-
-# What an entry of a layer is; a name without one is looked for in the next layer below.
-_OTHER: Final = 0
-_DIRECTORY: Final = 1
-_WHITEOUT: Final = 2
+_HARDLY_ANY = 100  # entries of one directory that are compared in memory even so, where there is nothing below
 
 # As an entry's mark says it in a spool, after six digits for the layer
-_KINDS: Final = {b"o": _OTHER, b"d": _DIRECTORY, b"w": _WHITEOUT}
+_KINDS: Final = {b"o": OTHER, b"d": DIRECTORY, b"w": WHITEOUT}
 _BELOW: Final = b"000001"
 _END: Final = (b"", b"000000o")
-
-
-class _Directory(Directory):
-    """A directory of one layer.  ``xwhiteouts``: empty files in it may be whiteouts; ``lowest``: of the last layer;
-    ``redirected``: its contents come from a directory of another name."""
-
-    __slots__ = ("lowest", "redirected", "xwhiteouts")
-
-    def __init__(self, name: str, parent: _Directory | None, lowest: bool) -> None:
-        super().__init__(name, parent)
-        self.lowest = lowest
-        self.xwhiteouts = False
-        self.redirected = False
 
 
 class _Level:
@@ -75,7 +61,7 @@ class _Level:
 
     __slots__ = ("below", "directory", "entered", "held", "is_leaf", "items", "length", "opaque", "plain", "verbs")
 
-    def __init__(self, directory: _Directory, below: Sequence[_Directory], opaque: bool) -> None:
+    def __init__(self, directory: LayerDirectory, below: Sequence[LayerDirectory], opaque: bool) -> None:
         self.directory = directory
         self.below = below
         self.opaque = opaque
@@ -112,11 +98,12 @@ def changes(
     attributes begin with where these layers are mounted.  Raises OSError where a layer is missing or the disk fails, and where
     something is mounted inside and this process may not look beneath (EBUSY).
     """
-    roots = [_Directory(layer, None, number == len(layers) - 1) for number, layer in enumerate(layers)]
+    roots = [LayerDirectory(layer, None, number == len(layers) - 1) for number, layer in enumerate(layers)]
     with Descriptors() as descriptors, closing(Spool(spool)) as waiting:
-        scan = _Scan(descriptors, prefix, waiting, checkpoint, alone=len(layers) == 1)
+        marks = Marks(descriptors, prefix, checkpoint, alone=len(layers) == 1)
+        scan = _Scan(descriptors, marks, prefix, waiting)
         for root in roots:
-            scan.marks(root)  # overlayfs merges the roots, opaque or not; this only learns of whiteouts
+            marks.read(root)  # overlayfs merges the roots, opaque or not; this only learns of whiteouts
         level = _Level(roots[0], roots[1:], opaque=False)
         if scan.differs(level):
             yield "C /\n"
@@ -168,18 +155,12 @@ def changes(
 class _Scan:
     """What the scan reads from the disk."""
 
-    def __init__(
-        self, descriptors: Descriptors, prefix: str, spool: Spool, checkpoint: Callable[[], None], *, alone: bool
-    ) -> None:
+    def __init__(self, descriptors: Descriptors, marks: Marks, prefix: str, spool: Spool) -> None:
         self.descriptors = descriptors
-        # Without parents the layer is bind-mounted, and what looks like a whiteout is shown as the device or file that it is.
-        # Once it is a lower layer of a child's overlay, the kernel hides it there.
-        self._alone = alone
+        self.marks = marks
         self.held = 0  # entries of all levels that are in memory
         self._prefix = prefix
         self._spool = spool
-        self._checkpoint = checkpoint
-        self._opaque, self._redirect, self._whiteout = f"{prefix}opaque", f"{prefix}redirect", f"{prefix}whiteout"
 
     def expanded(self, level: _Level, path: str) -> _Level:
         """``level``, whose directory has the path ``path``, after its entries have been read and compared."""
@@ -191,18 +172,20 @@ class _Scan:
         visible = self.visible(level.below, None if level.opaque else entries, most)
         if len(visible) >= most:
             return self.spooled(level)
-        directories = [f"{name}/" for name, kind in entries.items() if kind == _DIRECTORY]
-        verbs = level.verbs = {name: "A" for name, kind in entries.items() if kind != _WHITEOUT}
+        directories = [f"{name}/" for name, kind in entries.items() if kind == DIRECTORY]
+        verbs = level.verbs = {name: "A" for name, kind in entries.items() if kind != WHITEOUT}
         for name, under in visible.items():
-            if under != _WHITEOUT:
-                verbs[name] = _verb(entries.get(name, _WHITEOUT), under)
+            if under != WHITEOUT:
+                verbs[name] = _verb(entries.get(name, WHITEOUT), under)
         text = "".join(verbs)
         ascii_only = text.isascii()
         level.plain = ascii_only and text.isprintable() and "\\" not in text
         level.is_leaf = level.plain and not directories and not level.below
         level.items = iter(sorted([*verbs, *directories], key=None if ascii_only else os.fsencode))
+        if not level.is_leaf and self.held >= HELD:  # else it goes at once
+            return self.spooled(level)
         if not level.is_leaf:
-            level.held = len(entries)
+            level.held = len(verbs)
             self.held += level.held
         return level
 
@@ -210,6 +193,7 @@ class _Scan:
         """``level`` with items that are compared one by one, for there are too many for the memory; ``verbs`` has those whose
         turn it is."""
         level.plain = False
+        level.verbs = {}
         level.items = self.items(level)
         return level
 
@@ -225,13 +209,13 @@ class _Scan:
                         yield item
                         del verbs[item[:-1]]
                 else:
-                    verb = "A" if own in (_OTHER, _DIRECTORY) else None
-                    if under in (_OTHER, _DIRECTORY) and (own >= 0 or opaque):
-                        verb = _verb(own if own >= 0 else _WHITEOUT, under)
+                    verb = "A" if own in (OTHER, DIRECTORY) else None
+                    if under in (OTHER, DIRECTORY) and (own >= 0 or opaque):
+                        verb = _verb(own if own >= 0 else WHITEOUT, under)
                     if verb is not None:
                         verbs[item] = verb
                         yield item
-                        if own != _DIRECTORY:
+                        if own != DIRECTORY:
                             del verbs[item]
                 last, own, under = name, -1, -1
             if mark < _BELOW:
@@ -244,68 +228,33 @@ class _Scan:
         directory comes once more with a slash, for what is in it."""
         for number, directory in enumerate((level.directory, *level.below)):
             marks = {kind: b"%06d%b" % (number, letter) for letter, kind in _KINDS.items()}
-            for name, kind in self.listed(directory):
+            for name, kind in self.marks.entries(directory):
                 encoded = os.fsencode(name)
                 yield encoded, marks[kind]
-                if kind == _DIRECTORY and not number:
+                if kind == DIRECTORY and not number:
                     yield encoded + b"/", marks[kind]
 
     def enter(self, level: _Level, name: str) -> _Level | None:
         """The level of the directory ``name`` in ``level``; None where it has vanished."""
-        directory = _Directory(name, level.directory, level.directory.lowest)
-        opaque = self.marks(directory)
+        directory = LayerDirectory(name, level.directory, level.directory.lowest)
+        opaque = self.marks.read(directory)
         if opaque is None:
             return None
-        below: list[_Directory] = []
+        below: list[LayerDirectory] = []
         if not level.verbs[name] and not directory.redirected:
-            for parent in level.below:
-                lower = _Directory(name, parent, parent.lowest)
-                ends = self.marks(lower)
-                if ends is not None:
-                    below.append(lower)
-                elif self.kind(parent, name) is not None:
-                    break
-                if ends or lower.redirected:
-                    break
+            below, _ = self.marks.merged(name, level.below)
         return _Level(directory, below, opaque=level.opaque or opaque)
-
-    def marks(self, directory: _Directory) -> bool | None:
-        """Whether overlayfs's marks on ``directory`` hide the directories below it; None where it has vanished.  Notes what
-        else they say: that empty files in it may be whiteouts, that its contents come from a directory of another name."""
-        fd = self.descriptors.get(directory)
-        if fd < 0:
-            return None
-        redirected = False
-        for name in self._listed_marks(fd):
-            if name == self._opaque:
-                value = _xattr(fd, name)
-                if value == b"y":
-                    return True  # and overlayfs does not look for a redirect
-                directory.xwhiteouts |= value == b"x" and not self._alone
-            elif name == self._redirect:
-                redirected = directory.parent is not None and not directory.lowest
-        directory.redirected = redirected
-        return False
-
-    def _listed_marks(self, fd: int) -> list[str]:
-        """The names of attributes among which are all marks of the directory open as ``fd``."""
-        try:
-            return list_xattrs(fd)
-        except OSError as error:
-            if error.errno != errno.E2BIG:
-                raise
-            return [name for name in (self._opaque, self._redirect) if _xattr(fd, name) is not None]
 
     def differs(self, level: _Level) -> bool:
         """Whether the directory of ``level`` itself (mode, owner, group, attributes) differs from the nearest below it."""
         if not level.below:
             return False
         own, below = (
-            _metadata(self.descriptors.get(directory), self._prefix) for directory in (level.directory, level.below[0])
+            metadata(self.descriptors.get(directory), self._prefix) for directory in (level.directory, level.below[0])
         )
         return own is not None and own != below
 
-    def visible(self, directories: Sequence[_Directory], wanted: Collection[str] | None, most: int) -> dict[str, int]:
+    def visible(self, directories: Sequence[LayerDirectory], wanted: Collection[str] | None, most: int) -> dict[str, int]:
         """Which entries the merged ``directories`` have, by name, and what they are; only those that are ``wanted``, if that is
         not None.  Whiteouts are among them.  ``most`` or more of them, if there are too many."""
         found: dict[str, int] = {}
@@ -318,79 +267,31 @@ class _Scan:
                 found |= self.among(directory, missing)
         return found
 
-    def among(self, directory: _Directory, names: Collection[str]) -> dict[str, int]:
+    def among(self, directory: LayerDirectory, names: Collection[str]) -> dict[str, int]:
         """Which of ``names`` the directory has, and what they are."""
         if len(names) > _FEW:
             wanted = frozenset(names)
-            return {name: kind for name, kind in self.listed(directory) if name in wanted}
-        kinds = ((name, self.kind(directory, name)) for name in names)
+            return {name: kind for name, kind in self.marks.entries(directory) if name in wanted}
+        kinds = ((name, self.marks.kind(directory, name)) for name in names)
         return {name: kind for name, kind in kinds if kind is not None}
 
-    def entries(self, directory: _Directory, most: int) -> dict[str, int]:
+    def entries(self, directory: LayerDirectory, most: int) -> dict[str, int]:
         """All entries of ``directory``, or ``most`` of them, by name, and what they are; none where it has vanished."""
         fd = self.descriptors.get(directory)
         if fd < 0:
             return {}
         with os.scandir(fd) as entries:
-            return self.kinds(directory, islice(entries, most))
-
-    def listed(self, directory: _Directory) -> Iterator[tuple[str, int]]:
-        """All entries of ``directory``, a batch at a time, and what they are; none where it has vanished."""
-        fd = self.descriptors.get(directory)
-        if fd >= 0:
-            with os.scandir(fd) as entries:
-                while some := list(islice(entries, BATCH)):
-                    yield from self.kinds(directory, some).items()
-                    self._checkpoint()
-
-    def kinds(self, directory: _Directory, entries: Iterable[os.DirEntry[str]]) -> dict[str, int]:
-        """What these entries of ``directory`` are, by name."""
-        found: dict[str, int] = {}
-        xwhiteouts = directory.xwhiteouts
-        for entry in entries:
-            if (not xwhiteouts and entry.is_file(follow_symlinks=False)) or entry.is_symlink():
-                found[entry.name] = _OTHER
-            elif entry.is_dir(follow_symlinks=False):
-                found[entry.name] = _DIRECTORY
-            elif (kind := self.kind(directory, entry.name)) is not None:
-                found[entry.name] = kind
-        return found
-
-    def kind(self, directory: _Directory, name: str) -> int | None:
-        """What the entry ``name`` of ``directory`` is; None where there is no such entry."""
-        fd = self.descriptors.get(directory)
-        if fd < 0:
-            return None
-        try:
-            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            if stat.S_ISDIR(found.st_mode):
-                return _DIRECTORY
-            if stat.S_ISCHR(found.st_mode):
-                return _WHITEOUT if found.st_rdev == 0 and not self._alone else _OTHER
-            if directory.xwhiteouts and stat.S_ISREG(found.st_mode) and found.st_size == 0:
-                # Not opened, since it may be a device by now; and there is no listxattrat(2) before Linux 6.13.
-                return self._whiteout_or_other(f"/proc/self/fd/{fd}/{name}")
-        except FileNotFoundError:
-            return None
-        return _OTHER
-
-    def _whiteout_or_other(self, path: str) -> int:
-        try:
-            os.getxattr(path, self._whiteout, follow_symlinks=False)  # not listed: the names may be too many for that
-        except OSError as error:
-            if error.errno not in (errno.ENODATA, errno.ENOTSUP):
-                raise
-            return _OTHER
-        return _WHITEOUT
+            return self.marks.kinds(directory, islice(entries, most))
 
 
 def _verb(own: int, under: int) -> str:
     """The letter for an entry that is ``own`` in the layer and ``under`` below it, where it is no whiteout."""
-    return "D" if own == _WHITEOUT else "" if own == under == _DIRECTORY else "C"
+    return "D" if own == WHITEOUT else "" if own == under == DIRECTORY else "C"
 
 
-def _metadata(fd: int, prefix: str) -> object:
-    """All that an overlay shows of the directory open as ``fd`` itself, to be compared; None where it has vanished."""
+def metadata(fd: int, prefix: str) -> object:
+    """All that an overlay shows of the file or directory open as ``fd``, but what is in it, to be compared; None where it has
+    vanished."""
     if fd < 0:
         return None
     own = os.fstat(fd)
@@ -400,39 +301,12 @@ def _metadata(fd: int, prefix: str) -> object:
         if error.errno != errno.E2BIG:
             raise
         return object()  # nobody can tell which attributes it has: like no other
-    return own.st_mode, own.st_uid, own.st_gid, {name: _digest(_xattr(fd, name)) for name in shown}
+    return own.st_mode, own.st_uid, own.st_gid, {name: _digest(xattr(fd, name)) for name in shown}
 
 
 def _digest(value: bytes | None) -> bytes | None:
     """``value``, or what is as good for comparing it: there may be thousands of 64 KiB."""
     return value if value is None or len(value) < 64 else b"%064d" % len(value) + hashlib.sha256(value).digest()
-
-
-def is_shown_by_overlay(name: str, prefix: str = PREFIX) -> bool:
-    """Whether an overlay shows the extended attribute ``name`` of its layers; its own, which begin with ``prefix``, it
-    doesn't, but those that an overlay inside it has set."""
-    return not name.startswith(prefix) or name.startswith(f"{prefix}overlay.")
-
-
-def list_xattrs(file: int | str) -> list[str]:
-    """The names of all extended attributes of ``file``, a descriptor or a path; none where the file system has no attributes.
-    Raises OSError."""
-    try:
-        return os.listxattr(file)
-    except OSError as error:
-        if error.errno == errno.ENOTSUP:
-            return []
-        raise
-
-
-def _xattr(fd: int, name: str) -> bytes | None:
-    """The value of an extended attribute of the file open as ``fd``; None where the attribute has vanished."""
-    try:
-        return os.getxattr(fd, name)
-    except OSError as error:
-        if error.errno == errno.ENODATA:
-            return None
-        raise
 
 
 def escaped(name: str) -> str:

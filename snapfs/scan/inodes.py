@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from typing import Literal
 
 _BITS = 6
 _MASK = (1 << _BITS) - 1
@@ -28,14 +29,26 @@ class Inodes:
         self._rows[row] = bits | bit
         return True
 
+    def update(self, others: Inodes) -> None:
+        """Put all ``others`` in."""
+        for row, bits in others._rows.items():
+            self._rows[row] = self._rows.get(row, 0) | bits
+
+    def __contains__(self, number: int) -> bool:
+        return bool(self._rows.get(number >> _BITS, 0) >> (number & _MASK) & 1)
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
 
 class Numbered:
-    """A number from 0 on for each of some inodes.  A million that were made one after the other take 6 MiB; that many of which
-    each is far from all others, some 400."""
+    """A number from 0 on for each of some inodes; ``kind`` says how large (``array``).  A million that were made one after the
+    other take 6 MiB, or 10 ("Q"); that many of which each is far from all others, some 400, or 700."""
 
-    __slots__ = ("_rows",)
+    __slots__ = ("_kind", "_rows")
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Literal["I", "Q"] = "I") -> None:
+        self._kind = kind
         self._rows: dict[int, array[int]] = {}
 
     def get(self, inode: int) -> int | None:
@@ -47,5 +60,5 @@ class Numbered:
         """Give ``inode`` a number."""
         row = self._rows.get(inode >> _BITS)
         if row is None:
-            row = self._rows[inode >> _BITS] = array("I", bytes(4 * (_MASK + 1)))
+            row = self._rows[inode >> _BITS] = array(self._kind, [0]) * (_MASK + 1)
         row[inode & _MASK] = number + 1

@@ -141,7 +141,7 @@ class Sharing(Generic[T]):
             with trio.move_on_at(math.inf if caller.user in running.users else deadline):
                 await running.ended.wait()
             if not running.ended.is_set():
-                raise TryAgain("this layer is just being looked through for somebody else, and would be again for you")
+                raise TryAgain("this is just being found out for somebody else, and would be again for you")
         run = self._runs.get(key)
         if run is None:
             if self._nursery is None:
@@ -171,7 +171,7 @@ class Sharing(Generic[T]):
             if run.turn.is_set():
                 return
             if not self._turns.has_all(caller.user):
-                raise TryAgain("layers are being looked through for others, as many as can be at once")
+                raise TryAgain("as much is being found out for others as can be at once")
             deadline = trio.current_time() + caller.patience  # it waits for other work of its own
 
     def _give_turns(self) -> None:

@@ -13,7 +13,7 @@ Entry = tuple[bytes, bytes]
 """What is sorted: a name, and a mark that tells entries of one name apart.  Neither has a NUL."""
 
 RUN = 20_000  # entries that are sorted at once
-MERGED = 1 << 20  # bytes of all runs that are read ahead; of each at least so many:
+MERGED = 1 << 20  # bytes of all runs that are read ahead, fewer where others are half read; of each at least so many:
 _CHUNK = 512
 
 
@@ -27,6 +27,7 @@ class Spool:
         self._directory = directory
         self._file: BinaryIO | None = None
         self._end = 0
+        self._half_read = 0  # how many are being given
 
     def close(self) -> None:
         """Remove the file."""
@@ -40,8 +41,12 @@ class Spool:
         some = iter(entries)
         while part := sorted(islice(some, RUN)):
             runs.append(self._write(part))
-        chunk = max(_CHUNK, MERGED // max(1, len(runs)) // 8)  # some eight bytes of memory for each
-        yield from heapq.merge(*(self._read(*run, chunk) for run in runs))
+        self._half_read += 1
+        try:
+            chunk = max(_CHUNK, MERGED // max(1, len(runs)) // self._half_read // 8)  # some eight bytes of memory for each
+            yield from heapq.merge(*(self._read(*run, chunk) for run in runs))
+        finally:
+            self._half_read -= 1
         if self._file is not None:
             self._end = begin
             self._file.truncate(begin)

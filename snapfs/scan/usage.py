@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 
@@ -14,16 +15,17 @@ from snapfs.scan.walk import directories
 
 def disk_usage(directory: str, checkpoint: Callable[[], None] = lambda: None) -> Usage:
     """What ``directory`` and all below it take on the disk: bytes (allocated blocks × 512) and inodes, each inode once, with
-    whiteouts and the directory itself.  Files that vanish meanwhile are not counted.  Where something of another file system is
-    mounted inside, what is beneath is counted.
+    whiteouts and the directory itself; and the bytes of files that have names elsewhere, too.  Files that vanish meanwhile are
+    not counted.  Where something of another file system is mounted inside, what is beneath is counted.
 
     Blocks on the disk, so call it in a worker thread; ``checkpoint`` is called once a directory (of a large one, now and then)
     and may raise to stop the scan.  Memory is bounded but for files with several names, of which each inode takes some bytes
     (``scan/inodes.py``).  Raises OSError where ``directory`` is missing or the disk fails.
     """
     own = os.lstat(directory)
-    inodes, blocks, device = 1, own.st_blocks, own.st_dev
+    inodes, blocks, device, shared = 1, own.st_blocks, own.st_dev, 0
     linked: dict[int, Inodes] = {}  # by device; only files with several names can be met twice
+    again: Counter[tuple[int, int]] = Counter()  # how often a file was that has more than two
     with closing(directories(directory)) as visited:
         for fd, entries in visited:
             checkpoint()
@@ -41,7 +43,15 @@ def disk_usage(directory: str, checkpoint: Callable[[], None] = lambda: None) ->
                     if met is None:
                         met = linked[stat.st_dev] = Inodes()
                     if not met.add(stat.st_ino):
+                        found = 2
+                        if stat.st_nlink > 2:
+                            again[stat.st_dev, stat.st_ino] += 1
+                            found = again[stat.st_dev, stat.st_ino] + 1
+                        if found == stat.st_nlink:  # all its names are here
+                            shared -= stat.st_blocks
+                            again.pop((stat.st_dev, stat.st_ino), None)
                         continue
+                    shared += stat.st_blocks
                 inodes += 1
                 blocks += stat.st_blocks
-    return Usage(inodes, blocks * 512)
+    return Usage(inodes, blocks * 512, max(0, shared) * 512)

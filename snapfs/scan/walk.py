@@ -201,3 +201,19 @@ class Descriptors:
             self._marked.discard(directory)
             os.close(directory.fd)
             directory.fd = -1
+
+
+class Entering(Descriptors):
+    """Directories, with what is mounted on them."""
+
+    def open(self, name: str, parent: int | None) -> int:
+        return os.open(name, inside.FLAGS, dir_fd=parent)
+
+
+def path_of(directory: Directory) -> str:
+    """Its path, from the first on that has one."""
+    names = [directory.name]
+    while (above := directory.parent) is not None:
+        directory = above
+        names.append(directory.name)
+    return "/".join(reversed(names))

@@ -32,6 +32,8 @@ class Flushing:
     """
 
     def __init__(self, unflushed: Unflushed, records: MetaStore, fd: int, *, sync: bool = True) -> None:
+        self.failed = 0
+        """How many flushes the disk has refused."""
         self._fd = fd
         self._unflushed = unflushed
         self._records = records
@@ -93,6 +95,7 @@ class Flushing:
             try:
                 await (in_thread_or_here if at_end else in_thread)(mounting.sync_file_system, self._fd)
             except OSError as refusal:
+                self.failed += 1
                 numbers = self._suspect()  # those committed meanwhile, too: whose pages it were the kernel doesn't tell
                 lost.update(numbers)  # it tells once, and drops what it could not write
                 error = Unavailable.from_os("flush the layers", refusal)

@@ -25,14 +25,17 @@ class Locks:
 
     @asynccontextmanager
     async def held(self, number: int, patience: float = math.inf) -> AsyncIterator[None]:
-        """For a block in which no other task holds the lock of snapshot ``number``.  Raises TryAgain where one holds it for
-        longer than ``patience`` seconds."""
+        """For a block in which no other task holds the lock of snapshot ``number``; where none does, no other task runs before
+        the block.  Raises TryAgain where one holds it for longer than ``patience`` seconds."""
         lock = self._locks.setdefault(number, trio.Lock())
         try:
-            with trio.move_on_after(patience) as waiting:
-                await lock.acquire()
-            if waiting.cancelled_caught:
-                raise TryAgain("something that takes long is just being done to this snapshot")
+            try:
+                lock.acquire_nowait()
+            except trio.WouldBlock:
+                with trio.move_on_after(patience) as waiting:
+                    await lock.acquire()
+                if waiting.cancelled_caught:
+                    raise TryAgain("something that takes long is just being done to this snapshot") from None
             try:
                 yield
             finally:

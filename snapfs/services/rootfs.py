@@ -20,7 +20,6 @@ import trio
 
 from snapfs.errors import Busy, Closed, NoThread, Unavailable
 from snapfs.kernel.mounttable import mount_id, mount_table
-from snapfs.kernel.processes import users_of_device
 from snapfs.kernel.spare import Spare
 from snapfs.root import holders
 from snapfs.root.inuse import Closing, InUse
@@ -28,6 +27,7 @@ from snapfs.root.layers import Layers
 from snapfs.root.merged import Held, Merged, Stack, by_users
 from snapfs.root.mounted import Mounted
 from snapfs.services.locks import Locks
+from snapfs.services.naming import SEARCH, Naming, Using
 from snapfs.threads import AGAIN, in_thread, in_thread_or_here
 
 log = logging.getLogger(__name__)
@@ -38,10 +38,6 @@ PASSING = 0.02  # seconds that a caller may need from learning the path to being
 
 MUCH = 16 << 20  # bytes in memory that the kernel has yet to write, from which on no call may wait for that
 
-SEARCHES = 16  # threads that look for processes at once, apart from all others: one may never come back
-
-SEARCH = 0.5  # seconds of looking for the processes that use a mount: the kernel may hold locks meanwhile
-
 
 class Rootfs:
     """The mounts of one root: at most ``most``, each for ``idle`` seconds after its last use.  ``run`` must be running."""
@@ -49,6 +45,7 @@ class Rootfs:
     def __init__(self, merged: Merged, layers: Layers, mounted: Mounted, in_use: InUse, *, idle: float, most: int) -> None:
         self.idle = idle
         self.most = most
+        self.naming = Naming()
         self._merged = merged
         self._layers = layers
         self._mounted = mounted
@@ -57,7 +54,7 @@ class Rootfs:
         self._locks = Locks()
         self._making_room = trio.Lock()
         self._threads = trio.CapacityLimiter(8)
-        self._searches = trio.CapacityLimiter(SEARCHES)
+        self._using = Using()
         self._closing = trio.CapacityLimiter(math.inf)  # each may wait for the disk, and nothing may wait for them
         self._coming = 0  # mounts that room was made for
         self._nursery: trio.Nursery | None = None
@@ -72,6 +69,11 @@ class Rootfs:
     def holds(self, number: int) -> bool:
         """Whether the file system of snapshot ``number`` is mounted here."""
         return number in self._held
+
+    def device_of(self, number: int) -> str | None:
+        """The device (``major:minor``) of the file system of snapshot ``number``, if that is mounted here and an overlay."""
+        held = self._held.get(number)
+        return held.device or None if held is not None else None
 
     # -- life
 
@@ -197,11 +199,11 @@ class Rootfs:
                 yield False
                 return
             # no call answers with the path from here on: a caller in between would find the directory beneath
-            await trio.sleep_until(held.asked + PASSING)
+            if trio.current_time() < held.asked + PASSING:
+                await trio.sleep_until(held.asked + PASSING)
             try:
                 try:
-                    await self._release(held)
-                    free = bool(held.device) and await self._is_free(held)
+                    free = await self._end_use(held)
                 except OSError as error:
                     raise Unavailable.from_os("unmount its file system", error) from error
                 yield free
@@ -210,53 +212,70 @@ class Rootfs:
                 if self._held.get(number) is not held:
                     self._let_go(held)
 
-    async def _is_free(self, held: Held) -> bool:
-        """True where no process has the overlay that was unmounted here a moment ago, and is mounted nowhere else; else Busy is
-        raised.
+    async def _end_use(self, held: Held) -> bool:
+        """``_release`` it: True where no process has its overlay, else Busy is raised; False where it has none.
 
-        Only a mount that is attached nowhere can have it, or a descriptor.  The kernel says so once our own copy is closed,
-        which flushes the disk.  Where that would take long, it is looked for a process that has it, as far as /proc shows
-        them, and the copy is left open."""
-        if _unwritten() >= MUCH:
-            with trio.move_on_after(SEARCH):
-                users = functools.partial(next, users_of_device(held.device, longest=math.inf), None)
-                if await in_thread(users, abandon_on_cancel=True, limiter=self._searches) is None:
-                    return True
-                await in_thread_or_here(self._merged.attach_again, held, limiter=self._threads)
-                self._held[held.number] = held
-                raise await self._elsewhere(held)
+        Once it is unmounted only a mount that is attached nowhere can have it, or a descriptor.  The kernel tells when our own
+        copy is closed, which flushes the disk.  Where that would take long, it is looked for a process that has it, as far as
+        /proc shows them, and the copy is left open."""
+        if held.device and (not self._merged.flushes or _unwritten() < MUCH):
+            await self._release(held, Closing())
+            return True
+        await self._release(held)
+        if not held.device:
+            return False
+        with trio.move_on_after(SEARCH):
+            if not await self._using.is_used(held.device):
+                return True
+            await in_thread_or_here(self._merged.attach_again, held, limiter=self._threads)
+            self._held[held.number] = held
+            raise await self._elsewhere(held)
         self._let_go(held)
         if await in_thread(self._in_use.has_overlay, held.number, limiter=self._threads):
             raise await self._elsewhere(held)
         return True
 
-    async def _release(self, held: Held) -> None:
-        """Unmount what is held, whose lock is held, and hold it no more.
+    async def _release(self, held: Held, closing: Closing | None = None) -> None:
+        """Unmount what is held, whose lock is held, and hold it no more.  With ``closing``, which is new, the copy is closed by
+        that at once, and the kernel is asked whether a process has the overlay even so: all in one thread, while that of
+        ``closing`` is being started, for somebody waits for it.
 
-        Raises Busy if a process uses it, and OSError; then it is held as before.
+        Raises Busy if a process uses it, and OSError.  It is held as before then, unless only the kernel's answer told.
         """
         target = self._layers.rootfs(held.number)
+        if closing is not None:
+            if self._merged.flushes:
+                self._close_soon(held.number, closing)
+            else:  # it is over at once
+                closing.leave()
+
+        def release() -> bool:
+            if not self._merged.give_up(held, is_asked=closing is not None):
+                return False
+            del self._held[held.number]
+            if closing is None:
+                return True
+            self._close_copy(held, closing)
+            return not self._in_use.has_overlay(held.number)
+
         try:
-            if await in_thread(self._merged.give_up, held, limiter=self._threads):
-                del self._held[held.number]
+            if await in_thread(release, limiter=self._threads):
                 return
         except OSError as error:
-            if error.errno != errno.EBUSY:
+            if error.errno != errno.EBUSY or held.number not in self._held:
                 raise
-            by = ""
-            with trio.move_on_after(SEARCH), suppress(NoThread):
-                by = await in_thread(by_users, target, abandon_on_cancel=True, limiter=self._searches)
-            raise Busy(f"its file system {target} is in use{by}: leave it first") from None
+            by = await self.naming.words(("users", held.number), functools.partial(by_users, target))
+            raise Busy(f"its file system {target} is in use{by or ''}: leave it first") from None
+        finally:
+            if closing is not None:
+                closing.cancel()
         raise await self._elsewhere(held)
 
     async def _elsewhere(self, held: Held) -> Busy:
         """The refusal where another process has the overlay that was unmounted here."""
-        with trio.move_on_after(SEARCH), suppress(NoThread):  # finding the process may take any time
-            words = functools.partial(
-                holders.elsewhere, self._mounted, held.number, self._layers.rootfs(held.number), held.device
-            )
-            return Busy(f"its file system {await in_thread(words, abandon_on_cancel=True, limiter=self._searches)}")
-        return Busy("its file system is in use elsewhere: end what uses it first")
+        look = functools.partial(holders.elsewhere, self._mounted, held.number, self._layers.rootfs(held.number), held.device)
+        words = await self.naming.words(("unmounted", held.number), look)
+        return Busy(f"its file system {words or 'is in use elsewhere: end what uses it first'}")
 
     async def _expire(self, number: int) -> None:
         """Unmount ``number`` if no call asked for it and no process used it for ``idle`` seconds."""
@@ -278,16 +297,31 @@ class Rootfs:
 
     def _let_go(self, held: Held) -> None:
         """Close the copy, which may flush the disk, in the background; once."""
-        copy = held.take_copy()
-        if copy is None:
-            return
-        closing = Closing(copy, seal=held.seal)
+        if held.copy is None:
+            held.close_copy()  # those of the shelters may be there
+        else:
+            closing = Closing()
+            self._close_soon(held.number, closing)
+            self._close_copy(held, closing)
+
+    def _close_soon(self, number: int, closing: Closing) -> None:
+        """Have a thread of its own for ``closing``."""
         if self._nursery is not None:
             with suppress(RuntimeError):  # it is being closed
-                self._nursery.start_soon(self._close, held.number, closing)
-                self._in_use.closings[held.number] = closing
+                self._nursery.start_soon(self._close, number, closing)
                 return
-        closing.run()
+        closing.leave()
+
+    def _close_copy(self, held: Held, closing: Closing) -> None:
+        """Have the copy closed by ``closing``.  In whatever thread."""
+        copy = held.take_copy()
+        if copy is None:
+            closing.cancel()
+            return
+        self._in_use.closings[held.number] = closing
+        if not closing.begin(copy, seal=held.seal):
+            closing.run()
+            self._in_use.closings.pop(held.number, None)
 
     async def _close(self, number: int, closing: Closing) -> None:
         try:
@@ -295,7 +329,8 @@ class Rootfs:
                 try:
                     await trio.sleep(AGAIN)
                 except trio.Cancelled:  # the end waits for no thread
-                    closing.run()
+                    if not closing.leave():
+                        closing.run()
                     raise
         finally:
             with trio.CancelScope(shield=True):

@@ -13,7 +13,7 @@ from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument
 from snapfs.model import Info, Kind
 from snapfs.store import indexes
-from snapfs.store.schema import Record, Tables, decode, decode_checked, is_id, key_of, number_of
+from snapfs.store.schema import Record, Tables, decode, decode_checked, is_id, key_of, number_of, root_word
 
 CHUNK = 128  # records that ``Reader.records`` reads ahead: some more than one answer to a listing has room for
 
@@ -181,6 +181,18 @@ class Reader:
                     if len(nth) == 8 and is_id(number):
                         yield int.from_bytes(nth, "big"), number_of(number)
 
+    def latest_checkpoints(self, workspace: str, most: int) -> Iterator[int]:
+        """The ids of the ``most`` checkpoints of ``workspace`` with the highest numbers, the highest first."""
+        prefix = indexes.checkpoint_prefix(workspace)
+        with self._txn.cursor(db=self._tables.checkpoints) as cursor:
+            there = cursor.prev() if cursor.set_range(prefix + b"\xff" * 16) else cursor.last()
+            if there:
+                for key in islice(cursor.iterprev(values=False), most):
+                    if not key.startswith(prefix):
+                        return
+                    if len(key) == len(prefix) + 16 and is_id(key[-8:]):
+                        yield number_of(key[-8:])
+
     def last_checkpoint(self, workspace: str) -> int:
         """The highest number of a checkpoint of ``workspace``, 0 where there is none."""
         prefix = indexes.checkpoint_prefix(workspace)
@@ -299,6 +311,10 @@ class Reader:
         """The highest id ever given out; where that can't be read, the highest that there is a record of."""
         found = self._txn.get(b"last_id", key_of(0), db=self._tables.meta)
         return number_of(found) if is_id(found) else max(self.numbers(), default=0)
+
+    def root_word(self) -> str:
+        """The word of the root whose records these are (``root/identity.py``); "" where none was written yet."""
+        return root_word(self._txn, self._tables.meta)
 
 
 class _Collected(Reader):

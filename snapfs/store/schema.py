@@ -2,7 +2,7 @@
 
 Tables (keys are compared as bytes; ids are 8 bytes, big-endian, so byte order is numeric order):
 
-    meta         "schema" -> version;  "last_id" -> the highest id ever given out
+    meta         "schema" -> version;  "last_id" -> the highest id ever given out;  "root" -> the root's own word
     snapshots    id -> Record
     names        key or name, UTF-8 -> id         in this order Walk lists
     active, view, committed      id -> name       for listing one kind in id order: the last id is a place to go on from
@@ -25,8 +25,12 @@ from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument
 from snapfs.model import Kind, Usage
 
-SCHEMA = 1
-"""The version of all this, which the records carry."""
+SCHEMA = 2
+"""The version of all this, which the records carry.  1 had neither the tables ``checkpoints`` and ``nodes`` nor the field
+``node``, and a snapfs of that time would take it away from each record that it writes."""
+
+READ = frozenset((1, SCHEMA))
+"""The versions that this snapfs can make that of."""
 
 IDS = 1 << 36
 """All ids are below this: an inode number of the tree has room for so many."""
@@ -96,6 +100,12 @@ def decode_checked(number: int, found: bytes) -> Record:
     return record
 
 
+def root_word(txn: lmdb.Transaction[bytes], meta: Any) -> str:
+    """The word of the root in the table ``meta`` (``root/identity.py``); "" where none was written yet."""
+    found: bytes = txn.get(b"root", b"", db=meta)
+    return found.decode(errors="replace")
+
+
 class Tables:
     """The tables of one environment, as py-lmdb's handles, which have no type to name.
 
@@ -117,5 +127,5 @@ class Tables:
         self.unflushed = table("unflushed")
         self.placed = table("placed")
         self.indexes = [self.names, *self.kinds.values(), self.children, self.checkpoints, self.nodes, self.uncounted]
-        if txn is not None and txn.get(b"schema", db=self.meta) is None:
+        if txn is not None and txn.get(b"schema", db=self.meta) != str(SCHEMA).encode():
             txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)

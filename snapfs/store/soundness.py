@@ -11,7 +11,7 @@ import lmdb
 from lmdb.verify import VerifyError, verify
 
 from snapfs.errors import Damaged, SnapshotError, Unavailable
-from snapfs.store.schema import SCHEMA
+from snapfs.store.schema import READ, SCHEMA
 
 _MAGIC, _MAGIC_AT = 0xBEEFC0DE, 16  # of LMDB's first meta page, after its page header
 
@@ -51,7 +51,8 @@ def _refuse_cut(env: lmdb.Environment, path: str) -> None:
 
 
 def refuse_foreign(env: lmdb.Environment, path: str) -> None:
-    """Raise Damaged unless ``env``, LMDB's environment of the file ``path``, is new, or has this schema and is all there."""
+    """Raise Damaged unless ``env``, LMDB's environment of the file ``path``, is new, or has a schema that can be read (READ)
+    and is all there."""
     _refuse_cut(env, path)
     with env.begin() as txn:
         if txn.stat()["entries"] == 0:
@@ -63,7 +64,7 @@ def refuse_foreign(env: lmdb.Environment, path: str) -> None:
             found = None
     if found is None:
         raise Damaged(f"{path} is an LMDB file, but not of snapfs: move it away, and put back the records from a backup")
-    if found == str(SCHEMA).encode():
+    if found in {str(version).encode() for version in READ}:
         return
     version = found.decode(errors="replace")
     if found.isdigit() and int(found) > SCHEMA:

@@ -146,6 +146,10 @@ class Writer(Reader):
         known = self.ids()
         self.clear_unflushed([number for number, _ in self.unflushed() if number not in known])
 
+    def put_root_word(self, word: str) -> None:
+        """Note that these are the records of the root with this word."""
+        self._txn.put(b"root", word.encode(), db=self._tables.meta)
+
     def raise_last_id(self, number: int) -> None:
         """Give out no id up to ``number`` any more."""
         if number > self.last_id():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 import tempfile
@@ -17,20 +16,18 @@ from contextlib import suppress
 
 from snapfs.kernel import inside
 from snapfs.kernel.mounttable import mount_id_of
-from snapfs.scan.walk import Descriptors, Directory
+from snapfs.scan.copying import attributes_of, attributes_unopened, clone, copy_data, open_regular
+from snapfs.scan.walk import Descriptors, Directory, Entering, path_of
 from snapfs.testing import capabilities
 
-_FICLONE = 0x40049409
-_NO_CLONES = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY)
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_PART = 1 << 30  # bytes that one call copies at most
 
 
 def can_clone(directory: str) -> bool:
     """Whether the file system of ``directory`` has reflinks."""
     with tempfile.TemporaryFile(dir=directory, buffering=0) as source, tempfile.TemporaryFile(dir=directory) as target:
         source.write(b"x" * 8192)
-        return _cloned(source.fileno(), target.fileno())
+        return clone(source.fileno(), target.fileno())
 
 
 def is_unreadable(directory: str) -> bool:
@@ -98,89 +95,89 @@ def _unreadable(directory: str) -> Iterator[tuple[str, int]]:
                 pending += [f"{path}/{name}" for name in os.listdir(path)]
 
 
-class Entering(Descriptors):
-    """Directories, with what is mounted on them."""
-
-    def open(self, name: str, parent: int | None) -> int:
-        return os.open(name, inside.FLAGS, dir_fd=parent)
-
-
 def copy_tree(source: str, target: str, *, clone: bool, modes: Mapping[str, int] | None = None) -> None:
     """Make ``target``, a copy of the directory ``source``; with ``clone`` files share their blocks with it where they can.
     ``modes`` are those that are not to be as they are.
 
     Whoever may write in ``source`` meanwhile leads nothing elsewhere: no link is followed there, and no FIFO waited for.
-    Raises OSError, also where a file or a directory is another kind of file by then."""
-    with Entering() as descriptors:
-        _Copy(clone, modes or {}, descriptors).directory(source, target)
-
-
-def open_regular(name: str, directory: int | None = None) -> int:
-    """A descriptor for reading of the regular file ``name``, in the one open as ``directory``.  Raises OSError where it is
-    another kind of file."""
-    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return fd
-    os.close(fd)
-    raise OSError(errno.EINVAL, "It was a regular file, and is none any more", name)
+    However deep the directories are, they cost no more than a few descriptors.  Raises OSError, also where a file or a
+    directory is another kind of file by then."""
+    with Entering() as of_source, Entering() as of_target:
+        _Copy(clone, modes or {}, of_source, of_target).directory(source, target)
 
 
 class _Copy:
-    """Sources are opened by descriptors; targets are made by path, for nobody else can enter them before all is in there."""
+    """Targets may be named in their directories, for nobody else can enter those before all is in there."""
 
-    def __init__(self, clone: bool, modes: Mapping[str, int], descriptors: Descriptors) -> None:
+    def __init__(self, clone: bool, modes: Mapping[str, int], of_source: Descriptors, of_target: Descriptors) -> None:
         self._modes = modes
         self._clone = clone
-        self._descriptors = descriptors
-        self._linked: dict[tuple[int, int], str] = {}
+        self._descriptors = of_source
+        self._targets = of_target
+        self._linked: dict[tuple[int, int], Directory] = {}
         self._uid, self._gid = os.geteuid(), os.getegid()
 
     def directory(self, source: str, target: str) -> None:
-        pending = [(Directory(source), target)]
+        pending = [(Directory(source), Directory(target))]
         made = []
         while pending:
-            directory, target = pending.pop()
+            directory, new = pending.pop()
             fd = self._descriptors.get(directory)
             if fd < 0:
                 raise NotADirectoryError(errno.ENOTDIR, "It was a directory, and is none any more", path_of(directory))
             status = os.fstat(fd)
-            os.mkdir(target, 0o700)
-            made.append((directory, target, status, _attributes_of(fd)))
+            os.mkdir(new.name, 0o700, dir_fd=self.above(new))
+            made.append((directory, new, status, attributes_of(fd)))
             below = []
             with os.scandir(fd) as entries:
                 for entry in entries:
                     found = entry.stat(follow_symlinks=False)
                     there = Directory(entry.name, directory)
                     if stat.S_ISDIR(found.st_mode):
-                        below.append((there, f"{target}/{entry.name}"))
+                        below.append((there, Directory(entry.name, new)))
                     else:
-                        self.other(there, fd, f"{target}/{entry.name}", found)
+                        self.other(there, fd, Directory(entry.name, new), found)
             pending += below
             if not below:
                 self._descriptors.close(directory)
-        for directory, target, status, more in reversed(made):  # last, for what is made in a directory changes it
-            self.attributes(directory, target, status, more)
+                self._targets.close(new)
+        for directory, new, status, more in reversed(made):  # last, for what is made in a directory changes it
+            self._targets.close(new)
+            self.attributes(directory, new, status, more)
 
-    def other(self, source: Directory, parent: int, target: str, status: os.stat_result) -> None:
+    def above(self, target: Directory) -> int | None:
+        """A descriptor of the directory that ``target`` is in, valid until the next call; None where ``target`` is a path."""
+        return None if target.parent is None else self._targets.get(target.parent)
+
+    def other(self, source: Directory, parent: int, target: Directory, status: os.stat_result) -> None:
         """Copy ``source``, which is no directory, in the one open as ``parent``."""
         if status.st_nlink > 1:
             first = self._linked.setdefault((status.st_dev, status.st_ino), target)
             if first != target:
-                os.link(first, target, follow_symlinks=False)
+                self.link(first, target)
                 return
         more: dict[str, bytes] = {}
         if stat.S_ISREG(status.st_mode):
             status, more = self.file(source, parent, target)
         elif stat.S_ISLNK(status.st_mode):
-            os.symlink(os.readlink(source.name, dir_fd=parent), target)
+            os.symlink(os.readlink(source.name, dir_fd=parent), target.name, dir_fd=self.above(target))
         elif stat.S_ISSOCK(status.st_mode):
             return
         else:
-            os.mknod(target, status.st_mode, status.st_rdev)
-            more = _attributes_unopened(source.name, parent)
+            os.mknod(target.name, status.st_mode, status.st_rdev, dir_fd=self.above(target))
+            more = attributes_unopened(source.name, parent)
         self.attributes(source, target, status, more)
 
-    def file(self, source: Directory, parent: int, target: str) -> tuple[os.stat_result, dict[str, bytes]]:
+    def link(self, first: Directory, target: Directory) -> None:
+        """Give the file ``first`` the name ``target``, too."""
+        assert first.parent is not None
+        above = os.dup(self._targets.get(first.parent))  # to reach the other may close it
+        try:
+            os.link(first.name, target.name, src_dir_fd=above, dst_dir_fd=self.above(target), follow_symlinks=False)
+        finally:
+            os.close(above)
+
+    def file(self, source: Directory, parent: int, target: Directory) -> tuple[os.stat_result, dict[str, bytes]]:
         """Copy a regular file; what was read of it besides."""
         try:
             reading = open_regular(source.name, parent)
@@ -189,21 +186,23 @@ class _Copy:
             raise
         try:
             status = os.fstat(reading)
-            writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            writing = os.open(target.name, flags, 0o600, dir_fd=self.above(target))
             try:
-                if status.st_size and not (self._clone and _cloned(reading, writing)):
-                    _copy(reading, writing, status)
+                if status.st_size and not (self._clone and clone(reading, writing)):
+                    copy_data(reading, writing, status)
             finally:
                 os.close(writing)
-            return status, _attributes_of(reading)
+            return status, attributes_of(reading)
         finally:
             os.close(reading)
 
-    def attributes(self, source: Directory, target: str, status: os.stat_result, more: Mapping[str, bytes]) -> None:
+    def attributes(self, source: Directory, target: Directory, status: os.stat_result, more: Mapping[str, bytes]) -> None:
+        above = self.above(target)
         mode = stat.S_IMODE(self._modes.get(path_of(source), status.st_mode) if self._modes else status.st_mode)
         if (status.st_uid, status.st_gid) != (self._uid, self._gid):
             try:
-                os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+                os.chown(target.name, status.st_uid, status.st_gid, dir_fd=above, follow_symlinks=False)
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.EINVAL):
                     raise
@@ -211,71 +210,9 @@ class _Copy:
         if not stat.S_ISLNK(status.st_mode):
             for name, value in more.items():
                 with suppress(OSError):  # of a kind that this user may not set
-                    os.setxattr(target, name, value)
-            os.chmod(target, mode)
-        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
-
-
-def _attributes_of(file: int | str) -> dict[str, bytes]:
-    """The extended attributes of ``file``, as far as this user may read them."""
-    found = {}
-    with suppress(OSError):
-        for name in os.listxattr(file):
-            with suppress(OSError):
-                found[name] = os.getxattr(file, name)
-    return found
-
-
-def _attributes_unopened(name: str, parent: int) -> dict[str, bytes]:
-    """The same of a FIFO or a device: to open one may do something."""
-    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    try:
-        return _attributes_of(f"/proc/self/fd/{fd}")
-    finally:
-        os.close(fd)
-
-
-def _cloned(source: int, target: int) -> bool:
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError as error:
-        if error.errno not in _NO_CLONES:
-            raise
-        return False
-    return True
-
-
-def _copy(source: int, target: int, status: os.stat_result) -> None:
-    """Copy the bytes of ``source``; holes stay holes."""
-    end = status.st_size
-    if status.st_blocks * 512 >= end:
-        _copy_range(source, target, 0, end)
-        return
-    here = 0
-    while here < end:
-        try:
-            here = os.lseek(source, here, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # a hole up to the end
-                break
-            raise
-        hole = os.lseek(source, here, os.SEEK_HOLE)
-        _copy_range(source, target, here, min(hole, end))
-        here = hole
-    os.truncate(target, end)
-
-
-def _copy_range(source: int, target: int, here: int, end: int) -> None:
-    while here < end:
-        try:
-            count = os.copy_file_range(source, target, min(end - here, _PART), here, here)
-        except OSError as error:
-            if error.errno not in (*_NO_CLONES, errno.EBADF, errno.EIO):
-                raise
-            count = os.pwrite(target, os.pread(source, min(end - here, 1 << 20), here), here)
-        if not count:  # it has become shorter
-            return
-        here += count
+                    os.setxattr(target.name if above is None else f"/proc/self/fd/{above}/{target.name}", name, value)
+            os.chmod(target.name, mode, dir_fd=above)
+        os.utime(target.name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=above, follow_symlinks=False)
 
 
 def size_of(directory: str) -> int:
@@ -362,33 +299,31 @@ def _noted(refused: list[OSError], about: Directory) -> Iterator[None]:
         refused.append(OSError(error.errno, error.strerror, path_of(about)))
 
 
-def path_of(directory: Directory) -> str:
-    """Its path, from the first on that has one."""
-    names = [directory.name]
-    while (above := directory.parent) is not None:
-        directory = above
-        names.append(directory.name)
-    return "/".join(reversed(names))
-
-
-def _make_writable(name: str, parent: int | None = None) -> None:
-    """Let the owner write each directory in the directory ``name`` of ``parent``, but none on which something is mounted.  By
-    descriptors: a process of another user, whose files these may be, could put a link to any other directory in the place of
+class _Opening(Descriptors):
+    """Directories whose owner may write them as soon as they were opened (with O_PATH), but none on which something is mounted.
+    By descriptors: a process of another user, whose files these may be, could put a link to any other directory in the place of
     one."""
-    try:
-        fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    except OSError:
-        return
-    try:
-        if parent is not None and mount_id_of(fd) != mount_id_of(parent):
-            return
-        itself = f"/proc/self/fd/{fd}"
-        with suppress(PermissionError):
-            os.chmod(itself, 0o700)
-        with suppress(OSError):  # removing it will tell
-            with os.scandir(itself) as entries:
-                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-            for each in names:
-                _make_writable(each, fd)
-    finally:
-        os.close(fd)
+
+    def open(self, name: str, parent: int | None) -> int:
+        fd = os.open(name, _LOOK | os.O_DIRECTORY, dir_fd=parent)
+        try:
+            if parent is not None and mount_id_of(fd) != mount_id_of(parent):
+                raise NotADirectoryError(errno.ENOTDIR, "Something is mounted there", name)
+            with suppress(PermissionError):
+                os.chmod(f"/proc/self/fd/{fd}", 0o700)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+
+def _make_writable(directory: str) -> None:
+    """Let the owner write ``directory`` and each directory in there, but none on which something is mounted."""
+    with _Opening() as descriptors:
+        pending = [Directory(directory)]
+        while pending:
+            each = pending.pop()
+            with suppress(OSError):  # removing it will tell
+                if (fd := descriptors.get(each)) >= 0:
+                    with os.scandir(f"/proc/self/fd/{fd}") as entries:
+                        pending += [Directory(entry.name, each) for entry in entries if entry.is_dir(follow_symlinks=False)]

@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import decimal
 import enum
+import errno
 import functools
 import hashlib
 import inspect
@@ -25,9 +26,10 @@ import sysconfig
 import types
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from snapfs.testing import copying
+from snapfs.scan.copying import open_regular
+from snapfs.scan.walk import Descriptors, Directory, Entering, path_of
 
 _BY_REPR: frozenset[object] = frozenset(
     {type(None), bool, int, float, complex, str, bytes, decimal.Decimal, uuid.UUID, range, type(...)}
@@ -343,37 +345,73 @@ def _is_library(module: types.ModuleType) -> bool:
     return file is None or os.path.realpath(file).startswith(_LIBRARIES)
 
 
-def _walk(path: str) -> Iterator[str]:
-    """``path`` and all that is in it, in order."""
-    yield path
-    if stat.S_ISDIR(os.lstat(path).st_mode):
-        for name in sorted(os.listdir(path)):
-            yield from _walk(f"{path}/{name}")
+class _Found(NamedTuple):
+    """What is at ``path``, which begins with a slash, below the top ("" for that itself): ``name`` in the directory open as
+    ``parent``; without one ``name`` is a path."""
+
+    path: str
+    status: os.stat_result
+    name: str
+    parent: int | None
+
+    def read_link(self) -> str:
+        return os.readlink(self.name, dir_fd=self.parent)
+
+    def digest(self) -> str:
+        """Of a regular file.  Raises OSError where it is one no more: to read a FIFO may take for ever."""
+        fd = open_regular(self.name, self.parent)
+        with open(fd, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _walk(path: str) -> Iterator[_Found]:
+    """``path`` and all that is in it, in order; each is valid until the next step.  However deep the directories are, they cost
+    no more than a few descriptors.  Raises OSError."""
+    status = os.lstat(path)
+    yield _Found("", status, path, None)
+    if not stat.S_ISDIR(status.st_mode):
+        return
+    with Entering() as descriptors:
+        top = Directory(path)
+        shown, way = "", [(top, iter(_listed(top, descriptors)), 0)]
+        while way:
+            directory, names, length = way[-1]
+            shown = shown[:length]
+            for name in names:
+                parent = descriptors.get(directory)
+                status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+                yield _Found(f"{shown}/{name}", status, name, parent)
+                if stat.S_ISDIR(status.st_mode):
+                    shown, below = f"{shown}/{name}", Directory(name, directory)
+                    way.append((below, iter(_listed(below, descriptors)), len(shown)))
+                    break
+            else:
+                way.pop()
+                descriptors.close(directory)
+
+
+def _listed(directory: Directory, descriptors: Descriptors) -> list[str]:
+    fd = descriptors.get(directory)
+    if fd < 0:
+        raise NotADirectoryError(errno.ENOTDIR, "It was a directory, and is none any more", path_of(directory))
+    return sorted(os.listdir(fd))
 
 
 def _contents(path: str) -> Iterator[str]:
     """What ``path`` holds, which may be a link to it; links in there are not followed.  Raises OSError."""
-    top = os.path.realpath(path, strict=True)
-    for found in _walk(top):
-        mode = os.lstat(found).st_mode
-        yield f"{found[len(top) :]} {mode:o}"
+    for found in _walk(os.path.realpath(path, strict=True)):
+        mode = found.status.st_mode
+        yield f"{found.path} {mode:o}"
         if stat.S_ISREG(mode):
-            yield _digest_of(found)
+            yield found.digest()
         elif stat.S_ISLNK(mode):
-            yield os.readlink(found)
-
-
-def _digest_of(path: str) -> str:
-    """The digest of a regular file.  Raises OSError where it is one no more: to read a FIFO may take for ever."""
-    fd = copying.open_regular(path)
-    with open(fd, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            yield found.read_link()
 
 
 def _states(path: str) -> Iterator[str]:
     for found in _walk(path):
-        status = os.lstat(found)
+        status = found.status
         time = "" if stat.S_ISDIR(status.st_mode) else f" {status.st_size} {status.st_mtime_ns}"
-        yield f"{found[len(path) :]} {status.st_mode:o}{time}"
+        yield f"{found.path} {status.st_mode:o}{time}"
         if stat.S_ISLNK(status.st_mode):
-            yield os.readlink(found)
+            yield found.read_link()

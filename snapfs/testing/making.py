@@ -12,7 +12,8 @@ from typing import Literal
 
 from snapfs.kernel import mounting, overlay, processes
 from snapfs.kernel.probe import in_user_namespace
-from snapfs.scan.changes import PREFIX, changes
+from snapfs.scan.changes import changes
+from snapfs.scan.marks import PREFIX
 from snapfs.testing import capabilities, comparing, copying, entering
 from snapfs.testing.bases import DATA, copy_whole
 from snapfs.testing.place import Place
@@ -47,15 +48,18 @@ class Copy:
             copying.remove_tree(self._merged)
         self._begin()
 
-    def changes(self) -> list[str]:
+    def changes(self) -> Iterator[str]:
         """What was changed in it so far: lines, each with its newline."""
         if self._how != "overlay":
-            return comparing.compared(str(self.base), str(self.path))
+            yield from comparing.compared(str(self.base), str(self.path))
+            return
         layers = [f"{self._upper}/upper", str(self.base.parent)]
         prefix = "user.overlay." if in_user_namespace() else PREFIX
         with capabilities.raised(), contextlib.closing(changes(layers, prefix=prefix)) as lines:
             # the layer has the copy as one directory
-            return [line[:2] + (line[3 + len(DATA) :].strip("\n") or "/") + "\n" for line in lines if line[2:] != "/\n"]
+            for line in lines:
+                if line[2:] != "/\n":
+                    yield line[:2] + (line[3 + len(DATA) :].strip("\n") or "/") + "\n"
 
     def keep(self, target: str) -> None:
         """Make ``target`` a whole copy of what it holds now."""

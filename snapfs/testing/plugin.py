@@ -250,10 +250,12 @@ def _fresh_copies(request: pytest.FixtureRequest) -> Iterator[FreshCopy]:
     config.stash[_live].append(made)
     yield made
     config.stash[_live].remove(made)
-    for copy, path in zip(made.made, node.stash.get(_to_keep, ()), strict=False):
-        copy.keep(path)
     cut_short = request.session.exitstatus == pytest.ExitCode.INTERRUPTED
-    made.remove(quietly=cut_short or node.stash.get(_has_failed, False))  # and it has open whatever it has
+    try:
+        for copy, path in zip(made.made, node.stash.get(_to_keep, ()), strict=False):
+            copy.keep(path)
+    finally:
+        made.remove(quietly=cut_short or node.stash.get(_has_failed, False))  # and it has open whatever it has
 
 
 # -- copies that are kept
@@ -276,16 +278,20 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[object]) 
         for copy in made.made:
             path = str(item.config._tmp_path_factory.mktemp(_file_name(item.name)) / "copy")  # type: ignore[attr-defined]
             paths.append(path)
-            if made.node is not item:  # the next test goes on with it
-                copy.keep(path)
-            report.sections.append((f"{_KEPT}: {path}", _shortened(copy.changes())))
+            try:
+                if made.node is not item:  # the next test goes on with it
+                    copy.keep(path)
+                report.sections.append((f"{_KEPT}: {path}", _shortened(copy.changes())))
+            except OSError as error:  # whoever else may write in there can cause it
+                report.sections.append((f"snapfs: a copy can't be kept: {path}", f"{error}\n"))
         if made.node is item:
             item.stash[_to_keep] = paths
 
 
-def _shortened(lines: list[str]) -> str:
-    more = f"and {len(lines) - _SHOWN} lines more\n" if len(lines) > _SHOWN else ""
-    return "".join(lines[:_SHOWN]) + more if lines else "it is as it was\n"
+def _shortened(lines: Iterator[str]) -> str:
+    shown = "".join(itertools.islice(lines, _SHOWN))
+    more = sum(1 for _ in lines)
+    return shown + (f"and {more} lines more\n" if more else "") if shown else "it is as it was\n"
 
 
 def _wants_copies(item: pytest.Item) -> bool:
@@ -332,10 +338,15 @@ def _is_mentioned(config: pytest.Config) -> bool:
     if _is_controller(config):
         found = itertools.chain(found, itertools.islice(_test_modules(config), _SEARCHED))
     for file in found:
-        with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="replace") as text:
-            if _MENTIONED.search(text.read()):
+        with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="replace", opener=_at_once) as text:
+            if os.path.isfile(file) and _MENTIONED.search(text.read()):
                 return True
     return False
+
+
+def _at_once(file: str, flags: int) -> int:
+    """Open it without waiting for the other end of a pipe."""
+    return os.open(file, flags | os.O_NONBLOCK)
 
 
 def _test_modules(config: pytest.Config) -> Iterator[str]:

@@ -20,7 +20,7 @@ from snapfs.tree import commands
 from snapfs.tree.advice import path_of
 from snapfs.tree.commands import Command
 from snapfs.tree.handles import Handle
-from snapfs.tree.inodes import CHANGES_SLOT, CHECKPOINT_SLOT, ENTRY_MASK, FIRST_ATTRIBUTE, pack
+from snapfs.tree.inodes import CHANGES_SLOT, CHECKPOINT_SLOT, ENTRY_MASK, FIRST_ATTRIBUTE, PATCH_SLOT, pack
 from snapfs.tree.node import Attributes, Link, Node
 from snapfs.tree.state import State
 from snapfs.tree.textfile import UNKNOWN_SIZE, TextFile
@@ -132,19 +132,42 @@ def changes(state: State, number: int, record: Record) -> Text | None:
     return state.found(number, CHANGES_SLOT)
 
 
+def patch(state: State, number: int, record: Record) -> Text | None:
+    """The same as a patch."""
+    return state.found(number, PATCH_SLOT)
+
+
 def is_compared(state: State, number: int, record: Record) -> bool:
     """Whether they were found and can't be others any more."""
     return record.kind is Kind.COMMITTED and changes(state, number, record) is not None
 
 
-async def find_changes(state: State, number: int, record: Record, caller: Caller) -> None:
-    """Find them again, unless the snapshot is committed and they are known."""
+def is_patched(state: State, number: int, record: Record) -> bool:
+    """The same of the patch."""
+    return record.kind is Kind.COMMITTED and patch(state, number, record) is not None
+
+
+async def find_changes(state: State, number: int, record: Record, caller: Caller) -> Text | None:
+    """Find them again, unless the snapshot is committed and they are known.  Hold what is found until the file is open: it may
+    be too long to be remembered."""
     while not is_compared(state, number, record):
-        text = await state.snapshotter.changes(number, state.spool, caller=caller)
+        text = await state.snapshotter.changes(number, state.spool_found, caller=caller)
         before, record = record, state.record(number)
         if record.kind is before.kind:  # a scan under way at the Commit may have missed what was written before that
             state.keep(number, CHANGES_SLOT, text)
-            return
+            return text
+    return changes(state, number, record)
+
+
+async def find_patch(state: State, number: int, record: Record, caller: Caller) -> Text | None:
+    """The same of the patch."""
+    while not is_patched(state, number, record):
+        text = await state.snapshotter.patch(number, state.spool_found, caller=caller)
+        before, record = record, state.record(number)
+        if record.kind is before.kind:
+            state.keep(number, PATCH_SLOT, text)
+            return text
+    return patch(state, number, record)
 
 
 def is_mountable(state: State, record: Record) -> bool:
@@ -173,11 +196,13 @@ ROOTFS = "rootfs"
 ALL = (Kind.ACTIVE, Kind.VIEW, Kind.COMMITTED)
 MOUNTABLE = (Kind.ACTIVE, Kind.VIEW)
 WORKSPACES = (Kind.ACTIVE,)
+COMMITTED = (Kind.COMMITTED,)
 WITH_LAYER = (Kind.ACTIVE, Kind.COMMITTED)
 _LINK = stat.S_IFLNK | 0o777
 _SCRIPT = stat.S_IFREG | 0o555
 _PRIVATE = stat.S_IFREG | 0o400
 _COMMAND = stat.S_IFREG | 0o666
+_PRIVATE_COMMAND = stat.S_IFREG | 0o600
 
 ATTRIBUTES = (
     Attribute("mounts.json", 16, MOUNTABLE, mounts_json, refresh=find_layers),
@@ -201,6 +226,14 @@ ATTRIBUTES = (
     ),
     Attribute("rollback", 25, WORKSPACES, commands.rollback_text, type=_COMMAND, fixed=True, command=commands.rollback),
     Attribute("fork", 26, WORKSPACES, commands.fork_text, type=_COMMAND, fixed=True, command=commands.fork),
+    Attribute("squash", 32, COMMITTED, commands.squash_text, type=_COMMAND, fixed=True, command=commands.squash),
+    Attribute("dissolve", 33, COMMITTED, commands.dissolve_text, type=_COMMAND, fixed=True, command=commands.dissolve),
+    Attribute(
+        "changes.patch", PATCH_SLOT, WITH_LAYER, patch, type=_PRIVATE, private=True, refresh=find_patch, is_known=is_patched
+    ),
+    Attribute(
+        "compare", 35, ALL, commands.compare_text, type=_PRIVATE_COMMAND, fixed=True, private=True, command=commands.compare
+    ),
 )
 
 
@@ -255,9 +288,12 @@ class AttributeFile(TextFile):
         if refresh is None:
             return self
         self.known()  # of the record as it is now, whatever comes while the disk is looked at
-        number, record = await _of_the_same(
-            self.state, self.number, self.record, lambda number, record: refresh(self.state, number, record, caller)
-        )
+        found: list[object] = []
+
+        async def look(number: int, record: Record) -> None:
+            found[:] = [await refresh(self.state, number, record, caller)]  # held until the node has it
+
+        number, record = await _of_the_same(self.state, self.number, self.record, look)
         node = attribute_node(self.state, number, record, self.attribute)
         if node is None:
             raise NotFound(f"{path_of(record)} has no such entry")

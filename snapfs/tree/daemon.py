@@ -134,7 +134,7 @@ class OpenCleanup(Handle):
 
     direct = True
     size = 0
-    waits_for = "cleanup"
+    waits_for = does = "cleanup"
 
     def __init__(self, state: State) -> None:
         self._state = state

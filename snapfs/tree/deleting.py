@@ -11,6 +11,7 @@ from snapfs.errors import HasChildren, NotPermitted
 from snapfs.labels import PIN, pinned
 from snapfs.tree.advice import how_to_copy, path_of
 from snapfs.tree.attributes import BY_NAME, attributes_of
+from snapfs.tree.inodes import PATCH_SLOT
 from snapfs.tree.state import State
 
 
@@ -35,7 +36,8 @@ def refuse_copied(state: State, number: int, pid: int, name: str = "") -> None:
     """Raise NotPermitted if process ``pid`` has just copied what the directory of snapshot ``number`` shows, or the one entry
     ``name`` without ever having listed the others: it moves that elsewhere, and the files would be lost."""
     record = state.record(number)
-    slots = [attribute.slot for attribute in attributes_of(state, record) if attribute.command is None]  # one may be empty
+    entries = [attribute for attribute in attributes_of(state, record) if attribute.command is None]
+    slots = {attribute.slot for attribute in entries} - {PATCH_SLOT}  # it may be empty, as a command's: tar doesn't read that
     if state.reads.was_refused(pid, number) or state.reads.has_copied(pid, number, slots):
         state.reads.note_refusal(pid, number)
         raise NotPermitted(

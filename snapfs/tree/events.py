@@ -3,8 +3,8 @@
     {"number": 3, "time": "2026-11-24T03:29:58.000000000Z", "operation": "commit", "key": "web", "name": "v1",
      "parent": "base", "kind": "committed", "id": 7, "labels": {}}
 
-``operation`` is prepare, view, commit, rename, update or remove.  ``key`` is what it was done to, ``name`` the new name that
-a commit or rename gave, else null.  The others describe the snapshot as it is since then, or was when it was removed.
+``operation`` is prepare, view, commit, squash, rename, update or remove.  ``key`` is what it was done to, ``name`` the new
+name that a commit or rename gave, else null.  The others describe the snapshot as it is since then, or was when it was removed.
 Numbers count from 1 when the daemon starts.  A line ``{"missed": 12}`` stands for so many that a reader was too late for.
 """
 
@@ -18,6 +18,8 @@ import msgspec
 from snapfs import names
 from snapfs.model import Change, Kind, rfc3339
 from snapfs.tree.log import Log
+
+_MADE = {Kind.ACTIVE: "prepare", Kind.VIEW: "view", Kind.COMMITTED: "squash"}
 
 
 class Events(Log):
@@ -52,7 +54,7 @@ def _call(change: Change) -> tuple[str, str, str | None]:
     before, after = change.before, change.after
     if before is None:
         assert after is not None
-        return "prepare" if after.kind is Kind.ACTIVE else "view", after.name, None
+        return _MADE[after.kind], after.name, None
     if after is None:
         return "remove", before.name, None
     if after.kind is not before.kind:

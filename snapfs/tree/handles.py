@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from snapfs.errors import NotPermitted
 from snapfs.tree.texts import OVERHEAD, Text
 
@@ -11,13 +13,15 @@ class Handle:
 
     ``direct``: what it holds is its own, or grows, so that no cache of the file's pages may come between.  ``weight``: bytes of
     memory that it takes at most, besides ``text``, which other handles may have too.  ``waits_for``: what ``write`` waits for,
-    in a word, if that may take long.
+    in a word, if that may take long.  ``does``: the file to which it writes, if that does something at once, so that who writes
+    there too has to wait.
     """
 
     direct = False
     weight = OVERHEAD
     text: Text | None = None
     waits_for: str | None = None
+    does: Hashable = None
 
     @property
     def size(self) -> int:

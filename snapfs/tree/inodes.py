@@ -8,7 +8,8 @@ workspace keeps its number through checkpoint and rollback, too, though it gets 
            snapshot's id   0   0             0   entry        a file, link or directory that each snapshot has: 1 to 127
            snapshot's id   0   0             1   entry        the same directory under its other inode (ALIAS)
            snapshot's id   0   label, from 256 on             one value of a label, or one writer of a label
-           snapshot's id   1   checksum (26 to 7)    entry    one text of a file whose text changes by itself (VERSION)
+           snapshot's id   1   checksum (26 to 7)    entry    one text of a file whose text changes by itself (VERSION), or one
+                                                              writer of a file that does something
 
 A file whose text changes by itself (info.json, usage.json …) has another inode for each text, as if each text were put there
 by a rename: whatever a cache holds of an inode, its size and pages, stays right for ever, and a process that has the file open
@@ -35,6 +36,8 @@ CHECKSUM_MASK = (VERSION - 1) >> ENTRY_BITS
 
 FIRST_ATTRIBUTE = 16  # of a snapshot; the attributes go up to ENTRY_MASK
 FIRST_LABEL = 256
+WRITERS = 1000  # of one user, whose inodes are remembered: more than open such files at once
+WRITING = 64  # users whose are: those who had a new one last
 REMEMBERED = 8  # snapshots whose labels' inodes are
 LABELS = VERSION - FIRST_LABEL  # slots that labels have
 
@@ -56,8 +59,10 @@ class Slot(enum.IntEnum):
     VERSION = 11
     ERROR_LOG = 12
     JUST_MADE = 13  # a snapshot's directory where it was made: in its parent's listing, which shows a link from then on
-    EVENTS = 14
+    EVENTS = 14  # of id 0
+    HISTORY = 14  # of any other id
     CLEANUP = 15
+    HISTORY_LINK = 15
     OPTIONS = 16  # of id 0, which has no attributes; so all below
     STATS = 17
     LISTING = 18
@@ -65,7 +70,8 @@ class Slot(enum.IntEnum):
     NO_MEDIA = 20
 
 
-CHANGES_SLOT, CHECKPOINT_SLOT = 23, 24  # of the attributes under which the text that was found last is remembered
+# Of the attributes under which the text that was found last is remembered
+CHANGES_SLOT, CHECKPOINT_SLOT, PATCH_SLOT = 23, 24, 34
 
 KIND_SLOTS = {Kind.ACTIVE: Slot.ACTIVE, Kind.VIEW: Slot.VIEW, Kind.COMMITTED: Slot.COMMITTED}
 KINDS = {slot: kind for kind, slot in KIND_SLOTS.items()}
@@ -128,6 +134,44 @@ def label_slots(words: Iterable[str]) -> dict[str, int]:
         while taken.setdefault(slot, word) != word:
             slot = slot + 1 if slot + 1 < VERSION else FIRST_LABEL
     return {word: slot for slot, word in taken.items()}
+
+
+class Writers:
+    """The inodes that were lately given to those who write into files that do something, each its own: the kernel lets one
+    process at a time write to an inode.  A user's new ones push out only that user's.  A user is as in ``Caller``."""
+
+    def __init__(self) -> None:
+        self._users: dict[int, int | None] = {}  # by inode
+        self._inodes: dict[int | None, dict[int, None]] = {}  # by user; the latest is the last, of users and of inodes
+        self._made = 0
+
+    def new(self, node: int, slot: int, user: int | None) -> int:
+        """One for ``user``, for the file in ``slot`` of the snapshot for which inodes have the number ``node``."""
+        self._made += 1
+        while (inode := pack_version(node, slot, self._made)) in self._users:  # there are more numbers than remembered ones
+            self._made += 1
+        own = self._inodes[user] = self._inodes.pop(user, {})
+        own[inode] = None
+        self._users[inode] = user
+        if len(own) > WRITERS:
+            self._forget(own)
+        if len(self._inodes) > WRITING:
+            others = self._inodes.pop(next(iter(self._inodes)))
+            while others:
+                self._forget(others)
+        return inode
+
+    def _forget(self, inodes: dict[int, None]) -> None:
+        """Forget the oldest of one user's."""
+        oldest = next(iter(inodes))
+        del inodes[oldest], self._users[oldest]
+
+    def is_of(self, inode: int, user: int | None) -> bool:
+        """Whether ``inode`` was lately given to ``user``."""
+        return inode in self._users and self._users[inode] == user
+
+    def __contains__(self, inode: int) -> bool:
+        return inode in self._users
 
 
 class LabelInodes:

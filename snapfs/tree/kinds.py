@@ -81,7 +81,7 @@ class KindDirectory(Directory):
         if self.state.reads.was_refused(pid, number):  # tar --remove-files comes here after any refusal
             refuse_copied(self.state, number, pid)
         try:
-            await self.state.snapshotter.remove(number, refuse_mounted=True, wait=False)
+            await self.state.snapshotter.remove(number, refuse_mounted=True, wait=False, seen=(self.kind, self.key(name)))
         except NotFound:
             raise NotFound.snapshot(self.key(name)) from None
 

@@ -163,6 +163,8 @@ class ErrorLog(Log):
         super().__init__(lambda missed: f"{missed} earlier lines are not kept\n")
 
     def note(self, errno_name: str, operation: str, path: str, reason: object) -> None:
-        """``2026-11-23T23:08:38.000000123Z EEXIST rename active/web committed/base: snapshot "base" already exists …``"""
-        line = f"{errno_name} {operation} {path}: {reason}"
+        """``2026-11-23T23:08:38.000000123Z EEXIST rename active/web committed/base: snapshot "base" already exists …``
+
+        The first ``: `` ends the path: who chooses names chooses no reasons."""
+        line = f"{errno_name} {operation} {names.without_colons(path)}: {reason}"
         self.add(f"{rfc3339(time.time_ns())} {names.printable(line)}\n")

@@ -14,6 +14,7 @@ from snapfs.store.schema import Record
 from snapfs.tree.advice import how_to_write, path_of, why_missing
 from snapfs.tree.attributes import ATTRIBUTES, BY_NAME, ROOTFS, attribute_node
 from snapfs.tree.deleting import refuse_copied, refuse_with_children
+from snapfs.tree.history import HISTORY, history_of
 from snapfs.tree.inodes import KIND_SLOTS, Slot, pack
 from snapfs.tree.kinds import ChildrenDirectory
 from snapfs.tree.labels import LabelsDirectory
@@ -29,7 +30,7 @@ _OFFSETS = dict(
     sorted(
         [(kind.value, 2 * slot) for kind, slot in KIND_SLOTS.items()]
         + [(attribute.name, 2 * attribute.slot) for attribute in ATTRIBUTES]
-        + [(LABELS, 2 * BY_NAME["info.json"].slot + 1)],
+        + [(LABELS, 2 * BY_NAME["info.json"].slot + 1), (HISTORY, 2 * BY_NAME["usage.json"].slot + 1)],
         key=lambda entry: entry[1],
     )
 )
@@ -86,7 +87,9 @@ class SnapshotDirectory(Directory):
     def lookup(self, name: str) -> Node:
         node = self._entry(name)
         if node is None:
-            if name == ROOTFS and not self.state.snapshotter.has_rootfs:
+            if (
+                name == ROOTFS or (name == HISTORY and self.record.kind is Kind.ACTIVE)
+            ) and not self.state.snapshotter.has_rootfs:
                 raise LeftOut(why_missing(self.state, self.record))
             raise NotFound(f"{self.path}/{names.printable(name)} does not exist")
         return node
@@ -104,6 +107,8 @@ class SnapshotDirectory(Directory):
             return attribute_node(self.state, self.number, self.record, attribute)
         if name == LABELS:
             return LabelsDirectory(self.state, self.number, self.record, self.alias)
+        if name == HISTORY:
+            return history_of(self.state, self.number, self.record)
         if self.record.kind is Kind.COMMITTED and name in KIND_SLOTS:
             return ChildrenDirectory(self.state, Kind(name), self.number, self.record, self.alias)
         return None

@@ -20,9 +20,10 @@ from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
 from snapfs.tree.events import Events
 from snapfs.tree.hiding import Hidden, Teardowns
-from snapfs.tree.inodes import ALIAS, CHANGES_SLOT, CHECKPOINT_SLOT, LabelInodes, pack, unpack
+from snapfs.tree.inodes import ALIAS, CHANGES_SLOT, CHECKPOINT_SLOT, PATCH_SLOT, LabelInodes, Writers, pack, unpack
 from snapfs.tree.log import ErrorLog
 from snapfs.tree.meters import Meter
+from snapfs.tree.moments import Moments
 from snapfs.tree.openlabels import OpenLabels
 from snapfs.tree.reads import Reads
 from snapfs.tree.texts import LongText, Sparing, Text, Versions
@@ -62,8 +63,9 @@ class State:
 
     ``error_log``, ``events``: the logs in .snapfs/.  ``meters``: the requests, by operation, for stats.json.  ``reads``: which
     process has read what lately.  ``versions``: texts that were looked up lately.  ``sparing``: makes those about the daemon.
-    ``open_labels``: labels that are open for writing; ``label_inodes``: the inodes of those that are not.  ``hidden``: entries
-    that were just unlinked.  ``teardowns``: processes that were just refused to delete.
+    ``open_labels``: labels that are open for writing; ``label_inodes``: the inodes of those that are not.  ``writers``: those
+    of who writes into files that do something.  ``moments``: when checkpoints were made.  ``hidden``: entries that were just
+    unlinked.  ``teardowns``: processes that were just refused to delete.
 
     ``removals``: how often a directory inside a snapshot was removed (and came back), by inode.  ``aliased``: the ids of
     committed snapshots whose directories are found under their other inode (``inodes.ALIAS``): the server of the tree says
@@ -96,6 +98,8 @@ class State:
         self.sparing = Sparing()
         self.open_labels = OpenLabels(snapshotter)
         self.label_inodes = LabelInodes()
+        self.writers = Writers()
+        self.moments = Moments()
         self.hidden = Hidden()
         self.teardowns = Teardowns()
         self.removals: defaultdict[int, int] = defaultdict(int)
@@ -125,12 +129,16 @@ class State:
         return ALIAS if record.kind is Kind.COMMITTED and number in self.aliased else 0
 
     def spool(self, lines: Iterable[str]) -> Text:
-        """A text of ``lines``; in a worker thread."""
+        """A text of ``lines``, which tell of records; in a worker thread."""
         return LongText(lines, self.snapshotter.root)
 
+    def spool_found(self, lines: Iterable[str]) -> Text:
+        """A text of ``lines``, which tell what is in layers: a small layer can make as many of them as it likes."""
+        return LongText(lines, self.snapshotter.root, is_bounded=True)
+
     def found(self, number: int, slot: int) -> Text | None:
-        """The text of a file of snapshot ``number`` (``CHANGES_SLOT``, ``CHECKPOINT_SLOT``) that was found last; that of
-        ``changes`` stays right once the snapshot is committed."""
+        """The text of a file of snapshot ``number`` (``CHANGES_SLOT`` and the like) that was found last; those of
+        ``changes`` and ``changes.patch`` stay right once the snapshot is committed."""
         return self.versions.get(pack(number, slot))
 
     def keep(self, number: int, slot: int, text: Text) -> None:
@@ -139,10 +147,11 @@ class State:
 
     def _note(self, change: Change) -> None:
         self.events.note(change)
+        self.moments.note(change)
         self.changes += 1
         before, after = change.before, change.after
-        if before is not None and (after is None or after.kind is not before.kind):
-            for slot in (CHANGES_SLOT, CHECKPOINT_SLOT):
+        if before is not None and (after is None or (after.kind, after.id) != (before.kind, before.id)):
+            for slot in (CHANGES_SLOT, CHECKPOINT_SLOT, PATCH_SLOT):
                 self.versions.forget(pack(before.id, slot))
         for info in (before, after):
             if info is not None and not (before and after and (before.name, before.kind) == (after.name, after.kind)):
@@ -152,3 +161,5 @@ class State:
             for inode in [inode for inode in self.removals if unpack(inode)[0] == (before.node or before.id)]:
                 del self.removals[inode]
             self.aliased.discard(before.id)
+        elif before is not None and after is not None and before.id in self.aliased:
+            self.aliased.add(after.id)

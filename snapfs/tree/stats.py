@@ -28,6 +28,7 @@ def stats_json(state: State) -> str:
             },
             "mounts_held": counts.mounts_held,
             "trash_waiting": counts.trash_waiting,
+            "copies": [{"id": number, "files": files, "bytes": size} for number, (files, size) in counts.copies.items()],
         }
     )
 
@@ -43,6 +44,7 @@ def options_json(state: State) -> str:
             "pid": os.getpid(),
             "kernel": platform.release(),
             "root": snapshotter.root,
+            "root_word": snapshotter.root_word,
             **state.served,
             "window": state.window,
             "options": options,

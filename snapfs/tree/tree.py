@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 
+from snapfs import names
 from snapfs.errors import Damaged, NotFound, Stale
 from snapfs.model import Kind
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree.advice import path_of
 from snapfs.tree.attributes import BY_SLOT, attribute_node
 from snapfs.tree.daemon import node_outside_snapshots
+from snapfs.tree.history import history_link, history_of
 from snapfs.tree.inodes import (
     ALIAS,
     ENTRY_MASK,
@@ -34,6 +36,10 @@ from snapfs.tree.node import Node
 from snapfs.tree.renaming import Rename, what_rename_means
 from snapfs.tree.snapshot import SnapshotDirectory
 from snapfs.tree.state import State
+
+REMOVE = b"user.snapfs.remove"
+"""The extended attribute of a snapshot's directory that removes it when it is set to the snapshot's id: rmdir(2) takes a name,
+which may be another's by then."""
 
 
 class Tree:
@@ -72,6 +78,10 @@ class Tree:
             node = child_link(self.state, number, record)
         elif entry == Slot.ID_LINK:
             node = id_link(self.state, number, record)
+        elif entry == Slot.HISTORY:
+            node = history_of(self.state, number, record)
+        elif entry == Slot.HISTORY_LINK:
+            node = history_link(self.state, number, record)
         elif entry in BY_SLOT:
             node = attribute_node(self.state, number, record, BY_SLOT[entry])
         elif record.kind is Kind.COMMITTED and entry in KINDS:
@@ -91,7 +101,9 @@ class Tree:
         if node is None:
             raise NotFound(f"snapshot {number} has no such file")
         if node.inode != inode:
-            raise Stale(node.path)
+            if inode not in self.state.writers:
+                raise Stale(node.path)
+            node.inode = inode
         return node
 
     def present_node(self, inode: int) -> Node:
@@ -113,11 +125,30 @@ class Tree:
         """Rename at once.  For tests and tools."""
         await self.what_rename_means(source, name, target, new_name, replace=replace).carry_out()
 
-    def note_read(self, inode: int, pid: int) -> None:
-        """Process ``pid`` opens, follows or lists what has ``inode``: by that it is known later which process copies."""
+    async def remove(self, inode: int, number: int, path: str) -> None:
+        """Remove snapshot ``number``, as rmdir of ``path`` (KIND/NAME) does, if ``inode`` is that of its directory, and it is
+        still there; raises NotFound where it is not."""
+        kind, _, name = path.partition("/")
+        if kind not in list(Kind) or not name:
+            raise NotFound(f"{names.printable(path)} is no path of a snapshot")
+        node, slot = unpack(inode)
+        with self.state.reading() as reader:
+            try:
+                record = reader.record(number)
+                its = record.node_of(number) if record is not None else 0
+            except Damaged:  # it can be removed all the same
+                its = reader.node_of(number)
+        if its != node or entry_of(slot) not in (Slot.SNAPSHOT, Slot.JUST_MADE):
+            raise NotFound(f"snapshot {number} is not here any more")
+        seen = Kind(kind), names.decode(name)
+        await self.snapshotter.remove(number, refuse_mounted=True, wait=False, seen=seen)
+
+    def note_read(self, inode: int, user: int | None, pid: int) -> None:
+        """Process ``pid`` of ``user`` (as in ``Caller``) opens, follows or lists what has ``inode``: by that it is known later
+        which process copies."""
         entry = entry_of(unpack(inode)[1])
         if (entry in BY_SLOT or entry == Slot.SNAPSHOT) and (number := self.id_of(inode)):
-            self.state.reads.note(pid, number, entry)
+            self.state.reads.note(user, pid, number, entry)
 
     def id_of(self, inode: int) -> int:
         """The id of the snapshot to which ``inode`` belongs; 0 where it belongs to none, or is of one that is gone."""

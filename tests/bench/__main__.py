@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.bench import (
+    adopting,
+    applies,
     calls,
     command,
     commit,
@@ -27,6 +29,7 @@ from tests.bench import (
     states,
     table,
     throughput,
+    versions,
     walk,
 )
 from tests.bench.place import Place
@@ -42,6 +45,7 @@ BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "flush": commit.flushed,
     "remove": remove.remove,
     "scans": scans.scans,
+    "patches": scans.patches,
     "ls": listing.listing,
     "calls": calls.calls,
     "commands": calls.commands,
@@ -53,6 +57,9 @@ BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "command": command.command,
     "states": states.states,
     "copies": copies.copies,
+    "adopt": adopting.adopting,
+    "versions": versions.versions,
+    "applies": applies.applies,
 }
 
 HOME = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from tests.bench.rows import Row, at_most, in_turns, p50
 
 
 def command(place: Place) -> Iterator[Row]:
-    """snapfs prepare and ls, beside ctr snapshots prepare and ls."""
+    """snapfs prepare and ls, beside ctr snapshots prepare and ls; snapfs run --from, beside a run in what is there."""
     program = Path(sys.executable).with_name("snapfs")
     calls, listed = place.size(10, 2), place.size(100, 10)
     note = "whole processes, from fork to end, their output thrown away; durable; not pinned; median of some"
@@ -57,3 +57,21 @@ def command(place: Place) -> Iterator[Row]:
                 partial(some, program, "prepare", *at, fresh=True),
                 partial(some, *ctr, "prepare", fresh=True),
             )
+        yield _runs(place, program, daemon.mnt)
+
+
+def _runs(place: Place, program: Path, mnt: Path) -> Row:
+    """A command in a workspace of its own, which is made, looked through and removed for it."""
+    base, workspace = place.name("base"), place.name("workspace")
+    os.mkdir(mnt / "active" / base)
+    os.rename(mnt / "active" / base, mnt / "committed" / base)
+    run(program, "prepare", "--at", mnt, workspace, "--parent", base)
+    row = Row(
+        "snapfs run --from NAME --discard true", "snapfs run KEY true", "ms", None, "whole processes; durable; not pinned"
+    )
+    return in_turns(
+        place.rounds,
+        row,
+        lambda: run(program, "run", "--at", mnt, "--from", base, "--discard", "true") * 1e3,
+        lambda: run(program, "run", "--at", mnt, workspace, "true") * 1e3,
+    )

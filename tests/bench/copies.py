@@ -40,7 +40,7 @@ def copies(place: Place) -> Iterator[Row]:
         yield from beside("a git repository of 50 commits", _recipe("git").fill)
         yield from beside(f"{files:,} files", lambda base: make_files(base, files, 20), at_most(0.01))
         yield from beside(_of(size), lambda base: _big(base, size), use=_write("big"))
-    with _reflinks(place, 3 * size + (1 << 29)) as disk, _session(disk) as session:
+    with reflinks(place, 3 * size + (1 << 29)) as disk, _session(disk) as session:
         what = f"{_of(size)}, on a disk with reflinks"
         yield from _beside(place, session, what, lambda base: _big(base, size), None, _write("big"))
     yield from _postgresql(place)
@@ -87,7 +87,7 @@ def _session(directory: Path, wish: Wish = "auto") -> Iterator[Session]:
 
 
 @contextmanager
-def _reflinks(place: Place, size: int) -> Iterator[Path]:
+def reflinks(place: Place, size: int) -> Iterator[Path]:
     """A disk with reflinks: xfs on a loop device."""
     with place.directory("disk") as directory:
         image = directory / "image"

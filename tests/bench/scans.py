@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,70 @@ def _reading(path: str) -> float:
 def _command(*command: str | Path) -> float:
     """Milliseconds of a process."""
     return run(*command) * 1e3
+
+
+def patches(place: Place) -> Iterator[Row]:
+    """changes.patch beside what compares the same two trees."""
+    files = place.size(100_000, 2_000)
+    with place.snapfs() as daemon:
+        base, few, all_of_them = (place.name(name) for name in ("base", "few", "all"))
+        os.mkdir(daemon.mnt / "active" / base)
+        below = layer_of(daemon.mnt, f"active/{base}")
+        make_files(below, files)
+        names = [path.relative_to(below) for path in below.rglob("*") if path.is_file()]
+        for name in names:
+            (below / name).write_text(f"{name}\n" * 5)
+        os.rename(daemon.mnt / "active" / base, daemon.mnt / "committed" / base)
+        below = layer_of(daemon.mnt, f"committed/{base}")
+        for key, copied in ((few, names[:10]), (all_of_them, names)):
+            os.mkdir(daemon.mnt / "committed" / base / "active" / key)
+            layer = layer_of(daemon.mnt, f"active/{key}")
+            for name in copied:
+                (layer / name).parent.mkdir(parents=True, exist_ok=True)
+                (layer / name).write_text(f"{name}\n" * 5)
+            for name in names[:10]:
+                (layer / name).write_text(f"{name}\n" * 4 + "changed\n")
+            settle(layer)
+        layer = layer_of(daemon.mnt, f"active/{all_of_them}")
+        directory = f"{daemon.mnt}/active"
+        row = Row(
+            f"changes.patch, ten lines changed on {files:,} files, warm",
+            "changes of the same",
+            "ms",
+            at_most(2) if files == 100_000 else None,
+            "open, read and close of both, of an active snapshot whose layer has ten files; not pinned",
+        )
+        in_turns(
+            place.rounds,
+            row,
+            partial(_reading, f"{directory}/{few}/changes.patch"),
+            partial(_reading, f"{directory}/{few}/changes"),
+        )
+        yield row
+        for other, command in (("diff -ruN", ("diff", "-ruN")), ("git diff --no-index", ("git", "diff", "--no-index"))):
+            row = Row(
+                f"changes.patch, {files:,} files opened for writing, ten lines changed, warm",
+                other,
+                "ms",
+                None,
+                "the other as a whole process, on the two layers as directories; not pinned",
+            )
+            in_turns(
+                place.rounds,
+                row,
+                partial(_reading, f"{directory}/{all_of_them}/changes.patch"),
+                partial(_differing, *command, below, layer),
+            )
+            yield row
+
+
+def _differing(*command: str | Path) -> float:
+    """Milliseconds of a process that ends with 1, for it has found differences."""
+
+    def call() -> None:
+        assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 1
+
+    return timed(call) * 1e3
 
 
 def scans(place: Place) -> Iterator[Row]:

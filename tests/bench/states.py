@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from tests.bench.files import make_files
@@ -21,7 +22,8 @@ NOTE = f"{PAUSE * 1000:.0f} ms after one file was written; not pinned"
 
 
 def states(place: Place) -> Iterator[Row]:
-    """A workspace on a project, and the same project elsewhere."""
+    """A workspace on a project, and the same project elsewhere; many layers made one."""
+    yield from _layers(place)
     files = place.size(20_000, 500)
     with ExitStack() as stack:
         for sync, bound in (("none", at_most(3, absolute=True)), ("full", None)):
@@ -39,6 +41,63 @@ def states(place: Place) -> Iterator[Row]:
             for what, against, act, project in make(stack, place, directory, files):
                 row = Row(f"{what}, sync=full", against, "ms", None, f"{files:,} files; {NOTE}; each a process or a few")
                 yield in_turns(place.rounds, row, ours[what], _after_a_write(project, act))
+
+
+def _layers(place: Place) -> Iterator[Row]:
+    """Many layers made one, beside copies of the same files; and what a checkpoint on many costs."""
+    files, depth = place.size(20_000, 400), 20
+    with ExitStack() as stack:
+        mnt = stack.enter_context(place.snapfs("-o", "squash_depth=0")).mnt
+        elsewhere = stack.enter_context(place.directory("copies"))
+        top = _stacked(mnt, "s", depth, files // depth)
+        plain = elsewhere / "plain"
+        run("cp", "-a", f"{top / 'rootfs'}/.", plain)
+        settle(top)
+        made = _timed(lambda: run("sh", "-c", f"echo {place.name('flat')} > {top}/squash"))
+        what = f"a squash of {depth} layers with {files:,} files together, by a write, sync=full"
+        for against, source, words in (
+            ("cp -al of the same files, in one directory", plain, ("cp", "-al")),
+            ("cp -a of its rootfs", f"{top / 'rootfs'}/.", ("cp", "-a")),
+        ):
+            row = Row(what, against, "ms", None, "each a process; the copies are not flushed")
+            yield in_turns(place.rounds, row, made, partial(_copied_to, place, elsewhere, *words, source))
+        for key, below in (("few", 10), ("many", 120)):
+            _stacked(mnt, key, below, 1)
+            os.mkdir(mnt / f"committed/{key}{below}/active/{key}")
+        sides = [partial(_kept, place, mnt, key, f"{key}{below}") for key, below in (("many", 120), ("few", 10))]
+        row = Row(
+            "a checkpoint on 120 layers", "one on 10", "ms", at_most(2), "by a write; rolled back to that depth after each"
+        )
+        yield in_turns(place.rounds, row, *sides)
+
+
+def _stacked(mnt: Path, name: str, depth: int, files: int) -> Path:
+    """Committed snapshots on one another, NAME1 to NAME<depth>, with so many files each: the last."""
+    above = mnt
+    for number in range(1, depth + 1):
+        key = f"{name}{number}"
+        os.mkdir(above / "active" / key)
+        directory = Path(os.readlink(mnt / "active" / key / "diff"), key)
+        directory.mkdir()
+        make_files(directory, files, 1000)
+        os.rename(mnt / "active" / key, mnt / "committed" / key)
+        above = mnt / "committed" / key
+    return above
+
+
+def _copied_to(place: Place, directory: Path, *words: str | Path) -> float:
+    return timed(lambda: run(*words, directory / place.name("copy"))) * 1e3
+
+
+def _timed(act: Callable[[], object]) -> Callable[[], float]:
+    return lambda: timed(act) * 1e3
+
+
+def _kept(place: Place, mnt: Path, key: str, below: str) -> float:
+    _touch(mnt / "active" / key / "rootfs", 1)
+    took = timed(lambda: (mnt / "active" / key / "checkpoint").write_text("a message\n")) * 1e3
+    (mnt / "active" / key / "rollback").write_text("0\n")
+    return took
 
 
 def _workspace(mnt: Path, files: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 import time
 import zlib
@@ -98,9 +99,22 @@ class Look:
                 lines = "".join(f"{letters[file]} /{file}\n" for file in sorted(letters))
                 changes = self.client.read(path).decode()
                 check(changes == lines, its.key, f"{path} says {changes!r}, not {lines!r}")
+            case "changes.patch":
+                above = self.model.find(its.parent)
+                below = self.model.merged(above) if above is not None else {}
+                heads = {
+                    name.decode() for name in re.findall(rb"^diff --git a/(.*) b/\1$", self.client.read(path), re.MULTILINE)
+                }
+                sure = {file for file, content in its.layer.items() if content is None or file not in below}
+                check(sure <= heads <= set(its.layer), its.key, f"{path} tells of {heads}, not {sure} and some of {its.layer}")
             case "checkpoint":
                 check(self.client.read(path) == b"", its.key, f"{path} has lines, and nobody keeps anything")
-            case "rollback" | "fork":
+            case "history":
+                links = self.client.must("list", path, lambda: os.listdir(path))
+                check(links == [], its.key, f"{path} has {links}, and nobody keeps anything")
+            case "compare":
+                self.check_comparison(its, path)
+            case "rollback" | "fork" | "squash" | "dissolve":
                 check(self.client.read(path).startswith(b"Write "), its.key, f"{path} does not say what to write")
             case "labels":
                 labels = self.client.must("list", path, lambda: os.listdir(path))
@@ -119,13 +133,26 @@ class Look:
                 shown = self.client.must("list", path, lambda: os.listdir(path))
                 check(sorted(shown) == sorted(children), its.key, f"{path} has {shown}, not {children}")
 
+    def check_comparison(self, its: Snapshot, path: str) -> None:
+        """With any other, of whatever kind."""
+        other = self.model.some() or self.model.base
+        before, after = self.model.merged(other), self.model.merged(its)
+        letters = {file: "D" if file not in after else "A" if file not in before else "C" for file in {**before, **after}}
+        changed = [file for file in sorted(letters) if before.get(file) != after.get(file)]
+        lines = "".join(f"{letters[file]} /{file}\n" for file in changed)
+        with self.client.opened(path, os.O_RDWR) as fd:
+            request = f"changes content {other.path}\n".encode()
+            self.client.must("write", path, lambda: os.write(fd, request))
+            said = self.client.read_on(fd, path, len(request)).decode()
+        self.client.check(said == lines, its.key, f"{path} with {other.path} says {said!r}, not {lines!r}")
+
     def check_usage(self, its: Snapshot, path: str) -> None:
         usage = json.loads(self.client.read(path))
         files = sum(content is not None for content in its.layer.values())
         most = len(its.layer)  # whiteouts may be names of one inode
         least = files + (most > files)
         if its.kind is Kind.VIEW:
-            self.client.check(usage == {"inodes": 0, "size": 0}, its.key, f"{path} says {usage}")
+            self.client.check(usage == {"inodes": 0, "size": 0, "shared": 0}, its.key, f"{path} says {usage}")
             return
         fits = least < usage["inodes"] <= most + 1 and usage["size"] % 512 == 0
         self.client.check(fits, its.key, f"{path} says {usage} of {least} to {most} files")

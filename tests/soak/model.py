@@ -13,11 +13,12 @@ from tests.soak.client import Client, file_name
 BASE = "base"
 BASE_FILES = {"f0": b"base 0\n", "f1": b"base 1\n" * 100, "f9": b"base 9\n"}
 
-_COMMON = {"info.json", "usage.json", "labels", "rootfs"}
+_COMMON = {"info.json", "usage.json", "labels", "rootfs", "compare"}
 ENTRIES = {
-    Kind.ACTIVE: _COMMON | {"mounts.json", "mount.sh", "changes", "diff", "checkpoint", "rollback", "fork"},
+    Kind.ACTIVE: _COMMON
+    | {"mounts.json", "mount.sh", "changes", "changes.patch", "diff", "checkpoint", "rollback", "fork", "history"},
     Kind.VIEW: _COMMON | {"mounts.json", "mount.sh"},
-    Kind.COMMITTED: _COMMON | {"changes", "diff", *map(str, Kind)},
+    Kind.COMMITTED: _COMMON | {"changes", "changes.patch", "diff", "squash", "dissolve", *map(str, Kind)},
 }
 
 

@@ -1,0 +1,1 @@
+"""What changed in a snapshot, brought into an ordinary directory."""

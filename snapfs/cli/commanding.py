@@ -1,0 +1,41 @@
+"""Writing into the files of a snapshot that do what is written there (``tree/commands.py``)."""
+
+from __future__ import annotations
+
+from snapfs.cli.commit import persistently
+from snapfs.cli.place import MountedTree, key_of
+from snapfs.cli.refusal import NOT_FOUND, Refusal, missing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_OF = {"active": "a workspace is an active snapshot", "committed": "only committed snapshots can be squashed"}
+
+
+def commanded(
+    place: MountedTree,
+    kind: str,
+    key: str,
+    command: str,
+    text: str,
+    what: str,
+    call: Callable[..., object] = persistently,
+    *,
+    held: int | None = None,
+) -> str:
+    """Write ``text`` into the file ``command`` of the snapshot ``key`` of ``kind``, by means of ``call``: the key or name that
+    comes of it, or "".  ``what`` is what is being done, in words that go on from "cannot ".  ``held`` is the directory of the
+    snapshot that is meant, where it is open (``MountedTree.hold``): another may have the key by now.  Raises Refusal."""
+    result: list[str] = []
+    path = f"{place.directory(kind, key)}/{command}"
+    try:
+        place.do(what, ["open", "write"], call, lambda path: result.append(place.write_command(path, text, held)), path)
+    except Refusal as refused:
+        there = place.kind_of(key) if refused.status == NOT_FOUND else kind
+        if there is None:
+            raise missing(key, place.path) from None
+        if there != kind:
+            raise Refusal(f'"{key}" is {there}: {_OF[kind]}', NOT_FOUND) from None
+        raise
+    return key_of(result[0])
