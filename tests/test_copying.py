@@ -17,7 +17,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ import pytest
 import trio
 
 from snapfs import Options, Snapshotter, open_snapshotter
+from snapfs.cli import ending, main
+from snapfs.cli.place import MountedTree
 from snapfs.errors import NotFound, TryAgain, Unavailable
 from snapfs.idmap import GID_MAPPING, UID_MAPPING
 from snapfs.kernel import freezing, mounting
@@ -740,6 +742,28 @@ def test_kill_ends_what_has_gone_elsewhere(cgroups: Path, workspace: Path, daemo
         assert "in another mount namespace" in Command(daemon.mnt)("rollback", "web", status=5)
         assert Command(daemon.mnt)("rollback", "web", "--kill") == "web is as an empty one\n"
         assert process.wait(10) == -signal.SIGTERM
+
+
+def test_kill_ends_what_came_in_between(
+    workspace: Path, daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever starts a process in a workspace does so at any moment: after the look for such, too, and after a checkpoint."""
+    (workspace / "rootfs/file").write_text("2")
+    end_all, looks = ending.end_all, 0
+    with ExitStack() as started:
+
+        def and_another_comes(place: MountedTree, key: str) -> None:
+            nonlocal looks
+            end_all(place, key)
+            looks += 1
+            if looks % ending.TRIES:
+                started.enter_context(running(daemon, "sh", "-c", "echo here; exec sleep 60"))
+
+        monkeypatch.setattr(ending, "end_all", and_another_comes)
+        monkeypatch.setattr(ending, "TRIES", 2)
+        assert main(["rollback", "--at", str(daemon.mnt), "--keep", "--kill", "web"]) == 0
+    assert (looks, capsys.readouterr().out) == (2 * ending.TRIES, "kept as web@1\nweb is as an empty one\n")
+    assert os.listdir(workspace / "rootfs/") == []
 
 
 def test_kill_spares_what_was_started_elsewhere(cgroups: Path, workspace: Path, daemon: Daemon) -> None:

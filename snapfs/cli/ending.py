@@ -24,6 +24,25 @@ PATIENCE, LONGEST = 5.0, 20.0  # seconds that a process has to end by itself, an
 
 AGAIN = 0.2  # seconds until it is looked for more of them
 
+TRIES = 5  # to do what takes that nobody is there, as others may come meanwhile
+
+
+def once_empty(place: MountedTree, key: str, act: Callable[[], str]) -> str:
+    """What ``act`` gives, once the processes in the workspace ``key`` have been ended (``end_all``).
+
+    A ``snapfs run`` may come in between, and one that is about to start its command is not yet known as such: where the daemon
+    says that somebody is there, both are done again, TRIES times at most.  Raises Refusal."""
+    for _ in range(1, TRIES):
+        end_all(place, key)
+        try:
+            return act()
+        except Refusal as refused:
+            if refused.status != BUSY:
+                raise
+        time.sleep(AGAIN)
+    end_all(place, key)
+    return act()
+
 
 def end_all(place: MountedTree, key: str) -> None:
     """End the processes in the workspace ``key`` that ``snapfs run`` or ``snapfs shell`` has started there, and those that they

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from functools import partial
 
 from snapfs.cli import keeping, table
 from snapfs.cli.commanding import commanded
@@ -20,6 +21,10 @@ from snapfs.cli.prepare import make
 from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import BUSY, NOT_PERMITTED, TAKEN, Refusal, missing
 from snapfs.labels import MESSAGE, NUMBER, OF, PIN, SQUASHED, pinned
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SHOWN = 0.2  # seconds between two looks at how far a copy is
 
@@ -103,10 +108,7 @@ def _rollback(given: Given) -> int:
     key, to = place.key(given.arguments[0]), given.arguments[1] if len(given.arguments) > 1 else ""
     if to and not to.isdecimal():
         to = f"committed/{file_name(place.key(to))}"
-    if given.has("kill"):
-        from snapfs.cli.ending import end_all
-
-        end_all(place, key)
+    do = partial(_with_nobody_there, place, key) if given.has("kill") else _as_it_is
     held = None
     if given.has("keep"):
         directory = place.directory("active", key)
@@ -115,10 +117,11 @@ def _rollback(given: Given) -> int:
         if place.kind_of(key) == "active":  # else the sentence is that of the checkpoint
             held = place.hold("active", key)  # what is rolled back is what was kept, whoever gets the key meanwhile
         to = to or ("0" if held is None else _parent(held))
-        kept = _kept(place, key, f"before it was rolled back to {to.removeprefix('committed/')}", held)
+        why = f"before it was rolled back to {to.removeprefix('committed/')}"
+        kept = do(partial(_kept, place, key, why, held))
         table.show_line(f"kept as {kept}")
     try:
-        parent = commanded(place, "active", key, "rollback", to, f'roll "{key}" back', held=held)
+        parent = do(partial(commanded, place, "active", key, "rollback", to, f'roll "{key}" back', held=held))
     except Refusal as refused:
         elsewhere = place.mounted_by_hand(place.directory("active", key)) if refused.status == BUSY else []
         if not elsewhere:
@@ -128,6 +131,16 @@ def _rollback(given: Given) -> int:
         raise Refusal(f'"{key}" is mounted on {elsewhere[0]}: {to_do}', BUSY) from None
     table.show_line(f"{key} is as {parent or 'an empty one'}")
     return 0
+
+
+def _as_it_is(act: Callable[[], str]) -> str:
+    return act()
+
+
+def _with_nobody_there(place: MountedTree, key: str, act: Callable[[], str]) -> str:
+    from snapfs.cli.ending import once_empty
+
+    return once_empty(place, key, act)
 
 
 def _parent(held: int) -> str:
