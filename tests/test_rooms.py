@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "store": PURE | {"kernel", "threads", "store"},
     "scan": PURE | {"kernel", "threads", "scan"},
     "applying": PURE | {"kernel", "scan", "applying"},
+    "images": PURE | {"kernel", "images"},
     "root": PURE | {"kernel", "store", "scan", "root"},
     "rules": PURE | {"kernel", "store", "scan", "root", "rules"},
     "services": PURE | {"threads", "kernel", "store", "scan", "root", "rules", "services"},
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "fuse": PURE | DOORS | {"threads", "kernel", "root", "tree", "fuse"},
     "containerd": PURE | {"threads", "kernel", "snapshotter", "containerd"},
     "testing": {"kernel", "scan", "testing"},
-    "cli": PURE | DOORS | {"kernel", "scan", "applying", "root", "offline", "fuse", "containerd", "cli"},
+    "cli": PURE | DOORS | {"kernel", "scan", "applying", "images", "root", "offline", "fuse", "containerd", "cli"},
 }
 
 WITHOUT_TRIO = {*PURE, "kernel", "root", "rules"}

@@ -39,6 +39,7 @@ VERBS = {
     "apply": ("apply", "bring what changed into an ordinary directory, and undo that"),
     "versions": ("versions", "show which checkpoints hold which version of a file"),
     "restore": ("versions", "put one file or directory back as it was at a checkpoint"),
+    "export": ("export", "make an image of a snapshot and those below it"),
     "squash": ("squash", "make one layer of many"),
     "events": ("events", "show, or follow, what happens"),
     "prune": ("prune", "remove snapshots by label, age or kind; thin checkpoints"),

@@ -18,6 +18,7 @@ import msgspec
 from snapfs.errors import AlreadyExists, InvalidArgument, Unavailable
 from snapfs.kernel import trusted
 from snapfs.kernel.mounttable import mount_table
+from snapfs.kernel.unnamed import unnamed
 from snapfs.root import identity, imprint
 from snapfs.root.claim import RECORDS, look
 from snapfs.root.lock import shared_lock
@@ -26,9 +27,6 @@ from snapfs.store.locktable import open_environment, table_of
 from snapfs.store.schema import root_word
 from snapfs.store.soundness import open_error, refuse_foreign
 from snapfs.store.space import allocated_bytes
-
-_NOT_WITHOUT_A_NAME = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
-
 
 ROOM = 1 << 30  # bytes of address space, not of memory or disk, that the records may grow by while they are copied
 
@@ -94,24 +92,10 @@ def _refuse_place(root: str, directory: str, file: str) -> None:
 def _write(root: str, records: str, directory: str, name: str) -> Backup:
     """Copy ``records`` to a file without a name, where the file system has such files (else to one with a name that tells), and
     give it its name when the copy is on disk."""
-    partial = ""
-    with ExitStack() as ended:
-        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        ended.callback(os.close, place)
-        try:
-            fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if error.errno not in _NOT_WITHOUT_A_NAME:
-                raise
-            partial = f".snapfs-backup-{os.getpid()}.partial"
-            fd = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=place)
-            ended.callback(os.unlink, partial, dir_fd=place)
-        ended.callback(os.close, fd)
-        _copy(root, records, fd)
-        os.fsync(fd)
-        made = Backup(_count(fd, root, records), os.fstat(fd).st_size)
-        os.link(partial or f"/proc/self/fd/{fd}", name, src_dir_fd=place, dst_dir_fd=place, follow_symlinks=True)
-        os.fsync(place)
+    with unnamed(directory) as copy:
+        _copy(root, records, copy.fd)
+        made = Backup(_count(copy.fd, root, records), os.fstat(copy.fd).st_size)
+        copy.become(name)
         return made
 
 

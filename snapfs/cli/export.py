@@ -1,0 +1,226 @@
+"""``snapfs export``: a chain of committed snapshots becomes an image, a layer a snapshot, by reading files of the tree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+from snapfs.cli import table
+from snapfs.cli.commanding import commanded
+from snapfs.cli.grammar import Given, Option, Verb
+from snapfs.cli.place import MountedTree, file_name, find_tree
+from snapfs.cli.progress import Progress
+from snapfs.cli.refusal import FAILED, NOT_FOUND, USAGE, Refusal, missing
+from snapfs.labels import MESSAGE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from snapfs.images.writing import Destination
+
+PIECE = 1 << 20  # bytes that are read of a layer at once
+
+OCI, OCI_ARCHIVE, DOCKER_ARCHIVE = "oci", "oci-archive", "docker-archive"
+
+
+class _Layer:
+    """A committed snapshot as a layer; ``info`` is what its info.json says."""
+
+    def __init__(self, place: MountedTree, name: str, info: dict[str, Any]) -> None:
+        self.name = name
+        self.info = info
+        self.diff_id: str | None = info.get("diff_id")
+        self._place = place
+        self._path = f"{place.directory('committed', name)}/layer.tar"
+        self.size = 0
+
+    def open(self) -> None:
+        """Have the tree look through the layer: its size is known then.  Raises Refusal."""
+        self._fd = -1
+        self._place.do(f'read the layer of "{self.name}"', ["open"], self._open, self._path)
+        self.size = os.fstat(self._fd).st_size
+
+    def _open(self, path: str) -> None:
+        self._fd = self._place.open(path, os.O_RDONLY)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Raises Refusal."""
+        offset, read = 0, [b""]
+
+        def take(path: str) -> None:
+            read[0] = os.pread(self._fd, PIECE, offset)
+
+        while offset < self.size:
+            self._place.do(f'read the layer of "{self.name}"', ["read"], take, self._path)
+            if not read[0]:
+                raise Refusal(f'the layer of "{self.name}" ended too early: see {self._place.path}/.snapfs/error_log', FAILED)
+            offset += len(read[0])
+            yield read[0]
+
+
+def _export(given: Given) -> int:
+    from snapfs.errors import AlreadyExists, InvalidArgument
+    from snapfs.images.compressing import MEDIA_TYPES, NotInstalled
+
+    place = find_tree(given.value("at"), changes=given.has("squash"))
+    how = given.value("compression") or "gzip"
+    if how not in MEDIA_TYPES:
+        raise Refusal(f'"{how}" is no compression: there are {", ".join(MEDIA_TYPES)}', USAGE)
+    name, destination = place.key(given.arguments[0]), given.arguments[1]
+    kind = place.kind_of(name)
+    if kind is None:
+        raise missing(name, place.path)
+    if kind != "committed":
+        to_do = place.command("checkpoint", name) if kind == "active" else "name what it stands on"
+        raise Refusal(f'"{name}" is {kind}: only committed snapshots have layers that stay as they are; {to_do}', NOT_FOUND)
+    try:
+        with _squashed(place, name) if given.has("squash") else contextlib.nullcontext(name) as top:
+            _send(place, name, _chain(place, top), destination, how)
+    except NotInstalled as why:
+        raise Refusal(str(why)) from None
+    except (AlreadyExists, InvalidArgument) as why:
+        raise Refusal(str(why)) from None
+    except OSError as error:
+        raise Refusal(f"cannot write {destination}: {error.strerror}") from None
+    return 0
+
+
+@contextlib.contextmanager
+def _squashed(place: MountedTree, name: str) -> Iterator[str]:
+    """The name of a snapshot that shows what ``name`` shows, and stands on nothing: itself, or one that is there meanwhile."""
+    if _info(place, name).get("parent") is None:
+        yield name
+        return
+    new = f"{name}.export-{os.getpid()}"
+    commanded(place, "committed", name, "squash", file_name(new), f'squash "{name}"')
+    number = _info(place, new)["id"]
+    try:
+        yield new
+    finally:
+        place.remove("committed", new, number)
+
+
+def _info(place: MountedTree, name: str) -> dict[str, Any]:
+    import json
+
+    found: dict[str, Any] = json.loads(place.read(f"{place.directory('committed', name)}/info.json"))
+    return found
+
+
+def _chain(place: MountedTree, name: str | None) -> list[_Layer]:
+    """The layers of ``name``, the lowest first."""
+    found: list[_Layer] = []
+    while name is not None:
+        info = _info(place, name)
+        found.append(_Layer(place, name, info))
+        name = info.get("parent")
+    return found[::-1]
+
+
+def _send(place: MountedTree, name: str, layers: list[_Layer], destination: str, how: str) -> None:
+    transport, colon, rest = destination.partition(":")
+    path, _, tag = rest.partition(":")
+    if not colon or not rest:
+        raise Refusal(f'"{destination}" says no place: {OCI}:DIR[:TAG], {OCI_ARCHIVE}:FILE, docker://HOST/NAME:TAG', USAGE)
+    if transport not in (OCI, OCI_ARCHIVE, DOCKER_ARCHIVE):
+        _by_skopeo(place, name, layers, destination, how)
+        return
+    from snapfs.images import writing
+    from snapfs.kernel.unnamed import unnamed
+
+    if transport == OCI:
+        _write(place, name, layers, writing.OciDirectory(path, tag or "latest", how))
+    elif os.path.lexists(path):
+        raise writing.taken(path)
+    else:
+        with unnamed(os.path.dirname(path) or ".", 0o644) as made:
+            archive: Destination = (
+                writing.OciArchive(path, tag, how, made) if transport == OCI_ARCHIVE else writing.DockerArchive(path, tag, made)
+            )
+            _write(place, name, layers, archive)
+    table.show_line(destination)
+
+
+def _write(place: MountedTree, name: str, layers: list[_Layer], destination: Destination) -> None:
+    from snapfs.images.configuration import Step, configuration
+
+    progress, read, written, steps = Progress(), 0, [], []
+    try:
+        for nth, layer in enumerate(layers):
+
+            def told(size: int, nth: int = nth) -> None:
+                nonlocal read
+                read += size
+                progress.show_count(f"layer {nth + 1} of {len(layers)}", nth, read)
+
+            layer.open()
+            with contextlib.closing(layer):
+                written.append(destination.layer(layer, told))
+            steps.append(Step(_when(layer.info), layer.info["labels"].get(MESSAGE, "")))
+        destination.finish(configuration(_known(place, name), [each.diff_id for each in written], steps), written)
+    finally:
+        progress.clear()
+
+
+def _when(info: dict[str, Any]) -> int:
+    """When the snapshot was made, in seconds since the epoch; no later than $SOURCE_DATE_EPOCH."""
+    import calendar
+
+    made = calendar.timegm(time.strptime(info["created"][:19], "%Y-%m-%dT%H:%M:%S"))
+    latest = os.environ.get("SOURCE_DATE_EPOCH")
+    if latest is None:
+        return made
+    if not latest.isdecimal():
+        raise Refusal(f'SOURCE_DATE_EPOCH is "{latest}", which is no number of seconds: set it right, or unset it', USAGE)
+    return min(made, int(latest))
+
+
+def _known(place: MountedTree, name: str) -> dict[str, Any]:
+    """What image.json of ``name`` says; nothing where it came from no image."""
+    import json
+
+    path = f"{place.directory('committed', name)}/image.json"
+    if not place.within.exists(path):
+        return {}
+    found: dict[str, Any] = json.loads(place.read(path))
+    return found
+
+
+def _by_skopeo(place: MountedTree, name: str, layers: list[_Layer], destination: str, how: str) -> None:
+    """Make a layout in a directory of its own, which skopeo takes to ``destination``."""
+    import tempfile
+
+    from snapfs.images import skopeo, writing
+
+    skopeo.find()  # before there is work
+    with tempfile.TemporaryDirectory(prefix="snapfs-export-") as directory:
+        _write(place, name, layers, writing.OciDirectory(f"{directory}/image", "image", how))
+        skopeo.copy(f"oci:{directory}/image:image", destination)
+    table.show_line(destination)
+
+
+VERBS = {
+    "export": Verb(
+        "export",
+        "NAME DEST",
+        (
+            Option("compression", "of the layers: gzip, zstd or none", "HOW"),
+            Option("squash", "one layer, of all that NAME shows"),
+        ),
+        "Make an image of the committed snapshot NAME: a layer for each snapshot of its chain.  DEST is oci:DIR[:TAG],\n"
+        "oci-archive:FILE[:TAG], docker-archive:FILE[:NAME:TAG], or what skopeo knows, which then takes it there:\n"
+        "docker://HOST/NAME:TAG.  What DEST has already is not written again.  The same snapshots give the same image.",
+        """
+snapfs export v1 oci:images:v1
+snapfs export v1 oci-archive:v1.tar
+snapfs export --squash v1 docker://registry.example/shop:1
+""",
+        _export,
+    )
+}

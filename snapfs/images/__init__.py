@@ -1,0 +1,1 @@
+"""Images of the Open Container Initiative: layouts and archives, and what is in them."""

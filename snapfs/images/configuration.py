@@ -1,0 +1,62 @@
+"""The configuration of an image (OCI's ``config.json``): what is known of it, or the least that there must be."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import Any, NamedTuple
+
+ARCHITECTURES = {
+    "x86_64": "amd64",
+    "aarch64": "arm64",
+    "armv7l": "arm",
+    "i386": "386",
+    "i686": "386",
+    "loongarch64": "loong64",
+}
+"""Go's words, which images have, by the kernel's; others are the same."""
+
+
+class Step(NamedTuple):
+    """How a layer came about: when (seconds since the epoch), and why, in words ("" for none)."""
+
+    created: int
+    why: str
+
+
+def architecture() -> str:
+    """This machine's, as images have it: ``amd64``."""
+    machine = platform.machine()
+    return ARCHITECTURES.get(machine, machine)
+
+
+def configuration(known: dict[str, Any], diff_ids: list[str], steps: list[Step]) -> dict[str, Any]:
+    """The configuration of an image whose layers have these ``diff_ids`` and came about by these ``steps``, the lowest first:
+    what is ``known`` of it, with these."""
+    return {
+        "architecture": architecture(),
+        "os": "linux",
+        "config": {},
+        **known,
+        "created": _time(steps[-1].created),
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+        "history": _history(known.get("history"), steps),
+    }
+
+
+def _history(known: Any, steps: list[Step]) -> list[dict[str, Any]]:
+    """An entry for each step, besides those that made no layer; the ``known`` ones as far as they fit."""
+    found = [each for each in known if isinstance(each, dict)] if isinstance(known, list) else []
+    made = sum(not each.get("empty_layer") for each in found)
+    if made > len(steps):
+        found, made = [], 0
+    return [*found, *map(_entry, steps[made:])]
+
+
+def _entry(step: Step) -> dict[str, Any]:
+    why = {"comment": step.why} if step.why else {}
+    return {"created": _time(step.created), "created_by": "snapfs commit", **why}
+
+
+def _time(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
