@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from snapfs.model import Caller, Change, Checkpoint, Info, Kind, Mount, Ref, Statistics, Usage
     from snapfs.opening import open_snapshotter
     from snapfs.options import Feature, Options, Sync
-    from snapfs.snapshotter import Snapshotter
+    from snapfs.snapshotter import OpenLayer, Snapshotter
     from snapfs.store.metastore import MetaStore
     from snapfs.store.reading import Reader
     from snapfs.store.schema import Record
@@ -78,6 +78,7 @@ __all__ = [
     "NotFound",
     "NotPermitted",
     "NotUtf8",
+    "OpenLayer",
     "Options",
     "Pinned",
     "Reader",
@@ -102,7 +103,7 @@ _ROOMS = {
     "MetaStore": "store.metastore",
     "Reader": "store.reading",
     "Record": "store.schema",
-    "Snapshotter": "snapshotter",
+    **dict.fromkeys(("OpenLayer", "Snapshotter"), "snapshotter"),
     "open_snapshotter": "opening",
     **dict.fromkeys(("Feature", "Options", "Sync"), "options"),
     **dict.fromkeys(("Caller", "Change", "Checkpoint", "Info", "Kind", "Mount", "Ref", "Statistics", "Usage"), "model"),

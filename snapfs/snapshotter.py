@@ -41,7 +41,7 @@ from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
 from snapfs.root.merged import Stack, why_unseen
 from snapfs.root.trash import cleanup_error
-from snapfs.rules import commit, lookup, prepare, remove, rename, workspace
+from snapfs.rules import commit, digest, lookup, prepare, remove, rename, workspace
 from snapfs.rules import labels as label_rules
 from snapfs.rules import mounts as mount_rules
 from snapfs.rules.change import take_id
@@ -49,6 +49,8 @@ from snapfs.rules.prepare import PrepareRequest
 from snapfs.rules.root import Root
 from snapfs.rules.use import Used
 from snapfs.services.agreeing import Agreeing
+from snapfs.services.archiving import Archiving
+from snapfs.services.archiving import OpenLayer as OpenLayer
 from snapfs.services.collecting import Collecting
 from snapfs.services.comparing import Comparing, Pair
 from snapfs.services.copying import Copying
@@ -111,6 +113,7 @@ class Snapshotter:
         self.rootfs = rootfs
         self._root = root
         self._comparing = Comparing(root.layers, records, root.overlay_prefix)
+        self._archiving = Archiving(root, records)
         self._copying = Copying(root.layers, root.fd, sync=root.options.sync is Sync.FULL)
         self._housekeeping = Housekeeping(root.layers)
         self._shifting = Shifting(root, records)
@@ -158,6 +161,7 @@ class Snapshotter:
                 await nursery.start(self.counting.run, name="snapfs counting")
                 await nursery.start(self.flushing.run, name="snapfs flushing")
                 await nursery.start(self._comparing.serve, name="snapfs comparing")
+                await nursery.start(self._archiving.serve, name="snapfs archiving")
                 await nursery.start(self._copying.serve, name="snapfs copying")
                 await nursery.start(self._collecting.serve, name="snapfs collecting")
                 if self.rootfs is not None:
@@ -615,6 +619,7 @@ class Snapshotter:
     def _forget_removed(self, change: Change) -> None:
         if change.before is not None and (change.after is None or change.after.id != change.before.id):
             self.counting.forget(change.before.id)
+            self._archiving.forget(change.before.id)
             self._root.forget(change.before.id)
 
     async def rename(self, old: Ref, new: str) -> None:
@@ -847,6 +852,24 @@ class Snapshotter:
                 other = f'"{below.name}"' if below is not None else "nothing"
         return Pair(tuple(old), tuple(new), wanted, f'compare snapshot "{record.name}" with {other}')
 
+    async def layer_tar(self, key: Ref, *, caller: Caller = OWNER) -> OpenLayer:
+        """The layer of the committed snapshot ``key`` as an uncompressed OCI layer, open for reading at any offset, in any
+        thread; ``close`` it.  Nothing of it is stored but an index of headers (``scan/layertar.py`` says what is in it).
+
+        Raises NotFound; FailedPrecondition: the snapshot is not committed, a name in its layer begins with ``.wh.``, or an
+        overlay has left in it what is in another one (redirect_dir=on, metacopy=on); Damaged; Unavailable, also where the index
+        would take too much of the disk (EFBIG); TryAgain where ``caller`` would wait for others.  Reading raises Damaged where
+        a file is not what it was when the index was made.
+        """
+        self._refuse_closed()
+        return await self._archiving.layer_tar(key, caller)
+
+    async def diff_id(self, key: Ref, *, caller: Caller = OWNER) -> str:
+        """The SHA-256 of that tar, "sha256:…" as OCI has it; all of it is read, unless somebody has done so before.  It is kept
+        with the record.  Raises what ``layer_tar`` and reading it do."""
+        self._refuse_closed()
+        return await self._archiving.diff_id(key, caller)
+
     async def mount(self, key: Ref, pid: int | None = None) -> str:
         """Have the merged file system of a snapshot mounted by the kernel, read-only unless the snapshot is active: where.
 
@@ -986,6 +1009,21 @@ class Snapshotter:
         """What the snapshot takes as far as that is known without looking: the stored count, the one made last, or else that of
         an empty layer.  ``usage`` looks."""
         return self.counting.last_known(number, record)
+
+    def known_tar_size(self, number: int, record: Record) -> int | None:
+        """How many bytes ``layer_tar`` has, as far as that is known without looking."""
+        return self._archiving.size(number, record)
+
+    def has_tar_index(self, number: int) -> bool:
+        """Whether ``layer_tar`` has nothing to wait for."""
+        return self._archiving.has_index(number)
+
+    def known_digests(self, reader: Reader, number: int, record: Record) -> dict[str, str]:
+        """``diff_id`` and ``chain_id`` (of the layer and all that it stands on, as OCI has it), as far as they are known."""
+        if not record.diff_id or self.is_lost(number):
+            return {}
+        found = {"diff_id": digest.diff_id(record), "chain_id": digest.chain_id(reader, record)}
+        return {key: value for key, value in found.items() if value is not None}
 
     def is_lost(self, number: int) -> bool:
         """Whether the disk may have lost data of the committed snapshot ``number``, which is refused as parent and mount until

@@ -162,6 +162,7 @@ def test_slots_of_attributes_are_unique_and_fixed() -> None:
         "dissolve": 33,
         "changes.patch": 34,
         "compare": 35,
+        "layer.tar": 36,
     }
 
 

@@ -986,7 +986,7 @@ def test_what_is_listed_of_each_kind(daemon: Daemon) -> None:
         "committed/base": [*record, "diff", *KINDS, "squash", "dissolve"],
     }
     for path, entries in expected.items():
-        listed = set(os.listdir(daemon.mnt / path)) - {"changes", "changes.patch", "rootfs"}
+        listed = set(os.listdir(daemon.mnt / path)) - {"changes", "changes.patch", "layer.tar", "rootfs"}
         assert listed == set(entries)
         assert all(os.path.lexists(daemon.mnt / path / name) for name in entries)
 

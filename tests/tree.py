@@ -25,14 +25,14 @@ def remove_all(mnt: Path) -> None:
 def listing(mnt: Path) -> dict[str, tuple[object, ...]]:
     """All that can be seen of the snapshots: of each path the stat fields, where it leads or what it holds.
 
-    Not of what changes by being looked at: ``rootfs`` is mounted, ``changes``, ``changes.patch`` and ``checkpoint``
-    are found out.
+    Not of what changes by being looked at: ``rootfs`` is mounted, ``changes``, ``changes.patch``, ``layer.tar`` and
+    ``checkpoint`` are found out.
     """
     found: dict[str, tuple[object, ...]] = {}
     for directory, directories, files in os.walk(mnt):
         if directory == str(mnt):
             directories.remove(".snapfs")
-        for name in {*directories, *files} - {"rootfs", "changes", "changes.patch", "checkpoint"}:
+        for name in {*directories, *files} - {"rootfs", "changes", "changes.patch", "layer.tar", "checkpoint"}:
             path = f"{directory}/{name}"
             seen = os.lstat(path)
             if stat.S_ISLNK(seen.st_mode):

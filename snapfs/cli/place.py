@@ -19,7 +19,7 @@ KINDS = ("active", "committed", "view")
 
 MOST_ASKED = 64 << 10  # characters of a request: the kernel would cut a longer one in pieces
 
-_OF_LAYERS = ("changes", "changes.patch", "compare")
+_OF_LAYERS = ("changes", "changes.patch", "compare", "layer.tar")
 
 _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_:@+,=. ")
 

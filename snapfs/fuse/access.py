@@ -8,9 +8,9 @@ here, as on other file systems:
   ``umask``: a user who may write may prepare, commit, rename, label and remove every snapshot and clean up, one who may read
   sees their names, labels and mounts;
 - what is in a layer is for users alone who may read ROOT, which is the daemon's own with mode 0700.  So ``diff`` and ``rootfs``
-  lead others to EACCES, ``changes``, ``changes.patch`` and ``compare`` belong to the daemon's user alone whatever the options
-  say, and error_log leaves out what it would tell of a layer.  How much a layer takes is no secret, nor where it is mounted
-  and which processes use it, as far as /proc tells the daemon.
+  lead others to EACCES, ``changes``, ``changes.patch``, ``compare`` and ``layer.tar`` belong to the daemon's user alone
+  whatever the options say, and error_log leaves out what it would tell of a layer.  How much a layer takes is no secret, nor
+  where it is mounted and which processes use it, as far as /proc tells the daemon.
 
 To let another user work in a snapshot, mount it elsewhere as root (``mount.sh``): its files' own modes decide there, and
 ``rootfs`` leads to that place for all.

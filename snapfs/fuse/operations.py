@@ -29,7 +29,6 @@ from snapfs.fuse.retelling import Retelling
 from snapfs.fuse.waiting import OPENDIR, PATIENCE, STAT, SYNC, Waiting
 from snapfs.kernel.processes import asking
 from snapfs.model import Caller
-from snapfs.threads import in_thread
 from snapfs.tree import Handle, Node, Tree
 from snapfs.tree.commands import OpenCommand
 from snapfs.tree.inodes import ROOT_INODE
@@ -369,7 +368,7 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self.files[fh].handle
         if handle.blocks:
-            return await in_thread(handle.read, off, size)
+            return await handle.fetch(off, size)
         if isinstance(handle, OpenLog):
             with handle.reading():
                 data = handle.read(off, size)

@@ -8,6 +8,7 @@ from snapfs.errors import FailedPrecondition, InvalidArgument, WrongParent
 from snapfs.labels import refuse_too_many
 from snapfs.model import Kind, Ref
 from snapfs.rules.change import change
+from snapfs.rules.digest import forgotten
 from snapfs.rules.lookup import find, find_again, find_parent, refuse_taken, refuse_too_deep
 from snapfs.rules.root import Root
 from snapfs.rules.use import refuse_used
@@ -82,6 +83,8 @@ def accept(root: Root, writer: Writer, key: Ref) -> int:
     number, record = find(writer, key)
     if number not in root.unflushed.lost:
         raise FailedPrecondition(f'snapshot "{record.name}" is whole: there is nothing to accept')
+    if record.diff_id:
+        writer.put(number, forgotten(record))
     root.unflushed.settle(writer, [number])
     info = writer.info(number, record)
     writer.changed(info, info, counted=True)

@@ -17,6 +17,7 @@ from snapfs.errors import Busy, FailedPrecondition
 from snapfs.labels import PIN, pinned
 from snapfs.model import ByNode, Kind, Ref
 from snapfs.rules import change, remove
+from snapfs.rules.digest import forgotten
 from snapfs.rules.lookup import find
 from snapfs.rules.root import Root
 from snapfs.rules.squash import Made, Outdated, put_made
@@ -120,7 +121,7 @@ def _go_on(root: Root, writer: Writer, planned: Plan, child: int, made: Made) ->
     before = writer.record(child)
     assert before is not None
     was = writer.info(child, before)
-    after = msgspec.structs.replace(before, parent=planned.parent, usage=None, node=before.node_of(child))
+    after = msgspec.structs.replace(forgotten(before), parent=planned.parent, usage=None, node=before.node_of(child))
     on_it = [each for kind in Kind for each, _ in writer.children(child, kind)]
     writer.delete(child, before)
     info = put_made(root, writer, after, made)

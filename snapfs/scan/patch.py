@@ -89,8 +89,13 @@ def patch(
 def refuse_metacopy(fd: int, name: str, prefix: str) -> None:
     """Raise FailedPrecondition where the file ``name``, open as ``fd``, holds nothing of what the overlay shows."""
     if present(fd, [f"{prefix}metacopy"]):
-        what = "was changed in an overlay with metacopy=on: its data is in another layer"
-        raise FailedPrecondition(f'"{printable(name)}" {what}', public=f"a file {what}")
+        raise metacopied(name)
+
+
+def metacopied(name: str) -> FailedPrecondition:
+    """That the file ``name`` holds nothing of what the overlay shows."""
+    what = "was changed in an overlay with metacopy=on: its data is in another layer"
+    return FailedPrecondition(f'"{printable(name)}" {what}', public=f"a file {what}")
 
 
 class _File:

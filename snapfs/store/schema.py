@@ -27,7 +27,8 @@ from snapfs.model import Kind, Usage
 
 SCHEMA = 2
 """The version of all this, which the records carry.  1 had neither the tables ``checkpoints`` and ``nodes`` nor the field
-``node``, and a snapfs of that time would take it away from each record that it writes."""
+``node``, and a snapfs of that time would take it away from each record that it writes.  One that knows no ``diff_id`` takes
+that away, too, but it can be found out again."""
 
 READ = frozenset((1, SCHEMA))
 """The versions that this snapfs can make that of."""
@@ -43,6 +44,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
 
     ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted;
     ``origin`` is as in ``model.Info``; ``node`` is what the tree's inodes have in the place of the id, 0 where that is the id.
+    ``diff_id`` is the SHA-256 of a committed layer as a tar, and ``tar_size`` how many bytes that has, where it is known.
     The limits are checked when a record is read: bytes that the disk has mangled must not become a snapshot.
     """
 
@@ -55,6 +57,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     usage: Usage | None = None
     origin: str = ""
     node: Annotated[int, msgspec.Meta(ge=0, lt=IDS)] = 0
+    diff_id: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
+    tar_size: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
 
     def node_of(self, number: int) -> int:
         """The number that the tree's inodes have for this record, which is that of snapshot ``number``."""

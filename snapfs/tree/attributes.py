@@ -16,11 +16,11 @@ from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
 from snapfs.model import OWNER, ByNode, Caller, Kind, rfc3339
 from snapfs.store.schema import Record
-from snapfs.tree import commands
+from snapfs.tree import commands, layertar
 from snapfs.tree.advice import path_of
 from snapfs.tree.commands import Command
 from snapfs.tree.handles import Handle
-from snapfs.tree.inodes import CHANGES_SLOT, CHECKPOINT_SLOT, ENTRY_MASK, FIRST_ATTRIBUTE, PATCH_SLOT, pack
+from snapfs.tree.inodes import CHANGES_SLOT, CHECKPOINT_SLOT, ENTRY_MASK, FIRST_ATTRIBUTE, LAYER_SLOT, PATCH_SLOT, pack
 from snapfs.tree.node import Attributes, Link, Node
 from snapfs.tree.state import State
 from snapfs.tree.textfile import UNKNOWN_SIZE, TextFile
@@ -38,7 +38,7 @@ class Attribute(msgspec.Struct, frozen=True):
     ``private``: it tells what is in a layer, for users alone who may read that.
     ``refresh`` is awaited when the file is opened (by a caller), for what must be looked up on disk; ``follow`` when the link
     is followed by a process (its pid), and gives where that leads.  ``is_known``: ``refresh`` has nothing to wait for.
-    ``command`` is what writing to it does.
+    ``command`` is what writing to it does; ``opened`` opens a file of which the tree has no text.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Attribute(msgspec.Struct, frozen=True):
     is_known: Callable[[State, int, Record], bool] = lambda state, number, record: False
     follow: Callable[[State, int, Record, int], Awaitable[str]] | None = None
     command: Command | None = None
+    opened: Callable[[State, int, Text], Handle] | None = None
 
 
 def json_text(value: object) -> str:
@@ -81,15 +82,16 @@ async def find_layers(state: State, number: int, record: Record, caller: Caller)
 
 
 def info_json(state: State, number: int, record: Record) -> str:
-    """What Stat shows, and where the file system is mounted."""
+    """What Stat shows, what registries call the layer, where that is known, and where the file system is mounted."""
     with state.reading() as reader:
         info = state.snapshotter.shown(reader.info(number, record))
         places = state.snapshotter.places(reader, number, record)
+        digests = state.snapshotter.known_digests(reader, number, record)
     times = {"created": rfc3339(info.created), "updated": rfc3339(info.updated)}
     lost = {"state": "unflushed"} if state.snapshotter.is_lost(number) else {}
     shown = [f"{state.window}{place}".encode(errors="surrogateescape").decode(errors="backslashreplace") for place in places]
     fields = {field: value for field, value in msgspec.structs.asdict(info).items() if field != "node"}
-    return json_text({**fields, **times, **lost, "mounted": shown})
+    return json_text({**fields, **times, **digests, **lost, "mounted": shown})
 
 
 def usage_json(state: State, number: int, record: Record) -> str:
@@ -234,6 +236,17 @@ ATTRIBUTES = (
     Attribute(
         "compare", 35, ALL, commands.compare_text, type=_PRIVATE_COMMAND, fixed=True, private=True, command=commands.compare
     ),
+    Attribute(
+        "layer.tar",
+        LAYER_SLOT,
+        COMMITTED,
+        layertar.layer_tar,
+        type=_PRIVATE,
+        private=True,
+        refresh=layertar.index_layer,
+        is_known=layertar.is_indexed,
+        opened=layertar.open_layer,
+    ),
 )
 
 
@@ -274,7 +287,9 @@ class AttributeFile(TextFile):
         return self.record.updated
 
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
-        command = self.attribute.command
+        command, opened = self.attribute.command, self.attribute.opened
+        if opened is not None and not writing and not truncate:
+            return opened(self.state, self.number, self.text())
         if command is None or not writing:
             return await super().open(writing, truncate and command is None)
         return commands.OpenCommand(self.state, self.attribute.name, ByNode(self.record.node_of(self.number)), command)

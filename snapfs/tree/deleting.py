@@ -11,7 +11,7 @@ from snapfs.errors import HasChildren, NotPermitted
 from snapfs.labels import PIN, pinned
 from snapfs.tree.advice import how_to_copy, path_of
 from snapfs.tree.attributes import BY_NAME, attributes_of
-from snapfs.tree.inodes import PATCH_SLOT
+from snapfs.tree.inodes import LAYER_SLOT, PATCH_SLOT
 from snapfs.tree.state import State
 
 
@@ -37,7 +37,8 @@ def refuse_copied(state: State, number: int, pid: int, name: str = "") -> None:
     ``name`` without ever having listed the others: it moves that elsewhere, and the files would be lost."""
     record = state.record(number)
     entries = [attribute for attribute in attributes_of(state, record) if attribute.command is None]
-    slots = {attribute.slot for attribute in entries} - {PATCH_SLOT}  # it may be empty, as a command's: tar doesn't read that
+    # the one may be empty, as a command's, which tar doesn't read; of the other, which may be refused, not all is read by then
+    slots = {attribute.slot for attribute in entries} - {PATCH_SLOT, LAYER_SLOT}
     if state.reads.was_refused(pid, number) or state.reads.has_copied(pid, number, slots):
         state.reads.note_refusal(pid, number)
         raise NotPermitted(

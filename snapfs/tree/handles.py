@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from snapfs.errors import NotPermitted
+from snapfs.threads import in_thread
 from snapfs.tree.texts import OVERHEAD, Text
 
 
@@ -30,12 +31,16 @@ class Handle:
 
     @property
     def blocks(self) -> bool:
-        """Whether reading may wait for the disk, so that it is for a worker thread."""
+        """Whether reading may wait for the disk, so that it is ``fetch`` that reads."""
         return False
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes from ``offset``; fewer at the end alone."""
         raise NotImplementedError
+
+    async def fetch(self, offset: int, size: int) -> bytes:
+        """``read``, in a worker thread."""
+        return await in_thread(self.read, offset, size)
 
     async def write(self, offset: int, data: bytes) -> int:
         """Write ``data`` at ``offset``; how many bytes of it were taken.  Raises SnapshotError."""

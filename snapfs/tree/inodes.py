@@ -73,6 +73,8 @@ class Slot(enum.IntEnum):
 # Of the attributes under which the text that was found last is remembered
 CHANGES_SLOT, CHECKPOINT_SLOT, PATCH_SLOT = 23, 24, 34
 
+LAYER_SLOT = 36  # of layer.tar
+
 KIND_SLOTS = {Kind.ACTIVE: Slot.ACTIVE, Kind.VIEW: Slot.VIEW, Kind.COMMITTED: Slot.COMMITTED}
 KINDS = {slot: kind for kind, slot in KIND_SLOTS.items()}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import stat
+import tarfile
 import time
 import zlib
 from functools import partial
@@ -107,6 +109,11 @@ class Look:
                 }
                 sure = {file for file, content in its.layer.items() if content is None or file not in below}
                 check(sure <= heads <= set(its.layer), its.key, f"{path} tells of {heads}, not {sure} and some of {its.layer}")
+            case "layer.tar":
+                with tarfile.open(fileobj=io.BytesIO(self.client.read(path))) as tar:
+                    listed = {each.name: each.size for each in tar.getmembers()}
+                files = {f".wh.{file}" if c is None else file: len(c or b"") for file, c in its.layer.items()}
+                check(listed == files, its.key, f"{path} tells of {listed}, not {files}")
             case "checkpoint":
                 check(self.client.read(path) == b"", its.key, f"{path} has lines, and nobody keeps anything")
             case "history":

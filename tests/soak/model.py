@@ -18,7 +18,7 @@ ENTRIES = {
     Kind.ACTIVE: _COMMON
     | {"mounts.json", "mount.sh", "changes", "changes.patch", "diff", "checkpoint", "rollback", "fork", "history"},
     Kind.VIEW: _COMMON | {"mounts.json", "mount.sh"},
-    Kind.COMMITTED: _COMMON | {"changes", "changes.patch", "diff", "squash", "dissolve", *map(str, Kind)},
+    Kind.COMMITTED: _COMMON | {"changes", "changes.patch", "layer.tar", "diff", "squash", "dissolve", *map(str, Kind)},
 }
 
 
