@@ -33,6 +33,10 @@ ADOPTING = "snapfs.adopting"
 
 COPIED, MOVED = "copied", "moved"
 
+IMPORTING, DIFF_ID = "snapfs.importing", "snapfs.diff-id"
+"""What a snapshot bears while ``snapfs import`` makes a layer of an image of it: the id of the boot of this machine; and, once
+it is whole, what the layer hashes to, unpacked."""
+
 UNDO, APPLY, UNDONE = "snapfs.undo", "snapfs.apply", "snapfs.undone"
 """What the committed snapshot bears that keeps what an apply has replaced: the key of what was applied, a word that no other
 apply has, and whether it has been undone."""

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "store": PURE | {"kernel", "threads", "store"},
     "scan": PURE | {"kernel", "threads", "scan"},
     "applying": PURE | {"kernel", "scan", "applying"},
-    "images": PURE | {"kernel", "images"},
+    "images": PURE | {"kernel", "scan", "images"},
     "root": PURE | {"kernel", "store", "scan", "root"},
     "rules": PURE | {"kernel", "store", "scan", "root", "rules"},
     "services": PURE | {"threads", "kernel", "store", "scan", "root", "rules", "services"},

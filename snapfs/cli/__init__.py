@@ -28,6 +28,7 @@ VERBS = {
     "umount": ("mount", "unmount a snapshot's file system"),
     "adopt": ("adopt", "make a base and a workspace of a directory"),
     "release": ("adopt", "take a workspace away from over a directory"),
+    "import": ("importing", "make snapshots of an image's layers"),
     "shell": ("inside", "start a shell that stands in a snapshot"),
     "run": ("inside", "run a command that stands in a snapshot"),
     "diff": ("diff", "show what a snapshot changed"),

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 
 from snapfs import names
 from snapfs.cli.commit import SYNC, commit, persistently
+from snapfs.cli.drafts import label_of, locked, namespaces, refuse_unwritable
 from snapfs.cli.mount import in_use, trusting
 from snapfs.cli.place import MountedTree
 from snapfs.cli.prepare import make
@@ -72,9 +72,7 @@ class Adoption:
         kind = self.place.kind_of(self.key)
         if kind is not None:
             raise Refusal(f'snapshot "{self.key}" already exists ({kind}): give another KEY', TAKEN)
-        if not os.access(f"{self._root}/snapshots", os.R_OK | os.W_OK | os.X_OK):
-            words = f"{self._root}, where the files would go, is for the user that serves {self.place.path} alone"
-            raise Refusal(f"cannot adopt {self.source.path}: {words}, and for root", NOT_PERMITTED)
+        refuse_unwritable(self.place, self._root, f"cannot adopt {self.source.path}")
 
     @contextlib.contextmanager
     def committed(self, *, move: bool) -> Iterator[None]:
@@ -132,9 +130,9 @@ class Adoption:
         if kind is None:
             return None
         directory = place.directory(kind, self.base)
-        way = self._label(directory, ADOPTING)
+        way = label_of(self.place, directory, ADOPTING)
         if kind != "committed" or not way:
-            whose = self._label(directory, SOURCE)
+            whose = label_of(self.place, directory, SOURCE)
             of = f", the base of an earlier adoption of {names.path_of_text(whose)}" if whose else ""
             to_do = f"or remove it: {place.command('rm', self.base)}"
             if whose == self.source.text and self.source.is_empty():  # it has all that there was
@@ -167,7 +165,7 @@ class Adoption:
                 if refused.status != TAKEN or place.kind_of(self.draft) not in (None, "active"):
                     raise
             number, fd = self._locked("active", self.draft)
-            own, way = f"{self._root}/snapshots/{number}", self._label(directory, ADOPTING)
+            own, way = f"{self._root}/snapshots/{number}", label_of(self.place, directory, ADOPTING)
             try:
                 is_empty = not os.listdir(f"{own}/fs")
                 if is_new or (way == MOVED and not is_empty):
@@ -194,7 +192,7 @@ class Adoption:
 
     def _refuse_another(self, directory: str, name: str) -> None:
         """Raise Refusal unless what is in snapshot ``name`` at ``directory`` was moved from what this adoption is of."""
-        whose = self._label(directory, SOURCE)
+        whose = label_of(self.place, directory, SOURCE)
         path = names.path_of_text(whose)
         if whose != self.source.text:
             to_do = f"snapfs adopt --move {names.word(path)} {names.word(self.key)} goes on with it"
@@ -204,30 +202,8 @@ class Adoption:
             raise Refusal(f"{words}: move these elsewhere, and try again", TAKEN)
 
     def _locked(self, kind: str, name: str) -> tuple[int, int]:
-        """Id of the snapshot ``name`` of ``kind``, and a descriptor by which this process alone has it locked.  Raises
-        Refusal."""
-        path = self.place.directory(kind, name)
-        busy = Refusal(f'another adoption as "{self.key}" is under way: wait for its end, or give another KEY', BUSY)
-        try:
-            fd = self.place.within.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                other = self.place.hold(kind, name)
-                is_same = os.fstat(other).st_ino == os.fstat(fd).st_ino
-                os.close(other)
-                if not is_same:
-                    raise busy
-                number: int = json.loads(self.place.read(f"{path}/info.json"))["id"]
-            except BaseException:
-                os.close(fd)
-                raise
-        except (BlockingIOError, FileNotFoundError):
-            raise busy from None
-        return number, fd
-
-    def _label(self, directory: str, label: str) -> str:
-        path = f"{directory}/labels/{label}"
-        return self.place.read(path).removesuffix("\n") if self.place.within.exists(path) else ""
+        words = f'another adoption as "{self.key}" is under way: wait for its end, or give another KEY'
+        return locked(self.place, kind, name, Refusal(words, BUSY))
 
     # -- the files
 
@@ -252,20 +228,11 @@ class Adoption:
     def _daemon(self) -> Iterator[tuple[str, Ids | None]]:
         """For a block: the directory in /proc of the daemon, where it has namespaces of its own, or ""; and which owners files
         can have there."""
-        from snapfs.cli import daemon
-
-        if not self._options["window"]:
-            yield "", None if os.geteuid() == 0 else (_ALL, _ALL)
-            return
-        with contextlib.ExitStack() as held:
-            try:
-                process = held.enter_context(daemon.proven(self.place, self._options["pid"]))
-                ids = subids.mapped_in(process)
-            except OSError as error:
-                to_do = "leave the workspace that you stand in, or see whether the daemon is yours"
-                words = f"cannot adopt {self.source.path} for the daemon of {self.place.path}: {error.strerror}: {to_do}"
-                raise Refusal(words, NOT_PERMITTED) from None
-            yield process, ids
+        with namespaces(self.place, self._options, f"cannot adopt {self.source.path}") as process:
+            if process:
+                yield process, subids.mapped_in(process)
+            else:
+                yield "", None if os.geteuid() == 0 else (_ALL, _ALL)
 
     def _copy(self, draft: Draft) -> None:
         progress, stale = Progress(), f"{draft.directory}/stale"

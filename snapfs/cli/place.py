@@ -341,9 +341,10 @@ class MountedTree:
             self.do(f'delete label "{key}"', ["unlink"], self._unlink, path)
         else:
             text = value.encode(errors="surrogateescape") + b"\n"
-            self.do(f'set label "{key}"', ["open", "create", "setattr", "write"], self._write, path, text)
+            self.do(f'set label "{key}"', ["open", "create", "setattr", "write"], self.put, path, text)
 
-    def _write(self, path: str, text: bytes) -> None:
+    def put(self, path: str, text: bytes) -> None:
+        """Write ``text`` into the file ``path``, which is made if it is missing.  Raises OSError, and Refusal."""
         try:
             descriptor = self.open(path, os.O_WRONLY)
         except FileNotFoundError:
@@ -353,7 +354,8 @@ class MountedTree:
                 descriptor = self.open(path, os.O_WRONLY)
         try:
             os.ftruncate(descriptor, 0)  # by now it is known to be in the tree
-            os.write(descriptor, text)
+            while text:
+                text = text[os.write(descriptor, text) :]
         finally:
             os.close(descriptor)
 

@@ -109,6 +109,14 @@ class Within:
         finally:
             os.close(above)
 
+    def symlink(self, target: str, path: str) -> None:
+        """Make the link ``path``, which leads to ``target``."""
+        above, name = self._above(path)
+        try:
+            os.symlink(target, name, dir_fd=above)
+        finally:
+            os.close(above)
+
     def rmdir(self, path: str) -> None:
         above, name = self._above(path)
         try:

@@ -1,1 +1,1 @@
-"""Images of the Open Container Initiative: layouts and archives, and what is in them."""
+"""Images, and archives of layers: found, fetched, unpacked and written."""

@@ -1,0 +1,510 @@
+"""``snapfs import``: the layers of an image become committed snapshots, named by their chain ids.
+
+A layer that is being unpacked is the active snapshot import-<chain id> without a parent, locked by the command that makes it
+(``drafts.py``), with the label IMPORTING; several are at once.  Once its archive is unpacked, and the layers below are whole,
+it becomes what it is on top of those.  Nothing is committed before all layers are whole, and have the hashes that the image
+says.  So a refusal leaves nothing, and what a command that was killed has left is whole, and taken over by the next one, where
+the label DIFF_ID says so, if the machine has not been started anew since; else the next import removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import stat
+import time
+from pathlib import Path
+
+from snapfs.cli import table
+from snapfs.cli.commit import AGAIN, SYNC, commit, persistently
+from snapfs.cli.drafts import label_of, locked, namespaces, refuse_unwritable
+from snapfs.cli.grammar import Given, Option, Verb
+from snapfs.cli.place import MountedTree, file_name, find_tree
+from snapfs.cli.prepare import make
+from snapfs.cli.progress import Progress
+from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, TAKEN, USAGE, Refusal, missing
+from snapfs.images import fetching
+from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, chain_id, docker_image, oci_image
+from snapfs.images.unfit import Elsewhere, Unfit
+from snapfs.images.working import FAILED as BROKEN
+from snapfs.images.working import FINISHED, UNFIT, UNPACKED, Limits, Place, Worker
+from snapfs.labels import DIFF_ID, IMPORTING
+from snapfs.names import printable, shown, word
+from snapfs.root.trash import Trash
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Any
+
+_KEY = "import-"
+_DRAFT = re.compile(rf"{_KEY}[0-9a-f]{{32,128}}")
+_CHAIN = re.compile(r"sha256:[0-9a-f]{64}")
+_TRANSPORT = re.compile(r"[a-z][a-z0-9+.-]*:")
+_WAITING = 4  # layers a processor that wait, unpacked, for those below
+_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE, _FILES, _RATIO = "100G", "10000000", "200"
+
+
+class _Task:
+    """A layer that is to be a snapshot: ``name``, or "" where that is not known before it is unpacked; ``number`` and ``fd``
+    are of its draft."""
+
+    def __init__(self, layer: Layer, name: str, what: str) -> None:
+        self.layer = layer
+        self.name = name
+        self.what = what
+        self.diff_id = layer.diff_id
+        self.key = _KEY + (name.partition(":")[2] or os.urandom(16).hex())
+        self.number = 0
+        self.fd = -1
+        self.worker: Worker | None = None
+        self.is_unpacked = False
+        self.is_whole = False
+        self.is_committed = False  # by another import, say
+
+
+class _Import:
+    """One import, of layers that stand on ``parent`` (None: on nothing), in a tree whose options.json says ``options``;
+    ``source`` is what it is of, for sentences."""
+
+    def __init__(self, place: MountedTree, options: dict[str, Any], source: str, parent: str | None, limits: Limits) -> None:
+        self.place = place
+        self._options = options
+        self._root: str = options["root"]
+        self._source = source
+        self._parent = parent
+        self._limits = limits
+        self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._tasks: list[_Task] = []
+        self._committed: list[_Task] = []  # here
+        self._left = ["", "", ""]
+        self._sizes = [0, 0]  # files and bytes of layers whose processes have ended
+        self._progress = Progress()
+
+    def run(self, layers: Sequence[Layer], names: Sequence[str], *, archive: bool) -> str:
+        """Have all layers committed, and on the disk; the name of the last.  Raises Refusal, and nothing is kept."""
+        refuse_unwritable(self.place, self._root, f"cannot import {self._source}")
+        first, parent = self._found(layers, names)
+        count = len(layers)
+        self._tasks = [
+            _Task(layers[nth], names[nth], f"layer {nth + 1} of {count}" if count > 1 else "") for nth in range(first, count)
+        ]
+        self._parent = parent
+        self._remove_left()
+        try:
+            with namespaces(self.place, self._options, f"cannot import {self._source}") as process, self._ended():
+                self._make(process, archive=archive)
+            for task in self._tasks:
+                self._commit(task)
+        except BaseException:
+            self._take_back()
+            raise
+        for name in [*filter(None, names[:first]), *(task.name for task in self._tasks)]:
+            if label_of(self.place, directory := self.place.directory("committed", name), IMPORTING):
+                self.place.write_label(directory, IMPORTING, "")
+        for task in self._committed[-1:] + self._committed[:-1]:
+            directory = self.place.directory("committed", task.name)
+            self.place.do("wait for the disk", SYNC, persistently, self.place.within.sync, directory)
+        for path, words in zip(self._left, _LOSSES, strict=True):
+            if path:
+                table.complain(f"{path}, for one, {words}")
+        return self._tasks[-1].name if self._tasks else names[-1]
+
+    # -- what is there already
+
+    def _found(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[int, str | None]:
+        """The number of the first layer that is missing with all that are above it, and what that is to stand on."""
+        for nth in range(len(names) - 1, -1, -1):
+            if names[nth] and self._is_there(names[nth], layers[nth].diff_id):
+                return nth + 1, names[nth]
+        return 0, self._parent
+
+    def _is_there(self, name: str, diff_id: str) -> bool:
+        """Whether the layer ``name`` is there, whole.  Raises Refusal where another snapshot is."""
+        kind = self.place.kind_of(name)
+        if kind is None:
+            return False
+        directory = self.place.directory(kind, name)
+        to_do = f"rename or remove it: {self.place.command('rm', name)}"
+        if kind != "committed" or label_of(self.place, directory, DIFF_ID) != diff_id:
+            raise self._refusal(f'snapshot "{name}" already exists ({kind}), and no import has made it: {to_do}', TAKEN)
+        state = json.loads(self.place.read(f"{directory}/info.json")).get("state")
+        if state:
+            raise self._refusal(f'its layer "{name}" is there, but {state}: {to_do}')
+        return True
+
+    def _remove_left(self) -> None:
+        """Remove what imports of other images that were killed have left."""
+        ours = {task.key for task in self._tasks}
+        for key in self.place.within.names(f"{self.place.path}/active"):
+            if _DRAFT.fullmatch(key) and key not in ours:
+                with contextlib.suppress(Refusal):
+                    number, fd = self._locked(key)
+                    try:
+                        if label_of(self.place, self.place.directory("active", key), IMPORTING) or self._is_empty(number):
+                            self.place.remove("active", key, number)
+                    finally:
+                        os.close(fd)
+
+    def _is_empty(self, number: int) -> bool:
+        try:
+            return not os.listdir(f"{self._own(number)}/fs")
+        except OSError:
+            return False
+
+    def _locked(self, key: str) -> tuple[int, int]:
+        return locked(self.place, "active", key, Refusal(f'another import has "{key}"', BUSY))
+
+    def _own(self, number: int) -> str:
+        return f"{self._root}/snapshots/{number}"
+
+    # -- drafts
+
+    def _begin(self, task: _Task) -> bool:
+        """Have the draft of ``task``, locked, or the layer, committed by another import; False while another is at it."""
+        place = self.place
+        if task.name and self._is_there(task.name, task.diff_id):
+            task.is_whole = task.is_committed = True
+            return True
+        while True:
+            is_new = True
+            try:
+                directory = make(place, "active", task.key, None)
+            except Refusal as refused:
+                is_new = False
+                if refused.status != TAKEN or place.kind_of(task.key) not in (None, "active"):
+                    raise
+                directory = place.directory("active", task.key)
+            try:
+                task.number, task.fd = self._locked(task.key)
+            except Refusal as refused:
+                if refused.status != BUSY:
+                    raise
+                return False
+            label = label_of(place, directory, IMPORTING)
+            if label == self._boot and label_of(place, directory, DIFF_ID) == task.diff_id:
+                task.is_unpacked = task.is_whole = True
+                return True
+            if is_new or (not label and self._is_empty(task.number)):
+                break
+            if not label:
+                self._release(task)
+                raise self._refusal(f'snapshot "{task.key}" already exists (active), and has files: remove it', TAKEN)
+            place.remove("active", task.key, task.number)
+            self._release(task)
+        if not os.path.isdir(f"{self._own(task.number)}/fs"):
+            place.remove("active", task.key, task.number)
+            self._release(task)
+            raise self._refusal(f"{self._root}, where the files would go, is not to be seen here: import where the daemon runs")
+        place.write_label(directory, IMPORTING, self._boot)
+        return True
+
+    @staticmethod
+    def _release(task: _Task) -> None:
+        if task.fd >= 0:
+            os.close(task.fd)
+            task.fd = -1
+
+    def _take_back(self) -> None:
+        """Remove all that this import has made."""
+        for task in reversed(self._committed):
+            with contextlib.suppress(Refusal):
+                self.place.remove("committed", task.name, task.number)
+        for task in self._tasks:
+            if task.fd >= 0:
+                with contextlib.suppress(Refusal):
+                    self.place.remove("active", task.key, task.number)
+                self._release(task)
+
+    @contextlib.contextmanager
+    def _ended(self) -> Iterator[None]:
+        """For a block, at whose end no process that it has started goes on."""
+        try:
+            yield
+        finally:
+            self._progress.clear()
+            for task in self._tasks:
+                if task.worker is not None:
+                    task.worker.close()
+
+    # -- unpacking
+
+    def _make(self, process: str, *, archive: bool) -> None:
+        """Have all drafts filled, and whole."""
+        cores, began = len(os.sched_getaffinity(0)), time.monotonic()
+        waiting = list(self._tasks)
+        with selectors.DefaultSelector() as selector:
+            while any(not task.is_whole for task in self._tasks):
+                busy = [task for task in self._tasks if task.worker is not None and not task.is_whole]
+                is_held = False
+                while waiting and len(busy) < _WAITING * cores and sum(not task.is_unpacked for task in busy) < cores:
+                    if not self._begin(waiting[0]):
+                        is_held = True
+                        break
+                    task = waiting.pop(0)
+                    if not task.is_whole:
+                        self._start(task, process, archive=archive)
+                        busy.append(task)
+                        selector.register(task.worker, selectors.EVENT_READ, task)  # type: ignore[arg-type]
+                self._finish_next()
+                if is_held and not busy:
+                    waited = time.monotonic() - began
+                    self._progress.show_waiting("waiting for another import of the same layer", waited)
+                for key, _ in selector.select(AGAIN if is_held else None if busy else 0):
+                    self._hear(key.data)
+                    if key.data.is_whole:
+                        selector.unregister(key.fileobj)
+                self._show()
+
+    def _start(self, task: _Task, process: str, *, archive: bool) -> None:
+        aside = f"{self._own(task.number)}/stale"
+        os.mkdir(aside, 0o700)
+        prefix = "user.overlay." if self._options["features"]["userxattr"]["on"] else "trusted.overlay."
+        is_lowest = task is self._tasks[0] and self._parent is None
+        place = Place(f"{self._own(task.number)}/fs", aside, is_lowest, prefix, process, task.fd)
+        task.worker = Worker(task.layer, place, self._limits, has_end=archive)
+
+    def _finish_next(self) -> None:
+        """Have the next layer made what it is on those below, if it is unpacked, and they are whole."""
+        nth = next((nth for nth, task in enumerate(self._tasks) if not task.is_whole), None)
+        if nth is not None and self._tasks[nth].is_unpacked:
+            task = self._tasks[nth]
+            assert task.worker is not None
+            task.is_unpacked = False
+            task.worker.finish([*(self._layer_of(each) for each in reversed(self._tasks[:nth])), *self._below()])
+
+    def _layer_of(self, task: _Task) -> str:
+        if not task.number:
+            directory = self.place.directory("committed", task.name)
+            task.number = json.loads(self.place.read(f"{directory}/info.json"))["id"]
+        return f"{self._own(task.number)}/fs"
+
+    def _below(self) -> Iterator[str]:
+        """The layers of the parent, the nearest first."""
+        name = self._parent
+        while name is not None:
+            told = json.loads(self.place.read(f"{self.place.directory('committed', name)}/info.json"))
+            yield f"{self._own(told['id'])}/fs"
+            name = told["parent"]
+
+    def _hear(self, task: _Task) -> None:
+        assert task.worker is not None
+        message = task.worker.hear()
+        if sum(each.worker.size for each in self._tasks if each.worker is not None) > (self._limits.size or 1 << 63):
+            raise self._refusal(f"unpacked it takes more than {self._limits.size} bytes, as many as --max-size allows")
+        if sum(each.worker.files for each in self._tasks if each.worker is not None) > (self._limits.files or 1 << 63):
+            raise self._refusal(f"it has more than {self._limits.files} files, as many as --max-files allows")
+        if not message:
+            return
+        kind, *told = message
+        if kind == UNPACKED:
+            task.is_unpacked = True
+            task.diff_id = told[0]
+        elif kind == FINISHED:
+            self._left = [old or new for old, new in zip(self._left, told[0], strict=True)]
+            task.worker.close()
+            Trash(f"{self._root}/trash", f"{self._root}/trash").delete(f"{self._own(task.number)}/stale", lambda: None)
+            self.place.write_label(self.place.directory("active", task.key), DIFF_ID, task.diff_id)
+            task.is_whole = True
+        elif kind == UNFIT:
+            raise self._refusal(f"{task.what}{': ' * bool(task.what)}{told[0]}")
+        elif kind == BROKEN:
+            raise self._refusal(f"{task.what}{': ' * bool(task.what)}{told[1]}; nothing is kept of it")
+
+    def _show(self) -> None:
+        done = sum(task.is_whole for task in self._tasks)
+        workers = [task.worker for task in self._tasks if task.worker is not None]
+        files, size = sum(worker.files for worker in workers), sum(worker.size for worker in workers)
+        self._progress.show_count(f"unpacking, {done} of {len(self._tasks)} layers are done", files, size)
+
+    # -- the end
+
+    def _commit(self, task: _Task) -> None:
+        if not task.name:
+            task.name = chain_id(self._parent or "", task.diff_id)
+        if not task.is_committed and not self._is_there(task.name, task.diff_id):
+            commit(self.place, task.key, task.name, self._parent)
+            self._committed.append(task)
+        elif task.fd >= 0:  # another import was faster, of the same archive
+            self.place.remove("active", task.key, task.number)
+        self._release(task)
+        self._parent = task.name
+
+    def _refusal(self, why: str, status: int = FAILED) -> Refusal:
+        return Refusal(f"cannot import {self._source}: {why}", status)
+
+
+_LOSSES = (
+    "belongs to a user or group that can't be had here: in the snapshot it is yours",
+    "has an attribute that only root may set: the snapshot lacks it",
+    "is a device, which only root can make: the snapshot lacks it",
+)
+"""What is said of ``Left``."""
+
+
+# -- what is given
+
+
+def _import(given: Given) -> int:
+    source = given.arguments[0]
+    named = given.arguments[1] if len(given.arguments) > 1 else None
+    limits = Limits(
+        _size(given.value("max-size") or _SIZE, "max-size"),
+        _size(given.value("max-files") or _FILES, "max-files"),
+        _size(given.value("max-ratio") or _RATIO, "max-ratio"),
+    )
+    place = find_tree(given.value("at"), changes=True)
+    place.refuse_foreign("imported")
+    naming = _Naming(place, named)
+    with contextlib.ExitStack() as held:
+        try:
+            found = _opened(source, held, foreign=given.has("force"))
+        except Elsewhere as elsewhere:
+            raise Refusal(f"cannot import {printable(source)}: {elsewhere}") from None
+        except Unfit as unfit:
+            raise Refusal(f"cannot import {printable(source)}: {unfit}") from None
+        except OSError as error:
+            status = {FileNotFoundError: NOT_FOUND, PermissionError: NOT_PERMITTED}.get(type(error), FAILED)
+            where = f"{shown(os.fsdecode(error.filename))}: " * bool(error.filename and error.filename != source)
+            raise Refusal(f"cannot import {printable(source)}: {where}{error.strerror}", status) from None
+        parent = given.value("parent")
+        if isinstance(found, Image):
+            if parent is not None:
+                raise Refusal("an image has all its layers: --parent is for a lone one, in an archive", USAGE)
+            layers, config = found.layers, found.config
+            names: list[str] = []
+            for layer in layers:
+                names.append(chain_id(names[-1] if names else "", layer.diff_id))
+        else:
+            layers, config, names = [found], b"", [""]
+            parent = None if parent is None else _parent_of(place, parent)
+        one = _Import(place, place.options(), printable(source), parent, limits)
+        top = one.run(layers, names, archive=not config)
+        naming.name(top, config)
+    table.show_line(place.directory("committed", top))
+    return 0
+
+
+def _parent_of(place: MountedTree, given: str) -> str:
+    """The committed snapshot that a lone layer is to stand on.  Raises Refusal: what is on it is called by its name."""
+    parent = place.key(given)
+    kind = place.kind_of(parent)
+    if kind is None:
+        raise missing(parent, place.path)
+    if kind != "committed":
+        raise place.wrong_parent(parent)
+    if not _CHAIN.fullmatch(parent) or not label_of(place, place.directory(kind, parent), DIFF_ID):
+        words = f'"{parent}" was not imported, so what stands on it has no chain id'
+        to_do = f"{place.command('prepare', 'KEY', '--parent', parent)} and tar -x make a layer there"
+        raise Refusal(f"cannot import a layer onto it: {words}: {to_do}", NOT_PERMITTED)
+    return parent
+
+
+def _opened(source: str, held: contextlib.ExitStack, *, foreign: bool) -> Image | Layer:
+    """What ``source`` names.  Raises Refusal, Unfit, and OSError."""
+    transport, colon, rest = source.partition(":")
+    if source == "-":
+        return Layer(Blob(0, 0, -1, "standard input"))
+    if colon and transport == "oci":
+        path, tag = _split(rest, os.path.isdir)
+        return oci_image(DirectoryFiles(path), tag, foreign=foreign)
+    if colon and transport in ("oci-archive", "docker-archive"):
+        path, tag = _split(rest, lambda path: os.path.exists(path) and not os.path.isdir(path))
+        files = ArchiveFiles(path)
+        return (oci_image if transport == "oci-archive" else docker_image)(files, tag, foreign=foreign)
+    if os.path.lexists(source):
+        return _archive(source)
+    if not _TRANSPORT.match(source):
+        if "/" in source or source.endswith((".tar", ".gz", ".tgz", ".zst")):
+            raise Refusal(f"cannot import {printable(source)}: there is no such file", NOT_FOUND)
+        sources = "oci:DIR, oci-archive:FILE, docker-archive:FILE, docker://HOST/NAME:TAG, and an archive of a layer, are"
+        raise Refusal(f"cannot import {printable(source)}: it is neither a file nor an image: {sources}", USAGE)
+    layout = held.enter_context(fetching.fetched(source, foreign=foreign))
+    return oci_image(DirectoryFiles(layout), fetching.TAG, foreign=foreign)
+
+
+def _archive(path: str) -> Layer:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    status = os.fstat(fd)
+    if stat.S_ISDIR(status.st_mode):
+        is_layout = os.path.exists(f"{path}/oci-layout")
+        to_do = (
+            f"as a layout of images it is oci:{word(path)}" if is_layout else f"snapfs adopt {word(path)} makes a base of it"
+        )
+        raise Unfit(f"it is a directory: {to_do}")
+    return Layer(Blob(fd, 0, status.st_size if stat.S_ISREG(status.st_mode) else -1, path))
+
+
+def _split(text: str, is_place: Any) -> tuple[str, str]:
+    """Path and tag in ``PATH[:TAG]``: both may have colons, and the shortest path that is there counts."""
+    ends = [each.start() for each in re.finditer(":", text)] + [len(text)]
+    for end in ends:
+        if is_place(text[:end]):
+            return text[:end], text[end + 1 :]
+    path = text.partition(":")[0] or text
+    os.stat(path)
+    raise Unfit(f"{shown(path)} is {'no' if is_place is os.path.isdir else 'a'} directory")
+
+
+def _size(text: str, option: str) -> int:
+    """The number that ``text`` says, as ``20G`` does.  Raises Refusal."""
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 16 and unit in _SIZES):
+        raise Refusal(f'--{option} wants a number, 0 for as much as there is, such as 20G or 5000, and not "{text}"', USAGE)
+    return int(digits) * _SIZES[unit]
+
+
+class _Naming:
+    """The name that an image gets in images/, where one is wanted; and its configuration."""
+
+    def __init__(self, place: MountedTree, name: str | None) -> None:
+        self._place = place
+        self._name = name
+        self._has_images = place.within.exists(f"{place.path}/images")
+        if name is not None and not self._has_images:
+            raise Refusal(f"{place.path} has no images/, where a NAME would be: import without one, or start the daemon anew")
+
+    def name(self, top: str, config: bytes) -> None:
+        """Give the committed snapshot ``top`` the image's ``config``, if there is one, and the name.  Raises Refusal."""
+        place = self._place
+        if not self._has_images:
+            return
+        if config:
+            path = f"{place.directory('committed', top)}/image.json"
+            place.do("keep the image's configuration", ["open", "create", "setattr", "write"], place.put, path, config)
+        if self._name is None:
+            return
+        target, path = f"../committed/{file_name(top)}", f"{place.path}/images/{file_name(self._name)}"
+        if place.within.exists(path) and place.within.readlink(path) == target:
+            return
+        place.do(f'call it "{self._name}"', ["symlink"], place.within.symlink, target, path)
+
+
+VERBS = {
+    "import": Verb(
+        "import",
+        "SOURCE [NAME]",
+        (
+            Option("parent", "the committed snapshot that a lone layer stands on", "PARENT", short="-p"),
+            Option("force", "take an image that is for another kind of machine, too"),
+            Option("max-size", f"refuse what takes more bytes unpacked, as 20G does ({_SIZE}; 0: nothing)", "SIZE"),
+            Option("max-files", f"refuse what has more files ({_FILES})", "COUNT"),
+            Option("max-ratio", f"refuse a layer that grows to so many times its size ({_RATIO})", "TIMES"),
+        ),
+        "Make of each layer of the image SOURCE a committed snapshot, which is called by its chain id (sha256:…), and print\n"
+        "the directory of the last; what is there already is not unpacked again.  NAME is what it is called in images/.\n"
+        "SOURCE is oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME:TAG], an archive of one layer (.tar,\n"
+        ".tar.gz, .tar.zst, or - for standard input), or what else skopeo knows.  All of it is taken, or nothing.",
+        """
+snapfs import oci:./app:1.0 app:1.0
+snapfs import docker://docker.io/library/alpine:3.20 alpine:3.20
+docker save app:1.0 | snapfs import docker-archive:/dev/stdin
+snapfs import --parent sha256:6c3e… layer.tar.gz
+""",
+        _import,
+    ),
+}

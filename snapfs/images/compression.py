@@ -1,0 +1,116 @@
+"""Archives that are compressed: found out by their first bytes, and read in bounded pieces.
+
+gzip is read by ``isal`` where that is installed, several times as fast as by zlib; zstd by ``zstandard``, or from Python 3.14
+on by the standard library."""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from snapfs.images.unfit import Unfit
+
+Read = Callable[[int], bytes]
+"""Reads so many bytes at most; none at the end."""
+
+PIECE = 512 << 10
+"""Bytes, unpacked, of a piece; the last of each is shorter."""
+
+_PACKED = 256 << 10
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_SKIPPED = b"\x2a\x4d\x18"  # of a frame that zstd leaves out; the byte before is 0x50 to 0x5f
+_OTHERS = {b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x5d\0\0": "lzma", b"LZIP": "lzip", b"\x04\x22\x4d\x18": "lz4"}
+
+
+def unpacked(read: Read) -> Iterator[bytes]:
+    """What ``read`` gives, unpacked if it is packed, in pieces.  Raises Unfit, and what ``read`` raises."""
+    first = b""
+    while len(first) < 6 and (more := read(_PACKED)):
+        first += more
+    for begin, name in _OTHERS.items():
+        if first.startswith(begin):
+            raise Unfit(f"it is packed by {name}, which layers never are: unpack it first, or pack it by gzip or zstd")
+    if first.startswith(_GZIP):
+        return _by_gzip(first, read)
+    if first.startswith(_ZSTD) or (first[1:4] == _SKIPPED and first[0] >> 4 == 5):
+        return _by_zstd(first, read)
+    return _plain(first, read)
+
+
+def _plain(first: bytes, read: Read) -> Iterator[bytes]:
+    while first:
+        yield first
+        first = read(PIECE)
+
+
+def _library(*names: str) -> Any:
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+def _by_gzip(packed: bytes, read: Read) -> Iterator[bytes]:
+    """One member, or several."""
+    library = _library("isal.isal_zlib") or zlib
+    damaged = (zlib.error, getattr(library, "error", zlib.error), EOFError)
+    while packed:
+        member = library.decompressobj(31)
+        while not member.eof:
+            if not packed and not (packed := read(_PACKED)):
+                raise Unfit("it is cut off: its compression does not end")
+            try:
+                piece = member.decompress(packed, PIECE)
+            except damaged as error:
+                raise Unfit(f"it is damaged: {error}") from None
+            packed = member.unconsumed_tail
+            if piece:
+                yield piece
+        packed = member.unused_data or read(_PACKED)
+        while packed and not packed.strip(b"\0"):  # a tape's last block
+            packed = read(_PACKED)
+
+
+def _by_zstd(packed: bytes, read: Read) -> Iterator[bytes]:
+    zstandard = _library("zstandard")
+    if zstandard is not None:
+        source = _Source(packed, read)
+        reader = zstandard.ZstdDecompressor().stream_reader(source, read_size=_PACKED, read_across_frames=True)
+        damaged, take = zstandard.ZstdError, reader.read
+    else:
+        zstd = _library("compression.zstd")
+        if zstd is None:
+            raise Unfit("it is packed by zstd, which takes the Python package zstandard: pip install zstandard")
+        damaged, take = zstd.ZstdError, zstd.ZstdFile(_Source(packed, read)).read
+    while True:
+        try:
+            piece = take(PIECE)
+        except (damaged, EOFError) as error:
+            raise Unfit(f"it is damaged, or cut off: {error}") from None
+        if not piece:
+            return
+        yield piece
+
+
+class _Source:
+    """A file, to a library that wants one."""
+
+    def __init__(self, first: bytes, read: Read) -> None:
+        self._first = first
+        self._read = read
+
+    def read(self, count: int = -1) -> bytes:
+        if self._first:
+            found, self._first = self._first[:count], self._first[count:]
+            return found
+        return self._read(count)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False

@@ -1,0 +1,71 @@
+"""What the layers below one show: the directories and files that it takes up again (``scan/marks.py``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from snapfs.scan.marks import DIRECTORY, OTHER, LayerDirectory, Marks
+from snapfs.scan.walk import Descriptors
+
+_MOST = 4096  # directories that are remembered
+
+
+class Lower:
+    """The ``layers``, by their paths, the nearest first, as an overlay shows them whose own attributes begin with ``prefix``.
+    A context manager.  Its methods raise OSError where the disk fails."""
+
+    def __init__(self, layers: Sequence[str], prefix: str) -> None:
+        self._descriptors = Descriptors()
+        self._marks = Marks(self._descriptors, prefix, lambda: None, alone=False)
+        tops: list[LayerDirectory] = []
+        for nth, path in enumerate(layers):
+            tops.append(LayerDirectory(path, None, nth == len(layers) - 1))
+            if self._marks.read(tops[-1]):  # nothing below is shown
+                break
+        self._tops = tops
+        self._known: dict[bytes, list[LayerDirectory]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._descriptors.__exit__(kind, error, traceback)
+
+    def directory(self, path: bytes) -> int:
+        """A descriptor of the directory ``path`` (b"": the top), the nearest where several are merged, valid until the next
+        call; -1 where there is none."""
+        found = self._merged(path)
+        return self._descriptors.get(found[0]) if found else -1
+
+    def file(self, path: bytes) -> tuple[int, str] | None:
+        """What is at ``path`` and no directory: a descriptor of the directory that holds it, valid until the next call, and its
+        name there; None where there is no such thing."""
+        above, _, name = path.rpartition(b"/")
+        text = os.fsdecode(name)
+        for directory in self._merged(above):
+            kind = self._marks.kind(directory, text)
+            if kind is not None:
+                return (self._descriptors.get(directory), text) if kind == OTHER else None
+        return None
+
+    def is_directory(self, path: bytes) -> bool:
+        above, _, name = path.rpartition(b"/")
+        kinds = (self._marks.kind(directory, os.fsdecode(name)) for directory in self._merged(above))
+        return next((kind for kind in kinds if kind is not None), None) == DIRECTORY
+
+    def _merged(self, path: bytes) -> list[LayerDirectory]:
+        """The directories that are merged at ``path``."""
+        if not path:
+            return self._tops
+        known = self._known.get(path)
+        if known is None:
+            above, _, name = path.rpartition(b"/")
+            parents = self._merged(above)
+            known = self._marks.merged(os.fsdecode(name), parents)[0] if parents else []
+            if len(self._known) >= _MOST:
+                self._known.clear()
+            self._known[path] = known
+        return known

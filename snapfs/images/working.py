@@ -1,0 +1,288 @@
+"""A layer is unpacked by a process of its own, so that several are at once, on as many processors.
+
+In there one thread reads, hashes and unpacks what the layer's blob holds, and another makes the files.  Meanwhile the layer's
+directory is bound, in a mount namespace that ends with the process, where the daemon takes it for use.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from snapfs.images.compression import unpacked
+from snapfs.images.layouts import Layer
+from snapfs.images.tarreader import Stream, TarReader
+from snapfs.images.unfit import Unfit
+from snapfs.images.unpacking import Owners, Unpacking
+from snapfs.kernel import libc, mounting, subids, userns
+
+_AHEAD = 8  # pieces that are unpacked before somebody wants them
+_EVERY = 0.1  # seconds between two messages of how far it is
+_PR_SET_PDEATHSIG = 1
+_SHORTEST = 64 << 20  # bytes of which it does not matter how much larger than packed they are
+
+PROGRESS, UNPACKED, FINISHED, UNFIT, FAILED = "progress", "unpacked", "finished", "unfit", "failed"
+"""What a worker says: [PROGRESS, files, bytes]; [UNPACKED, diff id]; [FINISHED, [foreign, bare, device]], as of ``Left``;
+[UNFIT, why]; [FAILED, errno, words]."""
+
+
+class Limits(NamedTuple):
+    """How much may come out of one import: bytes and entries of all its layers, and how many times as large as it is packed
+    a layer may be.  0: as much as there is."""
+
+    size: int
+    files: int
+    ratio: int
+
+
+class Place(NamedTuple):
+    """Where a layer goes: its directory, and an empty one beside it; ``lowest``: no layers are below; ``prefix``: what
+    overlayfs's own attributes begin with; ``process``: the directory in /proc of the daemon, where its namespaces are needed;
+    ``lock``: a descriptor that is kept open."""
+
+    directory: str
+    aside: str
+    lowest: bool
+    prefix: str
+    process: str
+    lock: int
+
+
+class Worker:
+    """The process that unpacks ``layer`` in ``place``; it begins at once."""
+
+    def __init__(self, layer: Layer, place: Place, limits: Limits, *, has_end: bool) -> None:
+        self.files = 0
+        self.size = 0
+        self._end, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                self._end.close()
+                _Work(theirs, layer, place, limits, has_end=has_end).run()
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def fileno(self) -> int:
+        return self._end.fileno()
+
+    def hear(self) -> list[Any]:
+        """The next message but PROGRESS, which is noted; [] where that was the one that there was."""
+        try:
+            text = self._end.recv(1 << 16)
+        except ConnectionResetError:
+            text = b""
+        if not text:
+            return [FAILED, errno.ECHILD, "the process that unpacks it was killed"]
+        message: list[Any] = json.loads(text)
+        if message[0] == PROGRESS:
+            self.files, self.size = message[1:]
+            return []
+        return message
+
+    def finish(self, layers: Sequence[str]) -> None:
+        """Have the layer made what it is on these layers, the nearest first, by their paths."""
+        file = os.memfd_create("layers")  # a message has an end
+        try:
+            os.write(file, json.dumps(layers).encode())
+            socket.send_fds(self._end, [b"finish"], [file])
+        finally:
+            os.close(file)
+
+    def close(self) -> None:
+        """End it, whatever it is doing; twice is fine."""
+        if self._pid:
+            self._end.close()
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+
+
+class _Work:
+    """What the process does."""
+
+    def __init__(self, end: socket.socket, layer: Layer, place: Place, limits: Limits, *, has_end: bool) -> None:
+        self._end = end
+        self._layer = layer
+        self._place = place
+        self._limits = limits
+        self._has_end = has_end
+        self._told = 0.0
+        self.unpacked = 0
+
+    def run(self) -> None:
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.umask(0)
+            self._close_others()
+            self._unpack()
+        except Unfit as unfit:
+            self._say(UNFIT, str(unfit))
+        except OSError as error:
+            self._say(FAILED, error.errno or 0, error.strerror or str(error))
+        except BaseException as error:
+            self._say(FAILED, 0, f"{type(error).__name__}: {error}")
+
+    def _close_others(self) -> None:
+        """No lock of another layer, and no end of another worker's, outlives who holds it."""
+        kept = sorted({0, 1, 2, self._end.fileno(), self._place.lock, self._layer.blob.fd, *self._process()})
+        for before, after in zip(kept, [*kept[1:], 1 << 16], strict=True):
+            os.closerange(before + 1, after)
+
+    def _process(self) -> list[int]:
+        return [int(self._place.process.rpartition("/")[2])] if self._place.process else []
+
+    def _enter(self) -> Owners:
+        """Have the rights, and the ids, of the daemon's namespace, if there is one, and the layer in use."""
+        place = self._place
+        ids: tuple[Sequence[range], Sequence[range]] | None = None if os.geteuid() == 0 else ((), ())
+        if place.process:
+            userns.join(place.process, mounts=False)
+            lent = subids.mapped_here()
+            ids = _ranges(lent.uids), _ranges(lent.gids)
+        if place.process or os.geteuid() == 0:
+            userns.copy_mounts()
+            mounting.mount_bind(place.directory, place.directory, read_only=False)
+        libc.call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # after all that takes it away
+        return Owners(ids)
+
+    def _unpack(self) -> None:
+        place = self._place
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        top, aside = os.open(place.directory, flags), os.open(place.aside, flags)  # in one mount: before there is another
+        unpacking = Unpacking(top, aside, lowest=place.lowest, prefix=place.prefix, owners=self._enter())
+        with _Feed(self._layer, self._limits) as feed:
+            reader = TarReader(Stream(iter(feed)))
+            while (entry := reader.next()) is not None:
+                unpacking.add(entry, reader)
+                self._tell(unpacking)
+            if self._has_end and not reader.has_end:
+                raise Unfit("the archive is cut off: the empty blocks that mark its end are missing")
+            feed.drain()
+        self._say(PROGRESS, unpacking.files, unpacking.size)
+        self._say(UNPACKED, feed.checked())
+        message, files, _, _ = socket.recv_fds(self._end, 16, 1)
+        if message:
+            with open(files[0], encoding="utf-8") as file:
+                file.seek(0)
+                unpacking.finish(json.load(file))
+            left = unpacking.left
+            self._say(FINISHED, [left.foreign, left.bare, left.device])
+
+    def _tell(self, unpacking: Unpacking) -> None:
+        if self._limits.files and unpacking.files > self._limits.files:
+            raise Unfit(f"it has more than {self._limits.files} files, as many as --max-files allows")
+        now = time.monotonic()
+        if now - self._told >= _EVERY:
+            self._told = now
+            self._say(PROGRESS, unpacking.files, unpacking.size)
+
+    def _say(self, *message: object) -> None:
+        self._end.send(json.dumps(message).encode())
+
+
+def _ranges(lent: Sequence[subids.Range]) -> list[range]:
+    return [range(first, first + count) for first, count in lent]
+
+
+class _Feed:
+    """The bytes of ``layer``, unpacked, in pieces, which a thread makes ahead.  A context manager."""
+
+    def __init__(self, layer: Layer, limits: Limits) -> None:
+        self._layer = layer
+        self._limits = limits
+        self._packed = 0
+        self._unpacked = 0
+        algorithms = [(text.partition(":")[0] or "sha256") for text in (layer.blob.digest, layer.diff_id)]
+        self._hash, self._diff = (hashlib.new(algorithm) for algorithm in algorithms)
+        self._pieces: queue.Queue[bytes | BaseException] = queue.Queue(_AHEAD)
+        self._left = False  # by who takes the pieces
+        self._ended = False
+
+    def __enter__(self) -> _Feed:
+        threading.Thread(target=self._make, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left = True
+        with suppress(queue.Empty):
+            while True:
+                self._pieces.get_nowait()
+
+    def __iter__(self) -> Iterator[bytes]:
+        while not self._ended:
+            piece = self._pieces.get()
+            self._ended = isinstance(piece, BaseException) or not piece
+            if isinstance(piece, BaseException):
+                raise piece
+            if piece:
+                yield piece
+
+    def drain(self) -> None:
+        """Leave out what is behind the end of the archive."""
+        for _ in self:
+            pass
+
+    def checked(self) -> str:
+        """What the layer hashes to, unpacked.  Raises Unfit where that, or what its blob hashes to, is not what it is to be."""
+        for what, wanted, found in (
+            ("it is damaged: its blob", self._layer.blob.digest, self._hash),
+            ("unpacked it", self._layer.diff_id, self._diff),
+        ):
+            if wanted and wanted != f"{found.name}:{found.hexdigest()}":
+                raise Unfit(f"{what} hashes to {found.name}:{found.hexdigest()}, and not to {wanted}")
+        return f"{self._diff.name}:{self._diff.hexdigest()}"
+
+    def _make(self) -> None:
+        last: bytes | BaseException = b""
+        try:
+            for piece in unpacked(self._reader()):
+                self._diff.update(piece)
+                self._unpacked += len(piece)
+                self._refuse_bomb()
+                self._pieces.put(piece)
+                if self._left:
+                    return
+        except BaseException as error:
+            last = error
+        self._pieces.put(last)
+
+    def _reader(self) -> Callable[[int], bytes]:
+        read = self._layer.blob.reader()
+        if not self._layer.blob.digest:
+
+            def counted(count: int) -> bytes:
+                found = read(count)
+                self._packed += len(found)
+                return found
+
+            return counted
+
+        def hashed(count: int) -> bytes:
+            found = read(count)
+            self._packed += len(found)
+            self._hash.update(found)
+            return found
+
+        return hashed
+
+    def _refuse_bomb(self) -> None:
+        size, _, ratio = self._limits
+        if size and self._unpacked > size:
+            raise Unfit(f"unpacked it takes more than {size} bytes, as many as --max-size allows")
+        if ratio and self._unpacked > _SHORTEST and self._unpacked > ratio * self._packed:
+            words = f"unpacked it takes more than {ratio} times what it takes packed ({self._packed} bytes)"
+            raise Unfit(f"{words}, as many as --max-ratio allows")
