@@ -66,7 +66,8 @@ class _Layer:
 
 def _export(given: Given) -> int:
     from snapfs.errors import AlreadyExists, InvalidArgument
-    from snapfs.images.compressing import MEDIA_TYPES, NotInstalled
+    from snapfs.images.compression import MEDIA_TYPES
+    from snapfs.images.unfit import Unfit
 
     place = find_tree(given.value("at"), changes=given.has("squash"))
     how = given.value("compression") or "gzip"
@@ -82,9 +83,7 @@ def _export(given: Given) -> int:
     try:
         with _squashed(place, name) if given.has("squash") else contextlib.nullcontext(name) as top:
             _send(place, name, _chain(place, top), destination, how)
-    except NotInstalled as why:
-        raise Refusal(str(why)) from None
-    except (AlreadyExists, InvalidArgument) as why:
+    except (AlreadyExists, InvalidArgument, Unfit) as why:
         raise Refusal(str(why)) from None
     except OSError as error:
         raise Refusal(f"cannot write {destination}: {error.strerror}") from None
@@ -194,14 +193,10 @@ def _known(place: MountedTree, name: str) -> dict[str, Any]:
 
 def _by_skopeo(place: MountedTree, name: str, layers: list[_Layer], destination: str, how: str) -> None:
     """Make a layout in a directory of its own, which skopeo takes to ``destination``."""
-    import tempfile
+    from snapfs.images import fetching, writing
 
-    from snapfs.images import skopeo, writing
-
-    skopeo.find()  # before there is work
-    with tempfile.TemporaryDirectory(prefix="snapfs-export-") as directory:
-        _write(place, name, layers, writing.OciDirectory(f"{directory}/image", "image", how))
-        skopeo.copy(f"oci:{directory}/image:image", destination)
+    with fetching.sent(destination) as layout:
+        _write(place, name, layers, writing.OciDirectory(layout, fetching.TAG, how))
     table.show_line(destination)
 
 

@@ -1,14 +1,15 @@
-"""Archives that are compressed: found out by their first bytes, and read in bounded pieces.
+"""Archives that are compressed: found out by their first bytes, and read in bounded pieces; and compressing layers.
 
-gzip is read by ``isal`` where that is installed, several times as fast as by zlib; zstd by ``zstandard``, or from Python 3.14
-on by the standard library."""
+gzip is ``isal``'s where that is installed, several times as fast as zlib's; zstd that of ``zstandard``, or from Python 3.14
+on of the standard library.  The same layer gives the same bytes by the same version of the same library; what is in it has a
+digest of its own, which no compression changes."""
 
 from __future__ import annotations
 
 import importlib
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from snapfs.images.unfit import Unfit
 
@@ -22,6 +23,14 @@ _PACKED = 256 << 10
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _SKIPPED = b"\x2a\x4d\x18"  # of a frame that zstd leaves out; the byte before is 0x50 to 0x5f
 _OTHERS = {b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x5d\0\0": "lzma", b"LZIP": "lzip", b"\x04\x22\x4d\x18": "lz4"}
+
+
+LEVEL, ZLIB_LEVEL, ZSTD_LEVEL = 2, 6, 3  # isal has 0 to 3
+_WITH_HEADER = 16 + zlib.MAX_WBITS  # of gzip, without a time or a name
+
+_LAYER = "application/vnd.oci.image.layer.v1.tar"
+MEDIA_TYPES = {"none": _LAYER, "gzip": f"{_LAYER}+gzip", "zstd": f"{_LAYER}+zstd"}
+"""Of a layer, by how it is compressed."""
 
 
 def unpacked(read: Read) -> Iterator[bytes]:
@@ -114,3 +123,39 @@ class _Source:
 
     def seekable(self) -> bool:
         return False
+
+
+class Compressor(Protocol):
+    """As zlib's: what is to be written of the data so far, and of the rest."""
+
+    def compress(self, data: bytes, /) -> bytes: ...
+    def flush(self) -> bytes: ...
+
+
+class _Plain:
+    def compress(self, data: bytes, /) -> bytes:
+        return data
+
+    def flush(self) -> bytes:
+        return b""
+
+
+def compressor(how: str) -> Compressor:
+    """A new one for ``how``, a key of MEDIA_TYPES.  Raises Unfit."""
+    made: Compressor
+    if how == "none":
+        return _Plain()
+    if how == "gzip":
+        isal = _library("isal.isal_zlib")
+        if isal is None:
+            return zlib.compressobj(ZLIB_LEVEL, zlib.DEFLATED, _WITH_HEADER)
+        made = isal.compressobj(LEVEL, isal.DEFLATED, _WITH_HEADER)
+        return made
+    zstandard, zstd = _library("zstandard"), _library("compression.zstd")
+    if zstandard is not None:
+        made = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
+    elif zstd is not None:
+        made = zstd.ZstdCompressor(level=ZSTD_LEVEL)
+    else:
+        raise Unfit("zstd takes the Python package zstandard (pip install zstandard); gzip takes none")
+    return made

@@ -1,4 +1,4 @@
-"""Images from wherever skopeo(1) knows to find them, copied to a directory of this process's own."""
+"""Images from and to wherever skopeo(1) knows, by way of an OCI layout in a directory of this process's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRANSPORTS = ("docker", "docker-daemon", "containers-storage", "dir", "ostree", 
 
 TAG = "image"
 
-_PREFIX = "snapfs-import-"
+_PREFIX = "snapfs-image-"
 _OLD = 60.0  # seconds after which a directory that nobody has locked is known to be left by a process that was killed
 _OF_OTHERS = "no image found in"  # … manifest list for architecture
 
@@ -30,35 +30,60 @@ _OF_OTHERS = "no image found in"  # … manifest list for architecture
 def fetched(source: str, *, foreign: bool) -> Iterator[str]:
     """For a block: an OCI layout with the image ``source`` (``docker://host/name:tag``) as TAG, in a directory that nobody
     else can enter.  What is for another machine is fetched only if ``foreign``.  Raises Unfit, and OSError."""
+    program = find(source)
+    with _private() as layout:
+        said = _copied([program, "copy", "--quiet"], source, layout)
+        if said and _OF_OTHERS in said:
+            if not foreign:
+                raise Elsewhere(f"{said}: --force takes what there is")
+            said = _copied([program, "copy", "--quiet", "--all"], source, layout)
+        if said:
+            raise Unfit(f"skopeo can't fetch it: {said}")
+        yield layout.removeprefix("oci:").removesuffix(f":{TAG}")
+
+
+@contextlib.contextmanager
+def sent(destination: str) -> Iterator[str]:
+    """For a block, which makes it: where an OCI layout with the image TAG is to be, in a directory that nobody else can enter.
+    Then the image goes to ``destination``.  Raises Unfit, and OSError."""
+    program = find(destination)
+    with _private() as layout:
+        yield layout.removeprefix("oci:").removesuffix(f":{TAG}")
+        said = _copied([program, "copy", "--quiet"], layout, destination)  # what is there has the same digest, and stays
+        if said:
+            raise Unfit(f"skopeo can't take it there: {said}")
+
+
+def find(place: str) -> str:
+    """Where skopeo is, for images at ``place``.  Raises Unfit."""
     program = shutil.which("skopeo")
-    transport = source.partition(":")[0]
     if program is None:
+        transport = place.partition(":")[0]
         if transport not in TRANSPORTS:
             raise Unfit(f'"{printable(transport)}" is no transport that is known: {" ".join(("oci", *TRANSPORTS))} are some')
-        raise Unfit(f"skopeo is not installed, which fetches {transport}: images (Debian: apt-get install skopeo)")
+        raise Unfit(f"skopeo is not installed, which knows {transport}: images (Debian: apt-get install skopeo)")
+    return program
+
+
+@contextlib.contextmanager
+def _private() -> Iterator[str]:
+    """What skopeo calls a layout that can be made in a directory of this process's own."""
     place = os.environ.get("TMPDIR", "/var/tmp")
     _remove_left(place)
     directory = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        said = _copied([program, "copy", "--quiet"], source, directory)
-        if said and _OF_OTHERS in said:
-            if not foreign:
-                raise Elsewhere(f"{said}: --force takes what there is")
-            said = _copied([program, "copy", "--quiet", "--all"], source, directory)
-        if said:
-            raise Unfit(f"skopeo can't fetch it: {said}")
-        yield f"{directory}/oci"
+        yield f"oci:{directory}/oci:{TAG}"
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
 
 
-def _copied(command: list[str], source: str, directory: str) -> str:
+def _copied(command: list[str], source: str, destination: str) -> str:
     """Copy the image; "" or what skopeo says of it."""
     done = subprocess.run(
-        [*command, "--", source, f"oci:{directory}/oci:{TAG}"],
+        [*command, "--", source, destination],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

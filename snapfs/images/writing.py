@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from snapfs.errors import AlreadyExists, InvalidArgument
-from snapfs.images.compressing import MEDIA_TYPES, compressor
+from snapfs.images.compression import MEDIA_TYPES, compressor
 from snapfs.kernel.unnamed import Unnamed, unnamed
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
