@@ -7,15 +7,20 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import tarfile
+from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from snapfs.cli import main
 from snapfs.images.configuration import Step, architecture, configuration
 from tests.command import Command
+from tests.syscalls import EVERY, KILL, Channel, Server, running
 
 pytestmark = pytest.mark.mounts
 
@@ -221,6 +226,56 @@ def test_a_layout_that_was_damaged(chain: Command, tmp_path: Path) -> None:
     (tmp_path / "images/index.json").write_text("[]")
     assert "is damaged" in chain("export", "v1", f"{place}:v2", status=1)
     assert (tmp_path / "images/index.json").read_text() == "[]"
+
+
+def exported(channel: Channel, mnt: str, place: str) -> None:
+    """In a process whose calls are held."""
+    os.environ["SNAPFS"] = mnt
+    channel.watch()
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+        channel.say("status", main(["export", "v1", place]))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running(["snapfs.cli.export", "snapfs.images.writing", "snapfs.images.configuration", "tests.test_export"]) as started:
+        yield started
+
+
+@pytest.mark.parametrize("transport", ["oci", "oci-archive", "docker-archive"])
+def test_killed_between_any_two_calls(chain: Command, server: Server, tmp_path: Path, transport: str) -> None:
+    """There is a whole image or none, what was there before stays, and no file is left that no image has."""
+    chain("export", "base", f"oci:{tmp_path}/pristine:base")
+    expected = [layer(chain, "base"), layer(chain, "v1")]
+    nth, is_done, ends = 1, False, set()
+    while not is_done:
+        target = tmp_path / "target"
+        if transport == "oci":
+            shutil.copytree(tmp_path / "pristine", target)
+        with server.started(exported, str(chain.mnt), f"{transport}:{target}:v1") as process:
+            process.hold(lambda call, nth=nth: KILL if call.nth == nth else None)  # type: ignore[misc]
+            is_done = ["status", 0] in process.said
+            assert process.errors() == []
+        if transport == "oci":
+            tags = Layout(target).tags()
+            assert tags in (["base"], ["base", "v1"])
+            for tag in tags:
+                assert Layout(target).layers(tag) == expected[: 1 + (tag == "v1")]
+            ends.add(len(tags))
+            chain("export", "v1", f"oci:{target}:v1")
+            assert Layout(target).layers("v1") == expected
+            assert not [name for name in os.listdir(target) if name.startswith(".")]
+            shutil.rmtree(target)
+        else:
+            assert os.listdir(tmp_path) in (["pristine"], ["pristine", "target"], ["target", "pristine"])
+            ends.add(target.exists())
+            if target.exists():
+                with tarfile.open(target) as tar:
+                    assert {"index.json", "manifest.json"} & set(tar.getnames())
+                target.unlink()
+        nth += 1 if EVERY == 1 else 1 + nth // 4
+    assert len(ends) == 2
+    assert nth > 5
 
 
 def test_what_is_known_of_an_image() -> None:
