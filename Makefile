@@ -5,7 +5,7 @@
 # make crash  kill the daemon between any two of its system calls, some thousand times, and see what is left
 # make fresh  the first session and make test on a bare bookworm and trixie: SUITES=trixie PYTEST_ARGS=tests/test_cli.py does less
 # make lint   check style and types
-# make fuzz   feed names, filters and records with whatever breaks them, SECONDS each (300)
+# make fuzz   feed names, filters, records and archives with whatever breaks them, SECONDS each (300)
 # make bench  measure everything beside what it is to be measured with: BENCH_ARGS="--only prepare --rounds 3" measures less
 # make systemd   boot a machine in namespaces, with systemd, and see that units, fstab and journal do as the README says
 # make desktop  the tests with file managers and indexers, also those that take too many packages for make test
@@ -42,7 +42,7 @@ BIN ?= .venv/bin
 DEMO ?= /tmp/snapfs
 
 SECONDS ?= 300
-FUZZ_TARGETS := names filters records
+FUZZ_TARGETS := names filters records archives
 
 compile = .venv/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --system-certs --custom-compile-command 'make lock'
 

@@ -1,7 +1,7 @@
 """Fuzzing that is led by coverage: ``make fuzz``, or ``python -m tests.fuzz_atheris TARGET [OPTION …]`` for longer.
 
-The targets are ``names``, ``filters`` and ``records``; the options are libFuzzer's (``-max_total_time=300``, a directory for
-the corpus …).  What must hold is in ``invariants``.  A finding is written to a file, and named.
+The targets are ``names``, ``filters``, ``records`` and ``archives``; the options are libFuzzer's (``-max_total_time=300``, a
+directory for the corpus …).  What must hold is in ``invariants``.  A finding is written to a file, and named.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 import atheris
 import msgspec
 
-with atheris.instrument_imports(include=["snapfs.names", "snapfs.filters", "snapfs.store"]):
+with atheris.instrument_imports(include=["snapfs.names", "snapfs.filters", "snapfs.images.tarreader", "snapfs.store"]):
     from snapfs import filters, names  # noqa: F401
+    from snapfs.images import tarreader  # noqa: F401
     from snapfs.store import metastore  # noqa: F401
 from tests import invariants
 from tests.invariants import TABLES, Put
@@ -38,6 +39,17 @@ def fuzz_names(data: bytes) -> None:
 def fuzz_filters(data: bytes) -> None:
     for candidate in (data.decode(errors="surrogateescape"), data.decode("latin-1")):
         invariants.check_filter(candidate)
+
+
+def fuzz_archives(data: bytes) -> None:
+    """Blocks of an archive, whose check sums are made right: else nothing behind the first would be read."""
+    archive = bytearray(data)
+    for here in range(0, len(archive) - 511, 512):
+        if archive[here + 255] & 1:  # it may be a header
+            fields = archive[here : here + 512]
+            archive[here + 148 : here + 156] = b"%06o\0 " % (sum(fields) - sum(fields[148:156]) + 256)
+    invariants.check_archive(bytes(archive), 700)
+    invariants.check_archive(data, 512)
 
 
 def records() -> Callable[[bytes], None]:
@@ -81,6 +93,7 @@ TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "names": lambda: fuzz_names,
     "filters": lambda: fuzz_filters,
     "records": records,
+    "archives": lambda: fuzz_archives,
 }
 
 if __name__ == "__main__":

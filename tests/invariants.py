@@ -15,6 +15,8 @@ import msgspec
 from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument, NameTooLong, NotUtf8
 from snapfs.filters import Filters
+from snapfs.images.tarreader import Entry, Stream, TarReader
+from snapfs.images.unfit import Unfit
 from snapfs.model import Info, Kind, Usage
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
@@ -227,3 +229,48 @@ class Mangled:
             reader._txn = txn
             check_reader(reader)
             txn.abort()
+
+
+# -- archives of layers
+
+
+def read_archive(archive: bytes, piece: int) -> list[tuple[Entry, bytes]]:
+    """All entries, each with its bytes, of an archive that comes in pieces of so many bytes.  Raises Unfit."""
+    reader = TarReader(Stream(archive[here : here + piece] for here in range(0, len(archive), piece)))
+    found = []
+    while (entry := reader.next()) is not None:
+        data = bytearray()
+        for here, part in reader.data(entry):
+            assert here >= len(data)
+            data += bytes(here - len(data)) + part
+        found.append((entry, bytes(data) + bytes(min(entry.length, 1 << 24) - len(data))))
+    return found
+
+
+def check_archive(archive: bytes, piece: int) -> None:
+    """It is read, with nothing out of range, and the same however it comes; or refused in one sentence."""
+    try:
+        found = read_archive(archive, piece)
+    except Unfit as unfit:
+        assert names.printable(str(unfit)) == str(unfit)
+        try:
+            read_archive(archive, 1 << 20)
+        except Unfit:
+            return
+        raise AssertionError("it is refused only in other pieces") from unfit
+    for entry, data in found:
+        assert 0 <= entry.mode < 0o10000
+        assert 0 <= entry.uid < 1 << 32
+        assert 0 <= entry.gid < 1 << 32
+        assert 0 <= entry.modified <= entry.read < 1 << 63
+        assert 0 <= entry.major < 1 << 12
+        assert 0 <= entry.minor < 1 << 20
+        assert len(entry.name) < 4096
+        assert b"\0" not in entry.name + entry.target
+        assert entry.size <= len(archive)
+        assert entry.length <= 1 << 24 or entry.spans is not None
+        assert entry.kind == "file" or not data
+    again = read_archive(archive, 1 << 20)
+    assert [(entry.name, entry.spans, data) for entry, data in again] == [
+        (entry.name, entry.spans, data) for entry, data in found
+    ]

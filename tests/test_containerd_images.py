@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import pytest
 from tests.containerd_client import SECONDS, Client, Containerd, connected
 from tests.containerds import SUITES, binaries, version
 from tests.daemon import Daemon
+from tests.images import Layer, Layout
 from tests.readme import read, recipe
 
 EXAMPLES = Path(__file__).parent.parent / "examples/containerd"
@@ -30,28 +30,6 @@ IMAGE = "test.local/layers:1"
 APPLETS = ("sh", "cat", "find", "md5sum", "sleep", "sort", "stat", "xargs", "touch", "rm", "mkdir")
 LOOK = """cd / && find bin data etc kept -print0 | xargs -0 stat -c '%n %f %u %g %h %N' | sort &&
 find data etc kept -type f | sort | xargs md5sum"""
-
-
-class Layer:
-    """One layer of an image, as a tar."""
-
-    def __init__(self) -> None:
-        self.buffer = io.BytesIO()
-        self.tar = tarfile.open(fileobj=self.buffer, mode="w")  # noqa: SIM115
-
-    def add(self, name: str, data: bytes | None = b"", mode: int = 0o644, **fields: object) -> Layer:
-        entry = tarfile.TarInfo(name)
-        entry.mode, entry.size = mode, len(data or b"")
-        if data is None:
-            entry.type = tarfile.DIRTYPE
-        for field, value in fields.items():
-            setattr(entry, field, value)
-        self.tar.addfile(entry, io.BytesIO(data or b""))
-        return self
-
-    def done(self) -> bytes:
-        self.tar.close()
-        return self.buffer.getvalue()
 
 
 def layers() -> list[bytes]:
@@ -78,29 +56,9 @@ def layers() -> list[bytes]:
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An OCI layout in a tar."""
     base = tmp_path_factory.mktemp("image")
-    blobs = base / "oci/blobs/sha256"
-    blobs.mkdir(parents=True)
-
-    def blob(data: bytes, kind: str) -> dict[str, object]:
-        digest = hashlib.sha256(data).hexdigest()
-        (blobs / digest).write_bytes(data)
-        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": f"sha256:{digest}", "size": len(data)}
-
-    def document(value: object) -> bytes:
-        return json.dumps(value).encode()
-
-    tars = layers()
-    ids = [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in tars]
-    arch = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
-    settings = {"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"]}
-    config = {"architecture": arch, "os": "linux", "config": settings, "rootfs": {"type": "layers", "diff_ids": ids}}
-    stack = [blob(tar, "layer.v1.tar") for tar in tars]
-    manifest = {"schemaVersion": 2, "config": blob(document(config), "config.v1+json"), "layers": stack}
-    listed = {**blob(document(manifest), "manifest.v1+json"), "annotations": {"io.containerd.image.name": IMAGE}}
-    (base / "oci/index.json").write_bytes(document({"schemaVersion": 2, "manifests": [listed]}))
-    (base / "oci/oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-    subprocess.run(["tar", "-C", str(base / "oci"), "-cf", str(base / "image.tar"), "."], check=True)
-    return base / "image.tar"
+    layout = Layout(base / "oci")
+    layout.add(IMAGE.removeprefix("test.local/"), layers())
+    return layout.archive(base / "image.tar")
 
 
 class Both:
