@@ -100,3 +100,29 @@ class Layout:
         """All of it in an archive."""
         subprocess.run(["tar", "-C", str(self.top), "-cf", str(path), "."], check=True)
         return path
+
+
+def archive_of(top: Path) -> bytes:
+    """An archive of all that is in the directory ``top``, but sockets, with all that belongs to it."""
+    layer = Layer(tarfile.PAX_FORMAT)
+    first: dict[int, str] = {}
+    for directory, inside, others in os.walk(top):
+        for name in sorted([*inside, *others]):
+            path = os.path.join(directory, name)
+            entry = layer.tar.gettarinfo(path, os.path.relpath(path, top))
+            if entry is None:  # a socket
+                continue
+            status = os.lstat(path)
+            entry.pax_headers = {"mtime": f"{status.st_mtime_ns // 10**9}.{status.st_mtime_ns % 10**9:09d}"}
+            for key in os.listxattr(path, follow_symlinks=False):
+                value = os.getxattr(path, key, follow_symlinks=False)
+                entry.pax_headers[f"SCHILY.xattr.{key}"] = value.decode(errors="surrogateescape")
+            if not entry.isdir() and status.st_ino in first:
+                entry.type, entry.linkname, entry.size = tarfile.LNKTYPE, first[status.st_ino], 0
+            first.setdefault(status.st_ino, entry.name)
+            if entry.isreg():
+                with open(path, "rb") as file:
+                    layer.tar.addfile(entry, file)
+            else:
+                layer.tar.addfile(entry)
+    return layer.done()

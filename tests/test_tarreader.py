@@ -160,6 +160,7 @@ def test_numbers_in_base_256_and_check_sums_of_old() -> None:
         (header(size=b"00000001000"), "cut off"),
         (header(flag=b"Z") + END, 'unknown kind "Z"'),
         (header(flag=b"M") + END, 'unknown kind "M"'),
+        (header(flag=b"\x9b") + END, 'unknown kind "%C2%9B"'),
         (header(uid=b"\x80\0\0\0\xff\xff\xff\xff") + END, "there are no such numbers"),
         (header(uid=b"\xff" * 8) + END, "out of range"),
         (header(size=b"\x80\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff") + END, "out of range"),

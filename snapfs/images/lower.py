@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from snapfs.scan.marks import DIRECTORY, OTHER, LayerDirectory, Marks
+from snapfs.scan.marks import DIRECTORY, OTHER, WHITEOUT, LayerDirectory, Marks
 from snapfs.scan.walk import Descriptors
 
 _MOST = 4096  # directories that are remembered
@@ -43,18 +43,29 @@ class Lower:
     def file(self, path: bytes) -> tuple[int, str] | None:
         """What is at ``path`` and no directory: a descriptor of the directory that holds it, valid until the next call, and its
         name there; None where there is no such thing."""
+        found = self._find(path)
+        if found is None or found[1] != OTHER:
+            return None
+        return self._descriptors.get(found[0]), os.fsdecode(path.rpartition(b"/")[2])
+
+    def is_directory(self, path: bytes) -> bool:
+        found = self._find(path)
+        return found is not None and found[1] == DIRECTORY
+
+    def has(self, path: bytes) -> bool:
+        """Whether there is anything at ``path``."""
+        found = self._find(path)
+        return found is not None and found[1] != WHITEOUT
+
+    def _find(self, path: bytes) -> tuple[LayerDirectory, int] | None:
+        """The nearest directory with an entry for ``path``, and what that is."""
         above, _, name = path.rpartition(b"/")
         text = os.fsdecode(name)
         for directory in self._merged(above):
             kind = self._marks.kind(directory, text)
             if kind is not None:
-                return (self._descriptors.get(directory), text) if kind == OTHER else None
+                return directory, kind
         return None
-
-    def is_directory(self, path: bytes) -> bool:
-        above, _, name = path.rpartition(b"/")
-        kinds = (self._marks.kind(directory, os.fsdecode(name)) for directory in self._merged(above))
-        return next((kind for kind in kinds if kind is not None), None) == DIRECTORY
 
     def _merged(self, path: bytes) -> list[LayerDirectory]:
         """The directories that are merged at ``path``."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from snapfs.images.unfit import Unfit
+from snapfs.names import printable, shown
 
 BLOCK = 512
 MOST_TEXT = 1 << 20
@@ -240,7 +241,7 @@ class TarReader:
     def _entry(self, block: bytes, flag: bytes, records: dict[bytes, bytes], name: bytes, target: bytes) -> Entry:
         kind = _KINDS.get(flag)
         if kind is None:
-            raise Unfit(f'the archive has an entry of the unknown kind "{flag.decode("latin-1")}"')
+            raise Unfit(f'the archive has an entry of the unknown kind "{printable(flag.decode("latin-1"))}"')
         entry = Entry(kind)
         _read_header(entry, block)
         size = _size(block) if b"size" not in records else _number_in(records, b"size")
@@ -479,6 +480,4 @@ def _moment(text: bytes) -> int:
 
 
 def _of(entry: Entry) -> str:
-    from snapfs.names import shown
-
     return shown(entry.name[:200].decode(errors="surrogateescape"))

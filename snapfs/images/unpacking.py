@@ -136,6 +136,7 @@ class Unpacking:
         self._opened: OrderedDict[bytes, _Open] = OrderedDict()  # by the path that was asked for
         self._stale: list[_Open] = []  # of which the entry at hand may still need one
         self._last: tuple[bytes, _Open] = b"", self._top
+        self._hidden: set[bytes] = set()  # paths of whiteouts
         self._awaited: dict[bytes, tuple[bytes, str]] = {}
         """Files of a layer below with a name in this one, by their path: an empty file stands for each, which has that name in
         ``aside``, too; and the path that the archive has for it."""
@@ -208,7 +209,7 @@ class Unpacking:
             there = os.stat(base, dir_fd=parent.fd, follow_symlinks=False)
             if not stat.S_ISDIR(there.st_mode):
                 self._take_away(parent, base)
-                made = self._new_directory(parent, base, path, opaque=_is_whiteout(there))
+                made = self._new_directory(parent, base, path, opaque=True)  # what it was hid all that is below
         else:
             made = self._noted(parent, base, path)
         assert made is not None
@@ -344,11 +345,32 @@ class Unpacking:
             if stat.S_ISDIR(there.st_mode):
                 self._made[_joined(parent.path, name)].opaque = True
             return
+        self._hidden.add(_joined(parent.path, name))
         try:
             os.chown(name, *self._owners.of(entry.uid, entry.gid)[:2], dir_fd=parent.fd, follow_symlinks=False)
         except OSError as error:
             if error.errno not in _UNKEPT:
                 raise
+
+    def _hides(self, path: bytes, lower: Lower) -> bool:
+        """Whether there is something below that a whiteout at ``path`` hides."""
+        above = path
+        while above:
+            above = above.rpartition(b"/")[0]
+            if self._made[above].opaque:
+                return False
+        return lower.has(path)
+
+    def _show(self, path: bytes) -> None:
+        """Remove the whiteout at ``path``, if it is still there: in a directory that is not merged the kernel would list it."""
+        above, _, name = path.rpartition(b"/")
+        with suppress(FileNotFoundError, NotADirectoryError):
+            fd = open_beneath(above, self._top.fd, _DIRECTORY)
+            try:
+                if _is_whiteout(os.stat(name, dir_fd=fd, follow_symlinks=False)):
+                    os.unlink(name, dir_fd=fd)
+            finally:
+                os.close(fd)
 
     # -- owners, modes, attributes, times
 
@@ -399,6 +421,9 @@ class Unpacking:
         """Make the layer what it is to be on top of ``layers``, by their paths, the nearest first, which are whole by now."""
         with Lower(layers, self._prefix) as lower:
             self._bring_up(lower)
+            for path in self._hidden:
+                if not self._hides(path, lower):
+                    self._show(path)
             for path in sorted(self._made, reverse=True):  # what is in a directory before it
                 self._finish_directory(path, self._made[path], lower)
         for name in [name for name, _ in self._awaited.values()]:
@@ -425,7 +450,7 @@ class Unpacking:
             elif path:  # as containerd makes those of which nothing is known
                 os.chown(fd, *self._owners.of(0, 0)[:2])
                 os.chmod(fd, 0o755)
-            if made.opaque:
+            if made.opaque and not self._lowest:
                 os.setxattr(fd, f"{self._prefix}opaque", b"y")
             if made.entry is not None:
                 os.utime(fd, ns=(made.entry.read, made.entry.modified))
