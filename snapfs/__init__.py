@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         InvalidArgument,
         LabelTooBig,
         LeftOut,
+        Named,
         NameTooLong,
         NotEmpty,
         NotFound,
@@ -37,12 +38,13 @@ if TYPE_CHECKING:
         SnapshotError,
         Stale,
         TooDeep,
+        TooManyNames,
         TryAgain,
         Unavailable,
         WrongParent,
     )
     from snapfs.labels import Labels
-    from snapfs.model import Caller, Change, Checkpoint, Info, Kind, Mount, Ref, Statistics, Usage
+    from snapfs.model import Caller, Change, Checkpoint, Image, Info, Kind, Mount, Ref, Statistics, Usage
     from snapfs.opening import open_snapshotter
     from snapfs.options import Feature, Options, Sync
     from snapfs.snapshotter import OpenLayer, Snapshotter
@@ -64,6 +66,7 @@ __all__ = [
     "Feature",
     "Forked",
     "HasChildren",
+    "Image",
     "Info",
     "InvalidArgument",
     "Kind",
@@ -73,6 +76,7 @@ __all__ = [
     "MetaStore",
     "Mount",
     "NameTooLong",
+    "Named",
     "NoThread",
     "NotEmpty",
     "NotFound",
@@ -90,6 +94,7 @@ __all__ = [
     "Statistics",
     "Sync",
     "TooDeep",
+    "TooManyNames",
     "TryAgain",
     "Unavailable",
     "Usage",

@@ -175,6 +175,9 @@ class Snapshotter:
 
     remove = _awaited(AsyncSnapshotter.remove)
     rename = _awaited(AsyncSnapshotter.rename)
+    name_image = _awaited(AsyncSnapshotter.name_image)
+    unname_image = _awaited(AsyncSnapshotter.unname_image)
+    rename_image = _awaited(AsyncSnapshotter.rename_image)
     update = _awaited(AsyncSnapshotter.update)
     move_label = _awaited(AsyncSnapshotter.move_label)
     accept = _awaited(AsyncSnapshotter.accept)
@@ -196,6 +199,7 @@ class Snapshotter:
 
     stat = _awaited(AsyncSnapshotter.stat)
     walk = _awaited(AsyncSnapshotter.walk)
+    images = _awaited(AsyncSnapshotter.images)
     usage = _awaited(AsyncSnapshotter.usage)
     changes = _awaited(AsyncSnapshotter.changes)
     patch = _awaited(AsyncSnapshotter.patch)
@@ -218,6 +222,7 @@ class Snapshotter:
     shown = _on_the_loop(AsyncSnapshotter.shown)
     record = _on_the_loop(AsyncSnapshotter.record)
     by_node = _on_the_loop(AsyncSnapshotter.by_node)
+    find_image = _on_the_loop(AsyncSnapshotter.find_image)
     known_usage = _on_the_loop(AsyncSnapshotter.known_usage)
     known_tar_size = _on_the_loop(AsyncSnapshotter.known_tar_size)
     has_tar_index = _on_the_loop(AsyncSnapshotter.has_tar_index)

@@ -74,6 +74,14 @@ class Busy(FailedPrecondition):
     """Somebody still uses the snapshot's files in a way that the call would break."""
 
 
+class Named(Busy):
+    """A snapshot that has a name in images/ was to be removed (``rules/images.py``)."""
+
+
+class TooManyNames(FailedPrecondition):
+    """A snapshot would have more names in images/ than one may have."""
+
+
 class NotPermitted(FailedPrecondition):
     """The tree has no meaning for this operation at this place."""
 

@@ -58,6 +58,7 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     ``node`` is the number that the inodes of the tree have for it, 0 where that is the id: a workspace keeps its directory
     when it goes on on a checkpoint, with another id.
     ``origin`` says at which door it was made, and got its name: "containerd" on the socket, "" in the tree or by the library.
+    ``images`` are the names that it has in images/, in the order in which they came.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     updated: int
     origin: str = ""
     node: int = 0
+    images: tuple[str, ...] = ()
 
     @property
     def created_at(self) -> datetime:
@@ -103,6 +105,15 @@ class Checkpoint(msgspec.Struct, frozen=True):
     info: Info
     usage: Usage
     squash: str = ""
+
+
+class Image(msgspec.Struct, frozen=True):
+    """A name in images/: what Stat shows of the committed snapshot that has it, and what that alone takes, as far as it is
+    known without counting."""
+
+    name: str
+    info: Info
+    usage: Usage
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):

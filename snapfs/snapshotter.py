@@ -36,12 +36,13 @@ from snapfs.kernel import freezing
 from snapfs.kernel.namespaces import shares_mount_namespace
 from snapfs.kernel.processes import users_of_device
 from snapfs.labels import MESSAGE, OF, PIN, Labels, pinned
-from snapfs.model import OWNER, ByNode, Caller, Change, Checkpoint, Info, Kind, Mount, Ref, Statistics, Usage
+from snapfs.model import OWNER, ByNode, Caller, Change, Checkpoint, Image, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
 from snapfs.root.merged import Stack, why_unseen
 from snapfs.root.trash import cleanup_error
 from snapfs.rules import commit, digest, lookup, prepare, remove, rename, workspace
+from snapfs.rules import images as image_rules
 from snapfs.rules import labels as label_rules
 from snapfs.rules import mounts as mount_rules
 from snapfs.rules.change import take_id
@@ -353,10 +354,10 @@ class Snapshotter:
         A snapshot whose record is damaged is removed too, if the indexes agree about which one it is.  ``seen`` is the kind and
         the name by which the caller knows it: NotFound is raised where it has others by now.
 
-        Raises NotFound; FailedPrecondition: HasChildren, Busy: a process uses its rootfs, Pinned, or it was made at another
-        door than ``origin``, unless that is "", which may remove all.
+        Raises NotFound; FailedPrecondition: HasChildren, Busy: a process uses its rootfs, Pinned, Named: it has a name in
+        images/, or it was made at another door than ``origin``, unless that is "", which may remove all.
         """
-        self._refuse_pinned(key)
+        self._refuse_kept(key)
         async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free), self._ending(number):
             rule = partial(remove.remove, self._root, number=number, key=key, origin=origin, seen=seen)
             await self._write_record(lambda writer: rule(writer=writer, refuse_mounted=refuse_mounted, free=free), frees=True)
@@ -458,7 +459,7 @@ class Snapshotter:
         Raises NotFound: no such workspace or checkpoint; FailedPrecondition: the snapshot is not active; Pinned; Busy: its
         layer is in use, by whatever process; Damaged: the data of that state may be lost.
         """
-        self._refuse_pinned(key)
+        self._refuse_kept(key)
         with self._way_out(key, END):
             _, made = await self._change_workspace(key, partial(workspace.rollback, to=to), frees=True)
         self._empty_trash_soon()
@@ -583,7 +584,7 @@ class Snapshotter:
         operation.
 
         Raises NotFound; FailedPrecondition: the snapshot, or what stands on it, is not committed; Busy: their files are in a
-        mount, of whatever process; Pinned; Damaged; TryAgain as ``squash``.
+        mount, of whatever process; Pinned; Named: it has a name in images/; Damaged; TryAgain as ``squash``.
         """
         self._refuse_closed()
         going_on = await self._squashing.dissolve(key, caller, self._kept_unmounted)
@@ -609,12 +610,13 @@ class Snapshotter:
         if not self.options.async_remove:
             self._housekeeping.empty_trash_soon()
 
-    def _refuse_pinned(self, key: Ref) -> None:
-        """Raise Pinned, before the rootfs of what is to go is unmounted."""
+    def _refuse_kept(self, key: Ref) -> None:
+        """Raise Pinned or Named, before the rootfs of what is to go is unmounted."""
         with suppress(Damaged), self.reading() as reader:
             _, found = lookup.find(reader, key)
             if PIN in found.labels:
                 raise pinned(found.name)
+            image_rules.refuse_named(found)
 
     def _forget_removed(self, change: Change) -> None:
         if change.before is not None and (change.after is None or change.after.id != change.before.id):
@@ -632,6 +634,55 @@ class Snapshotter:
         """
         names.encode(new)
         await self._write_record(lambda writer: rename.rename(self._root, writer, old, new))
+
+    # -- names in images/
+
+    async def name_image(self, key: Ref, name: str, *, replace: bool = False) -> Info:
+        """Have the committed snapshot ``key`` be called ``name`` in images/: what Stat shows of it.  containerd lacks this.
+
+        ``name`` is a text as keys are, ``alpine:3.20`` or ``docker.io/library/alpine:3.20``; a snapshot may have 256 of them,
+        and as long as it has one it is neither removed nor dissolved.  ``replace``: another snapshot that has the name loses
+        it, in the same step.
+
+        Raises NotFound; FailedPrecondition: the snapshot is not committed; AlreadyExists: the name is in use, also by this
+        snapshot; TooManyNames; InvalidArgument, NameTooLong, NotUtf8: it can't be a name.
+        """
+        names.encode(name)
+        return await self._write_record(lambda writer: image_rules.name(self._root, writer, key, name, replace=replace))
+
+    async def unname_image(self, name: str) -> None:
+        """Take ``name`` out of images/; the snapshot stays.  Raises NotFound."""
+        await self._write_record(lambda writer: image_rules.unname(self._root, writer, name), frees=True)
+
+    async def rename_image(self, old: str, new: str, *, replace: bool = False) -> None:
+        """Call ``new`` in images/ what is called ``old`` there, in one step; ``replace`` as in ``name_image``.
+
+        Raises NotFound; AlreadyExists: ``new`` is in use; InvalidArgument, NameTooLong, NotUtf8: it can't be a name.
+        """
+        names.encode(new)
+        await self._write_record(lambda writer: image_rules.rename(self._root, writer, old, new, replace=replace))
+
+    async def images(self) -> list[Image]:
+        """All names in images/, in the order in which they were given.  Raises Damaged."""
+
+        def collect() -> list[Image]:
+            found = []
+            with self.reading(long=True) as reader:
+                for _, _, name in reader.images():
+                    number, record, _ = image_rules.find_image(reader, name)
+                    found.append(Image(name, self.shown(reader.info(number, record)), self.known_usage(number, record)))
+            return found
+
+        return await in_thread(collect, limiter=self._walks)
+
+    def find_image(self, name: str) -> tuple[int, Record]:
+        """Id and record of the snapshot that is called ``name`` in images/; raises NotFound, or Damaged where it can't be
+        read."""
+        with self.reading() as reader:
+            number, record, _ = image_rules.find_image(reader, name)
+        return number, record
+
+    # -- labels, and what else changes
 
     async def update(self, key: Ref, labels: Labels, fieldpaths: Sequence[str] = ()) -> Info:
         """Change labels; what Stat now shows.

@@ -14,7 +14,19 @@ from snapfs.snapshotter import Snapshotter
 
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
-PURE = {"allowance", "model", "errors", "names", "filters", "idmap", "labels", "mountoptions", "mountspec", "options"}
+PURE = {
+    "allowance",
+    "model",
+    "errors",
+    "names",
+    "filters",
+    "idmap",
+    "imagenames",
+    "labels",
+    "mountoptions",
+    "mountspec",
+    "options",
+}
 DOORS = {"snapshotter", "opening"}
 DOORWAYS = {"tree", "fuse", "containerd", "cli"}  # what is built on a Snapshotter
 

@@ -43,7 +43,7 @@ class KernelCache:
     def begin(self) -> None:
         """Start the other thread, which stays until ``end``.  Raises NoThread."""
         try:
-            threading.Thread(target=self._forget, name="snapfs names", daemon=True).start()
+            threading.Thread(target=self._forget_names, name="snapfs names", daemon=True).start()
         except RuntimeError:
             raise NoThread() from None
 
@@ -68,6 +68,10 @@ class KernelCache:
         if before is not None:  # of a new one the kernel can't have heard
             for slot in DIRECTORY_SLOTS if change.counted else _SLOTS:
                 self.forget_attributes(pack(before.node or before.id, slot))
+        if (gone := set(before.images if before else ())) != (come := set(after.images if after else ())):
+            self.forget_attributes(pack(0, Slot.IMAGES))
+            for image in gone - come:
+                self._forget(pack(0, Slot.IMAGES), names.encode(image))
         if change.counted or (before and after and (before.name, before.kind) == (after.name, after.kind)):
             return
         for kind in {shown.kind for shown in (before, after) if shown}:
@@ -77,7 +81,9 @@ class KernelCache:
             self._forget_path(before)
 
     def _forget_path(self, info: Info) -> None:
-        directory, name = kind_inode(info.kind), names.encode(info.name)
+        self._forget(kind_inode(info.kind), names.encode(info.name))
+
+    def _forget(self, directory: int, name: str) -> None:
         if (directory, name) not in self._asked_for:
             self.forget_name(directory, name)
 
@@ -110,7 +116,7 @@ class KernelCache:
             with trio.move_on_after(SETTLE):
                 await done.wait()
 
-    def _forget(self) -> None:
+    def _forget_names(self) -> None:
         """In the other thread."""
         while (request := self._requests.get()) is not None:
             if isinstance(request, tuple):

@@ -12,6 +12,7 @@ _ERRNO: tuple[tuple[type[errors.SnapshotError], int], ...] = (  # the first that
     (errors.NotEmpty, errno.ENOTEMPTY),
     (errors.Busy, errno.EBUSY),
     (errors.TooDeep, errno.EMLINK),
+    (errors.TooManyNames, errno.EMLINK),
     (errors.FailedPrecondition, errno.EPERM),
     (errors.NameTooLong, errno.ENAMETOOLONG),
     (errors.NotUtf8, errno.EILSEQ),

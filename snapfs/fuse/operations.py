@@ -287,7 +287,8 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self.tree.node(parent_inode).unlink(_text(name), ctx.pid)
+        with self.cache.asked_for(parent_inode, _text(name)):
+            await self.tree.node(parent_inode).unlink(_text(name), ctx.pid)
 
     @answering
     async def rename(
@@ -304,11 +305,12 @@ class Operations(pyfuse3.Operations):
         old, new = _text(name_old), _text(name_new)
         source, target = self.tree.node(parent_inode_old), self.tree.node(parent_inode_new)
         replace = not flags & pyfuse3.RENAME_NOREPLACE
-        rename = self.tree.what_rename_means(source, old, target, new, replace=replace)
+        rename = self.tree.what_rename_means(source, old, target, new, replace=replace, pid=ctx.pid)
         user = self.rights.user(ctx.uid)
         with (
             self.waiting.holding(user) if rename.flushes else contextlib.nullcontext(math.inf) as patience,
             self.retelling.renaming(rename, source, old, target, new),
+            self.cache.asked_for(target.inode, new),  # in images/ one may be there
         ):
             await rename.carry_out(patience)
 
@@ -327,7 +329,8 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        raise self.tree.node(parent_inode).refusal_to_make("a link")
+        directory = self.tree.node(parent_inode)
+        return self.entry(await directory.symlink(_text(name), target.decode(errors="surrogateescape"), ctx.pid))
 
     @answering
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:

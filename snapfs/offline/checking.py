@@ -20,7 +20,7 @@ import msgspec
 from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
 from snapfs.model import Kind, Usage
 from snapfs.names import nameable, parse_id, word
-from snapfs.offline.nodes import told_apart
+from snapfs.offline.nodes import names_told_apart, told_apart
 from snapfs.root import flags, identity, imprint, placing
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
@@ -28,7 +28,7 @@ from snapfs.root.trash import STUCK
 from snapfs.root.unflushed import Unflushed
 from snapfs.scan.usage import disk_usage
 from snapfs.store.metastore import MetaStore
-from snapfs.store.schema import Record
+from snapfs.store.schema import ImageName, Record
 from snapfs.store.soundness import broken_pages
 from snapfs.store.writing import Writer
 
@@ -141,6 +141,7 @@ class _Check:
             numbers, self._last_id = sorted(reader.ids()), reader.last_id()
         yield from self._read_records(numbers)
         yield from self._check_nodes()
+        yield from self._check_images()
         yield from self._check_indexes()
         yield from self._check_parents()
         yield from self._check_directories()
@@ -186,25 +187,37 @@ class _Check:
     def _check_nodes(self) -> Iterator[Finding]:
         for number, node in told_apart(self._known).items():
             before = self._known[number]
-            record = msgspec.structs.replace(before, node=node)
-
-            def mend(writer: Writer, number: int = number, record: Record = record) -> None:
-                writer.overwrite(number, record)
-                self._layers.write_imprint(number, Imprint(record, writer.unflushed_since(number)))
-                writer.rebuild_indexes()
-
+            mended = self._mend_record(number, msgspec.structs.replace(before, node=node), "it has a number of its own")
             text = (
                 f"{_called(before)}: in the tree it is one with another snapshot, number {before.node_of(number)} in the inodes"
             )
-            mended = self._mend(mend, "it has a number of its own")
             yield Finding(Problem.DAMAGED, text, "--repair gives it a number of its own", mended)
-            if mended:
-                self._known[number] = record
+
+    def _check_images(self) -> Iterator[Finding]:
+        for number, images in names_told_apart(self._known, self._last_id).items():
+            before = self._known[number]
+            mended = self._mend_record(number, msgspec.structs.replace(before, images=images), told_of_images(before, images))
+            text = f"{_called(before)}: some of its names in images/ are another's, too, or have a number that is"
+            yield Finding(Problem.DAMAGED, text, "--repair leaves each to the snapshot that got it last", mended)
+
+    def _mend_record(self, number: int, record: Record, done: str) -> str:
+        """Make ``record`` that of snapshot ``number``, and of its directory, if the check is to repair, as ``_mend`` does."""
+
+        def mend(writer: Writer) -> None:
+            writer.overwrite(number, record)
+            self._layers.write_imprint(number, Imprint(record, writer.unflushed_since(number)))
+            writer.rebuild_indexes()
+            writer.raise_last_id(max((image.number for image in record.images), default=0))
+
+        mended = self._mend(mend, done)
+        if mended:
+            self._known[number] = record
+        return mended
 
     def _check_indexes(self) -> Iterator[Finding]:
         if self._unreadable or len({record.name for record in self._known.values()}) < len(self._known):
             return  # it is unknown what they should hold
-        if told_apart(self._known):
+        if told_apart(self._known) or names_told_apart(self._known, self._last_id):
             return  # it is unknown what they should hold
         with self._records.reading() as reader:
             wrong = reader.wrong_index_entries()
@@ -396,6 +409,13 @@ def put_away(layers: Layers, path: str) -> tuple[str, str]:
         elif flags.is_fixed(path):
             reason = f"it is immutable or append-only; do first: chattr -i -a {word(nameable(path))}"
         return f"move it away; it can't be moved to lost+found: {reason}", ""
+
+
+def told_of_images(before: Record, images: Sequence[ImageName]) -> str:
+    """What has become of the names in images/ of the snapshot that had the record ``before``, and has ``images`` now."""
+    kept = {image.name for image in images}
+    lost = [f'"{image.name}"' for image in before.images if image.name not in kept]
+    return f"it is no longer called {', '.join(lost)} in images/" if lost else "its names have numbers of their own"
 
 
 def _called(record: Record) -> str:

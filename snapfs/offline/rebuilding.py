@@ -19,8 +19,8 @@ import msgspec
 from snapfs.errors import Damaged, Unavailable
 from snapfs.model import Kind
 from snapfs.names import parse_id, with_suffix
-from snapfs.offline.checking import Finding, Problem, Progress, put_away
-from snapfs.offline.nodes import told_apart
+from snapfs.offline.checking import Finding, Problem, Progress, put_away, told_of_images
+from snapfs.offline.nodes import names_told_apart, told_apart
 from snapfs.root import identity, imprint
 from snapfs.root.claim import RECORDS
 from snapfs.root.imprint import Imprint
@@ -67,6 +67,7 @@ def rebuild(root: str, *, progress: Progress = lambda what, done, total: None) -
             found[number] = msgspec.structs.replace(
                 found[number], record=msgspec.structs.replace(found[number].record, node=node)
             )
+        yield from _tell_names_apart(found)
         old = _write(layers, found, progress)
         words = f"the records were made anew: {len(found)} snapshots"
         if old:
@@ -120,6 +121,15 @@ def _tell_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
             yield Finding(Problem.DAMAGED, text, mended=f'number {number} is called "{name}"')
 
 
+def _tell_names_apart(found: dict[int, Imprint]) -> Iterator[Finding]:
+    """Leave each name in images/ to one snapshot."""
+    for number, images in names_told_apart({number: each.record for number, each in found.items()}, 0).items():
+        before = found[number].record
+        found[number] = msgspec.structs.replace(found[number], record=msgspec.structs.replace(before, images=images))
+        text = f'names in images/ of "{before.name}" are another\'s, too, which got them later, or have a number that is'
+        yield Finding(Problem.DAMAGED, text, mended=told_of_images(before, images))
+
+
 def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> str:
     """Write the records beside the old ones, then put them in their place; where the old ones are then, "" if there were
     none."""
@@ -132,7 +142,8 @@ def _write(layers: Layers, found: dict[int, Imprint], progress: Progress) -> str
             progress("writing records", start, len(numbers))
             part = {number: found[number] for number in numbers[start : start + BATCH]}
             records.write_now(partial(_put, part))
-        records.write_now(lambda writer: writer.raise_last_id(_last_id(layers, numbers)))
+        nths = [image.number for each in found.values() for image in each.record.images]
+        records.write_now(lambda writer: writer.raise_last_id(_last_id(layers, numbers + nths)))
         identity.note(layers, records)
     try:
         if os.path.lexists(place):

@@ -18,6 +18,7 @@ from snapfs.labels import PIN, pinned
 from snapfs.model import ByNode, Kind, Ref
 from snapfs.rules import change, remove
 from snapfs.rules.digest import forgotten
+from snapfs.rules.images import refuse_named
 from snapfs.rules.lookup import find
 from snapfs.rules.root import Root
 from snapfs.rules.squash import Made, Outdated, put_made
@@ -44,13 +45,14 @@ class Plan(NamedTuple):
 def plan(root: Root, reader: Reader, key: Ref) -> Plan:
     """What dissolving the snapshot ``key`` is about.
 
-    Raises NotFound; Pinned; FailedPrecondition: it is not committed, or what stands on it is, or it was made at another door,
-    as something that stands on it was; Damaged where a layer is missing or has lost data."""
+    Raises NotFound; Pinned; Named; FailedPrecondition: it is not committed, or what stands on it is, or it was made at another
+    door, as something that stands on it was; Damaged where a layer is missing or has lost data."""
     number, record = find(reader, key)
     if record.kind is not Kind.COMMITTED:
         raise FailedPrecondition(f'snapshot "{record.name}" is {record.kind}: only committed ones can be dissolved')
     if PIN in record.labels:
         raise pinned(record.name)
+    refuse_named(record)
     children = []
     for kind in Kind:
         for child, name in reader.children(number, kind):

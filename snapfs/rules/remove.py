@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from snapfs.errors import Damaged, FailedPrecondition, HasChildren, NotFound
+from snapfs.imagenames import named
 from snapfs.labels import PIN, pinned
 from snapfs.model import Info, Kind, Ref
 from snapfs.rules.lookup import find_again
@@ -28,9 +29,9 @@ def remove(
 
     ``refuse_mounted`` and ``free`` are as in ``use.refuse_used``, ``goes_on`` as in ``Change``.  ``seen``: it must still have
     this kind and name, for it keeps its number when it is committed or renamed.  A snapshot whose record is
-    damaged is removed too, if the indexes agree about which one it is.
+    damaged is removed too, with its names in images/, if the indexes agree about which one it is.
 
-    Raises NotFound; HasChildren; Used, also where an active snapshot that stands on others by now (``squash.squash``) is
+    Raises NotFound; HasChildren; Named; Used, also where an active snapshot that stands on others by now (``squash.squash``) is
     mounted here with this one beneath; Pinned; FailedPrecondition: it was made at another door than ``origin``, unless that is
     "", which may remove all.
     """
@@ -41,6 +42,8 @@ def remove(
         raise FailedPrecondition(f'snapshot "{before.name}" was not made by {origin}: remove it in the tree')
     if PIN in before.labels:
         raise pinned(before.name)
+    if before.images and record is not None:
+        raise named(before.name, before.images)
     if child := writer.any_child(number):
         raise HasChildren.of(before.name, child[1], child[0])
     if refuse_mounted and record is not None:
@@ -73,4 +76,5 @@ def _last_seen(writer: Writer, number: int, key: Ref) -> tuple[Info, Record | No
         kind, name = writer.indexed_as(number)
         if isinstance(key, str) and name != key:
             raise
-        return Info(name=name, kind=kind, id=number, parent=None, labels={}, created=0, updated=0), None
+        images = tuple(image for _, whose, image in writer.images() if whose == number)
+        return Info(name=name, kind=kind, id=number, parent=None, labels={}, created=0, updated=0, images=images), None

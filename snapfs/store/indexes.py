@@ -62,6 +62,10 @@ def entries_of(tables: Tables, number: int, record: Record) -> Iterator[Entry]:
         yield tables.nodes, key_of(record.node), key
     if record.kind is Kind.COMMITTED and record.usage is None:
         yield tables.uncounted, key, b""
+    for image in record.images:
+        nth, word = key_of(image.number), image.name.encode()
+        yield tables.images, word, nth + key
+        yield tables.image_names, nth, key + word
 
 
 def has_checkpoints(txn: lmdb.Transaction[bytes]) -> bool:
@@ -117,6 +121,10 @@ def delete_number(txn: lmdb.Transaction[bytes], tables: Tables, number: int, kin
     with txn.cursor(db=tables.nodes) as cursor:
         for node in [node for node, value in cursor if value == key]:
             txn.delete(node, db=tables.nodes)
+    with txn.cursor(db=tables.image_names) as cursor:
+        for nth, word in [(nth, value[8:]) for nth, value in cursor if value.startswith(key)]:
+            txn.delete(nth, db=tables.image_names)
+            txn.delete(word, db=tables.images)
     for table, begin in ((tables.children, 9), (tables.checkpoints, -8)):
         with txn.cursor(db=table) as cursor:
             for entry in [entry for entry in cursor.iternext(values=False) if entry[begin:] == key]:

@@ -104,6 +104,7 @@ class Reader:
             updated=record.updated,
             origin=record.origin,
             node=record.node,
+            images=tuple(image.name for image in record.images),
         )
 
     def chain(self, record: Record) -> list[int]:
@@ -208,6 +209,29 @@ class Reader:
         """Kind and name of one of the children of snapshot ``parent``, None where it has none."""
         found = ((kind, name) for kind in Kind for number, name in self.children(parent, kind) if number != parent)
         return next(found, None)
+
+    def image(self, name: str) -> tuple[int, int] | None:
+        """The number of ``name`` in images/, and the id of the snapshot that has it; None where none has.  Raises Damaged."""
+        try:
+            found = self._txn.get(name.encode(), db=self._tables.images)
+        except (lmdb.BadValsizeError, UnicodeEncodeError):  # empty or too long or no UTF-8: no name can be that
+            return None
+        return None if found is None else (number_of(found[:8]), number_of(found[8:]))
+
+    def image_at(self, nth: int) -> tuple[int, str] | None:
+        """The id of the snapshot that has the name with the number ``nth`` in images/, and that name; None where there is none.
+        Raises Damaged."""
+        found = self._txn.get(key_of(nth), db=self._tables.image_names)
+        return None if found is None else (number_of(found[:8]), found[8:].decode(errors="replace"))
+
+    def images(self, after: int = 0) -> Iterator[tuple[int, int, str]]:
+        """Of each name in images/ with a number above ``after``, in the order of these: the number, the id of the snapshot, and
+        the name.  Entries of the index that can't be ids are left out."""
+        with self._txn.cursor(db=self._tables.image_names) as cursor:
+            if cursor.set_range(key_of(after + 1)):
+                for nth, found in cursor:
+                    if is_id(nth) and is_id(found[:8]):
+                        yield number_of(nth), number_of(found[:8]), found[8:].decode(errors="replace")
 
     def numbers(self, after: int = 0) -> Iterator[int]:
         """The ids above ``after`` of all snapshots, in order."""

@@ -9,6 +9,8 @@ Tables (keys are compared as bytes; ids are 8 bytes, big-endian, so byte order i
     children     parent id, kind's first letter, id -> name
     checkpoints  workspace's key behind its length (2 bytes), number, id -> nothing     committed, and a checkpoint
     nodes        number in the tree's inodes -> id               where that is not the id itself
+    images       name in images/, UTF-8 -> its number, id of the snapshot
+    image_names  number of a name in images/ -> id of the snapshot, name      for listing them: the last number is a place
     uncounted    id -> nothing                    committed, and its usage not yet known
     unflushed    id -> boot id                    committed, and its data not yet known to be on disk (``services/flushing.py``)
     placed       id -> name in ROOT/pool          its directory may still be there (``root/placing.py``)
@@ -25,12 +27,12 @@ from snapfs import names
 from snapfs.errors import Damaged, InvalidArgument
 from snapfs.model import Kind, Usage
 
-SCHEMA = 2
+SCHEMA = 3
 """The version of all this, which the records carry.  1 had neither the tables ``checkpoints`` and ``nodes`` nor the field
-``node``, and a snapfs of that time would take it away from each record that it writes.  One that knows no ``diff_id`` takes
-that away, too, but it can be found out again."""
+``node``, and a snapfs of that time would take it away from each record that it writes; so would one of the time of 2 the fields
+``images``, ``diff_id`` and ``tar_size``."""
 
-READ = frozenset((1, SCHEMA))
+READ = frozenset((1, 2, SCHEMA))
 """The versions that this snapfs can make that of."""
 
 IDS = 1 << 36
@@ -39,11 +41,22 @@ IDS = 1 << 36
 _Time = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
+class ImageName(msgspec.Struct, frozen=True, array_like=True):
+    """One name in images/ of a committed snapshot.
+
+    ``number`` is given out as ids are, so that no snapshot and no other name ever has it; a name that is renamed keeps it.  The
+    tree's inodes have it, and of two numbers the higher is that of the name that was given later."""
+
+    number: Annotated[int, msgspec.Meta(gt=0, lt=IDS)]
+    name: str
+
+
 class Record(msgspec.Struct, frozen=True, array_like=True):
     """What the table ``snapshots`` holds, as MessagePack: an array in this order; new fields go to the end, with defaults.
 
     ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted;
-    ``origin`` is as in ``model.Info``; ``node`` is what the tree's inodes have in the place of the id, 0 where that is the id.
+    ``origin`` is as in ``model.Info``; ``node`` is what the tree's inodes have in the place of the id, 0 where that is the id;
+    ``images`` are its names in images/, in the order in which they came.
     ``diff_id`` is the SHA-256 of a committed layer as a tar, and ``tar_size`` how many bytes that has, where it is known.
     The limits are checked when a record is read: bytes that the disk has mangled must not become a snapshot.
     """
@@ -57,6 +70,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     usage: Usage | None = None
     origin: str = ""
     node: Annotated[int, msgspec.Meta(ge=0, lt=IDS)] = 0
+    images: tuple[ImageName, ...] = ()
     diff_id: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
     tar_size: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
 
@@ -97,6 +111,8 @@ def decode_checked(number: int, found: bytes) -> Record:
         name = record.name
         if not name or len(name) * (3 if name.isascii() else 6) > names.NAME_MAX:  # bytes that each takes at most
             names.encode(name)
+        for image in record.images:
+            names.encode(image.name)
     except (msgspec.MsgspecError, UnicodeDecodeError, InvalidArgument) as error:
         raise Damaged(f"the record of snapshot {number} can't be read: {error}") from error
     if record.parent == number:
@@ -127,9 +143,12 @@ class Tables:
         self.children = table("children")
         self.checkpoints = table("checkpoints")
         self.nodes = table("nodes")
+        self.images = table("images")
+        self.image_names = table("image_names")
         self.uncounted = table("uncounted")
         self.unflushed = table("unflushed")
         self.placed = table("placed")
         self.indexes = [self.names, *self.kinds.values(), self.children, self.checkpoints, self.nodes, self.uncounted]
+        self.indexes += [self.images, self.image_names]
         if txn is not None and txn.get(b"schema", db=self.meta) != str(SCHEMA).encode():
             txn.put(b"schema", str(SCHEMA).encode(), db=self.meta)

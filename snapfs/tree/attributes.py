@@ -91,6 +91,8 @@ def info_json(state: State, number: int, record: Record) -> str:
     lost = {"state": "unflushed"} if state.snapshotter.is_lost(number) else {}
     shown = [f"{state.window}{place}".encode(errors="surrogateescape").decode(errors="backslashreplace") for place in places]
     fields = {field: value for field, value in msgspec.structs.asdict(info).items() if field != "node"}
+    if not info.images:
+        del fields["images"]
     return json_text({**fields, **times, **digests, **lost, "mounted": shown})
 
 

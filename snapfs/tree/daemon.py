@@ -13,6 +13,7 @@ from snapfs.errors import InvalidArgument, NotFound, TryAgain
 from snapfs.model import Kind
 from snapfs.tree.advice import why_no_rootfs
 from snapfs.tree.handles import Handle, OpenText
+from snapfs.tree.images import IMAGES, ImagesDirectory
 from snapfs.tree.inodes import KINDS, Slot, pack
 from snapfs.tree.links import ByIdDirectory
 from snapfs.tree.listing import ListingFile
@@ -211,6 +212,7 @@ _DIRECTORIES: dict[Slot, tuple[str, dict[str, Slot]]] = {
         "",
         {
             **{kind.value: Slot[kind.name] for kind in Kind},
+            IMAGES: Slot.IMAGES,
             "README": Slot.README,
             "by-id": Slot.BY_ID,
             ".snapfs": Slot.DAEMON,
@@ -241,6 +243,8 @@ def node_outside_snapshots(state: State, slot: int, text: Text | None = None) ->
         raise NotFound(f"there is no node {slot}") from None
     if known in KINDS:
         return SnapshotsDirectory(state, KINDS[known])
+    if known is Slot.IMAGES:
+        return ImagesDirectory(state, pack(0, known))
     if known is Slot.BY_ID:
         return ByIdDirectory(state, pack(0, known))
     if known in _DIRECTORIES:

@@ -1,13 +1,15 @@
 """What may be deleted inside a snapshot, and when that is refused, which takes more than one request to know.
 
-Two things are kept from harm.  ``rm -r`` of a snapshot that has children, or is pinned, is to leave it whole, though it deletes
-the entries first.  And mv and file managers, which copy a directory elsewhere and then delete it, copy links and not files.
+Two things are kept from harm.  ``rm -r`` of a snapshot that has children, is pinned or has a name in images/ is to leave it
+whole, though it deletes the entries first.  And mv and file managers, which copy a directory elsewhere and then delete it, copy
+links and not files.
 """
 
 from __future__ import annotations
 
 from snapfs import names
 from snapfs.errors import HasChildren, NotPermitted
+from snapfs.imagenames import named
 from snapfs.labels import PIN, pinned
 from snapfs.tree.advice import how_to_copy, path_of
 from snapfs.tree.attributes import BY_NAME, attributes_of
@@ -16,17 +18,19 @@ from snapfs.tree.state import State
 
 
 def refuse_with_children(state: State, number: int, pid: int) -> None:
-    """Raise HasChildren if snapshot ``number`` has any, or Pinned: nothing of it is to be deleted then."""
+    """Raise HasChildren if snapshot ``number`` has any, or Pinned or Named: nothing of it is to be deleted then."""
     with state.reading() as reader:
         child = reader.any_child(number)
         record = reader.record(number)
-    if record is not None and (child is not None or PIN in record.labels):
+    if record is not None and (child is not None or PIN in record.labels or record.images):
         state.teardowns.note(pid, number)
-        raise HasChildren.of(record.name, child[1], child[0]) if child else pinned(record.name)
+        if child is not None:
+            raise HasChildren.of(record.name, child[1], child[0])
+        raise pinned(record.name) if PIN in record.labels else named(record.name, [image.name for image in record.images])
 
 
 def refuse_teardown(state: State, number: int, pid: int) -> None:
-    """Raise HasChildren or Pinned if process ``pid`` was refused an entry of snapshot ``number`` for that, and goes on
+    """Raise HasChildren, Pinned or Named if process ``pid`` was refused an entry of snapshot ``number`` for that, and goes on
     deleting, as ``rm -r`` does.  A label on its own, pin too, can be deleted in any case."""
     if state.teardowns.has(pid, number):
         refuse_with_children(state, number, pid)

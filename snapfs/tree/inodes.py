@@ -7,6 +7,7 @@ workspace keeps its number through checkpoint and rollback, too, though it gets 
     bit    63 ........ 28  27  26 ....... 8  7   6 ..... 0
            snapshot's id   0   0             0   entry        a file, link or directory that each snapshot has: 1 to 127
            snapshot's id   0   0             1   entry        the same directory under its other inode (ALIAS)
+           name's number   0   0             0   entry        the link of a name in images/: no snapshot has that number
            snapshot's id   0   label, from 256 on             one value of a label, or one writer of a label
            snapshot's id   1   checksum (26 to 7)    entry    one text of a file whose text changes by itself (VERSION), or one
                                                               writer of a file that does something
@@ -50,10 +51,12 @@ class Slot(enum.IntEnum):
     ACTIVE = 2
     VIEW = 3
     COMMITTED = 4
-    LABELS = 5
+    IMAGES = 5  # of id 0
+    LABELS = 5  # of any other id
     CHILD_LINK = 6
     ID_LINK = 7
-    README = 8
+    README = 8  # of id 0
+    IMAGE = 8  # of the number of a name in images/
     BY_ID = 9
     DAEMON = 10
     VERSION = 11

@@ -106,6 +106,10 @@ class Node:
         """Remove the file or link ``name`` for process ``pid``.  Raises SnapshotError."""
         raise NotPermitted(f"{self.path or '/'} is fixed: only snapshots and labels can be removed")
 
+    async def symlink(self, name: str, target: str, pid: int) -> Node:
+        """Make the link ``name`` to ``target`` for process ``pid``; the link as it is then.  Raises SnapshotError."""
+        raise self.refusal_to_make("a link")
+
     async def create(self, name: str) -> tuple[Node, Handle]:
         """Make the file ``name``, open for writing.  Raises SnapshotError."""
         raise self.refusal_to_make("a file")

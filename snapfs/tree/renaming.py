@@ -1,4 +1,5 @@
-"""What a rename in the tree means: a Commit, another name for a snapshot, another key for a label.  All else is refused."""
+"""What a rename in the tree means: a Commit, another name for a snapshot, or another one in images/, another key for a label.
+All else is refused."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from functools import partial
 from snapfs import names
 from snapfs.errors import AlreadyExists, InvalidArgument, NameTooLong, NotFound, NotPermitted, WrongParent
 from snapfs.model import Kind
+from snapfs.tree.images import HOW, IMAGES, ImagesDirectory
 from snapfs.tree.kinds import KindDirectory
 from snapfs.tree.labels import LabelsDirectory
 from snapfs.tree.node import Node
@@ -36,23 +38,33 @@ class Rename:
         await self._carry_out(patience)
 
 
-def what_rename_means(state: State, source: Node, name: str, target: Node, new_name: str, *, replace: bool = True) -> Rename:
-    """What it means to rename ``name`` in the directory ``source`` to ``new_name`` in the directory ``target``; without
-    ``replace`` nothing that is there may be replaced.
+def what_rename_means(
+    state: State, source: Node, name: str, target: Node, new_name: str, *, replace: bool = True, pid: int = 0
+) -> Rename:
+    """What it means that process ``pid`` renames ``name`` in the directory ``source`` to ``new_name`` in the directory
+    ``target``; without ``replace`` nothing that is there may be replaced.
 
     Raises NotFound, AlreadyExists, NameTooLong, Damaged; NotPermitted for a rename that means nothing.
     """
     if isinstance(source, LabelsDirectory) and isinstance(target, LabelsDirectory) and source.inode == target.inode:
         return Rename(lambda patience: source.rename(name, new_name, replace))
+    if isinstance(source, ImagesDirectory) and isinstance(target, ImagesDirectory):
+        _key(new_name)
+        may_replace = source.refuse_to_rename(name, new_name, pid, replace=replace)
+        return Rename(lambda patience: source.rename(name, new_name, replace=may_replace))
     if not isinstance(source, KindDirectory):
         source.lookup(name)
         shown = f"{source.path}/{names.printable(name)}"
         if isinstance(source, LabelsDirectory):
             raise NotPermitted(f"{shown} can only be renamed within its own labels/")
-        raise NotPermitted(f"{shown} can't be renamed: only snapshots and labels can be")
+        if isinstance(source, ImagesDirectory):
+            raise NotPermitted(f"{shown} can only be renamed within {IMAGES}/")
+        raise NotPermitted(f"{shown} can't be renamed: only snapshots, labels and names in {IMAGES}/ can be")
     number, record = source.find(name)
     if isinstance(target, SnapshotDirectory):
         raise AlreadyExists.snapshot(target.record.name, target.record.kind)
+    if isinstance(target, ImagesDirectory):
+        raise NotPermitted(f"{record.kind} snapshots can't be moved to {IMAGES}/: {HOW}")
     if not isinstance(target, KindDirectory) or target.kind not in (source.kind, Kind.COMMITTED):
         raise NotPermitted(f"{record.kind} snapshots can't be moved to {target.path or '/'}")
     new_key = _key(new_name)

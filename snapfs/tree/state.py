@@ -26,6 +26,7 @@ from snapfs.tree.meters import Meter
 from snapfs.tree.moments import Moments
 from snapfs.tree.openlabels import OpenLabels
 from snapfs.tree.reads import Reads
+from snapfs.tree.replacing import JustNamed
 from snapfs.tree.texts import LongText, Sparing, Text, Versions
 
 
@@ -65,12 +66,13 @@ class State:
     process has read what lately.  ``versions``: texts that were looked up lately.  ``sparing``: makes those about the daemon.
     ``open_labels``: labels that are open for writing; ``label_inodes``: the inodes of those that are not.  ``writers``: those
     of who writes into files that do something.  ``moments``: when checkpoints were made.  ``hidden``: entries that were just
-    unlinked.  ``teardowns``: processes that were just refused to delete.
+    unlinked.  ``teardowns``: processes that were just refused to delete.  ``just_named``: names in images/ that were just made.
 
     ``removals``: how often a directory inside a snapshot was removed (and came back), by inode.  ``aliased``: the ids of
     committed snapshots whose directories are found under their other inode (``inodes.ALIAS``): the server of the tree says
     which.  ``changes``: how many changes there were; ``listed``: how many of them .snapfs/snapshots shows.  ``changed``: when
-    each kind last gained or lost a snapshot (ns since the epoch).  ``collecting``: who collects what .snapfs/snapshots shows.
+    each kind last gained or lost a snapshot (ns since the epoch); ``names_changed``: when images/ did.  ``collecting``: who
+    collects what .snapfs/snapshots shows.
     ``cleaned``: is set when the Cleanup under way has ended; None where none is.
     """
 
@@ -102,6 +104,7 @@ class State:
         self.moments = Moments()
         self.hidden = Hidden()
         self.teardowns = Teardowns()
+        self.just_named = JustNamed()
         self.removals: defaultdict[int, int] = defaultdict(int)
         self.aliased: set[int] = set()
         self.changes = 0
@@ -109,6 +112,7 @@ class State:
         self.collecting = Collecting()
         self.cleaned: trio.Event | None = None
         self.changed = dict.fromkeys(Kind, self.started)
+        self.names_changed = self.started
         snapshotter.subscribe(self._note)
 
     def reading(self) -> AbstractContextManager[Reader]:
@@ -153,6 +157,8 @@ class State:
         if before is not None and (after is None or (after.kind, after.id) != (before.kind, before.id)):
             for slot in (CHANGES_SLOT, CHECKPOINT_SLOT, PATCH_SLOT):
                 self.versions.forget(pack(before.id, slot))
+        if (before.images if before else ()) != (after.images if after else ()):
+            self.names_changed = max(time.time_ns(), self.names_changed + 1)
         for info in (before, after):
             if info is not None and not (before and after and (before.name, before.kind) == (after.name, after.kind)):
                 self.changed[info.kind] = max(time.time_ns(), self.changed[info.kind] + 1)

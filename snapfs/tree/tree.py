@@ -17,6 +17,7 @@ from snapfs.tree.advice import path_of
 from snapfs.tree.attributes import BY_SLOT, attribute_node
 from snapfs.tree.daemon import node_outside_snapshots
 from snapfs.tree.history import history_link, history_of
+from snapfs.tree.images import image_link
 from snapfs.tree.inodes import (
     ALIAS,
     ENTRY_MASK,
@@ -65,6 +66,8 @@ class Tree:
             return self._version(inode, number, slot & ENTRY_MASK)
         if number == 0:
             return node_outside_snapshots(self.state, slot)
+        if slot == Slot.IMAGE:
+            return image_link(self.state, number)
         number, record = self.state.snapshot(number)
         if slot >= FIRST_LABEL:
             return LabelsDirectory(self.state, number, record).node(inode)
@@ -117,9 +120,12 @@ class Tree:
             node = node.lookup(name)
         return node
 
-    def what_rename_means(self, source: Node, name: str, target: Node, new_name: str, *, replace: bool = True) -> Rename:
-        """What a rename, the one operation on two directories, means (``renaming.py``); it is not yet done."""
-        return what_rename_means(self.state, source, name, target, new_name, replace=replace)
+    def what_rename_means(
+        self, source: Node, name: str, target: Node, new_name: str, *, replace: bool = True, pid: int = 0
+    ) -> Rename:
+        """What a rename by process ``pid``, the one operation on two directories, means (``renaming.py``); it is not yet
+        done."""
+        return what_rename_means(self.state, source, name, target, new_name, replace=replace, pid=pid)
 
     async def rename(self, source: Node, name: str, target: Node, new_name: str, *, replace: bool = True) -> None:
         """Rename at once.  For tests and tools."""
