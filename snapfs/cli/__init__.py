@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 VERBS = {
     "ls": ("ls", "list snapshots"),
+    "images": ("images", "list the names of committed snapshots"),
     "tree": ("tree", "show snapshots below the ones they stand on"),
     "show": ("show", "tell all about a snapshot"),
     "prepare": ("prepare", "make an active snapshot"),

@@ -161,12 +161,14 @@ def _snapshots(its: Verb, argument: str, before: list[str]) -> list[str]:
     kinds = NAMES.get(argument.partition("|")[0], "").split()
     if not kinds or AT not in its.options:
         return []
-    from snapfs.cli.listing import rows
+    from snapfs.cli.listing import images, rows
     from snapfs.cli.place import find_tree
 
     options = before[: before.index("--")] if "--" in before else before
-    at = options[options.index("--at") + 1] if "--at" in options[:-1] else None
-    return sorted(row.name for row in rows(find_tree(at, tell=False)) if row.kind in kinds)
+    place = find_tree(options[options.index("--at") + 1] if "--at" in options[:-1] else None, tell=False)
+    if its.name == "rm" and "--image" in options:
+        return sorted(name for name, _ in images(place))
+    return sorted(row.name for row in rows(place) if row.kind in kinds)
 
 
 VERBS = {

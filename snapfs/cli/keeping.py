@@ -9,7 +9,7 @@ from snapfs.labels import NUMBER, OF, PIN, SQUASHED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from snapfs.cli.listing import Row
 
@@ -64,12 +64,16 @@ def checkpoints(everything: Iterable[Row], keys: Iterable[str] = ()) -> dict[str
     return found
 
 
-def choose(everything: list[Row], keep: Keep, keys: Iterable[str] = ()) -> tuple[list[Step], list[tuple[Row, str]]]:
+def choose(
+    everything: list[Row], keep: Keep, keys: Iterable[str] = (), named: Mapping[str, str] | None = None
+) -> tuple[list[Step], list[tuple[Row, str]]]:
     """How the checkpoints go that are not kept, in the order in which that can be done; and those that stay, each with the
     reason, the newest of each workspace first.
 
-    The newest stays, and what is pinned, and what an active snapshot or a view stands on.  The squashes that snapfs has made by
+    The newest stays, and what is pinned, or ``named`` (in images/, by the snapshots that are), and what an active snapshot or a
+    view stands on.  The squashes that snapfs has made by
     itself of checkpoints go when nothing stands on them any more."""
+    named = named or {}
     found = checkpoints(everything, keys)
     on_it: dict[str, list[Row]] = {}
     for row in everything:
@@ -80,22 +84,32 @@ def choose(everything: list[Row], keep: Keep, keys: Iterable[str] = ()) -> tuple
     for rows in found.values():
         reasons = keep.reasons(rows)
         for row in rows:
-            why = reasons.get(row.name) or ("it is the newest" if row is rows[0] else "") or _why(row, on_it.get(row.name, ()))
+            why = (
+                reasons.get(row.name)
+                or ("it is the newest" if row is rows[0] else "")
+                or _why(row, named, on_it.get(row.name, ()))
+            )
             if why:
                 staying.append((row, why))
             else:
                 going.append(row)
     standing = {name: {row.name for row in rows} for name, rows in on_it.items()}
     steps = [_go(row, standing) for row in children_first(going)]
-    bases = [row for row in everything if _is_base(row, found)]
-    steps += [_go(row, standing) for row in bases if not standing.get(row.name) and PIN not in row.labels]
-    return steps, staying
+    bases = [row for row in everything if _is_base(row, found) and not standing.get(row.name) and not _why(row, named, ())]
+    return steps + [_go(row, standing) for row in bases], staying
 
 
-def _why(row: Row, on_it: Iterable[Row]) -> str:
-    """Why a checkpoint stays that no rule keeps; "" where it goes."""
+def called(image: str) -> str:
+    """Why a snapshot stays that has this name in images/."""
+    return f'it is called "{image}" in images/'
+
+
+def _why(row: Row, named: Mapping[str, str], on_it: Iterable[Row]) -> str:
+    """Why a snapshot stays that no rule keeps; "" where it goes."""
     if PIN in row.labels:
         return "it is pinned"
+    if row.name in named:
+        return called(named[row.name])
     return next((f'"{each.name}" ({each.kind}) stands on it' for each in on_it if each.kind != "committed"), "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from snapfs.cli.place import key_of, unquoted
+from snapfs.cli.refusal import refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,6 +68,31 @@ def _ns(text: str) -> int:
 def rows(place: MountedTree) -> list[Row]:
     """All snapshots, in the order of their ids."""
     return [Row(line) for line in place.read(f"{place.path}/.snapfs/snapshots").split("\n")[:-1]]
+
+
+def images(place: MountedTree) -> list[tuple[str, str | None]]:
+    """All names in images/, each with the name of the snapshot that has it, None where that is damaged.  Raises Refusal."""
+    import os
+
+    path = f"{place.path}/images"
+    try:
+        held = place.within.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:  # an older daemon serves the tree
+        return []
+    except OSError as error:
+        raise refusal(error, place.path, f"cannot list {path}") from None
+    found: list[tuple[str, str | None]] = []
+    try:
+        for name in os.listdir(held):
+            try:
+                found.append((key_of(name), key_of(os.readlink(name, dir_fd=held).rpartition("/")[2])))
+            except FileNotFoundError:  # it was taken away meanwhile
+                pass
+            except OSError:
+                found.append((key_of(name), None))
+    finally:
+        os.close(held)
+    return found
 
 
 def children_first(wanted: Iterable[Row]) -> list[Row]:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 KINDS = ("active", "committed", "view")
 
+HOLDERS = (*KINDS, "by-id", "images")
+"""The directories whose entries are snapshots, or links to them."""
+
 MOST_ASKED = 64 << 10  # characters of a request: the kernel would cut a longer one in pieces
 
 _OF_LAYERS = ("changes", "changes.patch", "compare", "layer.tar")
@@ -110,11 +113,11 @@ class MountedTree:
         """The key of the snapshot at ``path``."""
         tree = os.path.realpath(self.path)
         for place in (os.path.normpath(os.path.join(tree, path)), os.path.abspath(path)):
-            if place.split("/")[-2] in (*KINDS, "by-id"):  # nothing else is looked at: rootfs would be mounted
+            if place.split("/")[-2] in HOLDERS:  # nothing else is looked at: rootfs would be mounted
                 place = _within(tree, place)
                 if place:
                     try:
-                        found = self.within.unlinked(self.path + place.removeprefix(tree), (*KINDS, "by-id"))
+                        found = self.within.unlinked(self.path + place.removeprefix(tree), HOLDERS)
                     except OSError:
                         continue
                     kind, _, name = found.removeprefix(f"{self.path}/").partition("/")

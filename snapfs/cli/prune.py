@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Mapping
 
 from snapfs.cli import keeping, table
 from snapfs.cli.commanding import commanded
 from snapfs.cli.grammar import JSON, Given, Option, Verb
-from snapfs.cli.keeping import Keep, Step, checkpoints
-from snapfs.cli.listing import Row, children_first, rows
+from snapfs.cli.keeping import Keep, Step, called, checkpoints
+from snapfs.cli.listing import Row, children_first, images, rows
 from snapfs.cli.place import MountedTree, checked_kinds, find_tree
 from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import NOT_FOUND, USAGE, Refusal, missing
@@ -29,8 +30,11 @@ def seconds(text: str) -> float | None:
     return float(found[1]) * _UNITS[found[2]] if found else None
 
 
-def choose(everything: list[Row], given: Given, now: float) -> tuple[list[Row], list[tuple[Row, str]]]:
-    """The snapshots to remove, children first; and those that were asked for and stay, each with the reason."""
+def choose(
+    everything: list[Row], named: Mapping[str, str], given: Given, now: float
+) -> tuple[list[Row], list[tuple[Row, str]]]:
+    """The snapshots to remove, children first; and those that were asked for and stay, each with the reason.  ``named`` are
+    names in images/, by the snapshots that have them."""
     age = given.value("older-than")
     limit = seconds(age) if age is not None else 0.0
     if limit is None:
@@ -52,6 +56,9 @@ def choose(everything: list[Row], given: Given, now: float) -> tuple[list[Row], 
                 continue
         if PIN in own:
             staying.append((row, "it is pinned"))
+            continue
+        if row.name in named:
+            staying.append((row, called(named[row.name])))
             continue
         going[row.name] = row
     kept = [row for row in everything if row.name not in going]
@@ -79,12 +86,17 @@ def _thin(given: Given) -> int:
     for key in keys:
         if not checkpoints(everything, [key]) and place.kind_of(key) is None:
             raise missing(key, place.path)
-    steps, staying = keeping.choose(everything, Keep(*counts), keys)
+    steps, staying = keeping.choose(everything, Keep(*counts), keys, _named(place))
     removed, refused = (steps, []) if given.has("dry-run") else _do(place, steps)
     _tell(given, [step.row for step in removed], staying)
     for refusal in refused:
         table.complain(refusal)
     return refused[-1].status if refused else 0
+
+
+def _named(place: MountedTree) -> dict[str, str]:
+    """A name in images/ of each snapshot that has one, by the snapshot's name."""
+    return {snapshot: name for name, snapshot in images(place) if snapshot is not None}
 
 
 def _do(place: MountedTree, steps: list[Step]) -> tuple[list[Step], list[Refusal]]:
@@ -124,7 +136,7 @@ def _prune(given: Given) -> int:
             "say what to prune: --label, --older-than, --expired, --kind, or what to --keep-last, -hourly, -daily", USAGE
         )
     place = find_tree(given.value("at"), changes=True)
-    going, staying = choose(rows(place), given, time.time())
+    going, staying = choose(rows(place), _named(place), given, time.time())
     removed, refused = (going, []) if given.has("dry-run") else remove(place, going)
     _tell(given, removed, staying)
     for refusal in refused:
@@ -160,8 +172,8 @@ VERBS = {
             Option("dry-run", "only say what would be removed", short="-n"),
             JSON,
         ),
-        "Remove the snapshots for which all that is given holds.  What bears the label pin or is in use stays, and so does\n"
-        "what they stand on.\n"
+        "Remove the snapshots for which all that is given holds.  What bears the label pin, has a name in images/ or is in\n"
+        "use stays, and so does what they stand on.\n"
         "\n"
         "With --keep-…: thin the checkpoints of all workspaces, or of the workspaces KEY.  The newest stays, and what a\n"
         "workspace or a view stands on.  What stands on one that goes takes over what that had, and shows what it showed.",

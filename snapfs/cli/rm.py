@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from snapfs.cli import table
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.listing import Row, children_first, rows, with_descendants
-from snapfs.cli.place import MountedTree, find_tree
+from snapfs.cli.place import MountedTree, file_name, find_tree
 from snapfs.cli.progress import Progress
-from snapfs.cli.refusal import NOT_FOUND, Refusal, missing
+from snapfs.cli.refusal import NOT_FOUND, USAGE, Refusal, missing
 
 
 def remove(place: MountedTree, wanted: Sequence[Row]) -> tuple[list[Row], list[Refusal]]:
@@ -30,8 +30,30 @@ def remove(place: MountedTree, wanted: Sequence[Row]) -> tuple[list[Row], list[R
     return removed, refused
 
 
+def _unname(place: MountedTree, given: Given) -> int:
+    """Take names in images/ away, each that can be."""
+    if given.has("recursive") or given.has("dry-run"):
+        raise Refusal("--image takes names in images/ away, and no snapshot: leave --recursive and --dry-run out", USAGE)
+    status = 0
+    for word in given.arguments:
+        path = f"{place.path}/images/{file_name(word)}"
+        if not place.within.exists(path) and word.startswith("images/"):
+            path = f"{place.path}/{word}"
+        try:
+            place.do(f'take the name "{word}" away', ["unlink"], place.within.unlink, path)
+        except Refusal as refusal:
+            if refusal.status != NOT_FOUND:
+                raise
+            if not given.has("force"):
+                table.complain(f'nothing is called "{word}" in {place.path}/images: snapfs images lists all names')
+                status = NOT_FOUND
+    return status
+
+
 def _rm(given: Given) -> int:
     place = find_tree(given.value("at"), changes=True)
+    if given.has("image"):
+        return _unname(place, given)
     names = [place.key(word) for word in given.arguments]
     status = 0
     if len(names) == 1 and not given.has("recursive") and not given.has("dry-run"):
@@ -72,12 +94,14 @@ VERBS = {
             Option("recursive", "also all that stand on it, children first", short="-r"),
             Option("force", "what does not exist is no error", short="-f"),
             Option("dry-run", "only say what would be removed", short="-n"),
+            Option("image", "take names in images/ away: the snapshots stay"),
         ),
-        "Remove snapshots.  One that has children, or whose rootfs is in use, is refused, and the others are removed.",
+        "Remove snapshots.  One that has children, a name in images/, or a rootfs in use, is refused, and the others go.",
         """
 snapfs rm web
 snapfs rm -r base
 snapfs rm -rn base
+snapfs rm --image alpine:3.20
 """,
         _rm,
     )
