@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         FailedPrecondition,
         Forked,
         HasChildren,
+        ImageTooBig,
         InvalidArgument,
         LabelTooBig,
         LeftOut,
@@ -67,6 +68,7 @@ __all__ = [
     "Forked",
     "HasChildren",
     "Image",
+    "ImageTooBig",
     "Info",
     "InvalidArgument",
     "Kind",
@@ -111,7 +113,9 @@ _ROOMS = {
     **dict.fromkeys(("OpenLayer", "Snapshotter"), "snapshotter"),
     "open_snapshotter": "opening",
     **dict.fromkeys(("Feature", "Options", "Sync"), "options"),
-    **dict.fromkeys(("Caller", "Change", "Checkpoint", "Info", "Kind", "Mount", "Ref", "Statistics", "Usage"), "model"),
+    **dict.fromkeys(
+        ("Caller", "Change", "Checkpoint", "Image", "Info", "Kind", "Mount", "Ref", "Statistics", "Usage"), "model"
+    ),
 }
 """Where the exported names are; all others are errors."""
 

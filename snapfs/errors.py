@@ -110,6 +110,10 @@ class LabelTooBig(InvalidArgument):
     """A label that is too big, or one that is too much for its snapshot (``snapfs/labels.py`` has the bounds)."""
 
 
+class ImageTooBig(InvalidArgument):
+    """An image.json that is longer than one may be."""
+
+
 class WrongParent(InvalidArgument):
     """A Commit that names another parent than the snapshot has."""
 

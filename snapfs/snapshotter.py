@@ -27,6 +27,7 @@ from snapfs.errors import (
     InvalidArgument,
     NotFound,
     NoThread,
+    NotUtf8,
     TooDeep,
     TryAgain,
     Unavailable,
@@ -58,6 +59,7 @@ from snapfs.services.copying import Copying
 from snapfs.services.counting import Counting
 from snapfs.services.flushing import Flushing
 from snapfs.services.housekeeping import Housekeeping
+from snapfs.services.imagefiles import ImageFiles
 from snapfs.services.locks import Locks
 from snapfs.services.naming import Naming
 from snapfs.services.rootfs import Rootfs
@@ -117,6 +119,7 @@ class Snapshotter:
         self._archiving = Archiving(root, records)
         self._copying = Copying(root.layers, root.fd, sync=root.options.sync is Sync.FULL)
         self._housekeeping = Housekeeping(root.layers)
+        self._image_files = ImageFiles(root, records)
         self._shifting = Shifting(root, records)
         self._squashing = Squashing(
             root,
@@ -675,6 +678,31 @@ class Snapshotter:
 
         return await in_thread(collect, limiter=self._walks)
 
+    async def image(self, key: Ref) -> str | None:
+        """The image.json of the snapshot ``key``, an OCI image configuration; None where it has none, as has what is not
+        committed.  containerd lacks this.
+
+        It is what ``set_image`` was given, or that of the nearest snapshot below that was given one, with the layers above that
+        added: ``history`` has an entry for each, with the message of a checkpoint, and ``rootfs.diff_ids`` their digests as far
+        as they are known.  That of a squash has one layer.  Raises NotFound, Damaged.
+        """
+        self._refuse_closed()
+        return await self._image_files.text(key)
+
+    async def set_image(self, key: Ref, text: str | bytes | None) -> Info:
+        """Have the committed snapshot ``key`` have the image.json ``text``, in the place of any other, or (None) none of its
+        own: what Stat shows of it.  containerd lacks this.
+
+        It is on the disk when the call returns, and whole or not there at all.  What has one of its own is not dissolved, nor
+        what it stands on.
+
+        Raises NotFound, also where there is none of its own to take away; FailedPrecondition: the snapshot is not committed;
+        InvalidArgument: it is no JSON object, or has no arrays ``history`` and ``rootfs.diff_ids``; NotUtf8; ImageTooBig: more
+        than 4 MiB; Damaged.
+        """
+        self._refuse_closed()
+        return await self._image_files.set(key, _bytes(text))
+
     def find_image(self, name: str) -> tuple[int, Record]:
         """Id and record of the snapshot that is called ``name`` in images/; raises NotFound, or Damaged where it can't be
         read."""
@@ -1170,6 +1198,13 @@ def _layers(reader: Reader, number: int, record: Record) -> list[int]:
     """Of which layers the file system of snapshot ``number`` is made, the nearest first."""
     chain = reader.chain(record)
     return chain if record.kind is Kind.VIEW else [number, *chain]
+
+
+def _bytes(text: str | bytes | None) -> bytes | None:
+    try:
+        return text.encode() if isinstance(text, str) else text
+    except UnicodeEncodeError:
+        raise NotUtf8("an image.json must be UTF-8") from None
 
 
 def _changes_nothing(record: Record) -> FailedPrecondition:

@@ -14,19 +14,8 @@ from snapfs.snapshotter import Snapshotter
 
 PACKAGE = Path(__file__).parent.parent / "snapfs"
 
-PURE = {
-    "allowance",
-    "model",
-    "errors",
-    "names",
-    "filters",
-    "idmap",
-    "imagenames",
-    "labels",
-    "mountoptions",
-    "mountspec",
-    "options",
-}
+PURE = {"allowance", "errors", "filters", "idmap", "imagejson", "imagenames", "labels", "model", "names", "options"}
+PURE |= {"mountoptions", "mountspec"}
 DOORS = {"snapshotter", "opening"}
 DOORWAYS = {"tree", "fuse", "containerd", "cli"}  # what is built on a Snapshotter
 

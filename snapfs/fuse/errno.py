@@ -17,6 +17,7 @@ _ERRNO: tuple[tuple[type[errors.SnapshotError], int], ...] = (  # the first that
     (errors.NameTooLong, errno.ENAMETOOLONG),
     (errors.NotUtf8, errno.EILSEQ),
     (errors.LabelTooBig, errno.E2BIG),
+    (errors.ImageTooBig, errno.EFBIG),
     (errors.WrongParent, errno.EPERM),
     (errors.InvalidArgument, errno.EINVAL),
     (errors.Damaged, errno.EIO),

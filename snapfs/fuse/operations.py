@@ -30,10 +30,12 @@ from snapfs.fuse.waiting import OPENDIR, PATIENCE, STAT, SYNC, Waiting
 from snapfs.kernel.processes import asking
 from snapfs.model import Caller
 from snapfs.tree import Handle, Node, Tree
+from snapfs.tree.attributes import AttributeFile
 from snapfs.tree.commands import OpenCommand
 from snapfs.tree.inodes import ROOT_INODE
 from snapfs.tree.labels import Label
 from snapfs.tree.log import OpenLog
+from snapfs.tree.openimage import OpenImage
 from snapfs.tree.openlabels import OpenLabel
 from snapfs.tree.tree import REMOVE
 
@@ -231,7 +233,7 @@ class Operations(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        node = self.tree.node(inode)
+        node = self._to_set(inode)
         now = self.entry(node)
         now.st_ino = node.shown_inode
         if fields.update_size:
@@ -248,9 +250,19 @@ class Operations(pyfuse3.Operations):
             and (not fields.update_gid or attr.st_gid == now.st_gid)
         )
         # editors set the mode and owner of what they have just made: where that changes nothing it is fine
-        if not isinstance(node, Label) or not same or fields.update_atime or fields.update_mtime:
+        is_written = isinstance(node, Label) or (isinstance(node, AttributeFile) and node.attribute.rewrite is not None)
+        if not is_written or not same or fields.update_atime or fields.update_mtime:
             raise node.refusal_to_set()
         return now
+
+    def _to_set(self, inode: int) -> Node:
+        """The node of ``inode``, of which something is to be set; also that of an image.json of which not all has come yet."""
+        try:
+            return self.tree.node(inode)
+        except NotFound:
+            if (file := self.files.any_of(inode)) is None or not isinstance(file.handle, OpenImage):
+                raise
+            return self.tree.node_being_made(inode)
 
     @answering
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -396,7 +408,7 @@ class Operations(pyfuse3.Operations):
         asking.set(file.handle.pid if isinstance(file.handle, OpenCommand) else 0)
         with self.waiting.counted(file.handle.waits_for, file.user):
             written = await file.handle.write(off, buf)
-        if isinstance(file.handle, OpenCommand):
+        if isinstance(file.handle, OpenCommand | OpenImage):
             try:
                 self.files.reweigh(file.handle)
             except Unavailable:

@@ -21,7 +21,7 @@ from snapfs.errors import Damaged, FailedPrecondition, NotFound, Unavailable
 from snapfs.model import Kind, Usage
 from snapfs.names import nameable, parse_id, word
 from snapfs.offline.nodes import names_told_apart, told_apart
-from snapfs.root import flags, identity, imprint, placing
+from snapfs.root import flags, identity, imagefile, imprint, placing
 from snapfs.root.imprint import Imprint
 from snapfs.root.layers import Layers
 from snapfs.root.trash import STUCK
@@ -277,6 +277,11 @@ class _Check:
                 yield Finding(Problem.DAMAGED, text, "--repair makes an empty one", self._make_work(number))
             if layers.supports_imprints:
                 yield from self._check_imprint(number, record)
+            if record.image is not None:
+                try:
+                    imagefile.read(own, record.image.digest, own)
+                except (Damaged, Unavailable) as error:
+                    yield Finding(Problem.DAMAGED, f"{_called(record)}: {error}")
 
     def _make_work(self, number: int) -> str:
         if not self._repair:

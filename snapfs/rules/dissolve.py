@@ -18,6 +18,7 @@ from snapfs.labels import PIN, pinned
 from snapfs.model import ByNode, Kind, Ref
 from snapfs.rules import change, remove
 from snapfs.rules.digest import forgotten
+from snapfs.rules.imagefiles import refuse_owners
 from snapfs.rules.images import refuse_named
 from snapfs.rules.lookup import find
 from snapfs.rules.root import Root
@@ -67,6 +68,7 @@ def plan(root: Root, reader: Reader, key: Ref) -> Plan:
         raise FailedPrecondition(f'snapshot "{record.name}" can\'t be dissolved: more than {MOST:,} snapshots stand on it')
     for each in (number, *above):
         its = reader.record(each)
+        refuse_owners([its] if its is not None else [], record.name)
         if its is not None and its.origin:
             raise FailedPrecondition(
                 f'snapshot "{record.name}" can\'t be dissolved: "{its.name}" is {its.origin}\'s, which knows its layers'

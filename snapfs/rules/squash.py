@@ -6,6 +6,7 @@ The directory is filled before, while others go on (``services/squashing.py``); 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,12 +16,14 @@ import msgspec
 from snapfs.errors import FailedPrecondition, Unavailable
 from snapfs.labels import OF, PIN, SQUASHED, refuse_too_many
 from snapfs.model import ByNode, Info, Kind, Ref
+from snapfs.root import imagefile
+from snapfs.rules import imagefiles
 from snapfs.rules.change import change, write_imprint
 from snapfs.rules.lookup import find, refuse_taken, squashed_names
 from snapfs.rules.root import Root
 from snapfs.rules.workspace import OURS
 from snapfs.store.reading import Reader
-from snapfs.store.schema import Record
+from snapfs.store.schema import ImageFile, Record
 from snapfs.store.writing import Writer
 
 
@@ -75,7 +78,7 @@ def source(root: Root, reader: Reader, key: Ref) -> Source:
 
 def squash(root: Root, writer: Writer, source: Source, made: Made, new: str | None, *, for_children: bool) -> Info:
     """Make what was built of all layers of ``source`` the committed snapshot ``new`` (None: NAME-squashed, or where that is
-    taken NAME-squashed-2, and so on): what Stat shows of it.
+    taken NAME-squashed-2, and so on): what Stat shows of it.  Its image.json is that of the source, with this one layer.
 
     It bears the labels of the source, but for ``pin`` and those of a checkpoint, and SQUASHED.  ``for_children``: what stands
     on the source stands on the new one from now on, and that bears OF, if the source is a checkpoint.  Views stay where they
@@ -97,11 +100,23 @@ def squash(root: Root, writer: Writer, source: Source, made: Made, new: str | No
         labels[OF] = before.labels[OF]
     refuse_too_many(name, labels, before.labels)
     now = time.time_ns()
-    info = put_made(root, writer, Record(name, Kind.COMMITTED, 0, now, now, labels), made)
+    record = Record(name, Kind.COMMITTED, 0, now, now, labels, image=_image(root, writer, source, before, made))
+    info = put_made(root, writer, record, made)
     writer.changed(None, info)
     for child, record in moving:
         change(root, writer, child, record, msgspec.structs.replace(record, parent=made.number))
     return info
+
+
+def _image(root: Root, writer: Writer, source: Source, before: Record, made: Made) -> ImageFile | None:
+    """The image.json of what was ``made``: that of the source, or from which the source inherits, says what is below.  Raises
+    Outdated where it has another by now."""
+    found = imagefiles.find(writer, source.number, before)
+    if found is None:
+        return None
+    if not imagefile.is_there(os.path.dirname(root.layers.made_path(made.name)), found.image.digest):
+        raise Outdated(f'the image.json of snapshot "{source.name}" has changed meanwhile')
+    return ImageFile(found.image.digest, is_below=True)
 
 
 def put_made(root: Root, writer: Writer, record: Record, made: Made) -> Info:

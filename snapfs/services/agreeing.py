@@ -4,13 +4,15 @@ An imprint is written before the record's transaction is durable, and taken back
 between takes nothing back, and a power cut may keep the record and lose the imprint.  So a process that has left all of them
 right notes that in ROOT/lock at its end, with what tells this boot of the machine and this mount of the disk from others: in
 these nothing that was written is lost.  A start that does not find the note compares them all, in the background, and writes
-anew what disagrees with the records.
+anew what disagrees with the records.  It deletes files that were to be an image.json (``root/imagefile.py``), too.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 
@@ -18,7 +20,7 @@ import msgspec
 import trio
 
 from snapfs.errors import Damaged, SnapshotError
-from snapfs.root import imprint
+from snapfs.root import imagefile, imprint
 from snapfs.root.imprint import Imprint
 from snapfs.rules.root import Root
 from snapfs.store.metastore import MetaStore
@@ -83,7 +85,16 @@ class Agreeing:
     def _disagreeing(self, numbers: Iterable[int]) -> list[int]:
         """Those of ``numbers`` that seem to disagree; calls may change them meanwhile."""
         with self._records.reading(long=True) as reader:
-            return [number for number in numbers if self._wanted(reader, number) is not None]
+            return [number for number in numbers if self._wanted(reader, number) is not None or self._left(reader, number)]
+
+    def _left(self, reader: Reader, number: int) -> list[str]:
+        """The files in the directory of snapshot ``number`` that were to be its image.json, or were (``root/imagefile.py``)."""
+        with suppress(Damaged, OSError):
+            record = reader.record(number)
+            if record is not None:
+                directory = self._layers.held_directory(number)
+                return imagefile.others(directory, record.image.digest if record.image is not None else None)
+        return []
 
     def _wanted(self, reader: Reader, number: int) -> Imprint | None:
         """What the directory of snapshot ``number`` is to bear, if it does not, and if that is known."""
@@ -107,6 +118,8 @@ class Agreeing:
         for number in numbers:
             wanted = self._wanted(writer, number)
             try:
+                for path in self._left(writer, number):
+                    os.unlink(path)
                 if wanted is not None:
                     self._layers.write_imprint(number, wanted)
                 agreed += 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
@@ -21,8 +22,9 @@ import trio
 from snapfs.errors import Closed, Damaged, NotFound, SnapshotError, Unavailable
 from snapfs.kernel import subids
 from snapfs.model import BACKGROUND, ByNode, Caller, Info, Ref
+from snapfs.root import imagefile
 from snapfs.root.layers import Layers
-from snapfs.rules import dissolve, squash
+from snapfs.rules import dissolve, imagefiles, squash
 from snapfs.rules.change import take_id
 from snapfs.rules.dissolve import Plan
 from snapfs.rules.lookup import refuse_taken
@@ -93,7 +95,7 @@ class Squashing:
                     refuse_taken(reader, new)
             key = source.node
             with suppress(Outdated):
-                async with self._built(source, caller, lowest=True) as made:
+                async with self._built(source, caller, lowest=True, image=True) as made:
                     operation = partial(squash.squash, self._root, source=source, made=made, new=new, for_children=for_children)
                     info = await self._records.write(lambda writer: operation(writer=writer))  # noqa: B023
                 self._counted(info.id)
@@ -166,12 +168,12 @@ class Squashing:
     # -- building
 
     @asynccontextmanager
-    async def _built(self, source: Source, caller: Caller, *, lowest: bool) -> AsyncIterator[Made]:
+    async def _built(self, source: Source, caller: Caller, *, lowest: bool, image: bool = False) -> AsyncIterator[Made]:
         """For a block that may make a snapshot of all layers of ``source``, which are one, and on disk; ``lowest`` as in
-        ``scan/squashing.py``.
+        ``scan/squashing.py``.  ``image``: beside it is the image.json of the source, or from which the source inherits.
 
         Raises Outdated where one of them was removed meanwhile; else as ``squash``."""
-        build = _Build(self._layers, partial(self._link, source, lowest=lowest), self._discarded)
+        build = _Build(self._layers, partial(self._link, source, lowest=lowest, image=image), self._discarded)
         failed = self._flushing.failed
         try:
             for number in source.layers:  # once they are linked, their files are shared
@@ -194,11 +196,29 @@ class Squashing:
             with trio.CancelScope(shield=True):
                 await in_thread_or_here(build.drop)
 
-    def _link(self, source: Source, target: str, checkpoint: Checkpoint, *, lowest: bool) -> None:
+    def _link(self, source: Source, target: str, checkpoint: Checkpoint, *, lowest: bool, image: bool) -> None:
         for number in source.layers:
             self._layers.refuse_damaged(number)
         layers = [f"{self._layers.held_directory(number)}/fs" for number in source.layers]
         link_all(layers, target, prefix=self._root.overlay_prefix, lowest=lowest, checkpoint=checkpoint)
+        if image:
+            self._link_image(source, os.path.dirname(target))
+
+    def _link_image(self, source: Source, target: str) -> None:
+        """Have the directory ``target`` have that file; the rule sees whether it is still the one."""
+        found = self._image_of(source)
+        if found is None:
+            return
+        try:
+            imagefile.link(self._layers.held_directory(found.number), found.image.digest, target)
+        except FileNotFoundError:
+            if self._image_of(source) == found:
+                raise Damaged(f'the image.json of snapshot "{source.name}" is missing: write it anew') from None
+
+    def _image_of(self, source: Source) -> imagefiles.Found | None:
+        with self._records.reading() as reader:
+            record = reader.record(source.number)
+            return imagefiles.find(reader, source.number, record) if record is not None else None
 
 
 class _Build:

@@ -120,6 +120,19 @@ class Reader:
             record = self.parent_of(record)
         return list(chain)
 
+    def with_image(self, number: int, record: Record) -> list[tuple[int, Record]]:
+        """Id and record of the snapshot whose image.json is that of snapshot ``number`` too, or from which that is inherited,
+        and of all on the way there, the nearest first; nothing where there is none.  Raises Damaged."""
+        way = [(number, record)]
+        seen = {number}
+        while record.image is None:
+            if not record.parent or record.parent in seen:
+                return []
+            seen.add(record.parent)
+            number, record = record.parent, self.parent_of(record)
+            way.append((number, record))
+        return way
+
     def lowers(self, number: int, record: Record) -> list[int]:
         """The ids of the lower layers (which are only read) of the overlay that shows snapshot ``number``, the nearest first.
 

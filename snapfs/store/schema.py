@@ -30,7 +30,7 @@ from snapfs.model import Kind, Usage
 SCHEMA = 3
 """The version of all this, which the records carry.  1 had neither the tables ``checkpoints`` and ``nodes`` nor the field
 ``node``, and a snapfs of that time would take it away from each record that it writes; so would one of the time of 2 the fields
-``images``, ``diff_id`` and ``tar_size``."""
+``images``, ``image``, ``diff_id`` and ``tar_size``."""
 
 READ = frozenset((1, 2, SCHEMA))
 """The versions that this snapfs can make that of."""
@@ -51,12 +51,20 @@ class ImageName(msgspec.Struct, frozen=True, array_like=True):
     name: str
 
 
+class ImageFile(msgspec.Struct, frozen=True, array_like=True):
+    """The image.json that is kept beside a layer: by its ``digest`` (``root/imagefile.py``).  ``is_below``: what it says of
+    layers is said of others, which were made this one (``rules/squash.py``)."""
+
+    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    is_below: bool = False
+
+
 class Record(msgspec.Struct, frozen=True, array_like=True):
     """What the table ``snapshots`` holds, as MessagePack: an array in this order; new fields go to the end, with defaults.
 
     ``parent`` is the parent's id, 0 for none; ``usage`` is None except for committed snapshots that have been counted;
     ``origin`` is as in ``model.Info``; ``node`` is what the tree's inodes have in the place of the id, 0 where that is the id;
-    ``images`` are its names in images/, in the order in which they came.
+    ``images`` are its names in images/, in the order in which they came; ``image`` is the image.json that it has of its own.
     ``diff_id`` is the SHA-256 of a committed layer as a tar, and ``tar_size`` how many bytes that has, where it is known.
     The limits are checked when a record is read: bytes that the disk has mangled must not become a snapshot.
     """
@@ -71,6 +79,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     origin: str = ""
     node: Annotated[int, msgspec.Meta(ge=0, lt=IDS)] = 0
     images: tuple[ImageName, ...] = ()
+    image: ImageFile | None = None
     diff_id: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
     tar_size: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
 

@@ -6,6 +6,7 @@ snapshot's id and its record, and gives the file's text or the link's target, or
 
 from __future__ import annotations
 
+import contextlib
 import stat
 import sys
 from collections.abc import Awaitable, Callable
@@ -14,17 +15,29 @@ import msgspec
 
 from snapfs import mountspec, names
 from snapfs.errors import Damaged, NotFound
+from snapfs.imagejson import FILE as IMAGE
 from snapfs.model import OWNER, ByNode, Caller, Kind, rfc3339
 from snapfs.store.schema import Record
+from snapfs.threads import in_thread
 from snapfs.tree import commands, layertar
 from snapfs.tree.advice import path_of
 from snapfs.tree.commands import Command
 from snapfs.tree.handles import Handle
-from snapfs.tree.inodes import CHANGES_SLOT, CHECKPOINT_SLOT, ENTRY_MASK, FIRST_ATTRIBUTE, LAYER_SLOT, PATCH_SLOT, pack
+from snapfs.tree.inodes import (
+    CHANGES_SLOT,
+    CHECKPOINT_SLOT,
+    ENTRY_MASK,
+    FIRST_ATTRIBUTE,
+    IMAGE_SLOT,
+    LAYER_SLOT,
+    PATCH_SLOT,
+    pack,
+)
 from snapfs.tree.node import Attributes, Link, Node
+from snapfs.tree.openimage import OpenImage
 from snapfs.tree.state import State
 from snapfs.tree.textfile import UNKNOWN_SIZE, TextFile
-from snapfs.tree.texts import Text
+from snapfs.tree.texts import IN_MEMORY, Text
 
 Render = Callable[[State, int, Record], str | Text | None]
 
@@ -38,7 +51,8 @@ class Attribute(msgspec.Struct, frozen=True):
     ``private``: it tells what is in a layer, for users alone who may read that.
     ``refresh`` is awaited when the file is opened (by a caller), for what must be looked up on disk; ``follow`` when the link
     is followed by a process (its pid), and gives where that leads.  ``is_known``: ``refresh`` has nothing to wait for.
-    ``command`` is what writing to it does; ``opened`` opens a file of which the tree has no text.
+    ``command`` is what writing to it does; ``opened`` opens a file of which the tree has no text; ``rewrite`` one that is
+    written as a whole, by the number of the snapshot in inodes.
     """
 
     name: str
@@ -54,6 +68,7 @@ class Attribute(msgspec.Struct, frozen=True):
     follow: Callable[[State, int, Record, int], Awaitable[str]] | None = None
     command: Command | None = None
     opened: Callable[[State, int, Text], Handle] | None = None
+    rewrite: Callable[[State, ByNode], Handle] | None = None
 
 
 def json_text(value: object) -> str:
@@ -174,6 +189,28 @@ async def find_patch(state: State, number: int, record: Record, caller: Caller) 
     return patch(state, number, record)
 
 
+def has_image(state: State, record: Record) -> bool:
+    """Whether there is an image.json: the snapshot, or one that it stands on, has come from an image."""
+    with contextlib.suppress(Damaged), state.reading() as reader:
+        return bool(reader.with_image(0, record))
+    return False
+
+
+def image_json(state: State, number: int, record: Record) -> Text | None:
+    """The image configuration as it was found last; None before that."""
+    return state.found(number, IMAGE_SLOT)
+
+
+async def find_image_json(state: State, number: int, record: Record, caller: Caller) -> Text | None:
+    """Find it.  Hold what is found until the file is open: it may be too long to be remembered."""
+    text = await state.snapshotter.image(number)
+    if text is None:
+        return None
+    found = Text(text.encode()) if len(text) <= IN_MEMORY else await in_thread(state.spool_found, [text])
+    state.keep(number, IMAGE_SLOT, found)
+    return found
+
+
 def is_mountable(state: State, record: Record) -> bool:
     """Whether there is a link ``rootfs``."""
     return state.snapshotter.has_rootfs
@@ -206,6 +243,7 @@ _LINK = stat.S_IFLNK | 0o777
 _SCRIPT = stat.S_IFREG | 0o555
 _PRIVATE = stat.S_IFREG | 0o400
 _COMMAND = stat.S_IFREG | 0o666
+_WRITTEN = stat.S_IFREG | 0o666
 _PRIVATE_COMMAND = stat.S_IFREG | 0o600
 
 ATTRIBUTES = (
@@ -249,6 +287,9 @@ ATTRIBUTES = (
         is_known=layertar.is_indexed,
         opened=layertar.open_layer,
     ),
+    Attribute(
+        IMAGE, IMAGE_SLOT, COMMITTED, image_json, type=_WRITTEN, present=has_image, refresh=find_image_json, rewrite=OpenImage
+    ),
 )
 
 
@@ -289,15 +330,17 @@ class AttributeFile(TextFile):
         return self.record.updated
 
     async def open(self, writing: bool = False, truncate: bool = False) -> Handle:
-        command, opened = self.attribute.command, self.attribute.opened
+        command, opened, rewrite = self.attribute.command, self.attribute.opened, self.attribute.rewrite
         if opened is not None and not writing and not truncate:
             return opened(self.state, self.number, self.text())
+        if rewrite is not None and (writing or truncate):
+            return rewrite(self.state, ByNode(self.record.node_of(self.number)))
         if command is None or not writing:
             return await super().open(writing, truncate and command is None)
         return commands.OpenCommand(self.state, self.attribute.name, ByNode(self.record.node_of(self.number)), command)
 
     async def resize(self, size: int) -> None:
-        if self.attribute.command is None:
+        if self.attribute.command is None and (self.attribute.rewrite is None or size):
             await super().resize(size)
 
     async def refresh(self, caller: Caller = OWNER) -> Node:

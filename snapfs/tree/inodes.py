@@ -74,7 +74,7 @@ class Slot(enum.IntEnum):
 
 
 # Of the attributes under which the text that was found last is remembered
-CHANGES_SLOT, CHECKPOINT_SLOT, PATCH_SLOT = 23, 24, 34
+CHANGES_SLOT, CHECKPOINT_SLOT, PATCH_SLOT, IMAGE_SLOT = 23, 24, 34, 37
 
 LAYER_SLOT = 36  # of layer.tar
 

@@ -9,11 +9,13 @@ import trio
 
 from snapfs import names
 from snapfs.errors import Damaged, LeftOut, NotEmpty, NotFound, NotPermitted, Unavailable
-from snapfs.model import OWNER, Caller, Kind
+from snapfs.imagejson import FILE as IMAGE
+from snapfs.model import OWNER, ByNode, Caller, Kind
 from snapfs.store.schema import Record
 from snapfs.tree.advice import how_to_write, path_of, why_missing
-from snapfs.tree.attributes import ATTRIBUTES, BY_NAME, ROOTFS, attribute_node
-from snapfs.tree.deleting import refuse_copied, refuse_with_children
+from snapfs.tree.attributes import ATTRIBUTES, BY_NAME, ROOTFS, AttributeFile, attribute_node
+from snapfs.tree.deleting import refuse_copied, refuse_teardown, refuse_with_children
+from snapfs.tree.handles import Handle
 from snapfs.tree.history import HISTORY, history_of
 from snapfs.tree.inodes import KIND_SLOTS, Slot, pack
 from snapfs.tree.kinds import ChildrenDirectory
@@ -23,14 +25,15 @@ from snapfs.tree.state import State
 
 LABELS = "labels"
 
-# The order of the listing: the children first, and something that each snapshot has before and behind the labels.  There a
-# process that deletes a whole directory, from either end, is refused if the snapshot has children or is pinned; it is known
-# (``Teardowns``) when it comes to the labels.
+# The order of the listing: the children first, and something that each snapshot has before and behind the labels and
+# image.json, which are deleted for good.  There a process that deletes a whole directory, from either end, is refused if the
+# snapshot has children, is pinned or has a name in images/; it is known (``Teardowns``) when it comes to those.
 _OFFSETS = dict(
     sorted(
         [(kind.value, 2 * slot) for kind, slot in KIND_SLOTS.items()]
         + [(attribute.name, 2 * attribute.slot) for attribute in ATTRIBUTES]
-        + [(LABELS, 2 * BY_NAME["info.json"].slot + 1), (HISTORY, 2 * BY_NAME["usage.json"].slot + 1)],
+        + [(LABELS, 2 * BY_NAME["info.json"].slot + 1), (HISTORY, 2 * BY_NAME["usage.json"].slot + 1)]
+        + [(IMAGE, 2 * BY_NAME["parent"].slot + 1)],
         key=lambda entry: entry[1],
     )
 )
@@ -128,9 +131,22 @@ class SnapshotDirectory(Directory):
         self.state.hidden.hide(self.number, name)
         self.state.removals[node.inode] += 1
 
+    async def create(self, name: str) -> tuple[Node, Handle]:
+        if name != IMAGE or self.record.kind is not Kind.COMMITTED:
+            return await super().create(name)
+        node = AttributeFile(self.state, self.number, self.record, BY_NAME[IMAGE])
+        return node, await node.open(writing=True)
+
     async def unlink(self, name: str, pid: int) -> None:
-        """Take a fixed entry out of the listing, so that what deletes a directory bottom-up gets to its rmdir."""
+        """Take a fixed entry out of the listing, so that what deletes a directory bottom-up gets to its rmdir; an image.json of
+        its own is gone for good."""
         self.lookup(name)
+        if name == IMAGE and self.record.image is not None:
+            refuse_teardown(self.state, self.number, pid)
+            if self.state.reads.was_refused(pid, self.number):
+                refuse_copied(self.state, self.number, pid)
+            await self.state.snapshotter.set_image(ByNode(self.record.node_of(self.number)), None)
+            return
         refuse_with_children(self.state, self.number, pid)
         refuse_copied(self.state, self.number, pid, name)
         self.state.hidden.hide(self.number, name)

@@ -20,7 +20,7 @@ from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
 from snapfs.tree.events import Events
 from snapfs.tree.hiding import Hidden, Teardowns
-from snapfs.tree.inodes import ALIAS, CHANGES_SLOT, CHECKPOINT_SLOT, PATCH_SLOT, LabelInodes, Writers, pack, unpack
+from snapfs.tree.inodes import ALIAS, CHANGES_SLOT, CHECKPOINT_SLOT, IMAGE_SLOT, PATCH_SLOT, LabelInodes, Writers, pack, unpack
 from snapfs.tree.log import ErrorLog
 from snapfs.tree.meters import Meter
 from snapfs.tree.moments import Moments
@@ -67,6 +67,7 @@ class State:
     ``open_labels``: labels that are open for writing; ``label_inodes``: the inodes of those that are not.  ``writers``: those
     of who writes into files that do something.  ``moments``: when checkpoints were made.  ``hidden``: entries that were just
     unlinked.  ``teardowns``: processes that were just refused to delete.  ``just_named``: names in images/ that were just made.
+    ``image_bytes``: what those weigh who have an image.json open to write it.
 
     ``removals``: how often a directory inside a snapshot was removed (and came back), by inode.  ``aliased``: the ids of
     committed snapshots whose directories are found under their other inode (``inodes.ALIAS``): the server of the tree says
@@ -105,6 +106,7 @@ class State:
         self.hidden = Hidden()
         self.teardowns = Teardowns()
         self.just_named = JustNamed()
+        self.image_bytes = 0
         self.removals: defaultdict[int, int] = defaultdict(int)
         self.aliased: set[int] = set()
         self.changes = 0
@@ -157,6 +159,8 @@ class State:
         if before is not None and (after is None or (after.kind, after.id) != (before.kind, before.id)):
             for slot in (CHANGES_SLOT, CHECKPOINT_SLOT, PATCH_SLOT):
                 self.versions.forget(pack(before.id, slot))
+        if before is not None and not change.counted:
+            self.versions.forget(pack(before.id, IMAGE_SLOT))
         if (before.images if before else ()) != (after.images if after else ()):
             self.names_changed = max(time.time_ns(), self.names_changed + 1)
         for info in (before, after):

@@ -14,7 +14,7 @@ from snapfs.errors import Damaged, NotFound, Stale
 from snapfs.model import Kind
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree.advice import path_of
-from snapfs.tree.attributes import BY_SLOT, attribute_node
+from snapfs.tree.attributes import BY_SLOT, AttributeFile, attribute_node
 from snapfs.tree.daemon import node_outside_snapshots
 from snapfs.tree.history import history_link, history_of
 from snapfs.tree.images import image_link
@@ -112,6 +112,11 @@ class Tree:
     def present_node(self, inode: int) -> Node:
         """The node of the file of which ``inode`` is or was one text, as it is now; raises NotFound."""
         return self.node(without_version(inode))
+
+    def node_being_made(self, inode: int) -> Node:
+        """The node of a file of a snapshot that was created, and is not there before all of it has come; raises NotFound."""
+        node, slot = unpack(inode)
+        return AttributeFile(self.state, *self.state.snapshot(node), BY_SLOT[slot])
 
     def walk(self, path: str) -> Node:
         """The node at ``path`` below the root, links not followed; raises NotFound.  For tests and tools."""
