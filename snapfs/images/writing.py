@@ -24,6 +24,7 @@ MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 TAG = "org.opencontainers.image.ref.name"
+NAME = "io.containerd.image.name"
 
 PIECE = 1 << 20  # bytes
 
@@ -166,10 +167,15 @@ class OciDirectory(_Oci):
         with _locked(self._path):
             index = _index(self._path)
             others = [each for each in index.get("manifests", []) if each.get("annotations", {}).get(TAG) != self._tag]
-            index["manifests"] = [*others, {**manifest.shown(), "annotations": {TAG: self._tag}}]
+            index["manifests"] = [*others, {**manifest.shown(), "annotations": _called(self._tag)}]
             if not os.path.exists(f"{self._path}/oci-layout"):
                 _replace(self._path, "oci-layout", as_json({"imageLayoutVersion": "1.0.0"}))
             _replace(self._path, "index.json", as_json(index))
+
+
+def _called(tag: str) -> dict[str, str]:
+    """The annotations that say what an image is called; containerd has one of its own for whole names."""
+    return {**({TAG: tag} if tag else {}), **({NAME: tag} if "/" in tag else {})}
 
 
 class _Directory:
@@ -304,7 +310,7 @@ class OciArchive(_Oci):
 
     def finish(self, config: dict[str, object], layers: list[Written]) -> None:
         manifest = self.manifest(config, layers)
-        named = {**manifest.shown(), "annotations": {TAG: self._tag} if self._tag else {}}
+        named = {**manifest.shown(), "annotations": _called(self._tag)}
         index = as_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": [named]})
         for name, data in (("index.json", index), ("oci-layout", as_json({"imageLayoutVersion": "1.0.0"}))):
             self._archive.add(name, io.BytesIO(data), len(data))
