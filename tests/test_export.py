@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from snapfs.cli import main
 from snapfs.images.configuration import Step, architecture, configuration
@@ -86,7 +87,7 @@ class Layout:
             if named["mediaType"].endswith("+gzip"):
                 data = gzip.decompress(data)
             elif named["mediaType"].endswith("+zstd"):
-                data = subprocess.run(["zstd", "-dc"], input=data, capture_output=True, check=True).stdout
+                data = zstandard.ZstdDecompressor().decompressobj().decompress(data)
             assert digest(data) == diff_id
             found.append(data)
         return found
@@ -106,10 +107,7 @@ def test_a_layout(chain: Command, tmp_path: Path) -> None:
     assert manifest["mediaType"] == "application/vnd.oci.image.manifest.v1+json"
     assert {named["mediaType"] for named in manifest["layers"]} == {"application/vnd.oci.image.layer.v1.tar+gzip"}
     assert (config["architecture"], config["os"]) == (architecture(), "linux")
-    assert [(each["created_by"], each.get("comment")) for each in config["history"]] == [
-        ("snapfs commit", None),
-        ("snapfs commit", "why"),
-    ]
+    assert [each["created_by"] for each in config["history"]] == ["snapfs commit", "why"]
     assert first.items() <= {each.name: each.stat().st_ino for each in (tmp_path / "images/blobs/sha256").iterdir()}.items()
     chain("export", "v1", f"{place}:base")  # the tag moves
     assert Layout(tmp_path / "images").tags() == ["latest", "base"]
@@ -290,8 +288,8 @@ def test_what_is_known_of_an_image() -> None:
         "created": "1970-01-02T00:00:00Z",
         "rootfs": {"type": "layers", "diff_ids": ["sha256:1", "sha256:2"]},
         "history": [
+            {"created": "1970-01-01T00:00:00Z", "created_by": "snapfs commit"},
             *known["history"],
-            {"created": "1970-01-02T00:00:00Z", "created_by": "snapfs commit", "comment": "why"},
         ],
     }
     assert len(configuration(known, ["sha256:1"], steps[:1])["history"]) == 2

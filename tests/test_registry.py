@@ -7,13 +7,14 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
 
-from tests.command import Command
+from tests.command import SNAPFS, Command
 from tests.containerd_client import Containerd
 from tests.containerds import SUITES
 from tests.daemon import Daemon
@@ -22,7 +23,7 @@ from tests.processes import die_with_parent, until
 
 pytestmark = pytest.mark.mounts
 
-APPLETS = ("sh", "cat", "mkdir", "chmod", "rm")
+APPLETS = ("sh", "cat", "mkdir", "chmod", "rm", "ls")
 
 
 class Registry:
@@ -139,6 +140,53 @@ def test_from_a_registry_to_a_container_elsewhere(
         "cat /etc/release; ls /tmp",
     )
     assert said == "two\n"
+
+
+def test_a_push_that_is_interrupted_goes_on(registry: Registry, make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """What has arrived is not sent again; and nothing is left of the one that was killed."""
+    snapfs = Command(make_daemon().start().mnt)
+    parent = snapfs.mnt
+    for name in ("a", "b", "c"):
+        (parent / "active/w").mkdir()
+        (snapfs.mnt / "active/w/rootfs/file").write_bytes(os.urandom(4 << 20))
+        os.rename(parent / "active/w", parent / f"committed/{name}")
+        parent = snapfs.mnt / f"committed/{name}"
+    image = f"docker://{registry.address}/large:1"
+    place = {**os.environ, "SNAPFS": str(snapfs.mnt), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([*SNAPFS, "export", "c", image], env=place, preexec_fn=die_with_parent) as process:
+        until(registry.uploaded)
+        process.kill()
+    snapfs("export", "c", image)
+    assert registry.uploaded() <= 3 + 2 + 1, "three layers, configuration and manifest, and one that was cut"
+    assert len(registry.layers("large", "1")) == 3
+
+
+def test_a_build_of_three_steps(make_daemon: Callable[..., Daemon], tmp_path: Path, containerd: Containerd) -> None:
+    """A layer a step, each with its command in the history; the workspace goes, and the image runs."""
+    snapfs = Command(make_daemon().start().mnt)
+    Layout(tmp_path / "base").add("v", base_layers())
+    snapfs("import", f"oci:{tmp_path}/base:v", "test.local/base:1")
+    script = Path(__file__).parent.parent / "examples/images/build.sh"
+    archive = f"{tmp_path}/app.tar"
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin/snapfs"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m snapfs.cli "$@"\n')
+    command.chmod(0o755)
+    subprocess.run(
+        ["sh", str(script), "test.local/base:1", f"oci-archive:{archive}:test.local/app:1"],
+        env={**os.environ, "PATH": path, "SNAPFS": str(snapfs.mnt)},
+        check=True,
+    )
+    assert os.listdir(snapfs.mnt / "active") == []
+    containerd.ctr("image", "import", "--snapshotter", "overlayfs", archive)
+    runc = ("--runc-root", str(containerd.base / "runc"))
+    words = ("run", "--rm", "--snapshotter", "overlayfs", *runc, "test.local/app:1", "c", "/bin/sh")
+    assert containerd.ctr(*words, "/app/run") == "built by snapfs\n"
+    assert containerd.ctr(*words, "-c", "ls /tmp; ls -l /app/run").startswith("-rwxr-xr-x")
+    done = subprocess.run(["skopeo", "inspect", "--config", f"oci-archive:{archive}"], capture_output=True, check=True)
+    history = [each["created_by"] for each in json.loads(done.stdout)["history"]]
+    assert [step.split()[0] for step in history[-3:]] == ["mkdir", "chmod", "rm"]
 
 
 @pytest.fixture

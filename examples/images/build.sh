@@ -12,17 +12,16 @@ w=build-$$
 trap 'status=$?; snapfs rm -f "$w" 2>/dev/null || :; exit $status' EXIT
 trap 'exit 1' HUP INT TERM
 
-snapfs prepare "$w" --parent "images/$(printf %s "$1" | sed 's/%/%25/g; s,/,%2F,g')" >/dev/null
+snapfs prepare "$w" --parent "images/$1" >/dev/null
 
 # What follows is a step: it runs in the workspace, and becomes a layer, with the command in the image's history
 step() {
     snapfs run "$w" -- chroot . /bin/sh -c "$1"
-    snapfs checkpoint "$w" -m "$1" >/dev/null
+    top=$(snapfs checkpoint "$w" -m "$1")
 }
 
 step 'mkdir -p /app && echo "echo built by snapfs" > /app/run'
 step 'chmod 755 /app/run'
 step 'rm -rf /tmp/* /var/cache/*'
 
-top=$(snapfs checkpoint --list --json "$w" | sed -n 's/^ *"name": "\(.*\)",*$/\1/p' | tail -n 1)
 snapfs export "$top" "$2"

@@ -73,14 +73,10 @@ def _export(given: Given) -> int:
     how = given.value("compression") or "gzip"
     if how not in MEDIA_TYPES:
         raise Refusal(f'"{how}" is no compression: there are {", ".join(MEDIA_TYPES)}', USAGE)
-    word, destination = given.arguments
-    name = place.key(word)
+    name, destination = place.key(given.arguments[0]), given.arguments[1]
     kind = place.kind_of(name)
-    if kind is None:  # it may be the name of an image
-        name = place.key(f"images/{file_name(word)}")
-        kind = place.kind_of(name)
     if kind is None:
-        raise missing(word, place.path)
+        raise missing(name, place.path)
     if kind != "committed":
         to_do = place.command("checkpoint", name) if kind == "active" else "name what it stands on"
         raise Refusal(f'"{name}" is {kind}: only committed snapshots have layers that stay as they are; {to_do}', NOT_FOUND)

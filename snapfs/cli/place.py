@@ -112,7 +112,9 @@ class MountedTree:
     def _at(self, path: str) -> str | None:
         """The key of the snapshot at ``path``."""
         tree = os.path.realpath(self.path)
-        for place in (os.path.normpath(os.path.join(tree, path)), os.path.abspath(path)):
+        # names of images have slashes, and no process thinks of how they are written in file names
+        image = [f"{tree}/images/{file_name(path.removeprefix('images/'))}"] if path.startswith("images/") else []
+        for place in (os.path.normpath(os.path.join(tree, path)), os.path.abspath(path), *image):
             if place.split("/")[-2] in HOLDERS:  # nothing else is looked at: rootfs would be mounted
                 place = _within(tree, place)
                 if place:

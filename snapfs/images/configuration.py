@@ -45,17 +45,17 @@ def configuration(known: dict[str, Any], diff_ids: list[str], steps: list[Step])
 
 
 def _history(known: Any, steps: list[Step]) -> list[dict[str, Any]]:
-    """An entry for each step, besides those that made no layer; the ``known`` ones as far as they fit."""
+    """An entry for each step, besides those that made no layer: the ``known`` ones, and others for the lowest layers, where
+    these came without any."""
     found = [each for each in known if isinstance(each, dict)] if isinstance(known, list) else []
     made = sum(not each.get("empty_layer") for each in found)
     if made > len(steps):
         found, made = [], 0
-    return [*found, *map(_entry, steps[made:])]
+    return [*map(_entry, steps[: len(steps) - made]), *found]
 
 
 def _entry(step: Step) -> dict[str, Any]:
-    why = {"comment": step.why} if step.why else {}
-    return {"created": _time(step.created), "created_by": "snapfs commit", **why}
+    return {"created": _time(step.created), "created_by": step.why or "snapfs commit"}
 
 
 def _time(seconds: int) -> str:
