@@ -113,6 +113,7 @@ class Reads:
 
 async def fill(root: Path, count: int = 3) -> None:
     async with open_snapshotter(root) as snapshotter:
+        await agreed(snapshotter)  # or nothing is noted at its end
         for number in range(count):
             await snapshotter.prepare(f"k{number}")
 
