@@ -468,7 +468,11 @@ class OpenLayer:
                 begin = hashing.frontier  # the kernel's requests may overtake one another
             if begin < offset or offset == self._next:
                 end = max(end, min(begin + READ, self.size))
-            data = self._span(begin, end)
+            try:
+                data = self._span(begin, end)
+            except (Damaged, OSError):
+                begin, end = offset, min(offset + size, self.size)  # what is behind that may be wanted by nobody
+                data = self._span(begin, end)
             hashing.feed(begin, data)
             self._ahead = begin, data
             found = self.at_hand(offset, size)

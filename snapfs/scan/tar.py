@@ -24,6 +24,7 @@ _MAGIC = b"ustar\x0000" + bytes(64)  # and nobody's names
 _NO_DEVICE = b"0000000\x000000000\x00"
 _SPACES = 8 * 32  # the checksum is made with blanks in its place
 _EXTENDED = b"x"
+_ASCII = bytes(byte if byte < 128 else ord("_") for byte in range(256))
 
 
 def header(
@@ -88,7 +89,7 @@ def padding(size: int) -> int:
 
 def _plain(path: bytes) -> bytes:
     """What stands in a header of a path that has no place there, for who reads no extended headers."""
-    return bytes(byte for byte in path if byte < 128)[:_NAME]
+    return path[:_NAME].translate(_ASCII)
 
 
 def _cut(path: bytes) -> tuple[bytes, bytes]:
