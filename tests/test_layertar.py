@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tarfile
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from random import Random
+from typing import IO, Any, cast
 
 import pytest
 from hypothesis import given
@@ -48,8 +49,9 @@ def extracted(data: bytes, target: Path, *command: str) -> Path:
 
 def seen_in(top: Path) -> dict[str, object]:
     """All that a tar of layers has of a tree: no fractions of seconds, holes, sockets, ACLs or root's own attributes."""
-    found = {}
-    for path, (mode, whose, mtime, content, attributes, one, links) in everything(top).items():  # type: ignore[misc]
+    found: dict[str, object] = {}
+    for path, seen in everything(top).items():
+        mode, whose, mtime, content, attributes, one, links = cast(tuple[Any, ...], seen)
         if stat.S_ISSOCK(mode) or path == ".":
             continue
         held = content[0] if isinstance(content, tuple) else content
@@ -368,7 +370,7 @@ def test_terabytes_of_nothing(tmp_path: Path) -> None:
         assert found.size == before + size + 512 + 512 + 1024
         assert found.read(before + size, 512)[:2] == b"z\0"
         assert found.read(before + (7 << 40) + 3, 1 << 20) == bytes(1 << 20)
-        with tarfile.open(fileobj=io.BufferedReader(Raw(found))) as read:
+        with tarfile.open(fileobj=cast(IO[bytes], Raw(found))) as read:
             assert [(each.name, each.size) for each in read] == [("huge", size), ("z", 1)]
 
 
@@ -425,17 +427,29 @@ def test_what_is_mounted_inside_is_not_in_it(tmp_path: Path) -> None:
             mounting.unmount(str(layer / name), mounting.MNT_DETACH)
 
 
-CHANGES = {
+def put_another(path: Path) -> None:
+    path.with_name("new").write_bytes(path.read_bytes())
+    path.with_name("new").replace(path)
+
+
+def put_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def put_link(path: Path) -> None:
+    path.rename(path.with_name("new"))
+    path.symlink_to("new")
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
     "longer": lambda path: os.truncate(path, 3_000_001),
-    "another": lambda path: (path.with_name("new").write_bytes(path.read_bytes()), path.with_name("new").replace(path)),
-    "gone": lambda path: path.unlink(),
-    "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
-    "a link": lambda path: (path.rename(path.with_name("new")), path.symlink_to("new")),
     "written": lambda path: os.utime(path, ns=(1, 1)),
-    "a directory that is a link": lambda path: (
-        path.parent.rename(path.parents[1] / "new"),
-        path.parent.symlink_to("new"),
-    ),
+    "another": put_another,
+    "gone": Path.unlink,
+    "a FIFO": put_fifo,
+    "a link": put_link,
+    "a directory that is a link": lambda path: put_link(path.parent),
 }
 
 

@@ -72,8 +72,7 @@ class Archiving:
 
     async def diff_id(self, key: Ref, caller: Caller) -> str:
         """The SHA-256 of that tar, ``sha256:`` and 64 digits, which is noted.  Raises the same."""
-        with self._records.reading() as reader:
-            number, record = _committed(*find(reader, key))
+        number, record = self._found(key)
         if known := digest.diff_id(record):
             return known
         number, found = await self._indexed(number, caller)
@@ -91,8 +90,7 @@ class Archiving:
 
     async def _indexed(self, key: Ref, caller: Caller) -> tuple[int, LayerTar]:
         """The id of ``key``, and its tar, with an index."""
-        with self._records.reading() as reader:
-            number, record = _committed(*find(reader, key))
+        number, record = self._found(key)
         if (kept := self._kept.get(number)) is not None:
             self._kept.move_to_end(number)
             return number, kept
@@ -104,10 +102,20 @@ class Archiving:
             prefix = self._root.overlay_prefix
             return make_index(layers.fs(number), below=below, prefix=prefix, checkpoint=checkpoint, spool=layers.root)
 
-        self._root.unflushed.refuse_lost([number])
         doing = f'make a tar of the layer of snapshot "{record.name}"'
         made = await self._in_turn(self._indexing, f"index of the tar of snapshot {number}", make, number, doing, caller)
         return number, self._keep(number, record, made)
+
+    def _found(self, key: Ref) -> tuple[int, Record]:
+        """The committed snapshot ``key``, whose layer is whole: id and record."""
+        with self._records.reading() as reader:
+            number, record = find(reader, key)
+        if record.kind is not Kind.COMMITTED:
+            raise FailedPrecondition(
+                f'snapshot "{record.name}" is {record.kind}: only committed ones have a layer that is a tar'
+            )
+        self._root.unflushed.refuse_lost([number])
+        return number, record
 
     def _keep(self, number: int, record: Record, made: LayerTar) -> LayerTar:
         """Keep ``made``, or what another call for the same has brought, and no more of the others than may be."""
@@ -136,12 +144,6 @@ class Archiving:
             if isinstance(error, FileNotFoundError):
                 raise Damaged(f"cannot {doing}: {error.filename} went missing meanwhile") from None
             raise Unavailable.from_os(doing, error, subids.hint(error)) from error
-
-
-def _committed(number: int, record: Record) -> tuple[int, Record]:
-    if record.kind is not Kind.COMMITTED:
-        raise FailedPrecondition(f'snapshot "{record.name}" is {record.kind}: only committed ones have a layer that is a tar')
-    return number, record
 
 
 def _hash(found: LayerTar, checkpoint: Checkpoint) -> None:
