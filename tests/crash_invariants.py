@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import lmdb
 import msgspec
 import trio
 
-from snapfs import Kind, Options, Snapshotter, Usage, open_snapshotter
+from snapfs import Kind, Options, SnapshotError, Snapshotter, Usage, open_snapshotter
 from snapfs.kernel.mounttable import mount_table
 from snapfs.names import parse_id
-from snapfs.root import imprint
+from snapfs.root import imagefile, imprint
 from snapfs.scan.usage import disk_usage
 from snapfs.store.metastore import MetaStore
 
@@ -24,12 +25,15 @@ Files = dict[str, str]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One snapshot as its users see it; ``files`` is what its own layer holds."""
+    """One snapshot as its users see it; ``files`` is what its own layer holds, ``images`` its names in images/, ``image`` the
+    image.json that it has of its own."""
 
     kind: Kind
     parent: str | None = None
     labels: tuple[tuple[str, str], ...] = ()
     files: tuple[tuple[str, str], ...] = ()
+    images: tuple[str, ...] = ()
+    image: str = ""
 
 
 State = dict[str, Snapshot]
@@ -96,6 +100,8 @@ def _tables(found: Found, records: MetaStore) -> None:
             "children": table(records.tables.children),
             "checkpoints": table(records.tables.checkpoints),
             "uncounted": table(records.tables.uncounted),
+            "images": table(records.tables.images),
+            "image_names": table(records.tables.image_names),
             **{kind.value: table(records.tables.kinds[kind]) for kind in Kind},
         }
         expected: dict[str, dict[bytes, bytes]] = {
@@ -111,6 +117,12 @@ def _tables(found: Found, records: MetaStore) -> None:
                 if record.kind is Kind.COMMITTED
                 and (of := record.labels.get("snapfs.workspace", ""))
                 and "snapfs.checkpoint" in record.labels  # the squash of one has none
+            },
+            "images": {
+                image.name.encode(): key(image.number) + key(n) for n, record in stored.items() for image in record.images
+            },
+            "image_names": {
+                key(image.number): key(n) + image.name.encode() for n, record in stored.items() for image in record.images
             },
             "uncounted": {key(n): b"" for n, record in stored.items() if record.kind is Kind.COMMITTED and not record.usage},
             **{
@@ -129,7 +141,9 @@ def _tables(found: Found, records: MetaStore) -> None:
         for number, record in stored.items():
             if record.parent and (record.parent not in stored or stored[record.parent].kind is not Kind.COMMITTED):
                 found.problems.append(f"{record.name}: its parent {record.parent} is not committed")
-            if number > reader.last_id():
+            if record.images and record.kind is not Kind.COMMITTED:
+                found.problems.append(f"{record.name} is {record.kind}, and called {record.images}")
+            if max(number, *(image.number for image in record.images), 0) > reader.last_id():
                 found.problems.append(f"{record.name} has the id {number}, and the last given out is {reader.last_id()}")
         found.ids = {record.name: number for number, record in stored.items()}
 
@@ -144,9 +158,15 @@ def _state(found: Found, snapshotter: Snapshotter) -> None:
                     path = os.path.join(directory, name)
                     files[os.path.relpath(path, layer)] = Path(path).read_text()
             labels = tuple(sorted(info.labels.items()))
-            found.state[info.name] = Snapshot(info.kind, info.parent, labels, tuple(sorted(files.items())))
-            inside = {info.kind: {"fs"} if info.kind is Kind.VIEW else {"fs", "work"}}[info.kind]
             directory = snapshotter.layers.directory(info.id)
+            record, own = reader.record(info.id), ""
+            inside = {"fs"} if info.kind is Kind.VIEW else {"fs", "work"}
+            if record is not None and record.image is not None:
+                inside.add(os.path.basename(imagefile.file_of(directory, record.image.digest)))
+                with suppress(SnapshotError):
+                    own = imagefile.read(directory, record.image.digest, directory).decode()
+            its = Snapshot(info.kind, info.parent, labels, tuple(sorted(files.items())), tuple(sorted(info.images)), own)
+            found.state[info.name] = its
             try:
                 if set(os.listdir(directory)) != inside:
                     found.problems.append(f"{info.name} is not whole: {directory} holds {os.listdir(directory)}")

@@ -13,16 +13,18 @@ import lmdb
 import msgspec
 
 from snapfs import names
-from snapfs.errors import Damaged, InvalidArgument, NameTooLong, NotUtf8
+from snapfs.errors import Damaged, InvalidArgument, NameTooLong, NotFound, NotUtf8
 from snapfs.filters import Filters
 from snapfs.images.tarreader import Entry, Stream, TarReader
 from snapfs.images.unfit import Unfit
 from snapfs.model import Info, Kind, Usage
+from snapfs.rules.images import find_image
 from snapfs.store.metastore import MetaStore
 from snapfs.store.reading import Reader
-from snapfs.store.schema import Record
+from snapfs.store.schema import ImageName, Record
 
-TABLES = ("meta", "snapshots", "names", "active", "view", "committed", "children", "checkpoints", "uncounted", "unflushed")
+KINDS = ("active", "view", "committed")
+TABLES = ("meta", "snapshots", "names", *KINDS, "children", "checkpoints", "uncounted", "unflushed", "images", "image_names")
 
 Put = tuple[str, bytes, bytes | None]
 """A table, a key in it, and the value to be put there (None: taken out)."""
@@ -122,7 +124,9 @@ def make_records() -> dict[int, Record]:
     """Records of a small root: a chain of three with a view and two active snapshots on it, one apart."""
 
     def record(name: str, kind: Kind, parent: int = 0, usage: Usage | None = None) -> Record:
-        return Record(name, kind, parent, 1, 2, {"label": name}, usage, "containerd" if name == "middle" else "")
+        images = (ImageName(8, "shop:1"), ImageName(9, "a/b")) if name == "base" else ()
+        whose = "containerd" if name == "middle" else ""
+        return Record(name, kind, parent, 1, 2, {"label": name}, usage, whose, images=images)
 
     return {
         1: record("base", Kind.COMMITTED, 0, Usage(3, 4096)),
@@ -145,7 +149,7 @@ def fill(env: lmdb.Environment) -> None:
 def entries() -> Iterator[tuple[str, bytes, bytes]]:
     """All that the tables hold for those records."""
     yield "meta", b"schema", b"1"
-    yield "meta", b"last_id", key(7)
+    yield "meta", b"last_id", key(9)
     for number, record in make_records().items():
         name = record.name.encode()
         yield "snapshots", key(number), msgspec.msgpack.encode(record)
@@ -155,6 +159,9 @@ def entries() -> Iterator[tuple[str, bytes, bytes]]:
             yield "children", key(record.parent) + record.kind[0].encode() + key(number), name
         if record.kind is Kind.COMMITTED and record.usage is None:
             yield "uncounted", key(number), b""
+        for image in record.images:
+            yield "images", image.name.encode(), key(image.number) + key(number)
+            yield "image_names", key(image.number), key(number) + image.name.encode()
 
 
 def mangle(env: lmdb.Environment, txn: lmdb.Transaction[bytes], puts: list[Put]) -> None:
@@ -198,6 +205,14 @@ def check_reader(reader: Reader) -> None:
         with suppress(Damaged):
             found = reader.find(name)
             assert found is None or found[1].name == name
+    listed_images = list(reader.images())
+    assert listed_images == sorted(listed_images)
+    for nth, _, name in [*listed_images, (8, 1, "shop:1"), (9, 1, "")]:
+        _read(lambda name=name: reader.image(name))  # type: ignore[misc]
+        _read(lambda nth=nth: reader.image_at(nth))  # type: ignore[misc]
+        with suppress(Damaged, NotFound):
+            number, record, image = find_image(reader, name)
+            assert (image in record.images, image.name, number > 0) == (True, name, True)
     _read(lambda: list(reader.walk()))
     assert list(reader.numbers()) == sorted(reader.ids())
     for workspace in ("", "web", "b" * 300):

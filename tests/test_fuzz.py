@@ -695,7 +695,7 @@ def test_damage_through_a_mount(whole: Path, make_daemon: Make, tmp_path: Path) 
     until(lambda: sorted(os.listdir(daemon.root / "snapshots")) == list("1236"))
     os.rmdir(mnt / "committed/top")
     os.mkdir(mnt / "committed/middle/active/web")
-    assert msgspec.json.decode((mnt / "active/web/info.json").read_bytes())["id"] == 8
+    assert msgspec.json.decode((mnt / "active/web/info.json").read_bytes())["id"] == 10
     removed = [msgspec.json.decode(line) for line in (mnt / ".snapfs/events").read_bytes().splitlines()]
     assert [event["key"] for event in removed if event["operation"] == "remove"] == ["web", "apart", "peek", "top"]
     assert daemon.stop() == 0

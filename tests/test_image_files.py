@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from tests.daemon import Daemon
 from tests.doors import DOORS, Opener
 from tests.records import check_indexes
 from tests.refusals import failing, refused
-from tests.tree import REMOVERS, committed, listing, shell
+from tests.tree import REMOVERS, committed, listing, remove_all, shell
 
 Make = Callable[..., Daemon]
 
@@ -364,6 +364,12 @@ async def test_it_is_made_nowhere_else(tree: Tree) -> None:
 
 
 # -- the mounted tree
+
+
+@pytest.fixture
+def daemon(module_daemon: Daemon) -> Iterator[Daemon]:
+    yield module_daemon
+    remove_all(module_daemon.mnt)
 
 
 def test_cp_and_rm(daemon: Daemon, tmp_path: Path) -> None:

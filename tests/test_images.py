@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from snapfs.offline.rebuilding import rebuild
 from snapfs.options import Sync
 from snapfs.root import imprint
 from snapfs.store.metastore import MetaStore
-from snapfs.store.schema import IDS, ImageName
+from snapfs.store.schema import IDS, SCHEMA, ImageName
 from snapfs.tree import Tree
 from snapfs.tree.replacing import LATELY, MOST, JustNamed
 from tests.command import Command
@@ -50,7 +50,7 @@ from tests.doors import DOORS, Opener
 from tests.processes import until
 from tests.records import check_indexes
 from tests.refusals import failing, refused
-from tests.tree import REMOVERS, committed, listing, shell
+from tests.tree import REMOVERS, committed, listing, remove_all, shell
 
 Make = Callable[..., Daemon]
 
@@ -229,6 +229,27 @@ async def test_names_outlive_the_process(root: Path) -> None:
         last = snapshotter.statistics().last_id
         await snapshotter.prepare("web")
         assert (await snapshotter.stat("web")).id == last + 1, "no snapshot has the number of a name"
+
+
+async def test_records_of_an_earlier_snapfs(root: Path) -> None:
+    """They have neither names nor tables for them."""
+    async with open_snapshotter(root, Options(sync=Sync.NONE)) as snapshotter:
+        await commit(snapshotter, "v1")
+    with closing(MetaStore(str(root / "metadata.mdb"))) as store, store.environment.env.begin(write=True) as txn:
+        raw = txn.get(b"\0" * 7 + b"\1", b"", db=store.tables.snapshots)
+        earlier = msgspec.msgpack.encode(msgspec.msgpack.decode(raw)[:9])
+        txn.put(b"\0" * 7 + b"\1", earlier, db=store.tables.snapshots)
+        txn.put(b"schema", b"2", db=store.tables.meta)
+        txn.drop(store.tables.images)
+        txn.drop(store.tables.image_names)
+    async with open_snapshotter(root, Options(sync=Sync.NONE)) as snapshotter:
+        assert (await snapshotter.stat("v1")).images == ()
+        await snapshotter.name_image("v1", "shop")
+        assert await names_of(snapshotter) == {"shop": "v1"}
+        assert await snapshotter.image("v1") is None
+        with snapshotter.records.environment.env.begin() as txn:
+            assert txn.get(b"schema", db=snapshotter.records.tables.meta) == str(SCHEMA).encode(), "an older one refuses it"
+        check_indexes(snapshotter.records)
 
 
 async def test_a_removal_and_a_name_at_once(snapshotter: Snapshotter) -> None:
@@ -449,6 +470,17 @@ async def test_info_json_tells_the_names(tree: Tree) -> None:
 
 
 # -- the mounted tree
+
+
+@pytest.fixture
+def daemon(module_daemon: Daemon) -> Iterator[Daemon]:
+    yield module_daemon
+    remove_all(module_daemon.mnt)
+
+
+@pytest.fixture
+def mnt(daemon: Daemon) -> Path:
+    return daemon.mnt
 
 
 def ln(mnt: Path, *words: str) -> None:

@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from snapfs import (
     AlreadyExists,
+    Busy,
     FailedPrecondition,
     InvalidArgument,
     Kind,
@@ -33,7 +34,7 @@ from snapfs import (
     open_snapshotter,
 )
 from snapfs.fuse.serve import MountOptions, serve_tree
-from snapfs.tree import Tree
+from snapfs.tree import Tree, replacing
 
 ALL_KEYS = ["a", "b", "c/d", "e%", "f g", "."]
 KEYS = st.sampled_from(ALL_KEYS)
@@ -48,6 +49,7 @@ NOT_ACTIVE = (FailedPrecondition, {errno.ENOENT})  # in the tree there is nothin
 BAD_PARENT = (InvalidArgument, {errno.ENOENT})  # in the tree there is nothing at committed/PARENT
 BAD_REBASE = (FailedPrecondition, {errno.ENOENT})
 NOT_COMMITTED = (FailedPrecondition, {errno.ENOENT})  # in the tree there is nothing at committed/NAME
+NAMED = (Busy, {errno.EBUSY})
 STANDS_ON_IT = (FailedPrecondition, {errno.EPERM})
 NOT_A_WORKSPACE = (FailedPrecondition, {errno.ENOENT})
 ONE_LINE = (InvalidArgument, {errno.EINVAL, errno.ENOENT})
@@ -64,7 +66,12 @@ class Snapshot:
 
 
 class Model(dict[str, Snapshot]):
-    """The rules: each method says why the call is refused, or changes the model and gives None."""
+    """The rules: each method says why the call is refused, or changes the model and gives None.  ``images`` are names in
+    images/, each with the snapshot that has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: dict[str, str] = {}
 
     def prepare(self, kind: Kind, key: str, parent: str | None) -> Refusal | None:
         if parent is not None and parent not in self:
@@ -107,11 +114,35 @@ class Model(dict[str, Snapshot]):
         for snapshot in self.values():
             if snapshot.parent == old:
                 snapshot.parent = new
+        self.images = {image: new if key == old else key for image, key in self.images.items()}
+        return None
+
+    def name(self, key: str, image: str) -> Refusal | None:
+        if key not in self:
+            return NOT_FOUND if image not in self.images else (SnapshotError, {errno.ENOENT, errno.EEXIST})
+        if self[key].kind is not Kind.COMMITTED:
+            return NOT_COMMITTED if image not in self.images else (SnapshotError, {errno.ENOENT, errno.EEXIST})
+        if image in self.images:
+            return EXISTS
+        self.images[image] = key
+        return None
+
+    def unname(self, image: str) -> Refusal | None:
+        return None if self.images.pop(image, None) else NOT_FOUND
+
+    def rename_image(self, old: str, new: str) -> Refusal | None:
+        if old not in self.images:
+            return NOT_FOUND
+        if new in self.images and new != old:
+            return EXISTS
+        self.images[new] = self.images.pop(old)
         return None
 
     def remove(self, key: str) -> Refusal | None:
         if key not in self:
             return NOT_FOUND
+        if key in self.images.values():
+            return NAMED
         if self.children(key):
             return HAS_CHILDREN
         del self[key]
@@ -215,6 +246,8 @@ class Model(dict[str, Snapshot]):
             return NOT_FOUND
         if self[key].kind is not Kind.COMMITTED:
             return NOT_COMMITTED
+        if key in self.images.values():
+            return NAMED
         if self.children(key) != self.children(key, Kind.COMMITTED):
             return STANDS_ON_IT
         for child in self.children(key):
@@ -235,7 +268,8 @@ class Model(dict[str, Snapshot]):
 
 
 @pytest.mark.mounts
-async def test_library_and_tree_against_the_model(tmp_path: Path) -> None:
+async def test_library_and_tree_against_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replacing, "LATELY", -1.0)  # no name replaces another
     (mnt := tmp_path / "mnt").mkdir()
     ready, stop = trio.Event(), trio.Event()
     async with open_snapshotter(tmp_path / "root") as snapshotter, trio.open_nursery() as nursery:
@@ -336,6 +370,25 @@ def drive(snapshotter: Snapshotter, mnt: Path) -> None:
             self.do(door, expected, partial(snapshotter.rename, old, new), move)
 
         @precondition(lambda self: bool(self.model))
+        @rule(image=KEYS, door=DOORS, data=st.data())
+        def name(self, image: str, door: str, data: st.DataObject) -> None:
+            key = self.pick(data, Kind.COMMITTED)
+            link = partial(os.symlink, f"../committed/{names.encode(key)}", mnt / "images" / names.encode(image))
+            self.do(door, self.model.name(key, image), partial(snapshotter.name_image, key, image), link)
+
+        @precondition(lambda self: bool(self.model.images))
+        @rule(image=KEYS, door=DOORS)
+        def unname(self, image: str, door: str) -> None:
+            unlink = (mnt / "images" / names.encode(image)).unlink
+            self.do(door, self.model.unname(image), partial(snapshotter.unname_image, image), unlink)
+
+        @precondition(lambda self: bool(self.model.images))
+        @rule(old=KEYS, new=KEYS, door=DOORS)
+        def rename_image(self, old: str, new: str, door: str) -> None:
+            move = partial(os.rename, mnt / "images" / names.encode(old), mnt / "images" / names.encode(new))
+            self.do(door, self.model.rename_image(old, new), partial(snapshotter.rename_image, old, new), move)
+
+        @precondition(lambda self: bool(self.model))
         @rule(door=DOORS, data=st.data())
         def remove(self, door: str, data: st.DataObject) -> None:
             key = self.pick(data, *Kind)
@@ -403,6 +456,10 @@ def drive(snapshotter: Snapshotter, mnt: Path) -> None:
         def both_doors_show_the_model(self) -> None:
             infos = trio.from_thread.run(snapshotter.walk)
             assert [info.name for info in infos] == sorted(self.model, key=str.encode)
+            images = {image.name: image.info.name for image in trio.from_thread.run(snapshotter.images)}
+            assert images == self.model.images
+            links = {names.decode(name): os.readlink(mnt / "images" / name) for name in os.listdir(mnt / "images")}
+            assert links == {image: f"../committed/{names.encode(key)}" for image, key in images.items()}
             for info in infos:
                 its = self.model[info.name]
                 assert (info.kind, info.parent, info.labels) == (its.kind, its.parent, its.labels)

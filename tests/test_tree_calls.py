@@ -605,7 +605,7 @@ def test_what_is_not_removed_by_its_id(daemon: Daemon, tmp_path: Path) -> None:
     assert listing(daemon.mnt) == before
 
 
-@pytest.mark.parametrize("path", ["active", "view", "committed", "by-id", ".snapfs"])
+@pytest.mark.parametrize("path", ["active", "view", "committed", "by-id", "images", ".snapfs"])
 def test_the_fixed_directories_stay(daemon: Daemon, path: str) -> None:
     with refused(daemon, errno.EPERM, "rmdir", path, "fixed"):
         os.rmdir(daemon.mnt / path)
@@ -710,6 +710,7 @@ NODES = [
     "active/a/mount.sh",
     "active/a/labels",
     "by-id",
+    "images",
     "README",
     ".nomedia",
     ".snapfs",
@@ -975,7 +976,7 @@ def test_diff_is_the_real_directory(daemon: Daemon) -> None:
 
 
 def test_what_is_listed_of_each_kind(daemon: Daemon) -> None:
-    assert sorted(os.listdir(daemon.mnt)) == sorted([*KINDS, "README", "by-id", ".snapfs", ".nomedia"])
+    assert sorted(os.listdir(daemon.mnt)) == sorted([*KINDS, "images", "README", "by-id", ".snapfs", ".nomedia"])
     base = committed(daemon.mnt, "base")
     os.mkdir(base / "active/a")
     os.mkdir(base / "view/v")

@@ -16,7 +16,9 @@ KINDS = ("active", "view", "committed")
 
 
 def remove_all(mnt: Path) -> None:
-    """Remove all snapshots, children first."""
+    """Remove all snapshots, children first, and the names that they have."""
+    for name in os.listdir(mnt / "images"):
+        os.unlink(mnt / "images" / name)
     for link in sorted(os.listdir(mnt / "by-id"), key=int, reverse=True):
         os.rmdir(os.path.realpath(mnt / "by-id" / link))
     assert [os.listdir(mnt / kind) for kind in KINDS] == [[], [], []]

@@ -197,6 +197,16 @@ def squash(name: str, new: str) -> Step:
     return Step(f"squash {name}", lambda s: s.squash(name, new), _squashed(name, new))
 
 
+def _flat() -> Step:
+    """A squash of what inherits an image.json, which it has of its own then."""
+
+    def then(state: State) -> None:
+        _squashed("leaf", "flat")(state)
+        state["flat"] = replace(state["flat"], image=state["base"].image)
+
+    return Step("squash leaf", lambda s: s.squash("leaf", "flat"), then)
+
+
 def dissolve(name: str) -> Step:
     return Step(f"dissolve {name}", lambda s: s.dissolve(name), _dissolved(name))
 
@@ -221,6 +231,37 @@ def move_label(key: str, old: str, new: str) -> Step:
         _labelled(key, {new: dict(state[key].labels)[old], old: ""})(state)
 
     return Step(f"move label of {key}", lambda s: s.move_label(key, old, new), then)
+
+
+def _called(key: str, *names: str) -> Then:
+    """From now on these are the names of ``key`` in images/, which no other has."""
+
+    def then(state: State) -> None:
+        for other, snapshot in state.items():
+            left = tuple(name for name in snapshot.images if name not in names)
+            state[other] = replace(snapshot, images=tuple(sorted(names)) if other == key else left)
+
+    return then
+
+
+def name_image(key: str, name: str, *names: str, replace: bool = False) -> Step:
+    """Give ``key`` the name; ``names`` are those that it has besides."""
+    return Step(f"name {key}", lambda s: s.name_image(key, name, replace=replace), _called(key, name, *names))
+
+
+def rename_image(key: str, old: str, new: str, *names: str, replace: bool = False) -> Step:
+    return Step(f"rename {old} in images", lambda s: s.rename_image(old, new, replace=replace), _called(key, new, *names))
+
+
+def unname_image(key: str, name: str, *names: str) -> Step:
+    return Step(f"unname {name}", lambda s: s.unname_image(name), _called(key, *names))
+
+
+def set_image(key: str, text: str | None) -> Step:
+    def then(state: State) -> None:
+        state[key] = replace(state[key], image=text or "")
+
+    return Step(f"image of {key}", lambda s: s.set_image(key, text), then)
 
 
 def mount(key: str) -> Step:
@@ -356,6 +397,30 @@ WORKLOADS = [
     ),
     Workload("dissolve with async_remove", [[remove("web"), remove("old"), dissolve("top"), cleanup()]], options=_ASYNC),
     Workload("labels", [[label("web", team="green", more="x"), label("web", n=""), move_label("base", "team", "crew")]]),
+    Workload(
+        "names in images",
+        [
+            [
+                name_image("top", "shop"),
+                name_image("base", "b"),
+                name_image("base", "shop", "b", replace=True),
+                rename_image("base", "b", "c", "shop"),
+                rename("base", "ground"),
+                unname_image("ground", "c", "shop"),
+                name_image("leaf", "l"),
+                rename_image("leaf", "l", "shop", replace=True),
+            ]
+        ],
+    ),
+    Workload(
+        "names of what goes on",
+        [[remove("web"), remove("old"), name_image("leaf", "l"), dissolve("top"), unname_image("leaf", "l"), remove("leaf")]],
+    ),
+    Workload(
+        "image.json",
+        [[set_image("base", '{"a": 1}'), set_image("base", '{"b": 2}'), set_image("leaf", "{}"), set_image("base", None)]],
+    ),
+    Workload("image.json of a squash", [[set_image("base", '{"a": 1}'), _flat(), usage("flat"), prepare("next", "flat")]]),
     Workload("cleanup", [[cleanup()]]),
     Workload("cleanup with async_remove", [[remove("old"), remove("leaf"), cleanup()]], options=_ASYNC),
     Workload("mount", [[mount("web"), mount("top"), mount("loose"), mount("base")]]),
@@ -371,6 +436,7 @@ WORKLOADS = [
             [mount("web"), label("web", team="green"), commit("web", "web")],
             [rename("loose", "free"), commit("freed", "free", wait=False), mount("freed")],
             [prepare("w", "base"), checkpoint("w", "w@1", "a"), fork("w", "w@2", "w2"), rollback("w", 1, "w@1"), remove("w2")],
+            [name_image("leaf", "l"), rename_image("leaf", "l", "m"), set_image("leaf", "{}"), unname_image("leaf", "m")],
         ],
     ),
     Workload(
@@ -546,6 +612,27 @@ def mv_label(directory: str, old: str, new: str) -> Deed:
     return Deed(f"mv label of {directory}", lambda mnt: os.rename(mnt / labels / old, mnt / labels / new), then)
 
 
+def ln(key: str, name: str, *names: str) -> Deed:
+    """Give ``key`` the name in images/; ``names`` are those that it has besides."""
+    link = f"../committed/{key}"
+    return Deed(f"ln {key} {name}", lambda mnt: os.symlink(link, mnt / "images" / name), _called(key, name, *names))
+
+
+def mv_image(key: str, old: str, new: str) -> Deed:
+    return Deed(f"mv images/{old}", lambda mnt: os.rename(mnt / "images" / old, mnt / "images" / new), _called(key, new))
+
+
+def unlink_image(key: str, name: str) -> Deed:
+    return Deed(f"rm images/{name}", lambda mnt: os.unlink(mnt / "images" / name), _called(key))
+
+
+def write_image(key: str, text: str) -> Deed:
+    def then(state: State) -> None:
+        state[key] = replace(state[key], image=text)
+
+    return Deed(f"write image.json of {key}", lambda mnt: (mnt / "committed" / key / "image.json").write_text(text), then)
+
+
 def read(path: str, text: str) -> Deed:
     def do(mnt: Path) -> None:
         seen = (mnt / path).read_text()
@@ -629,6 +716,20 @@ CLIENTS: dict[str, list[list[Deed]]] = {
             echo("", "committed/old@1/dissolve", _dissolved("old@1")),
             read("committed/old@2/rootfs/a/b", "c"),
         ],
+    ],
+    "images": [
+        [
+            ln("top", "shop"),
+            ln("base", "b"),
+            mv_image("base", "b", "c"),
+            write_image("base", '{"a": 1}'),
+            read("committed/base/image.json", '{"a": 1}'),
+            ln("leaf", "shop.new"),
+            mv_image("leaf", "shop.new", "shop"),
+            unlink_image("base", "c"),
+            look("images"),
+        ],
+        [mkdir("active/m1"), look("images"), rmdir("active/m1"), look("committed")],
     ],
     "rootfs": [
         [read("active/web/rootfs/etc/hosts", "ground"), put("web", "index.html", "hello again"), look("active/web/rootfs")],

@@ -47,6 +47,7 @@ class Private:
             self.remove: 5,
             self.remove_as_a_file_manager: 3,
             self.forbidden: 4,
+            self.name: 3,
             self.labels.write_label: 6,
             self.labels.append_to_label: 3,
             self.labels.empty_label: 2,
@@ -216,6 +217,25 @@ class Private:
         began = time.monotonic()
         self.client.must_not(number, operation, path, lambda: work(path))
         its.refused = began, time.monotonic()
+
+    def name(self) -> None:
+        """Give a committed one a name in images/, change it, and take it away; meanwhile it can't be removed."""
+        its = self.model.some(Kind.COMMITTED)
+        if its is None:
+            return
+        path, new = (f"images/{file_name(name)}" for name in (f"{self.model.prefix}/a", f"{self.model.prefix} b"))
+        self.client.must("symlink", path, lambda: os.symlink(f"../{its.path}", path))
+        self.client.tell("name", its.key, f"{self.model.prefix}/a")
+        self.look.check_link(its, path, f"../{its.path}")
+        self.client.must_not(errno.EBUSY, "rmdir", its.path, lambda: os.rmdir(its.path))
+        self.client.must("rename", f"{path} {new}", lambda: os.rename(path, new))
+        self.client.tell("unname", its.key, f"{self.model.prefix}/a")
+        self.client.tell("name", its.key, f"{self.model.prefix} b")
+        self.look.gone(path)
+        self.look.check_link(its, new, f"../{its.path}")
+        self.client.must("unlink", new, lambda: os.unlink(new))
+        self.client.tell("unname", its.key, f"{self.model.prefix} b")
+        self.look.gone(new)
 
     def hide(self) -> None:
         """Unlink one of the fixed entries."""

@@ -41,6 +41,7 @@ class History:
     def __init__(self, lines: list[str]) -> None:
         self.snapshots: dict[int, Known] = {}
         self.by_name: dict[str, int] = {}
+        self.images: dict[str, int] = {}
         self.counted: Counter[Event] = Counter()
         self.wrong: list[str] = []
         self._last_id = 0
@@ -70,7 +71,17 @@ class History:
         its = self.snapshots.get(number)
         if its is None:
             return
+        if operation in ("name", "unname"):
+            image = str(name)
+            self._check(its.kind == Kind.COMMITTED, "it is not committed", line)
+            self._check(
+                self.images.pop(image, None) == (None if operation == "name" else number), "the name is another's", line
+            )
+            if operation == "name":
+                self.images[image] = number
+            return
         if operation == "remove":
+            self._check(number not in self.images.values(), "it has a name in images/", line)
             self._check(all(other.parent != number for other in self.snapshots.values()), "it has children", line)
             del self.snapshots[number], self.by_name[its.name]
             return
