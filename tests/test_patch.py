@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -17,7 +18,8 @@ import pytest
 
 from snapfs.errors import FailedPrecondition
 from snapfs.scan.lines import lines
-from snapfs.scan.patch import LARGEST, patch
+from snapfs.scan.patch import LARGEST, LONGEST, patch
+from snapfs.scan.walk import Descriptors
 from tests.kernel_changes import Chain, have_little_wait_in_memory, make_comb
 from tests.patches import ALONE, applied, check_with_git, compare_with_git, text_of
 from tests.processes import die_with_parent
@@ -257,6 +259,31 @@ def test_layers_whose_files_are_elsewhere(chain: Chain, mark: str, value: bytes)
 def test_directories_deeper_than_paths_are_long(chain: Chain) -> None:
     make_comb(chain.layer(), 4_000, "n")
     assert text_of([], chain.layers) == b"", "git takes no path beyond 4,095 bytes"
+
+
+def test_what_no_line_or_part_comes_of_is_not_walked(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories are as deep as a small layer likes, and to look at the path of each takes as long as that is."""
+    levels, name = 300, "n" * 200
+    fd = os.open(chain.layer(), os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=fd)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    opened, open_directory = Counter[str](), Descriptors.open
+
+    def counted(self: Descriptors, name: str, parent: int | None) -> int:
+        opened[name] += 1
+        return open_directory(self, name, parent)
+
+    monkeypatch.setattr(Descriptors, "open", counted)
+    assert "".join(patch([], chain.layers)) == "".join(patch(chain.layers, [])) == ""
+    assert opened[name] <= 2 * (LONGEST // len(name) + 1)
+    opened.clear()
+    assert list(lines(chain.layers, [])) == [f"D /{name}\n"]
+    assert opened[name] <= 1
+    assert list(lines(chain.layers, [], paths=[f"{name}/{name}".encode()])) == [f"D /{name}/{name}\n"]
 
 
 def test_texts_that_have_much_in_common(chain: Chain) -> None:

@@ -100,10 +100,13 @@ def differences(
     prefix: str,
     checkpoint: Callable[[], None],
     paths: Iterable[bytes] = (),
+    *,
+    enters: Callable[[Difference], bool],
 ) -> Generator[Difference, None, None]:
     """Each path that a layer has which one of the chains ``old`` and ``new`` has alone, where it may make a difference; sorted,
-    but that what is in a directory comes right after it.  A directory that is gone, or new, is followed by all that is in it.
-    The root, with an empty path, is the first.  Only ``paths`` and what is in them, where there are any.
+    but that what is in a directory comes right after it.  A directory that is gone, or new, is followed by all that is in it,
+    where ``enters`` says that it is to be entered: a small layer may have directories as deep as it likes, and the path of each
+    is as long.  The root, with an empty path, is the first.  Only ``paths`` and what is in them, where there are any.
 
     Chains are paths of layers, the nearest first, as overlayfs takes them.  Directories are open in ``descriptors``, entries
     wait in ``spool``; the rest is as for ``changes``.  Raises OSError, and FailedPrecondition where a directory's contents come
@@ -128,10 +131,11 @@ def differences(
                 continue
             here = path + os.fsencode(name)
             inside = level.wanted[name] if level.wanted is not None else None
+            found = Difference(here, name, before, after)
             if inside is None:
-                yield Difference(here, name, before, after)
+                yield found
             merged = [side.directories if side else () for side in (before, after)]
-            if any(merged):
+            if any(merged) and (inside is not None or enters(found)):
                 path = here + b"/"
                 checkpoint()
                 stack.append(walk.expanded(_Level(merged[0], merged[1], len(path), inside)))

@@ -34,16 +34,16 @@ def lines(
 ) -> Generator[str, None, None]:
     """The lines, each with its newline; takes and raises what ``scan/patch.py`` does."""
     with Descriptors() as descriptors, closing(Spool(spool)) as waiting:
-        whole = b"\0"  # of what there is one line, with a slash: of none as yet
-        for found in differences(old, new, descriptors, waiting, prefix, checkpoint, paths):
-            if found.path.startswith(whole):
-                continue
+        for found in differences(old, new, descriptors, waiting, prefix, checkpoint, paths, enters=_has_lines):
             verb = "A" if found.old is None else "D" if found.new is None else "C"
-            if found.old is not None and not (found.new is not None and found.new.directories):
-                whole = found.path + b"/"
             if verb == "C" and _is_shown_the_same(descriptors, found, prefix, checkpoint, content):
                 continue
             yield f"{verb} /{escaped(os.fsdecode(found.path))}\n"
+
+
+def _has_lines(found: Difference) -> bool:
+    """Whether what is in it has lines of its own."""
+    return found.old is None or (found.new is not None and bool(found.new.directories))
 
 
 def _is_shown_the_same(

@@ -25,7 +25,7 @@ from itertools import chain
 from snapfs.errors import FailedPrecondition
 from snapfs.names import printable
 from snapfs.scan.copying import VANISHED, open_regular
-from snapfs.scan.differing import READ, Shown, differences, hold_the_same
+from snapfs.scan.differing import READ, Difference, Shown, differences, hold_the_same
 from snapfs.scan.marks import PREFIX, present
 from snapfs.scan.matching import runs
 from snapfs.scan.spool import Spool
@@ -65,8 +65,8 @@ def patch(
     redirects or metacopy.  Has no more than two files in memory, of LARGEST each; opens none that isn't regular.
     """
     with Descriptors() as descriptors, closing(Spool(spool)) as waiting:
-        for found in differences(old, new, descriptors, waiting, prefix, checkpoint, paths):
-            if _REFUSED.search(found.path) or len(found.path) > LONGEST:
+        for found in differences(old, new, descriptors, waiting, prefix, checkpoint, paths, enters=_may_have_parts):
+            if not _may_have_parts(found):
                 continue
             with ExitStack() as opened:
                 try:
@@ -84,6 +84,11 @@ def patch(
                     if file is not None and file.fd >= 0:
                         refuse_metacopy(file.fd, found.name, prefix)
                 yield from _pieces(_compared(found.path, before, after, is_same, binary, checkpoint))
+
+
+def _may_have_parts(found: Difference) -> bool:
+    """Whether git takes a patch of it, or of what is in it."""
+    return len(found.path) <= LONGEST and not _REFUSED.search(found.path)
 
 
 def refuse_metacopy(fd: int, name: str, prefix: str) -> None:
