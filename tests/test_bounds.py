@@ -26,14 +26,14 @@ from snapfs.fuse.cache import KernelCache
 from snapfs.fuse.openfiles import ALL, ALLOWANCE, OPENERS, OPENERS_OF_USER, SHARE, OpenFile, OpenFiles
 from snapfs.fuse.waiting import OF_READER, OF_READERS, Waiting
 from snapfs.labels import COUNT, MESSAGE, NUMBER, OF, ROOM
-from snapfs.model import ByNode, Caller
+from snapfs.model import ByNode, Caller, Change, Kind
 from snapfs.options import Sync
 from snapfs.tree import Handle, Tree, inodes, listing, texts
 from snapfs.tree.attributes import BY_NAME
 from snapfs.tree.commands import OpenCommand
 from snapfs.tree.daemon import OpenCleanup
 from snapfs.tree.handles import OpenText
-from snapfs.tree.inodes import label_slot
+from snapfs.tree.inodes import Slot, label_slot, pack
 from snapfs.tree.labels import LabelText
 from snapfs.tree.log import Log, OpenLog
 from snapfs.tree.openlabels import OpenLabel
@@ -457,7 +457,7 @@ async def test_a_long_list_of_checkpoints_can_be_read_and_is_never_whole_in_memo
 
 async def test_each_of_many_readers_opens_a_text_that_has_changed(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process is told once to look the name up again, however long the texts are that were found for others."""
-    monkeypatch.setattr(retelling, "MOST", 8 * OVERHEAD)
+    monkeypatch.setattr(retelling, "OF_USER", 8 * OVERHEAD)
     await kept(tree, "web", 10, "m" * 3900)
     told = retelling.Retelling(tree, KernelCache(), OpenFiles(), Waiting(trio.current_time))
     for pid in range(1, 6):
@@ -531,6 +531,32 @@ async def test_the_work_of_listing_labels_grows_as_their_number(tree: Tree, monk
             assert (await label.open()).read(0, 4096) == VALUE.encode() + b"\n"
         work[count] = found_out.total()
     assert work[COUNT] <= 8 * work[COUNT // 8], work
+
+
+async def test_the_work_of_removing_does_not_grow_with_what_was_removed_in_others(tree: Tree) -> None:
+    """Directories in a snapshot are removed, and are back: of each it is remembered as long as there is the snapshot."""
+    work = {}
+    await tree.snapshotter.prepare("k")
+    for count in (1, 300):
+        numbers = [await tree.snapshotter.create(Kind.ACTIVE, f"{count}-{n}") for n in range(count)]
+        for n in range(count):
+            directory = tree.walk(f"active/{count}-{n}")
+            await directory.rmdir("labels", 0)
+            assert tree.state.removals.of(tree.node(pack(numbers[n], Slot.LABELS)).inode) == 1
+        calls = 0
+
+        def counted(frame: object, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        change = Change(await tree.snapshotter.stat("k"), None)
+        sys.setprofile(counted)
+        try:
+            tree.state._note(change)
+        finally:
+            sys.setprofile(None)
+        work[count] = calls
+    assert work[300] < work[1] + 10, work
 
 
 async def test_an_update_is_seen_whatever_inodes_are_remembered(tree: Tree) -> None:

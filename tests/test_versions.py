@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from snapfs import Snapshotter
-from snapfs.errors import Damaged, NotEmpty, NotFound
+from snapfs.errors import Damaged, NotEmpty, NotFound, TryAgain
 from snapfs.labels import NUMBER, OF
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
-from snapfs.tree import Tree
+from snapfs.tree import Tree, moments
 from snapfs.tree.moments import MOST, SECOND
+from snapfs.tree.users import asker
 from tests.command import SNAPFS, Command
 from tests.daemon import Daemon
 from tests.nodes import crawl
@@ -133,6 +134,36 @@ async def test_labels_by_hand(tree: Tree, clock: Clock) -> None:
     assert list(history(tree)) == ["@GMT-2026.11.28-09.00.00", "@GMT-2026.11.28-09.00.10"]
     await tree.snapshotter.update("web@1", {OF: "other"}, [f"labels.{OF}"])
     assert list(history(tree)) == ["@GMT-2026.11.28-09.00.10"]
+
+
+async def test_finding_them_out_takes_a_share_of_the_time(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is answered meanwhile, and who looks at more workspaces than are remembered has it done each time."""
+    monkeypatch.setattr("snapfs.tree.moments.REMEMBERED", 1)
+    now, found = [0.0], moments._found
+
+    def slow(reader: Reader, workspace: str) -> dict[int, int]:
+        now[0] += 0.03
+        return found(reader, workspace)
+
+    monkeypatch.setattr("snapfs.tree.moments._found", slow)
+    own = Tree(tree.snapshotter)
+    own.state.moments = moments.Moments(lambda: now[0])
+    await tree.snapshotter.prepare("web2")
+
+    def looks(user: int | None) -> int:
+        """How often ``user`` may look before there is a refusal."""
+        asker.set(user)
+        for count, key in enumerate(["web", "web2"] * 10):
+            try:
+                history(own, key)
+            except TryAgain:
+                assert history(own, ["web2", "web"][count % 2]) == {}, "which is remembered"
+                return count
+        return 20
+
+    assert [looks(user) for user in (1001, 1002, 1003, None)] == [4, 4, 0, 20]
+    now[0] += 100
+    assert looks(1003) == 4
 
 
 async def test_without_rootfs_there_is_none(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,8 @@ from snapfs.services.naming import Naming
 from snapfs.tree import Tree, commands, listing
 from snapfs.tree.inodes import WRITERS, WRITING, Writers
 from snapfs.tree.state import State
+from snapfs.tree.texts import OVERHEAD
+from snapfs.tree.users import asker
 from tests.daemon import Daemon, bounded
 from tests.processes import die_with_parent, until
 from tests.refusals import failing
@@ -1007,6 +1009,46 @@ async def test_the_inode_that_a_process_was_told_of_is_there_whoever_else_was_to
     assert inode != file.inode
     assert told.to_write(inode, 1, BOB).inode == inode
     assert told.look_up(directory, "checkpoint", 2, ALICE).inode == file.inode, "her own have pushed it out"
+
+
+async def test_the_inode_of_who_writes_a_label_is_there_whoever_else_writes(snapshotter: Snapshotter) -> None:
+    """A flood of another user's comes between any two steps of the kernel's, of which there are three."""
+    await snapshotter.prepare("web", labels={"mine": "1", "hers": "2"})
+    tree = Tree(snapshotter)
+    told = Retelling(tree, KernelCache(), OpenFiles(), Waiting(trio.current_time))
+
+    def flood() -> None:
+        asker.set(ALICE)
+        inode = tree.walk("active/web/labels/hers").inode
+        for pid in range(2, 10 * WRITERS):
+            with pytest.raises(Stale):
+                told.to_write(inode, pid, ALICE)
+        asker.set(BOB)
+
+    asker.set(BOB)
+    with pytest.raises(Stale):
+        told.to_write(tree.walk("active/web/labels/mine").inode, 1, BOB)
+    flood()
+    inode = told.look_up(tree.walk("active/web/labels"), "mine", 1, BOB).inode
+    flood()
+    assert told.to_write(inode, 1, BOB).path == "active/web/labels/mine"
+
+
+async def test_who_was_told_to_look_again_is_told_once_whoever_else_was(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bound in ("MOST", "OF_USER"):
+        monkeypatch.setattr(f"snapfs.fuse.retelling.{bound}", 8 * OVERHEAD)
+    await snapshotter.prepare("web")
+    tree = Tree(snapshotter)
+    told = Retelling(tree, KernelCache(), OpenFiles(), Waiting(trio.current_time))
+    for pid, user in ((1, BOB), *((pid, ALICE) for pid in range(2, 12))):
+        await snapshotter.checkpoint("web")
+        with pytest.raises(Stale):
+            await told.to_read(tree.walk("active/web/checkpoint").inode, pid, Caller(user, 1))
+    await snapshotter.checkpoint("web")
+    node = await told.to_read(tree.walk("active/web/checkpoint").inode, 1, Caller(BOB, 1))
+    assert node.path == "active/web/checkpoint"
 
 
 def test_removing_what_is_in_use(make_held: Callable[..., Held]) -> None:

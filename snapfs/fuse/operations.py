@@ -38,6 +38,7 @@ from snapfs.tree.log import OpenLog
 from snapfs.tree.openimage import OpenImage
 from snapfs.tree.openlabels import OpenLabel
 from snapfs.tree.tree import REMOVE
+from snapfs.tree.users import asker
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def answering(
         began, number = time.perf_counter(), 0
         if isinstance(args[-1], RequestContext):
             asking.set(args[-1].pid)
+            asker.set(self.rights.user(args[-1].uid))
         try:
             if self.retelling.is_emptying and isinstance(args[0], int):
                 await self.retelling.emptied(args[0])
@@ -132,7 +134,7 @@ class Operations(pyfuse3.Operations):
         found = node.attributes()
         inode, time = node.inode, found.time
         entry.st_ino = inode
-        entry.generation = self.retelling.generations.get(inode, 0)
+        entry.generation = self.tree.state.removals.of(inode)
         entry.st_mode = self.rights.mode(found)
         entry.st_uid, entry.st_gid = self.rights.owner(found)
         entry.st_size = found.size
@@ -446,6 +448,7 @@ class Operations(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         directory = self.directories[fh]
         inode = directory.inode
+        asker.set(directory.user)
         if directory.user is not None:
             self.waiting.listings.note(fh, directory.user)
         if self.retelling.is_emptying:

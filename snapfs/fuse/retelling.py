@@ -8,7 +8,8 @@ The kernel's view of a file system has rules that the tree knows nothing of, and
   the process is kept here until it comes back.
 - A directory has one name.  A snapshot that is made, committed or renamed in its parent's listing stands there as a directory
   for the kernel, where the tree has a link: the kernel is made to forget that name.
-- An inode that was removed is dead for as long as anybody holds it: what comes back under the same one has another generation.
+- An inode that was removed is dead for as long as anybody holds it: what comes back under the same one has another generation
+  (``tree/hiding.py``).
 - close(2) waits for nobody: a label that was closed empty is deleted before anything else of its snapshot is answered.
 """
 
@@ -43,7 +44,9 @@ V = TypeVar("V")
 
 RETRY = 10.0  # seconds within which a process that was told to look a file up again has done so
 
-MOST = 8 << 20  # bytes of what was found for all processes that were
+MOST, OF_USER = 8 << 20, 1 << 20  # bytes of what was found for all processes of the owner's that were, and of another user's
+
+READING = 32  # users whose are: those who were told last
 
 NOT_OWN = (
     "opened by /proc/self/fd, or by a thousand processes at once, this file would keep others waiting who write to it; opened "
@@ -86,15 +89,18 @@ class Awaited(Generic[K, V]):
 
 
 class Apart(Generic[K, V]):
-    """The same of each user apart: a user's processes push out only that user's."""
+    """The same of each user apart: a user's processes push out only that user's.  ``of_owner`` bytes of the owner's, and
+    ``of_user`` of each other's, of the ``users`` who were told last."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_owner: int = WRITERS * OVERHEAD, of_user: int = WRITERS * OVERHEAD, users: int = WRITING) -> None:
+        self._most = of_owner, of_user
+        self._users = users
         self._of: dict[int | None, Awaited[K, V]] = {}  # who was told last is the last
 
-    def keep(self, user: int | None, key: K, found: V) -> None:
-        own = self._of[user] = self._of.pop(user) if user in self._of else Awaited(WRITERS * OVERHEAD)
-        own.keep(key, found)
-        if len(self._of) > WRITING:
+    def keep(self, user: int | None, key: K, found: V, weight: int = OVERHEAD) -> None:
+        own = self._of[user] = self._of.pop(user) if user in self._of else Awaited(self._most[user is not None])
+        own.keep(key, found, weight)
+        if len(self._of) > self._users:
             del self._of[next(iter(self._of))]
 
     def get(self, user: int | None, key: K) -> V | None:
@@ -117,13 +123,11 @@ class Retelling:
         self._waiting = waiting
         self._cache = cache
         self._files = files
-        self._writers: Awaited[tuple[int, str], int] = Awaited()  # inodes for writers of labels, by process and label
-        self._refreshed: Awaited[tuple[int, int], Node] = Awaited()  # files with another text, by process and slot
-        self._told: Awaited[tuple[int, int], bool] = Awaited()  # the same processes: long texts are soon forgotten
+        self._writers: Apart[tuple[int, str], int] = Apart()  # inodes for writers of labels, by process and label
+        # Files with another text, by process and slot; and the same processes, for long texts are soon forgotten
+        self._refreshed: Apart[tuple[int, int], Node] = Apart(MOST, OF_USER, READING)
+        self._told: Apart[tuple[int, int], bool] = Apart(MOST, OF_USER, READING)
         self._emptied: list[tuple[int, trio.Event]] = []  # snapshots with a label that was closed empty, until it is deleted
-        self.generations = tree.state.removals
-        """By inode: how often what has it was removed.  The kernel, which takes what was removed for dead as long as anybody
-        holds it, needs another generation each time."""
 
     # -- looking up
 
@@ -131,8 +135,8 @@ class Retelling:
         """The entry ``name`` of ``directory`` for process ``pid`` of ``user``: a label, or a file that does something, under
         the inode that the process was told to look up, if it is about to write it.  Raises NotFound."""
         node = directory.lookup(name)
-        if isinstance(node, Label) and self._writers.get(_writer(node, pid)) is not None:
-            return self._tree.node(self._inode_for_writing(node, pid))
+        if isinstance(node, Label) and self._writers.get(user, _writer(node, pid)) is not None:
+            return self._tree.node(self._inode_for_writing(node, pid, user))
         if self._writers_apart and isinstance(node, AttributeFile) and node.attribute.command is not None:
             inode = self._commanders.get(user, (pid, without_version(node.inode)))
             if inode is not None and self._tree.state.writers.is_of(inode, user):
@@ -177,18 +181,18 @@ class Retelling:
         if not isinstance(node, Label):
             return node
         if node.text is not None:
-            self._inode_for_writing(node, pid)
+            self._inode_for_writing(node, pid, user)
             raise Stale(node.path)
         if pid:
-            self._writers.pop(_writer(node, pid))
+            self._writers.pop(user, _writer(node, pid))
         return node
 
-    def _inode_for_writing(self, node: Label, pid: int) -> int:
+    def _inode_for_writing(self, node: Label, pid: int, user: int | None) -> int:
         """The inode that the writer ``pid`` was told of, or a new one: the name may be another snapshot's by now."""
-        inode = self._writers.get(_writer(node, pid))
+        inode = self._writers.get(user, _writer(node, pid))
         if inode is None or not self._tree.state.open_labels.is_writers(inode) or unpack(inode)[0] != unpack(node.inode)[0]:
             inode = node.for_writing().inode
-        self._writers.keep(_writer(node, pid), inode)
+        self._writers.keep(user, _writer(node, pid), inode)
         return inode
 
     async def to_read(self, inode: int, pid: int, caller: Caller) -> Node:
@@ -202,7 +206,7 @@ class Retelling:
         """
         number, slot = unpack(inode)
         key = pid, entry_of(slot)
-        found, told = self._refreshed.pop(key), self._told.pop(key)
+        found, told = self._refreshed.pop(caller.user, key), self._told.pop(caller.user, key)
         try:
             node = self._tree.node(inode)
         except Stale:
@@ -217,9 +221,9 @@ class Retelling:
             self._cache.forget_directory(unpack(node.inode)[0])
         # pid 0: a process that can't be seen from here, so it would not be known again
         if now.inode != inode and not told and pid:
-            self._told.keep(key, True)
+            self._told.keep(caller.user, key, True)
             text = now.known() if isinstance(now, TextFile) else None
-            self._refreshed.keep(key, now, text.weight if text is not None else OVERHEAD)
+            self._refreshed.keep(caller.user, key, now, text.weight if text is not None else OVERHEAD)
             raise Stale(node.path)
         return now
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 
 import trio
 
-from snapfs.allowance import Allowance
+from snapfs.allowance import Allowance, Shares
 from snapfs.errors import TryAgain
 from snapfs.tree.attributes import ATTRIBUTES, ROOTFS
 
@@ -133,10 +133,8 @@ class Waiting:
         self._counts: Counter[tuple[str, int | None]] = Counter()
         self._users: Counter[str] = Counter()  # who have one
         self._of_users: Counter[str] = Counter()  # what they have besides
-        self._held = Allowance(HOLD, AGAIN, clock)
-        self._held_by: dict[int, Allowance] = {}
-        self._of_reader: dict[int, Allowance] = {}
-        self._of_readers = Allowance(OF_READERS, 5 * READERS_AGAIN, clock)
+        self._held = Shares((HOLD / 2, AGAIN), (HOLD, AGAIN), clock)
+        self._of_readers = Shares((OF_READER, READERS_AGAIN), (OF_READERS, 5 * READERS_AGAIN), clock)
         self._lines: defaultdict[str, Allowance] = defaultdict(lambda: Allowance(LINES, LINES, clock))
 
     @contextmanager
@@ -173,17 +171,12 @@ class Waiting:
         if user is None:
             yield PATIENCE
             return
-        for other in [other for other, held in self._held_by.items() if held.is_full]:
-            del self._held_by[other]
-        own = self._held_by.setdefault(user, Allowance(HOLD / 2, AGAIN, self._clock))
-        allowed, began = max(0.0, min(own.left, self._held.left)), self._clock()
-        for allowance in (own, self._held):
-            allowance.take(allowed)  # all of it, for others come meanwhile
+        allowed, began = max(0.0, self._held.left(user)), self._clock()
+        self._held.take(user, allowed)  # all of it, for others come meanwhile
         try:
             yield allowed
         finally:
-            for allowance in (own, self._held):
-                allowance.take(self._clock() - began - allowed)
+            self._held.take(user, self._clock() - began - allowed)
 
     def is_news(self, operation: str) -> bool:
         """Whether error_log is to have a line that says that somebody is to try ``operation`` again: many have had one lately,
@@ -197,13 +190,7 @@ class Waiting:
     def is_readers_news(self, user: int) -> bool:
         """Whether error_log is to have a line about a request of ``user`` that was refused and needs no right to write: so few
         are written that it takes hours until they have pushed out what was there."""
-        if self._of_readers.left < 1:  # first, so that there are no more users here than lines
+        if self._of_readers.left(user) < 1:
             return False
-        for other in [other for other, lines in self._of_reader.items() if lines.is_full]:
-            del self._of_reader[other]
-        own = self._of_reader.setdefault(user, Allowance(OF_READER, READERS_AGAIN, self._clock))
-        if own.left < 1:
-            return False
-        for lines in (own, self._of_readers):
-            lines.take(1)
+        self._of_readers.take(user, 1)
         return True

@@ -1,4 +1,5 @@
-"""What was just unlinked in a snapshot's directory, and which processes were refused to delete: both for some seconds.
+"""What was just unlinked in a snapshot's directory, and which processes were refused to delete: both for some seconds.  And how
+often a directory in there was removed that came back.
 
 A snapshot's entries can't be deleted one by one, but ``rm -r`` deletes all of them before it comes to the directory itself.
 So an unlinked entry is hidden, and is back after a while, unless the snapshot is removed before.
@@ -7,8 +8,11 @@ So an unlinked entry is hidden, and is back after a while, unless the snapshot i
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import trio
+
+from snapfs.tree.inodes import unpack
 
 HIDDEN = 5.0  # seconds after the last unlink in a snapshot until what was unlinked there is back
 
@@ -56,3 +60,24 @@ class Teardowns:
     def has(self, pid: int, number: int) -> bool:
         """Whether process ``pid`` is held to be deleting the whole of snapshot ``number``."""
         return self._refused.get((pid, number), 0.0) > time.monotonic() - TEARDOWN
+
+
+class Removals:
+    """How often directories inside snapshots were removed, and came back.  The kernel, which takes what was removed for dead as
+    long as anybody holds it, needs another generation each time."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, Counter[int]] = {}  # of inodes, by the number that they have of their snapshot
+
+    def note(self, inode: int) -> None:
+        """The directory that has ``inode`` is removed."""
+        self._counts.setdefault(unpack(inode)[0], Counter())[inode] += 1
+
+    def of(self, inode: int) -> int:
+        """How often what has ``inode`` was removed."""
+        counts = self._counts.get(unpack(inode)[0]) if self._counts else None
+        return counts[inode] if counts else 0
+
+    def forget(self, node: int) -> None:
+        """The snapshot is gone for which inodes have the number ``node``."""
+        self._counts.pop(node, None)

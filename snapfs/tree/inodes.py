@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Iterable
 
 from snapfs.model import Kind
+from snapfs.tree.users import OfUsers
 
 SLOT_BITS = 28
 SLOT_MASK = (1 << SLOT_BITS) - 1
@@ -37,7 +38,7 @@ CHECKSUM_MASK = (VERSION - 1) >> ENTRY_BITS
 
 FIRST_ATTRIBUTE = 16  # of a snapshot; the attributes go up to ENTRY_MASK
 FIRST_LABEL = 256
-WRITERS = 1000  # of one user, whose inodes are remembered: more than open such files at once
+WRITERS = 1000  # of one user, whose inodes are remembered: more than write at once
 WRITING = 64  # users whose are: those who had a new one last
 REMEMBERED = 8  # snapshots whose labels' inodes are
 LABELS = VERSION - FIRST_LABEL  # slots that labels have
@@ -146,37 +147,23 @@ class Writers:
     process at a time write to an inode.  A user's new ones push out only that user's.  A user is as in ``Caller``."""
 
     def __init__(self) -> None:
-        self._users: dict[int, int | None] = {}  # by inode
-        self._inodes: dict[int | None, dict[int, None]] = {}  # by user; the latest is the last, of users and of inodes
+        self._given: OfUsers[None] = OfUsers(WRITERS, WRITING)
         self._made = 0
 
     def new(self, node: int, slot: int, user: int | None) -> int:
         """One for ``user``, for the file in ``slot`` of the snapshot for which inodes have the number ``node``."""
         self._made += 1
-        while (inode := pack_version(node, slot, self._made)) in self._users:  # there are more numbers than remembered ones
+        while (inode := pack_version(node, slot, self._made)) in self._given:  # there are more numbers than remembered ones
             self._made += 1
-        own = self._inodes[user] = self._inodes.pop(user, {})
-        own[inode] = None
-        self._users[inode] = user
-        if len(own) > WRITERS:
-            self._forget(own)
-        if len(self._inodes) > WRITING:
-            others = self._inodes.pop(next(iter(self._inodes)))
-            while others:
-                self._forget(others)
+        self._given.put(user, inode, None)
         return inode
-
-    def _forget(self, inodes: dict[int, None]) -> None:
-        """Forget the oldest of one user's."""
-        oldest = next(iter(inodes))
-        del inodes[oldest], self._users[oldest]
 
     def is_of(self, inode: int, user: int | None) -> bool:
         """Whether ``inode`` was lately given to ``user``."""
-        return inode in self._users and self._users[inode] == user
+        return self._given.is_of(inode, user)
 
     def __contains__(self, inode: int) -> bool:
-        return inode in self._users
+        return inode in self._given
 
 
 class LabelInodes:

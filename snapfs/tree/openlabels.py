@@ -11,20 +11,20 @@ from snapfs.labels import MAX
 from snapfs.model import ByNode
 from snapfs.snapshotter import Snapshotter
 from snapfs.tree.handles import Handle
-from snapfs.tree.inodes import label_slot, pack
+from snapfs.tree.inodes import WRITERS, WRITING, label_slot, pack
 from snapfs.tree.texts import OVERHEAD
-
-WRITERS = 1000  # of labels, whose inodes are remembered: more than open one at once
+from snapfs.tree.users import OfUsers, asker
 
 
 class OpenLabels:
-    """The labels of all snapshots that are open for writing, and the inodes that were lately given to writers."""
+    """The labels of all snapshots that are open for writing, and the inodes that were lately given to writers, of each user
+    apart."""
 
     def __init__(self, snapshotter: Snapshotter) -> None:
         self.snapshotter = snapshotter
         self._open: dict[int, list[OpenLabel]] = {}  # by the number of the snapshot in inodes
         self._by_inode: dict[int, list[OpenLabel]] = {}
-        self._keys: dict[int, str] = {}  # by the inode of a writer, the latest is the last
+        self._keys: OfUsers[str] = OfUsers(WRITERS, WRITING)  # by the inode of a writer
         self._writers_made = 0
 
     def of(self, node: int) -> list[OpenLabel]:
@@ -37,12 +37,13 @@ class OpenLabels:
         return handles[-1] if handles else None
 
     def new_writer(self, node: int, key: str) -> int:
-        """An inode for one writer of label ``key`` of the snapshot for which inodes have the number ``node``."""
-        self._writers_made += 1
-        inode = pack(node, label_slot(f"{key}\0\0{self._writers_made}"))
-        self._keys[inode] = key
-        if len(self._keys) > WRITERS:
-            del self._keys[next(iter(self._keys))]
+        """An inode for one writer, of ``users.asker``, of label ``key`` of the snapshot for which inodes have the number
+        ``node``."""
+        inode = 0
+        while not inode or inode in self._keys:
+            self._writers_made += 1
+            inode = pack(node, label_slot(f"{key}\0\0{self._writers_made}"))
+        self._keys.put(asker.get(), inode, key)
         return inode
 
     def key_of(self, inode: int) -> str | None:

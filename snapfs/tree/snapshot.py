@@ -129,7 +129,7 @@ class SnapshotDirectory(Directory):
         if next(node.entries(0), None):
             raise NotEmpty(f"{node.path} is not empty")
         self.state.hidden.hide(self.number, name)
-        self.state.removals[node.inode] += 1
+        self.state.removals.note(node.inode)
 
     async def create(self, name: str) -> tuple[Node, Handle]:
         if name != IMAGE or self.record.kind is not Kind.COMMITTED:

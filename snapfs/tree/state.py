@@ -19,8 +19,8 @@ from snapfs.snapshotter import Snapshotter
 from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
 from snapfs.tree.events import Events
-from snapfs.tree.hiding import Hidden, Teardowns
-from snapfs.tree.inodes import ALIAS, CHANGES_SLOT, CHECKPOINT_SLOT, IMAGE_SLOT, PATCH_SLOT, LabelInodes, Writers, pack, unpack
+from snapfs.tree.hiding import Hidden, Removals, Teardowns
+from snapfs.tree.inodes import ALIAS, CHANGES_SLOT, CHECKPOINT_SLOT, IMAGE_SLOT, PATCH_SLOT, LabelInodes, Writers, pack
 from snapfs.tree.log import ErrorLog
 from snapfs.tree.meters import Meter
 from snapfs.tree.moments import Moments
@@ -69,12 +69,11 @@ class State:
     unlinked.  ``teardowns``: processes that were just refused to delete.  ``just_named``: names in images/ that were just made.
     ``image_bytes``: what those weigh who have an image.json open to write it.
 
-    ``removals``: how often a directory inside a snapshot was removed (and came back), by inode.  ``aliased``: the ids of
-    committed snapshots whose directories are found under their other inode (``inodes.ALIAS``): the server of the tree says
-    which.  ``changes``: how many changes there were; ``listed``: how many of them .snapfs/snapshots shows.  ``changed``: when
-    each kind last gained or lost a snapshot (ns since the epoch); ``names_changed``: when images/ did.  ``collecting``: who
-    collects what .snapfs/snapshots shows.
-    ``cleaned``: is set when the Cleanup under way has ended; None where none is.
+    ``removals``: of directories inside snapshots.  ``aliased``: the ids of committed snapshots whose directories are found
+    under their other inode (``inodes.ALIAS``): the server of the tree says which.  ``changes``: how many changes there were;
+    ``listed``: how many of them .snapfs/snapshots shows.  ``changed``: when each kind last gained or lost a snapshot (ns since
+    the epoch); ``names_changed``: when images/ did.  ``collecting``: who collects what .snapfs/snapshots shows.  ``cleaned``:
+    is set when the Cleanup under way has ended; None where none is.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class State:
         self.teardowns = Teardowns()
         self.just_named = JustNamed()
         self.image_bytes = 0
-        self.removals: defaultdict[int, int] = defaultdict(int)
+        self.removals = Removals()
         self.aliased: set[int] = set()
         self.changes = 0
         self.listed = -1
@@ -168,8 +167,7 @@ class State:
                 self.changed[info.kind] = max(time.time_ns(), self.changed[info.kind] + 1)
         if before is not None and after is None:
             self.hidden.forget(before.id)
-            for inode in [inode for inode in self.removals if unpack(inode)[0] == (before.node or before.id)]:
-                del self.removals[inode]
+            self.removals.forget(before.node or before.id)
             self.aliased.discard(before.id)
         elif before is not None and after is not None and before.id in self.aliased:
             self.aliased.add(after.id)
