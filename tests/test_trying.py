@@ -10,10 +10,12 @@ import re
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from snapfs.kernel import mounting
 from tests.command import SNAPFS, OnATerminal
 from tests.home import Home
 from tests.processes import die_with_parent
@@ -134,6 +136,56 @@ def test_confined_over_a_directory(anybody: Home) -> None:
     assert said.splitlines()[1:] == [str(project), "base"]
     assert os.listdir(project) == []
     assert anybody.sh("cat tree/active/w/rootfs/file") == "y\n"
+
+
+@pytest.fixture
+def outside(anybody: Home) -> Iterator[Path]:
+    """A directory of theirs, which a confined program sees, with a file."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        (Path(directory) / "kept").write_text("kept\n")
+        for path in (directory, f"{directory}/kept"):
+            os.chown(path, anybody.uid if anybody.who else 0, -1)
+        yield Path(directory)
+
+
+@pytest.mark.parametrize("where", ["", "snapfs run w -- "])
+def test_confined_with_descriptors_of_what_is_elsewhere(anybody: Home, outside: Path, where: str) -> None:
+    """By a directory that is open a file in it can be reached, and a file that was opened for reading opened for writing."""
+    snapfs = " ".join(map(str, SNAPFS))
+    begin = where.replace("snapfs", snapfs) + f"{snapfs} run --confine w sh -c"
+    (outside / "kept").write_text("kept\nas it is\n")
+    writes = f"echo x > {outside}/kept; echo x > /proc/self/fd/7/kept; echo x > /proc/self/fd/7/new"
+    said = anybody.sh(f"exec 7< {outside}; (read a; {begin} '{writes}; cat; echo x >> /proc/self/fd/0' || :) < {outside}/kept")
+    assert "\nas it is\n" in said, "it goes on where it was"
+    assert said.count("Read-only file system") == 2
+    assert (outside / "kept").read_text() == "kept\nas it is\n"
+    assert os.listdir(outside) == ["kept"]
+
+
+def test_confined_beside_what_is_mounted_later(anybody: Home, outside: Path) -> None:
+    """Where mounts are shared, as systemd makes them, others get what is mounted: it could be written."""
+    mounting.mount("none", str(outside), "tmpfs", 0, "size=1m,mode=777")
+    try:
+        mounting.mount("", str(outside), "", 1 << 20)  # MS_SHARED
+        (outside / "later").mkdir()
+        script = f"echo up; read go; ls -d {outside}/later; echo x > {outside}/later/file"
+        with subprocess.Popen(
+            anybody.words(*SNAPFS, "run", "--confine", "w", "sh", "-c", script),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=anybody.path,
+            preexec_fn=die_with_parent,
+        ) as process:
+            assert process.stdout is not None
+            assert any(line == "up\n" for line in process.stdout)
+            mounting.mount("none", str(outside / "later"), "tmpfs", 0, "size=1m,mode=777")
+            said, _ = process.communicate("go\n", timeout=60)
+        assert "Read-only file system" in said
+        assert os.listdir(outside / "later") == []
+    finally:
+        mounting.unmount(str(outside), mounting.MNT_DETACH)
 
 
 # -- of a directory

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import stat
 
 from snapfs.cli import table
-from snapfs.cli.refusal import Refusal
+from snapfs.cli.refusal import NOT_PERMITTED, USAGE, Refusal
 
 WHAT = (
     "With --confine it may write the workspace alone, and a /tmp and a /run of its own, which are empty.  It has no network\n"
@@ -46,6 +48,60 @@ def words(inside: str, there: str, command: list[str], *, net: bool) -> list[str
     here = os.getcwd()
     called += ["--chdir", here if f"{here}/".startswith(f"{there}/") else there]
     return [*called, "--", *command]
+
+
+def close_off() -> None:
+    """Leave nothing by which a program that this process becomes could write elsewhere: descriptors that whoever started this
+    has left open, mounts that are to come, and a standard stream that is a file, which /proc opens anew for writing.  The
+    mount namespace must be this process's own; where it has no rights in there, it gets another one.  Raises Refusal."""
+    from snapfs.kernel import userns
+
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            try:  # noqa: SIM105, for contextlib takes its time
+                os.set_inheritable(int(name), False)
+            except OSError:  # that of the list itself
+                pass
+    try:
+        try:
+            userns.close_mounts()
+        except PermissionError:  # in a program that was started in a workspace
+            userns.enter()
+            userns.close_mounts()
+    except OSError as error:
+        raise Refusal(f"cannot confine a program here: {error.strerror}: do it outside of workspaces", NOT_PERMITTED) from None
+    for fd in range(3):
+        _close_for_writing(fd)
+
+
+def _close_for_writing(fd: int) -> None:
+    """Have the file that is open as ``fd`` for reading alone be open by a read-only mount, if it is a file of a disk.  Raises
+    Refusal."""
+    status = os.fstat(fd)
+    is_read = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    if not is_read or not status.st_nlink or stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFBLK):
+        return
+    from snapfs.kernel import mountapi, mounting
+
+    refused = Refusal("standard input is a file that could be written all the same: give a pipe (cat FILE | snapfs …)", USAGE)
+
+    try:
+        found = os.open(os.readlink(f"/proc/self/fd/{fd}"), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if not os.path.samestat(os.fstat(found), status):
+                raise refused
+            tree = mounting.make_bind(f"/proc/self/fd/{found}", read_only=True, attributes=mountapi.MOUNT_ATTR_NODEV)
+        finally:
+            os.close(found)
+        try:
+            again = os.open(f"/proc/self/fd/{tree}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(tree)
+    except OSError:
+        raise refused from None
+    os.lseek(again, os.lseek(fd, 0, os.SEEK_CUR), os.SEEK_SET)
+    os.dup2(again, fd)
+    os.close(again)
 
 
 def _may_type_for_others() -> bool:

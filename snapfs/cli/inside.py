@@ -63,6 +63,7 @@ def work_inside(place: MountedTree, key: str, words: list[str], given: Given, ov
     if bubblewrap:
         if "/" not in words[0] and not _is_program(words[0]):
             raise Refusal(f"cannot run {words[0]}: {os.strerror(errno.ENOENT)}", NOT_FOUND)
+        confining.close_off()
         words = confining.words(inside, there, words, net=given.has("net"))
         return _become(bubblewrap, words)
     return _become(words[0], words)

@@ -21,6 +21,7 @@ from snapfs.kernel.mounttable import mount_table
 CLONE_NEWNS = 0x20000
 CLONE_NEWUSER = 0x10000000
 _MS_REC = 0x4000
+_MS_PRIVATE = 0x40000
 _MS_SLAVE = 0x80000
 
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 2, 4
@@ -126,14 +127,24 @@ def copy_mounts(step: Step = _untold) -> None:
     step(MOUNTS)
     libc.call("unshare", CLONE_NEWNS)
     step(SLAVE)
+    _set_propagation(_MS_SLAVE)
+
+
+def close_mounts() -> None:
+    """Have nothing come to the mount namespace of this process, which must be its own, that is mounted elsewhere from now on.
+    Raises OSError."""
+    _set_propagation(_MS_PRIVATE)
+
+
+def _set_propagation(kind: int) -> None:
     try:
-        libc.call("mount", b"none", b"/", None, _MS_REC | _MS_SLAVE, None)
+        libc.call("mount", b"none", b"/", None, _MS_REC | kind, None)
     except OSError as error:
         if error.errno != errno.EINVAL:  # in a chroot / is no mountpoint
             raise
         for mount in list(mount_table()):
             with contextlib.suppress(OSError):
-                libc.call("mount", b"none", os.fsencode(mount.target), None, _MS_SLAVE, None)
+                libc.call("mount", b"none", os.fsencode(mount.target), None, kind, None)
 
 
 def _has(table: str) -> bool:
