@@ -113,6 +113,38 @@ def test_a_file_that_was_opened_for_writing_but_holds_what_it_held(chain: Chain)
     assert text_of(chain.layers[1:], chain.layers) == b""
 
 
+def test_a_change_behind_the_same_size_and_times(chain: Chain) -> None:
+    for content in ("one\n", "two\n"):
+        layer = chain.layer()
+        for name in "ab":
+            (layer / name).write_text(content if name == "a" else "same\n")
+            os.utime(layer / name, ns=(1, 1))
+    assert text_of(chain.layers[1:], chain.layers) == of_git(chain) != b""
+
+
+def test_files_that_hold_the_same_are_read_once(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight calls for each: most of what was opened for writing holds what it held, and there may be 100,000 of it."""
+    for _ in range(2):
+        fill(chain.layer("d/x"), {str(number): b"same\n" for number in range(50)})
+    calls: list[str] = []
+
+    def spy(name: str) -> None:
+        original: Callable[..., object] = getattr(os, name)
+
+        def asks(*args: object, **options: object) -> object:
+            calls.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(os, name, asks)
+
+    for name in ("stat", "lstat", "fstat", "open", "read", "pread", "readlink", "listxattr", "getxattr"):
+        spy(name)
+    assert text_of(chain.layers[1:], chain.layers) == b""
+    for name in ("open", "fstat", "read"):
+        assert calls.count(name) in range(102, 112)
+    assert len(calls) < 330
+
+
 # What is in the way
 
 
@@ -199,6 +231,38 @@ def test_a_file_that_vanishes(chain: Chain) -> None:
     assert list(found) == []
 
 
+def _make_device(path: Path) -> None:
+    os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))
+
+
+@pytest.mark.parametrize("how", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/passwd"), _make_device])
+def test_a_file_that_becomes_another_kind_just_before_it_is_opened(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path], None]
+) -> None:
+    chain.layer("a", "b")
+    layer = chain.layer("a", "b")
+    (layer / "a").write_text("new")
+    openings = 0
+
+    def replacing(path: str, flags: int, *options: int, dir_fd: int | None = None) -> int:
+        nonlocal openings
+        if path == "b" and (layer / "b").is_file() and not (layer / "b").is_symlink():
+            (layer / "b").unlink()
+            how(layer / "b")
+        opened = original(path, flags, *options, dir_fd=dir_fd)
+        openings += path == "b"
+        assert flags & os.O_PATH or not stat.S_ISCHR(os.fstat(opened).st_mode), "a device was opened"
+        return opened
+
+    original = os.open
+    monkeypatch.setattr(os, "open", replacing)
+    text = text_of(chain.layers[1:], chain.layers)
+    assert openings > 1
+    assert b"diff --git a/a b/a\n" in text
+    assert b"root:" not in text
+    assert set(re.findall(rb"^diff --git a/(.)", text, re.MULTILINE)) <= {b"a", b"b"}
+
+
 @pytest.mark.parametrize("how", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/passwd")])
 def test_a_file_that_becomes_another_kind_of_file(
     chain: Chain, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path], None]
@@ -216,6 +280,7 @@ def test_a_file_that_becomes_another_kind_of_file(
 
     stat_of = os.stat
     (layer / "a").write_text("new")
+    (layer / "b").write_text("new")
     monkeypatch.setattr("snapfs.scan.patch.os.stat", replacing)
     assert text_of(chain.layers[1:], chain.layers).count(b"diff --git") == 1
     (layer / "b").rmdir() if (layer / "b").is_dir() else (layer / "b").unlink()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from snapfs.kernel import libc, mountapi
 
@@ -22,7 +22,8 @@ _HOW_TO_LOOK = libc.OpenHow(os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0, libc.RE
 
 def open_top(path: str) -> int:
     """A descriptor of the directory ``path``, in which nothing is mounted for whoever goes on from there, now or later: it is
-    one of a copy of its mount.  Where this process may have none, it is a plain one.  Raises OSError."""
+    one of a copy of its mount, in which no device can be opened.  Where this process may have none, it is a plain one.  Raises
+    OSError."""
     fd = os.open(path, FLAGS)
     try:
         with _without_mounts(".", fd) as tree:
@@ -79,12 +80,15 @@ def _beneath(name: str, parent: int) -> int:
 
 @contextmanager
 def _without_mounts(name: str, parent: int) -> Iterator[int]:
-    """For a block: the directory that is open as ``parent``, in a copy of its mount on which nothing is mounted."""
+    """For a block: the directory that is open as ``parent``, in a copy of its mount on which nothing is mounted, and in which
+    no device can be opened."""
     try:
         tree = mountapi.copy_tree(parent)
     except OSError as error:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), name) from error
     try:
+        with suppress(OSError):  # before Linux 5.12
+            mountapi.mount_setattr(tree, mountapi.MOUNT_ATTR_NODEV)
         yield tree
     finally:
         os.close(tree)

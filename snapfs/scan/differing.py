@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from snapfs.errors import FailedPrecondition
 from snapfs.names import printable
-from snapfs.scan.marks import DIRECTORY, OTHER, LayerDirectory, Marks
+from snapfs.scan.marks import DIRECTORY, FILE, OTHER, LayerDirectory, Marks
 from snapfs.scan.spool import Spool
 from snapfs.scan.walk import Descriptors
 
@@ -22,6 +22,7 @@ MANY = 120_000  # entries of one directory that are compared in memory; of a lar
 HELD = 250_000  # entries that all directories on the way down may have in memory
 _HARDLY_ANY = 100  # entries of one directory that are compared in memory even so, where there is nothing below
 READ = 1 << 20  # bytes of a file that are read at once
+_FILES = (FILE, OTHER)
 _FEW = 30  # names that are looked up one by one; for more, listing the directory is faster
 
 # What the layers have at a name: the number of each directory that has it, and what it is there
@@ -29,13 +30,17 @@ Kinds = list[tuple[int, int]]
 
 
 class Shown:
-    """What a chain shows at a name: merged ``directories``, the nearest first, or else what is no directory, in ``parent``."""
+    """What a chain shows at a name: merged ``directories``, the nearest first, or else what is no directory, in ``parent``.
+    ``regular``: a regular file, as that directory says."""
 
-    __slots__ = ("directories", "parent")
+    __slots__ = ("directories", "parent", "regular")
 
-    def __init__(self, parent: LayerDirectory | None, directories: Sequence[LayerDirectory] = ()) -> None:
+    def __init__(
+        self, parent: LayerDirectory | None, directories: Sequence[LayerDirectory] = (), *, regular: bool = False
+    ) -> None:
         self.parent = parent
         self.directories = directories
+        self.regular = regular
 
 
 class Difference(NamedTuple):
@@ -134,10 +139,11 @@ def differences(
             found = Difference(here, name, before, after)
             if inside is None:
                 yield found
-            merged = [side.directories if side else () for side in (before, after)]
-            if any(merged) and (inside is not None or enters(found)):
+            is_merged = (before is not None and before.directories) or (after is not None and after.directories)
+            if is_merged and (inside is not None or enters(found)):
                 path = here + b"/"
                 checkpoint()
+                merged = [side.directories if side is not None else () for side in (before, after)]
                 stack.append(walk.expanded(_Level(merged[0], merged[1], len(path), inside)))
                 break
         else:
@@ -154,6 +160,7 @@ class _Walk:
 
     def __init__(self, descriptors: Descriptors, spool: Spool, marks: Marks) -> None:
         self.marks = marks
+        self.marks.regular = FILE
         self.held = 0  # entries of all levels that are in memory
         self._descriptors = descriptors
         self._spool = spool
@@ -222,6 +229,12 @@ class _Walk:
 
     def shown(self, level: _Level, name: str, kinds: Kinds) -> tuple[Shown | None, Shown | None]:
         """What the two chains show at ``name``; the same object, where it is what both share."""
+        if len(kinds) == 2 and not level.old and kinds[0][0] < level.shared <= kinds[1][0]:
+            (own, kind), (under, kind_below) = kinds
+            if kind in _FILES and kind_below in _FILES:  # as most are: the one chain has its own version of a file of both
+                directories = level.directories
+                old = Shown(directories[under], regular=kind_below == FILE)
+                return old, Shown(directories[own], regular=kind == FILE)
         below: Shown | None = None
         is_known = False
         found: list[Shown | None] = []
@@ -245,8 +258,8 @@ class _Walk:
         for number, kind in kinds:
             parent = level.directories[number]
             hides = kind != DIRECTORY
-            if kind == OTHER and not directories:
-                return Shown(parent), True
+            if kind in _FILES and not directories:
+                return Shown(parent, regular=kind == FILE), True
             if kind == DIRECTORY:
                 directory = LayerDirectory(name, parent, parent.lowest)
                 is_opaque = self.marks.read(directory)

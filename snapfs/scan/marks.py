@@ -22,6 +22,8 @@ kernel obeys those alone, and shows the others like any attribute: every user ca
 OTHER: Final = 0
 DIRECTORY: Final = 1
 WHITEOUT: Final = 2
+FILE: Final = 3
+"""OTHER that is a regular file, where that is asked for (``Marks.regular``)."""
 
 
 class LayerDirectory(Directory):
@@ -48,6 +50,8 @@ class Marks:
         self._descriptors = descriptors
         self._alone = alone
         self._checkpoint = checkpoint
+        self.regular = OTHER
+        """What an entry is that is a regular file: OTHER, or FILE."""
         self._opaque, self._redirect, self._whiteout = f"{prefix}opaque", f"{prefix}redirect", f"{prefix}whiteout"
 
     def read(self, directory: LayerDirectory) -> bool | None:
@@ -95,9 +99,11 @@ class Marks:
     def kinds(self, directory: LayerDirectory, entries: Iterable[os.DirEntry[str]]) -> dict[str, int]:
         """What these entries of ``directory`` are, by name."""
         found: dict[str, int] = {}
-        xwhiteouts = directory.xwhiteouts
+        xwhiteouts, regular = directory.xwhiteouts, self.regular
         for entry in entries:
-            if (not xwhiteouts and entry.is_file(follow_symlinks=False)) or entry.is_symlink():
+            if not xwhiteouts and entry.is_file(follow_symlinks=False):
+                found[entry.name] = regular
+            elif entry.is_symlink():
                 found[entry.name] = OTHER
             elif entry.is_dir(follow_symlinks=False):
                 found[entry.name] = DIRECTORY
@@ -121,7 +127,7 @@ class Marks:
                 return WHITEOUT if _has(f"/proc/self/fd/{fd}/{name}", self._whiteout) else OTHER
         except FileNotFoundError:
             return None
-        return OTHER
+        return self.regular if stat.S_ISREG(found.st_mode) else OTHER
 
 
 def is_shown_by_overlay(name: str, prefix: str = PREFIX) -> bool:

@@ -45,6 +45,8 @@ _REFUSED = re.compile(rb"(?:^|[/\\])(?:\.git|git~1)[ .]*(?:$|[/\\:])", re.IGNORE
 _REFUSED_LINK = re.compile(
     rb"(?:^|[/\\])(?:\.gitmodules|gitmod~[1-4]|g?i?7?e?b?a?~[1-9][0-9]*)[ .]*(?:$|[/\\:])", re.IGNORECASE
 )
+_AT_ONCE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_KIND, _MAY_EXECUTE = 0o170000, 0o100
 _ESCAPES = {7: b"a", 8: b"b", 9: b"t", 10: b"n", 11: b"v", 12: b"f", 13: b"r", 34: b'"', 92: b"\\"}
 
 
@@ -66,6 +68,10 @@ def patch(
     """
     with Descriptors() as descriptors, closing(Spool(spool)) as waiting:
         for found in differences(old, new, descriptors, waiting, prefix, checkpoint, paths, enters=_may_have_parts):
+            if found.old is not None and found.new is not None and found.old.regular and found.new.regular:
+                checkpoint()
+                if _is_plainly_the_same(descriptors, found.old, found.new, found.name):
+                    continue  # as most are that were opened for writing
             if not _may_have_parts(found):
                 continue
             with ExitStack() as opened:
@@ -79,7 +85,7 @@ def patch(
                     before, after = (None if side is not None and side.mode == _LINK else side for side in (before, after))
                 is_same = before is not None and after is not None and _holds_the_same(before, after, checkpoint)
                 if is_same and before.mode == after.mode:  # type: ignore[union-attr]
-                    continue  # as most are that were opened for writing
+                    continue
                 for file in (before, after):
                     if file is not None and file.fd >= 0:
                         refuse_metacopy(file.fd, found.name, prefix)
@@ -89,6 +95,33 @@ def patch(
 def _may_have_parts(found: Difference) -> bool:
     """Whether git takes a patch of it, or of what is in it."""
     return len(found.path) <= LONGEST and not _REFUSED.search(found.path)
+
+
+def _is_plainly_the_same(descriptors: Descriptors, old: Shown, new: Shown, name: str) -> bool:
+    """Whether both sides have the same file, and no more had to be done to see it than to read both once.  False says nothing:
+    it may be large, have vanished, be another kind of file by now, or be where opening a device could do something."""
+    for side in (old, new):
+        if side.parent is None or descriptors.get(side.parent) < 0 or not descriptors.is_nodev(side.parent):
+            return False
+    try:
+        before = os.open(name, _AT_ONCE, dir_fd=old.parent.fd)  # type: ignore[union-attr]
+        try:
+            after = os.open(name, _AT_ONCE, dir_fd=new.parent.fd)  # type: ignore[union-attr]
+            try:
+                status, other = os.fstat(before), os.fstat(after)
+                size = status.st_size
+                if size != other.st_size or size > LARGEST or (status.st_mode ^ other.st_mode) & (_KIND | _MAY_EXECUTE):
+                    return False
+                if status.st_ino == other.st_ino and status.st_dev == other.st_dev:
+                    return True
+                data = os.read(before, size + 1)  # that there are fewer says that it is the end
+                return len(data) == size and data == os.read(after, size + 1) and stat.S_ISREG(status.st_mode)
+            finally:
+                os.close(after)
+        finally:
+            os.close(before)
+    except OSError:
+        return False
 
 
 def refuse_metacopy(fd: int, name: str, prefix: str) -> None:

@@ -86,14 +86,15 @@ def directories(top: str) -> Generator[tuple[int, Entries], None, None]:
 
 class Directory:
     """A directory, by its name in ``parent``, or without a parent by its path.  ``Descriptors`` opens it; ``fd`` is -1 while it
-    is not open."""
+    is not open, and ``is_nodev`` tells whether devices can be opened by that, None while nobody knows."""
 
-    __slots__ = ("fd", "name", "parent")
+    __slots__ = ("fd", "is_nodev", "name", "parent")
 
     def __init__(self, name: str, parent: Directory | None = None) -> None:
         self.name = name
         self.parent = parent
         self.fd = -1
+        self.is_nodev: bool | None = None
 
 
 class _Half:
@@ -163,6 +164,7 @@ class Descriptors:
             fd, passing = opened, len(way) >= self.NEAR and not is_mark
             if not passing:
                 step.fd = fd
+                step.is_nodev = None
                 self._open[step] = None
                 if is_mark:
                     marks.append(step)
@@ -170,6 +172,12 @@ class Descriptors:
                 if len(self._open) > max(self.OPEN, len(self._held) + len(self._marked) + 2):
                     self.close(next(each for each in self._open if each not in self._held and each not in self._marked))
         return directory.fd
+
+    def is_nodev(self, directory: Directory) -> bool:
+        """Whether no device can be opened in ``directory``, whose descriptor was got just now: so its mount says."""
+        if directory.is_nodev is None:
+            directory.is_nodev = bool(os.fstatvfs(directory.fd).f_flag & os.ST_NODEV)
+        return directory.is_nodev
 
     def _marks_of(self, above: Directory, steps: int) -> tuple[list[Directory], int]:
         """The marks on the way down to ``above``, to which others can be added, and how far between: each so many of ``steps``,
