@@ -26,7 +26,7 @@ from tests.daemon import Daemon
 from tests.doors import DOORS, Opener
 from tests.records import check_indexes
 from tests.refusals import failing, refused
-from tests.tree import REMOVERS, committed, listing, remove_all, shell
+from tests.tree import REMOVERS, committed, info, listing, remove_all, shell
 
 Make = Callable[..., Daemon]
 
@@ -67,8 +67,8 @@ async def door(request: pytest.FixtureRequest, root: Path) -> AsyncIterator[Snap
 async def test_what_is_set_is_inherited(door: Snapshotter, root: Path) -> None:
     assert await door.image("v2") is None
     before = await door.stat("base")
-    info = await door.set_image("base", TEXT)
-    assert (info.name, info.updated > before.updated) == ("base", True)
+    after = await door.set_image("base", TEXT)
+    assert (after.name, after.updated > before.updated) == ("base", True)
     assert await door.image("base") == TEXT
     shown = json.loads(await door.image("v2") or "")
     assert [entry["created_by"] for entry in shown["history"]] == ["ADD it", "why", "snapfs commit"]
@@ -454,6 +454,7 @@ def test_who_deletes_all_of_a_snapshot_with_children_touches_nothing(daemon: Dae
     committed(mnt, "base")
     committed(mnt, "v1", "base")
     (mnt / "committed/base/image.json").write_text(TEXT)
+    assert (mnt / "committed/v1/image.json").read_text()  # by which its size is known
     before = listing(mnt)
     assert shell(mnt, remover.format("committed/base")).returncode == 1
     assert listing(mnt) == before
@@ -464,7 +465,7 @@ def test_who_deletes_all_of_a_snapshot_with_children_touches_nothing(daemon: Dae
 def test_a_damaged_one_is_eio_in_words(daemon: Daemon) -> None:
     committed(daemon.mnt, "base")
     (daemon.mnt / "committed/base/image.json").write_text(TEXT)
-    spoil(next((daemon.root / "snapshots/1").glob("image-*")))
+    spoil(next((daemon.root / f"snapshots/{info(daemon.mnt / 'committed/base')['id']}").glob("image-*")))
     with failing(errno.EIO):
         (daemon.mnt / "committed/base/image.json").read_text()
     assert "EIO open committed/base/image.json: " in daemon.error_log()[-1]

@@ -70,6 +70,8 @@ class ImageFiles:
             try:
                 digest = await in_thread(self._write, number, content, limiter=self._threads)
             except OSError as error:
+                with self._records.reading() as reader:  # it may have been removed meanwhile
+                    find(reader, number)
                 raise Unavailable.from_os(f'write {FILE} of snapshot "{name}"', error) from error
         rule = partial(imagefiles.set_image, self._root, number=number, digest=digest)
         info = await self._records.write(lambda writer: rule(writer=writer), frees=content is None)

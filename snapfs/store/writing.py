@@ -142,7 +142,7 @@ class Writer(Reader):
         """Make all indexes anew from the records that can be read, and drop the marks of snapshots that have no record."""
         last_id = max(self.ids(), default=0)
         indexes.rebuild(self._txn, self._tables, self._index_entries())
-        self.raise_last_id(last_id)
+        self.raise_last_id(max([last_id, *(nth for nth, _, _ in self.images())]))
         known = self.ids()
         self.clear_unflushed([number for number, _ in self.unflushed() if number not in known])
 

@@ -31,7 +31,7 @@ LABELS = "labels"
 _OFFSETS = dict(
     sorted(
         [(kind.value, 2 * slot) for kind, slot in KIND_SLOTS.items()]
-        + [(attribute.name, 2 * attribute.slot) for attribute in ATTRIBUTES]
+        + [(attribute.name, 2 * attribute.slot) for attribute in ATTRIBUTES if attribute.name != IMAGE]
         + [(LABELS, 2 * BY_NAME["info.json"].slot + 1), (HISTORY, 2 * BY_NAME["usage.json"].slot + 1)]
         + [(IMAGE, 2 * BY_NAME["parent"].slot + 1)],
         key=lambda entry: entry[1],
