@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from snapfs.images.tarreader import Stream, TarReader
 from snapfs.images.unfit import Unfit
 from snapfs.images.unpacking import Left, Owners, Unpacking
-from tests.images import Layer, archive_of
+from tests.images import Layer, archive_of, packable_tree
 from tests.kernel_changes import merged
-from tests.trees import everything, make_tree
+from tests.trees import everything
 
 pytestmark = pytest.mark.mounts
 
@@ -75,13 +75,7 @@ def kinds(top: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_all_is_in_it_as_the_archive_says(tmp_path: Path, seed: int) -> None:
-    tree = make_tree(tmp_path / "tree", seed, files=150)
-    for directory, _, names in os.walk(tree):
-        for name in names:
-            if stat.S_ISSOCK(os.lstat(os.path.join(directory, name)).st_mode):
-                moment = os.stat(directory)
-                os.unlink(os.path.join(directory, name))
-                os.utime(directory, ns=(moment.st_atime_ns, moment.st_mtime_ns))
+    tree = packable_tree(tmp_path / "tree", seed, files=150)
     left = unpacked(archive_of(tree), tmp_path / "layer")
     assert (left.foreign, left.bare, left.device) == ("", "", "")
     ours, theirs = everything(tmp_path / "layer"), everything(tree)

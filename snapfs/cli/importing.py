@@ -340,7 +340,7 @@ class _Import:
 
 _LOSSES = (
     "belongs to a user or group that can't be had here: in the snapshot it is yours",
-    "has an attribute that only root may set: the snapshot lacks it",
+    "has an attribute that can't be set here: the snapshot lacks it",
     "is a device, which only root can make: the snapshot lacks it",
 )
 """What is said of ``Left``."""

@@ -261,7 +261,7 @@ class Unpacking:
             raise Unfit(f"{_shown(entry.name)} is a hard link to a directory")
         target = names.pop()
         above = b"/".join(names)
-        found = self._found(above)
+        found = self._found(above, _shown(entry.name))
         if found is not None:
             if (found.path, target) == (parent.path, base):
                 raise Unfit(f"{_shown(entry.name)} is a hard link to itself")
@@ -410,6 +410,9 @@ class Unpacking:
         for name, value in sorted(entry.attributes.items(), reverse=True):  # users' before an ACL, which changes the mode
             if name.startswith(self._prefix):
                 raise Unfit(f"{_shown(entry.name)} has the attribute {shown(name)}, which overlayfs reads as its own")
+            if name.startswith("trusted."):  # containerd takes none from archives, either
+                self.left.bare = self.left.bare or _shown(entry.name)
+                continue
             try:
                 os.setxattr(file, name, value, follow_symlinks=isinstance(file, int))
             except OSError as error:
@@ -462,28 +465,24 @@ class Unpacking:
     def _directory(self, path: bytes, asked: str) -> _Open:
         """The directory ``path``, which is made where it is missing: then nothing is known of it but what layers below say.
         ``asked`` is what is to be in it, for sentences."""
-        found = self._found(path)
-        if found is None:
-            found = self._way(path, asked)
-            assert found is not None
-            self._keep(path, found)
+        found = self._found(path, asked, makes=True)
+        assert found is not None
         self._last = path, found
         return found
 
-    def _found(self, path: bytes) -> _Open | None:
-        """The same; None where it is missing."""
+    def _found(self, path: bytes, asked: str, *, makes: bool = False) -> _Open | None:
+        """The same; None where it is missing, and nobody ``makes`` it."""
         if not path:
             return self._top
         found = self._opened.get(path)
         if found is not None:
             self._opened.move_to_end(path)
             return found
-        found = self._way(path, None)
+        found = self._way(path, asked, makes=makes)
         return None if found is None else self._keep(path, found)
 
-    def _way(self, path: bytes, asked: str | None) -> _Open | None:
-        """The directory at the end of ``path``, also by links that stay below the top.  What is missing is made where it is
-        ``asked`` for; else None."""
+    def _way(self, path: bytes, asked: str, *, makes: bool) -> _Open | None:
+        """The directory at the end of ``path``, also by links that stay below the top."""
         names, links = path.split(b"/"), 0
         while True:
             here, count = self._as_far(names)
@@ -494,17 +493,16 @@ class Unpacking:
                 try:
                     there = os.stat(name, dir_fd=here, follow_symlinks=False)
                 except FileNotFoundError:
-                    if asked is None:
+                    if not makes:
                         return None
                     self._make_way(here, names, count)
                     continue
                 if stat.S_ISLNK(there.st_mode):
                     links += 1
-                    target = os.readlink(name, dir_fd=here)
-                    names = _joined_link(names, count, target, asked or _shown(path))
+                    names = _joined_link(names, count, os.readlink(name, dir_fd=here), asked)
                     if links > _MOST_LINKS:
-                        raise Unfit(f"{asked or _shown(path)} leads through more than {_MOST_LINKS} links")
-                elif asked is None:
+                        raise Unfit(f"{asked} leads through more than {_MOST_LINKS} links")
+                elif not makes:
                     return None
                 elif _is_whiteout(there):
                     os.unlink(name, dir_fd=here)

@@ -20,6 +20,7 @@ from tests.bench import (
     command,
     commit,
     copies,
+    images,
     listing,
     plot,
     prepare,
@@ -60,6 +61,7 @@ BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "states": states.states,
     "copies": copies.copies,
     "adopt": adopting.adopting,
+    "images": images.images,
     "versions": versions.versions,
     "applies": applies.applies,
 }

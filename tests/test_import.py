@@ -1,0 +1,585 @@
+"""Images become snapshots, a layer each: as containerd has them, found again, whole or not at all, whatever ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from snapfs.cli import main
+from snapfs.images import compression
+from snapfs.images.unfit import Unfit
+from tests.command import SNAPFS, Command, OnATerminal
+from tests.containerd_client import Containerd
+from tests.daemon import Daemon
+from tests.home import Home, home_of
+from tests.images import MACHINE, Layer, Layout, archive_of, chain_of, digest_of, packable_tree
+from tests.syscalls import EVERY, KILL, Call, Channel, Server, running
+from tests.tree import info, remove_all
+from tests.trees import everything
+from tests.users import ALICE, alice
+
+pytestmark = pytest.mark.mounts
+
+ROOMY = ("--max-ratio", "0")
+
+
+@pytest.fixture
+def command(module_daemon: Daemon) -> Iterator[Command]:
+    yield Command(module_daemon.mnt)
+    remove_all(module_daemon.mnt)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "oci")
+
+
+def three() -> list[bytes]:
+    """Layers that need each other."""
+    first = Layer(tarfile.PAX_FORMAT).add("d", None, 0o2750, uid=7, gid=8, mtime=77).add("d/f", b"first", 0o4755, uid=9)
+    first.add("gone", b"").add("e/old", b"old").link("l", "d/f").add("top", b"1")
+    second = Layer().add("d/g", b"second").add(".wh.gone").hard("x/linked", "d/f").add("top", b"2")
+    third = Layer().add("e", None, 0o700).add("e/.wh..wh..opq").add("e/new", b"new").add("top", b"3").add("d/.wh.g")
+    return [each.done() for each in (first, second, third)]
+
+
+def layer(mnt: Path, name: str) -> Path:
+    """The files of a committed snapshot, as its layer has them."""
+    return Path(os.readlink(mnt / f"committed/{name}/diff"))
+
+
+def kept(mnt: Path) -> list[str]:
+    """All snapshots."""
+    return sorted(f"{kind}/{name}" for kind in ("active", "view", "committed") for name in os.listdir(mnt / kind))
+
+
+def settled(mnt: Path, tars: list[bytes]) -> None:
+    """There are these layers' snapshots and no others, each on the one below, with nothing left beside their files."""
+    names = chain_of(tars)
+    assert kept(mnt) == sorted(f"committed/{name}" for name in names)
+    for below, name, tar in zip([None, *names], names, tars, strict=False):
+        shown = info(mnt / "committed" / name)
+        assert shown["parent"] == below
+        assert shown["labels"] == {"snapfs.diff-id": digest_of(tar)}
+        assert sorted(os.listdir(layer(mnt, name).parent)) == ["fs", "work"]
+
+
+def test_each_layer_is_a_snapshot(command: Command, layout: Layout) -> None:
+    tars = three()
+    top = layout.add("t", tars)
+    assert command("import", f"oci:{layout.top}") == f"{command.mnt}/committed/{top}\n"
+    settled(command.mnt, tars)
+    os.mkdir(command.mnt / f"committed/{top}/view/v")
+    rootfs = command.mnt / "view/v/rootfs"
+    assert {str(path.relative_to(rootfs)) for path in rootfs.rglob("*")} == {
+        *("d", "d/f", "e", "e/new", "l", "top", "x", "x/linked"),
+    }
+    assert ((rootfs / "top").read_text(), (rootfs / "x/linked").read_text()) == ("3", "first")
+    status = (rootfs / "d").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime) == (0o2750, 7, 8, 77)
+    assert (rootfs / "d/f").stat().st_ino == (rootfs / "x/linked").stat().st_ino
+
+
+def test_what_is_there_is_found_again(command: Command, layout: Layout) -> None:
+    tars = three()
+    layout.add("small", tars[:2], packed=True)
+    top = layout.add("large", tars)
+    command("import", f"oci:{layout.top}:small")
+    before = [layer(command.mnt, name) for name in chain_of(tars[:2])]
+    assert command("import", f"oci:{layout.top}:large") == f"{command.mnt}/committed/{top}\n"
+    assert [layer(command.mnt, name) for name in chain_of(tars[:2])] == before
+    assert command("import", f"oci:{layout.top}:large") == f"{command.mnt}/committed/{top}\n"
+    settled(command.mnt, tars)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_layer_holds_all_that_its_tree_has(command: Command, layout: Layout, tmp_path: Path, seed: int) -> None:
+    tree = packable_tree(tmp_path / "tree", seed)
+    tars = [archive_of(tree)]
+    command("import", f"oci:{layout.top}:{'t' if layout.add('t', tars, packed=True) else ''}")
+    ours = everything(layer(command.mnt, chain_of(tars)[0]))
+    for path, seen in everything(tree).items():
+        if path != ".":
+            assert isinstance(seen, tuple)
+            assert [*ours[path][:3], *ours[path][4:]] == [*seen[:3], *seen[4:]]  # type: ignore[index]
+
+
+# -- in which it comes
+
+
+def gzipped(tar: bytes) -> bytes:
+    return gzip.compress(tar[:1000]) + gzip.compress(tar[1000:])
+
+
+def by_zstd(tar: bytes) -> bytes:
+    packed = zstandard.ZstdCompressor().compress
+    return b"\x50\x2a\x4d\x18\x04\0\0\0skip" + packed(tar[:1000]) + packed(tar[1000:])
+
+
+@pytest.mark.parametrize("pack", [bytes, gzipped, by_zstd], ids=["plain", "gzip", "zstd"])
+@pytest.mark.parametrize("by", ["file", "pipe"])
+def test_a_lone_layer(command: Command, tmp_path: Path, pack: Callable[[bytes], bytes], by: str) -> None:
+    tars = three()
+    names = chain_of(tars)
+    parent: list[str] = []
+    for tar, name in zip(tars, names, strict=True):
+        (tmp_path / "layer").write_bytes(pack(tar))
+        words = ["import", *parent]
+        if by == "file":
+            said = command(*words, str(tmp_path / "layer"))
+        else:
+            with open(tmp_path / "layer", "rb") as file:
+                told = subprocess.run(
+                    [*SNAPFS, *words, "-", "--at", command.mnt],
+                    stdin=file,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                    timeout=60,
+                )
+            said = told.stdout
+        assert said == f"{command.mnt}/committed/{name}\n"
+        parent = ["--parent", name]
+    settled(command.mnt, tars)
+    command("import", "--parent", names[0], str(tmp_path / "layer"))  # on another it is another
+    command("import", "--parent", names[1], str(tmp_path / "layer"))
+    assert len(kept(command.mnt)) == 4
+
+
+def test_gzip_without_isal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "_library", lambda *_: None)
+    tar = three()[0]
+    packed = io.BytesIO(gzipped(tar))
+    assert b"".join(compression.unpacked(packed.read)) == tar
+    with pytest.raises(Unfit, match="pip install zstandard"):
+        compression.unpacked(io.BytesIO(by_zstd(tar)).read).__next__()
+    with pytest.raises(Unfit, match="damaged"):
+        b"".join(compression.unpacked(io.BytesIO(gzip.compress(tar)[:20] + b"x" * 100).read))
+    assert zlib.adler32(tar)
+
+
+def test_what_skopeo_writes(command: Command, layout: Layout, tmp_path: Path) -> None:
+    """Of the same image, in each form, by another program; and what it fetches itself."""
+    tars = three()
+    top = layout.add("t", tars)
+    for form, packed in (("docker-archive", False), ("oci-archive", True), ("dir", True), ("oci", True)):
+        place = f"{form}:{tmp_path}/{form}{':x:t' * (form == 'docker-archive')}"
+        subprocess.run(
+            ["skopeo", "copy", "--quiet", *(["--dest-compress"] * packed), f"oci:{layout.top}:t", place], check=True, timeout=60
+        )
+        assert command("import", f"{form}:{tmp_path}/{form}") == f"{command.mnt}/committed/{top}\n"
+        settled(command.mnt, tars)
+        remove_all(command.mnt)
+    with open(tmp_path / "docker-archive", "rb") as file, gzip.open(tmp_path / "packed", "wb") as packed_file:
+        shutil.copyfileobj(file, packed_file)
+    assert command("import", f"docker-archive:{tmp_path}/packed:x:t") == f"{command.mnt}/committed/{top}\n"
+    assert command("import", f"docker-archive:{tmp_path}/docker-archive:docker.io/library/x:t")
+    assert 'no image "y:t"' in command("import", f"docker-archive:{tmp_path}/docker-archive:y:t", status=1)
+    assert [name for name in os.listdir("/var/tmp") if name.startswith("snapfs-import-")] == []
+
+
+def test_as_containerd_unpacks_it(command: Command, layout: Layout, tmp_path: Path) -> None:
+    """File by file: what kinds, owners, modes, times, attributes, links and devices there are in each layer."""
+    tree = packable_tree(tmp_path / "tree", 3)
+    first = (
+        Layer(tarfile.PAX_FORMAT).add("d", None, 0o2750, uid=7, gid=8, mtime=77).add("d/f", b"first", 0o4755, uid=9, mtime=78)
+    )
+    for number, kind in enumerate((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)):
+        first.add(f"n{number}", type=kind, devmajor=200 + number, devminor=70_000 + number, mtime=5, uid=3)
+    first.add("gone", b"").add("e/old", b"").add("lib", None, mtime=9).link("bin", "lib", mtime=7, uid=5)
+    first.add("bin/through", b"x", mtime=9).add("x\ny", b"", pax_headers={"SCHILY.xattr.user.n": "v", "mtime": "5.123456789"})
+    second = Layer().add("d/g", b"second", mtime=5).add(".wh.gone", mtime=5).add("e", None, mtime=6)
+    second.add("e/.wh..wh..opq").add("e/new", b"", mtime=8).add("d/h", None, 0o1777, mtime=9, uid=60_001)
+    tars = [archive_of(tree), first.done(), second.done()]
+    names = chain_of(tars)
+    layout.add("t", tars)
+    command("import", f"oci:{layout.top}")
+    containerd = Containerd(tmp_path / "c", "bookworm", tmp_path / "none.sock")
+    try:
+        containerd.start()
+        containerd.ctr("image", "import", "--snapshotter", "overlayfs", str(layout.archive(tmp_path / "image.tar")))
+        for nth, name in enumerate(names):
+            containerd.ctr("snapshots", "--snapshotter", "overlayfs", "prepare", f"on-{nth}", name)
+            told = containerd.ctr("snapshots", "--snapshotter", "overlayfs", "mounts", "/x", f"on-{nth}")
+            found = re.search(r"lowerdir=([^:,\s]+)", told)
+            assert found is not None, told
+            theirs, ours = everything(Path(found[1])), everything(layer(command.mnt, name))
+            assert ours.keys() == theirs.keys()
+            for path, seen in theirs.items():
+                implied = nth == 1 and path == "e"  # of which nobody says when it was changed
+                whiteout = (Path(found[1]) / path).lstat().st_rdev == 0 and stat.S_ISCHR(
+                    (Path(found[1]) / path).lstat().st_mode
+                )
+                if path == "." or implied or whiteout:
+                    assert ours[path][:2] == seen[:2], path  # type: ignore[index]
+                else:
+                    assert ours[path] == seen, path
+    finally:
+        containerd.cleanup()
+
+
+# -- what is refused: a sentence, and nothing has changed
+
+
+def refused(command: Command, *arguments: str, status: int = 1) -> str:
+    before = kept(command.mnt)
+    said = command("import", *arguments, status=status)
+    assert re.fullmatch(r"snapfs: [^\n]+\n", said), said
+    assert kept(command.mnt) == before
+    return said
+
+
+def test_what_is_no_image(command: Command, layout: Layout, tmp_path: Path) -> None:
+    top, tars = f"oci:{layout.top}", three()
+    assert "has no image" in refused(command, top)
+    layout.add("a", tars)
+    layout.add("b", tars[:1])
+    assert 'has no image "c"; there are a, b, test.local/a, test.local/b' in refused(command, f"{top}:c")
+    assert "several images: say which, as in oci:DIR:TAG" in refused(command, top)
+    assert "is neither a file nor an image" in refused(command, "nonsense", status=2)
+    assert "no such file" in refused(command, str(tmp_path / "x.tar"), status=3)
+    assert "No such file" in refused(command, f"oci:{tmp_path}/none", status=3)
+    assert "is no OCI layout" in refused(command, f"oci:{tmp_path}")
+    assert f"as a layout of images it is oci:{layout.top}" in refused(command, str(layout.top))
+    assert "--parent is for a lone one" in refused(command, "--parent", "p", f"{top}:a", status=2)
+    assert 'snapshot "p" does not exist' in refused(command, "--parent", "p", "/dev/null", status=3)
+    (tmp_path / "text").write_text("no archive " * 100)
+    assert "none: " in refused(command, str(tmp_path / "text"))
+    (tmp_path / "text.xz").write_bytes(b"\xfd7zXZ\0" + b"x" * 100)
+    assert "packed by xz" in refused(command, str(tmp_path / "text.xz"))
+    for wrong in ("20Q", "-1", "x"):
+        assert "wants a number" in refused(command, f"--max-size={wrong}", f"{top}:a", status=2)
+    command("prepare", "p")
+    command("commit", "p", "p")
+    assert "was not imported" in refused(command, "--parent", "p", str(tmp_path / "text"), status=6)
+
+
+@pytest.mark.parametrize("change", ["lost", "longer", "another", "manifest", "config", "diff", "kind", "count"])
+def test_what_is_damaged(command: Command, layout: Layout, change: str) -> None:
+    tars = three()
+    layout.add("t", tars, packed=change == "diff")
+    blobs = {path: json.loads(path.read_bytes()) for path in layout.blobs.iterdir() if path.read_bytes()[:1] == b"{"}
+    manifest = next(each for each in blobs.values() if "layers" in each)
+    config = next(path for path, each in blobs.items() if "rootfs" in each)
+    blob = layout.blobs / manifest["layers"][1]["digest"].partition(":")[2]
+    if change == "lost":
+        blob.unlink()
+    elif change == "longer":
+        blob.write_bytes(blob.read_bytes() + b"x")
+    elif change == "another":
+        blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    elif change == "manifest":
+        (layout.blobs / layout.listed[0]["digest"].partition(":")[2]).write_bytes(b"x" * layout.listed[0]["size"])
+    elif change == "config":
+        config.write_bytes(config.read_bytes().replace(b"linux", b"linuy"))
+    else:
+        told = blobs[config]
+        if change == "diff":
+            told["rootfs"]["diff_ids"][1] = digest_of(b"another")
+        elif change == "count":
+            told["rootfs"]["diff_ids"].pop()
+        else:
+            manifest["layers"][0]["mediaType"] = "application/vnd.cncf.helm.chart"
+        manifest["config"] = layout.document(told, "config.v1+json")
+        layout.listed[0] |= layout.document(manifest, "manifest.v1+json")
+        layout.write()
+    why = {
+        **{"lost": "lacks the blob", "longer": "it is cut off, or another", "another": "layer 2 of 3: it is damaged: its blob"},
+        **{"manifest": "its digest is not", "config": "its digest is not", "diff": "layer 2 of 3: unpacked it hashes to"},
+        **{"kind": "no archive of files", "count": "tells of 2 layers"},
+    }
+    assert why[change] in refused(command, f"oci:{layout.top}")
+    assert kept(command.mnt) == []
+
+
+@pytest.mark.parametrize("cut", [512, 1700, 5000, -1024])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"])
+def test_an_archive_that_is_cut_off(command: Command, tmp_path: Path, pack: Callable[[bytes], bytes], cut: int) -> None:
+    tar = Layer(tarfile.PAX_FORMAT).add("x", b"x" * 600).add("y", os.urandom(9000)).done().rstrip(b"\0") + bytes(1024)
+    tar += bytes(-len(tar) % 512)
+    packed = pack(tar)
+    (tmp_path / "layer").write_bytes(packed[: cut if cut > 0 or pack is bytes else -10])
+    assert "cut off" in refused(command, str(tmp_path / "layer"))
+
+
+def test_a_layer_that_is_hostile(command: Command, layout: Layout) -> None:
+    """What stands in the middle of an image takes all of it along."""
+    layout.add("t", [three()[0], Layer().add("ok", b"").link("etc", "/etc").add("etc/x", b"").done(), three()[2]])
+    said = refused(command, f"oci:{layout.top}")
+    assert "layer 2 of 3: etc/x leads through the link etc to /etc, out of the layer" in said
+    assert not os.path.exists("/etc/x")
+    assert kept(command.mnt) == []
+
+
+def test_bombs(command: Command, layout: Layout, tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "bomb", "wb", 9) as file:
+        file.write(Layer().add("zeros", bytes(200 << 20)).done())
+    assert "more than 200 times what it takes packed" in refused(command, str(tmp_path / "bomb"))
+    assert "more than 1048576 bytes, as many as --max-size" in refused(command, "--max-size=1M", *ROOMY, str(tmp_path / "bomb"))
+    tar = Layer()
+    for number in range(300):
+        tar.add(f"{number}/x", b"")
+    layout.add("t", [tar.done(), three()[0]])
+    assert "more than 400 files, as many as --max-files" in refused(command, "--max-files=400", f"oci:{layout.top}")
+    command("import", *ROOMY, str(tmp_path / "bomb"))
+
+
+def test_an_image_for_another_machine(command: Command, layout: Layout) -> None:
+    other = "s390x"
+    top = layout.add("t", three(), machine=other)
+    said = refused(command, f"oci:{layout.top}")
+    assert f"the image is for linux/{other}, and this machine is linux/{MACHINE}: --force takes it nevertheless" in said
+    assert command("import", "--force", f"oci:{layout.top}") == f"{command.mnt}/committed/{top}\n"
+    remove_all(command.mnt)
+    ours, theirs = three()[:2], three()[:1]
+    both = [
+        {**layout.manifest(tars, machine=machine), "platform": {"os": "linux", "architecture": machine}}
+        for tars, machine in ((theirs, other), (ours, MACHINE))
+    ]
+    both.append({**layout.manifest(theirs), "platform": {"os": "unknown", "architecture": "unknown"}})
+    layout.listed = [{**layout.document({"manifests": each}, "index.v1+json")} for each in (both, both[:1])]
+    for each, tag in zip(layout.listed, ("both", "theirs"), strict=True):
+        each["annotations"] = {"org.opencontainers.image.ref.name": tag}
+    layout.write()
+    assert command("import", f"oci:{layout.top}:both").endswith(f"{chain_of(ours)[-1]}\n")
+    assert f"the image is for linux/{other}, and" in refused(command, f"oci:{layout.top}:theirs")
+    assert command("import", "--force", f"oci:{layout.top}:theirs").endswith(f"{chain_of(theirs)[-1]}\n")
+
+
+def test_skopeo_and_what_it_does_not_know(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "skopeo can't fetch it: " in refused(command, "nowhere:x")
+    assert "skopeo can't fetch it: " in refused(command, f"dir:{tmp_path}")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "skopeo is not installed, which fetches docker: images" in refused(command, "docker://host/name:tag")
+    assert '"nowhere" is no transport that is known' in refused(command, "nowhere:x")
+
+
+def test_another_snapshot_with_that_name(command: Command, layout: Layout) -> None:
+    top = layout.add("t", three())
+    command("prepare", "p")
+    command("commit", "p", top)
+    assert "already exists (committed), and no import has made it: rename or remove it" in refused(
+        command, f"oci:{layout.top}", status=4
+    )
+
+
+def test_a_full_disk(make_daemon: Callable[..., Daemon], small_disk: Path, layout: Layout) -> None:
+    daemon = make_daemon(root=small_disk / "root").start()
+    command, tars = Command(daemon.mnt), [*three(), Layer().add("big", os.urandom(64 << 20)).done()]
+    layout.add("large", tars)
+    layout.add("small", tars[:3])
+    assert "layer 4 of 4: No space left on device; nothing is kept of it" in refused(command, f"oci:{layout.top}:large")
+    assert kept(daemon.mnt) == []
+    (daemon.mnt / ".snapfs/cleanup").write_text("1")
+    command("import", f"oci:{layout.top}:small")
+    settled(daemon.mnt, tars[:3])
+    assert daemon.stop() == 0
+
+
+def test_more_layers_than_can_be_mounted(command: Command, layout: Layout) -> None:
+    tars = [Layer().add(f"{number}", b"").done() for number in range(501)]
+    layout.add("many", tars)
+    assert "at most 500 layers" in refused(command, f"oci:{layout.top}")
+    assert kept(command.mnt) == []
+
+
+# -- several at once, and kills
+
+
+def test_several_of_the_same_at_once(command: Command, layout: Layout) -> None:
+    tars = three()
+    layout.add("a", tars)
+    layout.add("b", tars[:2])
+    words = [[*SNAPFS, "import", "--at", str(command.mnt), f"oci:{layout.top}:{tag}"] for tag in "abab"]
+    started = [subprocess.Popen(each, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for each in words]
+    said = [(process.communicate(timeout=60), process.returncode) for process in started]
+    assert [status for _, status in said] == [0] * 4, said
+    settled(command.mnt, tars)
+
+
+def test_what_another_import_is_at(command: Command, layout: Layout) -> None:
+    """It waits for the end of that."""
+    tars = three()
+    layout.add("t", tars)
+    key = command.mnt / f"active/import-{chain_of(tars)[0].partition(':')[2]}"
+    os.mkdir(key)
+    fd = os.open(key, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    waiting = OnATerminal("import", "--at", str(command.mnt), f"oci:{layout.top}")
+    said = b""
+    while b"waiting for another import" not in said:
+        said += os.read(waiting.master, 4096)
+    os.close(fd)
+    assert chain_of(tars)[-1] in waiting.said()
+    settled(command.mnt, tars)
+
+
+def test_progress_is_told(command: Command, layout: Layout) -> None:
+    layout.add("t", three())
+    said = OnATerminal("import", "--at", str(command.mnt), f"oci:{layout.top}").said()
+    assert re.search(r"unpacking, \d of 3 layers are done: \d+ files, ", said), said
+
+
+def imported(channel: Channel, mnt: str, *words: str) -> None:
+    """In a process whose calls are held, and those of the processes that it starts."""
+    os.environ["SNAPFS"] = mnt
+    channel.watch()
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO())), redirect_stderr(io.TextIOWrapper(io.BytesIO())):
+        channel.say("status", main(["import", *words]))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running(["snapfs.cli.importing", "tests.test_import"]) as started:
+        yield started
+
+
+def test_killed_between_any_two_calls(command: Command, server: Server, layout: Layout) -> None:
+    """What is committed is whole, and the next call goes on, and leaves nothing behind."""
+    tars, mnt = three()[:2], command.mnt
+    layout.add("t", tars)
+    command("import", f"oci:{layout.top}")
+    expected = {name: everything(layer(mnt, name)) for name in chain_of(tars)}
+    remove_all(mnt)
+    nth, is_done = 1, False
+    while not is_done:
+        with server.started(imported, str(mnt), f"oci:{layout.top}") as process:
+            process.hold(lambda call, nth=nth: KILL if call.nth == nth else None)  # type: ignore[misc]
+            is_done = ["status", 0] in process.said
+            assert process.errors() == []
+        for name in os.listdir(mnt / "committed"):
+            assert alike(everything(layer(mnt, name)), expected[name])
+        command("import", f"oci:{layout.top}")
+        settled(mnt, tars)
+        for name in chain_of(tars):
+            assert alike(everything(layer(mnt, name)), expected[name])
+        remove_all(mnt)
+        nth += 1 if EVERY == 1 else 1 + nth // 3
+    assert nth > 50
+
+
+def alike(found: dict[str, object], expected: dict[str, object]) -> bool:
+    """But for when whiteouts were made, and directories of which no layer tells."""
+    untold = (".", "x", "e", "gone")
+    return {path: seen for path, seen in found.items() if path not in untold} == {
+        path: seen for path, seen in expected.items() if path not in untold
+    }
+
+
+def test_what_a_killed_one_has_unpacked_is_not_unpacked_again(command: Command, server: Server, layout: Layout) -> None:
+    tars, mnt = three(), command.mnt
+    layout.add("t", tars)
+
+    def decide(call: Call) -> int | None:
+        return KILL if call.name == "renameat" and "import-" in str(call) else None
+
+    with server.started(imported, str(mnt), f"oci:{layout.top}") as process:
+        assert process.hold(decide)
+    left = {name: os.readlink(mnt / f"active/{name}/diff") for name in os.listdir(mnt / "active")}
+    assert len(left) == 3
+    command("import", f"oci:{layout.top}")
+    settled(mnt, tars)
+    assert {str(layer(mnt, name)) for name in chain_of(tars)} == set(left.values())
+
+
+def test_what_is_left_of_another_goes(command: Command, server: Server, layout: Layout) -> None:
+    layout.add("a", three())
+    layout.add("b", [Layer().add("b", b"").done()])
+    with server.started(imported, str(command.mnt), f"oci:{layout.top}:a") as process:
+        process.hold(lambda call: KILL if call.name == "mknodat" else None)
+    assert any(name.startswith("import-") for name in os.listdir(command.mnt / "active"))
+    command("import", f"oci:{layout.top}:b")
+    settled(command.mnt, [Layer().add("b", b"").done()])
+
+
+def test_interrupted(command: Command, server: Server, layout: Layout) -> None:
+    layout.add("t", three())
+    told: list[str] = []
+
+    def decide(call: Call) -> None:
+        if call.name == "symlinkat" and not told:
+            told.append(str(call))
+            process.signal(signal.SIGINT)
+
+    with server.started(imported, str(command.mnt), f"oci:{layout.top}") as process:
+        process.hold(decide)
+        assert process.errors() == []
+        assert told
+        assert ["status", 130] in process.said
+    assert kept(command.mnt) == []
+
+
+# -- by an ordinary user, with a daemon of her own
+
+
+@pytest.fixture
+def home(everybodys_fuse: None, users: None) -> Iterator[Home]:
+    with home_of(alice) as home:
+        home.daemon.start()
+        yield home
+        assert home.daemon.stop() == 0
+
+
+def test_hers(home: Home) -> None:
+    layout = Layout(home.path / "oci")
+    layers = [
+        Layer().add("d/f", b"first", uid=33, gid=34).add("d/own", b"").add("null", type=tarfile.CHRTYPE, devmajor=1, devminor=3)
+    ]
+    layers.append(Layer().add("d/.wh.f").hard("x", "d/own").add("e", None).add("e/.wh..wh..opq"))
+    tars = [each.done() for each in layers]
+    top = layout.add("t", tars)
+    said = home.snapfs("import", f"oci:{layout.top}")
+    assert f"{home.mnt}/committed/{top}\n" in said
+    assert "null, for one, is a device" in said
+    on = home.options()["subids"]
+    assert isinstance(on, dict)
+    assert ("d/f, for one, belongs to a user or group" in said) == (not on["on"])
+    home.snapfs("prepare", "w", "--parent", top)
+    assert home.inside("w", "find . | sort | tr '\\n' ' '") == ". ./d ./d/own ./e ./x "
+    assert home.snapfs("import", f"oci:{layout.top}") == f"{home.mnt}/committed/{top}\n"
+
+
+@pytest.mark.usefixtures("everybodys_fuse", "users")
+def test_who_may_not_write_root(make_daemon: Callable[..., Daemon], open_path: Path) -> None:
+    daemon = make_daemon("-o", "allow_other", "-o", f"uid={ALICE}").start()
+    (open_path / "layer").write_bytes(three()[0])
+    words = [*alice, *SNAPFS, "import", "--at", str(daemon.mnt), str(open_path / "layer")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 6, done
+    assert "is for the user that serves" in done.stderr
+    assert kept(daemon.mnt) == []
+
+
+# -- images/, in trees that have it
+
+
+def test_a_name_in_images(command: Command, layout: Layout) -> None:
+    """The seam between import and images/: a link, and the configuration in image.json."""
+    top = layout.add("t", three())
+    if not os.path.isdir(command.mnt / "images"):
+        assert "has no images/" in refused(command, f"oci:{layout.top}", "app:1.0")
+        return
+    command("import", f"oci:{layout.top}", "app:1.0")
+    assert os.readlink(command.mnt / "images/app:1.0") == f"../committed/{top}"
+    told = json.loads((command.mnt / f"committed/{top}/image.json").read_text())
+    assert told["config"]["Cmd"] == ["/bin/sh"]
+    command("import", f"oci:{layout.top}", "app:1.0")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(command.mnt / "images/app:1.0")
