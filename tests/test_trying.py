@@ -112,6 +112,7 @@ def test_confined(anybody: Home) -> None:
             "ls -A /run | wc -l": "0",
             "ls -A /tmp | grep -v ^tmp || :": "",  # where the workspace is, here
             "echo x > /tmp/x && cat /tmp/x": "x",
+            "test -w /proc/sys/kernel/core_pattern || echo kept": "kept",  # root needs no privilege for that
             r"cat /proc/[0-9]*/comm | grep -vx 'bwrap\|sh\|cat\|grep' || :": "",
             "grep -o '[a-z0-9]*:' /proc/net/dev": "lo:",
             "grep CapEff /proc/self/status": "CapEff:\t0000000000000000",
@@ -220,6 +221,19 @@ def test_a_directory_stays_as_it_is(anybody: Home, project: Path) -> None:
     assert anybody.sh("ls tree/active; ls tree/committed") == "w\nb\n"
     anybody.snapfs("run", "--from", project, "--confine", "sh", "-c", "pwd > here; rm file")
     assert anybody.snapfs("run", "project-run-1", "cat", "here") == f"{project}\n"
+
+
+def test_a_directory_whose_path_no_key_can_be(anybody: Home) -> None:
+    """Too long, too deep, not UTF-8."""
+    for name in (b"d" * 240, b"/".join([b"long" * 20] * 4), b"bad\xff"):
+        path = anybody.path / os.fsdecode(name)
+        anybody.does("mkdir", "-p", path)
+        anybody.snapfs("run", "--from", path, "--apply", "touch", "new")
+        assert os.listdir(path) == ["new"]
+    anybody.snapfs("adopt", "--over", path, "key")
+    assert '"key" stays' in anybody.snapfs("release", path)
+    assert "nothing to release" in anybody.snapfs("release", path, status=3)
+    assert active(anybody) == ["key", "w"]
 
 
 def test_what_conflicts_is_kept(anybody: Home, project: Path) -> None:

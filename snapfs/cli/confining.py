@@ -39,6 +39,11 @@ def words(inside: str, there: str, command: list[str], *, net: bool) -> list[str
         "you may read"
     )
     called = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--tmpfs", "/run"]
+    called += [
+        "--ro-bind",
+        "/proc/sys",
+        "/proc/sys",
+    ]  # root writes there without any privilege, and so starts programs
     called += ["--bind", inside, there, "--unshare-all", "--cap-drop", "ALL", "--die-with-parent"]
     if net:
         resolver = os.path.realpath(_RESOLVER)  # which is often in /run
