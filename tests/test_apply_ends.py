@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests import applying
 from tests.applying import Tree, Workspace, differing, expected, fill, looked, work_on
 from tests.command import Command
 from tests.daemon import Daemon
-from tests.syscalls import EVERY, KILL, Call, Server, running
+from tests.syscalls import EVERY, KILL, Call, Process, Server, running
 
 pytestmark = pytest.mark.mounts
 
@@ -146,6 +147,28 @@ def test_taking_back_is_killed(applies: Applies) -> None:
         applies.restore()
         nth += EVERY
     assert nth > 15
+
+
+def test_ended_by_a_signal(applies: Applies) -> None:
+    """As after Ctrl-C: all is as it was before, or as it is to be, and nothing is left."""
+    nth, left = 1, 0
+    while True:
+        with applies.server.started(applying.apply, str(applies.home.snapfs.mnt), True, "w") as process:
+
+            def decide(call: Call, nth: int = nth, process: Process = process) -> None:
+                if call.nth == nth:
+                    process.signal(signal.SIGTERM)
+
+            assert process.hold(decide)
+            assert process.errors() == []
+            if any(message[0] == "ended" for message in process.said):
+                break
+        left += STAGING in os.listdir(applies.home.path)
+        assert applies.end() in (True, False)
+        applies.restore()
+        nth += 1 if EVERY == 1 else 1 + nth // 4
+    assert nth > 20
+    assert left <= nth // 10, "a call may be between two steps of tidying up"
 
 
 def test_each_call_fails(applies: Applies) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def _adopt(given: Given) -> int:
     from snapfs.cli.adopting import Adoption
+    from snapfs.cli.cutoff import tidied
     from snapfs.cli.mount import mount_on, trusting
     from snapfs.cli.source import Source
     from snapfs.kernel import trusted
@@ -35,11 +36,12 @@ def _adopt(given: Given) -> int:
         if over and not options["window"]:  # before anything is copied
             with trusting(f'mount "{key}" on', source.path):
                 trusted.find(source.path).__exit__(None, None, None)
-        with adoption.committed(move=given.has("move")):
+        with tidied(), adoption.committed(move=given.has("move")):
             directory = adoption.made([(OVER, source.text)] if over else [])
         table.show_line(directory)
         if over and options["window"]:
-            to_do = f"{place.command('shell', key)}, and {place.command('run', key)}, have it there"
+            its = place.word_of(key)
+            to_do = f"{place.command('shell', its)}, and {place.command('run', its)}, have it there"
             table.complain(f'"{key}" stands over {word(source.path)} for what you start in it: {to_do}')
         elif over:
             mount_on(place, key, source.path)
@@ -72,14 +74,31 @@ def _release(given: Given) -> int:
     for mount in found:
         unmount(mount)
     place.write_label(directory, OVER, "")
-    table.show_line(f'{over} is what it was; "{key}" stays, with its changes: {place.command("diff", key)} shows them,')
-    table.show_line(f"{place.command('apply', key)} makes them there, {place.command('rm', key)} throws them away")
+    its = place.word_of(key)
+    if _is_moved(over):
+        from snapfs.names import word
+
+        files, there = word(f"{directory}/rootfs/."), word(f"{over}/")
+        table.show_line(f'{over} is empty, as adopt --move has left it: "{key}" has all files, and brings none back by itself;')
+        table.show_line(f"cp -a {files} {there} copies them there")
+        return 0
+    table.show_line(f'{over} is what it was; "{key}" stays, with its changes: {place.command("diff", its)} shows them,')
+    table.show_line(f"{place.command('apply', its)} makes them there, {place.command('rm', its)} throws them away")
     return 0
+
+
+def _is_moved(path: str) -> bool:
+    """Whether nothing is in the directory ``path``, as far as this user may look."""
+    try:
+        with os.scandir(path) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return False
 
 
 def _meant(place: MountedTree, word: str) -> str:
     """The key of the workspace that ``word`` names, or that stands over the directory ``word``."""
-    if place.kind_of(word) is None and os.path.isdir(word):
+    if place.is_directory(word):
         from snapfs.cli.listing import rows
         from snapfs.names import path_as_text
 
@@ -116,7 +135,7 @@ snapfs adopt --move /srv/data db
         "release",
         "KEY|DIR",
         (),
-        "Take away what adopt --over did: DIR is what it was, and the workspace stays, with its changes.",
+        "Take away what adopt --over did: DIR is what it was, empty after --move, and the workspace stays, with its changes.",
         """
 snapfs release ~/site
 snapfs release web

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 _ALL = [range(1 << 32)]  # ids
 
+DRAFT = "@adopting"
+"""What the key of the snapshot ends with that is to become a base."""
+
 SEARCH = 60.0  # seconds in which all processes are asked whether they have a directory that is moved
 
 
@@ -61,7 +64,7 @@ class Adoption:
         self.source = source
         self.key = key
         self.base = f"{key}@0"
-        self.draft = f"{key}@adopting"
+        self.draft = f"{key}{DRAFT}"
         self._options = options
         self._root: str = options["root"]
         self._prefix = "user.overlay." if options["features"]["userxattr"]["on"] else "trusted.overlay."
@@ -134,7 +137,7 @@ class Adoption:
         if kind != "committed" or not way:
             whose = label_of(self.place, directory, SOURCE)
             of = f", the base of an earlier adoption of {names.path_of_text(whose)}" if whose else ""
-            to_do = f"or remove it: {place.command('rm', self.base)}"
+            to_do = f"or remove it: {place.command('rm', place.word_of(self.base))}"
             if whose == self.source.text and self.source.is_empty():  # it has all that there was
                 options = ["--parent", self.base, "--label", f"{SOURCE}={whose}", "--label", f"{BASE}={self.base}"]
                 to_do = f"or go on from it: {place.command('prepare', self.key)} {' '.join(map(names.word, options))}"
