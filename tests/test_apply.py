@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -486,3 +487,86 @@ def test_what_a_user_may_not_touch(everybodys_fuse: None, users: None, alices: H
     assert "nothing was changed" in said
     assert not differing(looked(alices.path / "p"), before)
     assert set(os.listdir(alices.path / "p")) == {"hers", "roots"}
+
+
+# -- what others say, and what was not made here
+
+
+def test_names_with_control_characters_can_be_typed_as_advised(home: Workspace) -> None:
+    key = "w\x1b[2J\n"
+    home.snapfs("fork", "w", key)
+    home.snapfs("label", key, f"snapfs.source={home.path}", "snapfs.base=base")
+    before = looked(home.path)
+    said = home.apply(key).splitlines()[-1]
+    advised = re.fullmatch("done; snapfs (apply --undo by-id/[0-9]+) undoes it", said)
+    assert advised, said
+    (number,) = re.findall("[0-9]+", advised[1])
+    kept = os.path.basename(os.readlink(home.snapfs.mnt / "by-id" / number))
+    assert advised[1] in home.apply(f"committed/{kept}", status=2)
+    home.snapfs(*advised[1].split())
+    assert not differing(looked(home.path), before)
+    home.snapfs("prepare", f"{key}2")
+    assert re.search("snapfs apply by-id/[0-9]+ DIRECTORY$", home.apply(f"{key}2", status=1))
+
+
+def test_what_is_empty_means_nothing_else(home: Workspace) -> None:
+    before = looked(home.path)
+    for words in (["w", ""], ["w", str(home.path), ""]):
+        assert "an argument is empty" in home.apply(*words, status=2)
+    assert looked(home.path) == before
+
+
+def test_the_directory_above_what_a_link_leads_to(home: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """link/.. is that directory for the kernel, and not the one that has the link."""
+    (tmp_path / "here/other").mkdir(parents=True)
+    (tmp_path / "here/link").symlink_to(home.path / "old")
+    monkeypatch.chdir(tmp_path / "here")
+    assert "cannot apply anything" in home.apply("w", "link/..", status=1)
+    assert os.listdir("other") == []
+    home.apply("w", "--", "new")
+    assert (home.path / "new").is_dir()
+    home.apply("w", "other/../../home", "gone")
+    assert not (home.path / "gone").exists()
+
+
+@pytest.mark.parametrize("options", [("-o", f"uid={ALICE}"), ("-o", f"gid={ALICE},umask=002")])
+def test_what_others_could_have_written_is_not_followed(
+    make_daemon: Callable[..., Daemon], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Where they may write the tree: neither its labels, nor an undo that they have made up."""
+    snapfs = Command(make_daemon("-o", "allow_other", *options).start().mnt)
+    home = Workspace(snapfs, tmp_path / "home", fill)
+    work_on(home.work)
+    before = looked(home.path)
+    assert re.search('named by the label snapfs.source of "w", .*: snapfs apply w DIRECTORY$', home.apply("w", status=6))
+    assert not differing(looked(home.path), before)
+    home.apply("w", str(home.path))
+    (tmp_path / "elsewhere").mkdir()
+    snapfs("label", "w-undo-1", f"snapfs.source={tmp_path}/elsewhere")
+    home.apply("--undo", "w")
+    assert not differing(looked(home.path), before)
+    assert os.listdir(tmp_path / "elsewhere") == []
+    kept = Path(os.readlink(snapfs.mnt / "committed/w-undo-1/rootfs"))
+    snapfs("prepare", "forged", "-l", "snapfs.undo=w", "-l", f"snapfs.source={home.path}")
+    layer = Path(os.readlink(snapfs.mnt / "active/forged/rootfs"))
+    subprocess.run(["cp", "-a", f"{kept}/.", str(layer)], check=True)
+    os.chown(layer / "plan", ALICE, ALICE)
+    snapfs("commit", "--no-sync", "forged", "forged")
+    assert '"forged" was made by another user' in home.apply("--undo", "forged", status=6)
+
+
+@pytest.mark.parametrize("about", ['{"undo": "w", "root": "ROOT", "token": null}', '{"undo": "w", "root": "ROOT"}', "[]"])
+@pytest.mark.parametrize("journal", [None, '["about", {"undo": "w", "root": "ROOT", "token": null}]\n'])
+def test_what_somebody_has_packed_is_no_apply_that_was_cut_off(
+    home: Workspace, module_daemon: Daemon, about: str, journal: str | None
+) -> None:
+    """An archive may have a directory that is called as that of an apply, and a copy of a home directory has it, too."""
+    home.snapfs("prepare", "other", "--parent", "base", "-l", f"snapfs.source={home.path}")
+    (home.path / STAGING).mkdir(mode=0o700)
+    for name, text in (("about", about), ("journal", journal)):
+        if text is not None:
+            (home.path / STAGING / name).write_text(text.replace("ROOT", str(module_daemon.root)))
+    before = looked(home.path)
+    assert "copied or unpacked here: move it away" in home.apply("other", status=1)
+    assert looked(home.path) == before
+    assert home.snapfs.names() == ["base", "other", "w"]

@@ -261,7 +261,7 @@ def test_refusals(snapfs: Command, web: Path) -> None:
         (["web", "new/x"], "/new/x is not in web@1", 3),
         (["web", "etc/conf/x"], "/etc/conf/x is not in web@1", 3),
         (["web", "/"], "rollback web puts all of it back", 2),
-        (["web", "../.."], "is in no workspace", 3),
+        (["web", "../.."], "say which, and the path in it: snapfs restore KEY PATH", 3),
         (["web", "dir/link/x"], "/dir/link is a symbolic link: give the path that it leads to", 1),
         (["web", "--from", "7", "etc/conf"], '"web" has no checkpoint 7: snapfs checkpoint --list', 3),
         (["web", "--from", "none", "etc/conf"], 'snapshot "none" does not exist', 3),

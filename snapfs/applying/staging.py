@@ -52,6 +52,7 @@ class Staging:
         os.mkdir(_NAME, 0o700, dir_fd=target.top)
         staging = cls(target, _opened(target), about)
         found = os.fstat(staging.held.top)
+        about["inode"] = found.st_ino
         if found.st_uid != os.geteuid() or found.st_mode & 0o077 or staging.held.names(b""):
             staging.close()
             raise Unfit(f"somebody has put another directory at {target.name}/{STAGING} just now: move it away")
@@ -80,7 +81,13 @@ class Staging:
                 about = json.load(file)
         except (FileNotFoundError, ValueError):  # it had just been made
             about = {}
-        return cls(target, held, about)
+        staging = cls(target, held, about)
+        # a copy tells of inodes that are others by now; and in what somebody else has packed it tells what they like
+        is_its = isinstance(about, dict) and about.get("inode") == found.ino
+        if not is_its and (staging.state == BEGUN or about != {}):
+            staging.close()
+            raise Unfit(f"{where} was made for another directory, and copied or unpacked here: move it away")
+        return staging
 
     def close(self) -> None:
         self.held.close()

@@ -15,6 +15,8 @@ from snapfs.applying.filling import Changed, stage
 from snapfs.applying.plan import NEW, OLD, STAGING, Nothing, Plan, Side, Since, Step, Unfit, make_plan, shown
 from snapfs.applying.staging import BEGUN, FINISHED, Staging, lock, refuse_unwritable
 from snapfs.cli import table, undoing
+from snapfs.cli.adopt import over_of
+from snapfs.cli.cutoff import tidied
 from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import MountedTree, file_name, find_tree
@@ -33,10 +35,15 @@ _ESCAPED = re.compile(rb"\\(\\|n|0[0-7]{3})")
 
 
 def _apply(given: Given) -> int:
-    if given.has("undo"):
-        return _undo(given)
+    with tidied():
+        return _undo(given) if given.has("undo") else _bring(given)
+
+
+def _bring(given: Given) -> int:
     if not given.arguments:
         raise Refusal("KEY is missing: snapfs apply --help tells more", USAGE)
+    if "" in given.arguments:  # a variable that is not set: TARGET would be another one, or PATH all there is
+        raise Refusal("an argument is empty: leave it out, if you mean the directory that KEY comes from, or all paths", USAGE)
     place = find_tree(given.value("at"), changes=not given.has("dry-run"))
     place.refuse_foreign("applied")
     key = place.key(given.arguments[0])
@@ -51,7 +58,8 @@ def _apply(given: Given) -> int:
     if row is None:
         raise changed(key, NOT_FOUND)
     if UNDO in row.labels:
-        raise Refusal(f'"{key}" keeps what an apply has replaced: {place.command("apply --undo", key)} brings it back', USAGE)
+        to_do = place.command("apply --undo", place.word_for(key, row.id))
+        raise Refusal(f'"{key}" keeps what an apply has replaced: {to_do} brings it back', USAGE)
     base = _base(row, everything)
     paths = [os.path.normpath(f"/{path}").lstrip("/") for path in asked]
     target = _open_target(place, named or undoing.source_path(place, key, everything))
@@ -68,9 +76,10 @@ def _apply(given: Given) -> int:
                     f'there is no {word} in "{key}", nor in what it began as: give a path from its root on', NOT_FOUND
                 )
         if os.path.samestat(os.fstat(target.top), os.fstat(wanted.top)):
-            raise Refusal(
-                f'{target.name} shows files of the tree here, where "{key}" is mounted over it: apply it from outside'
-            )
+            to_do = "apply it from outside"
+            if not place.options()["window"] and over_of(place, directory) is not None:  # everybody has it there
+                to_do = f"{place.command('release', place.word_for(key, row.id))} gives the directory back first"
+            raise Refusal(f'{target.name} shows files of the tree here, where "{key}" is mounted over it: {to_do}')
         if json.loads(place.read(f"{directory}/info.json"))["id"] != row.id:
             raise changed(key)
         if "" in paths:  # all of it
@@ -98,12 +107,12 @@ def _undo(given: Given) -> int:
     place.refuse_foreign("applied")
     word = given.arguments[0] if given.arguments else None
     row = undoing.find_undo(place, word)
-    target = _open_target(place, undoing.source_path(place, row.name, [row]))
+    target = _open_target(place, undoing.undo_target(place, row))
     with contextlib.ExitStack() as held:
         held.enter_context(target)
         _begin(place, target, given)
         found = undoing.find_undo(place, word)  # that of what was ended just now, if anything was
-        if undoing.source_path(place, found.name, [found]) == target.name:
+        if found.id != row.id and undoing.undo_target(place, found) == target.name:
             row = found
         done, files = undoing.open_undo(place, row)
         held.enter_context(contextlib.closing(done))
@@ -159,7 +168,12 @@ def _end(place: MountedTree, target: Held, staging: Staging) -> None:
             table.complain(f"an earlier apply to {target.name} was cut off, and {where} has changed since: it is undone")
             return
         _finish(place, staging, plan)
-    table.complain(f"an earlier apply to {target.name} was cut off: it is finished, and {plan.about['undo']} undoes it")
+    table.complain(f"an earlier apply to {target.name} was cut off: it is finished, and {_undoing(place, plan)} undoes it")
+
+
+def _undoing(place: MountedTree, plan: Plan) -> str:
+    """What the user types to undo it."""
+    return place.command("apply --undo", place.word_of(plan.about["undo"]))
 
 
 def _carry_out(
@@ -196,7 +210,7 @@ def _carry_out(
         if as_json:
             print(f'],\n"applied": {json.dumps(is_done)}, "undo": {json.dumps(plan.about["undo"] if is_done else None)}}}')
     if is_done and not as_json:
-        table.show_line(f"done; {place.command('apply --undo', plan.about['undo'])} undoes it")
+        table.show_line(f"done; {_undoing(place, plan)} undoes it")
     return 0
 
 
@@ -224,7 +238,8 @@ def _do(place: MountedTree, plan: Plan, wanted: Seen, target: Held, undone: dict
             with _refusing(target, "the apply could not be undone, and the next one ends it"):
                 _take_back(place, target, staging, plan)
             raise
-        with _refusing(target, f"it is done, and {plan.about['undo']} undoes it, but what was replaced could not be removed"):
+        done = f"it is done, and {_undoing(place, plan)} undoes it"
+        with _refusing(target, f"{done}, but what was replaced could not be removed"):
             _finish(place, staging, plan)
 
 
@@ -331,9 +346,10 @@ def _open_files(place: MountedTree, kind: str, key: str) -> Held:
 
 def _open_target(place: MountedTree, path: str) -> Held:
     """The directory that is to be changed; raises Refusal."""
-    path = os.path.abspath(path)
+    path = os.path.join(os.getcwd(), path)  # link/.. is what the kernel takes it for, and no other directory
     try:
         fd = open_without_links(path, os.O_RDONLY | os.O_DIRECTORY)
+        path = os.readlink(f"/proc/self/fd/{fd}")
     except OSError as error:
         from snapfs.names import word
 

@@ -47,7 +47,8 @@ def _lines(place: MountedTree, given: Given, as_patch: bool) -> Iterator[str]:
     old, new, paths = _sides(place, given)
     kind, directory = place.find(new)
     if kind == "view" and not old:
-        raise Refusal(f'"{new}" is a view, which changes nothing; {place.command("diff NAME", new)} compares it with another')
+        to_do = place.command("diff NAME", place.word_of(new))
+        raise Refusal(f'"{new}" is a view, which changes nothing; {to_do} compares it with another')
     name = "changes.patch" if as_patch else "changes"
     option = "binary" if as_patch else "content"  # a patch has never what holds what it held
     if not old and not paths and not given.has(option):

@@ -154,9 +154,7 @@ def _stand_inside(place: MountedTree, key: str, given: Given, over: str | None, 
 def _adopted_over(place: MountedTree, directory: str, window: str) -> str | None:
     """The directory over which ``snapfs adopt --over`` has said that the workspace at ``directory`` is to stand; None where it
     hasn't, where root has mounted it there, or where others may write the tree, and so what it says of that."""
-    found = os.fstat(held := place.within.find(f"{directory}/labels"))
-    os.close(held)
-    if not window or found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if not window or place.is_labelled_by_others(directory):
         return None
     return over_of(place, directory)
 

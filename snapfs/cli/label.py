@@ -18,7 +18,7 @@ def _label(given: Given) -> int:
     _, directory = place.find(name)
     for key in given.all("delete"):
         if not place.within.exists(f"{directory}/labels/{file_name(key)}"):
-            raise Refusal(f'"{name}" has no label "{key}"; {place.command("label", name)} lists them', NOT_FOUND)
+            raise Refusal(f'"{name}" has no label "{key}"; {place.command("label", place.word_of(name))} lists them', NOT_FOUND)
     for key, value in [*labels, *((key, "") for key in given.all("delete"))]:
         place.write_label(directory, key, value)
     if labels or given.has("delete"):

@@ -58,6 +58,21 @@ class MountedTree:
 
         return key if names.printable(key) == key else f"by-id/{number}"  # which is shown as it is
 
+    def word_of(self, key: str) -> str:
+        """The same for a snapshot that is there, whose id is not known; the key itself where there is none."""
+        from snapfs import names
+
+        if names.printable(key) == key:
+            return key
+        import json
+
+        try:
+            _, directory = self.find(key)
+            number: int = json.loads(self.read(f"{directory}/info.json"))["id"]
+        except Refusal:
+            return key
+        return self.word_for(key, number)
+
     def is_trusted(self) -> bool:
         """Whether root or the user has mounted the file system that stands at the path."""
         return any(tree.number == self.within.mount and tree.is_trusted for tree in mounted_trees())
@@ -95,6 +110,29 @@ class MountedTree:
             except OSError as error:
                 raise refusal(error, self.path, f'cannot look for "{key}"') from None
         return None
+
+    def is_labelled_by_others(self, directory: str) -> bool:
+        """Whether others than root and this user may write the labels of the snapshot in ``directory``, and so have chosen what
+        they say.  Raises Refusal."""
+        try:
+            held = self.within.find(f"{directory}/labels")
+        except OSError as error:
+            raise refusal(error, self.path, f"cannot look at {directory}") from None
+        found = os.fstat(held)
+        os.close(held)
+        return found.st_uid not in (0, os.geteuid()) or bool(found.st_mode & 0o022)
+
+    def is_directory(self, word: str) -> bool:
+        """Whether ``word``, which is a snapshot or a directory, is no snapshot's, but that of a directory.  A path may well be
+        what no key can be: too long, or not UTF-8."""
+        from snapfs.errors import SnapshotError
+
+        if not os.path.isdir(word):
+            return False
+        try:
+            return self.kind_of(self.key(word)) is None
+        except SnapshotError:
+            return True
 
     def key(self, word: str) -> str:
         """The key that the user means by ``word``: the key itself, or the path of a snapshot, from the root of the tree or from

@@ -11,7 +11,8 @@ from contextlib import suppress
 
 from snapfs import names
 from snapfs.cli import table, verb
-from snapfs.cli.adopting import Adoption
+from snapfs.cli.adopting import DRAFT, Adoption
+from snapfs.cli.cutoff import tidied
 from snapfs.cli.ending import end_all
 from snapfs.cli.inside import WAYS, work_inside
 from snapfs.cli.place import find_tree
@@ -38,7 +39,8 @@ def run_from(given: Given, chosen: Sequence[str]) -> int:
         raise Refusal(f"--{chosen[0]} and --{chosen[1]} can't go together", USAGE)
     place = find_tree(given.value("at"), changes=True)
     place.refuse_foreign("run in")
-    workspace = _Workspace(place, given.value("from") or "", apply="apply" in chosen)
+    with tidied():
+        workspace = _Workspace(place, given.value("from") or "", apply="apply" in chosen)
     status = workspace.run(given)
     if status is None:
         return workspace.failed
@@ -78,12 +80,11 @@ class _Workspace:
         self.over: str | None = None
         self._place = place
         self._base = ""
-        name = place.key(word)
-        kind = place.kind_of(name)
-        if kind is None and os.path.isdir(word):
+        if place.is_directory(word):
             self._adopt(word)
         else:
-            self._prepare(name, kind, apply=apply)
+            name = place.key(word)
+            self._prepare(name, place.kind_of(name), apply=apply)
         self._number = self._number_of("active", self.key)
 
     def _number_of(self, kind: str, key: str) -> int:
@@ -95,7 +96,8 @@ class _Workspace:
         if kind is None:
             raise place.wrong_parent(name)
         if kind != "committed":
-            advice = f"{place.command('run', name)} …, or {place.command('checkpoint', name)} first"
+            its = place.word_of(name)
+            advice = f"{place.command('run', its)} …, or {place.command('checkpoint', its)} first"
             if os.path.isdir(name):
                 advice += f"; the directory is {names.word(f'./{name}')}"
             raise Refusal(f'"{name}" is {kind}, and --from wants what stays as it is: {advice}', USAGE)
@@ -120,7 +122,7 @@ class _Workspace:
                     adoption.made([])
                 self._base = adoption.base
 
-            self.key = _first_free(source.key(), adopt)
+            self.key = _first_free(_name_of(source), adopt)
             self.source = self.over = source.path
         self._base_number = self._number_of("committed", self._base)
 
@@ -187,11 +189,19 @@ class _Workspace:
             self._place.remove("committed", self._base, self._base_number)
 
 
+def _name_of(source: Source) -> str:
+    """What the workspace is called after; the directory may have a name that no key can have."""
+    try:
+        return source.key()
+    except Refusal:
+        return "directory"
+
+
 def _first_free(name: str, make: Callable[[str], object]) -> str:
     """The first of NAME-run-1, NAME-run-2 … that ``make`` does not find taken."""
     number = 1
     while True:
-        key = f"{name}-run-{number}"
+        key = names.with_suffix(name, f"-run-{number}{DRAFT}").removesuffix(DRAFT)  # while it is made
         try:
             make(key)
         except Refusal as refused:

@@ -6,6 +6,8 @@ the files that were replaced or deleted, at the paths that they had.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import secrets
 
@@ -17,19 +19,22 @@ from snapfs.cli.commit import SYNC, commit, persistently
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import MountedTree
 from snapfs.cli.prepare import make
-from snapfs.cli.refusal import NOT_FOUND, Refusal, missing
+from snapfs.cli.refusal import NOT_FOUND, NOT_PERMITTED, Refusal, missing
 from snapfs.kernel.beneath import open_beneath
 from snapfs.labels import APPLY, SOURCE, UNDO, UNDONE
+from snapfs.scan.copying import open_regular
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Iterator
+    from typing import IO, Any
 
 _PLAN, _FILES = "plan", b"before"
 
 
 def source_path(place: MountedTree, key: str, everything: list[Row]) -> str:
-    """The directory that the snapshot ``key``, or what it stands on, has in its label SOURCE; raises Refusal."""
+    """The directory that the snapshot ``key``, or what it stands on, has in its label SOURCE; raises Refusal, also where others
+    could have chosen that."""
     known = {row.name: row for row in everything}
     row = known.get(key)
     while row is not None:
@@ -38,9 +43,14 @@ def source_path(place: MountedTree, key: str, everything: list[Row]) -> str:
             path = names.path_of_text(found)
             if not path.startswith("/"):
                 raise Refusal(f'the label {SOURCE} of "{row.name}" is no path: "{found}"; name a directory')
+            if place.is_labelled_by_others(place.directory(row.kind, row.name)):
+                whose = f'the label {SOURCE} of "{row.name}", which others than you may write'
+                to_do = f"name a directory that you mean: {place.command('apply', place.word_of(key), 'DIRECTORY')}"
+                raise Refusal(f"{path} is named by {whose}: {to_do}", NOT_PERMITTED)
             return path
         row = known.pop(row.parent, None) if row.parent is not None else None
-    raise Refusal(f'"{key}" has no label {SOURCE} that says where it comes from: {place.command("apply", key, "DIRECTORY")}')
+    to_do = place.command("apply", place.word_of(key), "DIRECTORY")
+    raise Refusal(f'"{key}" has no label {SOURCE} that says where it comes from: {to_do}')
 
 
 def planned(place: MountedTree, key: str) -> dict[str, Any]:
@@ -55,7 +65,8 @@ def make_undo(place: MountedTree, plan: Plan, target: Held) -> None:
     """Commit what the plan replaces and deletes, with the plan, and wait for the disk.  Raises Refusal, Changed and OSError."""
     about = plan.about
     name = about["undo"]
-    labels = [(UNDO, about["key"]), (APPLY, about["token"]), (SOURCE, names.path_as_text(target.name))]
+    about["target"] = names.path_as_text(target.name)
+    labels = [(APPLY, about["token"]), (UNDO, about["key"]), (SOURCE, about["target"])]  # by the first it is known
     labels += [(UNDONE, "yes")] if about["undoes"] else []
     make(place, "active", name, None, labels)
     top = os.open(place.rootfs("active", name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -74,12 +85,14 @@ def make_undo(place: MountedTree, plan: Plan, target: Held) -> None:
 
 def forget(place: MountedTree, about: dict[str, Any]) -> None:
     """Remove the undo snapshot of an apply that noted ``about`` and came to nothing, as far as it was made.  Raises Refusal."""
-    if not about.get("undo") or about.get("root") != place.options()["root"]:
+    if not about.get("undo") or not about.get("token") or about.get("root") != place.options()["root"]:
         return
     for row in rows(place):
         if row.name == about["undo"]:
-            is_begun = row.kind == "active" and row.parent is None and not row.labels  # it was about to get them
-            if is_begun or row.labels.get(APPLY) == about["token"] or (row.kind == "active" and UNDO in row.labels):
+            is_ours = row.labels.get(APPLY) == about["token"]
+            if not row.labels and row.kind == "active" and row.parent is None:  # it was about to get them
+                is_ours = not os.listdir(place.rootfs("active", row.name))
+            if is_ours:
                 place.remove(row.kind, row.name, row.id)
 
 
@@ -126,12 +139,58 @@ def learn(place: MountedTree, plan: Plan, target: Held) -> bool:
 
 def open_undo(place: MountedTree, row: Row) -> tuple[Plan, Held]:
     """The plan and the files of an undo snapshot, both to be closed.  Raises Refusal."""
-    top = os.open(place.rootfs("committed", row.name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with open(os.open(_PLAN, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top), encoding="utf-8") as file:
+    with _undo_of(place, row) as top:
+        with _plan_in(top) as file:
             plan = Plan.read(file)
-        return plan, Held(open_beneath(_FILES, top, os.O_RDONLY | os.O_DIRECTORY), row.name)
-    except (OSError, ValueError) as error:
-        raise Refusal(f'"{row.name}" is damaged: {error}; its files are in {place.path}/committed/{row.name}/rootfs') from None
-    finally:
-        os.close(top)
+        try:
+            files = open_beneath(_FILES, top, os.O_RDONLY | os.O_DIRECTORY)
+            _refuse_others(files)
+        except BaseException:
+            plan.close()
+            raise
+        return plan, Held(files, row.name)
+
+
+def undo_target(place: MountedTree, row: Row) -> str:
+    """The directory to which the apply was that an undo snapshot is of, whatever its labels say.  Raises Refusal."""
+    with _undo_of(place, row) as top, _plan_in(top) as file:
+        what, about = json.loads(file.readline())
+        if what != "about" or not isinstance(about, dict):
+            raise ValueError("no plan")
+        if "target" in about:
+            return names.path_of_text(about["target"])
+    return source_path(place, row.name, [row])  # of an apply before there was this
+
+
+@contextlib.contextmanager
+def _undo_of(place: MountedTree, row: Row) -> Iterator[int]:
+    """For a block that reads an undo snapshot: its root, open.  Raises Refusal."""
+    its = place.directory("committed", row.name)
+    try:
+        top = os.open(place.rootfs("committed", row.name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield top
+        finally:
+            os.close(top)
+    except _NotOurs:
+        to_do = f"remove it: {place.command('rm', place.word_for(row.name, row.id))}"
+        raise Refusal(f'"{row.name}" was made by another user, and not by an apply of yours: {to_do}', NOT_PERMITTED) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise Refusal(f'"{row.name}" is damaged: {error}; its files are in {its}/rootfs') from None
+
+
+class _NotOurs(Exception):
+    """Somebody else has made it, or may write it."""
+
+
+def _refuse_others(fd: int) -> None:
+    found = os.fstat(fd)
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+        raise _NotOurs
+
+
+@contextlib.contextmanager
+def _plan_in(top: int) -> Iterator[IO[str]]:
+    with open(open_regular(_PLAN, top), encoding="utf-8") as file:
+        _refuse_others(file.fileno())
+        yield file

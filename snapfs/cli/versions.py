@@ -47,7 +47,7 @@ def _versions(given: Given) -> int:
     if len(given.arguments) == 2:
         key, path = place.key(given.arguments[0]), _names(given.arguments[1])
     else:
-        key, path = _located(place, given.arguments[0])
+        key, path = _located(place, given.arguments[0], "versions")
     found = _found(place, key, path)
     if given.has("json"):
         table.show_json([_shown(place, key, path, each) for each in found])
@@ -159,8 +159,9 @@ def _words(path: list[str]) -> str:
 # -- where a path is
 
 
-def _located(place: MountedTree, word: str) -> tuple[str, list[str]]:
-    """The workspace in whose files ``word``, a path of this process, is, and where in there.  Raises Refusal."""
+def _located(place: MountedTree, word: str, verb: str) -> tuple[str, list[str]]:
+    """The workspace in whose files ``word``, a path of this process, is, and where in there.  Raises Refusal, which advises the
+    ``verb``."""
     path = os.path.abspath(word)
     tree = os.path.realpath(place.path)
     for here in (place.path, tree):
@@ -174,7 +175,7 @@ def _located(place: MountedTree, word: str) -> tuple[str, list[str]]:
             found = place.within.unlinked(f"{place.path}/by-id/{number}", ["by-id"])
             return key_of(found.rpartition("/")[2]), names
     raise Refusal(
-        f"{_words(_names(path))} is in no workspace of {place.path}: say which, and the path in it: snapfs versions KEY PATH",
+        f"{_words(_names(path))} is in no workspace of {place.path}: say which, and the path in it: snapfs {verb} KEY PATH",
         NOT_FOUND,
     )
 
@@ -209,6 +210,8 @@ def _layer(place: MountedTree, path: str) -> tuple[int, list[str]]:
 
 
 def _restore(given: Given) -> int:
+    from snapfs.cli.cutoff import tidied
+
     place = find_tree(given.value("at"), changes=True)
     place.refuse_foreign("restored")
     key = place.key(given.arguments[0])
@@ -217,12 +220,13 @@ def _restore(given: Given) -> int:
     paths = [_inside(place, key, word) for word in given.arguments[1:]]
     for path in paths:
         if not path:
-            raise Refusal(f"give paths in {key}: {place.command('rollback', key)} puts all of it back", USAGE)
+            raise Refusal(f"give paths in {key}: {place.command('rollback', place.word_of(key))} puts all of it back", USAGE)
     options = place.options()
-    with _opened(place, key, source, options) as (before, now, where):
+    its = place.word_of(key)  # before the tree is out of sight
+    with tidied(), _opened(place, key, source, options) as (before, now, where):
         for path in paths:
             _refuse_mounts(where, path)
-            _put_back(place, key, source, path, before, now, flush=options["options"]["sync"] != "none")
+            _put_back(place, its, source, path, before, now, flush=options["options"]["sync"] != "none")
             table.show_line(f"{_words(path)} is as in {source}")
     return 0
 
@@ -231,7 +235,7 @@ def _inside(place: MountedTree, key: str, word: str) -> list[str]:
     """Where in workspace ``key`` the path ``word`` is: from its root on, but from the working directory on if it begins with a
     dot, and where it leads into the workspace as this process sees it."""
     if word.startswith(("./", "../")) or word in (".", "..") or word.startswith(f"{place.path}/"):
-        found, path = _located(place, word)
+        found, path = _located(place, word, "restore")
         if found != key:
             raise Refusal(f'{_words(_names(word))} is in "{found}", and not in "{key}"', USAGE)
         return path
@@ -258,9 +262,8 @@ def _source(place: MountedTree, key: str, word: str | None) -> str:
         if first.parent is not None:
             return first.parent
         raise Refusal(f'"{key}" began empty, and has no checkpoint from which something could be put back', NOT_FOUND)
-    raise Refusal(
-        f'"{key}" has no checkpoint {word}: {place.command("checkpoint --list", key)} tells which there are', NOT_FOUND
-    )
+    to_do = place.command("checkpoint --list", place.word_of(key))
+    raise Refusal(f'"{key}" has no checkpoint {word}: {to_do} tells which there are', NOT_FOUND)
 
 
 @contextlib.contextmanager
@@ -324,7 +327,8 @@ def _leads(place: MountedTree, kind: str, name: str, path: str) -> bool:
         return False
 
 
-def _put_back(place: MountedTree, key: str, source: str, path: list[str], before: int, now: int, *, flush: bool) -> None:
+def _put_back(place: MountedTree, its: str, source: str, path: list[str], before: int, now: int, *, flush: bool) -> None:
+    """Put ``path`` of the workspace that ``its`` names in a command back.  Raises Refusal."""
     from snapfs.scan.restoring import NotRestored, restore
 
     words = _words(path)
@@ -336,7 +340,7 @@ def _put_back(place: MountedTree, key: str, source: str, path: list[str], before
         raise Refusal(f"cannot put {words} back: directories are too deep in each other") from None
     except OSError as error:
         if isinstance(error, FileNotFoundError) and error.filename == words:
-            advice = f"{place.command('versions', key, words)} tells which checkpoints have it, and rm removes it"
+            advice = f"{place.command('versions', its, words)} tells which checkpoints have it, and rm removes it"
             raise Refusal(f"{words} is not in {source}, so there is nothing to put back: {advice}", NOT_FOUND) from None
         about = f"{error.filename}: " if error.filename and error.filename != words else ""
         status = NOT_PERMITTED if isinstance(error, PermissionError) else FAILED
