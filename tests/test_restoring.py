@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -453,6 +453,28 @@ def holds(top: Path) -> dict[str, str]:
         for path in top.rglob("*")
         if path.is_file() and not path.is_symlink() and path.name != "sparse"
     }
+
+
+def test_deeper_than_a_path_may_be_long(sides: tuple[Path, Path, int, int]) -> None:
+    was, now, source, target = sides
+    name, ends = "d" * 100, list[os.stat_result]()
+    for top, is_new in ((was, True), (now, False)):
+        with ExitStack() as opened:
+            if not is_new:
+                restore(source, target, ["dir"], flush=False)
+            here = os.open(top / "dir", os.O_RDONLY)
+            opened.callback(os.close, here)
+            for _ in range(60):
+                if is_new:
+                    os.mkdir(name, dir_fd=here)
+                here = os.open(name, os.O_RDONLY, dir_fd=here)
+                opened.callback(os.close, here)
+            if is_new:
+                os.link(was / "dir/one", "bottom", dst_dir_fd=here)
+            ends.append(os.stat("bottom", dir_fd=here))
+            assert os.path.samestat(ends[-1], os.stat(top / "dir/one"))
+    assert ends[0].st_mtime_ns == ends[1].st_mtime_ns
+    nothing_left(now / "dir/sub")
 
 
 def test_no_link_is_followed(sides: tuple[Path, Path, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,10 +252,12 @@ def test_what_conflicts_is_kept(anybody: Home, project: Path) -> None:
         anybody.sh("echo theirs > project/file")
         _, said = process.communicate("\n", timeout=60)
     assert process.returncode == 8
-    assert 'kept as "project-run-1": snapfs diff project-run-1, snapfs apply project-run-1, snapfs rm project-run-1' in said
+    assert said.endswith(": snapfs diff project-run-1, snapfs apply project-run-1, snapfs rm -r project-run-1@0\n")
     assert anybody.sh("cat project/file") == "theirs\n"
     anybody.snapfs("apply", "--force", "project-run-1")
     assert anybody.sh("cat project/file") == "mine\n"
+    anybody.snapfs("rm", "-r", "project-run-1@0")
+    assert anybody.sh("ls tree/active; ls -d tree/committed/project*") == "w\ntree/committed/project-run-1-undo-1\n"
 
 
 def test_what_was_adopted_is_applied_from_its_base(anybody: Home, project: Path) -> None:

@@ -471,7 +471,7 @@ def _refusing(target: Held, otherwise: str = "nothing was changed") -> Iterator[
             errno.EROFS: f"{words}: mount it so that it can be written",
             errno.ENOSPC: f"{words}: make room on the disk of {target.name} and on that of the tree's root",
             errno.EDQUOT: f"{words}: make room",
-            errno.EACCES: f"{words}: do it as the user whose it is, or as root",
+            errno.EACCES: f"{words}: do it as the user whose it is, or as root; what is yours may need chmod u+rwX first",
             errno.EPERM: f"{words}: do it as the user whose it is, or as root; lsattr shows whether it is immutable",
         }.get(error.errno or 0, words)
         status = NOT_PERMITTED if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else FAILED

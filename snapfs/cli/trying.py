@@ -176,8 +176,10 @@ class _Workspace:
                 status = refused.status
         if way == "keep" or status:
             its = place.word_for(self.key, self._number)
-            do = ", ".join(place.command(word, its) for word in ("diff", "apply", "rm"))
-            table.complain(f'kept as "{self.key}": {do}')
+            remove = place.command("rm", its)
+            if self._base:
+                remove = place.command("rm -r", place.word_for(self._base, self._base_number))
+            table.complain(f'kept as "{self.key}": {place.command("diff", its)}, {place.command("apply", its)}, {remove}')
             return status
         end_all(place, self.key)
         self._remove()

@@ -345,6 +345,8 @@ def _put_back(place: MountedTree, its: str, source: str, path: list[str], before
         about = f"{error.filename}: " if error.filename and error.filename != words else ""
         status = NOT_PERMITTED if isinstance(error, PermissionError) else FAILED
         why = os.strerror(error.errno or errno.EIO)
+        if error.errno in (errno.EINVAL, errno.EOVERFLOW):  # the kernel's word for ids that are not mapped
+            why = "it has an owner, or in its ACL a user, who is not known where the daemon mounts: rollback puts all back"
         raise Refusal(f"cannot put {words} back, nothing of it was changed: {about}{why}", status) from None
 
 

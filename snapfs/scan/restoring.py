@@ -91,16 +91,17 @@ class _Restoring:
         self._undo: list[Callable[[], object]] = []
         self._steps: list[_Step] = []
         self._settled: list[tuple[Directory, Directory]] = []  # directories in both, of which something was to be put back
-        self._linked: dict[tuple[int, int], str] = {}
+        self._linked: dict[tuple[int, int], tuple[Directory, str]] = {}  # where there is a copy of what has several names
         self._files = 0
 
     def restore(self, names: Sequence[str]) -> None:
         above, missing, last = self._find(names)
         with _made_beside(self._targets.must(above)) as beside:
             self._plan(above, missing, last)
-            for number, step in enumerate(self._steps):
-                if step.source is not None:
-                    self._copy(step.source, f"{beside.path}/{number}", missing)
+            with _Tops(beside.fd) as copies:
+                for number, step in enumerate(self._steps):
+                    if step.source is not None:
+                        self._copy(step.source, copies, Directory(str(number), beside.top), missing)
             if self._flush and self._files > _FEW:
                 mounting.sync_file_system(beside.fd)
             with _uninterrupted():
@@ -227,8 +228,8 @@ class _Restoring:
 
     # -- copies
 
-    def _copy(self, source: Directory, path: str, parents: Sequence[str]) -> None:
-        """Make ``path``, a copy of ``source``; in directories as its ``parents`` are, of which the first is at ``path``."""
+    def _copy(self, source: Directory, copies: _Tops, copy: Directory, parents: Sequence[str]) -> None:
+        """Make ``copy``, which is one of ``source``; in directories as its ``parents`` are, of which the first is there."""
         chain = [source]
         for _ in parents:
             above = chain[-1].parent
@@ -236,34 +237,41 @@ class _Restoring:
             chain.append(above)
         made = []
         for nth, each in enumerate(reversed(chain[1:])):
-            os.mkdir(path, 0o700)
-            made.append((each, path))
-            path += f"/{source.name if nth == len(parents) - 1 else parents[nth + 1]}"
-        pending = [(source, path)]
+            _make(copies, copy)
+            made.append((each, copy))
+            copy = Directory(source.name if nth == len(parents) - 1 else parents[nth + 1], copy)
+        pending = [(source, copy)]
         while pending:
-            each, path = pending.pop()
+            each, copy = pending.pop()
             above = each.parent
             assert above is not None
             status = os.stat(each.name, dir_fd=self._sources.must(above), follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
                 fd = self._sources.must(each)
-                os.mkdir(path, 0o700)
-                made.append((each, path))
-                pending += [(Directory(name, each), f"{path}/{name}") for name in os.listdir(fd)]
+                _make(copies, copy)
+                made.append((each, copy))
+                pending += [(Directory(name, each), Directory(name, copy)) for name in os.listdir(fd)]
             else:
                 with _about(each):
-                    self._copy_file(each, self._sources.must(above), path, status)
-        for each, path in reversed(made):  # last, for what is made in a directory changes it
+                    self._copy_file(each, self._sources.must(above), copies, copy, status)
+        for each, copy in reversed(made):  # last, for what is made in a directory changes it
             with _about(each):
                 fd = self._sources.must(each)
-                _set_marks(path, os.fstat(fd), attributes_of(fd))
+                _set_marks(f"/proc/self/fd/{copies.must(copy)}", os.fstat(fd), attributes_of(fd))
 
-    def _copy_file(self, source: Directory, parent: int, path: str, status: os.stat_result) -> None:
-        """Copy what is no directory, in the one open as ``parent``."""
+    def _copy_file(self, source: Directory, parent: int, copies: _Tops, copy: Directory, status: os.stat_result) -> None:
+        """Copy what is no directory, in the one open as ``parent``, to ``copy``."""
         key = status.st_dev, status.st_ino
+        assert copy.parent is not None
         if status.st_nlink > 1 and key in self._linked:
-            os.link(self._linked[key], path, follow_symlinks=False)
+            where, first = self._linked[key]
+            held = os.dup(copies.must(where))
+            try:
+                os.link(first, copy.name, src_dir_fd=held, dst_dir_fd=copies.must(copy.parent), follow_symlinks=False)
+            finally:
+                os.close(held)
             return
+        path = f"/proc/self/fd/{copies.must(copy.parent)}/{copy.name}"
         if stat.S_ISREG(status.st_mode):
             self._copy_regular(source.name, parent, path)
         else:
@@ -275,7 +283,7 @@ class _Restoring:
                 attributes = attributes_unopened(source.name, parent)
             _set_marks(path, status, attributes)
         if status.st_nlink > 1:
-            self._linked[key] = path
+            self._linked[key] = copy.parent, copy.name
 
     def _copy_regular(self, name: str, parent: int, path: str) -> None:
         reading = open_regular(name, parent)
@@ -396,6 +404,12 @@ class _Restoring:
             os.fsync(self._targets.must(directory))
 
 
+def _make(copies: _Tops, directory: Directory) -> None:
+    """Make ``directory``, for this user alone.  Raises OSError."""
+    assert directory.parent is not None
+    os.mkdir(directory.name, 0o700, dir_fd=copies.must(directory.parent))
+
+
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """For a block that is not to be cut off: the signals that would end it wait for its end."""
@@ -407,13 +421,13 @@ def _uninterrupted() -> Iterator[None]:
 
 
 class _Beside:
-    """The directory ``name`` in which copies are made: open as ``fd``; ``new`` may be the name of one that is about to take its
-    place.  ``keep``: the directory stays."""
+    """The directory ``name`` in which copies are made: open as ``fd``, and the ``top`` of what is in it; ``new`` may be the
+    name of one that is about to take its place.  ``keep``: the directory stays."""
 
     def __init__(self, name: str, fd: int) -> None:
         self.fd = fd
         self.new = name + _NEW
-        self.path = f"/proc/self/fd/{fd}"
+        self.top = Directory("")
         self.keep = False
 
 
