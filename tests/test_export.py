@@ -65,7 +65,7 @@ class Layout:
         assert self.index["schemaVersion"] == 2
 
     def blob(self, named: dict[str, Any]) -> bytes:
-        data = (self.path / "blobs/sha256" / named["digest"].removeprefix("sha256:")).read_bytes()
+        data: bytes = (self.path / "blobs/sha256" / named["digest"].removeprefix("sha256:")).read_bytes()
         assert (digest(data), len(data)) == (named["digest"], named["size"])
         return data
 

@@ -192,7 +192,7 @@ def test_an_earlier_snapfs_reads_records_that_have_one() -> None:
         origin: str
         node: int
 
-    new = msgspec.msgpack.encode(Record("web", Kind.COMMITTED, 0, 1, 2, {}, None, "", 0, b"x" * 32, 5))
+    new = msgspec.msgpack.encode(Record("web", Kind.COMMITTED, 0, 1, 2, {}, diff_id=b"x" * 32, tar_size=5))
     assert msgspec.msgpack.decode(new, type=Earlier).name == "web"
 
 
