@@ -89,6 +89,8 @@ WALKS = 4  # threads that walk all records for containerd or the library
 
 LOCKED = 1.5  # seconds that a Commit or Remove in the tree waits for another task, since the kernel holds locks meanwhile
 
+COPIES = 5  # of the layer of a workspace that becomes another each time, for one checkpoint
+
 
 class Snapshotter:
     """The snapshots of one root.  Made by ``open_snapshotter`` (``snapfs/opening.py``).
@@ -429,8 +431,9 @@ class Snapshotter:
         return made
 
     async def _keep_copy(self, key: Ref, rule: Callable[..., Info], caller: Caller) -> Info:
-        """Do ``rule`` with a copy of the layer of the workspace ``key``."""
-        while True:
+        """Do ``rule`` with a copy of the layer of the workspace ``key``.  Raises TryAgain where that becomes another, again and
+        again, as it does when it is kept or rolled back."""
+        for _ in range(COPIES):
             with self.reading() as reader:
                 number, record = lookup.find(reader, key)
                 workspace.refuse_other_kinds(record)
@@ -451,6 +454,7 @@ class Snapshotter:
                         raise
             finally:
                 self._housekeeping.empty_trash_soon()
+        raise TryAgain(f'"{record.name}" was kept or rolled back, again and again, while it was copied')
 
     async def rollback(self, key: Ref, to: str | int | None = None) -> Info:
         """Throw away what the workspace ``key``, an active snapshot, has changed, and have it go on on the state ``to``, by the

@@ -30,6 +30,7 @@ from snapfs.errors import (
     NotFound,
     Pinned,
     TooDeep,
+    TryAgain,
     Unavailable,
 )
 from snapfs.kernel import mounting
@@ -542,6 +543,65 @@ async def test_a_child_that_comes_in_the_middle(alone: Snapshotter, held: Held) 
         await held.has_begun()
         await alone.prepare("active", "one")
         held.go_on.set()
+
+
+async def test_what_comes_and_goes_above_keeps_nothing_from_being_dissolved(
+    alone: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was built for a child is right, whatever stands on that by now."""
+    builds = list[Sequence[str]]()
+
+    def linked(layers: Sequence[str], target: str, **more: Any) -> None:
+        builds.append(layers)
+        trio.from_thread.run(alone.prepare, f"on-{len(builds)}", "three")
+        link_all(layers, target, **more)
+
+    monkeypatch.setattr(squashing, "link_all", linked)
+    with trio.fail_after(20):
+        await alone.dissolve("two")
+    assert len(builds) == 1
+    assert await shown(alone, "three") == {"one": "1", "two": "2", "same": "2", "three": "3"}
+
+
+async def test_what_changes_all_the_time_is_not_waited_for(
+    alone: Snapshotter, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who makes and removes workspaces as fast as may be can keep a dissolve from its end; it says so."""
+    service, looks = alone._squashing, 0
+    look = service._refuse_used
+
+    def looked(*arguments: Any) -> None:
+        nonlocal looks
+        looks += 1
+        trio.from_thread.run(alone.prepare, f"on-{looks}", "three")
+        look(*arguments)
+
+    monkeypatch.setattr(service, "_refuse_used", looked)
+    with trio.fail_after(20), pytest.raises(TryAgain, match='what stands on snapshot "two" changes all the time: try again'):
+        await alone.dissolve("two")
+    assert looks == squashing.TRIES
+    await settled(lambda: trio.to_thread.run_sync(nothing_left, root, alone))
+    monkeypatch.undo()
+    await alone.dissolve("two")
+
+
+async def test_what_goes_above_meanwhile_does_not_matter(alone: Snapshotter, monkeypatch: pytest.MonkeyPatch) -> None:
+    await alone.prepare("on", "three")
+    looks, look = 0, alone._squashing._refuse_used
+
+    def linked(layers: Sequence[str], target: str, **more: Any) -> None:
+        trio.from_thread.run(alone.remove, "on")
+        link_all(layers, target, **more)
+
+    def looked(*arguments: Any) -> None:
+        nonlocal looks
+        looks += 1
+        look(*arguments)
+
+    monkeypatch.setattr(squashing, "link_all", linked)
+    monkeypatch.setattr(alone._squashing, "_refuse_used", looked)
+    await alone.dissolve("two")
+    assert looks == 1
 
 
 async def test_what_too_many_stand_on_stays(alone: Snapshotter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,8 @@ def dissolve(root: Root, writer: Writer, planned: Plan, made: Mapping[int, Made]
     ``refuse_used`` was called before, and since then none of them was mounted as rootfs.  Raises Outdated where the records are
     no longer as planned; else as ``plan`` does; Unavailable where the disk refuses.
     """
-    if writer.record(planned.number) is None or plan(root, writer, planned.number) != planned:
+    now = plan(root, writer, planned.number) if writer.record(planned.number) is not None else None
+    if now is None or now._replace(above=planned.above) != planned or not set(now.above) <= set(planned.above):
         raise Outdated(f'snapshot "{planned.name}" has changed meanwhile')
     going_on = [_go_on(root, writer, planned, child, made[child]) for child in planned.children]
     remove.remove(root, writer, planned.number, planned.number, "", refuse_mounted=False, free=True)

@@ -19,7 +19,7 @@ from functools import partial
 
 import trio
 
-from snapfs.errors import Closed, Damaged, NotFound, SnapshotError, Unavailable
+from snapfs.errors import Closed, Damaged, NotFound, SnapshotError, TryAgain, Unavailable
 from snapfs.kernel import subids
 from snapfs.model import BACKGROUND, ByNode, Caller, Info, Ref
 from snapfs.root import imagefile
@@ -37,6 +37,8 @@ from snapfs.store.metastore import MetaStore
 from snapfs.threads import at_last, in_thread, in_thread_or_here
 
 log = logging.getLogger(__name__)
+
+TRIES = 20  # to dissolve a snapshot while others make and remove what stands on it
 
 
 class Squashing:
@@ -141,21 +143,24 @@ class Squashing:
 
         ``unmounted`` is for a block in which none of the snapshots with these ids is mounted as rootfs; it gives those that
         were, and that no process has.  Raises as the functions of ``rules/dissolve.py`` and ``unmounted`` do, and as
-        ``squash``."""
-        while True:
-            plan = await in_thread(self._plan, key)
-            key = plan.node
-            with suppress(Outdated):
-                async with AsyncExitStack() as stack:
-                    made = {}
+        ``squash``; and TryAgain where what stands on it changes all the time."""
+        built: dict[tuple[int, int, bool], Made] = {}  # what is built for a child, of which layers
+        async with AsyncExitStack() as builds:
+            for _ in range(TRIES):
+                plan = await in_thread(self._plan, key)
+                key, lowest = plan.node, not plan.parent
+                with suppress(Outdated):
                     for child in plan.children:
-                        both = Source(child, plan.name, ByNode(0), [plan.number])
-                        made[child] = await stack.enter_async_context(self._built(both, caller, lowest=not plan.parent))
-                    free = await stack.enter_async_context(unmounted(sorted((plan.number, *plan.above))))
-                    await in_thread(self._refuse_used, plan, free)
-                    operation = partial(dissolve.dissolve, self._root, planned=plan, made=made)
-                    going_on = await self._records.write(lambda writer: operation(writer=writer), frees=True)  # noqa: B023
-                return going_on
+                        if (child, plan.number, lowest) not in built:
+                            both = Source(child, plan.name, ByNode(0), [plan.number])
+                            made = await builds.enter_async_context(self._built(both, caller, lowest=lowest))
+                            built[child, plan.number, lowest] = made
+                    for_each = {child: built[child, plan.number, lowest] for child in plan.children}
+                    operation = partial(dissolve.dissolve, self._root, planned=plan, made=for_each)
+                    async with unmounted(sorted((plan.number, *plan.above))) as free:
+                        await in_thread(self._refuse_used, plan, free)
+                        return await self._records.write(lambda writer: operation(writer=writer), frees=True)  # noqa: B023
+            raise TryAgain(f'what stands on snapshot "{plan.name}" changes all the time')
 
     def _plan(self, key: Ref) -> Plan:
         with self._records.reading(long=True) as reader:
