@@ -151,9 +151,21 @@ def _difference(one: dict[str, object], other: dict[str, object]) -> dict[str, t
 
 
 @pytest.mark.mounts
-@pytest.mark.parametrize("act", ACTS)
-def test_what_happens_meanwhile(act: str, source: Path, tmp_path: Path, copy_of: Callable[..., LayerCopy]) -> None:
-    """At whichever step of the copy it comes, the copy is what was before it, or what is after it, and nothing between."""
+@pytest.mark.parametrize(
+    ("act", "linked"),
+    [*((act, 10_000) for act in ACTS), *((act, 0) for act in ("another name", "a name less"))],
+)
+def test_what_happens_meanwhile(
+    act: str,
+    linked: int,
+    source: Path,
+    tmp_path: Path,
+    copy_of: Callable[..., LayerCopy],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At whichever step of the copy it comes, the copy is what was before it, or what is after it, and nothing between; also
+    where files with several names are too many to be remembered."""
+    monkeypatch.setattr("snapfs.scan.layercopy.LINKED", linked)
     nth, seen_after = 0, 0
     while True:
         subprocess.run(["rm", "-rf", tmp_path / "work"], check=True)
@@ -425,6 +437,56 @@ def test_memory_for_very_many_entries(
         assert peaks[kind, 900] < 120_000, peaks
 
 
+def test_memory_for_very_many_files_with_several_names(
+    tmp_path: Path, copy_of: Callable[..., LayerCopy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snapfs.scan.layercopy.LINKED", 20)
+    peaks = {}
+    for count in (200, 900):
+        top = tmp_path / str(count)
+        for name in "ab":
+            (top / name).mkdir(parents=True)
+        for number in range(count):
+            (top / f"a/{number}").touch()
+            os.link(top / f"a/{number}", top / f"b/{number}")
+        copy = copy_of(flush=lambda: None)
+        copy.source = str(top)
+        tracemalloc.start()
+        try:
+            copy.complete()
+            peaks[count] = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert [os.stat(target_of(copy) / f"a/{n}").st_ino for n in range(count)] == [
+            os.stat(target_of(copy) / f"b/{n}").st_ino for n in range(count)
+        ]
+    assert peaks[900] < peaks[200] + 30_000, peaks
+
+
+def test_as_many_names_as_an_inode_may_have(
+    source: Path, copy_of: Callable[..., LayerCopy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy has all of them, and none besides."""
+    monkeypatch.setattr("snapfs.scan.layercopy.LINKED", 0)
+    most, link = 5, os.link
+
+    def bounded(old: str, new: str, *, src_dir_fd: int | None = None, **more: Any) -> None:
+        if os.stat(old, dir_fd=src_dir_fd, follow_symlinks=False).st_nlink >= most:
+            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK), old)
+        link(old, new, src_dir_fd=src_dir_fd, **more)
+
+    for number in range(most - 1):
+        os.link(source / "d/token", source / f"other/{number}")
+    monkeypatch.setattr(os, "link", bounded)
+    copy = copy_of(flush=lambda: None)
+    copy.complete()
+    shutil.rmtree(copy.stale)
+    assert {os.stat(target_of(copy) / path).st_nlink for path in ("d/token", *(f"other/{n}" for n in range(most - 1)))} == {
+        most
+    }
+    assert everything(target_of(copy)) == everything(source)
+
+
 # -- the library
 
 
@@ -550,6 +612,28 @@ async def test_the_workspace_becomes_another_meanwhile(root: Path, options: Opti
         assert len(refused) == 1
         (kept,) = await snapshotter.checkpoints("web")
         assert os.listdir(snapshotter.layer_path(kept.info.id)) == []
+
+
+async def test_a_workspace_that_becomes_another_again_and_again(
+    root: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as it is copied: that ends in a refusal."""
+    walks, walk = 0, LayerCopy.walk
+
+    def walked(copy: LayerCopy) -> bool:
+        nonlocal walks
+        walks += 1
+        trio.from_thread.run(snapshotter.checkpoint, "web")
+        return walk(copy)
+
+    async with open_snapshotter(root, options) as snapshotter:
+        await with_workspace(snapshotter)
+        monkeypatch.setattr(LayerCopy, "walk", walked)
+        with trio.fail_after(20), pytest.raises(TryAgain, match='"web" was kept or rolled back, again and again'):
+            await snapshotter.checkpoint("web", copy=True)
+        assert len(await snapshotter.checkpoints("web")) == walks
+        await snapshotter.cleanup()
+        assert os.listdir(root / "trash") == []
 
 
 async def test_owners_are_not_changed_meanwhile(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,8 @@ PASSES, SECONDS = 10, 2.0
 TRIES, TRIES_OF_LARGE = 20, 2  # how often one pass copies a file at most, and one of more than LARGE bytes
 LARGE = 4 << 20
 
+LINKED = 10_000  # files with several names of which one walk remembers where the copy has them; others have a name in ``stale``
+
 BACK = 100_000_000  # nanoseconds by which the clock is set back, if it is, and does not only go slower
 
 TICK = 20_000_000  # nanoseconds in which a file may change twice, and its times once: a tick of the kernel's clock, and more
@@ -49,8 +51,7 @@ class LayerCopy:
     """A copy of the layer ``source`` in ``target``, an empty directory of the same file system; ``stale`` is another, for
     directories of the copy that the layer no longer has.  Nobody else can enter the two.
 
-    Memory and descriptors are bounded, but for ten bytes for each directory, and some hundred for each file with several
-    names that one walk copies.
+    Memory and descriptors are bounded, but for ten bytes for each directory.
 
     All functions block on the disk.  ``flush`` flushes it.  ``checkpoint`` is called once a file, and may raise to stop.
     ``files`` and ``size`` tell how many files, with how many bytes, have been copied so far, each copy of a file counted.
@@ -161,6 +162,7 @@ class _Pass:
         self._again = again
         self._only = only
         self._linked: dict[tuple[int, int], tuple[Directory, str]] = {}  # where the copy has a file with several names
+        self._links = ""  # the directory for those that are too many to be remembered
         self._stale = len(os.listdir(copy.stale))
         self._paused = 0  # directories that are left half read while what is in them is copied
 
@@ -278,13 +280,10 @@ class _Pass:
                 self.has_changed = True
             os.unlink(name, dir_fd=to_fd)
         if status.st_nlink > 1:
-            inode = status.st_dev, status.st_ino
             if not self._is_recent(status):  # its directory was moved: the other names are those of an earlier copy
                 self._copy.again.add(status.st_ino)
-            where, first = self._linked.setdefault(inode, (target, name))
-            if (where, first) != (target, name):
-                with suppress(*_GONE):  # it was not copied there, or is gone from there
-                    os.link(first, name, src_dir_fd=self._targets.get(where), dst_dir_fd=to_fd, follow_symlinks=False)
+            with suppress(*_GONE):  # it was not copied there, or is gone from there
+                if self._has_linked(status, target, name, to_fd):
                     return
         if stat.S_ISREG(status.st_mode):
             if not self._file(source, from_fd, to_fd, TRIES if status.st_size <= LARGE else TRIES_OF_LARGE):
@@ -296,7 +295,39 @@ class _Pass:
             else:
                 self._copy.make_node(name, status, to_fd)
             self._copy.dress(f"/proc/self/fd/{to_fd}/{name}", status, attributes, status.st_atime_ns)
+        if status.st_nlink > 1 and (status.st_dev, status.st_ino) not in self._linked:
+            with suppress(FileNotFoundError, FileExistsError):  # it is unsteady; it was there and is gone
+                os.link(name, self._kept(status), src_dir_fd=to_fd, follow_symlinks=False)
         self._copy.files += 1
+
+    def _has_linked(self, status: os.stat_result, target: Directory, name: str, to_fd: int) -> bool:
+        """Make ``name`` a link to the copy of the same file, if this walk has made one; whether that is so.  If not, note where
+        one is going to be.  Raises OSError."""
+        inode = status.st_dev, status.st_ino
+        if inode not in self._linked and len(self._linked) < LINKED:
+            self._linked[inode] = target, name
+            return False
+        if inode in self._linked:
+            where, first = self._linked[inode]
+            if (where, first) == (target, name):
+                return False
+            os.link(first, name, src_dir_fd=self._targets.get(where), dst_dir_fd=to_fd, follow_symlinks=False)
+            return True
+        try:
+            os.link(self._kept(status), name, dst_dir_fd=to_fd, follow_symlinks=False)
+        except OSError as error:
+            if error.errno != errno.EMLINK:
+                raise
+            os.rename(self._kept(status), name, dst_dir_fd=to_fd)  # it is the last name that it can have
+        return True
+
+    def _kept(self, status: os.stat_result) -> str:
+        """The name of the copy of a file in the directory for links, which is made where it is missing.  Raises OSError."""
+        if not self._links:
+            self._stale += 1
+            self._links = f"{self._copy.stale}/{self._stale}"
+            os.mkdir(self._links, 0o700)
+        return f"{self._links}/{status.st_dev:x}-{status.st_ino:x}"
 
     def _file(self, source: Directory, from_fd: int, to_fd: int, tries: int) -> bool:
         """Copy a regular file as it is at one moment, or note that it is unsteady; False where it is put off."""
