@@ -491,6 +491,9 @@ def drive(snapshotter: Snapshotter, mnt: Path) -> None:
                 assert children == self.model.children(key, kind)
 
         def teardown(self) -> None:
+            for image in list(self.model.images):
+                unlink = (mnt / "images" / names.encode(image)).unlink
+                self.do("tree", self.model.unname(image), partial(snapshotter.unname_image, image), unlink)
             while self.model:
                 key = next(key for key in self.model if not self.model.children(key))
                 self.do("tree", self.model.remove(key), partial(snapshotter.remove, key), self.path_now(key).rmdir)

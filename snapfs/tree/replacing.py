@@ -18,7 +18,7 @@ class JustNamed:
         """Process ``pid`` has just made the name with the number ``nth``."""
         now = time.monotonic()
         self._made[nth] = pid, now
-        while len(self._made) > MOST or next(iter(self._made.values()))[1] < now - LATELY:
+        while self._made and (len(self._made) > MOST or next(iter(self._made.values()))[1] < now - LATELY):
             del self._made[next(iter(self._made))]
 
     def is_by(self, nth: int, pid: int) -> bool:
