@@ -180,19 +180,24 @@ def test_what_skopeo_writes(command: Command, layout: Layout, tmp_path: Path) ->
     tars = three()
     top = layout.add("t", tars)
     for form, packed in (("docker-archive", False), ("oci-archive", True), ("dir", True), ("oci", True)):
-        place = f"{form}:{tmp_path}/{form}{':x:t' * (form == 'docker-archive')}"
+        place = f"{form}:{tmp_path}/by-skopeo-{form}{':x:t' * (form == 'docker-archive')}"
         subprocess.run(
             ["skopeo", "copy", "--quiet", *(["--dest-compress"] * packed), f"oci:{layout.top}:t", place], check=True, timeout=60
         )
-        assert command("import", f"{form}:{tmp_path}/{form}") == f"{command.mnt}/committed/{top}\n"
+        assert command("import", f"{form}:{tmp_path}/by-skopeo-{form}") == f"{command.mnt}/committed/{top}\n"
         settled(command.mnt, tars)
         remove_all(command.mnt)
-    with open(tmp_path / "docker-archive", "rb") as file, gzip.open(tmp_path / "packed", "wb") as packed_file:
+    written = tmp_path / "by-skopeo-docker-archive"
+    with open(written, "rb") as file, gzip.open(tmp_path / "packed", "wb") as packed_file:
         shutil.copyfileobj(file, packed_file)
     assert command("import", f"docker-archive:{tmp_path}/packed:x:t") == f"{command.mnt}/committed/{top}\n"
-    assert command("import", f"docker-archive:{tmp_path}/docker-archive:docker.io/library/x:t")
-    assert 'no image "y:t"' in command("import", f"docker-archive:{tmp_path}/docker-archive:y:t", status=1)
+    assert command("import", f"docker-archive:{written}:docker.io/library/x:t")
+    assert 'no image "y:t"' in command("import", f"docker-archive:{written}:y:t", status=1)
     assert [name for name in os.listdir("/var/tmp") if name.startswith("snapfs-import-")] == []
+
+
+IMPLIED = ((1, "e"), (2, "d"))
+"""Directories of which a layer says nothing: containerd lets them have been changed when it fills them."""
 
 
 def test_as_containerd_unpacks_it(command: Command, layout: Layout, tmp_path: Path) -> None:
@@ -223,14 +228,11 @@ def test_as_containerd_unpacks_it(command: Command, layout: Layout, tmp_path: Pa
             theirs, ours = everything(Path(found[1])), everything(layer(command.mnt, name))
             assert ours.keys() == theirs.keys()
             for path, seen in theirs.items():
-                implied = nth == 1 and path == "e"  # of which nobody says when it was changed
-                whiteout = (Path(found[1]) / path).lstat().st_rdev == 0 and stat.S_ISCHR(
-                    (Path(found[1]) / path).lstat().st_mode
-                )
-                if path == "." or implied or whiteout:
-                    assert ours[path][:2] == seen[:2], path  # type: ignore[index]
+                status = (Path(found[1]) / path).lstat()
+                if path == "." or (nth, path) in IMPLIED or (stat.S_ISCHR(status.st_mode) and status.st_rdev == 0):
+                    assert (nth, path, ours[path][:2]) == (nth, path, seen[:2])  # type: ignore[index]
                 else:
-                    assert ours[path] == seen, path
+                    assert (nth, path, ours[path]) == (nth, path, seen)
     finally:
         containerd.cleanup()
 
@@ -330,7 +332,7 @@ def test_a_layer_that_is_hostile(command: Command, layout: Layout) -> None:
 
 def test_bombs(command: Command, layout: Layout, tmp_path: Path) -> None:
     with gzip.open(tmp_path / "bomb", "wb", 9) as file:
-        file.write(Layer().add("zeros", bytes(200 << 20)).done())
+        file.write(Layer().add("zeros", bytes(70 << 20)).done())
     assert "more than 200 times what it takes packed" in refused(command, str(tmp_path / "bomb"))
     assert "more than 1048576 bytes, as many as --max-size" in refused(command, "--max-size=1M", *ROOMY, str(tmp_path / "bomb"))
     tar = Layer()
@@ -396,7 +398,7 @@ def test_a_full_disk(make_daemon: Callable[..., Daemon], small_disk: Path, layou
 def test_more_layers_than_can_be_mounted(command: Command, layout: Layout) -> None:
     tars = [Layer().add(f"{number}", b"").done() for number in range(501)]
     layout.add("many", tars)
-    assert "at most 500 layers" in refused(command, f"oci:{layout.top}")
+    assert "more than the kernel can mount together (500)" in refused(command, f"oci:{layout.top}")
     assert kept(command.mnt) == []
 
 
@@ -471,8 +473,8 @@ def test_killed_between_any_two_calls(command: Command, server: Server, layout: 
         for name in chain_of(tars):
             assert alike(everything(layer(mnt, name)), expected[name])
         remove_all(mnt)
-        nth += 1 if EVERY == 1 else 1 + nth // 3
-    assert nth > 50
+        nth += 1 if EVERY == 1 else 1 + nth // 2
+    assert nth > 40
 
 
 def alike(found: dict[str, object], expected: dict[str, object]) -> bool:

@@ -19,7 +19,15 @@ def remove_all(mnt: Path) -> None:
     """Remove all snapshots, children first, and the names that they have."""
     for name in os.listdir(mnt / "images"):
         os.unlink(mnt / "images" / name)
-    for link in sorted(os.listdir(mnt / "by-id"), key=int, reverse=True):
+    parents = {path.parent.name: os.readlink(path).rpartition("/")[2] for path in mnt.glob("by-id/*/parent")}
+    depth = {link: 0 for link in os.listdir(mnt / "by-id")}
+    names = {os.readlink(mnt / "by-id" / link).rpartition("/")[2]: link for link in depth}
+    for link in depth:  # whatever the ids are: a snapshot may be put onto a later one
+        above: str | None = link
+        while above in parents:
+            depth[link] += 1
+            above = names.get(parents[above])
+    for link in sorted(depth, key=lambda link: (depth[link], int(link)), reverse=True):
         os.rmdir(os.path.realpath(mnt / "by-id" / link))
     assert [os.listdir(mnt / kind) for kind in KINDS] == [[], [], []]
 

@@ -32,6 +32,7 @@ from snapfs.images.unfit import Elsewhere, Unfit
 from snapfs.images.working import FAILED as BROKEN
 from snapfs.images.working import FINISHED, UNFIT, UNPACKED, Limits, Place, Worker
 from snapfs.labels import DIFF_ID, IMPORTING
+from snapfs.mountspec import MOST_LOWERS
 from snapfs.names import printable, shown, word
 from snapfs.root.trash import Trash
 
@@ -94,6 +95,8 @@ class _Import:
             _Task(layers[nth], names[nth], f"layer {nth + 1} of {count}" if count > 1 else "") for nth in range(first, count)
         ]
         self._parent = parent
+        if self._tasks:
+            self._refuse_too_deep()
         self._remove_left()
         try:
             with namespaces(self.place, self._options, f"cannot import {self._source}") as process, self._ended():
@@ -136,6 +139,12 @@ class _Import:
         if state:
             raise self._refusal(f'its layer "{name}" is there, but {state}: {to_do}')
         return True
+
+    def _refuse_too_deep(self) -> None:
+        depth = len(self._tasks) + sum(1 for _ in self._below())
+        if depth > MOST_LOWERS:
+            words = f"it has {depth} layers, more than the kernel can mount together ({MOST_LOWERS})"
+            raise self._refusal(f"{words}: build it of fewer")
 
     def _remove_left(self) -> None:
         """Remove what imports of other images that were killed have left."""
