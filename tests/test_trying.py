@@ -18,7 +18,7 @@ import pytest
 from snapfs.kernel import mounting
 from tests.command import SNAPFS, OnATerminal
 from tests.home import Home
-from tests.processes import die_with_parent
+from tests.processes import die_with_parent, until
 
 pytestmark = pytest.mark.mounts
 
@@ -98,6 +98,25 @@ def test_signals_reach_the_command(anybody: Home, number: signal.Signals) -> Non
         _, said = process.communicate(timeout=30)
     assert (said, process.returncode) == ("A /caught\n", 4)
     assert active(anybody) == ["w"]
+
+
+@pytest.mark.parametrize("way", ["--discard", "--keep"])
+def test_ended_while_it_tells_what_changed(anybody: Home, way: str) -> None:
+    """What is to be discarded is, and what is not is known to be kept; of many changes a pipe takes the first alone."""
+    script = "seq -f %0200g 500 | xargs touch"
+    with subprocess.Popen(
+        anybody.words(*SNAPFS, "run", "--from", "b", way, "sh", "-c", script),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=anybody.path,
+        preexec_fn=die_with_parent,
+    ) as process:
+        until(lambda: Path(f"/proc/{process.pid}/syscall").read_text().split()[:2] == ["1", "0x2"])
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+    assert ('kept as "b-run-1"' in said) == (way == "--keep")
+    assert active(anybody) == [*["b-run-1"] * (way == "--keep"), "w"]
 
 
 def test_confined(anybody: Home) -> None:

@@ -223,8 +223,9 @@ class Adoption:
         except BaseException:
             # what was moved there, and could not be moved back, is all that there is of it
             if not draft.is_filled and (not move or not os.listdir(draft.layer)):
-                with contextlib.suppress(Refusal):
-                    self.place.remove("active", draft.key, draft.number)
+                for kind, name in (("active", draft.key), ("committed", self.base)):  # it may have just been committed
+                    with contextlib.suppress(Refusal):
+                        self.place.remove(kind, name, draft.number)
             raise
 
     @contextlib.contextmanager

@@ -41,15 +41,19 @@ def run_from(given: Given, chosen: Sequence[str]) -> int:
     place.refuse_foreign("run in")
     with tidied():
         workspace = _Workspace(place, given.value("from") or "", apply="apply" in chosen)
-    status = workspace.run(given)
-    if status is None:
-        return workspace.failed
-    changes = list(place.compared(place.directory("active", workspace.key), "changes content", ()))
-    for line in changes:
-        print(table.printable(line), file=sys.stderr)
-    if not changes and not chosen:
-        table.complain("nothing changed")
-    return workspace.settle(chosen[0] if chosen else _asked(workspace) if changes else "discard") or status
+        try:
+            status = workspace.run(given)
+            if status is None:
+                return workspace.failed
+            changes = list(place.compared(place.directory("active", workspace.key), "changes content", ()))
+            for line in changes:
+                print(table.printable(line), file=sys.stderr)
+            if not changes and not chosen:
+                table.complain("nothing changed")
+            return workspace.settle(chosen[0] if chosen else _asked(workspace) if changes else "discard") or status
+        except BaseException:
+            workspace.give_up(chosen)
+            raise
 
 
 def _asked(workspace: _Workspace) -> str:
@@ -77,6 +81,7 @@ class _Workspace:
 
     def __init__(self, place: MountedTree, word: str, *, apply: bool) -> None:
         self.failed = 1
+        self._has_begun = self._is_settled = False
         self.over: str | None = None
         self._place = place
         self._base = ""
@@ -130,12 +135,19 @@ class _Workspace:
         """The exit status of the command; None where it could not be begun: the workspace is gone."""
         heard, told = os.pipe()
         sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, (*_PASSED_ON, *_IGNORED))  # until it is settled what each does
         child = os.fork()
         if child == 0:
+            for number in (*_PASSED_ON, *_IGNORED):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_PASSED_ON, *_IGNORED))
             self._become(given, told)
+        self._has_begun = True
         os.close(told)
         before = {number: signal.signal(number, lambda number, _: _pass_on(child, number)) for number in _PASSED_ON}
         before |= {number: signal.signal(number, signal.SIG_IGN) for number in _IGNORED}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_PASSED_ON, *_IGNORED))
         try:
             has_failed = os.read(heard, 1) != b""
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -175,18 +187,34 @@ class _Workspace:
                 table.complain(refused)
                 status = refused.status
         if way == "keep" or status:
-            its = place.word_for(self.key, self._number)
-            remove = place.command("rm", its)
-            if self._base:
-                remove = place.command("rm -r", place.word_for(self._base, self._base_number))
-            table.complain(f'kept as "{self.key}": {place.command("diff", its)}, {place.command("apply", its)}, {remove}')
+            self._tell()
             return status
         end_all(place, self.key)
         self._remove()
         return 0
 
+    def give_up(self, chosen: Sequence[str]) -> None:
+        """Remove what nobody wants, for this ends before it was settled; else tell that it is kept."""
+        if not self._is_settled:
+            if not self._has_begun or "discard" in chosen:
+                with suppress(Refusal):
+                    end_all(self._place, self.key)
+                    self._remove()
+                    return
+            self._tell()
+
+    def _tell(self) -> None:
+        """Say where it is, and what can be done with it."""
+        place, its = self._place, self._place.word_for(self.key, self._number)
+        remove = place.command("rm", its)
+        if self._base:
+            remove = place.command("rm -r", place.word_for(self._base, self._base_number))
+        self._is_settled = True
+        table.complain(f'kept as "{self.key}": {place.command("diff", its)}, {place.command("apply", its)}, {remove}')
+
     def _remove(self) -> None:
         self._place.remove("active", self.key, self._number)
+        self._is_settled = True
         if self._base:
             self._place.remove("committed", self._base, self._base_number)
 
