@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -514,6 +515,16 @@ def test_what_is_empty_means_nothing_else(home: Workspace) -> None:
     for words in (["w", ""], ["w", str(home.path), ""]):
         assert "an argument is empty" in home.apply(*words, status=2)
     assert looked(home.path) == before
+
+
+def test_who_has_it_locked_is_named(home: Workspace) -> None:
+    """Whoever may read a directory can lock it."""
+    held = os.open(home.path, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert f"process {os.getpid()} has {home.path} locked" in home.apply("w", status=1)
+    finally:
+        os.close(held)
 
 
 def test_the_directory_above_what_a_link_leads_to(home: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def words(inside: str, there: str, command: list[str], *, net: bool) -> list[str
 def close_off() -> None:
     """Leave nothing by which a program that this process becomes could write elsewhere: descriptors that whoever started this
     has left open, mounts that are to come, and a standard stream that is a file, which /proc opens anew for writing.  The
-    mount namespace must be this process's own; where it has no rights in there, it gets another one.  Raises Refusal."""
+    process gets a mount namespace of its own.  Raises Refusal."""
     from snapfs.kernel import userns
 
     for name in os.listdir("/proc/self/fd"):
@@ -69,10 +69,10 @@ def close_off() -> None:
                 pass
     try:
         try:
-            userns.close_mounts()
+            userns.copy_mounts()
         except PermissionError:  # in a program that was started in a workspace
             userns.enter()
-            userns.close_mounts()
+        userns.close_mounts()
     except OSError as error:
         raise Refusal(f"cannot confine a program here: {error.strerror}: do it outside of workspaces", NOT_PERMITTED) from None
     for fd in range(3):

@@ -200,7 +200,7 @@ VERBS = {
         "diff",
         "NAME [NAME] [PATH…]",
         (
-            Option("patch", "as a patch, which git apply takes", short="-p"),
+            Option("patch", "as a patch, which git apply takes; of what is no text with --binary alone", short="-p"),
             Option("stat", "how many lines of each file"),
             Option("since", "against a checkpoint of the same workspace; 0: what it was before the first", "NUMBER|NAME"),
             Option("content", "leave out what was opened for writing, but holds what it held"),
