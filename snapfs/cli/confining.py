@@ -11,8 +11,9 @@ from snapfs.cli.refusal import NOT_PERMITTED, USAGE, Refusal
 
 WHAT = (
     "With --confine it may write the workspace alone, and a /tmp and a /run of its own, which are empty.  It has no network\n"
-    "(but with --net), sees no process but its own, and has no privileges.  It may read whatever you may read, and use\n"
-    "sockets that lie elsewhere.  How much it computes, and how much disk it takes, is not limited."
+    "(but with --net), sees no process but its own, has no privileges, and of what is open gets the standard streams alone.\n"
+    "It may read whatever you may read, and use sockets that lie elsewhere.  How much it computes, and how much disk it\n"
+    "takes, is not limited."
 )
 
 _PSEUDO_TERMINALS = "/proc/sys/dev/tty/legacy_tiocsti"  # 0: nobody types for others into a terminal
