@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import selectors
 import stat
 import time
@@ -38,13 +39,14 @@ from snapfs.root.trash import Trash
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
 _KEY = "import-"
 _DRAFT = re.compile(rf"{_KEY}[0-9a-f]{{32,128}}")
 _CHAIN = re.compile(r"sha256:[0-9a-f]{64}")
 _TRANSPORT = re.compile(r"[a-z][a-z0-9+.-]*:")
+_PATIENCE = 5.0  # seconds in which the namespace of a process that was killed is gone, where somebody looks through all
 _WAITING = 4  # layers a processor that wait, unpacked, for those below
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE, _FILES, _RATIO = "100G", "10000000", "200"
@@ -82,13 +84,15 @@ class _Import:
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._tasks: list[_Task] = []
         self._committed: list[_Task] = []  # here
+        self._below: list[str] = []  # the layers of the parent, the nearest first
         self._left = ["", "", ""]
-        self._sizes = [0, 0]  # files and bytes of layers whose processes have ended
         self._progress = Progress()
 
     def run(self, layers: Sequence[Layer], names: Sequence[str], *, archive: bool) -> str:
         """Have all layers committed, and on the disk; the name of the last.  Raises Refusal, and nothing is kept."""
         refuse_unwritable(self.place, self._root, f"cannot import {self._source}")
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each layer has two
         first, parent = self._found(layers, names)
         count = len(layers)
         self._tasks = [
@@ -96,6 +100,7 @@ class _Import:
         ]
         self._parent = parent
         if self._tasks:
+            self._below = list(self._chain())
             self._refuse_too_deep()
         self._remove_left()
         try:
@@ -141,7 +146,7 @@ class _Import:
         return True
 
     def _refuse_too_deep(self) -> None:
-        depth = len(self._tasks) + sum(1 for _ in self._below())
+        depth = len(self._tasks) + len(self._below)
         if depth > MOST_LOWERS:
             words = f"it has {depth} layers, more than the kernel can mount together ({MOST_LOWERS})"
             raise self._refusal(f"{words}: build it of fewer")
@@ -203,7 +208,7 @@ class _Import:
             if not label:
                 self._release(task)
                 raise self._refusal(f'snapshot "{task.key}" already exists (active), and has files: remove it', TAKEN)
-            place.remove("active", task.key, task.number)
+            self._patiently(place.remove, "active", task.key, task.number)
             self._release(task)
         if not os.path.isdir(f"{self._own(task.number)}/fs"):
             place.remove("active", task.key, task.number)
@@ -226,7 +231,7 @@ class _Import:
         for task in self._tasks:
             if task.fd >= 0:
                 with contextlib.suppress(Refusal):
-                    self.place.remove("active", task.key, task.number)
+                    self._patiently(self.place.remove, "active", task.key, task.number)
                 self._release(task)
 
     @contextlib.contextmanager
@@ -284,7 +289,7 @@ class _Import:
             task = self._tasks[nth]
             assert task.worker is not None
             task.is_unpacked = False
-            task.worker.finish([*(self._layer_of(each) for each in reversed(self._tasks[:nth])), *self._below()])
+            task.worker.finish([*(self._layer_of(each) for each in reversed(self._tasks[:nth])), *self._below])
 
     def _layer_of(self, task: _Task) -> str:
         if not task.number:
@@ -292,7 +297,7 @@ class _Import:
             task.number = json.loads(self.place.read(f"{directory}/info.json"))["id"]
         return f"{self._own(task.number)}/fs"
 
-    def _below(self) -> Iterator[str]:
+    def _chain(self) -> Iterator[str]:
         """The layers of the parent, the nearest first."""
         name = self._parent
         while name is not None:
@@ -336,12 +341,26 @@ class _Import:
         if not task.name:
             task.name = chain_id(self._parent or "", task.diff_id)
         if not task.is_committed and not self._is_there(task.name, task.diff_id):
-            commit(self.place, task.key, task.name, self._parent)
+            self._patiently(commit, self.place, task.key, task.name, self._parent)
             self._committed.append(task)
         elif task.fd >= 0:  # another import was faster, of the same archive
-            self.place.remove("active", task.key, task.number)
+            self._patiently(self.place.remove, "active", task.key, task.number)
         self._release(task)
         self._parent = task.name
+
+    @staticmethod
+    def _patiently(call: Callable[..., object], *arguments: object) -> None:
+        """Call ``call``, again while it says that the draft is in use."""
+        began = time.monotonic()
+        while True:
+            try:
+                call(*arguments)
+            except Refusal as refused:
+                if refused.status != BUSY or time.monotonic() - began > _PATIENCE:
+                    raise
+                time.sleep(AGAIN)
+            else:
+                return
 
     def _refusal(self, why: str, status: int = FAILED) -> Refusal:
         return Refusal(f"cannot import {self._source}: {why}", status)
@@ -496,17 +515,17 @@ class _Naming:
 VERBS = {
     "import": Verb(
         "import",
-        "SOURCE [NAME]",
+        "IMAGE [NAME]",
         (
             Option("parent", "the committed snapshot that a lone layer stands on", "PARENT", short="-p"),
             Option("force", "take an image that is for another kind of machine, too"),
-            Option("max-size", f"refuse what takes more bytes unpacked, as 20G does ({_SIZE}; 0: nothing)", "SIZE"),
+            Option("max-size", f"refuse what takes more bytes unpacked, as 20G does ({_SIZE}; 0 sets no limit)", "SIZE"),
             Option("max-files", f"refuse what has more files ({_FILES})", "COUNT"),
             Option("max-ratio", f"refuse a layer that grows to so many times its size ({_RATIO})", "TIMES"),
         ),
-        "Make of each layer of the image SOURCE a committed snapshot, which is called by its chain id (sha256:…), and print\n"
+        "Make of each layer of IMAGE a committed snapshot, which is called by its chain id (sha256:…), and print\n"
         "the directory of the last; what is there already is not unpacked again.  NAME is what it is called in images/.\n"
-        "SOURCE is oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME:TAG], an archive of one layer (.tar,\n"
+        "IMAGE is oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME:TAG], an archive of one layer (.tar,\n"
         ".tar.gz, .tar.zst, or - for standard input), or what else skopeo knows.  All of it is taken, or nothing.",
         """
 snapfs import oci:./app:1.0 app:1.0

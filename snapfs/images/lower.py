@@ -20,12 +20,8 @@ class Lower:
     def __init__(self, layers: Sequence[str], prefix: str) -> None:
         self._descriptors = Descriptors()
         self._marks = Marks(self._descriptors, prefix, lambda: None, alone=False)
-        tops: list[LayerDirectory] = []
-        for nth, path in enumerate(layers):
-            tops.append(LayerDirectory(path, None, nth == len(layers) - 1))
-            if self._marks.read(tops[-1]):  # nothing below is shown
-                break
-        self._tops = tops
+        self._tops = [LayerDirectory(path, None, nth == len(layers) - 1) for nth, path in enumerate(layers)]
+        self._are_read = False
         self._known: dict[bytes, list[LayerDirectory]] = {}
 
     def __enter__(self) -> Self:
@@ -37,7 +33,7 @@ class Lower:
     def directory(self, path: bytes) -> int:
         """A descriptor of the directory ``path`` (b"": the top), the nearest where several are merged, valid until the next
         call; -1 where there is none."""
-        found = self._merged(path)
+        found = self._merged(path) if path else self._tops[:1]
         return self._descriptors.get(found[0]) if found else -1
 
     def file(self, path: bytes) -> tuple[int, str] | None:
@@ -70,7 +66,7 @@ class Lower:
     def _merged(self, path: bytes) -> list[LayerDirectory]:
         """The directories that are merged at ``path``."""
         if not path:
-            return self._tops
+            return self._all_tops()
         known = self._known.get(path)
         if known is None:
             above, _, name = path.rpartition(b"/")
@@ -80,3 +76,12 @@ class Lower:
                 self._known.clear()
             self._known[path] = known
         return known
+
+    def _all_tops(self) -> list[LayerDirectory]:
+        if not self._are_read:
+            self._are_read = True
+            for nth, top in enumerate(self._tops):
+                if self._marks.read(top):  # nothing below is shown
+                    del self._tops[nth + 1 :]
+                    break
+        return self._tops

@@ -120,7 +120,8 @@ class _Work:
         self._limits = limits
         self._has_end = has_end
         self._told = 0.0
-        self.unpacked = 0
+        self._is_bound = False
+        self._left: list[str] = []
 
     def run(self) -> None:
         try:
@@ -128,7 +129,12 @@ class _Work:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.umask(0)
             self._close_others()
-            self._unpack()
+            try:
+                self._unpack()
+            finally:
+                self._unbind()
+            if self._left:
+                self._say(FINISHED, self._left)
         except Unfit as unfit:
             self._say(UNFIT, str(unfit))
         except OSError as error:
@@ -156,8 +162,14 @@ class _Work:
         if place.process or os.geteuid() == 0:
             userns.copy_mounts()
             mounting.mount_bind(place.directory, place.directory, read_only=False)
+            self._is_bound = True
         libc.call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # after all that takes it away
         return Owners(ids)
+
+    def _unbind(self) -> None:
+        """Take the bind away before the end: whoever looks through all namespaces may keep this one a while longer."""
+        if self._is_bound:
+            mounting.unmount(self._place.directory, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
 
     def _unpack(self) -> None:
         place = self._place
@@ -180,7 +192,7 @@ class _Work:
                 file.seek(0)
                 unpacking.finish(json.load(file))
             left = unpacking.left
-            self._say(FINISHED, [left.foreign, left.bare, left.device])
+            self._left = [left.foreign, left.bare, left.device]
 
     def _tell(self, unpacking: Unpacking) -> None:
         if self._limits.files and unpacking.files > self._limits.files:
