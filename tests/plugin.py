@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from snapfs.kernel.mounttable import mount_table
@@ -24,13 +25,16 @@ FILL = "def fill(directory):\n    (directory / 'file').write_text('x')\n"
 
 @dataclass
 class Runner:
-    """Who runs pytest, and where: in ``tmp_path``, of which each user may enter the parents."""
+    """Who runs pytest, and where: in ``tmp_path``, of which each user may enter the parents.
+
+    Unless it has ``every_plugin`` there are just ours and xdist: to load the others takes longer than most of these tests."""
 
     tmp_path: Path
     uid: int = 0
     options: Sequence[str] = ()
     through: Sequence[str] = ()  # a command that runs another, as root
     environment: dict[str, str] = field(default_factory=dict)
+    every_plugin: bool = False
 
     def __post_init__(self) -> None:
         self.tests = self.tmp_path / "tests"
@@ -55,14 +59,14 @@ class Runner:
             **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
             "HOME": "/nonexistent" if self.uid else "/root",
             "TMPDIR": str(self.temporary),
-            "PYTHONPATH": str(CLONE),
+            "PYTHONPATH": str(CLONE) if self.every_plugin else f"{self._in_place_of_plugins()}:{CLONE}",
             "PYTHONDONTWRITEBYTECODE": "1",
             **self.environment,
         }
         tests = tests or self.tests
         root = tests if tests.is_dir() else tests.parent
         config = [] if (root / "pytest.ini").exists() else ["-c", os.devnull]
-        quiet = ["-o", "asyncio_default_fixture_loop_scope=function"]
+        quiet = ["-o", "asyncio_default_fixture_loop_scope=function"] if self.every_plugin else []
         plain = ["-p", "no:cacheprovider", "--rootdir", str(root), *config, *quiet]
         words = [sys.executable, "-m", "pytest", *plain, *self.options, *options, str(tests)]
         with subprocess.Popen(
@@ -93,6 +97,21 @@ class Runner:
         assert status is None or process.returncode == status, said
         self.nothing_is_left()
         return said
+
+    def _in_place_of_plugins(self) -> Path:
+        """A directory with empty modules called as the plugins that are not to be loaded."""
+        directory = self.tmp_path / "plugins"
+        for plugin in entry_points(group="pytest11"):
+            if plugin.name.partition(".")[0] not in ("snapfs", "xdist"):
+                package = directory
+                *packages, name = plugin.module.split(".")
+                for each in packages:
+                    package /= each
+                    package.mkdir(parents=True, exist_ok=True)
+                    (package / "__init__.py").touch()
+                directory.mkdir(exist_ok=True)
+                (package / f"{name}.py").touch()
+        return directory
 
     def left(self) -> list[str]:
         """What is in the temporary directory that only a run which was killed leaves there."""

@@ -653,6 +653,7 @@ def test_what_is_not_ours_is_left_alone(user: Runner) -> None:
 
 @pytest.mark.parametrize("options", [(), ("-n2",)], ids=["alone", "xdist"])
 def test_async_tests(options: tuple[str, ...], runner: Runner) -> None:
+    runner.every_plugin = True
     runner.write(
         test_it=FILL + "import asyncio, pytest, trio\n"
         "async def changed(copy, run):\n"
