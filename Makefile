@@ -96,7 +96,8 @@ bench: .venv/ready-for-tests
 
 crash: .venv/ready-for-tests
 	$(SUDO) .venv/bin/python -m tests.crash
-	$(SUDO) env EVERY=1 .venv/bin/python -m pytest -q tests/test_apply.py tests/test_apply_ends.py tests/test_adopt.py tests/test_import.py
+	$(SUDO) env EVERY=1 .venv/bin/python -m pytest -q tests/test_apply.py tests/test_apply_ends.py tests/test_adopt.py tests/test_export.py tests/test_import.py \
+	  tests/test_state_machine.py
 
 lint: .venv/ready-for-development
 	$(BIN)/ruff check

@@ -431,7 +431,7 @@ def test_label_writes_through_the_nodes(tmp_path_factory: pytest.TempPathFactory
         trio.run(main)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(steps)
 def test_label_writes_through_a_mount(module_daemon: Daemon, given: list[Any]) -> None:
     web = module_daemon.mnt / "active/web"

@@ -313,11 +313,11 @@ def test_many_clients_each_operation_once(mnt: Path) -> None:
 
 
 READERS = [
+    "dd if={} bs=1 status=none",  # while it is short
     "cat {}",
     "busybox cat {}",
     "cp {} ../copy && cat ../copy",
     "busybox cp {} ../copy && cat ../copy",
-    "dd if={} bs=1 status=none",
     "dd if={} bs=7777 status=none",
     "head -c 100000000 {}",
     "head -n 100000 {}",
@@ -336,7 +336,7 @@ READERS = [
 def test_read_by_tools_and_calls(mnt: Path, name: str) -> None:
     path = mnt / ".snapfs" / name
     for number in range(3):  # each time it has grown since it was looked up last
-        for reader in READERS:
+        for reader in READERS[number > 0 :]:
             os.mkdir(mnt / "active/k")
             os.rmdir(mnt / "active/k")
             with pytest.raises(PermissionError):

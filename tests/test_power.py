@@ -1,6 +1,6 @@
 """Power cuts: whatever a disk is left with, what was promised is there, and what was not is never passed off as whole.
 
-POWER_CUTS (30) says how often the power is cut in each test; the instants and what is lost are chosen at random, from a seed
+POWER_CUTS (16) says how often the power is cut in each test; the instants and what is lost are chosen at random, from a seed
 that a failure tells.
 """
 
@@ -23,7 +23,7 @@ from tests.power import Content, Left, State, Story, cut, fill
 
 pytestmark = [pytest.mark.mounts, pytest.mark.durable]
 
-CUTS = int(os.environ.get("POWER_CUTS", "30"))
+CUTS = int(os.environ.get("POWER_CUTS", "16"))
 
 each_kind = pytest.mark.parametrize("kind", ["ext4", "xfs"])
 

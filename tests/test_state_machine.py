@@ -35,6 +35,7 @@ from snapfs import (
 )
 from snapfs.fuse.serve import MountOptions, serve_tree
 from snapfs.tree import Tree, replacing
+from tests.syscalls import EVERY
 
 ALL_KEYS = ["a", "b", "c/d", "e%", "f g", "."]
 KEYS = st.sampled_from(ALL_KEYS)
@@ -502,6 +503,10 @@ def drive(snapshotter: Snapshotter, mnt: Path) -> None:
             return next(path(kind, key) for kind in Kind if path(kind, key).exists())
 
     checked = settings(
-        max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), database=None
+        max_examples=60 // EVERY,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
     )
     run_state_machine_as_test(Machine, settings=checked)

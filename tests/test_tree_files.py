@@ -445,7 +445,7 @@ def test_roots_with_awkward_paths(make_daemon: Callable[..., Daemon], tmp_path: 
 
 def test_readers_of_a_file_that_changes_all_the_time_see_one_text_each(daemon: Daemon, tree: Path) -> None:
     check = r'data.endswith(b"}\n") and json.loads(data)'
-    running = readers(tree / "active/web/info.json", 300, check, [*WAYS, "by size", "sendfile"])
+    running = readers(tree / "active/web/info.json", 100, check, [*WAYS, "by size", "sendfile"])
     lengths = random.Random(2)
     while any(reader.poll() is None for reader in running):
         (tree / "active/web/labels/team").write_text("x" * lengths.choice((1, 40, 3000)))
