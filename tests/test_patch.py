@@ -17,9 +17,10 @@ from random import Random
 import pytest
 
 from snapfs.errors import FailedPrecondition
+from snapfs.scan.changes import changes
 from snapfs.scan.lines import lines
 from snapfs.scan.patch import LARGEST, LONGEST, patch
-from snapfs.scan.walk import Descriptors
+from snapfs.scan.walk import Descriptors, Way
 from tests.kernel_changes import Chain, have_little_wait_in_memory, make_comb
 from tests.patches import ALONE, applied, check_with_git, compare_with_git, text_of
 from tests.processes import die_with_parent
@@ -349,6 +350,24 @@ def test_what_no_line_or_part_comes_of_is_not_walked(chain: Chain, monkeypatch: 
     assert list(lines(chain.layers, [])) == [f"D /{name}\n"]
     assert opened[name] <= 1
     assert list(lines(chain.layers, [], paths=[f"{name}/{name}".encode()])) == [f"D /{name}/{name}\n"]
+
+
+def test_long_paths_are_made_for_lines_alone(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file at the bottom of very many directories is written to, so that all of them are in the layer: to put the path of
+    each together would take as long as that of the last, as often as there are directories."""
+    for _ in range(2):
+        make_comb(chain.layer(), 300, "n" * 200)
+    made, path_of = list[object](), vars(Way)["path"].fget
+
+    def counted(way: object) -> object:
+        made.append(way)
+        return path_of(way)
+
+    monkeypatch.setattr(Way, "path", property(counted))
+    path = f"/{'n' * 200}" * 300
+    assert list(changes(list(map(str, chain.layers)))) == [f"C {path}/file\n"]
+    assert list(lines(chain.layers[1:], chain.layers)) == [f"C {path}/file\n"]
+    assert len(made) < 5
 
 
 def test_texts_that_have_much_in_common(chain: Chain) -> None:

@@ -34,7 +34,7 @@ from snapfs.scan.marks import (
     xattr,
 )
 from snapfs.scan.spool import Entry, Spool
-from snapfs.scan.walk import Descriptors
+from snapfs.scan.walk import Descriptors, Way
 
 _SPECIAL = re.compile(f"[\\\\\x00-\x1f\x7f-\x9f{UNSEEN}\udc80-\udcff]")
 _FEW = 30  # names that are looked up one by one; for more, listing the directory is faster
@@ -54,12 +54,11 @@ class _Level:
 
     ``opaque``: the layer hides the directories below, so all that they have and the layer lacks is deleted.  ``items``: what
     lines are still to be made of, in order: names, and names with a slash for all that is in them.  ``verbs``: the letter for
-    each name; "" for a directory over a directory.  ``length``: how long the path of the directory is, with its slash.
-    ``plain``: no name has to be escaped.  ``is_leaf``: ``plain``, without directories, and with nothing below.  ``held``: how
-    many entries it has in memory.
+    each name; "" for a directory over a directory.  ``plain``: no name has to be escaped.  ``is_leaf``: ``plain``, without
+    directories, and with nothing below.  ``held``: how many entries it has in memory.
     """
 
-    __slots__ = ("below", "directory", "entered", "held", "is_leaf", "items", "length", "opaque", "plain", "verbs")
+    __slots__ = ("below", "directory", "entered", "held", "is_leaf", "items", "opaque", "plain", "verbs")
 
     def __init__(self, directory: LayerDirectory, below: Sequence[LayerDirectory], opaque: bool) -> None:
         self.directory = directory
@@ -70,7 +69,6 @@ class _Level:
         self.verbs: dict[str, str] = {}
         self.plain = True
         self.is_leaf = False
-        self.length = 0
         self.held = 0
 
     @property
@@ -107,21 +105,22 @@ def changes(
         level = _Level(roots[0], roots[1:], opaque=False)
         if scan.differs(level):
             yield "C /\n"
-        path = "/"
+        way = Way("/")
         checkpoint()
-        stack = [scan.expanded(level, path)]
+        stack = [scan.expanded(level)]
         while stack:
             level = stack[-1]
             verbs, plain = level.verbs, level.plain
             if level.is_leaf:  # most are, and all of their lines are made at once
                 stack.pop()
                 scan.descriptors.close(level.directory)
+                path = way.path if verbs else ""
                 yield from [f"{verbs[name]} {path}{name}\n" for name in level.items]
-                path = path[: stack[-1].length] if stack else path
+                way.leave()
                 continue
             for item in level.items:
                 if verb := verbs.get(item):
-                    yield f"{verb} {path}{item if plain else escaped(item)}\n"
+                    yield f"{verb} {way.path}{item if plain else escaped(item)}\n"
                 elif item[-1] != "/":
                     shown = item if plain else escaped(item)
                     if not verb:
@@ -132,24 +131,23 @@ def changes(
                         if not scan.differs(entered):
                             continue
                         verb = "C"
-                    yield f"{verb} {path}{shown}\n"
+                    yield f"{verb} {way.path}{shown}\n"
                 else:
                     name = item[:-1]
                     entered = scan.enter(level, name) if verbs[name] else level.entered.pop(name, None)
                     if entered is not None:
-                        path = f"{path}{name if plain else escaped(name)}/"
+                        way.enter(f"{name if plain else escaped(name)}/")
                         if entered.is_redirected:
-                            yield f"R {path}\n"
+                            yield f"R {way.path}\n"
                         checkpoint()
-                        stack.append(scan.expanded(entered, path))
+                        stack.append(scan.expanded(entered))
                         break
             else:
                 stack.pop()
                 scan.held -= level.held
                 for directory in (level.directory, *level.below):
                     scan.descriptors.close(directory)
-                if stack:
-                    path = path[: stack[-1].length]
+                way.leave()
 
 
 class _Scan:
@@ -162,9 +160,8 @@ class _Scan:
         self._prefix = prefix
         self._spool = spool
 
-    def expanded(self, level: _Level, path: str) -> _Level:
-        """``level``, whose directory has the path ``path``, after its entries have been read and compared."""
-        level.length = len(path)
+    def expanded(self, level: _Level) -> _Level:
+        """``level``, after its entries have been read and compared."""
         most = MANY if self.held < HELD else _HARDLY_ANY
         entries = self.entries(level.directory, most)
         if len(entries) >= most:

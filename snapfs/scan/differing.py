@@ -10,13 +10,12 @@ import errno
 import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
 
 from snapfs.errors import FailedPrecondition
 from snapfs.names import printable
 from snapfs.scan.marks import DIRECTORY, FILE, OTHER, LayerDirectory, Marks
 from snapfs.scan.spool import Spool
-from snapfs.scan.walk import Descriptors
+from snapfs.scan.walk import Descriptors, Way
 
 MANY = 120_000  # entries of one directory that are compared in memory; of a larger one they wait in a file
 HELD = 250_000  # entries that all directories on the way down may have in memory
@@ -43,14 +42,22 @@ class Shown:
         self.regular = regular
 
 
-class Difference(NamedTuple):
-    """What may differ: ``path``, from the root of both chains on and without a slash at its begin, whose last name is ``name``;
-    and what the ``old`` and the ``new`` one show there, None for nothing."""
+class Difference:
+    """What may differ: ``name`` in the directory to which ``way`` leads, while the walk stands there ("": the root of both
+    chains); and what the ``old`` and the ``new`` one show there, None for nothing."""
 
-    path: bytes
-    name: str
-    old: Shown | None
-    new: Shown | None
+    __slots__ = ("_way", "name", "new", "old")
+
+    def __init__(self, way: Way[bytes], name: str, old: Shown | None, new: Shown | None) -> None:
+        self._way = way
+        self.name = name
+        self.old = old
+        self.new = new
+
+    @property
+    def path(self) -> bytes:
+        """Its path, from the root of both chains on and without a slash at its begin."""
+        return self._way.path + os.fsencode(self.name)
 
 
 Wanted = dict[str, "Wanted | None"]
@@ -77,21 +84,18 @@ def wanted(paths: Iterable[bytes]) -> Wanted | None:
 
 class _Level:
     """A directory in both chains: ``directories`` of layers, of which the first ``old`` are merged in the one alone, those up
-    to ``shared`` in the other alone, and the others in both.  ``wanted``: of its entries; ``length``: of its path, with the
-    slash; ``held``: how many entries it has in memory."""
+    to ``shared`` in the other alone, and the others in both.  ``wanted``: of its entries; ``held``: how many of them it has in
+    memory."""
 
-    __slots__ = ("directories", "entries", "held", "length", "old", "shared", "wanted")
+    __slots__ = ("directories", "entries", "held", "old", "shared", "wanted")
 
-    def __init__(
-        self, old: Sequence[LayerDirectory], new: Sequence[LayerDirectory], length: int, wanted: Wanted | None
-    ) -> None:
+    def __init__(self, old: Sequence[LayerDirectory], new: Sequence[LayerDirectory], wanted: Wanted | None) -> None:
         count = 0
         while count < min(len(old), len(new)) and old[-1 - count] is new[-1 - count]:
             count += 1
         self.old = len(old) - count
         self.shared = self.old + len(new) - count
         self.directories = [*old[: self.old], *new]
-        self.length = length
         self.wanted = wanted
         self.held = 0
         self.entries: Iterator[tuple[str, Kinds]] = iter(())
@@ -120,12 +124,12 @@ def differences(
     walk = _Walk(descriptors, spool, Marks(descriptors, prefix, checkpoint, alone=max(len(old), len(new)) < 2))
     lowest = {*old[-1:], *new[-1:]}
     roots = {layer: LayerDirectory(layer, None, layer in lowest) for layer in dict.fromkeys([*old, *new])}
-    path = b""
-    top = _Level([roots[layer] for layer in old], [roots[layer] for layer in new], 0, wanted(paths))
+    way = Way(b"")
+    top = _Level([roots[layer] for layer in old], [roots[layer] for layer in new], wanted(paths))
     if top.wanted is None:
         walk.read_roots(top.directories)
     if top.wanted is None and top.shared:
-        yield Difference(b"", "", *(Shown(None, [roots[layer] for layer in side]) for side in (old, new)))
+        yield Difference(way, "", *(Shown(None, [roots[layer] for layer in side]) for side in (old, new)))
     stack = [walk.expanded(top)]
     checkpoint()
     while stack:
@@ -134,25 +138,23 @@ def differences(
             before, after = walk.shown(level, name, kinds)
             if before is after:  # nothing, or the same
                 continue
-            here = path + os.fsencode(name)
             inside = level.wanted[name] if level.wanted is not None else None
-            found = Difference(here, name, before, after)
+            found = Difference(way, name, before, after)
             if inside is None:
                 yield found
             is_merged = (before is not None and before.directories) or (after is not None and after.directories)
             if is_merged and (inside is not None or enters(found)):
-                path = here + b"/"
+                way.enter(os.fsencode(name) + b"/")
                 checkpoint()
                 merged = [side.directories if side is not None else () for side in (before, after)]
-                stack.append(walk.expanded(_Level(merged[0], merged[1], len(path), inside)))
+                stack.append(walk.expanded(_Level(merged[0], merged[1], inside)))
                 break
         else:
             stack.pop()
             walk.held -= level.held
             for directory in level.directories:
                 descriptors.close(directory)
-            if stack:
-                path = path[: stack[-1].length]
+            way.leave()
 
 
 class _Walk:

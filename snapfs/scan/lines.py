@@ -53,9 +53,9 @@ def _is_shown_the_same(
     old, new = found.old, found.new
     assert old is not None
     assert new is not None
-    if old.directories or new.directories or not found.path:
+    if old.directories or new.directories or not found.name:
         if not (old.directories and new.directories):
-            return not found.path  # a root that one side hasn't got
+            return not found.name  # a root that one side hasn't got
         before, after = (metadata(descriptors.get(side.directories[0]), prefix) for side in (old, new))
         return before == after or before is None or after is None
     if not content:

@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Generator
 from itertools import islice
-from typing import Protocol
+from typing import AnyStr, Generic, Protocol
 
 from snapfs.kernel import inside
 
@@ -105,6 +105,34 @@ class _Half:
     def __init__(self, directory: Directory, entries: Listing) -> None:
         self.directory = directory
         self.entries = entries
+
+
+class Way(Generic[AnyStr]):
+    """The way down to a directory, by names that end in a slash, but for the ``first``, its top.  Its path is made when it is
+    asked for: that of a deep directory is as long as the walk, and there are as many such directories."""
+
+    def __init__(self, first: AnyStr) -> None:
+        self._names: list[AnyStr] = [first]
+        self._path: AnyStr = first
+        self._of = 1  # how many names the path is made of
+
+    def enter(self, name: AnyStr) -> None:
+        """Go on to the directory ``name``, with its slash."""
+        self._names.append(name)
+
+    def leave(self) -> None:
+        """Go back to the directory above."""
+        self._names.pop()
+        self._of = min(self._of, len(self._names) - 1)
+
+    @property
+    def path(self) -> AnyStr:
+        """The path of the directory, with its slash."""
+        if self._of != len(self._names):
+            empty: AnyStr = self._path[:0]
+            self._path = empty.join(self._names)
+            self._of = len(self._names)
+        return self._path
 
 
 class Descriptors:
