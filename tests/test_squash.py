@@ -9,6 +9,7 @@ import os
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -466,6 +467,31 @@ async def test_a_dissolve_while_much_waits_for_the_disk(three: Snapshotter, monk
     await three.mount("web")
     await three.dissolve("two")
     assert (await three.stat("three")).parent == "one"
+
+
+@pytest.mark.mounts
+async def test_who_needs_one_of_many_that_are_unmounted_waits_for_that_one_alone(
+    alone: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes some hundredths of a second, and there may be hundreds."""
+    for number in range(3):
+        await alone.prepare(f"on-{number}", "three")
+        await alone.mount(f"on-{number}")
+    rootfs, kept = alone.rootfs, list[int]()
+    assert rootfs is not None
+    unmount = rootfs.unmounted
+
+    @asynccontextmanager
+    async def unmounted(number: int) -> AsyncIterator[bool]:
+        if rootfs.holds(number):
+            kept.append(len(alone._endings))
+        async with unmount(number) as free:
+            yield free
+
+    monkeypatch.setattr(rootfs, "unmounted", unmounted)
+    await alone.dissolve("two")
+    assert kept == [0, 0, 0], "others that are kept unmounted meanwhile"
+    await alone.mount("on-0")
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
