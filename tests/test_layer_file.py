@@ -242,6 +242,12 @@ def test_all_ways_of_reading(mnt: Path, tmp_path: Path) -> None:
     assert info(path.parent)["diff_id"] == info(path.parent)["chain_id"] == sha256(data)
 
 
+def test_the_kernel_asks_for_much_at_once(mnt: Path) -> None:
+    """Or each 128 KiB would cost a turn of the loop."""
+    device = os.stat(mnt).st_dev
+    assert Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").read_text() == "1024\n"
+
+
 def test_whoever_has_read_it_finds_the_diff_id(mnt: Path) -> None:
     path, data = filled(mnt)
     with path.open("rb") as file:

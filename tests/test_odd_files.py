@@ -268,6 +268,13 @@ class Case:
             await snapshotter.prepare("next", "done")
             assert await snapshotter.changes("next", list) == []
 
+    async def tar(self) -> None:
+        async with open_snapshotter(self.root, OPTIONS) as snapshotter:
+            await snapshotter.commit("done", "odd")
+            with closing(await snapshotter.layer_tar("done")) as found:
+                assert found.size > self.made.inodes * 512
+                assert found.read(found.size - 1024, 4096) == bytes(1024)
+
     async def check(self) -> None:
         assert list(check(str(self.root))) == []
         assert list(check(str(self.root), repair=True)) == []
@@ -292,7 +299,7 @@ class Case:
             assert os.listdir(self.root / "trash") == []
 
 
-OPERATIONS = ["usage", "changes", "owners", "commit", "check", "check_orphaned", "rebuild", "remove"]
+OPERATIONS = ["usage", "changes", "owners", "commit", "tar", "check", "check_orphaned", "rebuild", "remove"]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

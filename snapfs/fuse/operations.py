@@ -382,7 +382,7 @@ class Operations(pyfuse3.Operations):
             raise
 
     @answering
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]  # it takes any buffer
         handle = self.files[fh].handle
         if handle.blocks:
             return await handle.fetch(off, size)

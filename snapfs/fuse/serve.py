@@ -40,6 +40,7 @@ from snapfs.options import Options
 from snapfs.snapshotter import Snapshotter
 from snapfs.threads import in_thread, in_thread_at_last
 from snapfs.tree import Tree
+from snapfs.tree.layertar import AHEAD
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,13 @@ async def serve_tree(
 ) -> str:
     """Mount ``tree`` and answer requests until ``stop`` is set or somebody unmounts it; why it is over, if not for ``stop``.
     ``mountpoint`` is as the mount table has it.  One a process at a time."""
-    operations = Operations(tree, mount.access, on_ready)
+    begun = trio.Event()
+
+    def begin() -> None:
+        begun.set()
+        on_ready()
+
+    operations = Operations(tree, mount.access, begin)
     options = _fuse_options(tree.snapshotter.root, mount)
     try:
         if outside is not None:
@@ -149,6 +156,7 @@ async def serve_tree(
                 nursery.start_soon(_set_when_unmounted, stop, outside)
             elif own is not None:
                 nursery.start_soon(_set_when_gone, stop, own)
+                nursery.start_soon(_read_ahead, begun, own)
             with loop:
                 await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
@@ -167,6 +175,18 @@ async def serve_tree(
                 words = "fusermount3 could not be started: unmount %s with fusermount3 -u -z %s"
                 log.warning(words, own.target, names.word(own.target))
         spare.close()
+
+
+async def _read_ahead(begun: trio.Event, own: MountPoint) -> None:
+    """Have the kernel ask for as much at once as it can, where this process may set that, once it has agreed with libfuse on
+    less: each request costs a turn of the loop, and ``layer.tar`` may be long."""
+    await begun.wait()
+    with contextlib.suppress(OSError):
+        setting = os.open(f"/sys/class/bdi/{own.device}/read_ahead_kb", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(setting, b"%d" % (AHEAD >> 10))
+        finally:
+            os.close(setting)
 
 
 async def _set_on_signal(

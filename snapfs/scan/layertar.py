@@ -47,6 +47,7 @@ from snapfs.scan.walk import Descriptors, Directory
 READ = 1 << 20  # bytes that are read at once for who reads on
 PART = 10  # the index takes one in so many of the bytes that are free on the disk, at most
 
+_SMALL = 64 << 10  # bytes of a file that is read as a whole, if that is wanted
 _ENTRIES, _BYTES = 256, 256 << 10  # entries, and bytes, of the index that are compressed together
 _ROW = struct.Struct("<IIQQq")  # lengths of header and path (0: it has no bytes of its own); size, inode, mtime of a file
 _COUNT = struct.Struct("<I")
@@ -278,7 +279,7 @@ class _Index:
     """The index while it is made."""
 
     def __init__(self, directory: str | None) -> None:
-        self._file: BinaryIO | None = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+        self._file: BinaryIO = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
         self._starts, self._places = array("Q"), array("Q")
         self._here = self._start = self._end = self._length = 0
         self._rows: list[bytes] = []
@@ -286,8 +287,7 @@ class _Index:
         self._paths: list[bytes] = []
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def add(self, header: bytes, path: bytes = b"", size: int = 0, inode: int = 0, mtime: int = 0) -> None:
         """The next entry: its header, and where a file's bytes follow, where they are, and what tells whether they are still
@@ -302,7 +302,6 @@ class _Index:
             self._flush()
 
     def _flush(self) -> None:
-        assert self._file is not None
         raw = _COUNT.pack(len(self._rows)) + b"".join(self._rows) + b"".join(self._headers) + b"".join(self._paths)
         part = zlib.compress(raw, 1)
         disk = os.fstatvfs(self._file.fileno())
@@ -324,10 +323,8 @@ class _Index:
         """The tar of which all entries were added."""
         if self._rows:
             self._flush()
-        assert self._file is not None
         self._places.append(self._end)
-        file, self._file = self._file, None
-        return LayerTar(layer, file, self._starts, self._places, self._here)
+        return LayerTar(layer, os.dup(self._file.fileno()), self._starts, self._places, self._here)
 
 
 _Entry = tuple[int, int, int, int, bytes, int, int, int]
@@ -340,18 +337,18 @@ class LayerTar:
     """One layer as a tar of ``size`` bytes: the index, in a nameless file of ``on_disk`` bytes as long as this object lives.
     It may be read by many at once (``open``).  ``hashing``: its digest, as far as it was read."""
 
-    def __init__(self, layer: str, file: BinaryIO, starts: array[int], places: array[int], end: int) -> None:
+    def __init__(self, layer: str, fd: int, starts: array[int], places: array[int], end: int) -> None:
         self.layer = layer
         self.end = end  # of the last entry
         self.size = end + len(tar.END)
         self.on_disk = places[-1]
         self.hashing = Hashing(self.size)
-        self._file = file
+        self._fd = fd
         self._starts = starts
         self._places = places
 
     def __del__(self) -> None:
-        self._file.close()
+        os.close(self._fd)
 
     def open(self) -> OpenLayer:
         """Open it for reading.  ``close`` what that gives."""
@@ -366,7 +363,7 @@ class LayerTar:
         OSError."""
         begin, end = self._places[number], self._places[number + 1]
         try:
-            raw = zlib.decompress(os.pread(self._file.fileno(), end - begin, begin))
+            raw = zlib.decompress(os.pread(self._fd, end - begin, begin))
         except zlib.error as error:
             raise Damaged("the disk under ROOT has mangled the headers of the tar") from error
         (count,) = _COUNT.unpack_from(raw)
@@ -395,12 +392,12 @@ class Hashing:
         self._sha = hashlib.sha256()
         self._lock = threading.Lock()
 
-    def feed(self, begin: int, data: bytes) -> None:
+    def feed(self, begin: int, data: memoryview) -> None:
         """``data`` is there from ``begin`` on; what is known already, or too far ahead, is passed over.  Any thread."""
         with self._lock:
             known = self.frontier - begin
             if self.digest is None and 0 <= known < len(data):
-                self._sha.update(memoryview(data)[known:] if known else data)
+                self._sha.update(data[known:])
                 self.frontier = begin + len(data)
                 if self.frontier == self._size:
                     self.digest = self._sha.digest()
@@ -413,8 +410,8 @@ class _Near(Descriptors):
 
 
 class OpenLayer:
-    """A layer's tar that is open for reading.  ``read`` may be called by any thread, and blocks; ``close`` it when no call is
-    under way."""
+    """A layer's tar that is open for reading.  ``read`` and ``load`` block: any thread may call them, one at a time; ``close``
+    it when no call is under way.  It has READ bytes of memory, always the same: the kernel would zero fresh ones first."""
 
     def __init__(self, layer_tar: LayerTar) -> None:
         self._tar = layer_tar
@@ -426,8 +423,8 @@ class OpenLayer:
         self._file = -1  # the file of which a part was read last
         self._file_path = b""
         self._part: tuple[int, bytes, list[_Entry]] = (-1, b"", [])
-        self._ahead = (0, b"")  # what was read last, and from where on
-        self._next = 0
+        self._view = memoryview(b"")  # what was read last: from _begin to _end
+        self._begin = self._end = self._next = 0
 
     @property
     def size(self) -> int:
@@ -445,73 +442,112 @@ class OpenLayer:
         self._fd = -1
         self._descriptors.__exit__()
 
-    def at_hand(self, offset: int, size: int) -> bytes | None:
-        """As ``read``, but None where that is not in memory."""
-        begin, data = self._ahead
-        size = max(0, min(size, self.size - offset))
-        if not begin <= offset <= offset + size <= begin + len(data):
+    def at_hand(self, offset: int, size: int) -> memoryview | None:
+        """As ``read``, until the next call; None where that is not in memory."""
+        size = min(size, self.size - offset)
+        if size <= 0:
+            return self._view[:0]
+        if not self._begin <= offset <= offset + size <= self._end:
             return None
         self._next = offset + size
-        return data[offset - begin : offset - begin + size]
+        return self._view[offset - self._begin : offset - self._begin + size]
+
+    def load(self, offset: int, size: int) -> None:
+        """Have ``size`` bytes from ``offset`` on, READ of them at most, at hand, and what is behind them, too, if the last that
+        were asked for were before them.  Raises as ``read`` does."""
+        end = min(offset + size, self.size)
+        hashing = self._tar.hashing
+        with self._lock:
+            self._view = self._view or memoryview(bytearray(min(READ, self.size)))
+            if hashing.digest is None and 0 < offset - hashing.frontier <= READ:
+                self._fill(hashing.frontier, offset)  # the kernel's requests may overtake one another
+                self._next = offset
+            if offset == self._next:
+                try:
+                    self._fill(offset, max(end, min(offset + READ, self.size)))
+                    return
+                except (Damaged, OSError):  # what is behind that may be wanted by nobody
+                    pass
+            self._fill(offset, end)
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset`` on; fewer at the end alone.
 
         Raises Damaged where a file of the layer is not what it was when the index was made, and OSError."""
-        with self._lock:
-            found = self.at_hand(offset, size)
-            if found is not None:
-                return found
-            hashing = self._tar.hashing
-            begin, end = offset, min(offset + size, self.size)
-            if hashing.digest is None and 0 <= offset - hashing.frontier <= READ:
-                begin = hashing.frontier  # the kernel's requests may overtake one another
-            if begin < offset or offset == self._next:
-                end = max(end, min(begin + READ, self.size))
-            try:
-                data = self._span(begin, end)
-            except (Damaged, OSError):
-                begin, end = offset, min(offset + size, self.size)  # what is behind that may be wanted by nobody
-                data = self._span(begin, end)
-            hashing.feed(begin, data)
-            self._ahead = begin, data
-            found = self.at_hand(offset, size)
-            assert found is not None
-            return found
+        pieces = []
+        end = min(offset + size, self.size)
+        while offset < end:
+            length = min(end - offset, READ)
+            if (found := self.at_hand(offset, length)) is None:
+                self.load(offset, length)
+                found = self.at_hand(offset, length)
+                assert found is not None
+            pieces.append(bytes(found))
+            offset += length
+        return b"".join(pieces)
 
-    def _span(self, begin: int, end: int) -> bytes:
-        """The bytes of the tar from ``begin`` to ``end``."""
-        pieces: list[bytes] = []
-        last = min(end, self._tar.end)
+    def _fill(self, begin: int, end: int) -> None:
+        """Have the bytes of the tar from ``begin`` to ``end`` in memory, READ of them at most."""
+        view, last = self._view, min(end, self._tar.end)
+        self._end = self._begin = begin
         number = self._tar.part_at(begin)
         here = begin
         while here < last:
             if self._part[0] != number:
                 self._part = number, *self._tar.part(number)
             _, raw, entries = self._part
+            begun, pieces = here, list[bytes]()  # of what is there as a whole, as most files are that are not large
             for start, header, body, stop, path, size, inode, mtime in entries:
                 if stop <= here:
                     continue
+                if here == start and stop <= last and size <= _SMALL:
+                    pieces.append(raw[header : header + body - start])
+                    if size:
+                        pieces.append(self._small(path, size, inode, mtime))
+                        pieces.append(_ZEROS[: stop - body - size])
+                    here = stop
+                    continue
+                if pieces:
+                    view[begun - begin : here - begin] = b"".join(pieces)
+                    pieces.clear()
                 if here < body:
-                    pieces.append(raw[header + here - start : header + min(body, last) - start])
+                    to = min(body, last)
+                    view[here - begin : to - begin] = raw[header + here - start : header + to - start]
                 if size and last > body:
-                    from_, to = max(here - body, 0), min(last - body, size)
+                    from_, to = max(here, body), min(last, body + size)
                     if from_ < to:
-                        pieces.append(self._content(path, from_, to, size, inode, mtime))
-                    zeros = min(last, stop) - max(here, body + size)
-                    if zeros > 0:
-                        pieces.append(_ZEROS[:zeros])
-                here = stop
+                        place = view[from_ - begin : to - begin]
+                        self._content(place, path, from_ - body, size, inode, mtime)
+                    from_, to = max(here, body + size), min(last, stop)
+                    if from_ < to:
+                        view[from_ - begin : to - begin] = _ZEROS[: to - from_]
+                here = begun = min(stop, last)
                 if here >= last:
                     break
+            if pieces:
+                view[begun - begin : here - begin] = b"".join(pieces)
             number += 1
         if end > self._tar.end:
-            pieces.append(tar.END[max(begin - self._tar.end, 0) : end - self._tar.end])
-        return b"".join(pieces)
+            from_ = max(begin, self._tar.end)
+            view[from_ - begin : end - begin] = tar.END[from_ - self._tar.end : end - self._tar.end]
+        self._end = end
+        self._tar.hashing.feed(begin, view[: end - begin])
 
-    def _content(self, path: bytes, begin: int, end: int, size: int, inode: int, mtime: int) -> bytes:
-        """Bytes of the file at ``path``, which must still be what the index says."""
-        whole = begin == 0 and end == size
+    def _small(self, path: bytes, size: int, inode: int, mtime: int) -> bytes:
+        """All of the file at ``path``."""
+        file = self._opened(path, size, inode, mtime)
+        try:
+            data = os.read(file, size)
+        finally:
+            os.close(file)
+        if len(data) != size:
+            raise _changed(path)
+        return data
+
+    def _content(self, place: memoryview, path: bytes, begin: int, size: int, inode: int, mtime: int) -> None:
+        """Put bytes of the file at ``path``, which must still be what the index says, into ``place``, from ``begin`` on."""
+        length = len(place)
+        whole = length == size
         if whole or self._file < 0 or self._file_path != path:
             file = self._opened(path, size, inode, mtime)
             if not whole:
@@ -522,18 +558,17 @@ class OpenLayer:
             if not _is_same(os.fstat(file), size, inode, mtime):
                 raise _changed(path)
         try:
-            data = os.pread(file, end - begin, begin)
-            while len(data) < end - begin:  # a signal, or it has become shorter
-                more = os.pread(file, end - begin - len(data), begin + len(data))
+            done = os.preadv(file, [place], begin)
+            while done < length:  # a signal, or it has become shorter
+                more = os.preadv(file, [place[done:]], begin + done)
                 if not more:
                     raise _changed(path)
-                data += more
+                done += more
         finally:
             if whole:
                 os.close(file)
-            elif end == size:
+            elif begin + length == size:
                 self._let_go()
-        return data
 
     def _let_go(self) -> None:
         if self._file >= 0:
@@ -544,24 +579,22 @@ class OpenLayer:
         """A descriptor of the file at ``path``.  What is not the regular file that it was is not opened: with a device that may
         do something."""
         above, _, name = path.rpartition(b"/")
-        file = -1
         try:
             if above != self._directory or self._fd < 0:
                 self._fd = self._entered(above)
             status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-            if _is_same(status, size, inode, mtime) and status.st_dev == self._device:
-                file = os.open(name, _FILE, dir_fd=self._fd)
-                if _is_same(os.fstat(file), size, inode, mtime):
-                    opened, file = file, -1
-                    return opened
+            if not _is_same(status, size, inode, mtime) or status.st_dev != self._device:
+                raise _changed(path)
+            file = os.open(name, _FILE, dir_fd=self._fd)
         except OSError as error:
-            if error.errno not in VANISHED:
-                error.filename = os.fsdecode(path)
-                raise
-        finally:
-            if file >= 0:
-                os.close(file)
-        raise _changed(path)
+            if error.errno in VANISHED:
+                raise _changed(path) from None
+            error.filename = os.fsdecode(path)
+            raise
+        if not _is_same(os.fstat(file), size, inode, mtime):
+            os.close(file)
+            raise _changed(path)
+        return file
 
     def _entered(self, path: bytes) -> int:
         """A descriptor of the directory at ``path``.  Raises OSError."""

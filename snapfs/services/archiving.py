@@ -73,7 +73,8 @@ class Archiving:
     async def diff_id(self, key: Ref, caller: Caller) -> str:
         """The SHA-256 of that tar, ``sha256:`` and 64 digits, which is noted.  Raises the same."""
         number, record = self._found(key)
-        if known := digest.diff_id(record):
+        known = digest.diff_id(record)
+        if known is not None and record.tar_size == self.size(number, record):
             return known
         number, found = await self._indexed(number, caller)
         if found.hashing.digest is None:
@@ -122,7 +123,9 @@ class Archiving:
         kept = self._kept.setdefault(number, made)
         self._kept.move_to_end(number)
         self._sizes[number] = kept.size
-        if record.tar_size not in (0, kept.size):
+        if record.tar_size == kept.size:
+            kept.hashing.digest = record.diff_id or kept.hashing.digest  # which needn't be found out again
+        elif record.tar_size:
             log.warning('the tar of snapshot "%s" is not what it was: something has written in its layer', record.name)
         while len(self._kept) > 1 and (
             len(self._kept) > MOST or sum(each.on_disk for each in self._kept.values()) > MOST_ON_DISK
@@ -151,4 +154,4 @@ def _hash(found: LayerTar, checkpoint: Checkpoint) -> None:
     with closing(found.open()) as opened:
         while found.hashing.digest is None:
             checkpoint()
-            opened.read(found.hashing.frontier, READ)
+            opened.load(found.hashing.frontier, min(READ, found.size - found.hashing.frontier))

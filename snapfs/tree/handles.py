@@ -38,8 +38,8 @@ class Handle:
         """Up to ``size`` bytes from ``offset``; fewer at the end alone."""
         raise NotImplementedError
 
-    async def fetch(self, offset: int, size: int) -> bytes:
-        """``read``, in a worker thread."""
+    async def fetch(self, offset: int, size: int) -> bytes | memoryview:
+        """``read``, in a worker thread; what it gives may change as soon as something else is awaited."""
         return await in_thread(self.read, offset, size)
 
     async def write(self, offset: int, data: bytes) -> int:

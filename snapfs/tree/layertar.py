@@ -78,13 +78,21 @@ class OpenLayerTar(Handle):
     def size(self) -> int:
         return self.text.size
 
-    async def fetch(self, offset: int, size: int) -> bytes:
+    async def fetch(self, offset: int, size: int) -> bytes | memoryview:
         async with self._in_order:
             if self._layer is None:
                 self._layer = await self._state.snapshotter.layer_tar(self._number)  # again, where the index was forgotten
+            if size > AHEAD:  # no kernel asks for so much
+                return await in_thread(self._layer.read, offset, size)
             data = self._layer.at_hand(offset, size)
             if data is None:
-                data = await in_thread(self._layer.read, offset, size)
+                try:
+                    await in_thread(self._layer.load, offset, size, abandon_on_cancel=True)
+                except trio.Cancelled:  # the daemon ends, and does not wait for a disk that may never answer
+                    self._layer = None  # the thread has it
+                    raise
+                data = self._layer.at_hand(offset, size)
+                assert data is not None
             if self._layer.digest is not None and not self._noted:
                 self._noted = True
                 await self._note()
