@@ -52,13 +52,17 @@ def layers() -> list[bytes]:
     return [first.done(), second.done(), third.done()]
 
 
+def packed(base: Path, tars: Sequence[bytes], name: str) -> Path:
+    """An OCI layout in a tar, made in ``base``: the image ``name`` of these layers."""
+    layout = Layout(base / "oci")
+    layout.add(name.removeprefix("test.local/"), tars)
+    return layout.archive(base / "image.tar")
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An OCI layout in a tar."""
-    base = tmp_path_factory.mktemp("image")
-    layout = Layout(base / "oci")
-    layout.add(IMAGE.removeprefix("test.local/"), layers())
-    return layout.archive(base / "image.tar")
+    return packed(tmp_path_factory.mktemp("image"), layers(), IMAGE)
 
 
 class Both:
@@ -140,6 +144,39 @@ def test_a_container_sees_the_same_files_as_under_overlayfs(both: Both) -> None:
     both.collected()
     assert both.shown() == EMPTY
     assert os.listdir(both.snapfs.root / "snapshots") == []
+
+
+def stacked(mnt: Path) -> list[Path]:
+    """The committed snapshots, which stand on one another, the lowest first."""
+    found = {path.name: path for path in (mnt / "committed").iterdir()}
+    below = {
+        os.path.basename(os.readlink(path / "parent")): name for name, path in found.items() if "parent" in os.listdir(path)
+    }
+    (name,) = found.keys() - below.values()
+    chain = [found[name]]
+    while (above := below.get(chain[-1].name)) is not None:
+        chain.append(found[above])
+    return chain
+
+
+@pytest.mark.parametrize("suite", ["bookworm", "sid"], indirect=True, ids=version)
+def test_layer_tars_are_layers_of_an_image(both: Both, tmp_path: Path) -> None:
+    """containerd makes of them what they were made of, calls them what info.json says, and their own tars are the same."""
+    both.load()
+    expected = both.run("/bin/sh", "-c", LOOK)
+    tars = [(path / "layer.tar").read_bytes() for path in stacked(both.mnt)]
+    assert len(tars) == 3
+    both.collected()
+    eventually(lambda: both.shown() == EMPTY)
+    (tmp_path / "again").mkdir()
+    both.image = packed(tmp_path / "again", tars, IMAGE)
+    both.load()
+    assert both.run("/bin/sh", "-c", LOOK) == expected
+    for path, data in zip(stacked(both.mnt), tars, strict=True):
+        assert (path / "layer.tar").read_bytes() == data
+        said = json.loads((path / "info.json").read_text())
+        assert said["diff_id"] == f"sha256:{hashlib.sha256(data).hexdigest()}"
+        assert said["name"].endswith(said["chain_id"])
 
 
 USER_NAMESPACE = ("--remap-labels", "--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536")

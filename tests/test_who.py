@@ -508,11 +508,14 @@ def test_who_may_read_changes_is_who_may_read_the_layer(make_daemon: Make, who: 
                 assert may(run(who, "cat", daemon.mnt / directory / name)) == expected
         for path in ("active/a/changes", "committed/base/changes", "active/a/changes.patch", "committed/base/changes.patch"):
             assert (daemon.mnt / path).read_text()
+        assert may(run(who, "cat", daemon.mnt / "committed/base/layer.tar")) == expected
+        assert (daemon.mnt / "committed/base/layer.tar").read_bytes()
     for path in ("active/a/changes", "committed/base/changes.patch"):
         for change in (("chmod", "444"), ("chown", str(BOB))):
             assert run(who, *change, daemon.mnt / path).returncode != 0
     for name in ("changes", "changes.patch"):
         assert shown(daemon.mnt, f"active/a/{name}") == (0o400, 0, 0)
+    assert shown(daemon.mnt, "committed/base/layer.tar") == (0o400, 0, 0)
     assert shown(daemon.mnt, "active/a/compare") == (0o600, 0, 0)
     asked = run(who, "sh", "-c", 'exec 3<>"$1" && echo "changes base" >&3 && cat <&3', "sh", daemon.mnt / "active/a/compare")
     assert (asked.returncode == 0 and asked.stdout.endswith("A /new\n")) == (expected and "--ambient-caps" not in who)

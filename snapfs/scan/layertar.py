@@ -598,7 +598,7 @@ class OpenLayer:
 
     def _entered(self, path: bytes) -> int:
         """A descriptor of the directory at ``path``.  Raises OSError."""
-        way = self._way
+        way, self._fd = self._way, -1
         names = [os.fsdecode(name) for name in path.split(b"/")] if path else []
         same = 0
         while same < min(len(names), len(way) - 1) and way[same + 1].name == names[same]:
