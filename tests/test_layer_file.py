@@ -24,6 +24,7 @@ from snapfs.services import archiving
 from snapfs.store.schema import Record
 from tests.daemon import Daemon, bounded
 from tests.doors import DOORS, Opener
+from tests.home import Home
 from tests.layertars import bytes_of, entries_of
 from tests.refusals import failing
 from tests.tree import committed, info
@@ -308,3 +309,15 @@ def test_others_are_answered_while_a_layer_is_indexed_and_read(daemon: Daemon) -
             assert json.loads((daemon.mnt / f"active/{number}/info.json").read_text())["id"]
         assert reader.poll() is None
         reader.kill()
+
+
+def test_whoever_serves_a_tree_has_them(anybody: Home) -> None:
+    """Also where overlays leave their marks in users' attributes."""
+    home = anybody
+    home.sh("cd tree/active/w/rootfs; rm file; echo n > n; rm -r sub; mkdir sub; echo 2 > sub/f")
+    home.snapfs("checkpoint", "w")
+    listed = home.sh("tar tf tree/committed/w@1/layer.tar").split()
+    assert listed == ["./"] * (home.who != ()) + [".wh.file", "n", "sub/", "sub/.wh..wh..opq", "sub/f"]
+    home.sh("! grep -a -q overlay tree/committed/w@1/layer.tar")
+    digest = home.sh("sha256sum tree/committed/w@1/layer.tar").split()[0]
+    assert json.loads(home.read("committed/w@1/info.json"))["diff_id"] == f"sha256:{digest}"

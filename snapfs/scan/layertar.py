@@ -591,7 +591,7 @@ class OpenLayer:
                 raise _changed(path) from None
             error.filename = os.fsdecode(path)
             raise
-        if not _is_same(os.fstat(file), size, inode, mtime):
+        if os.fstat(file).st_ino != inode:  # another was put there in between
             os.close(file)
             raise _changed(path)
         return file
