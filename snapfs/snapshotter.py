@@ -624,10 +624,11 @@ class Snapshotter:
     def _refuse_kept(self, key: Ref) -> None:
         """Raise Pinned or Named, before the rootfs of what is to go is unmounted."""
         with suppress(Damaged), self.reading() as reader:
-            _, found = lookup.find(reader, key)
+            number, found = lookup.find(reader, key)
             if PIN in found.labels:
                 raise pinned(found.name)
-            image_rules.refuse_named(found)
+            if reader.any_child(number) is None:  # else that is what is told
+                image_rules.refuse_named(found)
 
     def _forget_removed(self, change: Change) -> None:
         if change.before is not None and (change.after is None or change.after.id != change.before.id):

@@ -27,6 +27,7 @@ from snapfs.errors import (
     HasChildren,
     InvalidArgument,
     LabelTooBig,
+    Named,
     NotFound,
     NotUtf8,
     SnapshotError,
@@ -634,10 +635,14 @@ async def inspect(root: Path, quick: Options, puts: list[Put]) -> None:
             await snapshotter.usage(name)
         with suppress(Damaged, NotFound, AlreadyExists, InvalidArgument):
             await snapshotter.prepare("one more", "base")
+        images = tree.walk("images")
+        for _, name, _ in list(images.entries(0)):
+            with suppress(Damaged, NotFound):
+                await images.unlink(name, 1)
         for kind in KINDS * 4:  # children first, whichever they are
             directory = tree.walk(kind)
             for _, name, _ in reversed(list(directory.entries(0))):
-                with suppress(Damaged, NotFound, HasChildren):
+                with suppress(Damaged, NotFound, HasChildren, Named):
                     await directory.rmdir(name, 1)
         await crawl(tree, tree.node(ROOT_INODE))
         for name in LEAVES:

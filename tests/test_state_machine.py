@@ -142,10 +142,10 @@ class Model(dict[str, Snapshot]):
     def remove(self, key: str) -> Refusal | None:
         if key not in self:
             return NOT_FOUND
-        if key in self.images.values():
-            return NAMED
         if self.children(key):
             return HAS_CHILDREN
+        if key in self.images.values():
+            return NAMED
         del self[key]
         return None
 

@@ -163,6 +163,7 @@ def test_slots_of_attributes_are_unique_and_fixed() -> None:
         "changes.patch": 34,
         "compare": 35,
         "layer.tar": 36,
+        "image.json": 37,
     }
 
 

@@ -42,10 +42,10 @@ def remove(
         raise FailedPrecondition(f'snapshot "{before.name}" was not made by {origin}: remove it in the tree')
     if PIN in before.labels:
         raise pinned(before.name)
-    if before.images and record is not None:
-        raise named(before.name, before.images)
     if child := writer.any_child(number):
         raise HasChildren.of(before.name, child[1], child[0])
+    if before.images and record is not None:
+        raise named(before.name, before.images)
     if refuse_mounted and record is not None:
         refuse_used(root, number, record, free=free)
     if before.kind is Kind.COMMITTED:
