@@ -33,6 +33,7 @@ from snapfs.errors import (
     NotUtf8,
     Pinned,
     TooManyNames,
+    Unavailable,
 )
 from snapfs.fuse.errno import errno_of
 from snapfs.model import Change
@@ -294,6 +295,31 @@ async def test_two_who_want_one_name(snapshotter: Snapshotter) -> None:
     assert len(await snapshotter.images()) == 1
 
 
+async def test_a_full_disk_changes_nothing(snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a name that moves, both snapshots and their directories stay as they were, whichever of them has no room."""
+    await commit(snapshotter, "v1")
+    await commit(snapshotter, "v2")
+    await snapshotter.name_image("v1", "shop")
+    borne = [imprint.read(snapshotter.layers.directory(number)) for number in (1, 2)]
+    write = imprint.write
+    for full in ("/1", "/2"):
+
+        def refuse(directory: str, written: imprint.Imprint, full: str = full) -> None:
+            if directory.endswith(full) and written not in borne:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(directory, written)
+
+        monkeypatch.setattr(imprint, "write", refuse)
+        with pytest.raises(Unavailable) as caught:
+            await snapshotter.name_image("v2", "shop", replace=True)
+        assert caught.value.errno == errno.ENOSPC
+        monkeypatch.undo()
+        assert await names_of(snapshotter) == {"shop": "v1"}
+        assert [imprint.read(snapshotter.layers.directory(number)) for number in (1, 2)] == borne
+    await snapshotter.name_image("v2", "shop", replace=True)
+    check_indexes(snapshotter.records)
+
+
 async def test_listeners_are_told(snapshotter: Snapshotter) -> None:
     await commit(snapshotter, "v1")
     await commit(snapshotter, "v2")
@@ -352,6 +378,7 @@ async def link(tree: Tree, name: str, target: str, pid: int = 1) -> str:
         "../images/../committed/v1",
         "/mnt/snap/committed/v1",
         "/mnt/../mnt/snap//committed/v1/",
+        "//mnt/snap/committed/v1",
     ],
 )
 async def test_where_a_link_may_lead(tree: Tree, target: str) -> None:

@@ -129,8 +129,8 @@ class ImagesDirectory(Directory):
 
         Raises NotPermitted where it leads elsewhere than into committed/, NotFound where it can't lead to a snapshot."""
         mountpoint = str(self.state.served.get("mountpoint") or "").rstrip("/")
-        place = posixpath.normpath(target) if target.startswith("/") else posixpath.normpath(f"{mountpoint}/{IMAGES}/{target}")
-        directory, name = posixpath.split(place)
+        place = f"/{target.lstrip('/')}" if target.startswith("/") else f"{mountpoint}/{IMAGES}/{target}"
+        directory, name = posixpath.split(posixpath.normpath(place))
         if directory != f"{mountpoint}{_PLACE}" or not name:
             raise NotPermitted(f"{names.shown(target)} leads elsewhere than to a committed snapshot of this tree: {HOW}")
         return self._key(name)
