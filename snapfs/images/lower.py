@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from snapfs.scan.marks import DIRECTORY, OTHER, WHITEOUT, LayerDirectory, Marks
 from snapfs.scan.walk import Descriptors
@@ -13,16 +13,23 @@ from snapfs.scan.walk import Descriptors
 _MOST = 4096  # directories that are remembered
 
 
+class _Way(NamedTuple):
+    """A directory of one layer, None where that has none; ``ends``: it, or one above it, hides what is below."""
+
+    directory: LayerDirectory | None
+    ends: bool
+
+
 class Lower:
     """The ``layers``, by their paths, the nearest first, as an overlay shows them whose own attributes begin with ``prefix``.
-    A context manager.  Its methods raise OSError where the disk fails."""
+    They are asked one after the other: the first mostly knows.  A context manager.  Its methods raise OSError where the disk
+    fails."""
 
     def __init__(self, layers: Sequence[str], prefix: str) -> None:
         self._descriptors = Descriptors()
         self._marks = Marks(self._descriptors, prefix, lambda: None, alone=False)
         self._tops = [LayerDirectory(path, None, nth == len(layers) - 1) for nth, path in enumerate(layers)]
-        self._are_read = False
-        self._known: dict[bytes, list[LayerDirectory]] = {}
+        self._known: dict[tuple[int, bytes], _Way] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -33,8 +40,13 @@ class Lower:
     def directory(self, path: bytes) -> int:
         """A descriptor of the directory ``path`` (b"": the top), the nearest where several are merged, valid until the next
         call; -1 where there is none."""
-        found = self._merged(path) if path else self._tops[:1]
-        return self._descriptors.get(found[0]) if found else -1
+        if not path:
+            return self._descriptors.get(self._tops[0]) if self._tops else -1
+        found = self._find(path)
+        if found is None or found[1] != DIRECTORY:
+            return -1
+        above = found[0]
+        return self._descriptors.get(LayerDirectory(os.fsdecode(path.rpartition(b"/")[2]), above, above.lowest))
 
     def file(self, path: bytes) -> tuple[int, str] | None:
         """What is at ``path`` and no directory: a descriptor of the directory that holds it, valid until the next call, and its
@@ -57,31 +69,32 @@ class Lower:
         """The nearest directory with an entry for ``path``, and what that is."""
         above, _, name = path.rpartition(b"/")
         text = os.fsdecode(name)
-        for directory in self._merged(above):
-            kind = self._marks.kind(directory, text)
-            if kind is not None:
-                return directory, kind
+        for nth in range(len(self._tops)):
+            way = self._way(nth, above)
+            if way.directory is not None:
+                kind = self._marks.kind(way.directory, text)
+                if kind is not None:
+                    return way.directory, kind
+            if way.ends:
+                return None
         return None
 
-    def _merged(self, path: bytes) -> list[LayerDirectory]:
-        """The directories that are merged at ``path``."""
-        if not path:
-            return self._all_tops()
-        known = self._known.get(path)
+    def _way(self, nth: int, path: bytes) -> _Way:
+        """The directory ``path`` of layer ``nth``."""
+        known = self._known.get((nth, path))
         if known is None:
-            above, _, name = path.rpartition(b"/")
-            parents = self._merged(above)
-            known = self._marks.merged(os.fsdecode(name), parents)[0] if parents else []
+            known = self._found(nth, path)
             if len(self._known) >= _MOST:
                 self._known.clear()
-            self._known[path] = known
+            self._known[nth, path] = known
         return known
 
-    def _all_tops(self) -> list[LayerDirectory]:
-        if not self._are_read:
-            self._are_read = True
-            for nth, top in enumerate(self._tops):
-                if self._marks.read(top):  # nothing below is shown
-                    del self._tops[nth + 1 :]
-                    break
-        return self._tops
+    def _found(self, nth: int, path: bytes) -> _Way:
+        directory, ends = self._tops[nth], bool(self._marks.read(self._tops[nth]))
+        for name in map(os.fsdecode, path.split(b"/") if path else ()):
+            below = LayerDirectory(name, directory, directory.lowest)
+            hides = self._marks.read(below)
+            if hides is None:
+                return _Way(None, ends or self._marks.kind(directory, name) is not None)
+            directory, ends = below, ends or hides or below.redirected
+        return _Way(directory, ends)
