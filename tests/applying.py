@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import stat
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from snapfs.applying.plan import STAGING
-from snapfs.cli import main
-from tests.command import Command
+from tests.command import Command, in_process
 from tests.syscalls import Channel
 
 Tree = dict[str, tuple[tuple[object, ...], object, str]]
@@ -122,10 +119,7 @@ def only_time(path: str, before: Tree, wanted: Tree) -> bool:
 
 
 def apply(channel: Channel, mnt: str, watch: bool, *arguments: str) -> None:
-    """The command, in this process: its exit status, and what it says on standard error."""
-    sys.stderr = io.TextIOWrapper(io.BytesIO(), write_through=True)
+    """The command, in this process, as ``in_process`` runs it."""
     if watch:
         channel.watch()
-    status = main(["apply", "--at", mnt, *arguments])
-    sys.stderr.seek(0)
-    channel.say("ended", status, sys.stderr.read())
+    in_process(channel, "apply", "--at", mnt, *arguments)

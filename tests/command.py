@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import termios
 from collections.abc import Sequence
 from pathlib import Path
 
+from snapfs.cli import main
 from tests.processes import die_with_parent
+from tests.syscalls import Channel, Server
 
 SNAPFS = [sys.executable, "-m", "snapfs.cli"]
 
@@ -48,6 +51,25 @@ class Command:
 def run(*words: str, cwd: str | Path = "/", **environment: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key != "SNAPFS"} | {"PYTHONPATH": os.getcwd()} | environment
     return subprocess.run([*SNAPFS, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def in_process(channel: Channel, *words: str) -> None:
+    """The command, in this process (``tests/syscalls.py``): its exit status, and what it says on standard error."""
+    sys.stderr = io.TextIOWrapper(io.BytesIO(), write_through=True)
+    status = main(words)
+    sys.stderr.seek(0)
+    channel.say("ended", status, sys.stderr.read())
+
+
+def forked(server: Server, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command as a process of ``server``, which has imported it: most of the time of a new one goes into that.  What it
+    prints is not kept."""
+    with server.started(in_process, *map(str, words)) as process:
+        assert process.hold(within=60)
+        assert process.errors() == []
+        [(status, said)] = [message[1:] for message in process.said if message[0] == "ended"]
+    assert isinstance(status, int)
+    return subprocess.CompletedProcess(words, status, "", str(said))
 
 
 class OnATerminal:

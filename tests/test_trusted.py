@@ -22,9 +22,10 @@ from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.root import lock
 from snapfs.root.claim import claim
 from snapfs.root.layers import Layers
-from tests.command import SNAPFS
+from tests.command import SNAPFS, forked
 from tests.daemon import Daemon, refusal
 from tests.mounts import is_mounted
+from tests.syscalls import Server, running
 from tests.tree import committed
 from tests.users import ALICE, BOB, STAFF, alice, bind, run
 
@@ -69,6 +70,12 @@ def everything(top: Path) -> dict[str, tuple[object, ...]]:
 def snapfs(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """The command, as root."""
     return run((), *SNAPFS, *arguments)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running(["tests.command", "snapfs.cli.serve", "snapfs.cli.check", "snapfs.cli.backup", "snapfs.fuse.serve"]) as server:
+        yield server
 
 
 def made_root(path: Path) -> Path:
@@ -236,7 +243,9 @@ def test_a_file_system_that_another_user_serves(open_path: Path, tmp_path_factor
 
 @pytest.mark.parametrize("trap", ["lock to a file", "lock to nothing", "lock a fifo", "snapshots", "trash", "plain"])
 @pytest.mark.parametrize("verb", ["serve", "check", "repair", "rebuild", "backup"])
-def test_a_root_that_another_user_has_made(theirs: Path, victim: Path, tmp_path: Path, verb: str, trap: str) -> None:
+def test_a_root_that_another_user_has_made(
+    server: Server, theirs: Path, victim: Path, tmp_path: Path, verb: str, trap: str
+) -> None:
     """No verb writes, moves, deletes or waits where its owner has put a link or a FIFO, also after root's chown of it."""
     (root := theirs / "root").mkdir()
     places = {"lock to a file": "lock", "lock to nothing": "lock", "snapshots": "snapshots", "trash": "trash"}
@@ -269,7 +278,7 @@ def test_a_root_that_another_user_has_made(theirs: Path, victim: Path, tmp_path:
         before = everything(tmp_path)
         if trap == "plain" and verb == "serve" and place == moved:
             continue  # an empty directory of root's
-        done = snapfs(*commands[verb])
+        done = forked(server, *commands[verb])
         assert done.returncode != 0
         assert done.stderr.startswith("snapfs: ")
         assert "Traceback" not in done.stderr
@@ -390,7 +399,7 @@ def test_a_root_that_others_can_write(tmp_path: Path, victim: Path, mode: int, m
         ("lock=7",),
     ],
 )
-def test_what_is_neither_empty_nor_a_root(tmp_path: Path, entries: tuple[str, ...]) -> None:
+def test_what_is_neither_empty_nor_a_root(server: Server, tmp_path: Path, entries: tuple[str, ...]) -> None:
     """/run has an entry ``lock``, and so has dpkg's directory."""
     (place := tmp_path / "place").mkdir(0o755)
     for entry in entries:
@@ -399,9 +408,11 @@ def test_what_is_neither_empty_nor_a_root(tmp_path: Path, entries: tuple[str, ..
         (place / name).mkdir() if name.endswith("/") else (place / name).write_text(content)
     (tmp_path / "mnt").mkdir()
     before = everything(tmp_path)
-    assert f"{place} is neither empty nor a root of snapfs" in refusal(place, tmp_path / "mnt")
+    done = forked(server, "serve", place, tmp_path / "mnt")
+    assert done.returncode == 1
+    assert f"{place} is neither empty nor a root of snapfs" in done.stderr
     for verb in (("check", place, "--repair"), ("check", place, "--rebuild"), ("backup", place, tmp_path / "copy")):
-        done = snapfs(*verb)
+        done = forked(server, *verb)
         assert done.returncode == 1
         assert f"{place} is no root of snapfs" in done.stderr
     assert everything(tmp_path) == before
