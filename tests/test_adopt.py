@@ -19,14 +19,15 @@ from pathlib import Path
 import pytest
 
 from snapfs.cli import main
-from snapfs.kernel import mounting
+from snapfs.cli.mount import in_use
+from snapfs.kernel import libc, mounting, userns
 from snapfs.names import path_as_text, path_of_text
 from tests.command import SNAPFS, Command, OnATerminal
 from tests.daemon import Daemon
 from tests.disk import make_file_system
 from tests.home import Home, home_of
 from tests.mounts import is_mounted, loop_mounted
-from tests.processes import die_with_parent
+from tests.processes import die_with_parent, in_fork
 from tests.rootfs import somebody
 from tests.syscalls import EVERY, KILL, Call, Channel, Server, running
 from tests.tree import info, remove_all
@@ -349,6 +350,27 @@ def test_a_directory_that_changes_meanwhile(command: Command, site: Path) -> Non
 
 
 # -- several at once, and kills
+
+
+def test_what_marks_a_copy_as_in_use_is_gone_when_it_is_whole(tmp_path: Path) -> None:
+    """Also where its namespace lives on for a while."""
+
+    def children() -> set[str]:
+        return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+    def mounts() -> str:
+        libc.call("setns", held, userns.CLONE_NEWNS)
+        return Path("/proc/self/mountinfo").read_text()
+
+    before = children()
+    with in_use(str(tmp_path)):
+        (child,) = children() - before
+        held = os.open(f"/proc/{child}/ns/mnt", os.O_RDONLY)
+        assert f" {tmp_path} " in Path(f"/proc/{child}/mountinfo").read_text()
+    try:
+        assert f" {tmp_path} " not in in_fork(mounts)
+    finally:
+        os.close(held)
 
 
 def test_another_that_is_under_way(command: Command, site: Path) -> None:

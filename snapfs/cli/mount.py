@@ -232,6 +232,8 @@ def in_use(layer: str, process: str = "") -> Iterator[None]:
             mounting.mount_bind(layer, layer, read_only=False)
             its.send(b"0")
             its.recv(1)  # until the parent's end is closed
+            # by itself it would go some time after this process, or when somebody else lets go of the namespace
+            mounting.unmount(layer, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
         except OSError as error:
             its.send(str(error.errno).encode())
         finally:

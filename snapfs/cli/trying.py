@@ -13,11 +13,11 @@ from snapfs import names
 from snapfs.cli import table, verb
 from snapfs.cli.adopting import DRAFT, Adoption
 from snapfs.cli.cutoff import tidied
-from snapfs.cli.ending import end_all
+from snapfs.cli.ending import end_all, once_empty
 from snapfs.cli.inside import WAYS, work_inside
 from snapfs.cli.place import find_tree
 from snapfs.cli.prepare import make
-from snapfs.cli.refusal import TAKEN, USAGE, Refusal
+from snapfs.cli.refusal import BUSY, TAKEN, USAGE, Refusal
 from snapfs.cli.source import Source
 from snapfs.labels import SOURCE
 
@@ -213,7 +213,18 @@ class _Workspace:
         table.complain(f'kept as "{self.key}": {place.command("diff", its)}, {place.command("apply", its)}, {remove}')
 
     def _remove(self) -> None:
-        self._place.remove("active", self.key, self._number)
+        """Remove it, and the copy that it began as.  Raises Refusal."""
+
+        def remove() -> str:
+            self._place.remove("active", self.key, self._number)
+            return ""
+
+        try:
+            remove()
+        except Refusal as refused:
+            if refused.status != BUSY:
+                raise
+            once_empty(self._place, self.key, remove)  # the namespace of what has ended may take a while to end
         self._is_settled = True
         if self._base:
             self._place.remove("committed", self._base, self._base_number)
