@@ -142,7 +142,10 @@ def word(text: str) -> str:
 def nameable(path: str) -> str:
     """``path``, or of one that is too long for a sentence, or has characters that a terminal would obey, the nearest directory
     above that is not and has none."""
-    while len(os.fsencode(path)) > _SHOWN or printable(path) != path:
+    raw = os.fsencode(path)
+    if len(raw) > _SHOWN:  # at once: a path may be as long as somebody likes
+        path = os.path.dirname(os.fsdecode(raw[: _SHOWN + 1]))
+    while printable(path) != path:
         path = os.path.dirname(path)
     return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import unicodedata
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from snapfs.errors import InvalidArgument, NameTooLong, NotUtf8
-from snapfs.names import NAME_MAX, decode, encode, plain_json, printable
+from snapfs.names import NAME_MAX, decode, encode, nameable, plain_json, printable, shown
 
 keys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 """Any text that is UTF-8, not empty, and short enough however it is encoded (four bytes a character, tripled)."""
@@ -221,3 +222,31 @@ def test_all_format_characters_are_escaped_but_those_that_scripts_need() -> None
 def test_json_that_is_plain_stays_as_it_is() -> None:
     document = json.dumps({"grün": "日本", "😀": "\n"}, ensure_ascii=False)
     assert plain_json(document) == document
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0/", codec="utf-8"), min_size=1, max_size=200), max_size=6))
+def test_a_path_that_is_too_long_for_a_sentence_is_shown_as_the_nearest_that_is_not(parts: list[str]) -> None:
+    path = "/" + "/".join(parts)
+    above = [path[:at] or "/" for at in range(len(path)) if path[at] == "/"]
+    fitting = [each for each in above if len(each.encode()) <= 250 and printable(each) == each]
+    is_short = len(path.encode()) <= 250
+    assert nameable(path) == (path if is_short and printable(path) == path else fitting[-1])
+    assert shown(path) == (printable(path) if is_short else f"{fitting[-1]}/…")
+
+
+def test_how_long_a_path_is_does_not_matter_for_that() -> None:
+    """To try one directory above after the other takes minutes where there are ten thousand."""
+    calls = 0
+
+    def counted(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    path = f"/{'n' * 100}" * 1000
+    sys.setprofile(counted)
+    try:
+        text = shown(path)
+    finally:
+        sys.setprofile(None)
+    assert text == f"{path[:202]}/…"
+    assert calls < 30

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 
 from snapfs.errors import TryAgain
 from snapfs.kernel import libc
-from snapfs.names import printable
+from snapfs.names import shown
 from snapfs.scan.copying import AnotherKind, clone, copy_data, open_regular, target_of
 from snapfs.scan.inodes import Inodes, Numbered
 from snapfs.scan.walk import BATCH, PAUSED, Descriptors, Directory, Entering, path_of
@@ -93,7 +93,7 @@ class LayerCopy:
             if self.walk():
                 return
             passes += 1
-        what = printable(self.unsteady) if self.unsteady else "what is in its directories"
+        what = shown(self.unsteady) if self.unsteady else "what is in its directories"
         raise TryAgain(
             f"{what} changes faster than it can be copied", public="what is in it changes faster than it can be copied"
         )

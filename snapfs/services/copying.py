@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 
 import trio
 
+from snapfs import names
 from snapfs.errors import Damaged, TryAgain, Unavailable
 from snapfs.kernel import mounting, subids
 from snapfs.model import Caller
@@ -78,8 +79,9 @@ class Copying:
                 await self._copies.run(f"copy of snapshot {number}", copy, caller, also=self._serials)
             except FileNotFoundError as error:
                 words = f'the layer of snapshot "{name}" went missing'
-                raise Damaged(f"{words}: {error.filename}", public=words) from error
+                raise Damaged(f"{words}: {names.shown(str(error.filename))}", public=words) from error
             except OSError as error:
+                error.filename = names.shown(str(error.filename)) if error.filename else None
                 raise Unavailable.from_os(f'copy the layer of snapshot "{name}"', error, subids.hint(error)) from error
             yield made[0]
         finally:
