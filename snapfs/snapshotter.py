@@ -605,15 +605,13 @@ class Snapshotter:
     async def _kept_unmounted(self, numbers: Iterable[int]) -> AsyncIterator[set[int]]:
         """For a block in which none of the snapshots ``numbers``, in their order, is mounted as rootfs, and after which
         ``find_layers`` looks at them anew: those that were a moment ago, and that no process has, as in ``_unmounted``."""
-        rootfs, numbers, free = self.rootfs, list(numbers), set[int]()
-        for number in numbers:
-            if rootfs is not None and rootfs.holds(number):  # many take long: who needs one of them waits for that one alone
-                async with rootfs.unmounted(number):
-                    pass
+        numbers, free = list(numbers), set()
+        if self.rootfs is not None:
+            await self.rootfs.give_up(numbers)
         async with AsyncExitStack() as stack:
             for number in numbers:
                 await stack.enter_async_context(self._ending(number))
-                if rootfs is not None and await stack.enter_async_context(rootfs.unmounted(number)):
+                if self.rootfs is not None and await stack.enter_async_context(self.rootfs.unmounted(number)):
                     free.add(number)
             yield free
 

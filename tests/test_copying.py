@@ -463,6 +463,22 @@ def test_memory_for_very_many_files_with_several_names(
     assert peaks[900] < peaks[200] + 30_000, peaks
 
 
+@pytest.mark.mounts
+@pytest.mark.parametrize("path", ["d/file", "d/e", "d/fifo"])
+def test_attributes_that_are_too_long_for_the_memory(
+    path: str, source: Path, copy_of: Callable[..., LayerCopy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On some file systems one file has hundreds of megabytes."""
+    monkeypatch.setattr("snapfs.scan.layercopy.ATTRIBUTES", 1000)
+    name = "trusted.x" if path == "d/fifo" else "user.x"
+    os.setxattr(source / path, name, b"x" * 900)
+    copy_of().complete()
+    os.setxattr(source / path, f"{name}y", b"x" * 900)
+    with pytest.raises(OSError, match="Its extended attributes are too long") as refused:
+        copy_of().complete()
+    assert refused.value.errno == errno.E2BIG
+
+
 def test_as_many_names_as_an_inode_may_have(
     source: Path, copy_of: Callable[..., LayerCopy], monkeypatch: pytest.MonkeyPatch
 ) -> None:

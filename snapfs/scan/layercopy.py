@@ -39,6 +39,8 @@ LINKED = 10_000  # files with several names of which one walk remembers where th
 
 BACK = 100_000_000  # nanoseconds by which the clock is set back, if it is, and does not only go slower
 
+ATTRIBUTES = 4 << 20  # bytes in the extended attributes of one file: it may have thousands, of 64 KiB each
+
 TICK = 20_000_000  # nanoseconds in which a file may change twice, and its times once: a tick of the kernel's clock, and more
 
 _CLOCK = 5  # CLOCK_REALTIME_COARSE, the one that the times of inodes are of
@@ -428,11 +430,14 @@ def _exists(name: str, directory: int) -> bool:
 
 def attributes(file: int | str) -> dict[str, bytes]:
     """All extended attributes of ``file``, a descriptor or a path, but those that the kernel makes by itself.  Raises
-    OSError."""
-    found = {}
+    OSError: E2BIG where they have more than ATTRIBUTES bytes."""
+    found, size = dict[str, bytes](), 0
     for name in _listed(file):
         with _suppressed(errno.ENODATA):  # it has vanished
             found[name] = os.getxattr(file, name, follow_symlinks=isinstance(file, int))
+            size += len(found[name])
+        if size > ATTRIBUTES:
+            raise OSError(errno.E2BIG, "Its extended attributes are too long")
     return found
 
 

@@ -12,7 +12,7 @@ import errno
 import functools
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 GRACE = 0.25  # seconds after a call for it in which a mount does not make room for another: the caller is about to go there
 
 PASSING = 0.02  # seconds that a caller may need from learning the path to being there: Commit and Remove wait so long
+
+WRITTEN = 60.0  # seconds for which ``give_up`` waits for the disk at most
 
 MUCH = 16 << 20  # bytes in memory that the kernel has yet to write, from which on no call may wait for that
 
@@ -211,6 +213,19 @@ class Rootfs:
             finally:  # not before: a journal that is made durable meanwhile waits for what is being flushed
                 if self._held.get(number) is not held:
                     self._let_go(held)
+
+    async def give_up(self, numbers: Iterable[int]) -> None:
+        """Unmount those of the snapshots ``numbers`` that are mounted here, and return when they are written to the disk, which
+        the kernel can't be asked about before: for a caller that needs many of them unmounted at once.  Who needs one of them
+        meanwhile waits for that one alone, and may have it mounted again.  Raises as ``unmounted``."""
+        given_up = [number for number in numbers if number in self._held]
+        for number in given_up:
+            async with self.unmounted(number):
+                pass
+        for number in given_up:
+            closing = self._in_use.closings.get(number)
+            if closing is not None:
+                await in_thread(closing.wait, WRITTEN, limiter=self._closing)
 
     async def _end_use(self, held: Held) -> bool:
         """``_release`` it: True where no process has its overlay, else Busy is raised; False where it has none.
