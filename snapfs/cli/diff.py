@@ -211,7 +211,8 @@ VERBS = {
         "Show what a snapshot changed against its parent: A added, C changed, D deleted.  Of two, of whatever kind, what\n"
         "makes the second of the first.  PATH… limits that to these paths, from the root of the snapshots on.\n"
         "The second word must be a snapshot, unless it begins with /: else a path goes after --.\n"
-        "At a terminal $PAGER (less) shows it.  A patch has nothing of empty directories, owners, times and devices.",
+        "At a terminal $PAGER (less) shows it.  A patch has nothing of empty directories, owners, times and devices,\n"
+        "nor of what is called .git: the names, without -p, tell of all that.",
         """
 snapfs diff web
 snapfs diff web | grep ^D
