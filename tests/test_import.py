@@ -134,10 +134,9 @@ def by_zstd(tar: bytes) -> bytes:
     return b"\x50\x2a\x4d\x18\x04\0\0\0skip" + packed(tar[:1000]) + packed(tar[1000:])
 
 
-@pytest.mark.parametrize("pack", [bytes, gzipped, by_zstd], ids=["plain", "gzip", "zstd"])
-@pytest.mark.parametrize("by", ["file", "pipe"])
+@pytest.mark.parametrize(("by", "pack"), [("file", gzipped), ("pipe", bytes), ("pipe", by_zstd)], ids=["gzip", "plain", "zstd"])
 def test_a_lone_layer(command: Command, tmp_path: Path, pack: Callable[[bytes], bytes], by: str) -> None:
-    tars = three()
+    tars = three()[:2]
     names = chain_of(tars)
     parent: list[str] = []
     for tar, name in zip(tars, names, strict=True):
@@ -159,9 +158,10 @@ def test_a_lone_layer(command: Command, tmp_path: Path, pack: Callable[[bytes], 
         assert said == f"{command.mnt}/committed/{name}\n"
         parent = ["--parent", name]
     settled(command.mnt, tars)
-    command("import", "--parent", names[0], str(tmp_path / "layer"))  # on another it is another
-    command("import", "--parent", names[1], str(tmp_path / "layer"))
-    assert len(kept(command.mnt)) == 4
+    command("import", "--parent", names[0], str(tmp_path / "layer"))  # it is there
+    settled(command.mnt, tars)
+    command("import", "--parent", names[1], str(tmp_path / "layer"))  # on another it is another
+    assert len(kept(command.mnt)) == 3
 
 
 def test_gzip_without_isal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,13 +312,15 @@ def test_what_is_damaged(command: Command, layout: Layout, change: str) -> None:
     assert kept(command.mnt) == []
 
 
-@pytest.mark.parametrize("cut", [512, 1700, 5000, -1024])
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"])
+@pytest.mark.parametrize(
+    ("pack", "cut"),
+    [(bytes, 512), (bytes, 1700), (bytes, 5000), (bytes, -1024), (gzip.compress, 5000), (gzip.compress, -10), (by_zstd, 5000)],
+    ids=["header", "data", "large", "end", "gzip", "checksum", "zstd"],
+)
 def test_an_archive_that_is_cut_off(command: Command, tmp_path: Path, pack: Callable[[bytes], bytes], cut: int) -> None:
     tar = Layer(tarfile.PAX_FORMAT).add("x", b"x" * 600).add("y", os.urandom(9000)).done().rstrip(b"\0") + bytes(1024)
     tar += bytes(-len(tar) % 512)
-    packed = pack(tar)
-    (tmp_path / "layer").write_bytes(packed[: cut if cut > 0 or pack is bytes else -10])
+    (tmp_path / "layer").write_bytes(pack(tar)[:cut])
     assert "cut off" in refused(command, str(tmp_path / "layer"))
 
 
@@ -469,7 +471,9 @@ def test_killed_between_any_two_calls(command: Command, server: Server, layout: 
             assert process.errors() == []
         for name in os.listdir(mnt / "committed"):
             assert alike(everything(layer(mnt, name)), expected[name])
-        command("import", f"oci:{layout.top}")
+        with server.started(imported, str(mnt), f"oci:{layout.top}") as process:
+            process.hold()
+            assert ["status", 0] in process.said
         settled(mnt, tars)
         for name in chain_of(tars):
             assert alike(everything(layer(mnt, name)), expected[name])
