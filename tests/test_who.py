@@ -108,32 +108,31 @@ WRITING = (  # each can be done, whether those before it were or not
 
 
 @pytest.mark.parametrize(
-    ("options", "who", "reads", "writes"),
+    ("options", "neither", "reads", "writes"),
     [
-        ("allow_other", bob, True, False),
-        ("allow_other", user(BOB, gid=0), True, False),
-        ("allow_other", (*bob, *in_own_namespace), True, False),
-        ("allow_other,umask=077", bob, False, False),
-        ("allow_other,umask=000", bob, True, True),
-        (f"allow_other,umask=002,gid={STAFF}", member, True, True),
-        (f"allow_other,umask=002,gid={STAFF}", bob, True, False),
-        (f"allow_other,umask=027,gid={STAFF}", member, True, False),
-        (f"allow_other,umask=027,gid={STAFF}", bob, False, False),
-        (f"allow_other,umask=077,uid={ALICE}", alice, True, True),
-        (f"allow_other,umask=077,uid={ALICE}", bob, False, False),
-        (f"allow_other,umask=077,uid={ALICE}", (), True, True),  # root
-        (f"allow_other,umask=027,uid={ALICE},gid={STAFF}", member, True, False),
+        ("", [], [bob, user(BOB, gid=0), (*bob, *in_own_namespace)], None),
+        (",umask=077", [bob], [], None),
+        (",umask=000", [], [], bob),
+        (f",umask=002,gid={STAFF}", [], [bob], member),
+        (f",umask=027,gid={STAFF}", [bob], [member], None),
+        (f",umask=077,uid={ALICE}", [bob], [], alice),
+        (f",umask=077,uid={ALICE}", [], [], ()),  # root
+        (f",umask=027,uid={ALICE},gid={STAFF}", [], [member], None),
     ],
 )
 def test_uid_gid_and_umask_decide_who_reads_and_who_writes(
-    make_daemon: Make, options: str, who: Identity, reads: bool, writes: bool
+    make_daemon: Make, options: str, neither: list[Identity], reads: list[Identity], writes: Identity | None
 ) -> None:
-    daemon = make_daemon("-o", options).start()
+    daemon = make_daemon("-o", f"allow_other{options}").start()
     fill(daemon.mnt)
-    assert which_may(who, daemon.mnt, READING) == (READING if reads else ())
     before = listing(daemon.mnt)
-    assert which_may(who, daemon.mnt, WRITING) == (WRITING if writes else ())
-    assert (listing(daemon.mnt) == before) is not writes
+    for who in (*neither, *reads):
+        assert which_may(who, daemon.mnt, READING) == (READING if who in reads else ())
+        assert which_may(who, daemon.mnt, WRITING) == ()
+        assert listing(daemon.mnt) == before
+    if writes is not None:
+        assert which_may(writes, daemon.mnt, READING) == READING
+        assert which_may(writes, daemon.mnt, WRITING) == WRITING
     assert daemon.error_log() == []
     assert daemon.stop() == 0
 
