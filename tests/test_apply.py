@@ -18,7 +18,7 @@ import pytest
 
 from snapfs.applying.plan import STAGING
 from tests.applying import Workspace, differing, expected, fill, looked, work_on
-from tests.command import Command, run
+from tests.command import Command, OnATerminal, run
 from tests.daemon import Daemon
 from tests.home import Home, home_of
 from tests.syscalls import EVERY
@@ -138,6 +138,15 @@ def test_the_plan_comes_first_with_what_goes_on_top(home: Workspace) -> None:
     told = json.loads(home.apply("w", "--json"))
     assert (told["applied"], told["undo"]) == (True, "w-undo-1")
     assert not differing(looked(home.path), expected(before, looked(home.work)))
+
+
+def test_progress_is_told(home: Workspace) -> None:
+    shown = OnATerminal("apply", "--at", str(home.snapfs.mnt), "w")
+    said = shown.said()
+    assert re.search(r"\rcomparing: 0 files, ", said), said
+    assert re.search(r"\r\[\.{20}\] 1/\d+ getting what comes ready", said), said
+    assert "\rdone; " in said, "it is wiped out at the end"
+    assert shown.process.returncode == 0
 
 
 def test_a_million_deletions_would_all_be_told(home: Workspace) -> None:

@@ -31,7 +31,9 @@ def stage(plan: Plan, wanted: Seen, staging: Held, found: dict[int, tuple[Held, 
     as ``filename``."""
     for step in plan.places():
         slot = b"%d" % step.number
-        for path, entry in plan.entries(NEW, step.path):
+        directories = False
+        for path, entry in plan.entries(NEW, step.path) if step.has else ():
+            directories |= entry.kind == "d"
             new = slot + path[len(step.path) :]
             try:
                 if entry.is_linked:
@@ -49,7 +51,7 @@ def stage(plan: Plan, wanted: Seen, staging: Held, found: dict[int, tuple[Held, 
             except OSError as error:
                 error.filename = path
                 raise
-        for path, entry in plan.entries(NEW, step.path, backwards=True):
+        for path, entry in plan.entries(NEW, step.path, backwards=True) if directories else ():
             if entry.kind == "d":
                 try:
                     parent, name = staging.parent(slot + path[len(step.path) :])
@@ -59,22 +61,24 @@ def stage(plan: Plan, wanted: Seen, staging: Held, found: dict[int, tuple[Held, 
                 except OSError as error:
                     error.filename = path
                     raise
-        made = staging.look(slot)
+        made = staging.look(slot) if step.has else None
         plan.stage(step.number, made.ino if made is not None else 0)
 
 
 def keep(plan: Plan, target: Held, kept: Held) -> None:
     """Copy what the plan replaces and deletes into ``kept``, at the same paths; of files that are no directories, regular files
     or links the plan alone tells.  Raises as ``stage`` does, also where something could not be removed afterwards."""
+    made = b""  # the last directory that was made, or found
     for step in plan.places():
         if not step.had:
             continue
-        directory = b""
-        for name in step.path.split(b"/")[:-1]:
+        above, directory = step.path.rpartition(b"/")[0], b""
+        for name in above.split(b"/") if above not in (b"", made) else ():
             directory = directory + b"/" + name if directory else name
             with suppress(FileExistsError):
                 parent, last = kept.parent(directory)
                 os.mkdir(last, 0o755, dir_fd=parent)
+        made = above
         for path, entry in plan.entries(OLD, step.path):
             if entry.kind in "dfl":
                 try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 from snapfs.applying.entries import Entry, Seen, alike, exact, merged
@@ -65,6 +65,8 @@ class Plan:
 
     def __init__(self) -> None:
         self.about: dict[str, Any] = {}
+        self.watch: Callable[[int], None] | None = None
+        """Called with how many steps ``places`` has given before the next, if it is to be."""
         self.there: dict[int, bytes] = {}
         """Of what has several names, by its inode: one that the target has already."""
         self._db = sqlite3.connect("", isolation_level=None)  # a nameless file, as far as memory has no room
@@ -95,7 +97,13 @@ class Plan:
             yield _step(row)
 
     def places(self, *, backwards: bool = False) -> Iterator[Step]:
-        return (step for step in self.steps(backwards=backwards) if step.is_place)
+        done = 0
+        for step in self.steps(backwards=backwards):
+            if step.is_place:
+                if self.watch is not None:
+                    self.watch(done)
+                done += 1
+                yield step
 
     def directories(self) -> Iterator[Step]:
         """The directories that become others: each after those in it."""
@@ -168,6 +176,10 @@ class Plan:
         top = self.entry(side, path)
         if top is not None and not backwards:
             yield path, top
+        if top is not None and top.kind != "d":
+            if backwards:
+                yield path, top
+            return
         order = "DESC" if backwards else "ASC"
         query = f"SELECT path, data FROM entry WHERE side = ? AND path > ? AND path < ? ORDER BY path {order}"
         for below, data in self._db.execute(query, (side, path + b"/", path + b"0")):
@@ -348,6 +360,7 @@ class _Planner:
         self._whole: bytes | None = None  # what is in there has been dealt with
         self._linked: dict[tuple[int, int], int] = {}  # what has several names, and the inode that it has in the target
         self._pending: dict[bytes, bool] = {}  # directories above that change; whether more than their times
+        self._present: bytes | None = None  # a directory that the target has
         self._filled: set[bytes] = set()  # those of them in which something is put, or goes: their times change by that
 
     def take(self, path: bytes) -> None:
@@ -394,12 +407,19 @@ class _Planner:
 
     def _missing(self, path: bytes) -> bytes | None:
         """The highest directory above ``path`` that the target hasn't got."""
-        names = path.split(b"/")
-        for nth in range(1, len(names)):
+        directory = path.rpartition(b"/")[0]
+        known = self._present
+        if directory == known:
+            return None
+        names = directory.split(b"/") if directory else []
+        for nth in range(1, len(names) + 1):
             above = b"/".join(names[:nth])
+            if known is not None and (known + b"/").startswith(above + b"/"):
+                continue
             found = self._target.look(above)
             if found is None or found.kind != "d":
                 return above
+        self._present = directory
         return None
 
     def _is_untouched(self, path: bytes, before: Entry, after: Entry, missing: bool) -> bool:
@@ -420,34 +440,31 @@ class _Planner:
         return []
 
     def _place(self, path: bytes, before: Entry | None, after: Entry | None, there: Entry | None) -> None:
-        if (
-            after is not None
-            and there is not None
-            and self._is_there(path, merged(self._origin.look(path), after, there), there)
-        ):
-            return
+        origin = before
+        if after is not None and there is not None and after.kind == there.kind:
+            origin = before if self._origin is self._base else self._origin.look(path)
+            if self._is_there(path, merged(origin, after, there), there):
+                return
         if there is None and before is not None:
             self._plan.conflict(path, "is gone")
-        for below, entry in self._target.below(path) if there is not None else ():
+        had, has = 0, 0
+        for below, entry in _all(path, there, self._target):
             self._plan.record(OLD, below, entry)
-            known = self._base.look(below)
-            if known is None:
-                wanted = self._wanted.look(below)
+            had += 1
+            known = before if below == path else self._base.look(below)
+            if known is None or not alike(below, entry, self._target, known, self._base):
+                wanted = after if below == path else self._wanted.look(below)
                 if wanted is None or not alike(below, entry, self._target, wanted, self._wanted):
-                    self._plan.conflict(below, "is new")
-            elif not alike(below, entry, self._target, known, self._base):
-                wanted = self._wanted.look(below)
-                if wanted is None or not alike(below, entry, self._target, wanted, self._wanted):
-                    self._plan.conflict(below, "was changed" if entry.kind == known.kind else "is of another kind")
-        for below, entry in self._wanted.below(path) if after is not None else ():
+                    was = "is new" if known is None else "was changed" if entry.kind == known.kind else "is of another kind"
+                    self._plan.conflict(below, was)
+        for below, entry in _all(path, after, self._wanted):
             if entry.is_linked:
                 self._linked.setdefault((entry.dev, entry.ino), 0)
             if below == path and there is not None and entry.kind == there.kind:
                 self._plan.record(ASKED, path, entry)
-                entry = merged(self._origin.look(path), entry, there)
+                entry = merged(origin, entry, there)
             self._plan.record(NEW, below, entry)
-        had = sum(1 for _ in self._plan.entries(OLD, path))
-        has = sum(1 for _ in self._plan.entries(NEW, path))
+            has += 1
         is_loss = there is not None and (after is None or there.kind == "d")
         verb = "A" if there is None else "D" if after is None else "C"
         self._number += 1
@@ -503,3 +520,10 @@ class _Planner:
         self._number += 1
         is_other = found.own != there.own
         self._plan.add(Step(self._number, False, path, "C" if is_other else "", 1, 1, False))
+
+
+def _all(path: bytes, top: Entry | None, tree: Seen) -> Iterable[tuple[bytes, Entry]]:
+    """What is at ``path`` in ``tree``, where ``top`` was seen just now, and all that is in it."""
+    if top is None:
+        return ()
+    return tree.below(path) if top.kind == "d" else [(path, top)]

@@ -354,13 +354,13 @@ def _make_movable(parent: int, name: bytes, entry: Entry) -> None:
 
 def _remove(held: Held, path: bytes) -> None:
     """Remove all that is at ``path`` in ``held``."""
-    found = held.look(path)
-    if found is None:
-        return
-    if found.kind != "d":
+    try:
         os.unlink(path, dir_fd=held.top)
         return
-    waiting = [path]
+    except FileNotFoundError:
+        return
+    except IsADirectoryError:
+        waiting = [path]
     while waiting:
         here = waiting[-1]
         held.forget()

@@ -20,13 +20,14 @@ from snapfs.cli.cutoff import tidied
 from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import MountedTree, file_name, find_tree
+from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import BUSY, CONFLICT, FAILED, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, changed
 from snapfs.kernel.beneath import open_without_links
 from snapfs.labels import BASE, NUMBER, OF, SQUASHED, UNDO
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
 _COLOURS = {"A": "green", "C": "yellow", "D": "red"}
@@ -95,7 +96,7 @@ def _bring(given: Given) -> int:
                 for path in differing:
                     plan.order(path)
             differing = (path for path in plan.ordered() if _is_asked(path, paths))
-        with _refusing(target):
+        with _refusing(target), _counted(differing) as differing:
             make_plan(before_it, wanted, target, differing, plan, since=since, partial=bool(paths))
         return _carry_out(place, given, plan, wanted, target, f'"{key}"')
 
@@ -120,8 +121,8 @@ def _undo(given: Given) -> int:
         wanted = Side(done, OLD, files)
         plan = held.enter_context(contextlib.closing(Plan()))
         plan.about = {**undoing.planned(place, row.labels[UNDO]), "undoes": row.name}
-        with _refusing(target):
-            make_plan(Side(done, NEW), wanted, target, done.paths(), plan)
+        with _refusing(target), _counted(done.paths()) as paths:
+            make_plan(Side(done, NEW), wanted, target, paths, plan)
         if not plan.count() and not given.has("dry-run"):
             undoing.mark_undone(place, plan.about)
         return _carry_out(place, given, plan, wanted, target, f'what "{row.name}" keeps', done.about.get("links"))
@@ -220,11 +221,13 @@ def _do(place: MountedTree, plan: Plan, wanted: Seen, target: Held, undone: dict
         refuse_unwritable(plan, target)
         found = _other_names(plan, target, undone)
         staging = Staging.make(target, plan.about)
-    with contextlib.closing(staging):
+    with contextlib.closing(staging), _shown_steps(plan) as doing:
         try:
             with _refusing(target):
                 staging.refuse_unable()
+                doing("getting what comes ready")
                 stage(plan, wanted, staging.held, found)
+                doing("keeping what goes")
                 undoing.make_undo(place, plan, target)
                 staging.seal(plan)
         except BaseException:
@@ -233,6 +236,7 @@ def _do(place: MountedTree, plan: Plan, wanted: Seen, target: Held, undone: dict
             raise
         try:
             with _refusing(target):
+                doing("putting it in place")
                 staging.carry_out(plan)
         except BaseException:
             with _refusing(target, "the apply could not be undone, and the next one ends it"):
@@ -394,6 +398,37 @@ def _is_in(fd: int, directory: str) -> bool:
 
 
 # -- what is said
+
+
+@contextlib.contextmanager
+def _counted(paths: Iterable[bytes]) -> Iterator[Iterator[bytes]]:
+    """For a block: ``paths``, with a line on a terminal that tells how many were given so far."""
+    progress = Progress()
+
+    def given() -> Iterator[bytes]:
+        for number, path in enumerate(paths):
+            progress.show_count("comparing", number, 0)
+            yield path
+
+    try:
+        yield given() if progress.is_shown else iter(paths)
+    finally:
+        progress.clear()
+
+
+@contextlib.contextmanager
+def _shown_steps(plan: Plan) -> Iterator[Callable[[str], None]]:
+    """For a block: what to call with what is done now, in words; a line on a terminal tells how many steps that has taken."""
+    progress, total = Progress(), plan.count()
+
+    def doing(what: str) -> None:
+        plan.watch = (lambda done: progress.show(what, done, total)) if progress.is_shown else None
+
+    try:
+        yield doing
+    finally:
+        plan.watch = None
+        progress.clear()
 
 
 def _order(steps: Iterable[Step], *, losses: bool) -> Iterator[Step]:

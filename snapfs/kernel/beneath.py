@@ -6,6 +6,7 @@ Somebody else may own parts of the directory, and exchange what is in it at any 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 
 from snapfs.kernel import libc
@@ -20,6 +21,8 @@ def open_beneath(path: bytes, top: int, flags: int) -> int:
     """A descriptor of what is at ``path`` below the directory open as ``top`` ("": that itself), however long it is.
 
     Raises OSError: ELOOP where a link is on the way; EXDEV where something is mounted on the way, or at the end."""
+    if len(path) <= _LONGEST:
+        return _open(path or b".", top, flags, _INSIDE)
     here = os.dup(top)
     try:
         while len(path) > _LONGEST:
@@ -27,7 +30,7 @@ def open_beneath(path: bytes, top: int, flags: int) -> int:
             here, above = _open(path[:cut], here, LOOK | os.O_DIRECTORY, _INSIDE), here
             os.close(above)
             path = path[cut + 1 :]
-        return _open(path or b".", here, flags, _INSIDE)
+        return _open(path, here, flags, _INSIDE)
     finally:
         os.close(here)
 
@@ -38,8 +41,7 @@ def open_without_links(path: str, flags: int) -> int:
 
 
 def _open(path: bytes, top: int, flags: int, resolve: int) -> int:
-    no_links = libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_NO_MAGICLINKS
-    how = libc.OpenHow(flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0, resolve | no_links)
+    how = _how(flags, resolve)
     while True:
         try:
             return libc.openat2(top, path, how)
@@ -47,3 +49,9 @@ def _open(path: bytes, top: int, flags: int, resolve: int) -> int:
             if error.errno != errno.EAGAIN:  # somebody renamed something just then
                 error.filename = path
                 raise
+
+
+@functools.cache
+def _how(flags: int, resolve: int) -> libc.OpenHow:
+    no_links = libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_NO_MAGICLINKS
+    return libc.OpenHow(flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0, resolve | no_links)
