@@ -486,6 +486,14 @@ def _size(text: str, option: str) -> int:
     return int(digits) * _SIZES[unit]
 
 
+def _is_same(text: str, config: bytes) -> bool:
+    """Whether the file's ``text`` says what ``config`` does, however it is laid out."""
+    try:
+        return bool(json.loads(text) == json.loads(config))
+    except ValueError:
+        return False
+
+
 class _Naming:
     """The name that an image gets in images/, where one is wanted; and its configuration."""
 
@@ -503,6 +511,9 @@ class _Naming:
             return
         if config:
             path = f"{place.directory('committed', top)}/image.json"
+            if place.within.exists(path) and _is_same(place.read(path), config):
+                config = b""
+        if config:
             place.do("keep the image's configuration", ["open", "create", "setattr", "write"], place.put, path, config)
         if self._name is None:
             return
