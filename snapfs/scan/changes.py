@@ -54,8 +54,8 @@ class _Level:
 
     ``opaque``: the layer hides the directories below, so all that they have and the layer lacks is deleted.  ``items``: what
     lines are still to be made of, in order: names, and names with a slash for all that is in them.  ``verbs``: the letter for
-    each name; "" for a directory over a directory.  ``plain``: no name has to be escaped.  ``is_leaf``: ``plain``, without
-    directories, and with nothing below.  ``held``: how many entries it has in memory.
+    each name; "" for a directory over a directory.  ``plain``: no name has to be escaped.  ``is_leaf``: ``plain``, and the
+    layer has no directories in it.  ``held``: how many entries it has in memory.
     """
 
     __slots__ = ("below", "directory", "entered", "held", "is_leaf", "items", "opaque", "plain", "verbs")
@@ -113,7 +113,7 @@ def changes(
             verbs, plain = level.verbs, level.plain
             if level.is_leaf:  # most are, and all of their lines are made at once
                 stack.pop()
-                scan.descriptors.close(level.directory)
+                scan.close(level)
                 path = way.path if verbs else ""
                 yield from [f"{verbs[name]} {path}{name}\n" for name in level.items]
                 way.leave()
@@ -145,8 +145,7 @@ def changes(
             else:
                 stack.pop()
                 scan.held -= level.held
-                for directory in (level.directory, *level.below):
-                    scan.descriptors.close(directory)
+                scan.close(level)
                 way.leave()
 
 
@@ -160,6 +159,11 @@ class _Scan:
         self._prefix = prefix
         self._spool = spool
 
+    def close(self, level: _Level) -> None:
+        """Close its directories."""
+        for directory in (level.directory, *level.below):
+            self.descriptors.close(directory)
+
     def expanded(self, level: _Level) -> _Level:
         """``level``, after its entries have been read and compared."""
         most = MANY if self.held < HELD else _HARDLY_ANY
@@ -169,15 +173,18 @@ class _Scan:
         visible = self.visible(level.below, None if level.opaque else entries, most)
         if len(visible) >= most:
             return self.spooled(level)
-        directories = [f"{name}/" for name, kind in entries.items() if kind == DIRECTORY]
-        verbs = level.verbs = {name: "A" for name, kind in entries.items() if kind != WHITEOUT}
+        kinds = entries.values()
+        directories = [f"{name}/" for name, kind in entries.items() if kind == DIRECTORY] if DIRECTORY in kinds else []
+        verbs = level.verbs = dict.fromkeys(entries, "A")
+        for name in [name for name, kind in entries.items() if kind == WHITEOUT] if WHITEOUT in kinds else ():
+            del verbs[name]
         for name, under in visible.items():
             if under != WHITEOUT:
                 verbs[name] = _verb(entries.get(name, WHITEOUT), under)
         text = "".join(verbs)
         ascii_only = text.isascii()
         level.plain = ascii_only and text.isprintable() and "\\" not in text
-        level.is_leaf = level.plain and not directories and not level.below
+        level.is_leaf = level.plain and not directories
         level.items = iter(sorted([*verbs, *directories], key=None if ascii_only else os.fsencode))
         if not level.is_leaf and self.held >= HELD:  # else it goes at once
             return self.spooled(level)
