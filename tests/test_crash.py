@@ -13,10 +13,10 @@ from tests.workloads import CLIENTS, WORKLOADS, named
 
 pytestmark = [pytest.mark.mounts, pytest.mark.durable]
 
-STRIDE = 5
+STRIDE = 7
 """Of so many points one is tried; each workload begins at another, so that together they meet what they share everywhere."""
 
-KILLS = 300
+KILLS = 200
 """At least, in all of them together."""
 
 
