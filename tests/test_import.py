@@ -579,12 +579,30 @@ def test_who_may_not_write_root(make_daemon: Callable[..., Daemon], open_path: P
 # -- images/, in trees that have it
 
 
+def test_a_name_that_is_taken(command: Command, layout: Layout) -> None:
+    """Another image loses neither its name nor its configuration to one that is imported, unless that is asked for."""
+    one, two = three()[:1], three()[:2]
+    first, second = layout.add("one", one), layout.add("two", two)
+    command("import", f"oci:{layout.top}:one", "app")
+    said = command("import", f"oci:{layout.top}:two", "app", status=4)
+    assert "--replace gives the name to this one" in said
+    assert kept(command.mnt) == [f"committed/{first}"], "nothing was unpacked"
+    command("import", "--replace", f"oci:{layout.top}:two", "app")
+    assert os.readlink(command.mnt / "images/app") == f"../committed/{second}"
+    assert os.listdir(command.mnt / "images") == ["app"]
+    path = command.mnt / f"committed/{second}/image.json"
+    others = {**json.loads(path.read_text()), "config": {"Cmd": ["/other"]}}
+    path.write_text(json.dumps(others))
+    assert "another configuration" in command("import", f"oci:{layout.top}:two", "again", status=4)
+    assert json.loads(path.read_text()) == others
+    command("import", "--replace", f"oci:{layout.top}:two", "again")
+    assert json.loads(path.read_text())["config"]["Cmd"] == ["/bin/sh"]
+    assert sorted(os.listdir(command.mnt / "images")) == ["again", "app"]
+
+
 def test_a_name_in_images(command: Command, layout: Layout) -> None:
     """The seam between import and images/: a link, and the configuration in image.json."""
     top = layout.add("t", three())
-    if not os.path.isdir(command.mnt / "images"):
-        assert "has no images/" in refused(command, f"oci:{layout.top}", "app:1.0")
-        return
     command("import", f"oci:{layout.top}", "app:1.0")
     assert os.readlink(command.mnt / "images/app:1.0") == f"../committed/{top}"
     told = json.loads((command.mnt / f"committed/{top}/image.json").read_text())

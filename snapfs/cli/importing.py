@@ -23,7 +23,8 @@ from snapfs.cli import table
 from snapfs.cli.commit import AGAIN, SYNC, commit, persistently
 from snapfs.cli.drafts import label_of, locked, namespaces, refuse_unwritable
 from snapfs.cli.grammar import Given, Option, Verb
-from snapfs.cli.place import MountedTree, file_name, find_tree
+from snapfs.cli.listing import images
+from snapfs.cli.place import MountedTree, file_name, find_tree, key_of
 from snapfs.cli.prepare import make
 from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, TAKEN, USAGE, Refusal, missing
@@ -387,7 +388,7 @@ def _import(given: Given) -> int:
     )
     place = find_tree(given.value("at"), changes=True)
     place.refuse_foreign("imported")
-    naming = _Naming(place, named)
+    naming = _Naming(place, named, replaces=given.has("replace"))
     with contextlib.ExitStack() as held:
         try:
             found = _opened(source, held, foreign=given.has("force"))
@@ -410,6 +411,7 @@ def _import(given: Given) -> int:
         else:
             layers, config, names = [found], b"", [""]
             parent = None if parent is None else _parent_of(place, parent)
+        naming.refuse_taken(names[-1], config)
         one = _Import(place, place.options(), printable(source), parent, limits)
         top = one.run(layers, names, archive=not config)
         naming.name(top, config)
@@ -495,14 +497,35 @@ def _is_same(text: str, config: bytes) -> bool:
 
 
 class _Naming:
-    """The name that an image gets in images/, where one is wanted; and its configuration."""
+    """The name that an image gets in images/, where one is wanted; and its configuration.  With ``replaces`` another image
+    loses its name to it, and those with the same layers get its configuration."""
 
-    def __init__(self, place: MountedTree, name: str | None) -> None:
+    def __init__(self, place: MountedTree, name: str | None, *, replaces: bool) -> None:
         self._place = place
         self._name = name
+        self._replaces = replaces
         self._has_images = place.within.exists(f"{place.path}/images")
         if name is not None and not self._has_images:
             raise Refusal(f"{place.path} has no images/, where a NAME would be: import without one, or start the daemon anew")
+
+    def refuse_taken(self, top: str, config: bytes) -> None:
+        """Raise Refusal where a name, or the configuration of another image, would be replaced, and is not to be.  ``top`` is
+        the snapshot that will be called so, "" where that is not known yet."""
+        if self._replaces or not self._has_images or not top:
+            return
+        if self._name is not None and self._named() not in (None, top):
+            raise Refusal(f'"{self._name}" is another image in images/: --replace gives the name to this one', TAKEN)
+        if not config or self._place.kind_of(top) is None:
+            return
+        others = sorted(name for name, snapshot in images(self._place) if snapshot == top and name != self._name)
+        if others and not _is_same(self._place.read(f"{self._place.directory('committed', top)}/image.json"), config):
+            words = f'"{others[0]}" in images/ has the same layers, and another configuration, which all that have them share'
+            raise Refusal(f"{words}: --replace makes it that of this image", TAKEN)
+
+    def _named(self) -> str | None:
+        """The snapshot that has the name; None where none has."""
+        path = f"{self._place.path}/images/{file_name(self._name or '')}"
+        return key_of(os.path.basename(self._place.within.readlink(path))) if self._place.within.exists(path) else None
 
     def name(self, top: str, config: bytes) -> None:
         """Give the committed snapshot ``top`` the image's ``config``, if there is one, and the name.  Raises Refusal."""
@@ -517,10 +540,14 @@ class _Naming:
             place.do("keep the image's configuration", ["open", "create", "setattr", "write"], place.put, path, config)
         if self._name is None:
             return
-        target, path = f"../committed/{file_name(top)}", f"{place.path}/images/{file_name(self._name)}"
-        if place.within.exists(path) and place.within.readlink(path) == target:
+        named = self._named()
+        if named == top:
             return
-        place.do(f'call it "{self._name}"', ["symlink"], place.within.symlink, target, path)
+        target, path = f"../committed/{file_name(top)}", f"{place.path}/images/{file_name(self._name)}"
+        made = path if named is None or not self._replaces else f"{place.path}/images/import-{os.getpid()}"
+        place.do(f'call it "{self._name}"', ["symlink"], place.within.symlink, target, made)
+        if made != path:
+            place.do(f'call it "{self._name}"', ["rename"], place.within.rename, made, path)
 
 
 VERBS = {
@@ -530,6 +557,7 @@ VERBS = {
         (
             Option("parent", "the committed snapshot that a lone layer stands on", "PARENT", short="-p"),
             Option("force", "take an image that is for another kind of machine, too"),
+            Option("replace", "let NAME be this image, whatever it was, and image.json what this one says"),
             Option("max-size", f"refuse what takes more bytes unpacked, as 20G does ({_SIZE}; 0 sets no limit)", "SIZE"),
             Option("max-files", f"refuse what has more files ({_FILES})", "COUNT"),
             Option("max-ratio", f"refuse a layer that grows to so many times its size ({_RATIO})", "TIMES"),
