@@ -161,6 +161,25 @@ def test_a_push_that_is_interrupted_goes_on(registry: Registry, make_daemon: Cal
     assert len(registry.layers("large", "1")) == 3
 
 
+def test_the_difference_that_an_upgrade_made(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """One layer, which makes the same of the same image elsewhere: as examples/images tells."""
+    Layout(tmp_path / "base").add("v", base_layers())
+    places = [(tmp_path / f"{name}-root", tmp_path / f"{name}-mnt") for name in ("one", "two")]
+    one, two = (Command(make_daemon(root=root, mnt=mnt).start().mnt) for root, mnt in places)
+    for each in (one, two):
+        each("import", f"oci:{tmp_path}/base:v", "shop:1")
+    one("prepare", "try", "--parent", "images/shop:1")
+    one("run", "try", "--", "chroot", ".", "/bin/sh", "-c", "rm /tmp/junk; echo two > /etc/release")
+    assert one("diff", "try") == "C /etc/release\nD /tmp/junk\n"
+    one("commit", "try", "shop-2")
+    shutil.copy(one.mnt / "committed/shop-2/layer.tar", tmp_path / "upgrade.tar")
+    made = two("import", "--parent", "images/shop:1", str(tmp_path / "upgrade.tar"), "shop:2").strip()
+    ours, theirs = one.mnt / "committed/shop-2/rootfs/", Path(made) / "rootfs/"
+    assert (theirs / "etc/release").read_text() == "two\n"
+    assert os.listdir(theirs / "tmp") == os.listdir(ours / "tmp") == []
+    assert Path(made, "layer.tar").read_bytes() == (tmp_path / "upgrade.tar").read_bytes()
+
+
 def test_a_build_of_three_steps(make_daemon: Callable[..., Daemon], tmp_path: Path, containerd: Containerd) -> None:
     """A layer a step, each with its command in the history; the workspace goes, and the image runs."""
     snapfs = Command(make_daemon().start().mnt)
