@@ -12,10 +12,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
+import trio
 
+from snapfs.fuse import serve
 from snapfs.kernel import mounting
+from snapfs.kernel.mounttable import MountPoint
 from tests.daemon import SERVE, Daemon, refusal
 from tests.mounts import is_mounted
 from tests.processes import die_with_parent, until
@@ -715,6 +719,28 @@ def test_what_is_mounted_in_the_tree_is_told_once(make_daemon: Make, tmp_path: P
     assert all(end in line for end, line in zip(ends, [told[0], told[0], told[1]], strict=True)), told
     assert daemon.stop() == 0
     assert len(daemon.said) == 1, "and nothing else"
+
+
+async def test_no_change_of_the_mounts_goes_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells of each once: also what changes after a look, and before this waits for the next change, is seen."""
+    looks = 0
+
+    def look(own: object) -> tuple[bool, dict[int, str]]:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            mounting.mount("none", str(tmp_path), "tmpfs", 0)
+        return looks == 1, {}
+
+    monkeypatch.setattr(serve, "_look", look)
+    stop = trio.Event()
+    try:
+        with trio.fail_after(20):
+            await serve._set_when_gone(stop, cast(MountPoint, None))
+    finally:
+        mounting.unmount(str(tmp_path))
+    assert stop.is_set()
+    assert looks == 2
 
 
 def test_a_trash_that_cannot_be_emptied_does_not_end_the_daemon(make_daemon: Make) -> None:

@@ -226,20 +226,28 @@ async def _set_when_gone(stop: trio.Event, own: MountPoint) -> None:
             log.warning("unmounting the tree may not end the daemon: %s", error)
             return
         changes.register(table, select.EPOLLPRI)
-        while True:
-            began = trio.current_time()
-            there, over = await in_thread_at_last("looking whether the tree is mounted", _look, own)
-            if there is False:
-                break
-            for number in over.keys() - told:
-                _warn_of(over[number])
-            told = set(over)
-            pause = max(LOOKING, 10 * (trio.current_time() - began))  # there may be thousands of mounts, hundreds a second
-            if there:
-                await trio.lowlevel.wait_readable(changes.fileno())
-                changes.poll(0)
+        there: bool | None = True
+        pause = 0.0
+        while there is not False:
             await trio.sleep(pause)
+            began = trio.current_time()
+            async with trio.open_nursery() as nursery:
+                # before the look: the kernel tells of a change once, which is lost where nobody waits for it at that moment
+                await nursery.start(_wait_for, changes)
+                there, over = await in_thread_at_last("looking whether the tree is mounted", _look, own)
+                for number in over.keys() - told:
+                    _warn_of(over[number])
+                told = set(over)
+                pause = max(LOOKING, 10 * (trio.current_time() - began))  # there may be thousands of mounts, hundreds a second
+                if not there:
+                    nursery.cancel_scope.cancel()
         stop.set()
+
+
+async def _wait_for(changes: select.epoll, task_status: trio.TaskStatus[None]) -> None:
+    task_status.started()  # the caller goes on when this waits
+    await trio.lowlevel.wait_readable(changes.fileno())
+    changes.poll(0)
 
 
 def _look(own: MountPoint) -> tuple[bool | None, dict[int, str]]:
