@@ -7,6 +7,7 @@ fail, by their mark or because they ask for one of the fixtures that mount; the 
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import os
 import signal
@@ -28,6 +29,7 @@ from snapfs.store.metastore import MetaStore
 from tests.command import Command
 from tests.daemon import Daemon
 from tests.home import Home, home_of, with_workspace
+from tests.syscalls import EVERY
 from tests.kernel_changes import Chain
 from tests.mounts import loop_mounted, own_mount_namespace
 from tests.users import ALICE, BOB, STAFF, alice, bind
@@ -64,9 +66,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(item.config.stash[NO_MOUNTS], pytrace=False)
 
 
+LONGEST = 600 if EVERY > 1 else 7200
+"""Seconds after which a test hangs."""
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """While a test runs that is marked ``alone``, the other processes of ``pytest -n`` run none."""
+    """While a test runs that is marked ``alone``, the other processes of ``pytest -n`` run none.  One that hangs ends its
+    process, of which ``pytest -n`` says which test that was, and the others run in another."""
     if not hasattr(item.config, "workerinput"):
         return (yield)
     alone = item.get_closest_marker("alone") is not None
@@ -74,9 +81,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         fcntl.flock(turnstile, fcntl.LOCK_EX)  # or who wants to be alone would wait for ever
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(turnstile, fcntl.LOCK_UN)
+        faulthandler.dump_traceback_later(LONGEST, exit=True)
         try:
             return (yield)
         finally:
+            faulthandler.cancel_dump_traceback_later()
             fcntl.flock(room, fcntl.LOCK_UN)  # also for children, which have the file, too
 
 
