@@ -29,9 +29,9 @@ from snapfs.store.metastore import MetaStore
 from tests.command import Command
 from tests.daemon import Daemon
 from tests.home import Home, home_of, with_workspace
-from tests.syscalls import EVERY
 from tests.kernel_changes import Chain
 from tests.mounts import loop_mounted, own_mount_namespace
+from tests.syscalls import EVERY
 from tests.users import ALICE, BOB, STAFF, alice, bind
 
 NO_MOUNTS = pytest.StashKey[str]()  # why there can be none
