@@ -62,7 +62,7 @@ def merged(layers: Sequence[str], target: str, options: str, writable: str | Non
     try:
         yield target
     finally:
-        mounting.unmount(target)
+        mounting.unmount(target, mounting.MNT_DETACH)  # another test may be looking through all of /tmp
 
 
 def attributes(path: bytes, prefix: str) -> dict[str, bytes]:
