@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import re
 import stat
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from snapfs.images.compression import unpacked
+from snapfs.images.configuration import architecture
 from snapfs.images.tarreader import DIRECTORY, FILE, HARD_LINK, LINK, Stream, TarReader
 from snapfs.images.unfit import Elsewhere, Unfit
 from snapfs.names import shown
@@ -29,16 +29,9 @@ MOST_LAYERS = 10_000
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _DEEPEST = 8  # indexes in one another
-_MACHINES = {
-    "x86_64": "amd64",
-    "aarch64": "arm64",
-    "armv7l": "arm",
-    "armv6l": "arm",
-    "i686": "386",
-    "i386": "386",
-    "loongarch64": "loong64",
-}
-_REF, _IMAGE = "org.opencontainers.image.ref.name", "io.containerd.image.name"
+REF, NAME = "org.opencontainers.image.ref.name", "io.containerd.image.name"
+"""What an index says of what an image is called; the second is containerd's, for whole names."""
+
 _NO_PLATFORM = ("unknown", "unknown")  # of what only tells of an image
 
 
@@ -203,8 +196,7 @@ def _unpacked_to_disk(blob: Blob) -> Blob:
 
 def machine() -> str:
     """What images of this machine run on: ``linux/amd64``."""
-    found = platform.machine()
-    return f"linux/{_MACHINES.get(found, found)}"
+    return f"linux/{architecture()}"
 
 
 def oci_image(files: Files, tag: str, *, foreign: bool) -> Image:
@@ -322,7 +314,7 @@ def _platform(descriptor: dict[str, Any]) -> tuple[str, ...]:
 
 def _tags(descriptor: dict[str, Any]) -> set[str]:
     notes = descriptor.get("annotations")
-    return {str(notes[key]) for key in (_REF, _IMAGE) if key in notes} if isinstance(notes, dict) else set()
+    return {str(notes[key]) for key in (REF, NAME) if key in notes} if isinstance(notes, dict) else set()
 
 
 def _has(listed: list[dict[str, Any]]) -> str:

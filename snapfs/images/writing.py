@@ -18,13 +18,12 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from snapfs.errors import AlreadyExists, InvalidArgument
 from snapfs.images.compression import MEDIA_TYPES, compressor
+from snapfs.images.layouts import NAME, REF
 from snapfs.kernel.unnamed import Unnamed, unnamed
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
-TAG = "org.opencontainers.image.ref.name"
-NAME = "io.containerd.image.name"
 
 PIECE = 1 << 20  # bytes
 
@@ -81,6 +80,10 @@ def digest_of(layer: Layer, told: Callable[[int], None]) -> str:
         found.update(piece)
         told(len(piece))
     return f"sha256:{found.hexdigest()}"
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def as_json(value: object) -> bytes:
@@ -166,7 +169,7 @@ class OciDirectory(_Oci):
         manifest = self.manifest(config, layers)
         with _locked(self._path):
             index = _index(self._path)
-            others = [each for each in index.get("manifests", []) if each.get("annotations", {}).get(TAG) != self._tag]
+            others = [each for each in index.get("manifests", []) if each.get("annotations", {}).get(REF) != self._tag]
             index["manifests"] = [*others, {**manifest.shown(), "annotations": _called(self._tag)}]
             if not os.path.exists(f"{self._path}/oci-layout"):
                 _replace(self._path, "oci-layout", as_json({"imageLayoutVersion": "1.0.0"}))
@@ -175,7 +178,7 @@ class OciDirectory(_Oci):
 
 def _called(tag: str) -> dict[str, str]:
     """The annotations that say what an image is called; containerd has one of its own for whole names."""
-    return {**({TAG: tag} if tag else {}), **({NAME: tag} if "/" in tag else {})}
+    return {**({REF: tag} if tag else {}), **({NAME: tag} if "/" in tag else {})}
 
 
 class _Directory:
@@ -190,7 +193,7 @@ class _Directory:
             return digest, os.fstat(made.fd).st_size
 
     def add(self, data: bytes) -> str:
-        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        digest = _digest(data)
         with unnamed(self._path, FILES) as made, open(made.fd, "wb", closefd=False) as file:
             file.write(data)
             file.flush()
@@ -331,7 +334,7 @@ class _InArchive:
             return digest, size
 
     def add(self, data: bytes) -> str:
-        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        digest = _digest(data)
         self._archive.add(f"blobs/sha256/{_hex(digest)}", io.BytesIO(data), len(data))
         return digest
 
