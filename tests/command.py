@@ -61,6 +61,14 @@ def in_process(channel: Channel, *words: str) -> None:
     channel.say("ended", status, sys.stderr.read())
 
 
+def held(channel: Channel, mnt: str, *words: str) -> None:
+    """The command on the tree at ``mnt``, in a process whose calls are held, as are those of the processes that it starts."""
+    os.environ["SNAPFS"] = mnt
+    channel.watch()
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.redirect_stderr(io.TextIOWrapper(io.BytesIO())):
+        channel.say("status", main(words))
+
+
 def forked(server: Server, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """The command as a process of ``server``, which has imported it: most of the time of a new one goes into that.  What it
     prints is not kept."""

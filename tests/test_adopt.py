@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import os
 import re
 import shlex
@@ -13,23 +12,21 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from snapfs.cli import main
 from snapfs.cli.mount import in_use
 from snapfs.kernel import libc, mounting, userns
 from snapfs.names import path_as_text, path_of_text
-from tests.command import SNAPFS, Command, OnATerminal
+from tests.command import SNAPFS, Command, OnATerminal, held
 from tests.daemon import Daemon
 from tests.disk import make_file_system
 from tests.home import Home, home_of
 from tests.mounts import is_mounted, loop_mounted
 from tests.processes import die_with_parent, in_fork
 from tests.rootfs import somebody
-from tests.syscalls import EVERY, KILL, Call, Channel, Server, running
+from tests.syscalls import EVERY, KILL, Call, Server, running
 from tests.tree import info, remove_all
 from tests.trees import everything, make_tree
 from tests.users import ALICE, alice
@@ -395,17 +392,9 @@ def test_many_at_once(command: Command, site: Path) -> None:
     assert everything(layer(command.mnt, "w@0")) == everything(site)
 
 
-def adopted(channel: Channel, mnt: str, *words: str) -> None:
-    """In a process whose calls are held."""
-    os.environ["SNAPFS"] = mnt
-    channel.watch()
-    with redirect_stdout(io.TextIOWrapper(io.BytesIO())), redirect_stderr(io.TextIOWrapper(io.BytesIO())):
-        channel.say("status", main(["adopt", *words]))
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running(["snapfs.cli.adopting", "snapfs.cli.adopt", "tests.test_adopt"]) as started:
+    with running(["snapfs.cli.adopting", "snapfs.cli.adopt", "tests.command"]) as started:
         yield started
 
 
@@ -418,7 +407,7 @@ def test_killed_between_any_two_calls(command: Command, server: Server, tmp_path
     while True:
         directory = tmp_path / "site"
         subprocess.run(["cp", "-a", str(pristine), str(directory)], check=True)
-        with server.started(adopted, str(mnt), *way, str(directory), "w") as process:
+        with server.started(held, str(mnt), "adopt", *way, str(directory), "w") as process:
             process.hold(lambda call, nth=nth: KILL if call.nth == nth else None)  # type: ignore[misc]
             is_done = ["status", 0] in process.said
             assert process.errors() == []
@@ -455,7 +444,7 @@ def test_interrupted_anywhere(command: Command, server: Server, tmp_path: Path, 
             if call.nth == nth:
                 process.signal(signal.SIGTERM if nth % 2 else signal.SIGINT)
 
-        with server.started(adopted, str(mnt), *way, str(directory), "w") as process:
+        with server.started(held, str(mnt), "adopt", *way, str(directory), "w") as process:
             process.hold(decide)
             assert process.errors() == []
             is_done, has_come = ["status", 0] in process.said, process.calls >= nth
@@ -482,7 +471,7 @@ def test_the_daemon_ends_while_it_is_moved(make_daemon: Callable[..., Daemon], s
         if call.name == "renameat" and str(call) == "renameat(w@adopting, w@0)":
             os.kill(daemon.pid, signal.SIGKILL)
 
-    with server.started(adopted, str(daemon.mnt), "--move", str(site), "w") as process:
+    with server.started(held, str(daemon.mnt), "adopt", "--move", str(site), "w") as process:
         process.hold(decide)
         told += [str(message) for message in process.said]
         assert ["status", 7] in process.said, (told, process.errors())

@@ -11,17 +11,15 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
 
-from snapfs.cli import main
 from snapfs.images.configuration import Step, architecture, configuration
-from tests.command import Command
-from tests.syscalls import EVERY, KILL, Channel, Server, running
+from tests.command import Command, held
+from tests.syscalls import EVERY, KILL, Server, running
 
 pytestmark = pytest.mark.mounts
 
@@ -229,17 +227,9 @@ def test_a_layout_that_was_damaged(chain: Command, tmp_path: Path) -> None:
     assert (tmp_path / "images/index.json").read_text() == "[]"
 
 
-def exported(channel: Channel, mnt: str, place: str) -> None:
-    """In a process whose calls are held."""
-    os.environ["SNAPFS"] = mnt
-    channel.watch()
-    with redirect_stdout(io.TextIOWrapper(io.BytesIO())):
-        channel.say("status", main(["export", "v1", place]))
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running(["snapfs.cli.export", "snapfs.images.writing", "snapfs.images.configuration", "tests.test_export"]) as started:
+    with running(["snapfs.cli.export", "snapfs.images.writing", "snapfs.images.configuration", "tests.command"]) as started:
         yield started
 
 
@@ -253,7 +243,7 @@ def test_killed_between_any_two_calls(chain: Command, server: Server, tmp_path: 
         target = tmp_path / "target"
         if transport == "oci":
             shutil.copytree(tmp_path / "pristine", target)
-        with server.started(exported, str(chain.mnt), f"{transport}:{target}:v1") as process:
+        with server.started(held, str(chain.mnt), "export", "v1", f"{transport}:{target}:v1") as process:
             process.hold(lambda call, nth=nth: KILL if call.nth == nth else None)  # type: ignore[misc]
             is_done = ["status", 0] in process.said
             assert process.errors() == []

@@ -16,21 +16,19 @@ import subprocess
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from snapfs.cli import main
 from snapfs.images import compression
 from snapfs.images.unfit import Unfit
-from tests.command import SNAPFS, Command, OnATerminal
+from tests.command import SNAPFS, Command, OnATerminal, held
 from tests.containerd_client import Containerd
 from tests.daemon import Daemon
 from tests.home import Home, home_of
 from tests.images import MACHINE, Layer, Layout, archive_of, chain_of, digest_of, packable_tree
-from tests.syscalls import EVERY, KILL, Call, Channel, Server, running
+from tests.syscalls import EVERY, KILL, Call, Server, running
 from tests.tree import info, remove_all
 from tests.trees import everything
 from tests.users import ALICE, alice
@@ -442,17 +440,9 @@ def test_progress_is_told(command: Command, layout: Layout) -> None:
     assert re.search(r"unpacking, \d of 3 layers are done: \d+ files, ", said), said
 
 
-def imported(channel: Channel, mnt: str, *words: str) -> None:
-    """In a process whose calls are held, and those of the processes that it starts."""
-    os.environ["SNAPFS"] = mnt
-    channel.watch()
-    with redirect_stdout(io.TextIOWrapper(io.BytesIO())), redirect_stderr(io.TextIOWrapper(io.BytesIO())):
-        channel.say("status", main(["import", *words]))
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running(["snapfs.cli.importing", "tests.test_import"]) as started:
+    with running(["snapfs.cli.importing", "tests.command"]) as started:
         yield started
 
 
@@ -465,13 +455,13 @@ def test_killed_between_any_two_calls(command: Command, server: Server, layout: 
     remove_all(mnt)
     nth, is_done = 1, False
     while not is_done:
-        with server.started(imported, str(mnt), f"oci:{layout.top}") as process:
+        with server.started(held, str(mnt), "import", f"oci:{layout.top}") as process:
             process.hold(lambda call, nth=nth: KILL if call.nth == nth else None)  # type: ignore[misc]
             is_done = ["status", 0] in process.said
             assert process.errors() == []
         for name in os.listdir(mnt / "committed"):
             assert alike(everything(layer(mnt, name)), expected[name])
-        with server.started(imported, str(mnt), f"oci:{layout.top}") as process:
+        with server.started(held, str(mnt), "import", f"oci:{layout.top}") as process:
             process.hold()
             assert ["status", 0] in process.said
         settled(mnt, tars)
@@ -497,7 +487,7 @@ def test_what_a_killed_one_has_unpacked_is_not_unpacked_again(command: Command, 
     def decide(call: Call) -> int | None:
         return KILL if call.name == "renameat" and "import-" in str(call) else None
 
-    with server.started(imported, str(mnt), f"oci:{layout.top}") as process:
+    with server.started(held, str(mnt), "import", f"oci:{layout.top}") as process:
         assert process.hold(decide)
     left = {name: os.readlink(mnt / f"active/{name}/diff") for name in os.listdir(mnt / "active")}
     assert len(left) == 3
@@ -509,7 +499,7 @@ def test_what_a_killed_one_has_unpacked_is_not_unpacked_again(command: Command, 
 def test_what_is_left_of_another_goes(command: Command, server: Server, layout: Layout) -> None:
     layout.add("a", three())
     layout.add("b", [Layer().add("b", b"").done()])
-    with server.started(imported, str(command.mnt), f"oci:{layout.top}:a") as process:
+    with server.started(held, str(command.mnt), "import", f"oci:{layout.top}:a") as process:
         process.hold(lambda call: KILL if call.name == "mknodat" else None)
     assert any(name.startswith("import-") for name in os.listdir(command.mnt / "active"))
     command("import", f"oci:{layout.top}:b")
@@ -525,7 +515,7 @@ def test_interrupted(command: Command, server: Server, layout: Layout) -> None:
             told.append(str(call))
             process.signal(signal.SIGINT)
 
-    with server.started(imported, str(command.mnt), f"oci:{layout.top}") as process:
+    with server.started(held, str(command.mnt), "import", f"oci:{layout.top}") as process:
         process.hold(decide)
         assert process.errors() == []
         assert told
