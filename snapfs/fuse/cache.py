@@ -19,14 +19,16 @@ from snapfs import names
 from snapfs.errors import NoThread
 from snapfs.model import Change, Info
 from snapfs.tree.attributes import ATTRIBUTES
-from snapfs.tree.inodes import DIRECTORY_SLOTS, LABELS_SLOTS, Slot, kind_inode, pack
+from snapfs.tree.inodes import DIRECTORY_SLOTS, LABELS_SLOTS, Slot, kind_inode, pack, unpack
 
 TIMEOUT = 600.0  # seconds
 
 SETTLE = 1.0  # seconds that ``settle`` waits for the kernel to forget a name: a request may hold the directory's lock
 
 _FIXED = [attribute.slot for attribute in ATTRIBUTES if attribute.fixed]  # all others are looked up each time
-_SLOTS = (*DIRECTORY_SLOTS, *LABELS_SLOTS, *_FIXED)
+_INNER_SLOTS = (*LABELS_SLOTS, *_FIXED)
+
+REMEMBERED = 10_000  # snapshots of which it is remembered that the kernel knows what is in them
 
 
 class KernelCache:
@@ -37,6 +39,8 @@ class KernelCache:
 
     def __init__(self) -> None:
         self._asked_for: list[tuple[int, str]] = []
+        self._looked_into: set[int] = set()
+        self._looked_into_below = 0
         self._requests: SimpleQueue[tuple[int, bytes] | Callable[[], object] | None] = SimpleQueue()
         self._asked = self._done = 0  # names to forget; the second is the other thread's
 
@@ -60,14 +64,29 @@ class KernelCache:
         finally:
             self._asked_for.remove((directory, name))
 
+    def note_told(self, inode: int) -> None:
+        """Note that the kernel is told of ``inode``.  Of snapshots in which it knows nothing, nothing is to be forgotten there;
+        that is so for most whose time is short, and each call would cost as much as all else."""
+        number, slot = unpack(inode)
+        if slot != Slot.SNAPSHOT and number > self._looked_into_below:
+            self._looked_into.add(number)
+            if len(self._looked_into) > REMEMBERED:  # new ones have higher numbers
+                self._looked_into_below = max(self._looked_into)
+                self._looked_into.clear()
+
     def note(self, change: Change) -> None:
         """Forget what ``change`` has made stale; called before the call that made it returns."""
         before, after = change.before, change.after
         info = after or before
         assert info is not None
         if before is not None:  # of a new one the kernel can't have heard
-            for slot in DIRECTORY_SLOTS if change.counted else _SLOTS:
-                self.forget_attributes(pack(before.node or before.id, slot))
+            number = before.node or before.id
+            self.forget_directory(number)
+            if not change.counted and self._knows_inside(number):
+                for slot in _INNER_SLOTS:
+                    self.forget_attributes(pack(number, slot))
+            if after is None:
+                self._looked_into.discard(number)
         if (gone := set(before.images if before else ())) != (come := set(after.images if after else ())):
             self.forget_attributes(pack(0, Slot.IMAGES))
             for image in gone - come:
@@ -89,8 +108,11 @@ class KernelCache:
 
     def forget_directory(self, node: int) -> None:
         """Forget what stat(2) says of the directory of the snapshot for which inodes have the number ``node``."""
-        for slot in DIRECTORY_SLOTS:
+        for slot in DIRECTORY_SLOTS if self._knows_inside(node) else (Slot.SNAPSHOT,):
             self.forget_attributes(pack(node, slot))
+
+    def _knows_inside(self, number: int) -> bool:
+        return number <= self._looked_into_below or number in self._looked_into
 
     def forget_attributes(self, inode: int) -> None:
         """Forget what stat(2) says of ``inode``."""

@@ -133,6 +133,7 @@ class Operations(pyfuse3.Operations):
         """The same in ``entry``, which may have served for another."""
         found = node.attributes()
         inode, time = node.inode, found.time
+        self.cache.note_told(inode)
         entry.st_ino = inode
         entry.generation = self.tree.state.removals.of(inode)
         entry.st_mode = self.rights.mode(found)

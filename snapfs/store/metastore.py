@@ -4,11 +4,16 @@
 
 **Writing** goes through one thread, the writer (``serve``): it takes all requests that wait (``requests.py``) and runs them as
 a batch (``batches.py``).  Where the disk fails in the middle of one, it may be in doubt for a while (``doubt.py``).
+
+Where nothing is flushed, most of what a write takes would be to wake that thread, and to be woken by it.  So a write for which
+nobody waits is run where it was asked for, on the loop, as long as such writes are short.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -35,6 +40,10 @@ T = TypeVar("T")
 MAP_SIZE = 1 << 20  # to begin with: it grows with the records
 BATCH = 128  # operations that one sync serves at most, so that nobody waits for an endless batch
 
+SHORT = 0.02  # seconds that a write on the loop may take: after a longer one the writer's thread has them all for a while
+BUSY = 5.0  # seconds that it has them
+TURN = 0.005  # seconds of writes on the loop, one after the other, after which other tasks have their turn
+
 
 class MetaStore:
     """One LMDB environment with one writer.
@@ -58,6 +67,9 @@ class MetaStore:
         """How many batches there were of so many operations: the keys are sizes of batches."""
         self._runner = BatchRunner(self.environment)
         self._queue: SimpleQueue[Request[Any] | None] | None = None
+        self._under_way = 0  # requests that the writer's thread was given, and of which it has not told yet
+        self._long_at = -math.inf  # when a write on the loop has taken long
+        self._turn_at = -math.inf  # when other tasks had their turn
 
     @property
     def refusal(self) -> type[Closed] | None:
@@ -100,15 +112,33 @@ class MetaStore:
         if queue is None or self.refusal is not None:
             raise (self.refusal or Closed)()
         request = Request(operation, frees)
+        if not self.sync and not self._under_way and time.perf_counter() > self._long_at + BUSY:
+            await self._write_here(request)
+            return request.result()
         queue.put(request)
+        self._under_way += 1
         try:
             await request.done.wait()
         except trio.Cancelled:
             if request.claim():
+                self._under_way -= 1
                 raise
             with trio.CancelScope(shield=True):
                 await request.done.wait()
         return request.result()
+
+    async def _write_here(self, request: Request[Any]) -> None:
+        """Run ``request`` on the loop, while the writer's thread has nothing to do and nothing to tell."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        began = time.perf_counter()
+        self._run([request])
+        self._report(self._runner.take_settled_changes(), [request])
+        ended = time.perf_counter()
+        if ended > began + SHORT:
+            self._long_at = ended
+        if ended > self._turn_at + TURN:
+            self._turn_at = ended
+            await trio.lowlevel.cancel_shielded_checkpoint()
 
     def write_now(self, operation: Operation[T], *, frees: bool = False) -> T:
         """``write`` without a loop and a writer's thread: blocks, in a thread that is the only one to write."""
@@ -179,20 +209,28 @@ class MetaStore:
             batch = [request for request in requests if request.claim()]
             if not batch:
                 continue
-            with suppress(lmdb.Error):  # else no page that a killed backup was reading would ever be used again
-                self.environment.env.reader_check()
             try:
-                self._runner.run(batch)
+                self._run(batch)
             except BaseException as error:
                 for request in batch:
                     request.error = request.error or error
                 raise
             finally:
-                loop.run_sync_soon(self._report, self._runner.take_settled_changes(), batch)
+                loop.run_sync_soon(self._tell, self._runner.take_settled_changes(), batch)
         if self._runner.is_in_doubt:  # the next start would find out, too, but has nothing to undo with
             with suppress(lmdb.Error, OSError, SnapshotError):
                 self._runner.settle()
                 loop.run_sync_soon(self._report, self._runner.take_settled_changes(), [])
+
+    def _run(self, batch: list[Request[Any]]) -> None:
+        with suppress(lmdb.Error):  # else no page that a killed backup was reading would ever be used again
+            self.environment.env.reader_check()
+        self._runner.run(batch)
+
+    def _tell(self, settled: list[Change], batch: list[Request[Any]]) -> None:
+        """On the loop: what the writer's thread has done."""
+        self._under_way -= len(batch)
+        self._report(settled, batch)
 
     def _report(self, settled: list[Change], batch: list[Request[Any]]) -> None:
         """On the loop: tell the listeners what has changed, and then the callers that their requests are done."""

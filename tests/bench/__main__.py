@@ -51,6 +51,7 @@ BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "tars": tars.tars,
     "ls": listing.listing,
     "calls": calls.calls,
+    "processor": calls.processor,
     "commands": calls.commands,
     "requests": listing.repeated,
     "layers": calls.chains,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tests.bench import populate
 from tests.bench.minimal import minimal
+from tests.bench.nothing import nothing
 from tests.bench.place import ALL_CPUS, ONE_CPU, Place, on, run
 from tests.bench.rows import Row, at_most, p50
 
@@ -71,6 +74,42 @@ def calls(place: Place) -> Iterator[Row]:
     rows = {what: Row(f"{what}, not pinned", "the file system in C", "us", None, note) for what in steps}
     _life(place, steps, place.size(200, 20), ALL_CPUS, rows)
     yield from rows.values()
+
+
+def processor(place: Place) -> Iterator[Row]:
+    """What each call costs the daemon, whatever else the machine does meanwhile."""
+    steps: dict[str, tuple[float, str, Act]] = {
+        "mkdir": (5, "active/{}", os.mkdir),
+        "cat info.json": (2.5, "active/{}/info.json", _read_file),
+        "cat mounts.json": (2.5, "active/{}/mounts.json", _read_file),
+        "mv": (5, "active/{}", lambda path: os.rename(path, _commit(path))),
+        "rmdir": (4, "committed/{}", os.rmdir),
+    }
+    note = "microseconds of its processor a call, of all its threads; daemon and client on one CPU, both; nothing is flushed"
+    against = "a file system on pyfuse3 that does nothing"
+    rows = {what: Row(f"the daemon's work for {what}", against, "us", at_most(most), note) for what, (most, _, _) in steps.items()}
+    calls = place.size(400, 20)
+    with place.snapfs("-o", "sync=none", cpus=ONE_CPU) as daemon, nothing(place, ONE_CPU) as (where, pid), on(ONE_CPU):
+        assert daemon.process is not None
+        for number in range(place.rounds + 1):  # the first does not count
+            names = [place.name("call") for _ in range(calls)]
+            for side, mount, process in (("ours", daemon.mnt, daemon.process.pid), ("theirs", where, pid)):
+                for what, (_, path, act) in steps.items():
+                    before = _worked(process)
+                    for name in names:
+                        act(f"{mount}/{path.format(name)}")
+                    if number:
+                        getattr(rows[what], side).append((_worked(process) - before) / calls / 1000)
+    yield from rows.values()
+
+
+def _worked(pid: int) -> int:
+    """Nanoseconds that a processor has worked for the threads that process ``pid`` has."""
+    worked = 0
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(OSError):
+            worked += int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split()[0])
+    return worked
 
 
 def commands(place: Place) -> Iterator[Row]:
