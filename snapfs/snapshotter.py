@@ -762,7 +762,8 @@ class Snapshotter:
                 refused.append(error)
 
         # in the writer, so that no directory is just being made, and of what is removed for good only
-        await self._write_record(lambda writer: writer.when_durable(sweep), frees=True)
+        self._refuse_closed()
+        await self.records.write(lambda writer: writer.when_durable(sweep), frees=True)
         left = await self._housekeeping.empty_trash()
         if refused:
             raise Unavailable.from_os("clean up", refused[0]) from refused[0]
@@ -1154,7 +1155,7 @@ class Snapshotter:
 
     async def _write_record(self, operation: Operation[T], *, frees: bool = False) -> T:
         self._refuse_closed()
-        return await self.records.write(operation, frees=frees)
+        return await self.records.write(operation, frees=frees, short=True)
 
     @asynccontextmanager
     async def _ending(self, number: int) -> AsyncIterator[None]:

@@ -16,8 +16,9 @@ import pytest
 import trio
 import trio.testing
 
-from snapfs import AlreadyExists, Change, Damaged, Kind, MetaStore, SnapshotError, Snapshotter, Unavailable, Usage
+from snapfs import AlreadyExists, Change, Damaged, Kind, MetaStore, NotFound, SnapshotError, Snapshotter, Unavailable, Usage
 from snapfs.root.trash import DEPTH
+from snapfs.store import metastore
 from snapfs.store.metastore import BATCH
 from snapfs.store.reading import Reader
 from snapfs.store.schema import SCHEMA, Record
@@ -289,6 +290,110 @@ async def test_what_comes_after_is_done_when_the_batch_is_durable(store: MetaSto
     await store.write(operation)
     assert seen == [1]
     assert await store.write(adding("b")) == 2
+
+
+# -- short writes, where nothing is flushed
+
+
+def refused_late(writer: Writer) -> None:
+    adding("lost")(writer)
+    raise NotFound("no such thing")
+
+
+def noting(seen: list[object], name: str, act: Callable[[], object] = lambda: None) -> Callable[[Writer], int]:
+    """An operation that adds ``name`` and notes in which thread it has run."""
+
+    def operation(writer: Writer) -> int:
+        act()
+        seen.append(threading.current_thread())
+        return adding(name)(writer)
+
+    return operation
+
+
+async def test_a_short_write_runs_where_it_was_asked_for(store: MetaStore) -> None:
+    seen: list[object] = []
+    assert await store.write(noting(seen, "a"), short=True) == 1
+    assert await store.write(noting(seen, "b")) == 2
+    with pytest.raises(NotFound):
+        await store.write(refused_late, short=True)
+    assert seen[0] is threading.current_thread() is not seen[1]
+    with store.reading() as reader:
+        assert reader.last_id() == 2
+    check_indexes(store)
+
+
+@pytest.mark.durable
+async def test_a_short_write_that_is_flushed_keeps_nobody_from_the_loop(store: MetaStore) -> None:
+    seen: list[object] = []
+    await store.write(noting(seen, "a"), short=True)
+    assert seen[0] is not threading.current_thread()
+
+
+async def test_a_short_write_waits_for_those_before_it(store: MetaStore) -> None:
+    seen: list[object] = []
+    told: list[str] = []
+    store.listeners.append(lambda change: told.append(change.after.name if change.after else ""))
+    busy, go_on = trio.Event(), threading.Event()
+
+    def named(name: str, act: Callable[[], object] = lambda: None) -> Callable[[Writer], None]:
+        def operation(writer: Writer) -> None:
+            number = noting(seen, name, act)(writer)
+            writer.changed(None, writer.info(number, record(name)))
+
+        return operation
+
+    def hold() -> None:
+        trio.from_thread.run_sync(busy.set)
+        assert go_on.wait(20)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.write, named("a", hold))
+        await busy.wait()
+        nursery.start_soon(partial(store.write, named("b"), short=True))
+        await until_in_line(store, 1)
+        with trio.CancelScope() as given_up:
+            given_up.cancel()
+            await store.write(named("c"), short=True)
+        assert given_up.cancelled_caught
+        go_on.set()
+    await store.write(named("d"), short=True)
+    assert told == ["a", "b", "d"]
+    assert seen[1] is not threading.current_thread() is seen[2]
+
+
+async def test_a_disk_that_is_slow_keeps_the_loop_once(store: MetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metastore, "SHORT", 0.0)
+    seen: list[object] = []
+    for name in "ab":
+        await store.write(noting(seen, name), short=True)
+    monkeypatch.setattr(metastore, "BUSY", 0.0)
+    await store.write(noting(seen, "c"), short=True)
+    assert [thread is threading.current_thread() for thread in seen] == [True, False, True]
+
+
+async def test_who_writes_again_and_again_lets_others_in_between(store: MetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metastore, "TURN", 0.0)
+    order: list[str] = []
+
+    async def add(prefix: str) -> None:
+        for number in range(3):
+            await store.write(adding(f"{prefix}{number}"), short=True)
+            order.append(prefix)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(add, "a")
+        nursery.start_soon(add, "b")
+    assert order not in (["a"] * 3 + ["b"] * 3, ["b"] * 3 + ["a"] * 3)
+
+
+async def test_a_short_write_of_a_call_that_was_cancelled_is_not_made(store: MetaStore) -> None:
+    with trio.CancelScope() as given_up:
+        given_up.cancel()
+        await store.write(adding("a"), short=True)
+    assert given_up.cancelled_caught
+    with store.reading() as reader:
+        assert not reader.last_id()
 
 
 # -- reads

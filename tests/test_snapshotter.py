@@ -1101,6 +1101,7 @@ async def test_a_call_cancelled_while_it_waits_has_not_happened(snapshotter: Sna
 
 
 @async_only
+@pytest.mark.durable
 async def test_a_call_cancelled_under_way_is_done(
     snapshotter: Snapshotter, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,7 +118,7 @@ class Counting:
         try:
             await self._pending[number].begin.wait()
             usage = await self._scan(number, Kind.COMMITTED, BACKGROUND)
-            await self._records.write(operation)
+            await self._records.write(operation, short=True)
         except (NotFound, Closed) as error:
             self._pending[number].error = error  # removed meanwhile, or left to the next start
         except trio.Cancelled:

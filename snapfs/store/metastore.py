@@ -5,8 +5,8 @@
 **Writing** goes through one thread, the writer (``serve``): it takes all requests that wait (``requests.py``) and runs them as
 a batch (``batches.py``).  Where the disk fails in the middle of one, it may be in doubt for a while (``doubt.py``).
 
-Where nothing is flushed, most of what a write takes would be to wake that thread, and to be woken by it.  So a write for which
-nobody waits is run where it was asked for, on the loop, as long as such writes are short.
+Where nothing is flushed, most of what a write takes would be to wake that thread, and to be woken by it.  So a short one before
+which no other waits is run where it was asked for, on the loop, as long as the disk is quick.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ T = TypeVar("T")
 MAP_SIZE = 1 << 20  # to begin with: it grows with the records
 BATCH = 128  # operations that one sync serves at most, so that nobody waits for an endless batch
 
-SHORT = 0.02  # seconds that a write on the loop may take: after a longer one the writer's thread has them all for a while
-BUSY = 5.0  # seconds that it has them
+SHORT = 0.05  # seconds that a write on the loop may take: after a longer one the writer's thread has them all for a while
+BUSY = 2.0  # seconds that it has them
 TURN = 0.005  # seconds of writes on the loop, one after the other, after which other tasks have their turn
 
 
@@ -99,11 +99,12 @@ class MetaStore:
         """A context manager that gives one consistent state of the records (``Environment.reading``)."""
         return self.environment.reading(long=long)
 
-    async def write(self, operation: Operation[T], *, frees: bool = False) -> T:
+    async def write(self, operation: Operation[T], *, frees: bool = False, short: bool = False) -> T:
         """Run ``operation`` in the writer's thread; returns what it returned when its changes are durable, or raises what it
         raised, and nothing has changed then.
 
         ``frees``: the operation leaves less in the records than there was, so that on a full disk it may use the reserve.
+        ``short``: it takes a few calls of the kernel at most, and may run on the loop.
 
         A cancelled call either has not happened, where the writer had not begun with it, or returns as if it was not cancelled.
         Raises Unavailable where the disk refuses (ENOSPC …), Closed before ``serve`` and after ``stop``, Forked.
@@ -112,7 +113,7 @@ class MetaStore:
         if queue is None or self.refusal is not None:
             raise (self.refusal or Closed)()
         request = Request(operation, frees)
-        if not self.sync and not self._under_way and time.perf_counter() > self._long_at + BUSY:
+        if short and not self.sync and not self._under_way and time.perf_counter() > self._long_at + BUSY:
             await self._write_here(request)
             return request.result()
         queue.put(request)
