@@ -25,6 +25,7 @@ import pytest
 import trio
 
 from snapfs import Options, Snapshotter, open_snapshotter
+from snapfs.applying.entries import Held
 from snapfs.cli import ending, main
 from snapfs.cli.place import MountedTree
 from snapfs.errors import NotFound, TryAgain, Unavailable
@@ -33,7 +34,7 @@ from snapfs.kernel import freezing, mounting
 from snapfs.model import Info
 from snapfs.options import Sync
 from snapfs.scan import layercopy
-from snapfs.scan.copying import copy_data
+from snapfs.scan.copying import attributes_of, copy_data
 from snapfs.scan.layercopy import LayerCopy
 from snapfs.services.shifting import Shifting
 from snapfs.snapshotter import _held_still
@@ -469,14 +470,31 @@ def test_attributes_that_are_too_long_for_the_memory(
     path: str, source: Path, copy_of: Callable[..., LayerCopy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On some file systems one file has hundreds of megabytes."""
-    monkeypatch.setattr("snapfs.scan.layercopy.ATTRIBUTES", 1000)
+    monkeypatch.setattr("snapfs.scan.copying.ATTRIBUTES", 1000)
     name = "trusted.x" if path == "d/fifo" else "user.x"
     os.setxattr(source / path, name, b"x" * 900)
     copy_of().complete()
     os.setxattr(source / path, f"{name}y", b"x" * 900)
-    with pytest.raises(OSError, match="Its extended attributes are too long") as refused:
+    with pytest.raises(OSError, match="more than 4 MiB of extended attributes") as refused:
         copy_of().complete()
     assert refused.value.errno == errno.E2BIG
+
+
+def test_attributes_of_a_directory_that_are_too_long_for_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for `snapfs restore` and `snapfs apply`."""
+    monkeypatch.setattr("snapfs.scan.copying.ATTRIBUTES", 1000)
+    (tmp_path / "file").touch()
+    os.setxattr(tmp_path / "file", "user.x", b"x" * 900)
+    os.setxattr(tmp_path / "file", "user.y", b"x" * 100)
+    assert len(attributes_of(str(tmp_path / "file"))) == 2
+    with Held(os.open(tmp_path, os.O_RDONLY), str(tmp_path)) as held:
+        assert held.look(b"file") is not None
+        os.setxattr(tmp_path / "file", "user.z", b"x")
+        for look in (lambda: held.look(b"file"), lambda: attributes_of(str(tmp_path / "file"))):
+            with pytest.raises(OSError, match="more than 4 MiB of extended attributes") as refused:
+                look()
+            assert refused.value.errno == errno.E2BIG
+            assert refused.value.filename in (None, b"file")
 
 
 def test_as_many_names_as_an_inode_may_have(

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import shutil
 import socket
 import stat
@@ -24,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapfs.errors import Damaged, FailedPrecondition, Unavailable
+from snapfs.images.tarreader import Stream, TarReader
 from snapfs.kernel import mounting
 from snapfs.scan import layertar, tar
 from snapfs.scan.layertar import READ, make_index
@@ -295,6 +297,22 @@ def test_a_name_that_means_something_else_in_a_tar_is_refused(chain: Chain, name
         make_index(str(layer))
 
 
+@pytest.mark.parametrize("name", ["file", "directory", "."])
+def test_attributes_that_are_too_long_for_the_memory_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On some file systems one file has hundreds of megabytes."""
+    monkeypatch.setattr("snapfs.scan.copying.ATTRIBUTES", 1000)
+    layer = tmp_path / "layer"
+    (layer / "directory").mkdir(parents=True)
+    (layer / "file").touch()
+    os.setxattr(layer / name, "user.a", b"x" * 999)
+    bytes_of(layer)
+    os.setxattr(layer / name, "user.b", b"xx")
+    with pytest.raises(FailedPrecondition, match=f'"{re.escape(name)}" has more than 4 MiB of extended attributes'):
+        make_index(str(layer))
+
+
 # -- the layer's own directory
 
 
@@ -339,6 +357,22 @@ def test_odd_names(tmp_path: Path) -> None:
     assert len(entries_of(data)) == 6 + 2 * (2 * len(names) + 1)
     for number, command in enumerate(PROGRAMS.values()):
         assert seen_in(extracted(data, tmp_path / f"{number}", *command)) == seen_in(layer)
+
+
+def test_names_of_attributes_that_stand_for_themselves(tmp_path: Path) -> None:
+    """In a tar the name ends at the first "=": GNU tar and this write it, and "%", in hexadecimal digits, and read these."""
+    layer = tmp_path / "layer"
+    layer.mkdir()
+    (layer / "file").touch()
+    wanted = {f"user.{name}": name.encode() for name in ("a=b", "a%3Db", "a%b", "%253D", "=")}
+    for name, value in wanted.items():
+        os.setxattr(layer / "file", name, value)
+    data = bytes_of(layer)
+    out = extracted(data, tmp_path / "out", *PROGRAMS["GNU tar"])
+    assert {name: os.getxattr(out / "file", name) for name in os.listxattr(out / "file")} == wanted
+    entry = TarReader(Stream(iter([data]))).next()
+    assert entry is not None
+    assert entry.attributes == wanted
 
 
 def test_large_numbers(tmp_path: Path) -> None:

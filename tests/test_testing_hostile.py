@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -95,6 +96,18 @@ def once_before(monkeypatch: pytest.MonkeyPatch, module: object, name: str, act:
         return function(*arguments, **named)
 
     monkeypatch.setattr(module, name, called)
+
+
+# -- runs of before
+
+
+def test_what_is_mounted_at_the_name_of_a_run_is_not_asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody may make such a directory, and mount on it."""
+    monkeypatch.setenv("TMPDIR", str(run.parent))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with unanswering(run):
+        place.Place().close()
+        assert mounted(run.parent) == [str(run)]
 
 
 # -- what a run that was killed has left mounted

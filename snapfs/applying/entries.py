@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from snapfs.kernel.beneath import LOOK, open_beneath
-from snapfs.scan.copying import open_regular
+from snapfs.scan.copying import open_regular, read_attributes
 from snapfs.scan.differing import hold_the_same
 
 _KINDS = {
@@ -121,6 +121,9 @@ class Held:
             raise
         try:
             return entry_of(found)
+        except OSError as error:
+            error.filename = path
+            raise
         finally:
             os.close(found)
 
@@ -199,15 +202,9 @@ def _attributes(fd: int) -> dict[str, str]:
         if error.errno not in (errno.EOPNOTSUPP, errno.EACCES):
             raise
         return {}
-    found = {}
-    for name in names:
-        if name not in _OF_THE_SYSTEM:
-            try:
-                found[name] = base64.b64encode(os.getxattr(path, name)).decode()
-            except OSError as error:
-                if error.errno not in (errno.ENODATA, errno.EACCES, errno.EPERM):
-                    raise
-    return found
+    names = [name for name in names if name not in _OF_THE_SYSTEM]
+    found = read_attributes(path, names, unread=(errno.ENODATA, errno.EACCES, errno.EPERM))
+    return {name: base64.b64encode(value).decode() for name, value in found.items()}
 
 
 def alike(path: bytes, one: Entry, tree: Seen, other: Entry, other_tree: Seen) -> bool:

@@ -386,7 +386,7 @@ def _read_records(entry: Entry, records: dict[bytes, bytes]) -> None:
 
 
 def _attribute_name(key: bytes) -> str:
-    name = key.removeprefix(_XATTR)
+    name = key.removeprefix(_XATTR).replace(b"%3D", b"=").replace(b"%25", b"%")  # as GNU tar writes them, too
     if not name or len(name) > 255 or b"\0" in name:
         raise Unfit("the archive has an extended attribute with no name that there can be")
     return name.decode(errors="surrogateescape")

@@ -6,12 +6,15 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Container, Iterable
 from contextlib import suppress
 
 _FICLONE = 0x40049409
 _NO_CLONES = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY)
 _PART = 1 << 30  # bytes that one call copies at most
+_ANY = range(1, 1 << 12)  # errnos
 
+ATTRIBUTES = 4 << 20  # bytes in the extended attributes of one file: it may have thousands, of 64 KiB each
 
 VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
 """What a look at a name is refused with that has gone meanwhile, or means another kind of file (the last is AnotherKind's)."""
@@ -46,14 +49,32 @@ def target_of(name: str, directory: int) -> str:
         raise
 
 
-def attributes_of(file: int | str) -> dict[str, bytes]:
-    """The extended attributes of ``file``, as far as this user may read them."""
-    found = {}
-    with suppress(OSError):
-        for name in os.listxattr(file):
-            with suppress(OSError):
-                found[name] = os.getxattr(file, name)
+def read_attributes(
+    file: int | str, names: Iterable[str], *, follow: bool = True, unread: Container[int] = ()
+) -> dict[str, bytes]:
+    """The extended attributes ``names`` of ``file``, but those that are refused with an errno in ``unread``.  Raises OSError:
+    E2BIG where they have more than ATTRIBUTES bytes together."""
+    found, size = dict[str, bytes](), 0
+    for name in names:
+        try:
+            value = os.getxattr(file, name, follow_symlinks=follow)
+        except OSError as error:
+            if error.errno not in unread:
+                raise
+            continue
+        found[name] = value
+        size += len(value)
+        if size > ATTRIBUTES:
+            raise OSError(errno.E2BIG, "It has more than 4 MiB of extended attributes")
     return found
+
+
+def attributes_of(file: int | str) -> dict[str, bytes]:
+    """The extended attributes of ``file``, as far as this user may read them.  Raises OSError: E2BIG, as above."""
+    names = list[str]()
+    with suppress(OSError):
+        names = os.listxattr(file)
+    return read_attributes(file, names, unread=_ANY)
 
 
 def attributes_unopened(name: str, parent: int) -> dict[str, bytes]:

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from snapfs.errors import TryAgain
 from snapfs.kernel import libc
 from snapfs.names import shown
-from snapfs.scan.copying import AnotherKind, clone, copy_data, open_regular, target_of
+from snapfs.scan.copying import AnotherKind, clone, copy_data, open_regular, read_attributes, target_of
 from snapfs.scan.inodes import Inodes, Numbered
 from snapfs.scan.walk import BATCH, PAUSED, Descriptors, Directory, Entering, path_of
 
@@ -38,8 +38,6 @@ LARGE = 4 << 20
 LINKED = 10_000  # files with several names of which one walk remembers where the copy has them; others have a name in ``stale``
 
 BACK = 100_000_000  # nanoseconds by which the clock is set back, if it is, and does not only go slower
-
-ATTRIBUTES = 4 << 20  # bytes in the extended attributes of one file: it may have thousands, of 64 KiB each
 
 TICK = 20_000_000  # nanoseconds in which a file may change twice, and its times once: a tick of the kernel's clock, and more
 
@@ -430,15 +428,8 @@ def _exists(name: str, directory: int) -> bool:
 
 def attributes(file: int | str) -> dict[str, bytes]:
     """All extended attributes of ``file``, a descriptor or a path, but those that the kernel makes by itself.  Raises
-    OSError: E2BIG where they have more than ATTRIBUTES bytes."""
-    found, size = dict[str, bytes](), 0
-    for name in _listed(file):
-        with _suppressed(errno.ENODATA):  # it has vanished
-            found[name] = os.getxattr(file, name, follow_symlinks=isinstance(file, int))
-            size += len(found[name])
-        if size > ATTRIBUTES:
-            raise OSError(errno.E2BIG, "Its extended attributes are too long")
-    return found
+    OSError: E2BIG where they are too many (``read_attributes``)."""
+    return read_attributes(file, _listed(file), follow=isinstance(file, int), unread=(errno.ENODATA,))  # it has vanished
 
 
 def _listed(file: int | str) -> list[str]:

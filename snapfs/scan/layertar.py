@@ -36,7 +36,7 @@ from snapfs.errors import Damaged, FailedPrecondition, Unavailable
 from snapfs.kernel import inside
 from snapfs.names import printable, shown
 from snapfs.scan import tar
-from snapfs.scan.copying import VANISHED
+from snapfs.scan.copying import VANISHED, read_attributes
 from snapfs.scan.inodes import Numbered
 from snapfs.scan.marks import PREFIX, list_xattrs
 from snapfs.scan.ordered import ordered
@@ -117,12 +117,12 @@ class _Making:
     def add_top(self, top: Directory, below: str | None) -> None:
         """The layer's own directory, where it is to be in the tar; whether overlayfs's marks are on it or not, it is merged."""
         fd = self._descriptors.get(top)
-        attributes = self._attributes(fd, list_xattrs(fd))
+        attributes = self._attributes(fd, list_xattrs(fd), b".")
         status = os.fstat(fd)
         is_plain = _is_plain(status) and not attributes
         if is_plain and below is not None:
             with suppress(FileNotFoundError):
-                is_plain = _is_plain(os.lstat(below)) and not self._attributes(below, list_xattrs(below))
+                is_plain = _is_plain(os.lstat(below)) and not self._attributes(below, list_xattrs(below), b".")
         if not is_plain:
             self._index.add(_header(b"./", tar.DIRECTORY, status, attributes=attributes))
         self._note_xwhiteouts(top, fd, list_xattrs(fd))
@@ -138,7 +138,7 @@ class _Making:
         if self._redirect in names and not self._is_lowest:
             what = "was renamed in an overlay with redirect_dir=on: what is in it is elsewhere in the layers"
             raise FailedPrecondition(f'"{printable(os.fsdecode(path))}" {what}', public=f"a directory {what}")
-        self._index.add(_header(path + b"/", tar.DIRECTORY, os.fstat(fd), attributes=self._attributes(fd, names)))
+        self._index.add(_header(path + b"/", tar.DIRECTORY, os.fstat(fd), attributes=self._attributes(fd, names, path)))
         self._note_xwhiteouts(directory, fd, names)
         if not self._is_lowest and self._opaque in names and os.getxattr(fd, self._opaque) == b"y":
             self._index.add(_empty(path + b"/" + _OPAQUE))
@@ -180,7 +180,7 @@ class _Making:
                     return
                 if self._metacopy in names:
                     raise metacopied(os.fsdecode(path))
-                attributes = self._attributes(file, names)
+                attributes = self._attributes(file, names, path)
         if status.st_nlink > 1 and (first := self._links.first(status, path)) is not None:
             self._index.add(_header(path, tar.HARD_LINK, status, target=first))
             return
@@ -195,13 +195,19 @@ class _Making:
         else:
             self._index.add(header)
 
-    def _attributes(self, file: int | str, names: list[str]) -> dict[bytes, bytes]:
-        """Those of the attributes ``names`` of ``file`` that the tar has."""
-        return {
-            os.fsencode(name): os.getxattr(file, name, follow_symlinks=isinstance(file, int))
-            for name in names
-            if name == _CAPABILITY or (name.startswith(_OF_USERS) and not name.startswith(self._prefix))
-        }
+    def _attributes(self, file: int | str, names: list[str], path: bytes) -> dict[bytes, bytes]:
+        """Those of the attributes ``names`` of ``file``, which is at ``path``, that the tar has.  Raises FailedPrecondition
+        where they are too many for the memory."""
+        of_users = (name for name in names if name.startswith(_OF_USERS) and not name.startswith(self._prefix))
+        wanted = [*of_users, *(name for name in names if name == _CAPABILITY)]
+        try:
+            found = read_attributes(file, wanted, follow=isinstance(file, int))
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            what = "has more than 4 MiB of extended attributes, which no header of a tar has room for: remove some"
+            raise FailedPrecondition(f'"{shown(os.fsdecode(path))}" {what}', public=f"a file {what}") from None
+        return {os.fsencode(name): value for name, value in found.items()}
 
 
 def _is_plain(status: os.stat_result) -> bool:

@@ -66,7 +66,7 @@ def header(
         extended[b"mtime"], mtime = b"%d" % mtime, 0
     if attributes:
         for key, value in attributes.items():
-            extended[b"SCHILY.xattr." + key.replace(b"=", b"%3D")] = value
+            extended[b"SCHILY.xattr." + key.replace(b"%", b"%25").replace(b"=", b"%3D")] = value
     if not (_is_text(path) and _is_text(extended.get(b"linkpath", b""))):
         extended[b"hdrcharset"] = b"BINARY"
     own = _ustar(name, kind, mode, uid, gid, size, mtime, target, device, prefix)

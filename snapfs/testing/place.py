@@ -169,12 +169,22 @@ def _joined(path: str) -> int:
                 return fd
 
 
+def _is_of_this_user(path: str) -> bool:
+    """Whether ``path`` is a directory of this user's, and not what somebody has mounted there, whose server may never answer.
+    Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        found, above = (os.open(each, _LOOK | os.O_DIRECTORY) for each in (path, os.path.dirname(path)))
+        stack.callback(os.close, found)
+        stack.callback(os.close, above)
+        return mount_id_of(found) == mount_id_of(above) and os.fstat(found).st_uid == os.geteuid()
+
+
 def _clear_dead_runs(top: str) -> None:
     with os.scandir(top) as entries:
         runs = [entry.path for entry in entries if entry.name.startswith(PREFIX)]
     for path in runs:
         with contextlib.suppress(OSError):
-            if os.lstat(path).st_uid == os.geteuid() and (fd := lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+            if _is_of_this_user(path) and (fd := lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
                 try:
                     remove(path)
                 finally:
