@@ -57,6 +57,7 @@ from snapfs.services.collecting import Collecting
 from snapfs.services.comparing import Comparing, Pair
 from snapfs.services.copying import Copying
 from snapfs.services.counting import Counting
+from snapfs.services.descent import Descent
 from snapfs.services.flushing import Flushing
 from snapfs.services.housekeeping import Housekeeping
 from snapfs.services.imagefiles import ImageFiles
@@ -133,6 +134,7 @@ class Snapshotter:
             discarded=self._empty_trash_soon,
         )
         self._collecting = Collecting()
+        self._descent = Descent()
         self._changing = Locks()  # by the number of a workspace in inodes, which stays
         self._looks = trio.CapacityLimiter(LOOKS)
         self._walks = trio.CapacityLimiter(WALKS)
@@ -144,6 +146,7 @@ class Snapshotter:
         self._closed = False
         self._endings: dict[int, list[trio.Event]] = {}
         self._listeners: list[Callable[[Change], None]] = []
+        self.subscribe(self._descent.note)
         self.subscribe(self._forget_removed)
 
     # -- opening and closing
@@ -1109,8 +1112,12 @@ class Snapshotter:
         """``diff_id`` and ``chain_id`` (of the layer and all that it stands on, as OCI has it), as far as they are known."""
         if not record.diff_id or self.is_lost(number):
             return {}
-        found = {"diff_id": digest.diff_id(record), "chain_id": digest.chain_id(reader, record)}
+        found = {"diff_id": digest.diff_id(record), "chain_id": self._descent.chain_id(reader, number, record)}
         return {key: value for key, value in found.items() if value is not None}
+
+    def has_image(self, reader: Reader, record: Record) -> bool:
+        """Whether a committed snapshot has an image.json, of its own or inherited.  Raises Damaged."""
+        return self._descent.has_image(reader, record)
 
     def is_lost(self, number: int) -> bool:
         """Whether the disk may have lost data of the committed snapshot ``number``, which is refused as parent and mount until

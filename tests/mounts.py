@@ -7,8 +7,9 @@ import filecmp
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,34 @@ def mounted(spec: Sequence[Mount], target: Path) -> Iterator[Path]:
 def is_mounted(path: Path) -> bool:
     table = Path("/proc/self/mountinfo").read_text().splitlines()
     return any(line.split(" ")[4] == str(path) for line in table)
+
+
+@contextmanager
+def unanswering(*targets: Path) -> Iterator[None]:
+    """For a block: file systems of another user's on directories, which answer nothing.  Who waits for them for ten seconds is
+    let go, and the test fails."""
+    devices = []
+    for target in targets:
+        with suppress(FileExistsError):
+            target.mkdir()
+        devices.append(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+        options = f"fd={devices[-1]},rootmode=40755,user_id=65534,group_id=65534,allow_other"
+        mounting.mount("x", str(target), "fuse", 0, options)
+    late = threading.Event()
+
+    def let_go() -> None:
+        late.set()
+        for device in devices:
+            os.close(device)
+
+    timer = threading.Timer(10, let_go)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        if not late.is_set():
+            let_go()
+            late.clear()
+    assert not late.is_set(), "it has waited for a server that never answers"

@@ -36,6 +36,7 @@ from snapfs.root.lock import is_abandoned
 from snapfs.store import environment, locktable
 from snapfs.tree import Tree
 from snapfs.tree.inodes import ROOT_INODE
+from tests.mounts import unanswering
 from tests.nodes import crawl
 from tests.processes import die_with_parent, in_fork, own_descriptors
 from tests.records import adding, check_indexes, readers
@@ -287,6 +288,35 @@ def test_what_a_killed_process_left_in_memory_goes(tmp_path: Path, monkeypatch: 
     os.utime(memory / "snapfs-of-somebody", (0, 0))
     MetaStore(str(tmp_path / "n")).close()
     assert sorted(os.listdir(memory)) == sorted([second, "snapfs-of-somebody"])  # the second may be at it
+
+
+@pytest.mark.mounts
+@pytest.mark.parametrize("what", ["server", "link", "others", "open"])
+def test_what_others_put_into_memory_is_left_alone(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody may make directories there, of such a name too, and mount on them."""
+    memory, secret = tmp_path / "memory", tmp_path / "secret"
+    theirs = memory / "snapfs-records-x"
+    monkeypatch.setattr(locktable, "_MEMORY", str(memory))
+    monkeypatch.setattr(locktable, "_ABANDONED", -1.0)
+    for directory in (memory, secret):
+        directory.mkdir()
+    (secret / "records-lock").touch()
+    with ExitStack() as ended:
+        if what == "link":
+            theirs.symlink_to(secret)
+        else:
+            theirs.mkdir(0o777 if what == "open" else 0o700)
+            theirs.chmod(0o777 if what == "open" else 0o700)
+        if what == "server":
+            ended.enter_context(unanswering(theirs))
+        elif what != "link":
+            (theirs / "records-lock").touch()
+            if what == "others":
+                os.chown(theirs, 60001, 60001)
+        MetaStore(str(tmp_path / "m")).close()
+    assert os.listdir(memory) == ["snapfs-records-x"]
+    assert os.listdir(secret) == ["records-lock"]
+    assert what in ("link", "server") or os.listdir(theirs) == ["records-lock"]
 
 
 async def test_places_of_a_killed_process_are_free_while_running(store: MetaStore) -> None:

@@ -8,7 +8,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import pytest
 from snapfs.kernel import mounting
 from snapfs.kernel.mounttable import mount_table
 from snapfs.testing import comparing, copying, digests, place
+from tests.mounts import unanswering
 from tests.plugin import NOBODY
 
 pytestmark = pytest.mark.mounts
@@ -53,37 +54,6 @@ def mount_tmpfs(target: Path) -> Path:
     mounting.mount("none", str(target), "tmpfs")
     (target / "file").write_text("x")
     return target / "file"
-
-
-@contextmanager
-def unanswering(*targets: Path) -> Iterator[None]:
-    """For a block: file systems of that other user's, which answer nothing.  Who waits for them for ten seconds is let go, and
-    the test fails."""
-    devices = []
-    for target in targets:
-        with suppress(FileExistsError):
-            target.mkdir()
-        devices.append(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
-        options = f"fd={devices[-1]},rootmode=40755,user_id={NOBODY},group_id={NOBODY},allow_other"
-        mounting.mount("x", str(target), "fuse", 0, options)
-    late = threading.Event()
-
-    def let_go() -> None:
-        late.set()
-        for device in devices:
-            os.close(device)
-
-    timer = threading.Timer(10, let_go)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        if not late.is_set():
-            let_go()
-            late.clear()
-    assert not late.is_set(), "it has waited for a server that never answers"
 
 
 def once_before(monkeypatch: pytest.MonkeyPatch, module: object, name: str, act: Callable[[], None]) -> None:

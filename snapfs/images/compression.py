@@ -20,6 +20,7 @@ PIECE = 512 << 10
 """Bytes, unpacked, of a piece; the last of each is shorter."""
 
 _PACKED = 256 << 10
+_LEAST = 512  # of these that are tried at first
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _SKIPPED = b"\x2a\x4d\x18"  # of a frame that zstd leaves out; the byte before is 0x50 to 0x5f
 _OTHERS = {b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x5d\0\0": "lzma", b"LZIP": "lzip", b"\x04\x22\x4d\x18": "lz4"}
@@ -64,24 +65,32 @@ def _library(*names: str) -> Any:
 
 
 def _by_gzip(packed: bytes, read: Read) -> Iterator[bytes]:
-    """One member, or several."""
+    """One member, or several; of a small one little is tried at first, since what comes behind it is copied each time."""
     library = _library("isal.isal_zlib") or zlib
     damaged = (zlib.error, getattr(library, "error", zlib.error), EOFError)
-    while packed:
-        member = library.decompressobj(31)
+    at = 0  # in ``packed``
+    while at < len(packed):
+        member, size, part = library.decompressobj(31), _LEAST, b""
         while not member.eof:
-            if not packed and not (packed := read(_PACKED)):
-                raise Unfit("it is cut off: its compression does not end")
+            if not part:
+                if at == len(packed):
+                    at, packed = 0, read(_PACKED)
+                if not packed:
+                    raise Unfit("it is cut off: its compression does not end")
+                part = packed[at : at + size]
+                at, size = at + len(part), min(2 * size, _PACKED)
             try:
-                piece = member.decompress(packed, PIECE)
+                piece = member.decompress(part, PIECE)
             except damaged as error:
                 raise Unfit(f"it is damaged: {error}") from None
-            packed = member.unconsumed_tail
+            part = member.unconsumed_tail
             if piece:
                 yield piece
-        packed = member.unused_data or read(_PACKED)
-        while packed and not packed.strip(b"\0"):  # a tape's last block
-            packed = read(_PACKED)
+        at -= len(member.unused_data)
+        if at == len(packed):
+            at, packed = 0, read(_PACKED)
+        while packed and not packed[at] and not packed[at:].strip(b"\0"):  # a tape's last block
+            at, packed = 0, read(_PACKED)
 
 
 def _by_zstd(packed: bytes, read: Read) -> Iterator[bytes]:

@@ -9,11 +9,10 @@ import msgspec
 from snapfs.model import Kind
 from snapfs.rules.change import rewrite
 from snapfs.rules.root import Root
-from snapfs.store.reading import Reader
 from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
 
-_DEEPEST = 1000  # layers; there can't be as many, but where the records go round in a circle
+DEEPEST = 1000  # layers; there can't be as many, but where the records go round in a circle
 
 
 def diff_id(record: Record) -> str | None:
@@ -21,20 +20,9 @@ def diff_id(record: Record) -> str | None:
     return shown(record.diff_id) if record.diff_id else None
 
 
-def chain_id(reader: Reader, record: Record) -> str | None:
-    """That of the layer and all that it stands on; None where one of their diff ids is not known.  Raises Damaged."""
-    found: list[str] = []
-    while record.diff_id and len(found) < _DEEPEST:
-        found.append(shown(record.diff_id))
-        if not record.parent:
-            break
-        record = reader.parent_of(record)
-    else:
-        return None
-    chain = found.pop()
-    while found:
-        chain = shown(hashlib.sha256(f"{chain} {found.pop()}".encode()).digest())
-    return chain
+def chained(below: str, diff_id: str) -> str:
+    """The chain id of a layer with this diff id on layers with the chain id ``below`` ("": on none)."""
+    return shown(hashlib.sha256(f"{below} {diff_id}".encode()).digest()) if below else diff_id
 
 
 def shown(digest: bytes) -> str:

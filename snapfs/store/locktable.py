@@ -10,20 +10,24 @@ Another process finds the table among the descriptors of the one that has it (``
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import lmdb
 
 from snapfs.errors import Unavailable
+from snapfs.kernel.beneath import LOOK, open_beneath
 
 _MEMORY = "/dev/shm"  # the first choice for the temporary directory; any other will do
 
 _PREFIX = "snapfs-records-"
+
+_NAMES = ("records", "records-lock")  # of the file, and of what LMDB looks for beside it
 
 _ABANDONED = 60.0  # seconds after which the process that made such a directory is gone: it needs it for a millisecond
 
@@ -71,44 +75,66 @@ def _side_by_side(path: str, table: int) -> Iterator[str]:
     """A name for the file ``path``, for the block: LMDB finds the lock table beside it.  It is in a temporary directory."""
     refusals = []
     for place in (_MEMORY, os.environ.get("TMPDIR", "/tmp"), os.path.dirname(os.path.abspath(path))):
-        directory = ""
-        try:
-            _clear_abandoned(place)
-            directory = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
-            seen = f"{directory}/records"
-            for name, target in ((seen, os.path.abspath(path)), (f"{seen}-lock", f"/proc/self/fd/{table}")):
-                os.symlink(target, name)
-                os.stat(name)  # where links are not followed (nosymfollow) LMDB would find nothing
-        except OSError as error:
-            _clear(directory)
-            refusals.append(error)
-            continue
-        try:
-            yield seen
-        finally:
-            _clear(directory)
-        return
+        with ExitStack() as stack:
+            try:
+                _clear_abandoned(place)
+                directory = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
+                stack.callback(_remove, directory)
+                fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                stack.callback(_empty, fd)
+                if not _is_ours(fd):
+                    raise PermissionError(errno.EPERM, "somebody else has put another directory there", directory)
+                for name, target in zip(_NAMES, (os.path.abspath(path), f"/proc/self/fd/{table}"), strict=True):
+                    os.symlink(target, name, dir_fd=fd)
+                    os.stat(name, dir_fd=fd)  # where links are not followed (nosymfollow) LMDB would find nothing
+            except OSError as error:
+                refusals.append(error)
+                continue
+            yield f"/proc/self/fd/{fd}/{_NAMES[0]}"
+            return
     refused = "; ".join(f"{refusal.strerror}: {refusal.filename}" for refusal in refusals)
     raise Unavailable(f"a directory is needed for a moment, in {_MEMORY}, $TMPDIR or /tmp: {refused}", refusals[0].errno)
 
 
-def _clear(directory: str) -> None:
-    for name in ("records", "records-lock"):
+def _empty(directory: int) -> None:
+    for name in _NAMES:
         with suppress(OSError):
-            os.unlink(f"{directory}/{name}")
+            os.unlink(name, dir_fd=directory)
+
+
+def _remove(directory: str) -> None:
     with suppress(OSError):
         os.rmdir(directory)
 
 
 def _clear_abandoned(place: str) -> None:
-    """Remove the directories that processes have left in ``place``, which were killed in just that moment."""
-    with os.scandir(place) as entries:
-        for entry in entries:
-            if entry.name.startswith(_PREFIX):
-                with suppress(FileNotFoundError):
-                    found = entry.stat(follow_symlinks=False)
-                    if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _ABANDONED:
-                        _clear(entry.path)
+    """Remove the directories that processes of this user have left in ``place``, which were killed in just that moment.  Others
+    may make and mount there what they like: no link is followed, and no server of a file system is asked.  Raises OSError."""
+    top = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in os.listdir(top):
+            if name.startswith(_PREFIX):
+                with suppress(OSError):
+                    _remove_abandoned(top, name)
+    finally:
+        os.close(top)
+
+
+def _remove_abandoned(top: int, name: str) -> None:
+    fd = open_beneath(os.fsencode(name), top, LOOK | os.O_DIRECTORY)
+    try:
+        if _is_ours(fd) and time.time() - os.fstat(fd).st_mtime > _ABANDONED:
+            _empty(fd)
+            os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(fd)
+
+
+def _is_ours(directory: int) -> bool:
+    """Whether a directory is this user's, and no other can have made anything in it."""
+    found = os.fstat(directory)
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o077
 
 
 def _name(path: str) -> str:

@@ -24,6 +24,7 @@ import stat
 import tempfile
 
 from snapfs.kernel import mounting, trusted
+from snapfs.kernel.beneath import open_beneath
 from snapfs.kernel.mounttable import MountPoint, lines_of, mount_id_of, mount_table, parse
 from snapfs.testing import capabilities, copying
 
@@ -172,11 +173,15 @@ def _joined(path: str) -> int:
 def _is_of_this_user(path: str) -> bool:
     """Whether ``path`` is a directory of this user's, and not what somebody has mounted there, whose server may never answer.
     Raises OSError."""
-    with contextlib.ExitStack() as stack:
-        found, above = (os.open(each, _LOOK | os.O_DIRECTORY) for each in (path, os.path.dirname(path)))
-        stack.callback(os.close, found)
-        stack.callback(os.close, above)
-        return mount_id_of(found) == mount_id_of(above) and os.fstat(found).st_uid == os.geteuid()
+    top = os.open(os.path.dirname(path), _LOOK | os.O_DIRECTORY)
+    try:
+        found = open_beneath(os.fsencode(os.path.basename(path)), top, _LOOK | os.O_DIRECTORY)
+    finally:
+        os.close(top)
+    try:
+        return os.fstat(found).st_uid == os.geteuid()
+    finally:
+        os.close(found)
 
 
 def _clear_dead_runs(top: str) -> None:

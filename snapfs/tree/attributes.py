@@ -192,7 +192,7 @@ async def find_patch(state: State, number: int, record: Record, caller: Caller) 
 def has_image(state: State, record: Record) -> bool:
     """Whether there is an image.json: the snapshot, or one that it stands on, has come from an image."""
     with contextlib.suppress(Damaged), state.reading() as reader:
-        return bool(reader.with_image(0, record))
+        return state.snapshotter.has_image(reader, record)
     return False
 
 
