@@ -981,7 +981,13 @@ class Snapshotter:
         )
         if by_hand and (found := await in_thread(self._root.mounted.proven, number)):
             return found[0]
-        return await self.rootfs.mount(number, lambda: self._stack(number))
+        return await self.rootfs.mount(number, lambda: self._stack(number), pid or 0)
+
+    def arrived(self, pid: int) -> None:
+        """Process ``pid`` (a thread, in fact), for which ``mount`` may have mounted something, makes another request: it has got
+        there, and a Commit or Remove need not wait for that."""
+        if self.rootfs is not None:
+            self.rootfs.arrived(pid)
 
     def _stack(self, number: int) -> Stack:
         with self.reading() as reader:

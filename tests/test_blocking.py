@@ -114,7 +114,17 @@ def ctrl_c(*when: Callable[[], object]) -> Iterator[None]:
 
 # -- it has what the async one has
 
-OF_THE_LOOP = {"run_background", "run_writer", "reading", "mounts_of", "places", "known_digests", "has_image", "abandon"}
+OF_THE_LOOP = {
+    "run_background",
+    "run_writer",
+    "reading",
+    "mounts_of",
+    "places",
+    "known_digests",
+    "has_image",
+    "abandon",
+    "arrived",
+}
 """What the async one has for code on its own loop: what starts it, gives it up, and gives or takes a reader."""
 
 

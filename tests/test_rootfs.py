@@ -31,6 +31,7 @@ from snapfs.kernel.processes import used_devices
 from snapfs.model import Kind
 from snapfs.options import Options
 from snapfs.root.inuse import Closing
+from snapfs.services import rootfs
 from snapfs.services.rootfs import GRACE, PASSING
 from tests import disk
 from tests.daemon import Daemon
@@ -594,6 +595,25 @@ def test_volatile_mounts_can_be_followed_again(make_daemon: Make) -> None:
     for _ in range(3):
         assert (daemon.mnt / "active/web/rootfs/base").read_text() == "base"
         subprocess.run(["umount", str(place(daemon.mnt / "active/web"))], check=True)
+
+
+def test_no_mark_of_a_volatile_mount_is_left(make_daemon: Make) -> None:
+    """Where nothing is flushed rootfs is mounted volatile, and the kernel marks the work directory: who mounts mounts.json
+    afterwards, even after a crash in the middle of a mount, would be refused."""
+    daemon = make_daemon().start()
+    web = daemon.mnt / "active/web"
+    os.mkdir(chain(daemon.mnt, "base") / "active/web")
+    os.readlink(web / "rootfs")
+    assert any("volatile" in option for mount in mounts_below(daemon) for option in mount.super_options)
+    mark = daemon.root / f"snapshots/{info(web)['id']}/work/work/incompat/volatile"
+    assert not mark.exists()
+    assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+    mark.mkdir()
+    (mark / "dirty").touch()  # as the kernel leaves it
+    daemon.start()
+    assert "volatile" not in json.loads((web / "mounts.json").read_text())[0]["options"]
+    with mounted(web, daemon.mnt.parent / "elsewhere") as elsewhere:
+        assert (elsewhere / "base").read_text() == "base"
 
 
 # -- the end and the next start
@@ -1268,6 +1288,54 @@ async def test_who_was_just_told_the_path_gets_there(root: Path) -> None:
         await snapshotter.mount("b")
         await snapshotter.mount("c")
         assert trio.current_time() - began >= GRACE
+
+
+async def test_nobody_waits_for_who_is_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that makes another request, or has ended, is no more on its way: Commit and Remove wait for no time."""
+    monkeypatch.setattr(rootfs, "PASSING", 3600.0)
+    me, ended = threading.get_native_id(), list[int]()
+    thread = threading.Thread(target=lambda: ended.append(threading.get_native_id()))
+    thread.start()
+    thread.join()
+    async with open_snapshotter(root) as snapshotter:
+        for name in "abc":
+            await snapshotter.prepare(name)
+            await snapshotter.mount(name, ended[0])
+        await snapshotter.mount("c", me)
+        with trio.fail_after(60):
+            await snapshotter.remove("a")
+            with trio.move_on_after(0.1) as scope:
+                await snapshotter.commit("v1", "c")
+            assert scope.cancelled_caught, "it is on its way"
+            snapshotter.arrived(me)
+            await snapshotter.commit("v1", "c")
+            await snapshotter.mount("b", me)
+            await snapshotter.mount("v1", me)  # it can be on its way to one alone
+            await snapshotter.remove("b")
+
+
+PATIENT = """
+import sys
+from snapfs.cli import main
+from snapfs.services import rootfs
+rootfs.PASSING = 3600.0
+sys.exit(main())
+"""
+
+
+def test_a_thread_that_removes_what_it_has_followed_waits_for_no_time(make_daemon: Make) -> None:
+    daemon = make_daemon()
+    daemon.program = ("-c", PATIENT)
+    web = daemon.start().mnt / "active/web"
+    for _ in range(2):
+        os.mkdir(web)
+        (web / "rootfs/new").write_text("new")
+        os.rmdir(web)
+    os.mkdir(web)
+    (web / "rootfs/new").write_text("new")
+    (web / "checkpoint").write_text("kept\n")
+    shell(web, "cat rootfs/new")
+    os.rename(web, daemon.mnt / "committed/v1")
 
 
 async def test_nobody_waits_for_who_waits_for_room(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

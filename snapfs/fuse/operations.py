@@ -65,6 +65,7 @@ def answering(
         began, number = time.perf_counter(), 0
         if isinstance(args[-1], RequestContext):
             asking.set(args[-1].pid)
+            self.tree.snapshotter.arrived(args[-1].pid)
             asker.set(self.rights.user(args[-1].uid))
         try:
             if self.retelling.is_emptying and isinstance(args[0], int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -120,6 +121,15 @@ def keepers() -> Iterator[tuple[int, str]]:
         return any(path.startswith("mnt:[") and path not in lived_in for path in _files(process))
 
     return _search(keeps)
+
+
+def is_alive(thread: int) -> bool:
+    """Whether there is a process or a thread with the number ``thread``."""
+    try:
+        os.kill(thread, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
 
 
 def name_of(pid: int) -> str:

@@ -176,6 +176,9 @@ class Merged:
                 self._detach(target if target in targets else directory)
         for name in os.listdir(self._reach(self._directory)):
             number = parse_id(name)
+            if number:  # whose mount may have been cut short
+                with suppress(OSError):
+                    self._take_mark_away(self._layers.work(number))
             if number not in recovered and not (number and self._may_stand_on(number)):
                 self._clear(f"{self._directory}/{name}")
         return recovered
@@ -435,6 +438,9 @@ class Merged:
         unmounted): the kernel would take that away together with it.  ``inherited`` copies don't keep it: that is to happen
         to them.
         """
+        if not os.path.lexists(self._reach(directory)):  # the kernel detaches what is mounted on what is removed
+            self.left.discard(parse_id(os.path.basename(directory)) or 0)
+            return
         shelter.remove(self._reach(directory))
         self._clear_beneath(directory, self._mounted.everywhere(_keeping(directory, shelters)), inherited=inherited)
 

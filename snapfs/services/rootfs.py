@@ -20,6 +20,7 @@ import trio
 
 from snapfs.errors import Busy, Closed, NoThread, Unavailable
 from snapfs.kernel.mounttable import mount_id, mount_table
+from snapfs.kernel.processes import is_alive
 from snapfs.kernel.spare import Spare
 from snapfs.root import holders
 from snapfs.root.inuse import Closing, InUse
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 GRACE = 0.25  # seconds after a call for it in which a mount does not make room for another: the caller is about to go there
 
-PASSING = 0.02  # seconds that a caller may need from learning the path to being there: Commit and Remove wait so long
+PASSING = 0.02  # seconds that a caller may need from learning the path to being there: Commit and Remove wait so long at most
 
 WRITTEN = 60.0  # seconds for which ``give_up`` waits for the disk at most
 
@@ -59,6 +60,7 @@ class Rootfs:
         self._using = Using()
         self._closing = trio.CapacityLimiter(math.inf)  # each may wait for the disk, and nothing may wait for them
         self._coming = 0  # mounts that room was made for
+        self._under_way: dict[int, tuple[int, float]] = {}  # thread (-id: unknown): the snapshot to which it goes, since when
         self._nursery: trio.Nursery | None = None
         self._still_written: Callable[[int], Awaitable[None]] | None = None
         self._spare = Spare(1)  # which the end needs
@@ -112,19 +114,20 @@ class Rootfs:
 
     # -- mounting
 
-    async def mount(self, number: int, stack: Callable[[], Stack]) -> str:
+    async def mount(self, number: int, stack: Callable[[], Stack], thread: int = 0) -> str:
         """Have the file system of snapshot ``number`` mounted: where.
 
         ``stack`` is asked for what to mount when that is to be done; it may raise.  What another process has mounted is
-        mounted here too, and no second overlay.
+        mounted here too, and no second overlay.  ``thread`` is about to go there, and tells by its next request that it has
+        (``arrived``); 0 where the caller is not known.
 
         Raises Damaged where a layer is missing, Unavailable where the kernel refuses (with its words), Busy where ``most``
         others are mounted and all in use, or the upper layer is in use where it can't be got from."""
         if number not in self._locks and self._is_there(number):  # a task with the lock may be unmounting it
-            return self._layers.rootfs(number)
+            return self._told(number, thread)
         async with self._locks.held(number):
             if self._is_there(number):
-                return self._layers.rootfs(number)
+                return self._told(number, thread)
         # room may take a while, so without the lock: a Commit or Remove would wait for it, and the whole tree for that
         async with self._room(), self._locks.held(number):
             if not self._is_there(number):
@@ -132,7 +135,32 @@ class Rootfs:
                 held = await in_thread(work, limiter=self._threads)
                 held.asked = trio.current_time()
                 self._held[number] = held
+            return self._told(number, thread)
+
+    def _told(self, number: int, thread: int) -> str:
+        """Where the file system of snapshot ``number`` is, for ``thread``, which is on its way from now on."""
+        now, key = trio.current_time(), thread or -number
+        self._under_way.pop(key, None)
+        while self._under_way and next(iter(self._under_way.values()))[1] < now - PASSING:
+            del self._under_way[next(iter(self._under_way))]
+        self._under_way[key] = number, now
         return self._layers.rootfs(number)
+
+    def arrived(self, thread: int) -> None:
+        """``thread`` makes another request: it is where it was about to go."""
+        if thread:
+            self._under_way.pop(thread, None)
+
+    def _last_arrival(self, number: int) -> float:
+        """When all will be there who are on their way to the file system of snapshot ``number``."""
+        return max(
+            (
+                since + PASSING
+                for thread, (where, since) in list(self._under_way.items())
+                if where == number and (thread < 0 or is_alive(thread))
+            ),
+            default=-math.inf,
+        )
 
     def _is_there(self, number: int) -> bool:
         """Note that snapshot ``number`` was asked for; whether it is mounted here, and no user has unmounted it by hand."""
@@ -201,8 +229,8 @@ class Rootfs:
                 yield False
                 return
             # no call answers with the path from here on: a caller in between would find the directory beneath
-            if trio.current_time() < held.asked + PASSING:
-                await trio.sleep_until(held.asked + PASSING)
+            if trio.current_time() < (arrival := self._last_arrival(number)):
+                await trio.sleep_until(arrival)
             try:
                 try:
                     free = await self._end_use(held)
