@@ -984,8 +984,8 @@ class Snapshotter:
         return await self.rootfs.mount(number, lambda: self._stack(number), pid or 0)
 
     def arrived(self, pid: int) -> None:
-        """Process ``pid`` (a thread, in fact), for which ``mount`` may have mounted something, makes another request: it has got
-        there, and a Commit or Remove need not wait for that."""
+        """Process ``pid`` (a thread, in fact), for which ``mount`` may have mounted something, makes another request: so it has
+        got there, and a Commit or Remove need not wait for that."""
         if self.rootfs is not None:
             self.rootfs.arrived(pid)
 

@@ -101,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = _run(given)
         sys.stdout.flush()
+        if arguments is None and _is_over():
+            os._exit(status)
         return status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's last flush says nothing
@@ -133,6 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             table.complain(said)
         return said.status if isinstance(said, Refusal) else 1
+
+
+def _is_over() -> bool:
+    """Whether nothing is left of what Python does at its end, which takes it a fifth of its time: no thread goes on, nobody has
+    asked to be called then, and nobody looks on."""
+    is_watched = sys.getprofile() or sys.gettrace() or sys.flags.inspect
+    return not is_watched and "threading" not in sys.modules and "atexit" not in sys.modules
 
 
 def _open_standard_streams() -> None:

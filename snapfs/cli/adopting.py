@@ -13,7 +13,8 @@ import json
 import os
 
 from snapfs import names
-from snapfs.cli.commit import SYNC, commit, persistently
+from snapfs.cli.commanding import SYNC, persistently
+from snapfs.cli.commit import commit
 from snapfs.cli.drafts import label_of, locked, namespaces, refuse_unwritable
 from snapfs.cli.mount import in_use, trusting
 from snapfs.cli.place import MountedTree

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import time
-from collections.abc import Callable
-
 from snapfs.cli import table
+from snapfs.cli.commanding import SYNC, persistently
 from snapfs.cli.grammar import Given, Option, Verb
-from snapfs.cli.place import MountedTree, find_tree
-from snapfs.cli.progress import Progress
+from snapfs.cli.place import find_tree
 from snapfs.cli.refusal import NOT_FOUND, TAKEN, Refusal, missing
 
-SYNC = ("opendir", "fsyncdir")
-"""What a sync of a directory asks of the tree."""
-
-AGAIN = 0.2  # seconds until what the tree refuses for the moment is tried again
-
-
-def persistently(call: Callable[..., object], *arguments: object) -> None:
-    """Call ``call`` with ``arguments`` until the tree says nothing of trying again (EAGAIN): it does so where others would have
-    to wait while it writes files to the disk."""
-    progress, began = Progress(), time.monotonic()
-    try:
-        while True:
-            try:
-                call(*arguments)
-            except BlockingIOError as error:
-                if error.errno != errno.EAGAIN:
-                    raise
-                progress.show_waiting("writing its files to the disk", time.monotonic() - began)
-                time.sleep(AGAIN)
-            else:
-                return
-    finally:
-        progress.clear()
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from snapfs.cli.place import MountedTree
 
 
 def commit(place: MountedTree, key: str, name: str, parent: str | None = None) -> str:

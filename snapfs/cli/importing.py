@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 from snapfs.cli import table
-from snapfs.cli.commit import AGAIN, SYNC, commit, persistently
+from snapfs.cli.commanding import AGAIN, SYNC, persistently
+from snapfs.cli.commit import commit
 from snapfs.cli.drafts import label_of, locked, namespaces, refuse_unwritable
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.listing import images

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from snapfs.cli import table
 from snapfs.cli.grammar import Given, Option, Verb
-from snapfs.cli.listing import Row, children_first, rows, with_descendants
-from snapfs.cli.place import MountedTree, file_name, find_tree
+from snapfs.cli.listing import children_first, rows, with_descendants
+from snapfs.cli.place import file_name, find_tree
 from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import NOT_FOUND, USAGE, Refusal, missing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from snapfs.cli.listing import Row
+    from snapfs.cli.place import MountedTree
 
 
 def remove(place: MountedTree, wanted: Sequence[Row]) -> tuple[list[Row], list[Refusal]]:

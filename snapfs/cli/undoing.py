@@ -15,7 +15,8 @@ from snapfs import names
 from snapfs.applying.entries import Held
 from snapfs.applying.filling import keep
 from snapfs.applying.plan import Plan
-from snapfs.cli.commit import SYNC, commit, persistently
+from snapfs.cli.commanding import SYNC, persistently
+from snapfs.cli.commit import commit
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import MountedTree
 from snapfs.cli.prepare import make

@@ -5,32 +5,29 @@ Each writes one line into a file of the tree, which does all of it or nothing (`
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-from functools import partial
 
-from snapfs.cli import keeping, table
-from snapfs.cli.commanding import commanded
-from snapfs.cli.commit import SYNC, persistently
+from snapfs.cli import table
+from snapfs.cli.commanding import SYNC, commanded, persistently
 from snapfs.cli.grammar import JSON, Given, Option, Verb
-from snapfs.cli.listing import Row, rows
-from snapfs.cli.mount import how_to_unmount
-from snapfs.cli.place import MountedTree, file_name, find_tree
-from snapfs.cli.prepare import make
-from snapfs.cli.progress import Progress
+from snapfs.cli.place import file_name, find_tree
 from snapfs.cli.refusal import BUSY, NOT_PERMITTED, TAKEN, Refusal, missing
-from snapfs.labels import MESSAGE, NUMBER, OF, PIN, SQUASHED, pinned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from snapfs.cli.listing import Row
+    from snapfs.cli.place import MountedTree
 
 SHOWN = 0.2  # seconds between two looks at how far a copy is
 
 
 def checkpoints(everything: list[Row], key: str) -> dict[int, Row]:
     """The checkpoints of workspace ``key`` by number."""
+    from snapfs.cli import keeping
+    from snapfs.labels import NUMBER
+
     newest_first = keeping.checkpoints(everything, [key]).get(key, [])
     return {int(row.labels[NUMBER]): row for row in reversed(newest_first)}
 
@@ -41,7 +38,11 @@ def _kept(place: MountedTree, key: str, message: str, held: int | None = None) -
 
 def _copied(place: MountedTree, key: str, message: str) -> str:
     """Keep a copy of the workspace ``key``, while it is in use; on a terminal, tell how far that is."""
+    import contextlib
+    import json
     import threading
+
+    from snapfs.cli.progress import Progress
 
     progress, done = Progress(), threading.Event()
 
@@ -80,6 +81,9 @@ def _checkpoint(given: Given) -> int:
 
 
 def _list(place: MountedTree, key: str, *, as_json: bool) -> int:
+    from snapfs.cli.listing import rows
+    from snapfs.labels import MESSAGE, OF, SQUASHED
+
     everything = rows(place)
     found = checkpoints(everything, key)
     if not found and place.kind_of(key) is None:
@@ -108,39 +112,42 @@ def _rollback(given: Given) -> int:
     key, to = place.key(given.arguments[0]), given.arguments[1] if len(given.arguments) > 1 else ""
     if to and not to.isdecimal():
         to = f"committed/{file_name(place.key(to))}"
-    do = partial(_with_nobody_there, place, key) if given.has("kill") else _as_it_is
+
+    def do(act: Callable[[], str]) -> str:
+        if not given.has("kill"):
+            return act()
+        from snapfs.cli.ending import once_empty
+
+        return once_empty(place, key, act)
+
     held = None
     if given.has("keep"):
         directory = place.directory("active", key)
+        from snapfs.labels import PIN, pinned
+
         if place.within.exists(f"{directory}/labels/{PIN}"):  # before there is a checkpoint
             raise Refusal(str(pinned(key)), NOT_PERMITTED)
         if place.kind_of(key) == "active":  # else the sentence is that of the checkpoint
             held = place.hold("active", key)  # what is rolled back is what was kept, whoever gets the key meanwhile
         to = to or ("0" if held is None else _parent(held))
         why = f"before it was rolled back to {to.removeprefix('committed/')}"
-        kept = do(partial(_kept, place, key, why, held))
+        kept = do(lambda: _kept(place, key, why, held))
         table.show_line(f"kept as {kept}")
     try:
-        parent = do(partial(commanded, place, "active", key, "rollback", to, f'roll "{key}" back', held=held))
+        parent = do(lambda: commanded(place, "active", key, "rollback", to, f'roll "{key}" back', held=held))
     except Refusal as refused:
         elsewhere = place.mounted_by_hand(place.directory("active", key)) if refused.status == BUSY else []
         if not elsewhere:
             raise
+        import json
+
+        from snapfs.cli.mount import how_to_unmount
+
         number = json.loads(place.read(f"{place.directory('active', key)}/info.json"))["id"]
         to_do = how_to_unmount(place, place.word_for(key, number), elsewhere[0])
         raise Refusal(f'"{key}" is mounted on {elsewhere[0]}: {to_do}', BUSY) from None
     table.show_line(f"{key} is as {parent or 'an empty one'}")
     return 0
-
-
-def _as_it_is(act: Callable[[], str]) -> str:
-    return act()
-
-
-def _with_nobody_there(place: MountedTree, key: str, act: Callable[[], str]) -> str:
-    from snapfs.cli.ending import once_empty
-
-    return once_empty(place, key, act)
 
 
 def _parent(held: int) -> str:
@@ -156,6 +163,8 @@ def _fork(given: Given) -> int:
     place = find_tree(given.value("at"), changes=True)
     source, key = place.key(given.arguments[0]), place.new_key(given.arguments[1], "active")
     if place.kind_of(source) == "committed":
+        from snapfs.cli.prepare import make
+
         table.show_line(make(place, "active", key, source))
         return 0
     try:

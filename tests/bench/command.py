@@ -1,4 +1,4 @@
-"""The command snapfs as a whole process, beside ctr."""
+"""The command snapfs as a whole process, beside ctr, and beside a Python that does nothing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from functools import partial
 from pathlib import Path
 
 from tests.bench import containerd
-from tests.bench.place import Place, run
+from tests.bench.place import ONE_CPU, Place, on, run, without
 from tests.bench.rows import Row, at_most, in_turns, p50
 
 
 def command(place: Place) -> Iterator[Row]:
-    """snapfs prepare and ls, beside ctr snapshots prepare and ls; snapfs run --from, beside a run in what is there."""
+    """What the command adds to Python's own start; snapfs prepare and ls, beside ctr snapshots prepare and ls; snapfs run
+    --from, beside a run in what is there."""
+    yield from _starts(place)
+    if os.environ.get("X"):
+        return
     program = Path(sys.executable).with_name("snapfs")
     calls, listed = place.size(10, 2), place.size(100, 10)
     note = "whole processes, from fork to end, their output thrown away; durable; not pinned; median of some"
@@ -58,6 +62,30 @@ def command(place: Place) -> Iterator[Row]:
                 partial(some, *ctr, "prepare", fresh=True),
             )
         yield _runs(place, program, daemon.mnt)
+
+
+def _starts(place: Place) -> Iterator[Row]:
+    """The verbs of which scripts make many, beside the start and the end of their interpreter, with all that is installed."""
+    program, python = Path(sys.executable).with_name("snapfs"), sys.executable
+    calls, listed = place.size(20, 2), place.size(100, 10)
+    note = "whole processes, from fork to end; durable; all on one processor, the daemon too; median of some"
+    with without("PYTHONDONTWRITEBYTECODE"), on(ONE_CPU), place.snapfs(cpus=ONE_CPU) as daemon:
+        at = ("--at", daemon.mnt)
+        for _ in range(listed):
+            os.mkdir(daemon.mnt / "active" / place.name("listed"))
+        os.mkdir(daemon.mnt / "active/web")
+
+        def some(*words: str | Path, fresh: bool = False) -> float:
+            return p50([run(*words, *([place.name("made")] if fresh else [])) for _ in range(calls)]) * 1e3
+
+        for what, side in (
+            (f"ls of {listed} snapshots", partial(some, program, "ls", *at)),
+            ("prepare", partial(some, program, "prepare", *at, fresh=True)),
+            ("checkpoint", partial(some, program, "checkpoint", *at, "web")),
+        ):
+            side()  # it is compiled by then
+            row = Row(f"the command snapfs {what}", "python3 -c pass, with site", "ms", at_most(1.25), note)
+            yield in_turns(place.rounds, row, side, partial(some, python, "-c", "pass"))
 
 
 def _runs(place: Place, program: Path, mnt: Path) -> Row:

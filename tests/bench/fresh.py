@@ -1,4 +1,4 @@
-"""A fresh copy of a big file: a workspace made, entered, written to and removed, beside cp; nothing is flushed on either side."""
+"""A fresh copy of a big file: a workspace made, entered, written to and removed, beside cp; neither side flushes anything."""
 
 from __future__ import annotations
 

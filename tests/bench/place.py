@@ -38,6 +38,17 @@ def on(cpus: set[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+@contextmanager
+def without(variable: str) -> Iterator[None]:
+    """Run the block, and what it starts, without this variable in the environment."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
 def move(pid: int, cpus: set[int]) -> None:
     """Have all threads of process ``pid`` run on these processors, and those that they start."""
     for _ in range(2):  # one may have been started meanwhile
