@@ -15,10 +15,12 @@ import pytest
 
 from snapfs.cli import VERBS
 from snapfs.cli.serve import _ACCESS, _FLAGS, _NUMBERS
+from snapfs.kernel import mounting
 from snapfs.offline.checking import check
 from tests.command import SNAPFS
 from tests.daemon import Daemon
 from tests.home import Home
+from tests.processes import until
 from tests.readme import CLONE, README, READMES, read, recipe
 
 
@@ -88,6 +90,43 @@ def test_an_agents_workspace(anybody: Home, does: Callable[[str], list[str]]) ->
     assert next(line for line in said if line.endswith("the tests pass")).split()[1] == "web@1"
     assert "web is as web@1" in said
     assert anybody.sh("ls tree/active") == "other\nw\nweb\n"
+
+
+def free(disk: Path) -> int:
+    """How many bytes are free, when all is written."""
+    fd = os.open(disk, os.O_RDONLY)
+    mounting.sync_file_system(fd)
+    os.close(fd)
+    found = os.statvfs(disk)
+    return found.f_bfree * found.f_bsize
+
+
+@pytest.mark.mounts
+def test_big_files(tmp_path: Path) -> None:
+    """What is first written to shares all else with the file that it was."""
+    commands = recipe("Write into big files on ext4").replace("100G", "512M")
+    for given, here in (
+        ("/srv/", f"{tmp_path}/"),
+        ("/mnt/snapfs", f"{tmp_path}/mnt"),
+        ("snapfs serve", f"{shlex.join(SNAPFS)} serve"),
+    ):
+        commands = commands.replace(given, here)
+    root, mnt = tmp_path / "snapfs", tmp_path / "mnt"
+    mnt.mkdir()
+    try:
+        subprocess.run(["sh", "-euc", commands], check=True)
+        (mnt / "active/base").mkdir()
+        (mnt / "active/base/rootfs/big").write_bytes(os.urandom(16 << 20))
+        (mnt / "active/base").rename(mnt / "committed/base")
+        (mnt / "committed/base/active/web").mkdir()
+        before = free(root)
+        with open(mnt / "active/web/rootfs/big", "r+b") as big:
+            big.write(b"S")
+        assert before - free(root) < 4 << 20
+        assert (mnt / "committed/base/diff/big").stat().st_size == (mnt / "active/web/diff/big").stat().st_size == 16 << 20
+    finally:
+        subprocess.run(["umount", str(mnt)], check=False)
+        until(lambda: subprocess.run(["umount", str(root)], capture_output=True, check=False).returncode == 0)
 
 
 @pytest.mark.durable

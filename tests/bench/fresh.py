@@ -23,10 +23,11 @@ def fresh(place: Place) -> Iterator[Row]:
     yield from _on(place, "xfs", small, at_most(3, absolute=True))
     yield from _on(place, "xfs", big, at_most(5, absolute=True))
     yield from _on(place, "ext4", small, None)
+    yield from _on(place, "ext4", big, None)
 
 
 def _on(place: Place, kind: str, size: int, target: Target | None) -> Iterator[Row]:
-    copies = place.size(10, 2)
+    copies = place.size(3 if (kind, size) == ("ext4", 1 << 30) else 10, 2)
     with place.directory(kind) as directory:
         image = directory / "image"
         image.touch()
