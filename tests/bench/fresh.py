@@ -20,10 +20,10 @@ PAUSE = 0.05  # seconds after a copy, in which the daemon deletes its files and 
 def fresh(place: Place) -> Iterator[Row]:
     """On xfs and on ext4, each in a file on the disk to measure on, which is what the recipe of the README makes of xfs."""
     small, big = place.size(100 << 20, 4 << 20), place.size(1 << 30, 4 << 20)
-    yield from _on(place, "xfs", small, at_most(3, absolute=True))
-    yield from _on(place, "xfs", big, at_most(5, absolute=True))
-    yield from _on(place, "ext4", small, None)
-    yield from _on(place, "ext4", big, None)
+    for kind, bounds in (("xfs", (at_most(3, absolute=True), at_most(5, absolute=True))), ("ext4", (None, None))):
+        yield from _on(place, kind, small, bounds[0])
+        if big != small:
+            yield from _on(place, kind, big, bounds[1])
 
 
 def _on(place: Place, kind: str, size: int, target: Target | None) -> Iterator[Row]:
