@@ -50,7 +50,7 @@ def target_of(name: str, directory: int) -> str:
 
 
 def read_attributes(
-    file: int | str, names: Iterable[str], *, follow: bool = True, unread: Container[int] = ()
+    file: int | bytes | str, names: Iterable[str], *, follow: bool = True, unread: Container[int] = ()
 ) -> dict[str, bytes]:
     """The extended attributes ``names`` of ``file``, but those that are refused with an errno in ``unread``.  Raises OSError:
     E2BIG where they have more than ATTRIBUTES bytes together."""

@@ -25,6 +25,7 @@ import stat
 import struct
 import tempfile
 import threading
+import time
 import zlib
 from array import array
 from bisect import bisect_right
@@ -33,7 +34,7 @@ from contextlib import ExitStack, closing, suppress
 from typing import BinaryIO
 
 from snapfs.errors import Damaged, FailedPrecondition, Unavailable
-from snapfs.kernel import inside
+from snapfs.kernel import inside, workdir
 from snapfs.names import printable, shown
 from snapfs.scan import tar
 from snapfs.scan.copying import VANISHED, read_attributes
@@ -52,6 +53,7 @@ _ENTRIES, _BYTES = 256, 256 << 10  # entries, and bytes, of the index that are c
 _ROW = struct.Struct("<IIQQq")  # lengths of header and path (0: it has no bytes of its own); size, inode, mtime of a file
 _COUNT = struct.Struct("<I")
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_TICK = 20_000_000  # nanoseconds by which the kernel's ctime may be late
 _ZEROS = bytes(tar.BLOCK)
 _WHITEOUT, _OPAQUE = b".wh.", b".wh..wh..opq"
 _CAPABILITY, _OF_USERS = "security.capability", "user."
@@ -80,30 +82,41 @@ def make_index(
     left in the layer what is elsewhere (redirect_dir=on, metacopy=on); Unavailable (EFBIG) where the index would take more than
     a PART of what is free on the disk.
     """
-    with ExitStack() as undoing:
-        descriptors = undoing.enter_context(Descriptors())
-        waiting = undoing.enter_context(closing(Spool(spool)))
-        index = _Index(spool)
-        undoing.callback(index.close)
-        links = _FirstNames(spool)
-        undoing.callback(links.close)
-        making = _Making(descriptors, index, links, prefix, is_lowest=below is None)
-        top = Directory(layer)
-        making.add_top(top, below)
-        for path, parent, name, directory in ordered(top, descriptors, waiting, checkpoint):
-            if directory is not None:
-                making.add_directory(path + name, directory)
-            else:
-                making.add(path, parent, name)
-        made = index.finished(layer)
-        links.close()
-    return made
+    begun = time.time_ns() - _TICK
+
+    def make(has_workdir: bool) -> LayerTar:
+        with ExitStack() as undoing:
+            descriptors = undoing.enter_context(Descriptors())
+            waiting = undoing.enter_context(closing(Spool(spool)))
+            index = undoing.enter_context(closing(_Index(spool)))
+            links = undoing.enter_context(closing(_FirstNames(spool)))
+            making = _Making(descriptors, index, links, prefix, is_lowest=below is None, has_workdir=has_workdir)
+            top = Directory(layer)
+            making.add_top(top, below)
+            for path, parent, name, directory in undoing.enter_context(closing(ordered(top, descriptors, waiting, checkpoint))):
+                if directory is not None:
+                    making.add_directory(path + name, directory)
+                else:
+                    making.add(path, parent, name)
+            return index.finished(layer, begun)
+
+    return workdir.with_own(make)
 
 
 class _Making:
-    """What the walk finds, as entries of the tar.  ``is_lowest``: the layer has no parents."""
+    """What the walk finds, as entries of the tar.  ``is_lowest``: the layer has no parents; ``has_workdir``: this thread may
+    change its working directory."""
 
-    def __init__(self, descriptors: Descriptors, index: _Index, links: _FirstNames, prefix: str, *, is_lowest: bool) -> None:
+    def __init__(
+        self,
+        descriptors: Descriptors,
+        index: _Index,
+        links: _FirstNames,
+        prefix: str,
+        *,
+        is_lowest: bool,
+        has_workdir: bool,
+    ) -> None:
         self._descriptors = descriptors
         self._index = index
         self._links = links
@@ -111,8 +124,11 @@ class _Making:
         self._opaque, self._redirect = f"{prefix}opaque", f"{prefix}redirect"
         self._metacopy, self._whiteout = f"{prefix}metacopy", f"{prefix}whiteout"
         self._is_lowest = is_lowest
+        self._has_workdir = has_workdir
         self._with_xwhiteouts: set[Directory] = set()
-        self._device = -1  # of the directory that was looked at last
+        self._parent: Directory | None = None  # the directory that was looked in last, with its descriptor, device and path
+        self._fd = self._device = -1
+        self._place = b""
 
     def add_top(self, top: Directory, below: str | None) -> None:
         """The layer's own directory, where it is to be in the tar; whether overlayfs's marks are on it or not, it is merged."""
@@ -154,15 +170,24 @@ class _Making:
         if not self._is_lowest and self._opaque in names and os.getxattr(fd, self._opaque) == b"x":
             self._with_xwhiteouts.add(directory)
 
+    def _enter(self, parent: Directory, path: bytes) -> None:
+        """Look in ``parent``, which has something at ``path``, from now on."""
+        self._fd = self._open(parent, path)
+        self._parent, self._device = parent, os.fstat(self._fd).st_dev
+        if self._has_workdir:
+            os.fchdir(self._fd)
+        else:
+            self._place = b"/proc/self/fd/%d/" % self._fd
+
     def add(self, above: bytes, parent: Directory, name: bytes) -> None:
         """What is no directory, at ``name`` in ``parent``, whose path is ``above``."""
         path = above + name
-        fd = self._open(parent, path)
+        if parent is not self._parent or parent.fd != self._fd:
+            self._enter(parent, path)
+        fd = self._fd
         status = os.stat(name, dir_fd=fd, follow_symlinks=False)
         if status.st_dev != self._device:
-            self._device = os.fstat(fd).st_dev
-            if status.st_dev != self._device:
-                status = inside.stat_beneath(os.fsdecode(name), fd)
+            status = inside.stat_beneath(os.fsdecode(name), fd)
         kind = _KINDS.get(stat.S_IFMT(status.st_mode))
         if kind is None:  # a socket
             return
@@ -173,7 +198,7 @@ class _Making:
             return
         attributes: dict[bytes, bytes] | None = None
         if kind == tar.REGULAR:
-            file = f"/proc/self/fd/{fd}/{os.fsdecode(name)}"
+            file = self._place + name
             if names := list_xattrs(file):
                 if parent in self._with_xwhiteouts and not status.st_size and self._whiteout in names:
                     self._index.add(_empty(above + _WHITEOUT + name))
@@ -181,6 +206,15 @@ class _Making:
                 if self._metacopy in names:
                     raise metacopied(os.fsdecode(path))
                 attributes = self._attributes(file, names, path)
+            elif status.st_nlink == 1:  # as most are
+                size, mtime = status.st_size, status.st_mtime_ns
+                mode, uid, gid = status.st_mode & 0o7777, status.st_uid, status.st_gid
+                header = tar.header(path, kind, mode, uid, gid, mtime // 1_000_000_000, size=size)
+                if size:
+                    self._index.add(header, path, size, status.st_ino, mtime)
+                else:
+                    self._index.add(header)
+                return
         if status.st_nlink > 1 and (first := self._links.first(status, path)) is not None:
             self._index.add(_header(path, tar.HARD_LINK, status, target=first))
             return
@@ -195,7 +229,7 @@ class _Making:
         else:
             self._index.add(header)
 
-    def _attributes(self, file: int | str, names: list[str], path: bytes) -> dict[bytes, bytes]:
+    def _attributes(self, file: int | bytes | str, names: list[str], path: bytes) -> dict[bytes, bytes]:
         """Those of the attributes ``names`` of ``file``, which is at ``path``, that the tar has.  Raises FailedPrecondition
         where they are too many for the memory."""
         of_users = (name for name in names if name.startswith(_OF_USERS) and not name.startswith(self._prefix))
@@ -325,12 +359,12 @@ class _Index:
         for some in (self._rows, self._headers, self._paths):
             some.clear()
 
-    def finished(self, layer: str) -> LayerTar:
-        """The tar of which all entries were added."""
+    def finished(self, layer: str, begun: int) -> LayerTar:
+        """The tar of which all entries were added, since ``begun``."""
         if self._rows:
             self._flush()
         self._places.append(self._end)
-        return LayerTar(layer, os.dup(self._file.fileno()), self._starts, self._places, self._here)
+        return LayerTar(layer, begun, os.dup(self._file.fileno()), self._starts, self._places, self._here)
 
 
 _Entry = tuple[int, int, int, int, bytes, int, int, int]
@@ -343,8 +377,9 @@ class LayerTar:
     """One layer as a tar of ``size`` bytes: the index, in a nameless file of ``on_disk`` bytes as long as this object lives.
     It may be read by many at once (``open``).  ``hashing``: its digest, as far as it was read."""
 
-    def __init__(self, layer: str, fd: int, starts: array[int], places: array[int], end: int) -> None:
+    def __init__(self, layer: str, begun: int, fd: int, starts: array[int], places: array[int], end: int) -> None:
         self.layer = layer
+        self.begun = begun  # a directory whose ctime is before that is as the index says
         self.end = end  # of the last entry
         self.size = end + len(tar.END)
         self.on_disk = places[-1]
@@ -426,6 +461,7 @@ class OpenLayer:
         self._way = [Directory(layer_tar.layer)]
         self._directory = b""  # in which a file was opened last, with its device and descriptor
         self._device = self._fd = -1
+        self._is_as_it_was = False  # nothing in that has been exchanged, and no device can be opened
         self._file = -1  # the file of which a part was read last
         self._file_path = b""
         self._part: tuple[int, bytes, list[_Entry]] = (-1, b"", [])
@@ -496,6 +532,7 @@ class OpenLayer:
         """Have the bytes of the tar from ``begin`` to ``end`` in memory, READ of them at most."""
         view, last = self._view, min(end, self._tar.end)
         self._end = self._begin = begin
+        self._fd = -1  # its directory is looked at again
         number = self._tar.part_at(begin)
         here = begin
         while here < last:
@@ -583,21 +620,23 @@ class OpenLayer:
 
     def _opened(self, path: bytes, size: int, inode: int, mtime: int) -> int:
         """A descriptor of the file at ``path``.  What is not the regular file that it was is not opened: with a device that may
-        do something."""
+        do something.  So it is looked at first, unless its directory tells that it is what it was."""
         above, _, name = path.rpartition(b"/")
         try:
             if above != self._directory or self._fd < 0:
                 self._fd = self._entered(above)
-            status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-            if not _is_same(status, size, inode, mtime) or status.st_dev != self._device:
-                raise _changed(path)
+            if not self._is_as_it_was:
+                status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+                if not _is_same(status, size, inode, mtime) or status.st_dev != self._device:
+                    raise _changed(path)
             file = os.open(name, _FILE, dir_fd=self._fd)
         except OSError as error:
             if error.errno in VANISHED:
                 raise _changed(path) from None
             error.filename = os.fsdecode(path)
             raise
-        if os.fstat(file).st_ino != inode:  # another was put there in between
+        status = os.fstat(file)
+        if not _is_same(status, size, inode, mtime) or status.st_dev != self._device:
             os.close(file)
             raise _changed(path)
         return file
@@ -617,8 +656,9 @@ class OpenLayer:
         fd = self._descriptors.get(way[-1])
         if fd < 0:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        self._directory = path
-        self._device = os.fstat(fd).st_dev
+        status = os.fstat(fd)
+        self._directory, self._device = path, status.st_dev
+        self._is_as_it_was = status.st_ctime_ns < self._tar.begun and self._descriptors.is_nodev(way[-1])
         return fd
 
 

@@ -136,7 +136,7 @@ def is_shown_by_overlay(name: str, prefix: str = PREFIX) -> bool:
     return not name.startswith(prefix) or name.startswith(f"{prefix}overlay.")
 
 
-def list_xattrs(file: int | str) -> list[str]:
+def list_xattrs(file: int | bytes | str) -> list[str]:
     """The names of all extended attributes of ``file``, a descriptor or a path, of which no last link is followed; none where
     the file system has no attributes.  Raises OSError."""
     try:

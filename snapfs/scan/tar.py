@@ -9,6 +9,7 @@ numbers alone, times whole seconds.  The same arguments give the same bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from zlib import adler32
 
 BLOCK = 512
@@ -43,6 +44,9 @@ def header(
     """What stands before the ``size`` bytes of the entry ``path`` (a directory's ends in a slash): 512 bytes, or more of them
     with an extended header.  ``target`` is where a link leads, or the path of the entry of which a hard link is another name;
     ``device`` its major and minor number; ``mtime`` in seconds since the epoch."""
+    if len(path) <= _NAME and path.isascii() and not target and not attributes:
+        if 0 <= mtime <= _LARGE and size <= _LARGE and uid <= _ID and gid <= _ID:
+            return _ustar(path, kind, mode, uid, gid, size, mtime, b"", device, b"")  # as of most files
     extended: dict[bytes, bytes] = {}
     name, prefix = path, b""
     if not path.isascii():
@@ -129,9 +133,20 @@ def _ustar(
     prefix: bytes,
 ) -> bytes:
     """One header of 512 bytes; all that is in it is ASCII."""
-    head = b"%b%07o\0%07o\0%07o\0%011o\0%011o\0" % (name.ljust(_NAME, b"\0"), mode, uid, gid, size, mtime)
+    head = b"%b%b%011o\0%011o\0" % (name.ljust(_NAME, b"\0"), _owned(mode, uid, gid), size, mtime)
+    tail, total = _tail(kind, target, device, prefix)
+    # the sum of all bytes, which is too small for adler32 to have wrapped around
+    return b"%b%06o\0 %b" % (head, total + (adler32(head) & 0xFFFF) - 1, tail)
+
+
+@lru_cache(1024)  # most files have the mode and the owner of another
+def _owned(mode: int, uid: int, gid: int) -> bytes:
+    return b"%07o\0%07o\0%07o\0" % (mode, uid, gid)
+
+
+@lru_cache(64)
+def _tail(kind: bytes, target: bytes, device: tuple[int, int] | None, prefix: bytes) -> tuple[bytes, int]:
+    """What stands behind the checksum, and what that and the blanks in the place of the checksum add to it."""
     devices = b"%07o\0%07o\0" % device if device is not None else _NO_DEVICE
     tail = b"%b%b%b%b%b" % (kind, target.ljust(_NAME, b"\0"), _MAGIC, devices, prefix.ljust(_PREFIX + 12, b"\0"))
-    # the sum of all bytes, which is too small for adler32 to have wrapped around
-    total = (adler32(tail, adler32(head)) & 0xFFFF) - 1 + _SPACES
-    return b"%b%06o\0 %b" % (head, total, tail)
+    return tail, sum(tail) + _SPACES
