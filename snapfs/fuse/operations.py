@@ -37,6 +37,7 @@ from snapfs.tree.labels import Label
 from snapfs.tree.log import OpenLog
 from snapfs.tree.openimage import OpenImage
 from snapfs.tree.openlabels import OpenLabel
+from snapfs.tree.textfile import TextFile
 from snapfs.tree.tree import REMOVE
 from snapfs.tree.users import asker
 
@@ -230,7 +231,10 @@ class Operations(pyfuse3.Operations):
             with contextlib.suppress(TryAgain), self.waiting.counted(STAT, caller.user):  # else it is what is known
                 await node.settle(caller)
         entry = self.entry(node)
-        entry.st_ino = node.shown_inode
+        if entry.st_ino != node.shown_inode:
+            entry.st_ino = node.shown_inode
+            if isinstance(node, TextFile) and node.attributes().keep:
+                entry.attr_timeout = TIMEOUT  # of this text, whoever reads it; the kernel would ask before each read(2)
         return entry
 
     @answering
