@@ -249,6 +249,23 @@ def test_the_kernel_asks_for_much_at_once(mnt: Path) -> None:
     assert Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").read_text() == "1024\n"
 
 
+def test_the_kernel_asks_for_nothing_but_the_bytes(mnt: Path) -> None:
+    """Or each read(2) would begin by asking how long the file is."""
+    path, data = filled(mnt)
+    path.read_bytes()
+
+    def asked() -> int:
+        found: int = json.loads((mnt / ".snapfs/stats.json").read_text())["operations"]["getattr"]["count"]
+        return found
+
+    with path.open("rb", buffering=0) as file:
+        before = asked()
+        assert len(b"".join(iter(lambda: file.read(65536), b""))) == len(data)
+        assert asked() - before < 10 < len(data) // 65536
+        assert os.fstat(file.fileno()).st_size == os.lstat(path).st_size == len(data)
+        assert os.fstat(file.fileno()).st_ino == os.lstat(path).st_ino
+
+
 def test_whoever_has_read_it_finds_the_diff_id(mnt: Path) -> None:
     path, data = filled(mnt)
     with path.open("rb") as file:

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 
 from snapfs.errors import Damaged, FailedPrecondition, Unavailable
 from snapfs.images.tarreader import Stream, TarReader
-from snapfs.kernel import mounting
+from snapfs.kernel import libc, mounting
 from snapfs.scan import layertar, tar
 from snapfs.scan.layertar import READ, make_index
 from tests.disk import make_file_system
@@ -507,6 +508,64 @@ def test_a_file_that_is_not_what_it_was(tmp_path: Path, change: str, is_open: bo
         assert found.read(0, 512)[:2] == b"d/"
     del found
     assert len(own_descriptors()) <= descriptors + 1  # the index goes with the last who knows of it
+
+
+def test_files_are_looked_at_first_where_something_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FIFO that has come is not opened; while nothing has come, looking at each file would cost time for nothing."""
+    monkeypatch.setattr(layertar, "_TICK", 0)
+    layer = tmp_path / "layer/d"
+    layer.mkdir(parents=True)
+    for name in ("a", "b"):
+        (layer / name).write_bytes(name.encode() * 100)
+    index = make_index(str(layer.parent))
+    calls: list[tuple[str, object]] = []
+
+    def noted(call: str, does: Callable[..., object]) -> Callable[..., object]:
+        def noting(name: object, *args: object, **more: object) -> object:
+            calls.append((call, name))
+            return does(name, *args, **more)
+
+        return noting
+
+    for call in ("open", "stat"):
+        monkeypatch.setattr(os, call, noted(call, getattr(os, call)))
+    with closing(index.open()) as found:
+        assert found.read(512, 515)[512:] == b"aaa"
+        assert [each for each in calls if each[1] in (b"a", b"b")] == [("open", b"a"), ("open", b"b")]  # all is read at once
+        calls.clear()
+        put_fifo(layer / "b")
+        while layer.lstat().st_ctime_ns < index.begun:  # the kernel's clock has not moved
+            os.utime(layer)
+        with closing(index.open()) as other, pytest.raises(Damaged, match='"d/b" is not what it was'):
+            other.read(4 * 512, 100)
+        with pytest.raises(Damaged, match='"d/b" is not what it was'):
+            found.load(4 * 512, 100)
+        assert {each for each in calls if each[1] in (b"a", b"b")} == {("stat", b"b")}
+
+
+@pytest.mark.parametrize("missing", [None, "unshare", "thread"])
+def test_the_process_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str | None) -> None:
+    """The thread that makes the index goes from directory to directory, if it may; it gives the same if it may not."""
+    layer = make_tree(tmp_path / "layer", 3)
+    expected = bytes_of(layer)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread") if missing == "thread" else OSError(errno.EPERM, "Not permitted")
+
+    if missing == "unshare":
+        monkeypatch.setattr(libc, "separate_thread", refuse)
+    elif missing == "thread":
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    here, entered, fchdir = os.getcwd(), list[int](), os.fchdir
+
+    def enter(fd: int) -> None:
+        entered.append(fd)
+        fchdir(fd)
+
+    monkeypatch.setattr(os, "fchdir", enter)
+    assert bytes_of(layer) == expected
+    assert os.getcwd() == here
+    assert bool(entered) == (missing is None)
 
 
 def test_directories_ten_thousand_deep(tmp_path: Path) -> None:

@@ -44,9 +44,9 @@ def header(
     """What stands before the ``size`` bytes of the entry ``path`` (a directory's ends in a slash): 512 bytes, or more of them
     with an extended header.  ``target`` is where a link leads, or the path of the entry of which a hard link is another name;
     ``device`` its major and minor number; ``mtime`` in seconds since the epoch."""
-    if len(path) <= _NAME and path.isascii() and not target and not attributes:
-        if 0 <= mtime <= _LARGE and size <= _LARGE and uid <= _ID and gid <= _ID:
-            return _ustar(path, kind, mode, uid, gid, size, mtime, b"", device, b"")  # as of most files
+    is_short = len(path) <= _NAME and path.isascii() and not target and not attributes
+    if is_short and 0 <= mtime <= _LARGE and size <= _LARGE and uid <= _ID and gid <= _ID:  # as most are
+        return _ustar(path, kind, mode, uid, gid, size, mtime, b"", device, b"")
     extended: dict[bytes, bytes] = {}
     name, prefix = path, b""
     if not path.isascii():
