@@ -24,30 +24,40 @@ def _drain(fd: int) -> None:
         pass
 
 
-def _packed(layer: Path) -> float:
-    """Milliseconds until all of what GNU tar makes was read."""
-
-    def pack() -> None:
-        command = ["tar", "--sort=name", "--numeric-owner", "--format=pax", "-C", str(layer), "-cf", "-", "."]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as tar:
-            assert tar.stdout is not None
-            _drain(tar.stdout.fileno())
-        assert tar.returncode == 0
-
-    return timed(pack) * 1e3
+def _pack(layer: Path) -> None:
+    """Read all of what GNU tar makes."""
+    command = ["tar", "--sort=name", "--numeric-owner", "--format=pax", "-C", str(layer), "-cf", "-", "."]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as tar:
+        assert tar.stdout is not None
+        _drain(tar.stdout.fileno())
+    assert tar.returncode == 0
 
 
-def _read(path: Path) -> float:
-    """Milliseconds to open, read and close a file."""
+def _read(path: Path) -> None:
+    """Open, read and close a file."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        _drain(fd)
+    finally:
+        os.close(fd)
 
-    def read() -> None:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            _drain(fd)
-        finally:
-            os.close(fd)
 
-    return timed(read) * 1e3
+def _processor(pid: int | None) -> float:
+    """Seconds that this process, those that it has started and waited for, and process ``pid`` have had a processor."""
+    own = sum(os.times()[:4])
+    if pid is None:
+        return own
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return own + sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def _costs(act: Callable[[], None], processor: list[float], pid: int | None = None) -> float:
+    """Milliseconds that ``act`` takes; of those of processors, the daemon's with process ``pid`` too, one more in
+    ``processor``."""
+    before = _processor(pid)
+    took = timed(act) * 1e3
+    processor.append((_processor(pid) - before) * 1e3)
+    return took
 
 
 class _Fresh:
@@ -55,6 +65,8 @@ class _Fresh:
 
     def __init__(self, place: Place, daemon: Daemon, fill: Callable[[Path], None]) -> None:
         self._place, self._mnt = place, daemon.mnt
+        assert daemon.process is not None
+        self._pid = daemon.process.pid
         self.key = ""
         self.layer = self._committed(fill)
 
@@ -72,9 +84,18 @@ class _Fresh:
         (self._mnt / "committed" / self.key / "usage.json").read_bytes()  # nothing goes on any more
         return layer
 
-    def __call__(self) -> float:
+    def first(self, processor: list[float]) -> float:
+        """The costs of reading it for the first time."""
         self.layer = self._committed(partial(move_files, self.layer))
-        return _read(self.path)
+        return self.again(processor)
+
+    def again(self, processor: list[float]) -> float:
+        """The costs of reading it once more."""
+        return _costs(partial(_read, self.path), processor, self._pid)
+
+    def packed(self, processor: list[float]) -> float:
+        """The costs of GNU tar."""
+        return _costs(partial(_pack, self.layer), processor)
 
 
 def tars(place: Place) -> Iterator[Row]:
@@ -92,17 +113,11 @@ def tars(place: Place) -> Iterator[Row]:
     with place.snapfs() as daemon:
         for what, fill in ((f"{files:,} files of {SMALL:,} bytes", small), (f"one file of {large >> 20:,} MiB", one)):
             layer = _Fresh(place, daemon, fill)
-            rows = [
-                Row(
-                    f"layer.tar of {what}, warm, {when}",
-                    "GNU tar",
-                    "ms",
-                    target,
-                    "open, read and close; tar as a whole process, to a pipe, from which it is read; not pinned",
-                )
-                for when, target in (("first", None), ("again", at_most(1.5)))
-            ]
-            _packed(layer.layer)
-            in_turns(place.rounds, rows[0], layer, lambda: _packed(layer.layer))  # noqa: B023
-            in_turns(place.rounds, rows[1], lambda: _read(layer.path), lambda: _packed(layer.layer))  # noqa: B023
-            yield from rows
+            _pack(layer.layer)
+            for when, act, target in (("first", layer.first, None), ("again", layer.again, at_most(1.5))):
+                named = f"layer.tar of {what}, warm, {when}"
+                note = "open, read and close; tar as a whole process, to a pipe, from which it is read; not pinned"
+                row = Row(named, "GNU tar", "ms", target, note)
+                busy = Row(f"{named}: time of processors", "GNU tar", "ms", None, "daemon or tar, and the one who reads")
+                in_turns(place.rounds, row, partial(act, busy.ours), partial(layer.packed, busy.theirs))
+                yield from (row, busy)
