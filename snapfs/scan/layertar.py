@@ -77,7 +77,8 @@ def make_index(
     """The tar of the layer in the directory ``layer``, whose parent's is ``below`` (None: it has none).
 
     ``prefix``, ``checkpoint`` and ``spool`` are as for ``scan/changes.py``; the index stays in a nameless file in ``spool``.
-    Blocks on the disk, so call it in a worker thread.  Memory is bounded, but for some bytes for each inode with several names.
+    Blocks on the disk, so call it in a worker thread.  It works in one more, which goes from directory to directory, so that
+    all paths must be absolute.  Memory is bounded, but for some bytes for each inode with several names.
     Nothing is opened but directories.  Raises OSError; FailedPrecondition where a name begins with ``.wh.``, or an overlay has
     left in the layer what is elsewhere (redirect_dir=on, metacopy=on); Unavailable (EFBIG) where the index would take more than
     a PART of what is free on the disk.
@@ -658,7 +659,9 @@ class OpenLayer:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         status = os.fstat(fd)
         self._directory, self._device = path, status.st_dev
-        self._is_as_it_was = status.st_ctime_ns < self._tar.begun and self._descriptors.is_nodev(way[-1])
+        changed = status.st_ctime_ns
+        is_precise = changed % 1_000_000_000 != 0  # some file systems have whole seconds alone
+        self._is_as_it_was = is_precise and changed < self._tar.begun and self._descriptors.is_nodev(way[-1])
         return fd
 
 
