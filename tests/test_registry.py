@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 from urllib.request import Request, urlopen
 
 import pytest
@@ -18,10 +24,18 @@ from tests.command import SNAPFS, Command
 from tests.containerd_client import Containerd
 from tests.containerds import SUITES
 from tests.daemon import Daemon
-from tests.images import Layer, Layout
+from tests.images import MACHINE, Layer, Layout, chain_of, digest_of
 from tests.processes import die_with_parent, until
+from tests.tree import remove_all
 
 pytestmark = pytest.mark.mounts
+
+
+@pytest.fixture
+def command(module_daemon: Daemon) -> Iterator[Command]:
+    yield Command(module_daemon.mnt)
+    remove_all(module_daemon.mnt)
+
 
 APPLETS = ("sh", "cat", "mkdir", "chmod", "rm", "ls")
 
@@ -53,11 +67,68 @@ class Registry:
         """How many blobs it has been sent."""
         return self.log.read_text().count('"PUT /v2/')
 
+    def fetched(self) -> list[str]:
+        """The digests of the blobs that it was asked for, in this order."""
+        return re.findall(r'"GET /v2/\S+/blobs/(\S+) ', self.log.read_text())
+
     def layers(self, name: str, tag: str) -> list[str]:
         where = f"http://{self.address}/v2/{name}/manifests/{tag}"
         accept = {"Accept": "application/vnd.oci.image.manifest.v1+json"}
         with urlopen(Request(where, headers=accept), timeout=5) as answer:
             return [layer["digest"] for layer in json.load(answer)["layers"]]
+
+
+class Gate(ThreadingHTTPServer):
+    """Hands on to a registry what it is asked for, but for the blobs that are ``shut``: who asks for one hears nothing until
+    all are let through, or ``cut`` off."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(("127.0.0.1", 0), Asked)
+        self.registry = registry
+        self.address = f"127.0.0.1:{self.server_address[1]}"
+        self.shut: set[str] = set()
+        self.cut = False
+        self.waiting = threading.Event()
+        self.opened = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def open(self, *, cut: bool = False) -> None:
+        self.cut = cut
+        self.shut = set()
+        self.opened.set()
+
+
+class Asked(BaseHTTPRequestHandler):
+    server: Gate
+
+    def do_GET(self) -> None:
+        if self.path.rpartition("/")[2] in self.server.shut:
+            self.server.waiting.set()
+            self.server.opened.wait()
+            if self.server.cut:
+                return
+        headers = {"Accept": ", ".join(self.headers.get_all("Accept", []))}
+        there = f"http://{self.server.registry.address}{self.path}"
+        with urlopen(Request(there, headers=headers), timeout=60) as answer:
+            self.send_response(answer.status)
+            for name in ("Content-Type", "Content-Length", "Docker-Content-Digest"):
+                self.send_header(name, answer.headers[name])
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who has asked was killed
+                self.end_headers()
+                shutil.copyfileobj(answer, self.wfile)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def gate(registry: Registry) -> Iterator[Gate]:
+    with Gate(registry) as gate:
+        with open(f"{os.environ['HOME']}/.config/containers/registries.conf", "a") as file:
+            file.write(f'[[registry]]\nlocation = "{gate.address}"\ninsecure = true\n')
+        yield gate
+        gate.open(cut=True)
+        gate.shutdown()
 
 
 @pytest.fixture
@@ -159,6 +230,165 @@ def test_a_push_that_is_interrupted_goes_on(registry: Registry, make_daemon: Cal
     snapfs("export", "c", image)
     assert registry.uploaded() <= 3 + 2 + 1, "three layers, configuration and manifest, and one that was cut"
     assert len(registry.layers("large", "1")) == 3
+
+
+class Pushed(NamedTuple):
+    """An image in a registry, as others name it; the digests of its layers' blobs; and what its last layer is called here."""
+
+    name: str
+    blobs: list[str]
+    top: str
+
+
+def put(registry: Registry, tmp_path: Path, tag: str, tars: list[bytes], *, machines: bool = False) -> Pushed:
+    """Push an image of these layers; among ``machines``, for another of which there is another."""
+    layout = Layout(tmp_path / f"layout-{tag}")
+    top = layout.add(tag, tars, packed=True)
+    manifest = json.loads((layout.blobs / layout.listed[0]["digest"].partition(":")[2]).read_bytes())
+    if machines:
+        kind = {"os": "linux", "architecture": "s390x"}
+        other = {**layout.manifest([Layer().add("s390x").done()], packed=True, machine="s390x"), "platform": kind}
+        ours = {key: value for key, value in layout.listed[0].items() if key != "annotations"}
+        both = [other, {**ours, "platform": {"os": "linux", "architecture": MACHINE}}]
+        index = layout.document({"schemaVersion": 2, "manifests": both}, "index.v1+json")
+        layout.listed = [{**index, "annotations": layout.listed[0]["annotations"]}]
+        layout.write()
+    place = f"docker://{registry.address}/app:{tag}"
+    words = ["skopeo", "copy", "--quiet", "--insecure-policy", *(["--all"] * machines)]
+    subprocess.run([*words, f"oci:{layout.top}:{tag}", place], check=True)
+    return Pushed(f"app:{tag}", [each["digest"] for each in manifest["layers"]], top)
+
+
+def small(*names: str) -> list[bytes]:
+    return [Layer().add(name, os.urandom(2000)).done() for name in names]
+
+
+def asked(registry: Registry, blobs: list[str]) -> list[str]:
+    """Those of ``blobs`` that the registry was asked for, as often as that was."""
+    return sorted(each for each in registry.fetched() if each in blobs)
+
+
+@pytest.fixture
+def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where imports keep what they fetch."""
+    place = tmp_path / "spool"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    return place
+
+
+@pytest.mark.parametrize("machines", [False, True], ids=["one", "index"])
+def test_a_pull_asks_for_what_is_missing(
+    registry: Registry, command: Command, tmp_path: Path, spool: Path, machines: bool
+) -> None:
+    tars = small("a", "b", "c")
+    first, second = (put(registry, tmp_path, tag, tars[:count], machines=machines) for tag, count in (("1", 2), ("2", 3)))
+    for image, there in ((first, first.blobs), (second, second.blobs[2:]), (second, [])):
+        before = asked(registry, image.blobs)
+        said = command("import", f"docker://{registry.address}/{image.name}", image.name)
+        assert asked(registry, image.blobs) == sorted([*before, *there])
+        assert said == f"{command.mnt}/committed/{image.top}\n"
+    assert sorted(os.listdir(command.mnt / "images/app:2/rootfs/")) == ["a", "b", "c"]
+    assert os.listdir(spool) == []
+
+
+def test_a_layer_that_comes_again_higher_up(registry: Registry, command: Command, tmp_path: Path) -> None:
+    """It is there, and is needed nevertheless."""
+    a, b = small("a", "b")
+    command("import", f"docker://{registry.address}/{put(registry, tmp_path, '1', [a]).name}")
+    image = put(registry, tmp_path, "2", [a, b, a])
+    command("import", f"docker://{registry.address}/{image.name}")
+    assert len(command.names()) == 3
+    assert (command.mnt / f"committed/{image.top}/rootfs/a").is_file()
+
+
+def test_a_layer_that_goes_meanwhile(registry: Registry, gate: Gate, command: Command, tmp_path: Path, spool: Path) -> None:
+    """What was not fetched, for it was there, is fetched then; what has arrived is not fetched again."""
+    tars = small("a", "b", "c")
+    image = put(registry, tmp_path, "1", tars[:2])
+    command("import", f"docker://{registry.address}/{image.name}")
+    image = put(registry, tmp_path, "2", tars)
+    gate.shut = {image.blobs[2]}
+    words = [*SNAPFS, "import", "--at", str(command.mnt), f"docker://{gate.address}/{image.name}"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as process:
+        assert gate.waiting.wait(60)
+        command("rm", *reversed(chain_of(tars[:2])))
+        gate.open()
+        assert process.communicate(timeout=60)[0] == f"{command.mnt}/committed/{image.top}\n"
+    assert len(command.names()) == 3
+    assert asked(registry, image.blobs) == sorted([*image.blobs, *image.blobs[:2]])
+    assert os.listdir(spool) == []
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted", "cut"])
+def test_a_pull_that_is_interrupted_goes_on(
+    registry: Registry, gate: Gate, command: Command, tmp_path: Path, spool: Path, how: str
+) -> None:
+    """What has arrived is not asked for again, and nothing is left."""
+    image = put(registry, tmp_path, "1", small("a", "b", "c"))
+    gate.shut = {image.blobs[1]}
+    words = [*SNAPFS, "import", "--at", str(command.mnt), f"docker://{gate.address}/{image.name}"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as process:
+        assert gate.waiting.wait(60)
+        until(lambda: len(list(spool.glob("*/oci/blobs/sha256/*"))) >= 2)
+        if how != "cut":
+            process.send_signal(signal.SIGKILL if how == "killed" else signal.SIGINT)
+            process.wait(60)
+        gate.open(cut=True)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == {"killed": -signal.SIGKILL, "interrupted": 130, "cut": 1}[how]
+    assert ("what has arrived is kept for the next import of it" in said) == (how == "cut")
+    assert len(os.listdir(spool)) == 1
+    assert command.names() == []
+    assert asked(registry, image.blobs) == sorted([image.blobs[0], image.blobs[2]])
+    command("import", f"docker://{registry.address}/{image.name}")
+    assert asked(registry, image.blobs) == sorted(image.blobs)
+    assert os.listdir(spool) == []
+    assert len(command.names()) == 3
+
+
+def test_what_is_refused_is_not_fetched(registry: Registry, command: Command, tmp_path: Path) -> None:
+    """An image for another machine, and one whose name is taken."""
+    first, second = (put(registry, tmp_path, tag, small(tag)) for tag in "12")
+    layout = Layout(tmp_path / "layout-s390x")
+    layout.add("s390x", small("a"), machine="s390x")
+    other = f"docker://{registry.address}/app:s390x"
+    subprocess.run(["skopeo", "copy", "--quiet", "--insecure-policy", f"oci:{layout.top}:s390x", other], check=True)
+    command("import", f"docker://{registry.address}/{first.name}", "app")
+    before = len(registry.fetched())
+    said = command("import", f"docker://{registry.address}/{second.name}", "app", status=4)
+    assert "--replace gives the name to this one" in said
+    assert "the image is for linux/s390x, and this machine is" in command("import", other, status=1)
+    assert len(registry.fetched()) == before + 2, "a configuration each"
+    command("import", "--force", other)
+
+
+def test_what_is_left_of_a_pull_is_looked_at(registry: Registry, command: Command, tmp_path: Path, spool: Path) -> None:
+    """Of a pull that was killed: it must hash to what it is named by; what is empty, or another user's, or an image's that
+    nobody wants any more, is no blob of it."""
+    image = put(registry, tmp_path, "1", small("a", "b", "c"))
+    place = f"docker://{registry.address}/{image.name}"
+
+    def leave(name: str, blob: str, data: bytes) -> Path:
+        path = spool / f"snapfs-image-{name}/oci/blobs" / blob.replace(":", "/")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(data)
+        return path
+
+    leave("damaged", image.blobs[0], b"x" * (tmp_path / "layout-1/blobs" / image.blobs[0].replace(":", "/")).stat().st_size)
+    assert "damaged" in command("import", place, status=1)
+    assert (os.listdir(spool), command.names()) == ([], [])
+    leave("empty", image.blobs[1], b"")
+    theirs = leave("theirs", image.blobs[2], b"x")
+    os.chown(spool / "snapfs-image-theirs", 60_001, 60_001)
+    long_ago = leave("old", digest_of(b""), b"x").parents[3]
+    os.utime(long_ago, (1e9, 1e9))
+    before = asked(registry, image.blobs)
+    command("import", place)
+    assert asked(registry, image.blobs) == sorted([*before, *image.blobs])
+    assert len(command.names()) == 3
+    assert theirs.exists()
+    assert not long_ago.exists()
 
 
 def test_the_difference_that_an_upgrade_made(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:

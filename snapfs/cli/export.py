@@ -195,8 +195,14 @@ def _by_skopeo(place: MountedTree, name: str, layers: list[_Layer], destination:
     """Make a layout in a directory of its own, which skopeo takes to ``destination``."""
     from snapfs.images import fetching, writing
 
-    with fetching.sent(destination) as layout:
-        _write(place, name, layers, writing.OciDirectory(layout, fetching.TAG, how))
+    progress, began = Progress(), time.monotonic()
+    told = (lambda: progress.show_waiting(f"to {destination}", time.monotonic() - began)) if progress.is_shown else None
+    try:
+        with fetching.sent(destination, told) as layout:
+            _write(place, name, layers, writing.OciDirectory(layout, fetching.TAG, how))
+            began = time.monotonic()
+    finally:
+        progress.clear()
     table.show_line(destination)
 
 

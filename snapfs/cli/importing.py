@@ -31,7 +31,7 @@ from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, TAKEN, USAGE, Refusal, missing
 from snapfs.images import fetching
 from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, chain_id, docker_image, oci_image
-from snapfs.images.unfit import Elsewhere, Unfit
+from snapfs.images.unfit import Unfit
 from snapfs.images.working import FAILED as BROKEN
 from snapfs.images.working import FINISHED, UNFIT, UNPACKED, Limits, Place, Worker
 from snapfs.labels import DIFF_ID, IMPORTING
@@ -101,6 +101,8 @@ class _Import:
             _Task(layers[nth], names[nth], f"layer {nth + 1} of {count}" if count > 1 else "") for nth in range(first, count)
         ]
         self._parent = parent
+        if any(task.layer.blob.is_absent for task in self._tasks):
+            raise fetching.Unfinished("a layer that was there when the image was fetched is gone")
         if self._tasks:
             self._below = list(self._chain())
             self._refuse_too_deep()
@@ -135,17 +137,13 @@ class _Import:
 
     def _is_there(self, name: str, diff_id: str) -> bool:
         """Whether the layer ``name`` is there, whole.  Raises Refusal where another snapshot is."""
-        kind = self.place.kind_of(name)
-        if kind is None:
-            return False
-        directory = self.place.directory(kind, name)
+        kind, state = _found_as(self.place, name, diff_id)
         to_do = f"rename or remove it: {self.place.command('rm', name)}"
-        if kind != "committed" or label_of(self.place, directory, DIFF_ID) != diff_id:
+        if kind and state is None:
             raise self._refusal(f'snapshot "{name}" already exists ({kind}), and no import has made it: {to_do}', TAKEN)
-        state = json.loads(self.place.read(f"{directory}/info.json")).get("state")
         if state:
             raise self._refusal(f'its layer "{name}" is there, but {state}: {to_do}')
-        return True
+        return kind is not None
 
     def _refuse_too_deep(self) -> None:
         depth = len(self._tasks) + len(self._below)
@@ -368,6 +366,17 @@ class _Import:
         return Refusal(f"cannot import {self._source}: {why}", status)
 
 
+def _found_as(place: MountedTree, name: str, diff_id: str) -> tuple[str | None, str | None]:
+    """The kind of the snapshot ``name``, if there is one; and its state ("": whole) if it is the layer with this diff id."""
+    kind = place.kind_of(name)
+    if kind != "committed":
+        return kind, None
+    directory = place.directory(kind, name)
+    if label_of(place, directory, DIFF_ID) != diff_id:
+        return kind, None
+    return kind, json.loads(place.read(f"{directory}/info.json")).get("state") or ""
+
+
 _LOSSES = (
     "belongs to a user or group that can't be had here: in the snapshot it is yours",
     "has an attribute that can't be set here: the snapshot lacks it",
@@ -380,7 +389,6 @@ _LOSSES = (
 
 
 def _import(given: Given) -> int:
-    source = given.arguments[0]
     named = given.arguments[1] if len(given.arguments) > 1 else None
     limits = Limits(
         _size(given.value("max-size") or _SIZE, "max-size"),
@@ -390,11 +398,31 @@ def _import(given: Given) -> int:
     place = find_tree(given.value("at"), changes=True)
     place.refuse_foreign("imported")
     naming = _Naming(place, named, replaces=given.has("replace"))
+    try:
+        top, config = _brought(given, place, naming, limits, spares=True)
+    except fetching.Unfinished:
+        top, config = _brought(given, place, naming, limits, spares=False)
+    naming.name(top, config)
+    table.show_line(place.directory("committed", top))
+    return 0
+
+
+def _brought(given: Given, place: MountedTree, naming: _Naming, limits: Limits, *, spares: bool) -> tuple[str, bytes]:
+    """Have what is given unpacked and committed: the name of the last layer, and the image's configuration, if it has one.
+    Raises Refusal; and Unfinished where a layer was not fetched, for it was there, and is gone: not unless it ``spares``."""
+    source = given.arguments[0]
+
+    def known(diff_ids: list[str]) -> int:
+        names = _chain_ids(diff_ids)
+        naming.refuse_taken(names[-1] if names else "", b"")
+        count = len(names) if spares else 0
+        while count and _found_as(place, names[count - 1], diff_ids[count - 1]) != ("committed", ""):
+            count -= 1
+        return count
+
     with contextlib.ExitStack() as held:
         try:
-            found = _opened(source, held, foreign=given.has("force"))
-        except Elsewhere as elsewhere:
-            raise Refusal(f"cannot import {printable(source)}: {elsewhere}") from None
+            found = _opened(source, held, known, foreign=given.has("force"))
         except Unfit as unfit:
             raise Refusal(f"cannot import {printable(source)}: {unfit}") from None
         except OSError as error:
@@ -406,18 +434,20 @@ def _import(given: Given) -> int:
             if parent is not None:
                 raise Refusal("an image has all its layers: --parent is for a lone one, in an archive", USAGE)
             layers, config = found.layers, found.config
-            names: list[str] = []
-            for layer in layers:
-                names.append(chain_id(names[-1] if names else "", layer.diff_id))
+            names = _chain_ids([layer.diff_id for layer in layers])
         else:
             layers, config, names = [found], b"", [""]
             parent = None if parent is None else _parent_of(place, parent)
         naming.refuse_taken(names[-1], config)
         one = _Import(place, place.options(), printable(source), parent, limits)
-        top = one.run(layers, names, archive=not config)
-        naming.name(top, config)
-    table.show_line(place.directory("committed", top))
-    return 0
+        return one.run(layers, names, archive=not config), config
+
+
+def _chain_ids(diff_ids: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for each in diff_ids:
+        found.append(chain_id(found[-1] if found else "", each))
+    return found
 
 
 def _parent_of(place: MountedTree, given: str) -> str:
@@ -435,8 +465,8 @@ def _parent_of(place: MountedTree, given: str) -> str:
     return parent
 
 
-def _opened(source: str, held: contextlib.ExitStack, *, foreign: bool) -> Image | Layer:
-    """What ``source`` names.  Raises Refusal, Unfit, and OSError."""
+def _opened(source: str, held: contextlib.ExitStack, known: Callable[[list[str]], int], *, foreign: bool) -> Image | Layer:
+    """What ``source`` names; ``known`` is as in ``fetched``.  Raises Refusal, Unfit, and OSError."""
     transport, colon, rest = source.partition(":")
     if source == "-":
         return Layer(Blob(0, 0, -1, "standard input"))
@@ -454,8 +484,13 @@ def _opened(source: str, held: contextlib.ExitStack, *, foreign: bool) -> Image 
             raise Refusal(f"cannot import {printable(source)}: there is no such file", NOT_FOUND)
         sources = "oci:DIR, oci-archive:FILE, docker-archive:FILE, docker://HOST/NAME:TAG, and an archive of a layer, are"
         raise Refusal(f"cannot import {printable(source)}: it is neither a file nor an image: {sources}", USAGE)
-    layout = held.enter_context(fetching.fetched(source, foreign=foreign))
-    return oci_image(DirectoryFiles(layout), fetching.TAG, foreign=foreign)
+    progress = Progress()
+    try:
+        told = (lambda size: progress.show_size("fetching", size)) if progress.is_shown else None
+        layout = held.enter_context(fetching.fetched(source, foreign=foreign, known=known, told=told))
+    finally:
+        progress.clear()
+    return oci_image(DirectoryFiles(layout.path, layout.absent), fetching.TAG, foreign=foreign)
 
 
 def _archive(path: str) -> Layer:

@@ -33,6 +33,10 @@ class Progress:
         """Show that ``what`` (in words) is done to so many files and bytes so far."""
         self._show(f"{what}: {files} files, {table.format_size(size)}")
 
+    def show_size(self, what: str, size: int) -> None:
+        """Show that ``what`` (in words) is done to so many bytes so far."""
+        self._show(f"{what}: {table.format_size(size)}")
+
     def show_waiting(self, what: str, seconds: float) -> None:
         """Show that ``what`` (in words) has taken ``seconds`` so far, and that nobody knows how long it will take."""
         self._show(f"{what} ({seconds:.0f} s)")

@@ -6,13 +6,16 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, NoReturn
 
+from snapfs.images import layouts
 from snapfs.images.unfit import Elsewhere, Unfit
 from snapfs.names import printable
 
@@ -21,35 +24,66 @@ TRANSPORTS = ("docker", "docker-daemon", "containers-storage", "dir", "ostree", 
 
 TAG = "image"
 
-_PREFIX = "snapfs-image-"
-_OLD = 60.0  # seconds after which a directory that nobody has locked is known to be left by a process that was killed
 _OF_OTHERS = "no image found in"  # … manifest list for architecture
+_NAME = re.compile(r'^Error parsing image name "[^"]*": |^initializing source \S+: ')
+_FULL = "no space left on device"
+_FETCHED, _SENT = "snapfs-image-", "snapfs-export-"  # directories of this process's own
+_OLD = {_FETCHED: 86_400.0, _SENT: 60.0}
+"""Seconds after which what a process that was killed has left is of no more use: what an import had fetched is for the next."""
+_EVERY = 0.2  # seconds between two messages of how far it is
+
+
+class Unfinished(Unfit):
+    """Not all has arrived, or not all is there any more.  What has arrived is kept for the next ``fetched``."""
+
+
+class Layout(NamedTuple):
+    """An OCI layout in the directory ``path``, with the image as TAG; the files ``absent`` in it are empty, for the layers in
+    them are known, and were not fetched."""
+
+    path: str
+    absent: frozenset[str]
 
 
 @contextlib.contextmanager
-def fetched(source: str, *, foreign: bool) -> Iterator[str]:
-    """For a block: an OCI layout with the image ``source`` (``docker://host/name:tag``) as TAG, in a directory that nobody
-    else can enter.  What is for another machine is fetched only if ``foreign``.  Raises Unfit, and OSError."""
+def fetched(
+    source: str,
+    *,
+    foreign: bool,
+    known: Callable[[list[str]], int],
+    told: Callable[[int], None] | None,
+) -> Iterator[Layout]:
+    """For a block: the image ``source`` (``docker://host/name:tag``), in a directory that nobody else can enter.  What is for
+    another machine is fetched only if ``foreign``.  From a registry only those layers are fetched that are not among the
+    lowest, of which ``known`` says how many there are already, from the diff ids of all; and that have not arrived before, for
+    an import that was interrupted.  ``told`` is called with the bytes that have arrived so far.
+
+    Raises Unfit, and OSError; and Unfinished, where the block may raise it, too."""
     program = find(source)
-    with _private() as layout:
-        said = _copied([program, "copy", "--quiet"], source, layout)
+    with _private(_FETCHED) as directory:
+        layout = f"{directory}/oci"
+        absent = _spared(program, source, layout, foreign=foreign, known=known)
+        copy = [program, "copy", "--quiet", "--dest-oci-accept-uncompressed-layers"]
+        arrived = None if told is None else (lambda: told(_size(directory)))
+        said = _ran([*copy, "--", source, f"oci:{layout}:{TAG}"], arrived)[1]
         if said and _OF_OTHERS in said:
-            if not foreign:
-                raise Elsewhere(f"{said}: --force takes what there is")
-            said = _copied([program, "copy", "--quiet", "--all"], source, layout)
+            _refuse_others(said, foreign=foreign)
+            said = _ran([*copy, "--all", "--", source, f"oci:{layout}:{TAG}"], arrived)[1]
         if said:
-            raise Unfit(f"skopeo can't fetch it: {said}")
-        yield layout.removeprefix("oci:").removesuffix(f":{TAG}")
+            _refuse(said, has_some=_has_some(directory))
+        yield Layout(layout, absent)
 
 
 @contextlib.contextmanager
-def sent(destination: str) -> Iterator[str]:
+def sent(destination: str, told: Callable[[], None] | None) -> Iterator[str]:
     """For a block, which makes it: where an OCI layout with the image TAG is to be, in a directory that nobody else can enter.
-    Then the image goes to ``destination``.  Raises Unfit, and OSError."""
+    Then the image goes to ``destination``, and ``told`` is called now and then.  Raises Unfit, and OSError."""
     program = find(destination)
-    with _private() as layout:
-        yield layout.removeprefix("oci:").removesuffix(f":{TAG}")
-        said = _copied([program, "copy", "--quiet"], layout, destination)  # what is there has the same digest, and stays
+    with _private(_SENT) as directory:
+        layout = f"{directory}/oci"
+        yield layout
+        # what is there has the same digest, and stays
+        said = _ran([program, "copy", "--quiet", "--", f"oci:{layout}:{TAG}", destination], told)[1]
         if said:
             raise Unfit(f"skopeo can't take it there: {said}")
 
@@ -65,32 +99,147 @@ def find(place: str) -> str:
     return program
 
 
+# -- what need not be fetched
+
+
+def _spared(program: str, source: str, layout: str, *, foreign: bool, known: Callable[[list[str]], int]) -> frozenset[str]:
+    """Put in ``layout`` the files for which skopeo need not ask a registry: what has arrived before, and an empty file for
+    each layer that is known.  The names of the latter."""
+    if not source.startswith("docker:"):
+        return frozenset()  # skopeo makes all of it to tell of it, or it is on this machine
+    config, said = _ran([program, "inspect", "--config", "--raw", "--", source], None)
+    if said and _OF_OTHERS in said:
+        _refuse_others(said, foreign=foreign)
+        return frozenset()
+    if said:
+        _refuse(said, has_some=False)
+    diff_ids = layouts.told_of(config, source, foreign=foreign)
+    there = known(diff_ids)
+    if not there and not any(True for _ in _left(_FETCHED)):
+        return frozenset()
+    listed, said = _ran([program, "inspect", "--no-tags", "--", source], None)
+    if said:
+        _refuse(said, has_some=False)
+    names = [f"blobs/{digest.replace(':', '/')}" for digest in layouts.digests_in(listed)]
+    if len(names) != len(diff_ids):
+        return frozenset()
+    wanted = set(names[there:])
+    for directory in {os.path.dirname(name) for name in names}:
+        os.makedirs(f"{layout}/{directory}", exist_ok=True)
+    absent = frozenset(names) - wanted
+    for name in absent:
+        os.close(os.open(f"{layout}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    _take_over(wanted, layout)
+    return absent
+
+
+def _take_over(wanted: set[str], layout: str) -> None:
+    """Move to ``layout`` those of the ``wanted`` blobs that an import has left which did not come to its end.  What they must
+    hash to is seen when they are unpacked."""
+    for left in _left(_FETCHED):
+        taken = 0
+        for name in wanted:
+            with contextlib.suppress(OSError):
+                if os.stat(f"{left}/oci/{name}").st_size:
+                    os.rename(f"{left}/oci/{name}", f"{layout}/{name}")
+                    taken += 1
+        if taken:
+            shutil.rmtree(left)
+
+
+def _refuse_others(said: str, *, foreign: bool) -> None:
+    if not foreign:
+        raise Elsewhere(f"{said}: --force takes what there is")
+
+
+def _refuse(said: str, *, has_some: bool) -> NoReturn:
+    words = f"skopeo can't fetch it: {said}"
+    if has_some and _FULL not in said:
+        raise Unfinished(f"{words}; what has arrived is kept for the next import of it")
+    raise Unfit(words)
+
+
+# -- directories of this process's own
+
+
 @contextlib.contextmanager
-def _private() -> Iterator[str]:
-    """What skopeo calls a layout that can be made in a directory of this process's own."""
-    place = os.environ.get("TMPDIR", "/var/tmp")
-    _remove_left(place)
-    directory = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
+def _private(prefix: str) -> Iterator[str]:
+    """A directory of this process's own, which is kept where the block is interrupted, or raises Unfinished."""
+    for left in _left(prefix):
+        if os.stat(left).st_mtime < time.time() - _OLD[prefix]:
+            shutil.rmtree(left, ignore_errors=True)
+    directory = tempfile.mkdtemp(prefix=prefix, dir=_place())
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    keeps = False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield f"oci:{directory}/oci:{TAG}"
+        yield directory
+    except (KeyboardInterrupt, Unfinished):
+        keeps = prefix == _FETCHED and _has_some(directory)
+        raise
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        if not keeps:
+            shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
 
 
-def _copied(command: list[str], source: str, destination: str) -> str:
-    """Copy the image; "" or what skopeo says of it."""
-    done = subprocess.run(
-        [*command, "--", source, destination],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        preexec_fn=_ends_with_parent,
-        check=False,
+def _place() -> str:
+    return os.environ.get("TMPDIR", "/var/tmp")
+
+
+def _left(prefix: str) -> Iterator[str]:
+    """The directories that processes of this user have left which did not come to their end; each is locked until the next."""
+    place = _place()
+    for name in os.listdir(place):
+        if name.startswith(prefix):
+            with contextlib.suppress(OSError):
+                fd = os.open(f"{place}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    if os.fstat(fd).st_uid == os.geteuid():
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        yield f"{place}/{name}"
+                finally:
+                    os.close(fd)
+
+
+def _files(directory: str) -> Iterator[int]:
+    """The sizes of the files in ``directory``, at any depth, as skopeo writes them."""
+    for above, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                yield os.stat(f"{above}/{name}").st_size
+
+
+def _size(directory: str) -> int:
+    return sum(_files(directory))
+
+
+def _has_some(directory: str) -> bool:
+    return any(_files(f"{directory}/oci/blobs"))
+
+
+# -- skopeo
+
+
+def _ran(command: list[str], told: Callable[[], None] | None) -> tuple[bytes, str]:
+    """What the command says on standard output; and "", or what it says of its failure.  ``told`` is called now and then."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_ends_with_parent
     )
-    return (_said(done.stderr) or f"status {done.returncode}") if done.returncode else ""
+    with process:
+        try:
+            while True:
+                try:
+                    found, stderr = process.communicate(timeout=_EVERY if told else None)
+                except subprocess.TimeoutExpired:
+                    assert told is not None
+                    told()
+                else:
+                    break
+        except BaseException:
+            process.kill()
+            raise
+    return found, (_said(stderr) or f"status {process.returncode}") if process.returncode else ""
 
 
 def _ends_with_parent() -> None:
@@ -98,23 +247,7 @@ def _ends_with_parent() -> None:
 
 
 def _said(stderr: bytes) -> str:
-    """The last line of what skopeo has said, without what logs have before it."""
+    """The last line of what skopeo has said, without what logs have before it, and the name that it was given."""
     lines = stderr.decode(errors="replace").strip().splitlines() or [""]
     text = lines[-1].partition('msg="')[2].rstrip('"').replace('\\"', '"') if 'msg="' in lines[-1] else lines[-1]
-    return printable(text)[:1000]
-
-
-def _remove_left(place: str) -> None:
-    """Remove what processes of this user that were killed have left in ``place``."""
-    for name in os.listdir(place):
-        if not name.startswith(_PREFIX):
-            continue
-        with contextlib.suppress(OSError):
-            fd = os.open(f"{place}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                status = os.fstat(fd)
-                if status.st_uid == os.geteuid() and status.st_mtime < time.time() - _OLD:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(f"{place}/{name}")
-            finally:
-                os.close(fd)
+    return printable(_NAME.sub("", text))[:1000]

@@ -37,13 +37,15 @@ _NO_PLATFORM = ("unknown", "unknown")  # of what only tells of an image
 
 class Blob(NamedTuple):
     """Bytes of a file that is open as ``fd``, ``size`` from ``start`` on; or all that can be read from it, where ``size`` is
-    -1.  ``what`` is what they are, in words; ``digest``, if it is known, is what they must have."""
+    -1.  ``what`` is what they are, in words; ``digest``, if it is known, is what they must have.  ``is_absent``: they are not
+    there, for nobody was to need them."""
 
     fd: int
     start: int
     size: int
     what: str
     digest: str = ""
+    is_absent: bool = False
 
     def reader(self) -> Callable[[int], bytes]:
         """Reads on from where the last call ended.  The calls raise OSError."""
@@ -79,11 +81,10 @@ class Layer(NamedTuple):
 
 
 class Image(NamedTuple):
-    """The layers of an image, the lowest first; its configuration, as it is; and what it runs on (``linux/amd64``)."""
+    """The layers of an image, the lowest first; and its configuration, as it is."""
 
     layers: list[Layer]
     config: bytes
-    platform: str
 
 
 class Files(Protocol):
@@ -96,10 +97,11 @@ class Files(Protocol):
 
 
 class DirectoryFiles:
-    """The files of the directory ``path``."""
+    """The files of the directory ``path``; those that are ``absent`` are empty."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, absent: frozenset[str] = frozenset()) -> None:
         self.where = path
+        self._absent = absent
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def find(self, name: str) -> Blob | None:
@@ -114,7 +116,7 @@ class DirectoryFiles:
         if not stat.S_ISREG(status.st_mode):
             os.close(fd)
             raise Unfit(f"{self.where}/{name} is no regular file")
-        return Blob(fd, 0, status.st_size, f"{self.where}/{name}")
+        return Blob(fd, 0, status.st_size, f"{self.where}/{name}", is_absent=name in self._absent)
 
 
 class ArchiveFiles:
@@ -270,18 +272,31 @@ def _by_manifest(files: Files, manifest: dict[str, Any], what: str, *, foreign: 
 
 
 def _image(config: bytes, blobs: list[Blob], what: str, *, foreign: bool) -> Image:
+    ids = told_of(config, what, foreign=foreign)
+    if len(ids) != len(blobs):
+        raise Unfit(f"{what} tells of {len(ids)} layers, and the image has {len(blobs)}")
+    if not blobs:
+        raise Unfit("the image has no layers")
+    return Image([Layer(blob, each) for blob, each in zip(blobs, ids, strict=True)], config)
+
+
+def told_of(config: bytes, what: str, *, foreign: bool) -> list[str]:
+    """What the layers of an image hash to, as its configuration says, which is ``what`` in sentences.  Raises as
+    ``oci_image``."""
     document = _parsed(config, what)
     told = document.get("rootfs") if isinstance(document, dict) else None
     ids = told.get("diff_ids") if isinstance(told, dict) else None
     if not isinstance(ids, list) or not all(isinstance(each, str) and _DIGEST.fullmatch(each) for each in ids):
         raise Unfit(f"{what} is no configuration of an image: it doesn't say what its layers hash to")
-    if len(ids) != len(blobs):
-        raise Unfit(f"{what} tells of {len(ids)} layers, and the image has {len(blobs)}")
-    if not blobs:
-        raise Unfit("the image has no layers")
-    runs_on = f"{document.get('os') or 'linux'}/{document.get('architecture') or 'unknown'}"
-    _refuse_foreign(runs_on, foreign=foreign)
-    return Image([Layer(blob, each) for blob, each in zip(blobs, ids, strict=True)], config, runs_on)
+    _refuse_foreign(f"{document.get('os') or 'linux'}/{document.get('architecture') or 'unknown'}", foreign=foreign)
+    return ids
+
+
+def digests_in(listed: bytes) -> list[str]:
+    """The digests of the layers' blobs, as skopeo lists them; none where it says something else."""
+    document = _parsed(listed, "what skopeo says of it")
+    found = document.get("Layers") if isinstance(document, dict) else None
+    return found if isinstance(found, list) and all(isinstance(each, str) and _DIGEST.fullmatch(each) for each in found) else []
 
 
 def _refuse_foreign(runs_on: str, *, foreign: bool) -> None:
@@ -343,7 +358,7 @@ def _blob(files: Files, descriptor: dict[str, Any]) -> Blob:
     found = files.find(f"blobs/{digest.replace(':', '/')}")
     if found is None:
         raise Unfit(f"{files.where} lacks the blob {digest}")
-    if found.size != size:
+    if found.size != size and not found.is_absent:
         raise Unfit(f"{found.what} takes {found.size} bytes, and is to take {size}: it is cut off, or another")
     return found._replace(digest=digest)
 
