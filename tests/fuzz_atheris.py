@@ -7,9 +7,11 @@ directory for the corpus …).  What must hold is in ``invariants``.  A finding 
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import atheris
@@ -20,6 +22,7 @@ with atheris.instrument_imports(include=["snapfs.names", "snapfs.filters", "snap
     from snapfs.images import tarreader  # noqa: F401
     from snapfs.store import metastore  # noqa: F401
 from tests import invariants
+from tests.images import Layer
 from tests.invariants import TABLES, Put
 
 
@@ -50,6 +53,33 @@ def fuzz_archives(data: bytes) -> None:
             archive[here + 148 : here + 156] = b"%06o\0 " % (sum(fields) - sum(fields[148:156]) + 256)
     invariants.check_archive(bytes(archive), 700)
     invariants.check_archive(data, 512)
+
+
+def archives() -> Callable[[bytes], None]:
+    """Beginning with what tar and Python's tarfile write, in the directory that is to hold the corpus, if there is one."""
+    for corpus in [Path(word) for word in sys.argv[1:] if not word.startswith("-")]:
+        for name, archive in seeds():
+            (corpus / f"seed-{name}").write_bytes(archive)
+    return fuzz_archives
+
+
+def seeds() -> Iterator[tuple[str, bytes]]:
+    """Archives with all that there is in layers."""
+    for name, form in (("ustar", tarfile.USTAR_FORMAT), ("gnu", tarfile.GNU_FORMAT), ("pax", tarfile.PAX_FORMAT)):
+        layer = Layer(form).add("d", None, 0o2750, uid=7).add("d/f", b"first", 0o4755).link("l", "d/f").hard("h", "d/f")
+        layer.add("c", type=tarfile.CHRTYPE, devmajor=1, devminor=3).add("d/.wh.g").link("m", "n" * 90).add("o" * 90)
+        if form != tarfile.USTAR_FORMAT:
+            layer.add("x" * 120, b"a", pax_headers={"SCHILY.xattr.user.a": "b", "mtime": "1.5"}).link("y", "z" * 150)
+        yield name, layer.done().rstrip(b"\0") + bytes(1024)
+    with tempfile.TemporaryDirectory() as directory:
+        with open(f"{directory}/sparse", "wb") as file:
+            for offset in (0, 1 << 18, 1 << 20):
+                file.seek(offset)
+                file.write(b"data")
+        for version in ("--format=gnu", "--sparse-version=0.0", "--sparse-version=0.1", "--sparse-version=1.0"):
+            words = ["tar", "-C", directory, *(["--format=posix"] * (version[2] == "s")), version, "-S", "-cf", "-", "sparse"]
+            archive = subprocess.run(words, capture_output=True, check=True).stdout
+            yield version.strip("-"), archive.rstrip(b"\0") + bytes(1024)
 
 
 def records() -> Callable[[bytes], None]:
@@ -93,7 +123,7 @@ TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "names": lambda: fuzz_names,
     "filters": lambda: fuzz_filters,
     "records": records,
-    "archives": lambda: fuzz_archives,
+    "archives": archives,
 }
 
 if __name__ == "__main__":
