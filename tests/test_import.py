@@ -28,6 +28,7 @@ from tests.containerd_client import Containerd
 from tests.daemon import Daemon
 from tests.home import Home, home_of
 from tests.images import MACHINE, Layer, Layout, archive_of, chain_of, digest_of, packable_tree
+from tests.rootfs import stats
 from tests.syscalls import EVERY, KILL, Call, Server, running
 from tests.tree import info, remove_all
 from tests.trees import everything
@@ -403,6 +404,19 @@ def test_more_layers_than_can_be_mounted(command: Command, layout: Layout) -> No
     layout.add("many", tars)
     assert "more than the kernel can mount together (500)" in refused(command, f"oci:{layout.top}")
     assert kept(command.mnt) == []
+
+
+def test_each_layer_takes_the_same(make_daemon: Callable[..., Daemon], layout: Layout) -> None:
+    """However many there are: the tree is asked no more of each."""
+    daemon = make_daemon().start()
+    asked = []
+    for count in (8, 24):
+        layout.add(f"{count}", [Layer().add(f"d/{count}-{number}", b"").done() for number in range(count)])
+        before = sum(each["count"] for each in stats(daemon)["operations"].values())
+        Command(daemon.mnt)("import", f"oci:{layout.top}:{count}")
+        asked.append((sum(each["count"] for each in stats(daemon)["operations"].values()) - before) / count)
+    assert max(asked) < 50, asked
+    assert asked[1] < asked[0] + 2, asked
 
 
 # -- several at once, and kills

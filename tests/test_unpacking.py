@@ -8,16 +8,18 @@ import stat
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snapfs.images.lower import Lower
 from snapfs.images.tarreader import Stream, TarReader
 from snapfs.images.unfit import Unfit
 from snapfs.images.unpacking import Left, Owners, Unpacking
+from snapfs.scan.marks import Marks
 from tests.images import Layer, archive_of, packable_tree
 from tests.kernel_changes import merged
 from tests.trees import everything
@@ -71,6 +73,34 @@ def kinds(top: Path) -> dict[str, str]:
                 text = "gone" if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0 else "special"
             found[str(path.relative_to(top))] = text
     return found
+
+
+def test_the_nearest_layers_are_asked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 layers those that are below the one that knows are not looked at."""
+    layers = [tmp_path / f"{number}" for number in range(200)]
+    for layer in layers:
+        (layer / "etc").mkdir(parents=True)
+        (layer / "etc/file").touch()
+    looked = []
+
+    def counted(call: Callable[..., object]) -> Callable[..., object]:
+        def noted(*of: object) -> object:
+            looked.append(of)
+            return call(*of)
+
+        return noted
+
+    for name in ("read", "kind"):
+        monkeypatch.setattr(Marks, name, counted(getattr(Marks, name)))
+    with Lower([str(layer) for layer in layers], "trusted.overlay.") as lower:
+        assert lower.is_directory(b"etc")
+        assert lower.file(b"etc/file") is not None
+        assert len(looked) < 10
+        assert not lower.has(b"etc/other")
+        assert len(looked) >= 200
+        before = len(looked)
+        assert not lower.has(b"etc/another")
+        assert len(looked) - before == 200, "each layer's directory is found once"
 
 
 @pytest.mark.parametrize("seed", range(6))

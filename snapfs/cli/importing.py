@@ -67,6 +67,7 @@ class _Task:
         self.number = 0
         self.fd = -1
         self.worker: Worker | None = None
+        self.is_held = False  # by another import, which is at the same layer
         self.is_unpacked = False
         self.is_whole = False
         self.is_committed = False  # by another import, say
@@ -86,7 +87,8 @@ class _Import:
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._tasks: list[_Task] = []
         self._committed: list[_Task] = []  # here
-        self._below: list[str] = []  # the layers of the parent, the nearest first
+        self._below: list[str] = []  # the layers that are whole, and those of the parent, the nearest first
+        self._next = 0  # how many tasks that is
         self._left = ["", "", ""]
         self._progress = Progress()
 
@@ -115,9 +117,6 @@ class _Import:
         except BaseException:
             self._take_back()
             raise
-        for name in [*filter(None, names[:first]), *(task.name for task in self._tasks)]:
-            if label_of(self.place, directory := self.place.directory("committed", name), IMPORTING):
-                self.place.write_label(directory, IMPORTING, "")
         for task in self._committed[-1:] + self._committed[:-1]:
             directory = self.place.directory("committed", task.name)
             self.place.do("wait for the disk", SYNC, persistently, self.place.within.sync, directory)
@@ -181,7 +180,7 @@ class _Import:
     def _begin(self, task: _Task) -> bool:
         """Have the draft of ``task``, locked, or the layer, committed by another import; False while another is at it."""
         place = self.place
-        if task.name and self._is_there(task.name, task.diff_id):
+        if task.is_held and self._is_there(task.name, task.diff_id):
             task.is_whole = task.is_committed = True
             return True
         while True:
@@ -198,8 +197,9 @@ class _Import:
             except Refusal as refused:
                 if refused.status != BUSY:
                     raise
+                task.is_held = True
                 return False
-            label = label_of(place, directory, IMPORTING)
+            label = "" if is_new else label_of(place, directory, IMPORTING)
             if label == self._boot and label_of(place, directory, DIFF_ID) == task.diff_id:
                 task.is_unpacked = task.is_whole = True
                 return True
@@ -250,21 +250,22 @@ class _Import:
     def _make(self, process: str, *, archive: bool) -> None:
         """Have all drafts filled, and whole."""
         cores, began = len(os.sched_getaffinity(0)), time.monotonic()
-        waiting = list(self._tasks)
+        waiting, busy = self._tasks[::-1], list[_Task]()
         with selectors.DefaultSelector() as selector:
-            while any(not task.is_whole for task in self._tasks):
-                busy = [task for task in self._tasks if task.worker is not None and not task.is_whole]
+            while True:
                 is_held = False
                 while waiting and len(busy) < _WAITING * cores and sum(not task.is_unpacked for task in busy) < cores:
-                    if not self._begin(waiting[0]):
+                    if not self._begin(waiting[-1]):
                         is_held = True
                         break
-                    task = waiting.pop(0)
+                    task = waiting.pop()
                     if not task.is_whole:
                         self._start(task, process, archive=archive)
                         busy.append(task)
                         selector.register(task.worker, selectors.EVENT_READ, task)  # type: ignore[arg-type]
                 self._finish_next()
+                if self._next == len(self._tasks):
+                    return
                 if is_held and not busy:
                     waited = time.monotonic() - began
                     self._progress.show_waiting("waiting for another import of the same layer", waited)
@@ -272,7 +273,9 @@ class _Import:
                     self._hear(key.data)
                     if key.data.is_whole:
                         selector.unregister(key.fileobj)
-                self._show()
+                        busy.remove(key.data)
+                if self._progress.is_shown:
+                    self._show()
 
     def _start(self, task: _Task, process: str, *, archive: bool) -> None:
         aside = f"{self._own(task.number)}/stale"
@@ -284,12 +287,14 @@ class _Import:
 
     def _finish_next(self) -> None:
         """Have the next layer made what it is on those below, if it is unpacked, and they are whole."""
-        nth = next((nth for nth, task in enumerate(self._tasks) if not task.is_whole), None)
-        if nth is not None and self._tasks[nth].is_unpacked:
-            task = self._tasks[nth]
+        while self._next < len(self._tasks) and self._tasks[self._next].is_whole:
+            self._below.insert(0, self._layer_of(self._tasks[self._next]))
+            self._next += 1
+        task = self._tasks[self._next] if self._next < len(self._tasks) else None
+        if task is not None and task.is_unpacked:
             assert task.worker is not None
             task.is_unpacked = False
-            task.worker.finish([*(self._layer_of(each) for each in reversed(self._tasks[:nth])), *self._below])
+            task.worker.finish(self._below)
 
     def _layer_of(self, task: _Task) -> str:
         if not task.number:
@@ -340,11 +345,15 @@ class _Import:
     def _commit(self, task: _Task) -> None:
         if not task.name:
             task.name = chain_id(self._parent or "", task.diff_id)
-        if not task.is_committed and not self._is_there(task.name, task.diff_id):
-            self._patiently(commit, self.place, task.key, task.name, self._parent)
-            self._committed.append(task)
-        elif task.fd >= 0:  # another import was faster, of the same archive
-            self._patiently(self.place.remove, "active", task.key, task.number)
+        if not task.is_committed:
+            try:
+                self._patiently(commit, self.place, task.key, task.name, self._parent)
+            except Refusal:
+                if not self._is_there(task.name, task.diff_id):
+                    raise
+                self._patiently(self.place.remove, "active", task.key, task.number)  # another import was faster
+            else:
+                self._committed.append(task)
         self._release(task)
         self._parent = task.name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from snapfs.errors import FailedPrecondition, InvalidArgument, WrongParent
-from snapfs.labels import refuse_too_many
+from snapfs.labels import IMPORTING, refuse_too_many
 from snapfs.model import Kind, Ref
 from snapfs.rules.change import change
 from snapfs.rules.digest import forgotten
@@ -52,6 +52,7 @@ def commit(
         raise InvalidArgument(f'snapshot "{name}" cannot be its own parent')
     refuse_taken(writer, name, number)
     kept = {**(record.labels if keep_labels else {}), **labels}
+    kept.pop(IMPORTING, None)  # it is imported by that
     refuse_too_many(name, kept, record.labels)
     above = _new_parent(root, writer, record, parent) if parent else record.parent
     if refuse_mounted:
