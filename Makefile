@@ -20,7 +20,7 @@ PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 RUN_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev mount util-linux
-TEST_PACKAGES := acl bsdutils btrfs-progs bubblewrap busybox-static containerd curl dash dbus docker-registry e2fsprogs ed fio fish git imagemagick l3afpad libarchive-tools libglib2.0-bin locales mc nodejs openbox pcmanfm perl-base plocate postgresql procps rsync runc skopeo systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler uidmap vim xclip xdotool xfsprogs xvfb zsh
+TEST_PACKAGES := acl bsdutils btrfs-progs bubblewrap busybox-static containerd curl dash dbus docker-registry e2fsprogs ed fio fish git imagemagick l3afpad libarchive-tools libglib2.0-bin locales mc nodejs openbox pcmanfm perl-base plocate podman postgresql procps rsync runc skopeo systemd tar thunar tmux tracker tracker-extract tracker-miner-fs tree tumbler uidmap umoci vim xclip xdotool xfsprogs xvfb zsh
 DESKTOP_PACKAGES := baloo-kf5 samba samba-vfs-modules smbclient zenity
 PICTURE_PACKAGES := dbus imagemagick openbox pcmanfm tree util-linux xdotool xterm xvfb
 FRESH_PACKAGES := debian-archive-keyring e2fsprogs git mmdebstrap util-linux

@@ -20,6 +20,7 @@ import zstandard
 from snapfs.images.configuration import Step, architecture, configuration
 from tests.command import Command, held
 from tests.syscalls import EVERY, KILL, Server, running
+from tests.trees import everything
 
 pytestmark = pytest.mark.mounts
 
@@ -177,6 +178,52 @@ def test_skopeo_reads_it(chain: Command, tmp_path: Path, monkeypatch: pytest.Mon
     words = ["skopeo", "copy", "--quiet", "--insecure-policy", place, "oci:read:v1"]
     subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
     assert Layout(tmp_path / "read").layers("v1") == [layer(chain, "base"), layer(chain, "v1")]
+
+
+def test_skopeo_tells_of_it(chain: Command, tmp_path: Path) -> None:
+    for place in (f"oci:{tmp_path}/images:v1", f"oci-archive:{tmp_path}/oci.tar:v1", f"docker-archive:{tmp_path}/d.tar:shop:1"):
+        chain("export", "v1", place)
+        told = json.loads(subprocess.run(["skopeo", "inspect", place], capture_output=True, check=True).stdout)
+        assert (told["Architecture"], told["Os"], len(told["Layers"])) == (architecture(), "linux", 2)
+
+
+def test_podman_takes_it(chain: Command, tmp_path: Path) -> None:
+    """And what it saves of it are the same layers, found again."""
+    ids = [digest(layer(chain, name)) for name in ("base", "v1")]
+    own = [f"--{name}={tmp_path}/podman-{name}" for name in ("root", "runroot", "tmpdir")]
+
+    def podman(*words: str) -> str:
+        return subprocess.run(
+            ["podman", *own, "--storage-driver=vfs", "--runtime=runc", *words], capture_output=True, text=True, check=True
+        ).stdout
+
+    (tmp_path / "ours").mkdir()
+    found = set()
+    for transport in ("docker-archive", "oci-archive"):
+        name = f"test.local/{transport}:1"
+        chain("export", "v1", f"{transport}:{tmp_path}/ours/{transport}:{name}")
+        assert podman("load", "--input", f"{tmp_path}/ours/{transport}") == f"Loaded image: {name}\n"
+        assert json.loads(podman("image", "inspect", name))[0]["RootFS"]["Layers"] == ids
+        podman("save", "--quiet", "--format", transport, "--output", f"{tmp_path}/{transport}", name)
+        found.add(chain("import", f"{transport}:{tmp_path}/{transport}").strip())
+    (top,) = found
+    assert json.loads((Path(top) / "image.json").read_text())["rootfs"]["diff_ids"] == ids
+    assert (Path(top) / "layer.tar").read_bytes() == layer(chain, "v1")
+    assert sorted(os.listdir(f"{top}/rootfs/")) == ["d", "kept", "new"]
+
+
+def test_umoci_unpacks_it(chain: Command, tmp_path: Path) -> None:
+    chain("export", "v1", f"oci:{tmp_path}/images:v1")
+    words = ["umoci", "unpack", "--image", f"{tmp_path}/images:v1", str(tmp_path / "bundle")]
+    subprocess.run(words, capture_output=True, check=True)
+    ours, theirs = everything((chain.mnt / "committed/v1/rootfs").resolve()), everything(tmp_path / "bundle/rootfs")
+    assert theirs.keys() == {".", "d", "d/two", "kept", "new"}
+    for path, seen in theirs.items():  # its times are whole seconds
+        assert [seen[nth] for nth in (0, 1, 3)] == [ours[path][nth] for nth in (0, 1, 3)]  # type: ignore[index]
+    told = subprocess.run(
+        ["umoci", "stat", "--json", "--image", f"{tmp_path}/images:v1"], capture_output=True, check=True
+    ).stdout
+    assert [each["created_by"] for each in json.loads(told)["history"]] == ["snapfs commit", "why"]
 
 
 def test_places_of_skopeo(chain: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
