@@ -261,6 +261,24 @@ def test_refusals(chain: Command, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_a_full_disk(chain: Command, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sentence, and nothing is left, wherever the image goes; nor of what skopeo is to take there."""
+    (chain.mnt / "committed/v1/active/big").mkdir()
+    (chain.mnt / "active/big/rootfs/big").write_bytes(os.urandom(32 << 20))
+    os.rename(chain.mnt / "active/big", chain.mnt / "committed/v2")
+    chain("export", "v1", f"oci:{small_disk}/images:v1")
+    before = sorted(str(path) for path in small_disk.rglob("*"))
+    for transport in ("oci", "oci-archive", "docker-archive"):
+        place = f"{transport}:{small_disk}/{'images' if transport == 'oci' else 'archive'}:v2"
+        assert "No space left on device" in chain("export", "v2", place, status=1)
+        assert sorted(str(path) for path in small_disk.rglob("*")) == before
+    assert len(Layout(small_disk / "images").layers("v1")) == 2
+    monkeypatch.setenv("TMPDIR", str(small_disk))
+    said = chain("export", "v2", "docker://localhost:1/v2", status=1)
+    assert f"{small_disk}, where it is made first: No space left on device: $TMPDIR names another place" in said
+    assert sorted(str(path) for path in small_disk.rglob("*")) == before
+
+
 def test_a_layout_that_was_damaged(chain: Command, tmp_path: Path) -> None:
     """What is there counts only if it is what it is named by; an index that can't be read is not replaced."""
     place = f"oci:{tmp_path}/images"

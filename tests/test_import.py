@@ -347,6 +347,22 @@ def test_bombs(command: Command, layout: Layout, tmp_path: Path) -> None:
     command("import", *ROOMY, str(tmp_path / "bomb"))
 
 
+def test_bombs_on_their_way(command: Command, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an archive of an image becomes before its layers are unpacked counts, and what skopeo fetches."""
+    (tmp_path / "spool").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "spool"))
+    layout.add("t", [Layer().add("zeros", bytes(70 << 20)).done()])
+    with layout.archive(tmp_path / "tar").open("rb") as file, gzip.open(tmp_path / "bomb", "wb") as packed:
+        shutil.copyfileobj(file, packed)
+    assert "more than 200 times what it takes packed" in refused(command, f"oci-archive:{tmp_path}/bomb")
+    for words in ((f"oci-archive:{tmp_path}/bomb", *ROOMY), (f"docker-archive:{tmp_path}/bomb", *ROOMY)):
+        assert "unpacked it takes more than 1048576 bytes, as many as --max-size" in refused(command, "--max-size=1M", *words)
+    place = f"dir:{tmp_path}/copied"
+    subprocess.run(["skopeo", "copy", "--quiet", "--insecure-policy", f"oci:{layout.top}:t", place], check=True)
+    assert "what is fetched takes more than 1048576 bytes, as many as --max-size" in refused(command, "--max-size=1M", place)
+    assert os.listdir(tmp_path / "spool") == []
+
+
 def test_an_image_for_another_machine(command: Command, layout: Layout) -> None:
     other = "s390x"
     top = layout.add("t", three(), machine=other)
@@ -397,6 +413,25 @@ def test_a_full_disk(make_daemon: Callable[..., Daemon], small_disk: Path, layou
     command("import", f"oci:{layout.top}:small")
     settled(daemon.mnt, tars[:3])
     assert daemon.stop() == 0
+
+
+def test_a_full_disk_on_the_way(
+    command: Command, small_disk: Path, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where archives are unpacked first, and where skopeo puts what it fetches."""
+    monkeypatch.setenv("TMPDIR", str(small_disk))
+    before = os.listdir(small_disk)
+    layout.add("t", [Layer().add("big", os.urandom(32 << 20)).done()])
+    with layout.archive(tmp_path / "tar").open("rb") as file, gzip.open(tmp_path / "packed", "wb", 1) as packed:
+        shutil.copyfileobj(file, packed)
+    said = refused(command, f"oci-archive:{tmp_path}/packed")
+    assert f"{small_disk}, where it is unpacked first: No space left on device: $TMPDIR names another place" in said
+    place = f"dir:{tmp_path}/copied"
+    subprocess.run(["skopeo", "copy", "--quiet", "--insecure-policy", f"oci:{layout.top}:t", place], check=True)
+    said = refused(command, place)
+    assert f"{small_disk}/snapfs-image-" in said
+    assert "no space left on device" in said
+    assert os.listdir(small_disk) == before
 
 
 def test_more_layers_than_can_be_mounted(command: Command, layout: Layout) -> None:

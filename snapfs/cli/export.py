@@ -193,7 +193,7 @@ def _known(place: MountedTree, name: str) -> dict[str, Any]:
 
 def _by_skopeo(place: MountedTree, name: str, layers: list[_Layer], destination: str, how: str) -> None:
     """Make a layout in a directory of its own, which skopeo takes to ``destination``."""
-    from snapfs.images import fetching, writing
+    from snapfs.images import fetching, layouts, writing
 
     progress, began = Progress(), time.monotonic()
     told = (lambda: progress.show_waiting(f"to {destination}", time.monotonic() - began)) if progress.is_shown else None
@@ -201,6 +201,9 @@ def _by_skopeo(place: MountedTree, name: str, layers: list[_Layer], destination:
         with fetching.sent(destination, told) as layout:
             _write(place, name, layers, writing.OciDirectory(layout, fetching.TAG, how))
             began = time.monotonic()
+    except OSError as error:
+        words = f"{layouts.spool()}, where it is made first: {error.strerror}: $TMPDIR names another place"
+        raise Refusal(f"cannot write {destination}: {words}") from None
     finally:
         progress.clear()
     table.show_line(destination)

@@ -31,9 +31,10 @@ from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, TAKEN, USAGE, Refusal, missing
 from snapfs.images import fetching
 from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, chain_id, docker_image, oci_image
+from snapfs.images.limits import Limits
 from snapfs.images.unfit import Unfit
 from snapfs.images.working import FAILED as BROKEN
-from snapfs.images.working import FINISHED, UNFIT, UNPACKED, Limits, Place, Worker
+from snapfs.images.working import FINISHED, UNFIT, UNPACKED, Place, Worker
 from snapfs.labels import DIFF_ID, IMPORTING
 from snapfs.mountspec import MOST_LOWERS
 from snapfs.names import printable, shown, word
@@ -313,10 +314,11 @@ class _Import:
     def _hear(self, task: _Task) -> None:
         assert task.worker is not None
         message = task.worker.hear()
-        if sum(each.worker.size for each in self._tasks if each.worker is not None) > (self._limits.size or 1 << 63):
-            raise self._refusal(f"unpacked it takes more than {self._limits.size} bytes, as many as --max-size allows")
-        if sum(each.worker.files for each in self._tasks if each.worker is not None) > (self._limits.files or 1 << 63):
-            raise self._refusal(f"it has more than {self._limits.files} files, as many as --max-files allows")
+        try:
+            self._limits.refuse_size(sum(each.worker.size for each in self._tasks if each.worker is not None))
+            self._limits.refuse_files(sum(each.worker.files for each in self._tasks if each.worker is not None))
+        except Unfit as unfit:
+            raise self._refusal(str(unfit)) from None
         if not message:
             return
         kind, *told = message
@@ -431,7 +433,7 @@ def _brought(given: Given, place: MountedTree, naming: _Naming, limits: Limits, 
 
     with contextlib.ExitStack() as held:
         try:
-            found = _opened(source, held, known, foreign=given.has("force"))
+            found = _opened(source, held, known, limits, foreign=given.has("force"))
         except Unfit as unfit:
             raise Refusal(f"cannot import {printable(source)}: {unfit}") from None
         except OSError as error:
@@ -474,7 +476,9 @@ def _parent_of(place: MountedTree, given: str) -> str:
     return parent
 
 
-def _opened(source: str, held: contextlib.ExitStack, known: Callable[[list[str]], int], *, foreign: bool) -> Image | Layer:
+def _opened(
+    source: str, held: contextlib.ExitStack, known: Callable[[list[str]], int], limits: Limits, *, foreign: bool
+) -> Image | Layer:
     """What ``source`` names; ``known`` is as in ``fetched``.  Raises Refusal, Unfit, and OSError."""
     transport, colon, rest = source.partition(":")
     if source == "-":
@@ -484,7 +488,7 @@ def _opened(source: str, held: contextlib.ExitStack, known: Callable[[list[str]]
         return oci_image(DirectoryFiles(path), tag, foreign=foreign)
     if colon and transport in ("oci-archive", "docker-archive"):
         path, tag = _split(rest, lambda path: os.path.exists(path) and not os.path.isdir(path))
-        files = ArchiveFiles(path)
+        files = ArchiveFiles(path, limits)
         return (oci_image if transport == "oci-archive" else docker_image)(files, tag, foreign=foreign)
     if os.path.lexists(source):
         return _archive(source)
@@ -494,8 +498,12 @@ def _opened(source: str, held: contextlib.ExitStack, known: Callable[[list[str]]
         sources = "oci:DIR, oci-archive:FILE, docker-archive:FILE, docker://HOST/NAME:TAG, and an archive of a layer, are"
         raise Refusal(f"cannot import {printable(source)}: it is neither a file nor an image: {sources}", USAGE)
     progress = Progress()
+
+    def told(size: int) -> None:
+        progress.show_size("fetching", size)
+        limits.refuse_size(size, "what is fetched takes")
+
     try:
-        told = (lambda size: progress.show_size("fetching", size)) if progress.is_shown else None
         layout = held.enter_context(fetching.fetched(source, foreign=foreign, known=known, told=told))
     finally:
         progress.clear()

@@ -51,12 +51,12 @@ def fetched(
     *,
     foreign: bool,
     known: Callable[[list[str]], int],
-    told: Callable[[int], None] | None,
+    told: Callable[[int], None],
 ) -> Iterator[Layout]:
     """For a block: the image ``source`` (``docker://host/name:tag``), in a directory that nobody else can enter.  What is for
     another machine is fetched only if ``foreign``.  From a registry only those layers are fetched that are not among the
     lowest, of which ``known`` says how many there are already, from the diff ids of all; and that have not arrived before, for
-    an import that was interrupted.  ``told`` is called with the bytes that have arrived so far.
+    an import that was interrupted.  ``told`` is called with the bytes that have arrived so far, and may raise Unfit.
 
     Raises Unfit, and OSError; and Unfinished, where the block may raise it, too."""
     program = find(source)
@@ -64,13 +64,17 @@ def fetched(
         layout = f"{directory}/oci"
         absent = _spared(program, source, layout, foreign=foreign, known=known)
         copy = [program, "copy", "--quiet", "--dest-oci-accept-uncompressed-layers"]
-        arrived = None if told is None else (lambda: told(_size(directory)))
-        said = _ran([*copy, "--", source, f"oci:{layout}:{TAG}"], arrived)[1]
+
+        def copied(*how: str) -> str:
+            return _ran([*copy, *how, "--", source, f"oci:{layout}:{TAG}"], lambda: told(_size(directory)))[1]
+
+        said = copied()
         if said and _OF_OTHERS in said:
             _refuse_others(said, foreign=foreign)
-            said = _ran([*copy, "--all", "--", source, f"oci:{layout}:{TAG}"], arrived)[1]
+            said = copied("--all")
         if said:
             _refuse(said, has_some=_has_some(directory))
+        told(_size(directory))
         yield Layout(layout, absent)
 
 
@@ -168,7 +172,7 @@ def _private(prefix: str) -> Iterator[str]:
     for left in _left(prefix):
         if os.stat(left).st_mtime < time.time() - _OLD[prefix]:
             shutil.rmtree(left, ignore_errors=True)
-    directory = tempfile.mkdtemp(prefix=prefix, dir=_place())
+    directory = tempfile.mkdtemp(prefix=prefix, dir=layouts.spool())
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     keeps = False
     try:
@@ -183,13 +187,9 @@ def _private(prefix: str) -> Iterator[str]:
         os.close(lock)
 
 
-def _place() -> str:
-    return os.environ.get("TMPDIR", "/var/tmp")
-
-
 def _left(prefix: str) -> Iterator[str]:
     """The directories that processes of this user have left which did not come to their end; each is locked until the next."""
-    place = _place()
+    place = layouts.spool()
     for name in os.listdir(place):
         if name.startswith(prefix):
             with contextlib.suppress(OSError):

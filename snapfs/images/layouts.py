@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from snapfs.images.compression import unpacked
 from snapfs.images.configuration import architecture
+from snapfs.images.limits import Limits
 from snapfs.images.tarreader import DIRECTORY, FILE, HARD_LINK, LINK, Stream, TarReader
 from snapfs.images.unfit import Elsewhere, Unfit
 from snapfs.names import shown
@@ -121,16 +122,16 @@ class DirectoryFiles:
 
 class ArchiveFiles:
     """The files of the archive ``path``, which is read from beginning to end for their places, and unpacked to a nameless file
-    before where it is packed.  Raises Unfit, and OSError."""
+    before where it is packed, within ``limits``.  Raises Unfit, and OSError."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, limits: Limits) -> None:
         self.where = path
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(fd)
         is_regular = stat.S_ISREG(status.st_mode)
         whole = Blob(fd, 0, status.st_size if is_regular else -1, path)
         if not is_regular or os.pread(fd, 262, 0)[257:] != b"ustar":  # a pipe, or packed
-            whole = _unpacked_to_disk(whole)
+            whole = _unpacked_to_disk(whole, limits)
         self._fd = whole.fd
         self._places: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
@@ -184,13 +185,30 @@ class _Seeking(Stream):
         return self._here <= self._blob.size
 
 
-def _unpacked_to_disk(blob: Blob) -> Blob:
+def _unpacked_to_disk(blob: Blob, limits: Limits) -> Blob:
     """What is in ``blob``, in a nameless file in TMPDIR or /var/tmp."""
-    with tempfile.TemporaryFile(dir=os.environ.get("TMPDIR", "/var/tmp"), buffering=0) as file:
-        for piece in unpacked(blob.reader()):
-            file.write(piece)
+    read, packed, place = blob.reader(), 0, spool()
+
+    def counted(count: int) -> bytes:
+        nonlocal packed
+        found = read(count)
+        packed += len(found)
+        return found
+
+    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+        for piece in unpacked(counted):
+            try:
+                file.write(piece)
+            except OSError as error:
+                raise Unfit(f"{place}, where it is unpacked first: {error.strerror}: $TMPDIR names another place") from None
+            limits.refuse_bomb(file.tell(), packed)
         fd = os.dup(file.fileno())
     return Blob(fd, 0, os.fstat(fd).st_size, blob.what)
+
+
+def spool() -> str:
+    """Where images are kept for as long as an import or an export takes."""
+    return os.environ.get("TMPDIR", "/var/tmp")
 
 
 # -- from files to an image

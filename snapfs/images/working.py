@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from snapfs.images.compression import unpacked
 from snapfs.images.layouts import Layer
+from snapfs.images.limits import Limits
 from snapfs.images.tarreader import Stream, TarReader
 from snapfs.images.unfit import Unfit
 from snapfs.images.unpacking import Owners, Unpacking
@@ -29,20 +30,10 @@ from snapfs.kernel import libc, mounting, subids, userns
 _AHEAD = 8  # pieces that are unpacked before somebody wants them
 _EVERY = 0.1  # seconds between two messages of how far it is
 _PR_SET_PDEATHSIG = 1
-_SHORTEST = 64 << 20  # bytes of which it does not matter how much larger than packed they are
 
 PROGRESS, UNPACKED, FINISHED, UNFIT, FAILED = "progress", "unpacked", "finished", "unfit", "failed"
 """What a worker says: [PROGRESS, files, bytes]; [UNPACKED, diff id]; [FINISHED, [foreign, bare, device]], as of ``Left``;
 [UNFIT, why]; [FAILED, errno, words]."""
-
-
-class Limits(NamedTuple):
-    """How much may come out of one import: bytes and entries of all its layers, and how many times as large as it is packed
-    a layer may be.  0: as much as there is."""
-
-    size: int
-    files: int
-    ratio: int
 
 
 class Place(NamedTuple):
@@ -195,8 +186,7 @@ class _Work:
             self._left = [left.foreign, left.bare, left.device]
 
     def _tell(self, unpacking: Unpacking) -> None:
-        if self._limits.files and unpacking.files > self._limits.files:
-            raise Unfit(f"it has more than {self._limits.files} files, as many as --max-files allows")
+        self._limits.refuse_files(unpacking.files)
         now = time.monotonic()
         if now - self._told >= _EVERY:
             self._told = now
@@ -264,7 +254,7 @@ class _Feed:
             for piece in unpacked(self._reader()):
                 self._diff.update(piece)
                 self._unpacked += len(piece)
-                self._refuse_bomb()
+                self._limits.refuse_bomb(self._unpacked, self._packed)
                 self._pieces.put(piece)
                 if self._left:
                     return
@@ -290,11 +280,3 @@ class _Feed:
             return found
 
         return hashed
-
-    def _refuse_bomb(self) -> None:
-        size, _, ratio = self._limits
-        if size and self._unpacked > size:
-            raise Unfit(f"unpacked it takes more than {size} bytes, as many as --max-size allows")
-        if ratio and self._unpacked > _SHORTEST and self._unpacked > ratio * self._packed:
-            words = f"unpacked it takes more than {ratio} times what it takes packed ({self._packed} bytes)"
-            raise Unfit(f"{words}, as many as --max-ratio allows")
