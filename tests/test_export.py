@@ -234,7 +234,10 @@ def test_places_of_skopeo(chain: Command, tmp_path: Path, monkeypatch: pytest.Mo
         for each in manifest["layers"]
     ]
     assert layers == [layer(chain, "base"), layer(chain, "v1")]
-    assert "skopeo can't take it there" in chain("export", "v1", f"nowhere:{tmp_path}/copied", status=1)
+    assert '"nowhere" is no transport that is known: oci docker ' in chain(
+        "export", "v1", f"nowhere:{tmp_path}/copied", status=1
+    )
+    assert "skopeo can't take it there" in chain("export", "v1", f"dir:{tmp_path}/none/copied", status=1)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "skopeo is not installed" in chain("export", "v1", "docker://localhost/v1", status=1)
 

@@ -259,6 +259,7 @@ def test_what_is_no_image(command: Command, layout: Layout, tmp_path: Path) -> N
     assert "several images: say which, as in oci:DIR:TAG" in refused(command, top)
     assert "is neither a file nor an image" in refused(command, "nonsense", status=2)
     assert "no such file" in refused(command, str(tmp_path / "x.tar"), status=3)
+    assert "it is the archive of an image, and none of a layer" in refused(command, str(layout.archive(tmp_path / "image.tar")))
     assert "No such file" in refused(command, f"oci:{tmp_path}/none", status=3)
     assert "is no OCI layout" in refused(command, f"oci:{tmp_path}")
     assert f"as a layout of images it is oci:{layout.top}" in refused(command, str(layout.top))
@@ -386,7 +387,11 @@ def test_an_image_for_another_machine(command: Command, layout: Layout) -> None:
 
 
 def test_skopeo_and_what_it_does_not_know(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "skopeo can't fetch it: " in refused(command, "nowhere:x")
+    registry = "an image of a registry is docker://HOST/NAME:TAG, as docker://docker.io/library/alpine:3.20"
+    for place in ("nowhere:x", "alpine:3.20"):
+        said = refused(command, place)
+        assert f'"{place.partition(":")[0]}" is no transport that is known: oci docker ' in said
+        assert said.endswith(f" are some; {registry}\n")
     assert "skopeo can't fetch it: " in refused(command, f"dir:{tmp_path}")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "skopeo is not installed, which knows docker: images" in refused(command, "docker://host/name:tag")
@@ -639,6 +644,17 @@ def test_a_name_that_is_taken(command: Command, layout: Layout) -> None:
     command("import", "--replace", f"oci:{layout.top}:two", "again")
     assert json.loads(path.read_text())["config"]["Cmd"] == ["/bin/sh"]
     assert sorted(os.listdir(command.mnt / "images")) == ["again", "app"]
+
+
+def test_a_name_that_is_not_written_as_an_image(command: Command, layout: Layout, tmp_path: Path) -> None:
+    top = layout.add("t", three())
+    command("import", f"oci:{layout.top}", "host/app:1.0")
+    said = 'no snapshot is called "host/app:1.0", but an image is: write images/host/app:1.0\n'
+    for words in (["prepare", "w", "--parent"], ["rm"], ["export"], ["diff"]):
+        after = [f"oci:{tmp_path}/out"] * (words == ["export"])
+        assert command(*words, "host/app:1.0", *after, status=3) == f"snapfs: {said}"
+    assert command("prepare", "w", "--parent", "images/host/app:1.0")
+    assert info(command.mnt / "active/w")["parent"] == top
 
 
 def test_a_name_in_images(command: Command, layout: Layout) -> None:

@@ -7,7 +7,7 @@ import errno
 import time
 
 from snapfs.cli.place import key_of
-from snapfs.cli.refusal import NOT_FOUND, Refusal, missing
+from snapfs.cli.refusal import NOT_FOUND, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def commanded(
     except Refusal as refused:
         there = place.kind_of(key) if refused.status == NOT_FOUND else kind
         if there is None:
-            raise missing(key, place.path) from None
+            raise place.missing(key) from None
         if there != kind:
             raise Refusal(f'"{key}" is {there}: {_OF[kind]}', NOT_FOUND) from None
         raise

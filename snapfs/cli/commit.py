@@ -6,7 +6,7 @@ from snapfs.cli import table
 from snapfs.cli.commanding import SYNC, persistently
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import find_tree
-from snapfs.cli.refusal import NOT_FOUND, TAKEN, Refusal, missing
+from snapfs.cli.refusal import NOT_FOUND, TAKEN, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def commit(place: MountedTree, key: str, name: str, parent: str | None = None) -
         if refused.status == NOT_FOUND:
             kind = place.kind_of(key)
             if kind is None:
-                raise missing(key, place.path) from None
+                raise place.missing(key) from None
             if kind != "active":
                 raise Refusal(f'"{key}" is {kind}: only active snapshots can be committed', NOT_FOUND) from None
             if parent is not None:

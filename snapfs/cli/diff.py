@@ -10,7 +10,7 @@ import sys
 from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.place import MountedTree, file_name, find_tree
-from snapfs.cli.refusal import NOT_FOUND, USAGE, Refusal, missing
+from snapfs.cli.refusal import NOT_FOUND, USAGE, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _second(place: MountedTree, first: str, word: str) -> str | None:
         if place.kind_of(key) is not None:
             return key
         if word.startswith(f"{place.path}/"):
-            raise missing(key, place.path)
+            raise place.missing(key)
     if word.startswith(("/", "./")):
         return None
     advice = f"a path goes after --, as in snapfs diff {names.word(first)} -- {names.word(word)}"

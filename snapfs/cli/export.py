@@ -11,7 +11,7 @@ from snapfs.cli.commanding import commanded
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import MountedTree, file_name, find_tree
 from snapfs.cli.progress import Progress
-from snapfs.cli.refusal import FAILED, NOT_FOUND, USAGE, Refusal, missing
+from snapfs.cli.refusal import FAILED, NOT_FOUND, USAGE, Refusal
 from snapfs.labels import MESSAGE
 
 TYPE_CHECKING = False
@@ -76,7 +76,7 @@ def _export(given: Given) -> int:
     name, destination = place.key(given.arguments[0]), given.arguments[1]
     kind = place.kind_of(name)
     if kind is None:
-        raise missing(name, place.path)
+        raise place.missing(name)
     if kind != "committed":
         to_do = place.command("checkpoint", name) if kind == "active" else "name what it stands on"
         raise Refusal(f'"{name}" is {kind}: only committed snapshots have layers that stay as they are; {to_do}', NOT_FOUND)

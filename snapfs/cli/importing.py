@@ -28,7 +28,7 @@ from snapfs.cli.listing import images
 from snapfs.cli.place import MountedTree, file_name, find_tree, key_of
 from snapfs.cli.prepare import make
 from snapfs.cli.progress import Progress
-from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, TAKEN, USAGE, Refusal, missing
+from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, TAKEN, USAGE, Refusal
 from snapfs.images import fetching
 from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, chain_id, docker_image, oci_image
 from snapfs.images.limits import Limits
@@ -466,7 +466,7 @@ def _parent_of(place: MountedTree, given: str) -> str:
     parent = place.key(given)
     kind = place.kind_of(parent)
     if kind is None:
-        raise missing(parent, place.path)
+        raise place.missing(parent)
     if kind != "committed":
         raise place.wrong_parent(parent)
     if not _CHAIN.fullmatch(parent) or not label_of(place, place.directory(kind, parent), DIFF_ID):

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from snapfs.cli.refusal import NO_TREE, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, changed, last_words, missing, refusal
+from snapfs.cli.refusal import NO_TREE, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, changed, last_words, refusal
 from snapfs.cli.within import Within
 
 TYPE_CHECKING = False
@@ -182,8 +182,21 @@ class MountedTree:
         """Kind and directory of snapshot ``key``; raises Refusal."""
         kind = self.kind_of(key)
         if kind is None:
-            raise missing(key, self.path)
+            raise self.missing(key)
         return kind, self.directory(kind, key)
+
+    def missing(self, key: str) -> Refusal:
+        """The refusal that says that there is no snapshot ``key``."""
+        return self._no_image(key) or Refusal(f'snapshot "{key}" does not exist in {self.path}; snapfs ls lists all', NOT_FOUND)
+
+    def _no_image(self, key: str) -> Refusal | None:
+        """The same where ``key`` is what images/ calls another."""
+        try:
+            is_image = self.within.exists(f"{self.path}/images/{file_name(key)}")
+        except (OSError, Refusal):
+            is_image = False
+        words = f'no snapshot is called "{key}", but an image is: write images/{key}'
+        return Refusal(words, NOT_FOUND) if is_image else None
 
     def do(self, what: str, operations: Sequence[str], call: Callable[..., object], *arguments: object) -> None:
         """Call ``call`` with ``arguments``; where it raises OSError, raises Refusal with the sentence that the tree has logged
@@ -321,6 +334,8 @@ class MountedTree:
     def wrong_parent(self, parent: str) -> Refusal:
         """The refusal that says why no snapshot can stand on ``parent``, which is not among the committed snapshots."""
         there = self.kind_of(parent)
+        if there is None and (image := self._no_image(parent)) is not None:
+            return image
         why = f'"{parent}" is {there}: only a committed snapshot can be a parent' if there else ""
         lost = f'parent snapshot "{parent}" does not exist in {self.path}; snapfs ls --kind committed lists all'
         return Refusal(why or lost, NOT_FOUND)

@@ -14,7 +14,7 @@ from snapfs.cli.keeping import Keep, Step, called, checkpoints
 from snapfs.cli.listing import Row, children_first, images, rows
 from snapfs.cli.place import MountedTree, checked_kinds, find_tree
 from snapfs.cli.progress import Progress
-from snapfs.cli.refusal import NOT_FOUND, USAGE, Refusal, missing
+from snapfs.cli.refusal import NOT_FOUND, USAGE, Refusal
 from snapfs.cli.rm import remove
 from snapfs.labels import PIN
 
@@ -85,7 +85,7 @@ def _thin(given: Given) -> int:
     everything, keys = rows(place), [place.key(word) for word in given.arguments]
     for key in keys:
         if not checkpoints(everything, [key]) and place.kind_of(key) is None:
-            raise missing(key, place.path)
+            raise place.missing(key)
     steps, staying = keeping.choose(everything, Keep(*counts), keys, _named(place))
     removed, refused = (steps, []) if given.has("dry-run") else _do(place, steps)
     _tell(given, [step.row for step in removed], staying)

@@ -35,11 +35,6 @@ class Refusal(Exception):
         self.status = status
 
 
-def missing(key: str, tree: str) -> Refusal:
-    """The refusal that says that there is no snapshot ``key`` in the tree at ``tree``."""
-    return Refusal(f'snapshot "{key}" does not exist in {tree}; snapfs ls lists all', NOT_FOUND)
-
-
 def changed(key: str, status: int = BUSY) -> Refusal:
     """The refusal that says that the snapshot ``key`` is no longer what it was."""
     return Refusal(f'"{key}" was committed or removed a moment ago: see snapfs ls, and try again', status)

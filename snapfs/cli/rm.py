@@ -7,7 +7,7 @@ from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.listing import children_first, rows, with_descendants
 from snapfs.cli.place import file_name, find_tree
 from snapfs.cli.progress import Progress
-from snapfs.cli.refusal import NOT_FOUND, USAGE, Refusal, missing
+from snapfs.cli.refusal import NOT_FOUND, USAGE, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _rm(given: Given) -> int:
     known = {row.name: row for row in everything}
     for name in names:
         if name not in known and not given.has("force"):
-            table.complain(missing(name, place.path))
+            table.complain(place.missing(name))
             status = NOT_FOUND
     if given.has("recursive"):
         wanted = with_descendants(everything, names)

@@ -6,7 +6,6 @@ from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Verb
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import find_tree
-from snapfs.cli.refusal import missing
 
 
 def _tree(given: Given) -> int:
@@ -20,7 +19,7 @@ def _tree(given: Given) -> int:
         name = place.key(given.arguments[0])
         tops = [row for row in everything if row.name == name]
         if not tops:
-            raise missing(name, place.path)
+            raise place.missing(name)
     if given.has("json"):
         shown = {row.name: {**row.shown(), "children": []} for row in everything}
         for row in everything:

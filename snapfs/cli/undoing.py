@@ -20,7 +20,7 @@ from snapfs.cli.commit import commit
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import MountedTree
 from snapfs.cli.prepare import make
-from snapfs.cli.refusal import NOT_FOUND, NOT_PERMITTED, Refusal, missing
+from snapfs.cli.refusal import NOT_FOUND, NOT_PERMITTED, Refusal
 from snapfs.kernel.beneath import open_beneath
 from snapfs.labels import APPLY, SOURCE, UNDO, UNDONE
 from snapfs.scan.copying import open_regular
@@ -117,7 +117,7 @@ def find_undo(place: MountedTree, word: str | None) -> Row:
     if waiting:
         return waiting[-1]
     if key is not None and place.kind_of(key) is None and not any(row.labels[UNDO] == key for row in found):
-        raise missing(key, place.path)
+        raise place.missing(key)
     of = f' of "{key}"' if key is not None else ""
     raise Refusal(f"there is no apply{of} that could be undone; snapfs ls shows those that were: NAME-undo-1", NOT_FOUND)
 

@@ -15,7 +15,7 @@ from snapfs.cli import table
 from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.listing import Row, rows
 from snapfs.cli.place import MountedTree, file_name, find_tree, key_of
-from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, changed, missing
+from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal, changed
 from snapfs.cli.workspace import checkpoints
 
 TYPE_CHECKING = False
@@ -140,7 +140,7 @@ def _is_there(place: MountedTree, key: str, path: list[str]) -> bool:
 def _refuse_others(place: MountedTree, key: str) -> None:
     kind = place.kind_of(key)
     if kind is None:
-        raise missing(key, place.path)
+        raise place.missing(key)
     if kind != "active":
         raise Refusal(f'"{key}" is {kind}: a workspace is an active snapshot', NOT_FOUND)
 
@@ -253,7 +253,7 @@ def _source(place: MountedTree, key: str, word: str | None) -> str:
         name = place.key(word)
         kind = place.kind_of(name)
         if kind != "committed":
-            raise missing(name, place.path) if kind is None else Refusal(f'"{name}" is {kind}, and no checkpoint', NOT_FOUND)
+            raise place.missing(name) if kind is None else Refusal(f'"{name}" is {kind}, and no checkpoint', NOT_FOUND)
         return name
     if int(word) in kept:
         return kept[int(word)].name

@@ -11,7 +11,7 @@ from snapfs.cli import table
 from snapfs.cli.commanding import SYNC, commanded, persistently
 from snapfs.cli.grammar import JSON, Given, Option, Verb
 from snapfs.cli.place import file_name, find_tree
-from snapfs.cli.refusal import BUSY, NOT_PERMITTED, TAKEN, Refusal, missing
+from snapfs.cli.refusal import BUSY, NOT_PERMITTED, TAKEN, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _list(place: MountedTree, key: str, *, as_json: bool) -> int:
     everything = rows(place)
     found = checkpoints(everything, key)
     if not found and place.kind_of(key) is None:
-        raise missing(key, place.path)
+        raise place.missing(key)
     squashes = {row.labels[SQUASHED]: row.name for row in everything if row.labels.get(OF) == key and SQUASHED in row.labels}
     if as_json:
         table.show_json([{"checkpoint": n, **row.shown(), "squash": squashes.get(row.name)} for n, row in found.items()])

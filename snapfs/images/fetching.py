@@ -25,7 +25,9 @@ TRANSPORTS = ("docker", "docker-daemon", "containers-storage", "dir", "ostree", 
 TAG = "image"
 
 _OF_OTHERS = "no image found in"  # … manifest list for architecture
-_NAME = re.compile(r'^Error parsing image name "[^"]*": |^initializing source \S+: ')
+_NAME = re.compile(r'^Error parsing image name "[^"]*": |^initializing source \S+: |^Invalid (source|destination) name \S+: ')
+_LOGGED = re.compile(r'msg="(.*)"$')
+_UNKNOWN = re.compile(r'unknown transport "([^"]*)"')
 _FULL = "no space left on device"
 _FETCHED, _SENT = "snapfs-image-", "snapfs-export-"  # directories of this process's own
 _OLD = {_FETCHED: 86_400.0, _SENT: 60.0}
@@ -98,7 +100,7 @@ def find(place: str) -> str:
     if program is None:
         transport = place.partition(":")[0]
         if transport not in TRANSPORTS:
-            raise Unfit(f'"{printable(transport)}" is no transport that is known: {" ".join(("oci", *TRANSPORTS))} are some')
+            raise Unfit(_unknown(transport))
         raise Unfit(f"skopeo is not installed, which knows {transport}: images (Debian: apt-get install skopeo)")
     return program
 
@@ -248,6 +250,13 @@ def _ends_with_parent() -> None:
 
 def _said(stderr: bytes) -> str:
     """The last line of what skopeo has said, without what logs have before it, and the name that it was given."""
-    lines = stderr.decode(errors="replace").strip().splitlines() or [""]
-    text = lines[-1].partition('msg="')[2].rstrip('"').replace('\\"', '"') if 'msg="' in lines[-1] else lines[-1]
-    return printable(_NAME.sub("", text))[:1000]
+    last = (stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
+    logged = _LOGGED.search(last)
+    text = last if logged is None else logged[1].replace('\\"', '"')
+    unknown = _UNKNOWN.search(text)
+    return _unknown(unknown[1]) if unknown is not None else printable(_NAME.sub("", text))[:1000]
+
+
+def _unknown(transport: str) -> str:
+    words = f'"{printable(transport)}" is no transport that is known: {" ".join(("oci", *TRANSPORTS))} are some'
+    return f"{words}; an image of a registry is docker://HOST/NAME:TAG, as docker://docker.io/library/alpine:3.20"

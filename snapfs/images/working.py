@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import signal
 import socket
 import threading
@@ -30,6 +31,7 @@ from snapfs.kernel import libc, mounting, subids, userns
 _AHEAD = 8  # pieces that are unpacked before somebody wants them
 _EVERY = 0.1  # seconds between two messages of how far it is
 _PR_SET_PDEATHSIG = 1
+_OF_AN_IMAGE = re.compile(rb"(\./)?(blobs/|oci-layout$|index\.json$|manifest\.json$|[0-9a-f]{64}(/|\.json|\.tar))")
 
 PROGRESS, UNPACKED, FINISHED, UNFIT, FAILED = "progress", "unpacked", "finished", "unfit", "failed"
 """What a worker says: [PROGRESS, files, bytes]; [UNPACKED, diff id]; [FINISHED, [foreign, bare, device]], as of ``Left``;
@@ -169,7 +171,12 @@ class _Work:
         unpacking = Unpacking(top, aside, lowest=place.lowest, prefix=place.prefix, owners=self._enter())
         with _Feed(self._layer, self._limits) as feed:
             reader = TarReader(Stream(iter(feed)))
+            is_first = self._has_end
             while (entry := reader.next()) is not None:
+                if is_first and _OF_AN_IMAGE.match(entry.name):
+                    words = "it is the archive of an image, and none of a layer"
+                    raise Unfit(f"{words}: write docker-archive: or oci-archive: before its name")
+                is_first &= entry.name in (b".", b"./")
                 unpacking.add(entry, reader)
                 self._tell(unpacking)
             if self._has_end and not reader.has_end:
