@@ -75,6 +75,20 @@ def test_who_installs_packages_has_all_ids(home: Home) -> None:
     assert home.inside("w", "id -u; ls private", "--root", "--subids") == "0\nfile\n"
 
 
+def test_an_image_has_the_owners_that_are_seen_there(home: Home) -> None:
+    """And what is imported of it is the same layer."""
+    home.inside("w", "touch private made; chown 3:34 private; chown 0:65000 made", "--subids")
+    home.snapfs("commit", "w", "v1")
+    home.sh("cp tree/committed/v1/layer.tar .")
+    owners = home.sh("tar --numeric-owner -tvf layer.tar | awk '{print $2, $6}'").splitlines()
+    assert {"3/34 private", "0/65000 made"} <= set(owners)
+    (there,) = home.snapfs("import", "layer.tar").split()
+    for name in ("private", "made"):
+        ours, theirs = (home.sh(f"stat -c %u:%g {each}/rootfs/{name}") for each in ("tree/committed/v1", there))
+        assert ours == theirs
+    home.sh(f"cmp layer.tar {there}/layer.tar")
+
+
 def test_from_within_a_workspace_they_can_not_be_had(home: Home) -> None:
     """A program that stands in one has no right over them, so it is told."""
     command = f"{shlex.join(SNAPFS)} run --subids w -- id"

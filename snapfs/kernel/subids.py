@@ -9,7 +9,7 @@ import pwd
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -175,6 +175,29 @@ def _by_program(name: str, process: int, text: str) -> str:
         return ""
     said = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
     return f"{name} refuses: {said[0].removeprefix(f'{name}: ')}"
+
+
+def as_in_images() -> Callable[[int, int], tuple[int, int]]:
+    """What gives the uid and the gid that an image has for those that a file has here: this user's own are 0, and those that
+    root has lent, and this process's user namespace has, count from 1 on (``images/unpacking.py`` has the other way).  All
+    others are the same, and for root all are."""
+    own, lent = (os.geteuid(), os.getegid()), mapped_here()
+    if own[0] == 0:
+        return lambda uid, gid: (uid, gid)
+    # where it has the ids of the machine, 0 is among them
+    ranges = [() if any(first == 0 for first, _ in each) else each for each in (lent.uids, lent.gids)]
+    return lambda uid, gid: (_in_image(ranges[0], own[0], uid), _in_image(ranges[1], own[1], gid))
+
+
+def _in_image(ranges: Sequence[Range], own: int, number: int) -> int:
+    if number == own:
+        return 0
+    before = 1
+    for first, count in ranges:
+        if first <= number < first + count:
+            return before + number - first
+        before += count
+    return number
 
 
 class Owners:

@@ -66,15 +66,20 @@ _KINDS = {
 }
 
 
+Ids = Callable[[int, int], tuple[int, int]]
+
+
 def make_index(
     layer: str,
     *,
     below: str | None = None,
     prefix: str = PREFIX,
+    ids: Ids = lambda uid, gid: (uid, gid),
     checkpoint: Callable[[], None] = lambda: None,
     spool: str | None = None,
 ) -> LayerTar:
-    """The tar of the layer in the directory ``layer``, whose parent's is ``below`` (None: it has none).
+    """The tar of the layer in the directory ``layer``, whose parent's is ``below`` (None: it has none).  ``ids`` gives the uid
+    and the gid that a file has in there for those that it has.
 
     ``prefix``, ``checkpoint`` and ``spool`` are as for ``scan/changes.py``; the index stays in a nameless file in ``spool``.
     Blocks on the disk, so call it in a worker thread.  It works in one more, which goes from directory to directory, so that
@@ -91,7 +96,7 @@ def make_index(
             waiting = undoing.enter_context(closing(Spool(spool)))
             index = undoing.enter_context(closing(_Index(spool)))
             links = undoing.enter_context(closing(_FirstNames(spool)))
-            making = _Making(descriptors, index, links, prefix, is_lowest=below is None, has_workdir=has_workdir)
+            making = _Making(descriptors, index, links, prefix, ids, is_lowest=below is None, has_workdir=has_workdir)
             top = Directory(layer)
             making.add_top(top, below)
             for path, parent, name, directory in undoing.enter_context(closing(ordered(top, descriptors, waiting, checkpoint))):
@@ -114,10 +119,12 @@ class _Making:
         index: _Index,
         links: _FirstNames,
         prefix: str,
+        ids: Ids,
         *,
         is_lowest: bool,
         has_workdir: bool,
     ) -> None:
+        self._ids = ids
         self._descriptors = descriptors
         self._index = index
         self._links = links
@@ -136,12 +143,12 @@ class _Making:
         fd = self._descriptors.get(top)
         attributes = self._attributes(fd, list_xattrs(fd), b".")
         status = os.fstat(fd)
-        is_plain = _is_plain(status) and not attributes
+        is_plain = self._is_plain(status) and not attributes
         if is_plain and below is not None:
             with suppress(FileNotFoundError):
-                is_plain = _is_plain(os.lstat(below)) and not self._attributes(below, list_xattrs(below), b".")
+                is_plain = self._is_plain(os.lstat(below)) and not self._attributes(below, list_xattrs(below), b".")
         if not is_plain:
-            self._index.add(_header(b"./", tar.DIRECTORY, status, attributes=attributes))
+            self._index.add(self._header(b"./", tar.DIRECTORY, status, attributes=attributes))
         self._note_xwhiteouts(top, fd, list_xattrs(fd))
 
     def add_directory(self, path: bytes, directory: Directory) -> None:
@@ -150,12 +157,12 @@ class _Making:
         fd = self._open(directory, path)
         names = list_xattrs(fd)
         if not names:
-            self._index.add(_header(path + b"/", tar.DIRECTORY, os.fstat(fd)))
+            self._index.add(self._header(path + b"/", tar.DIRECTORY, os.fstat(fd)))
             return
         if self._redirect in names and not self._is_lowest:
             what = "was renamed in an overlay with redirect_dir=on: what is in it is elsewhere in the layers"
             raise FailedPrecondition(f'"{printable(os.fsdecode(path))}" {what}', public=f"a directory {what}")
-        self._index.add(_header(path + b"/", tar.DIRECTORY, os.fstat(fd), attributes=self._attributes(fd, names, path)))
+        self._index.add(self._header(path + b"/", tar.DIRECTORY, os.fstat(fd), attributes=self._attributes(fd, names, path)))
         self._note_xwhiteouts(directory, fd, names)
         if not self._is_lowest and self._opaque in names and os.getxattr(fd, self._opaque) == b"y":
             self._index.add(_empty(path + b"/" + _OPAQUE))
@@ -209,7 +216,7 @@ class _Making:
                 attributes = self._attributes(file, names, path)
             elif status.st_nlink == 1:  # as most are
                 size, mtime = status.st_size, status.st_mtime_ns
-                mode, uid, gid = status.st_mode & 0o7777, status.st_uid, status.st_gid
+                mode, (uid, gid) = status.st_mode & 0o7777, self._ids(status.st_uid, status.st_gid)
                 header = tar.header(path, kind, mode, uid, gid, mtime // 1_000_000_000, size=size)
                 if size:
                     self._index.add(header, path, size, status.st_ino, mtime)
@@ -217,14 +224,14 @@ class _Making:
                     self._index.add(header)
                 return
         if status.st_nlink > 1 and (first := self._links.first(status, path)) is not None:
-            self._index.add(_header(path, tar.HARD_LINK, status, target=first))
+            self._index.add(self._header(path, tar.HARD_LINK, status, target=first))
             return
         size = status.st_size if kind == tar.REGULAR else 0
         target = os.readlink(name, dir_fd=fd) if kind == tar.LINK else b""
         device = None
         if kind in (tar.CHARACTER_DEVICE, tar.BLOCK_DEVICE):
             device = os.major(status.st_rdev), os.minor(status.st_rdev)
-        header = _header(path, kind, status, size=size, target=target, device=device, attributes=attributes)
+        header = self._header(path, kind, status, size=size, target=target, device=device, attributes=attributes)
         if size:
             self._index.add(header, path, size, status.st_ino, status.st_mtime_ns)
         else:
@@ -244,10 +251,24 @@ class _Making:
             raise FailedPrecondition(f'"{shown(os.fsdecode(path))}" {what}', public=f"a file {what}") from None
         return {os.fsencode(name): value for name, value in found.items()}
 
+    def _is_plain(self, status: os.stat_result) -> bool:
+        """Whether the directory of a layer is as every runtime makes it."""
+        return (stat.S_IMODE(status.st_mode), *self._ids(status.st_uid, status.st_gid)) == (0o755, 0, 0)
 
-def _is_plain(status: os.stat_result) -> bool:
-    """Whether the directory of a layer is as every runtime makes it."""
-    return (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o755, 0, 0)
+    def _header(
+        self,
+        path: bytes,
+        kind: bytes,
+        status: os.stat_result,
+        *,
+        size: int = 0,
+        target: bytes = b"",
+        device: tuple[int, int] | None = None,
+        attributes: dict[bytes, bytes] | None = None,
+    ) -> bytes:
+        mode, mtime = stat.S_IMODE(status.st_mode), status.st_mtime_ns // 1_000_000_000
+        uid, gid = self._ids(status.st_uid, status.st_gid)
+        return tar.header(path, kind, mode, uid, gid, mtime, size=size, target=target, device=device, attributes=attributes)
 
 
 def _refuse_reserved(path: bytes) -> None:
@@ -255,22 +276,6 @@ def _refuse_reserved(path: bytes) -> None:
     if path.rpartition(b"/")[2].startswith(_WHITEOUT):
         what = "has a name that begins with .wh., which in a tar of a layer means that another file is deleted: rename it"
         raise FailedPrecondition(f'"{shown(os.fsdecode(path))}" {what}', public=f"a file {what}")
-
-
-def _header(
-    path: bytes,
-    kind: bytes,
-    status: os.stat_result,
-    *,
-    size: int = 0,
-    target: bytes = b"",
-    device: tuple[int, int] | None = None,
-    attributes: dict[bytes, bytes] | None = None,
-) -> bytes:
-    mode, mtime = stat.S_IMODE(status.st_mode), status.st_mtime_ns // 1_000_000_000
-    return tar.header(
-        path, kind, mode, status.st_uid, status.st_gid, mtime, size=size, target=target, device=device, attributes=attributes
-    )
 
 
 def _empty(path: bytes) -> bytes:

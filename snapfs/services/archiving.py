@@ -100,8 +100,8 @@ class Archiving:
 
         def make(checkpoint: Checkpoint) -> LayerTar:
             layers.refuse_damaged(number)
-            prefix = self._root.overlay_prefix
-            return make_index(layers.fs(number), below=below, prefix=prefix, checkpoint=checkpoint, spool=layers.root)
+            prefix, ids = self._root.overlay_prefix, subids.as_in_images()
+            return make_index(layers.fs(number), below=below, prefix=prefix, ids=ids, checkpoint=checkpoint, spool=layers.root)
 
         doing = f'make a tar of the layer of snapshot "{record.name}"'
         made = await self._in_turn(self._indexing, f"index of the tar of snapshot {number}", make, number, doing, caller)
