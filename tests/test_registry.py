@@ -361,6 +361,12 @@ def test_what_is_refused_is_not_fetched(registry: Registry, command: Command, tm
     assert "the image is for linux/s390x, and this machine is" in command("import", other, status=1)
     assert len(registry.fetched()) == before + 2, "a configuration each"
     command("import", "--force", other)
+    listed = {**layout.listed[0], "platform": {"os": "linux", "architecture": "s390x"}}
+    layout.listed = [layout.document({"schemaVersion": 2, "manifests": [listed]}, "index.v1+json")]
+    layout.write()
+    subprocess.run(["skopeo", "copy", "--quiet", "--insecure-policy", "--all", f"oci:{layout.top}", other], check=True)
+    assert "the image is for linux/s390x, and this machine is" in command("import", other, status=1)
+    command("import", "--force", other)
 
 
 def test_what_is_left_of_a_pull_is_looked_at(registry: Registry, command: Command, tmp_path: Path, spool: Path) -> None:

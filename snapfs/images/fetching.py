@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
 from snapfs.images import layouts
-from snapfs.images.unfit import Elsewhere, Unfit
+from snapfs.images.unfit import Unfit
 from snapfs.names import printable
 
 TRANSPORTS = ("docker", "docker-daemon", "containers-storage", "dir", "ostree", "sif", "tarball")
@@ -62,7 +62,8 @@ def fetched(
 
     Raises Unfit, and OSError; and Unfinished, where the block may raise it, too."""
     program = find(source)
-    with _private(_FETCHED) as directory:
+    goes_on = source.startswith("docker:")
+    with _private(_FETCHED, keeps=goes_on) as directory:
         layout = f"{directory}/oci"
         absent = _spared(program, source, layout, foreign=foreign, known=known)
         copy = [program, "copy", "--quiet", "--dest-oci-accept-uncompressed-layers"]
@@ -72,10 +73,10 @@ def fetched(
 
         said = copied()
         if said and _OF_OTHERS in said:
-            _refuse_others(said, foreign=foreign)
+            _refuse_others(program, source, foreign=foreign)
             said = copied("--all")
         if said:
-            _refuse(said, has_some=_has_some(directory))
+            _refuse(said, has_some=goes_on and _has_some(directory))
         told(_size(directory))
         yield Layout(layout, absent)
 
@@ -115,7 +116,7 @@ def _spared(program: str, source: str, layout: str, *, foreign: bool, known: Cal
         return frozenset()  # skopeo makes all of it to tell of it, or it is on this machine
     config, said = _ran([program, "inspect", "--config", "--raw", "--", source], None)
     if said and _OF_OTHERS in said:
-        _refuse_others(said, foreign=foreign)
+        _refuse_others(program, source, foreign=foreign)
         return frozenset()
     if said:
         _refuse(said, has_some=False)
@@ -150,12 +151,13 @@ def _take_over(wanted: set[str], layout: str) -> None:
                     os.rename(f"{left}/oci/{name}", f"{layout}/{name}")
                     taken += 1
         if taken:
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
 
 
-def _refuse_others(said: str, *, foreign: bool) -> None:
+def _refuse_others(program: str, source: str, *, foreign: bool) -> None:
+    """Raise Elsewhere, with the machines for which there is an image in the list that ``source`` is; unless ``foreign``."""
     if not foreign:
-        raise Elsewhere(f"{said}: --force takes what there is")
+        layouts.refuse_others(_ran([program, "inspect", "--raw", "--", source], None)[0], source)
 
 
 def _refuse(said: str, *, has_some: bool) -> NoReturn:
@@ -169,22 +171,22 @@ def _refuse(said: str, *, has_some: bool) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _private(prefix: str) -> Iterator[str]:
-    """A directory of this process's own, which is kept where the block is interrupted, or raises Unfinished."""
+def _private(prefix: str, *, keeps: bool = False) -> Iterator[str]:
+    """A directory of this process's own; ``keeps``: it stays where the block is interrupted, or raises Unfinished."""
     for left in _left(prefix):
         if os.stat(left).st_mtime < time.time() - _OLD[prefix]:
             shutil.rmtree(left, ignore_errors=True)
     directory = tempfile.mkdtemp(prefix=prefix, dir=layouts.spool())
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    keeps = False
+    stays = False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield directory
     except (KeyboardInterrupt, Unfinished):
-        keeps = prefix == _FETCHED and _has_some(directory)
+        stays = keeps and _has_some(directory)
         raise
     finally:
-        if not keeps:
+        if not stays:
             shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
 

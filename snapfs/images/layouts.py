@@ -13,7 +13,7 @@ import re
 import stat
 import tempfile
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from snapfs.images.compression import unpacked
 from snapfs.images.configuration import architecture
@@ -315,6 +315,14 @@ def digests_in(listed: bytes) -> list[str]:
     document = _parsed(listed, "what skopeo says of it")
     found = document.get("Layers") if isinstance(document, dict) else None
     return found if isinstance(found, list) and all(isinstance(each, str) and _DIGEST.fullmatch(each) for each in found) else []
+
+
+def refuse_others(index: bytes, what: str) -> NoReturn:
+    """Raise Elsewhere: none of the images in this ``index``, which is ``what`` in sentences, is for this machine."""
+    document = _parsed(index, what)
+    if isinstance(document, dict):
+        _chosen(_listed(document, what), what, foreign=False)
+    raise Elsewhere(f"the image is for others than this machine, which is {machine()}: --force takes what there is")
 
 
 def _refuse_foreign(runs_on: str, *, foreign: bool) -> None:
