@@ -410,15 +410,15 @@ class MountedTree:
 
     def put(self, path: str, text: bytes) -> None:
         """Write ``text`` into the file ``path``, which is made if it is missing.  Raises OSError, and Refusal."""
+        is_new = True
         try:
+            descriptor = self.within.create(path)
+        except FileExistsError:
+            is_new = False
             descriptor = self.open(path, os.O_WRONLY)
-        except FileNotFoundError:
-            try:
-                descriptor = self.within.create(path)
-            except FileExistsError:  # somebody else has made it meanwhile
-                descriptor = self.open(path, os.O_WRONLY)
         try:
-            os.ftruncate(descriptor, 0)  # by now it is known to be in the tree
+            if not is_new:
+                os.ftruncate(descriptor, 0)  # by now it is known to be in the tree
             while text:
                 text = text[os.write(descriptor, text) :]
         finally:
