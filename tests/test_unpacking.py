@@ -8,6 +8,7 @@ import stat
 import subprocess
 import tarfile
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snapfs.images import unpacking as unpacking_of_layers
+from snapfs.images.limits import Limits
 from snapfs.images.lower import Lower
 from snapfs.images.tarreader import Stream, TarReader
 from snapfs.images.unfit import Unfit
@@ -36,9 +39,9 @@ def no_umask() -> Iterator[None]:
     os.umask(before)
 
 
-def unpacked(archive: bytes, top: Path, below: Sequence[Path | str] = (), owners: Owners | None = None) -> Left:
+def unpacked(archive: bytes, top: Path, below: Sequence[Path | str] = (), owners: Owners | None = None, most: int = 0) -> Left:
     """Unpack into the new directory ``top``, on the layers ``below``, the nearest first."""
-    aside = top.parent / f"{top.name}-aside"
+    aside, limits = top.parent / f"{top.name}-aside", Limits(most, 0, 0)
     top.mkdir()
     aside.mkdir()
     fds = [os.open(each, os.O_RDONLY) for each in (top, aside)]
@@ -47,7 +50,7 @@ def unpacked(archive: bytes, top: Path, below: Sequence[Path | str] = (), owners
         reader = TarReader(Stream(archive[here : here + 5000] for here in range(0, len(archive), 5000)))
         while (entry := reader.next()) is not None:
             unpacking.add(entry, reader)
-        unpacking.finish([str(each) for each in below])
+        unpacking.finish([str(each) for each in below], lambda: limits.refuse_size(unpacking.size))
         return unpacking.left
     finally:
         unpacking.close()
@@ -345,3 +348,67 @@ def test_what_the_kernel_shows(tars: list[list[Step]]) -> None:
             Path(base, "shown").mkdir()
             with merged(layers, f"{base}/shown", "") as shown:
                 assert kinds(Path(shown)) == state
+
+
+def test_attributes_of_directories_are_not_kept_in_memory(tmp_path: Path) -> None:
+    """A directory gets them at the end, and those of its last entry alone."""
+    value = "v" * 3_000
+    layer = Layer(tarfile.PAX_FORMAT)
+    for number in range(600):
+        layer.add(f"d{number}", None, pax_headers={"SCHILY.xattr.user.a": value, f"SCHILY.xattr.user.n{number}": "n"})
+    layer.add("d0", None, 0o750, uid=7, pax_headers={"SCHILY.xattr.user.b": "last"}).add("d0/f", b"")
+    archive = layer.done()
+    top, aside = tmp_path / "top", tmp_path / "aside"
+    top.mkdir()
+    aside.mkdir()
+    fds = [os.open(each, os.O_RDONLY) for each in (top, aside)]
+    unpacking = Unpacking(*fds, lowest=True, prefix=TRUSTED, owners=Owners())
+    reader = TarReader(Stream(archive[here : here + 5000] for here in range(0, len(archive), 5000)))
+    tracemalloc.start()
+    try:
+        while (entry := reader.next()) is not None:
+            unpacking.add(entry, reader)
+        del entry
+        assert tracemalloc.get_traced_memory()[0] < 900_000
+        assert unpacking.size > 600 * 3_000, "they count"
+        unpacking.finish([], lambda: None)
+    finally:
+        tracemalloc.stop()
+        unpacking.close()
+        for fd in fds:
+            os.close(fd)
+    assert os.listdir(aside) == []
+    assert os.getxattr(top / "d599", "user.a") == value.encode()
+    assert os.getxattr(top / "d599", "user.n599") == b"n"
+    assert os.listxattr(top / "d0") == ["user.b"]
+    status = (top / "d0").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o750, 7)
+
+
+def test_paths_are_remembered_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpacking_of_layers, "MOST_NAMES", 20)
+    below = tmp_path / "below"
+    (below / "file").mkdir(parents=True)
+    for number, layer in enumerate(
+        (
+            Layer().add("a" * 10, None).add("b" * 11, None),
+            Layer().add("a/" * 8 + "f", b""),
+            Layer().add(".wh.aaaaaaaaaa").add(".wh.bbbbbbbbbbb"),
+            Layer().hard("x", "a" * 21),
+        )
+    ):
+        with pytest.raises(Unfit, match="take more than 20 bytes"):
+            unpacked(layer.done(), tmp_path / f"{number}", [below])
+    unpacked(Layer().add("a" * 20, None).add("a" * 20, None, 0o700).add("file", b"").done(), tmp_path / "fits", [below])
+
+
+def test_what_hard_links_bring_up_counts(tmp_path: Path) -> None:
+    """Before it is copied."""
+    below = tmp_path / "below"
+    below.mkdir()
+    (below / "big").write_bytes(os.urandom(100_000))
+    os.setxattr(below / "big", "user.a", b"v" * 1000)
+    with pytest.raises(Unfit, match="as many as --max-size allows"):
+        unpacked(Layer().hard("x", "big").done(), tmp_path / "layer", [below], most=50_000)
+    assert (tmp_path / "layer/x").stat().st_size == 0
+    unpacked(Layer().hard("x", "big").done(), tmp_path / "fits", [below], most=101_000)

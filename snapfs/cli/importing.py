@@ -295,7 +295,7 @@ class _Import:
         if task is not None and task.is_unpacked:
             assert task.worker is not None
             task.is_unpacked = False
-            task.worker.finish(self._below)
+            task.worker.finish(self._below, self._size() - task.worker.size)
 
     def _layer_of(self, task: _Task) -> str:
         if not task.number:
@@ -315,7 +315,7 @@ class _Import:
         assert task.worker is not None
         message = task.worker.hear()
         try:
-            self._limits.refuse_size(sum(each.worker.size for each in self._tasks if each.worker is not None))
+            self._limits.refuse_size(self._size())
             self._limits.refuse_files(sum(each.worker.files for each in self._tasks if each.worker is not None))
         except Unfit as unfit:
             raise self._refusal(str(unfit)) from None
@@ -335,6 +335,10 @@ class _Import:
             raise self._refusal(f"{task.what}{': ' * bool(task.what)}{told[0]}")
         elif kind == BROKEN:
             raise self._refusal(f"{task.what}{': ' * bool(task.what)}{told[1]}; nothing is kept of it")
+
+    def _size(self) -> int:
+        """Bytes of all layers so far."""
+        return sum(task.worker.size for task in self._tasks if task.worker is not None)
 
     def _show(self) -> None:
         done = sum(task.is_whole for task in self._tasks)

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from snapfs.images.unfit import Unfit
 
 _SHORTEST = 64 << 20  # bytes of which it does not matter how much larger than packed they are
 
 
-class Limits(NamedTuple):
+class Limits:
     """Bytes and entries of all layers, and how many times as large as it is packed an archive may be.  0: as much as there
-    is."""
+    is.  ``spent`` are the bytes that are on a disk before the layers are: fetched, or unpacked from the image's archive; they
+    count, too."""
 
-    size: int
-    files: int
-    ratio: int
+    def __init__(self, size: int, files: int, ratio: int) -> None:
+        self.size = size
+        self.files = files
+        self.ratio = ratio
+        self.spent = 0
+
+    def spend(self, size: int, what: str) -> None:
+        """Note that ``spent`` is this; raise Unfit where it is too much, ``what`` takes it."""
+        self.spent = 0
+        self.refuse_size(size, what)
+        self.spent = size
 
     def refuse_size(self, size: int, what: str = "unpacked it takes") -> None:
-        """Raise Unfit where ``size`` bytes are too many, ``what`` takes them."""
-        if self.size and size > self.size:
-            raise Unfit(f"{what} more than {self.size} bytes, as many as --max-size allows")
+        """Raise Unfit where ``size`` bytes more than are spent are too many, ``what`` takes them."""
+        if self.size and self.spent + size > self.size:
+            before = f" with the {self.spent} that it has taken before" * bool(self.spent)
+            raise Unfit(f"{what} more than {self.size} bytes{before}, as many as --max-size allows")
 
     def refuse_files(self, files: int) -> None:
         if self.files and files > self.files:

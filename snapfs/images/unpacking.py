@@ -12,8 +12,10 @@ import errno
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+
+import msgspec
 
 from snapfs.images.lower import Lower
 from snapfs.images.tarreader import (
@@ -38,10 +40,14 @@ from snapfs.scan.marks import is_shown_by_overlay
 _WHITEOUT, _OPAQUE, _OTHER = b".wh.", b".wh..wh..opq", b".wh..wh."
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = LOOK | os.O_DIRECTORY
+_ATTRIBUTES = b"attributes"  # in the directory beside the layer
 _OPEN = 64  # directories that are kept open
 _MOST_LINKS = 40  # that are followed on one way, as in the kernel
+MOST_NAMES = 256 << 20
+"""Bytes of paths that are remembered of one layer: of its directories, and of what it hides below."""
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _UNKEPT = (errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_NONE: dict[str, bytes] = {}
 _ELSEWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -90,15 +96,45 @@ class Left:
 
 
 class _Made:
-    """A directory that was made in the layer: its inode, the entry that tells of it, if one does, and whether it hides what
-    is below."""
+    """A directory that was made in the layer: its inode, the entry that tells of it, if one does, where its attributes are
+    kept, and whether it hides what is below."""
 
-    __slots__ = ("entry", "inode", "opaque")
+    __slots__ = ("attributes", "entry", "inode", "opaque")
 
     def __init__(self, inode: int) -> None:
         self.inode = inode
         self.entry: Entry | None = None
+        self.attributes: tuple[int, int] | None = None
         self.opaque = False
+
+
+class _Kept:
+    """Attributes of directories, which these get at the end: they are kept in a file in the directory open as ``aside``."""
+
+    def __init__(self, aside: int) -> None:
+        self._aside = aside
+        self._fd = -1
+        self._end = 0
+
+    def add(self, attributes: dict[str, bytes]) -> tuple[int, int]:
+        """Keep them; where they are."""
+        if self._fd < 0:
+            self._fd = os.open(_ATTRIBUTES, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._aside)
+            os.unlink(_ATTRIBUTES, dir_fd=self._aside)
+        data = memoryview(msgspec.msgpack.encode({os.fsencode(name): value for name, value in attributes.items()}))
+        start = self._end
+        while self._end - start < len(data):
+            self._end += os.pwrite(self._fd, data[self._end - start :], self._end)
+        return start, len(data)
+
+    def get(self, start: int, length: int) -> dict[str, bytes]:
+        found = msgspec.msgpack.decode(os.pread(self._fd, length, start), type=dict[bytes, bytes])
+        return {os.fsdecode(name): value for name, value in found.items()}
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 class _Open:
@@ -115,10 +151,11 @@ class Unpacking:
     """A layer that is unpacked into the directory open as ``top``; ``aside`` is an empty one beside it, for what another entry
     replaces.  ``lowest``: it has no layers below.  ``prefix``: what overlayfs's own attributes begin with there.
 
-    ``files`` and ``size`` tell how many entries, with how many bytes, were made so far; ``left`` what could not be kept.
+    ``files`` and ``size`` tell how many entries, with how many bytes, those of their attributes too, were made so far; ``left``
+    what could not be kept.
 
-    The methods raise Unfit, and OSError.  Memory is bounded but for some hundred bytes for each directory.  The process has
-    no umask meanwhile.
+    The methods raise Unfit, and OSError.  Memory is bounded but for some hundred bytes for each directory, and MOST_NAMES.  The
+    process has no umask meanwhile.
     """
 
     def __init__(self, top: int, aside: int, *, lowest: bool, prefix: str, owners: Owners) -> None:
@@ -132,6 +169,8 @@ class Unpacking:
         self._owners = owners
         self._as_made = os.geteuid(), os.getegid(), True
         self._moved = 0  # directories, and to where
+        self._names = 0  # bytes of paths that are remembered
+        self._kept = _Kept(aside)
         self._made: dict[bytes, _Made] = {b"": _Made(os.fstat(top).st_ino)}
         self._opened: OrderedDict[bytes, _Open] = OrderedDict()  # by the path that was asked for
         self._stale: list[_Open] = []  # of which the entry at hand may still need one
@@ -145,6 +184,7 @@ class Unpacking:
         """Close all but what was given."""
         self._forget()
         self._close_stale()
+        self._kept.close()
 
     # -- entries
 
@@ -213,6 +253,9 @@ class Unpacking:
         else:
             made = self._noted(parent, base, path)
         assert made is not None
+        made.attributes = self._kept.add(entry.attributes) if entry.attributes else None
+        self.size += sum(map(len, entry.attributes.values()))
+        entry.attributes, entry.name, entry.target = _NONE, path, b""  # what is not needed is not kept
         made.entry = entry
 
     def _new_directory(self, parent: _Open, base: bytes, path: bytes, *, opaque: bool) -> _Made:
@@ -223,8 +266,15 @@ class Unpacking:
 
     def _noted(self, parent: _Open, base: bytes, path: bytes) -> _Made:
         made = _Made(os.stat(base, dir_fd=parent.fd, follow_symlinks=False).st_ino)
+        if path not in self._made:
+            self._remember(path)
         self._made[path] = made
         return made
+
+    def _remember(self, path: bytes) -> None:
+        self._names += len(path)
+        if self._names > MOST_NAMES:
+            raise Unfit(f"the paths of its directories, and of what it hides, take more than {MOST_NAMES} bytes")
 
     def _make_link(self, parent: _Open, base: bytes, entry: Entry) -> None:
         if not entry.target:
@@ -280,6 +330,7 @@ class Unpacking:
         path = _joined(found.path if found is not None else above, target)
         name, _ = self._awaited.get(path, (b"", ""))
         if not name:
+            self._remember(path)
             name = b"awaited-%d" % len(self._awaited)
             os.close(os.open(name, _NEW, 0o600, dir_fd=self._aside))
             self._awaited[path] = name, _shown(entry.name)
@@ -294,7 +345,7 @@ class Unpacking:
                 self._take_away(parent, base)
         raise AssertionError("what was taken away is there again")
 
-    def _bring_up(self, lower: Lower) -> None:
+    def _bring_up(self, lower: Lower, told: Callable[[], None]) -> None:
         """Fill the files that stand for those of layers below, and give them their names there, as writing to one would."""
         for path, (name, asked) in self._awaited.items():
             self._close_stale()
@@ -313,8 +364,10 @@ class Unpacking:
             try:
                 target = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._aside)
                 try:
+                    given = self._shown_attributes(source)
+                    self.size += min(status.st_size, status.st_blocks * 512)
+                    told()
                     copy_data(source, target, status)
-                    given = {key: value for key, value in attributes(source).items() if is_shown_by_overlay(key, self._prefix)}
                     set_attributes(target, status, given, status.st_atime_ns)
                 finally:
                     os.close(target)
@@ -324,6 +377,12 @@ class Unpacking:
             parent = self._directory(above, asked)
             with suppress(FileExistsError):  # the layer has a file of its own there, or deletes it
                 os.link(name, base, src_dir_fd=self._aside, dst_dir_fd=parent.fd, follow_symlinks=False)
+
+    def _shown_attributes(self, file: int) -> dict[str, bytes]:
+        """Those of a file of a layer below that one of this layer takes over; they count."""
+        given = {key: value for key, value in attributes(file).items() if is_shown_by_overlay(key, self._prefix)}
+        self.size += sum(map(len, given.values()))
+        return given
 
     # -- what overlayfs reads
 
@@ -345,7 +404,10 @@ class Unpacking:
             if stat.S_ISDIR(there.st_mode):
                 self._made[_joined(parent.path, name)].opaque = True
             return
-        self._hidden.add(_joined(parent.path, name))
+        path = _joined(parent.path, name)
+        if path not in self._hidden:
+            self._remember(path)
+            self._hidden.add(path)
         try:
             os.chown(name, *self._owners.of(entry.uid, entry.gid)[:2], dir_fd=parent.fd, follow_symlinks=False)
         except OSError as error:
@@ -377,7 +439,8 @@ class Unpacking:
     def _dress(self, fd: int, entry: Entry, owner: tuple[int, int, bool]) -> None:
         """Give the file open as ``fd`` all but its times."""
         mode = self._chown(fd, entry, owner)
-        self._set_attributes(fd, entry)
+        self.size += sum(map(len, entry.attributes.values()))
+        self._set_attributes(fd, entry, entry.attributes)
         os.chmod(fd, mode)
 
     def _dress_unopened(self, parent: _Open, base: bytes, entry: Entry) -> None:
@@ -387,7 +450,8 @@ class Unpacking:
             return
         path = b"/proc/self/fd/%d/%s" % (parent.fd, base)
         mode = self._chown(path, entry, owner)
-        self._set_attributes(path, entry)
+        self.size += sum(map(len, entry.attributes.values()))
+        self._set_attributes(path, entry, entry.attributes)
         if entry.kind is not LINK:
             os.chmod(path, mode)  # it is no link: it has just been made
         os.utime(path, ns=(entry.read, entry.modified), follow_symlinks=False)
@@ -406,8 +470,8 @@ class Unpacking:
         self.left.foreign = self.left.foreign or _shown(entry.name)
         return entry.mode if entry.kind is DIRECTORY else entry.mode & ~_SET_ID
 
-    def _set_attributes(self, file: int | bytes, entry: Entry) -> None:
-        for name, value in sorted(entry.attributes.items(), reverse=True):  # users' before an ACL, which changes the mode
+    def _set_attributes(self, file: int | bytes, entry: Entry, attributes: dict[str, bytes]) -> None:
+        for name, value in sorted(attributes.items(), reverse=True):  # users' before an ACL, which changes the mode
             if name.startswith(self._prefix):
                 raise Unfit(f"{_shown(entry.name)} has the attribute {shown(name)}, which overlayfs reads as its own")
             if name.startswith("trusted."):  # containerd takes none from archives, either
@@ -420,20 +484,21 @@ class Unpacking:
                     raise
                 self.left.bare = self.left.bare or _shown(entry.name)
 
-    def finish(self, layers: Sequence[str]) -> None:
-        """Make the layer what it is to be on top of ``layers``, by their paths, the nearest first, which are whole by now."""
+    def finish(self, layers: Sequence[str], told: Callable[[], None]) -> None:
+        """Make the layer what it is to be on top of ``layers``, by their paths, the nearest first, which are whole by now.
+        ``told`` is called whenever ``size`` has grown, before that is written, and may raise Unfit."""
         with Lower(layers, self._prefix) as lower:
-            self._bring_up(lower)
+            self._bring_up(lower, told)
             for path in self._hidden:
                 if not self._hides(path, lower):
                     self._show(path)
             for path in sorted(self._made, reverse=True):  # what is in a directory before it
-                self._finish_directory(path, self._made[path], lower)
+                self._finish_directory(path, self._made[path], lower, told)
         for name in [name for name, _ in self._awaited.values()]:
             os.unlink(name, dir_fd=self._aside)
         self._awaited.clear()
 
-    def _finish_directory(self, path: bytes, made: _Made, lower: Lower) -> None:
+    def _finish_directory(self, path: bytes, made: _Made, lower: Lower, told: Callable[[], None]) -> None:
         try:
             fd = open_beneath(path, self._top.fd, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -445,10 +510,14 @@ class Unpacking:
                 return
             below = lower.directory(path) if made.entry is None and not made.opaque else -1
             if made.entry is not None:
-                self._dress(fd, made.entry, self._owners.of(made.entry.uid, made.entry.gid))
+                mode = self._chown(fd, made.entry, self._owners.of(made.entry.uid, made.entry.gid))
+                if made.attributes is not None:
+                    self._set_attributes(fd, made.entry, self._kept.get(*made.attributes))
+                os.chmod(fd, mode)
             elif below >= 0:
                 status = os.fstat(below)
-                given = {key: value for key, value in attributes(below).items() if is_shown_by_overlay(key, self._prefix)}
+                given = self._shown_attributes(below)
+                told()
                 set_attributes(fd, status, given, status.st_atime_ns)
             elif path:  # as containerd makes those of which nothing is known
                 os.chown(fd, *self._owners.of(0, 0)[:2])

@@ -84,11 +84,11 @@ class Worker:
             return []
         return message
 
-    def finish(self, layers: Sequence[str]) -> None:
-        """Have the layer made what it is on these layers, the nearest first, by their paths."""
+    def finish(self, layers: Sequence[str], others: int) -> None:
+        """Have the layer made what it is on these layers, the nearest first, by their paths; all others take so many bytes."""
         file = os.memfd_create("layers")  # a message has an end
         try:
-            os.write(file, json.dumps(layers).encode())
+            os.write(file, json.dumps([layers, others]).encode())
             socket.send_fds(self._end, [b"finish"], [file])
         finally:
             os.close(file)
@@ -119,7 +119,8 @@ class _Work:
     def run(self) -> None:
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
             os.umask(0)
             self._close_others()
             try:
@@ -188,7 +189,9 @@ class _Work:
         if message:
             with open(files[0], encoding="utf-8") as file:
                 file.seek(0)
-                unpacking.finish(json.load(file))
+                layers, others = json.load(file)
+            unpacking.finish(layers, lambda: self._limits.refuse_size(others + unpacking.size))
+            self._say(PROGRESS, unpacking.files, unpacking.size)
             left = unpacking.left
             self._left = [left.foreign, left.bare, left.device]
 
