@@ -111,3 +111,20 @@ def unanswering(*targets: Path) -> Iterator[None]:
             let_go()
             late.clear()
     assert not late.is_set(), "it has waited for a server that never answers"
+
+
+@contextmanager
+def never_answering(target: Path) -> Iterator[None]:
+    """For a block: a file system of another user's on ``target``, which answers nothing."""
+    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        options = f"fd={device},rootmode=40755,user_id=60001,group_id=60001,allow_other"
+        mounting.mount("x", str(target), "fuse", 0, options)
+    except BaseException:
+        os.close(device)
+        raise
+    try:
+        yield
+    finally:
+        mounting.unmount(str(target), mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
+        os.close(device)

@@ -21,13 +21,15 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from snapfs.images import compression
+from snapfs.images import compression, layouts
+from snapfs.images.limits import Limits
 from snapfs.images.unfit import Unfit
 from tests.command import SNAPFS, Command, OnATerminal, held
 from tests.containerd_client import Containerd
 from tests.daemon import Daemon
 from tests.home import Home, home_of
 from tests.images import MACHINE, Layer, Layout, archive_of, chain_of, digest_of, packable_tree
+from tests.mounts import never_answering
 from tests.rootfs import stats
 from tests.syscalls import EVERY, KILL, Call, Server, running
 from tests.tree import info, remove_all
@@ -264,8 +266,8 @@ def test_what_is_no_image(command: Command, layout: Layout, tmp_path: Path) -> N
     assert "is no OCI layout" in refused(command, f"oci:{tmp_path}")
     assert f"as a layout of images it is oci:{layout.top}" in refused(command, str(layout.top))
     assert "--parent is for a lone one" in refused(command, "--parent", "p", f"{top}:a", status=2)
-    assert 'snapshot "p" does not exist' in refused(command, "--parent", "p", "/dev/null", status=3)
     (tmp_path / "text").write_text("no archive " * 100)
+    assert 'snapshot "p" does not exist' in refused(command, "--parent", "p", str(tmp_path / "text"), status=3)
     assert "none: " in refused(command, str(tmp_path / "text"))
     (tmp_path / "text.xz").write_bytes(b"\xfd7zXZ\0" + b"x" * 100)
     assert "packed by xz" in refused(command, str(tmp_path / "text.xz"))
@@ -362,6 +364,127 @@ def test_bombs_on_their_way(command: Command, layout: Layout, tmp_path: Path, mo
     subprocess.run(["skopeo", "copy", "--quiet", "--insecure-policy", f"oci:{layout.top}:t", place], check=True)
     assert "what is fetched takes more than 1048576 bytes, as many as --max-size" in refused(command, "--max-size=1M", place)
     assert os.listdir(tmp_path / "spool") == []
+
+
+def test_all_that_an_import_writes_counts(
+    command: Command, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is unpacked, or fetched, on the way, with the layers, and with what their hard links bring up."""
+    (tmp_path / "spool").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "spool"))
+    data = os.urandom(700_000)
+    layout.add("t", [Layer().add("f", data).done(), Layer().hard("g", "f").done()])
+    with layout.archive(tmp_path / "tar").open("rb") as file, gzip.open(tmp_path / "packed", "wb", 1) as packed:
+        shutil.copyfileobj(file, packed)
+    place = f"dir:{tmp_path}/copied"
+    subprocess.run(["skopeo", "copy", "--quiet", "--insecure-policy", f"oci:{layout.top}:t", place], check=True)
+    for source in (f"oci-archive:{tmp_path}/packed", place):
+        assert "2000000 bytes with the 7" in refused(command, "--max-size=2000000", source)
+        command("import", "--max-size=2300K", source)
+        remove_all(command.mnt)
+    assert "layer 2 of 2: unpacked it takes more than 1200000 bytes" in refused(
+        command, "--max-size=1200000", f"oci:{layout.top}"
+    )
+    command("import", "--max-size=1410000", f"oci:{layout.top}")
+    assert os.listdir(tmp_path / "spool") == []
+
+
+def test_files_that_are_none(command: Command, layout: Layout, tmp_path: Path) -> None:
+    """Links, FIFOs and devices where a layout, or an archive, has a file: they are not opened."""
+    layout.add("t", three())
+    blob = next(layout.blobs.iterdir())
+    for path in (layout.top / "oci-layout", layout.top / "index.json", blob, layout.blobs):
+        kept_as = path.rename(tmp_path / "kept")
+        path.symlink_to(kept_as)
+        assert re.search(
+            "symbolic link.* may lead anywhere: cp -rL makes a copy", refused(command, f"oci:{layout.top}")
+        )
+        path.unlink()
+        if path != layout.blobs:
+            for kind in (stat.S_IFIFO, stat.S_IFCHR):
+                os.mknod(path, kind | 0o600, os.makedev(1, 7))
+                assert f"{path} is no regular file" in refused(command, f"oci:{layout.top}")
+                path.unlink()
+        kept_as.rename(path)
+    os.mkfifo(tmp_path / "fifo")
+    os.mknod(tmp_path / "device", stat.S_IFCHR | 0o600, os.makedev(1, 7))
+    for name in ("fifo", "device"):
+        for form in ("", "docker-archive:", "oci-archive:"):
+            assert "it is no regular file: cat can give it" in refused(command, f"{form}{tmp_path}/{name}")
+    command("import", f"oci:{layout.top}")
+
+
+def test_an_archive_by_a_pipe(command: Command, layout: Layout, tmp_path: Path) -> None:
+    top = layout.add("t", three())
+    with layout.archive(tmp_path / "tar").open("rb") as file:
+        words = [*SNAPFS, "import", "oci-archive:/dev/stdin", "--at", command.mnt]
+        with subprocess.Popen(["cat"], stdin=file, stdout=subprocess.PIPE) as cat:
+            said = subprocess.run(words, stdin=cat.stdout, capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout == f"{command.mnt}/committed/{top}\n"
+
+
+def test_a_server_in_a_layout(command: Command, layout: Layout) -> None:
+    """What is mounted in a layout is not asked."""
+    layout.add("t", three())
+    with never_answering(layout.blobs):
+        assert f"is in another file system, which is mounted in {layout.top}" in refused(command, f"oci:{layout.top}")
+
+
+def test_names_of_an_archive_are_bounded(layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout.add("t", three())
+    monkeypatch.setattr(layouts, "MOST_NAMES", 2000)
+    assert layouts.ArchiveFiles(str(layout.archive(tmp_path / "tar")), Limits(0, 0, 0)).find("index.json")
+    tar = Layer()
+    for number in range(40):
+        tar.link("n" * 30 + str(number), "t" * 30)
+    (tmp_path / "links").write_bytes(tar.done())
+    with pytest.raises(Unfit, match="take more than 2000 bytes"):
+        layouts.ArchiveFiles(str(tmp_path / "links"), Limits(0, 0, 0))
+
+
+HOSTILE = "\x1b[2J\ud800" * 100_000
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *(
+            [{"RepoTags": 5}],
+            [{"RepoTags": {"a": 1}}],
+            [{"RepoTags": [["a"]]}, {"RepoTags": [5]}],
+            [{"Layers": 5, "Config": "x"}],
+        ),
+        *([{"Config": 5}], [{"Config": HOSTILE}], [{"RepoTags": [HOSTILE]}, {"RepoTags": ["b"]}], [{"Config": "a\0b"}]),
+        *([{"Config": "manifest.json", "Layers": {"manifest.json": 1}}], {"a": 1}, [], 5, [5]),
+    ],
+)
+def test_a_manifest_of_dockers_that_is_none(tmp_path: Path, told: object) -> None:
+    (tmp_path / "tar").write_bytes(Layer().add("manifest.json", json.dumps(told).encode()).done())
+    for tag in ("", "x"):
+        with pytest.raises(Unfit) as unfit:
+            layouts.docker_image(layouts.ArchiveFiles(str(tmp_path / "tar"), Limits(0, 0, 0)), tag, foreign=False)
+        assert str(unfit.value).isprintable()
+        assert len(str(unfit.value)) < 2000
+
+
+@pytest.mark.parametrize("where", ["architecture", "platform", "tag", "kind", "size"])
+def test_what_an_image_says_is_cut(layout: Layout, where: str) -> None:
+    layout.add(HOSTILE if where == "tag" else "t", three(), machine=HOSTILE if where == "architecture" else MACHINE)
+    if where == "tag":
+        layout.add("b", three()[:1])
+    elif where == "platform":
+        layout.listed[0]["platform"] = {"os": [HOSTILE], "architecture": {"a": HOSTILE}}
+    elif where == "size":
+        layout.listed[0]["size"] = 10**4000
+    elif where == "kind":
+        manifest = json.loads((layout.blobs / layout.listed[0]["digest"].partition(":")[2]).read_bytes())
+        manifest["layers"][0]["mediaType"] = HOSTILE
+        layout.listed[0] |= layout.document(manifest, "manifest.v1+json")
+    layout.write()
+    with pytest.raises(Unfit) as unfit:
+        layouts.oci_image(layouts.DirectoryFiles(str(layout.top)), "", foreign=False)
+    assert str(unfit.value).isprintable()
+    assert len(str(unfit.value)) < 2000
 
 
 def test_an_image_for_another_machine(command: Command, layout: Layout) -> None:

@@ -15,7 +15,6 @@ import os
 import re
 import resource
 import selectors
-import stat
 import time
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from snapfs.cli.prepare import make
 from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, TAKEN, USAGE, Refusal
 from snapfs.images import fetching
-from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, chain_id, docker_image, oci_image
+from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, chain_id, docker_image, file_blob, oci_image
 from snapfs.images.limits import Limits
 from snapfs.images.unfit import Unfit
 from snapfs.images.working import FAILED as BROKEN
@@ -505,7 +504,7 @@ def _opened(
 
     def told(size: int) -> None:
         progress.show_size("fetching", size)
-        limits.refuse_size(size, "what is fetched takes")
+        limits.spend(size, "what is fetched takes")
 
     try:
         layout = held.enter_context(fetching.fetched(source, foreign=foreign, known=known, told=told))
@@ -515,15 +514,13 @@ def _opened(
 
 
 def _archive(path: str) -> Layer:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    status = os.fstat(fd)
-    if stat.S_ISDIR(status.st_mode):
-        is_layout = os.path.exists(f"{path}/oci-layout")
+    if os.path.isdir(path):
+        is_layout = "oci-layout" in os.listdir(path)
         to_do = (
             f"as a layout of images it is oci:{word(path)}" if is_layout else f"snapfs adopt {word(path)} makes a base of it"
         )
         raise Unfit(f"it is a directory: {to_do}")
-    return Layer(Blob(fd, 0, status.st_size if stat.S_ISREG(status.st_mode) else -1, path))
+    return Layer(file_blob(path))
 
 
 def _split(text: str, is_place: Any) -> tuple[str, str]:

@@ -20,15 +20,19 @@ from snapfs.images.configuration import architecture
 from snapfs.images.limits import Limits
 from snapfs.images.tarreader import DIRECTORY, FILE, HARD_LINK, LINK, Stream, TarReader
 from snapfs.images.unfit import Elsewhere, Unfit
-from snapfs.names import shown
+from snapfs.kernel.beneath import LOOK, open_beneath
+from snapfs.names import printable, shown
 
 MOST_TEXT = 16 << 20
 """Bytes of a document of an image that are read."""
 MOST_FILES = 100_000
 """Files that an archive of an image may have."""
+MOST_NAMES = 32 << 20
+"""Bytes of the names of these files, and of where links among them lead."""
 MOST_LAYERS = 10_000
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+_SHOWN = 200  # characters of a string of an image's that a sentence shows
 _DEEPEST = 8  # indexes in one another
 REF, NAME = "org.opencontainers.image.ref.name", "io.containerd.image.name"
 """What an index says of what an image is called; the second is containerd's, for whole names."""
@@ -106,18 +110,51 @@ class DirectoryFiles:
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def find(self, name: str) -> Blob | None:
+        what = f"{self.where}/{name}"
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
+            found = open_beneath(os.fsencode(name), self._fd, LOOK)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 return None
-            error.filename = f"{self.where}/{name}"
+            if error.errno == errno.ELOOP:
+                raise Unfit(
+                    f"a symbolic link leads to {what}, and may lead anywhere: cp -rL makes a copy without any"
+                ) from None
+            if error.errno == errno.EXDEV:
+                raise Unfit(f"{what} is in another file system, which is mounted in {self.where}") from None
+            error.filename = what
             raise
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise Unfit(f"{self.where}/{name} is no regular file")
-        return Blob(fd, 0, status.st_size, f"{self.where}/{name}", is_absent=name in self._absent)
+        try:
+            if stat.S_ISLNK(os.fstat(found).st_mode):
+                raise Unfit(f"{what} is a symbolic link, which may lead anywhere: cp -rL makes a copy without any")
+            fd, size = _opened_again(found, what)
+        finally:
+            os.close(found)
+        return Blob(fd, 0, size, what, is_absent=name in self._absent)
+
+
+def _opened_again(found: int, what: str) -> tuple[int, int]:
+    """A descriptor for reading of what ``found`` is, open with O_PATH alone, and its size, -1 of a pipe.  Raises Unfit where it
+    is neither a regular file nor a pipe of two processes; that is not opened: with a device that may do something, and with a
+    FIFO it may take for ever."""
+    status, path = os.fstat(found), f"/proc/self/fd/{found}"
+    if stat.S_ISREG(status.st_mode):
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), status.st_size
+    if stat.S_ISFIFO(status.st_mode) and os.readlink(path).startswith("pipe:"):  # it has no name
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC), -1
+    raise Unfit(f"{what} is no regular file")
+
+
+def file_blob(path: str) -> Blob:
+    """The file ``path``, or the pipe that it stands for, as /dev/stdin may.  Raises Unfit, and OSError."""
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        fd, size = _opened_again(found, "it")
+    except Unfit as unfit:
+        raise Unfit(f"{unfit}: cat can give it to /dev/stdin, which is read") from None
+    finally:
+        os.close(found)
+    return Blob(fd, 0, size, path)
 
 
 class ArchiveFiles:
@@ -126,11 +163,8 @@ class ArchiveFiles:
 
     def __init__(self, path: str, limits: Limits) -> None:
         self.where = path
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        status = os.fstat(fd)
-        is_regular = stat.S_ISREG(status.st_mode)
-        whole = Blob(fd, 0, status.st_size if is_regular else -1, path)
-        if not is_regular or os.pread(fd, 262, 0)[257:] != b"ustar":  # a pipe, or packed
+        whole = file_blob(path)
+        if whole.size < 0 or os.pread(whole.fd, 262, 0)[257:] != b"ustar":  # a pipe, or packed
             whole = _unpacked_to_disk(whole, limits)
         self._fd = whole.fd
         self._places: dict[str, tuple[int, int]] = {}
@@ -148,8 +182,11 @@ class ArchiveFiles:
 
     def _index(self, whole: Blob) -> None:
         stream = _Seeking(whole)
-        reader = TarReader(stream)
+        reader, length = TarReader(stream), 0
         while (entry := reader.next()) is not None:
+            length += len(entry.name) + len(entry.target)
+            if length > MOST_NAMES:
+                raise Unfit(f"the names in it take more than {MOST_NAMES} bytes: those of an image never do")
             name = os.path.normpath(os.fsdecode(entry.name)).lstrip("/")
             if entry.kind is FILE and entry.spans is None:
                 self._places[name] = stream.taken, entry.size
@@ -202,6 +239,7 @@ def _unpacked_to_disk(blob: Blob, limits: Limits) -> Blob:
             except OSError as error:
                 raise Unfit(f"{place}, where it is unpacked first: {error.strerror}: $TMPDIR names another place") from None
             limits.refuse_bomb(file.tell(), packed)
+        limits.spend(file.tell(), "unpacked it takes")
         fd = os.dup(file.fileno())
     return Blob(fd, 0, os.fstat(fd).st_size, blob.what)
 
@@ -252,21 +290,37 @@ def docker_image(files: Files, tag: str, *, foreign: bool) -> Image:
     listed = _json(manifest)
     if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed) or not listed:
         raise Unfit(f"{manifest.what} lists no images")
-    tags = [each.get("RepoTags") or [] for each in listed]
+    tags = [_strings(each.get("RepoTags"), f"{manifest.what} has RepoTags that are") for each in listed]
     found = [each for each, its in zip(listed, tags, strict=True) if not tag or tag in its or f"docker.io/library/{tag}" in its]
     if not found or len(found) > 1:
-        there = sorted(str(each) for its in tags for each in its)
+        there = sorted(each for its in tags for each in its)
         what = f'no image "{tag}"' if tag else "several images: say which, as in docker-archive:FILE:NAME:TAG"
         raise Unfit(f"{files.where} has {what}; there {_counted(there)}")
-    names = [found[0].get("Config"), *(found[0].get("Layers") or [])]
-    if not all(isinstance(name, str) for name in names) or len(names) > MOST_LAYERS:
-        raise Unfit(f"{manifest.what} doesn't say which files an image is made of")
+    names = _strings(found[0].get("Layers"), f"{manifest.what} has Layers that are")
+    names = [*_strings([found[0].get("Config")], f"{manifest.what} has a Config that is"), *names]
+    if len(names) > MOST_LAYERS:
+        raise Unfit(f"{manifest.what} tells of {len(names)} layers: no image has so many")
     blobs = [files.find(os.path.normpath(name)) for name in names]
     for name, blob in zip(names, blobs, strict=True):
         if blob is None:
-            raise Unfit(f"{files.where} lacks {shown(name)}, which its manifest.json names")
+            raise Unfit(f"{files.where} lacks {_quoted(name)}, which its manifest.json names")
     there_are = [_with_digest(blob, name) for blob, name in zip(blobs, names, strict=True) if blob is not None]
     return _image(there_are[0].content(), there_are[1:], there_are[0].what, foreign=foreign)
+
+
+def _strings(found: Any, what: str) -> list[str]:
+    """``found``, a list of strings, or nothing.  Raises Unfit where it is something else, ``what`` it is."""
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise Unfit(f"{what} no names")
+    return found
+
+
+def _quoted(text: object) -> str:
+    """What an image says, as a sentence shows it."""
+    said = str(text)
+    return printable(said if len(said) <= _SHOWN else f"{said[:_SHOWN]}…")
 
 
 def _with_digest(blob: Blob, name: str) -> Blob:
@@ -282,9 +336,9 @@ def _by_manifest(files: Files, manifest: dict[str, Any], what: str, *, foreign: 
         old = " (of Docker's first format, which skopeo copy can turn into a new one)" * ("fsLayers" in manifest)
         raise Unfit(f"{what} is no manifest of an image{old}")
     for each in layers:
-        kind = str(each.get("mediaType", "")) if isinstance(each, dict) else ""
-        if "tar" not in kind or "encrypted" in kind:
-            raise Unfit(f'{what} has a layer of the kind "{kind}", which is no archive of files')
+        kind = each.get("mediaType", "") if isinstance(each, dict) else ""
+        if not isinstance(kind, str) or "tar" not in kind or "encrypted" in kind:
+            raise Unfit(f'{what} has a layer of the kind "{_quoted(kind)}", which is no archive of files')
     blob = _blob(files, config)
     return _image(blob.content(), [_blob(files, each) for each in layers], blob.what, foreign=foreign)
 
@@ -327,7 +381,7 @@ def refuse_others(index: bytes, what: str) -> NoReturn:
 
 def _refuse_foreign(runs_on: str, *, foreign: bool) -> None:
     if runs_on != machine() and not foreign:
-        raise Elsewhere(f"the image is for {runs_on}, and this machine is {machine()}: --force takes it nevertheless")
+        raise Elsewhere(f"the image is for {_quoted(runs_on)}, and this machine is {machine()}: --force takes it nevertheless")
 
 
 def _chosen(listed: list[dict[str, Any]], where: str, *, foreign: bool) -> dict[str, Any]:
@@ -343,7 +397,9 @@ def _chosen(listed: list[dict[str, Any]], where: str, *, foreign: bool) -> dict[
     there = sorted({"/".join(_platform(each)) or "a machine that is not said" for each in images})
     if foreign:
         raise Unfit(f"the image is there for several machines, and none is {machine()}: there {_counted(there)}")
-    raise Elsewhere(f"the image is for {', '.join(there)}, and this machine is {machine()}: --force takes it nevertheless")
+    raise Elsewhere(
+        f"the image is for {_quoted(', '.join(there))}, and this machine is {machine()}: --force takes it nevertheless"
+    )
 
 
 def _platform(descriptor: dict[str, Any]) -> tuple[str, ...]:
@@ -366,7 +422,7 @@ def _counted(names: list[str]) -> str:
     if not names:
         return "is none with a name"
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return f"{'are' if len(names) > 1 else 'is'} {', '.join(shown(name) for name in names[:20])}{more}"
+    return f"{'are' if len(names) > 1 else 'is'} {', '.join(_quoted(name) for name in names[:20])}{more}"
 
 
 def _listed(document: dict[str, Any], what: str) -> list[dict[str, Any]]:
@@ -385,7 +441,7 @@ def _blob(files: Files, descriptor: dict[str, Any]) -> Blob:
     if found is None:
         raise Unfit(f"{files.where} lacks the blob {digest}")
     if found.size != size and not found.is_absent:
-        raise Unfit(f"{found.what} takes {found.size} bytes, and is to take {size}: it is cut off, or another")
+        raise Unfit(f"{found.what} takes {found.size} bytes, and is to take {_quoted(size)}: it is cut off, or another")
     return found._replace(digest=digest)
 
 
