@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from snapfs.images import compression, layouts
+from snapfs.images import compression, fetching, layouts
 from snapfs.images.limits import Limits
 from snapfs.images.unfit import Unfit
 from tests.command import SNAPFS, Command, OnATerminal, held
@@ -30,6 +30,7 @@ from tests.daemon import Daemon
 from tests.home import Home, home_of
 from tests.images import MACHINE, Layer, Layout, archive_of, chain_of, digest_of, packable_tree
 from tests.mounts import never_answering
+from tests.processes import die_with_parent, until
 from tests.rootfs import stats
 from tests.syscalls import EVERY, KILL, Call, Server, running
 from tests.tree import info, remove_all
@@ -396,9 +397,7 @@ def test_files_that_are_none(command: Command, layout: Layout, tmp_path: Path) -
     for path in (layout.top / "oci-layout", layout.top / "index.json", blob, layout.blobs):
         kept_as = path.rename(tmp_path / "kept")
         path.symlink_to(kept_as)
-        assert re.search(
-            "symbolic link.* may lead anywhere: cp -rL makes a copy", refused(command, f"oci:{layout.top}")
-        )
+        assert re.search("symbolic link.* may lead anywhere: cp -rL makes a copy", refused(command, f"oci:{layout.top}"))
         path.unlink()
         if path != layout.blobs:
             for kind in (stat.S_IFIFO, stat.S_IFCHR):
@@ -428,6 +427,104 @@ def test_a_server_in_a_layout(command: Command, layout: Layout) -> None:
     layout.add("t", three())
     with never_answering(layout.blobs):
         assert f"is in another file system, which is mounted in {layout.top}" in refused(command, f"oci:{layout.top}")
+
+
+def copied(layout: Layout, path: Path) -> str:
+    """The image ``t`` in the form dir:, which is of skopeo's own, and the layer in it at its blob's name."""
+    subprocess.run(["skopeo", "copy", "--quiet", "--insecure-policy", f"oci:{layout.top}:t", f"dir:{path}"], check=True)
+    return f"dir:{path}"
+
+
+@pytest.fixture
+def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where imports keep what they fetch."""
+    place = tmp_path / "spool"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    return place
+
+
+def test_what_would_be_fetched_is_asked_first(
+    layout: Layout, tmp_path: Path, spool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout.add("t", [Layer().add("f", os.urandom(1 << 20)).done()])
+    place, limits, ran = copied(layout, tmp_path / "copied"), Limits(1 << 20, 0, 0), []
+    run = fetching._ran
+    monkeypatch.setattr(
+        fetching, "_ran", lambda command, *more, **named: ran.append(command[1]) or run(command, *more, **named)
+    )
+    with (
+        pytest.raises(Unfit, match="what is fetched takes more than 1048576 bytes"),
+        fetching.fetched(place, foreign=False, known=len, told=lambda size: limits.spend(size, "what is fetched takes")),
+    ):
+        pass
+    assert ran == ["inspect"]
+    assert os.listdir(spool) == []
+
+
+def test_more_is_fetched_than_was_told(command: Command, layout: Layout, tmp_path: Path, spool: Path) -> None:
+    layout.add("t", [Layer().add("f", b"").done()])
+    place = copied(layout, tmp_path / "copied")
+    manifest = json.loads((tmp_path / "copied/manifest.json").read_bytes())
+    os.truncate(tmp_path / "copied" / manifest["layers"][0]["digest"].partition(":")[2], 4 << 30)
+    assert "what is fetched takes more than 1048576 bytes" in refused(command, "--max-size=1M", place)
+    assert os.listdir(spool) == []
+
+
+def test_skopeo_that_comes_to_no_end(tmp_path: Path, spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "skopeo"
+    script.write_text('#!/bin/sh\n[ "$1" = copy ] || { echo {}; exit 0; }\necho $$ >"$TMPDIR/pid"; exec sleep 1000\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(fetching, "PATIENCE", 1.0)
+    with (
+        pytest.raises(Unfit, match="skopeo has fetched nothing for 1 seconds, and was ended"),
+        fetching.fetched("dir:/nowhere", foreign=False, known=len, told=lambda _: None),
+    ):
+        pass
+    assert os.listdir(spool) == [], "what it keeps for itself is there, too"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_what_was_fetched_goes_with_a_signal(
+    command: Command, layout: Layout, tmp_path: Path, spool: Path, number: signal.Signals
+) -> None:
+    layout.add("t", [Layer().add("f", b"").done()])
+    place = copied(layout, tmp_path / "copied")
+    manifest = json.loads((tmp_path / "copied/manifest.json").read_bytes())
+    blob = tmp_path / "copied" / manifest["layers"][0]["digest"].partition(":")[2]
+    blob.unlink()
+    os.mkfifo(blob)
+    words = [*SNAPFS, "import", "--at", str(command.mnt), place]
+    with subprocess.Popen(words, preexec_fn=die_with_parent, stderr=subprocess.DEVNULL) as process:
+        until(lambda: bool(list(spool.glob("snapfs-image-*/oci/*"))))
+        process.send_signal(number)
+        assert process.wait(60) == (130 if number == signal.SIGINT else -number)
+    assert os.listdir(spool) == []
+    assert kept(command.mnt) == []
+
+
+def test_a_server_where_imports_keep_what_they_fetch(command: Command, layout: Layout, tmp_path: Path, spool: Path) -> None:
+    """It has a name like theirs, and is not asked whose it is."""
+    layout.add("t", three())
+    (spool / "snapfs-image-x").mkdir()
+    (spool / "snapfs-export-x").mkdir()
+    with never_answering(spool / "snapfs-image-x"), never_answering(spool / "snapfs-export-x"):
+        command("import", copied(layout, tmp_path / "copied"), "app")
+        command("export", "images/app", f"dir:{tmp_path}/out")
+
+
+@pytest.mark.parametrize("more", [{"x": "y" * (4 << 20)}, {"x": "\ud800"}, {"history": 5}], ids=["long", "surrogate", "shape"])
+def test_a_configuration_that_can_not_be_kept(command: Command, layout: Layout, more: dict[str, object]) -> None:
+    """It is refused before anything is unpacked."""
+    layout.add("t", three())
+    manifest = json.loads((layout.blobs / layout.listed[0]["digest"].partition(":")[2]).read_bytes())
+    config = json.loads((layout.blobs / manifest["config"]["digest"].partition(":")[2]).read_bytes())
+    manifest["config"] = layout.document({**config, **more}, "config.v1+json")
+    layout.listed[0] |= layout.document(manifest, "manifest.v1+json")
+    layout.write()
+    assert "its configuration can't be kept: image.json " in refused(command, f"oci:{layout.top}", "app")
+    assert (kept(command.mnt), os.listdir(command.mnt / "images")) == ([], [])
 
 
 def test_names_of_an_archive_are_bounded(layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

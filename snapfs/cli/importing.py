@@ -18,9 +18,11 @@ import selectors
 import time
 from pathlib import Path
 
+from snapfs import imagejson
 from snapfs.cli import table
 from snapfs.cli.commanding import AGAIN, SYNC, persistently
 from snapfs.cli.commit import commit
+from snapfs.cli.cutoff import tidied
 from snapfs.cli.drafts import label_of, locked, namespaces, refuse_unwritable
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.listing import images
@@ -28,6 +30,7 @@ from snapfs.cli.place import MountedTree, file_name, find_tree, key_of
 from snapfs.cli.prepare import make
 from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, TAKEN, USAGE, Refusal
+from snapfs.errors import InvalidArgument
 from snapfs.images import fetching
 from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, chain_id, docker_image, file_blob, oci_image
 from snapfs.images.limits import Limits
@@ -412,10 +415,11 @@ def _import(given: Given) -> int:
     place = find_tree(given.value("at"), changes=True)
     place.refuse_foreign("imported")
     naming = _Naming(place, named, replaces=given.has("replace"))
-    try:
-        top, config = _brought(given, place, naming, limits, spares=True)
-    except fetching.Unfinished:
-        top, config = _brought(given, place, naming, limits, spares=False)
+    with tidied():
+        try:
+            top, config = _brought(given, place, naming, limits, spares=True)
+        except fetching.Unfinished:
+            top, config = _brought(given, place, naming, limits, spares=False)
     naming.name(top, config)
     table.show_line(place.directory("committed", top))
     return 0
@@ -453,6 +457,8 @@ def _brought(given: Given, place: MountedTree, naming: _Naming, limits: Limits, 
             layers, config, names = [found], b"", [""]
             parent = None if parent is None else _parent_of(place, parent)
         naming.refuse_taken(names[-1], config)
+        if config:
+            naming.check(config, printable(source))
         one = _Import(place, place.options(), printable(source), parent, limits)
         return one.run(layers, names, archive=not config), config
 
@@ -575,6 +581,14 @@ class _Naming:
         if others and not _is_same(self._place.read(f"{self._place.directory('committed', top)}/image.json"), config):
             words = f'"{others[0]}" in images/ has the same layers, and another configuration, which all that have them share'
             raise Refusal(f"{words}: --replace makes it that of this image", TAKEN)
+
+    def check(self, config: bytes, source: str) -> None:
+        """Raise Refusal where ``config``, of the image ``source``, can be no image.json."""
+        if self._has_images:
+            try:
+                imagejson.check(config)
+            except InvalidArgument as error:
+                raise Refusal(f"cannot import {source}: its configuration can't be kept: {error}") from None
 
     def _named(self) -> str | None:
         """The snapshot that has the name; None where none has."""

@@ -17,6 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from snapfs.images import layouts
 from snapfs.images.unfit import Unfit
+from snapfs.kernel.inside import open_unmounted
 from snapfs.names import printable
 
 TRANSPORTS = ("docker", "docker-daemon", "containers-storage", "dir", "ostree", "sif", "tarball")
@@ -33,6 +34,9 @@ _FETCHED, _SENT = "snapfs-image-", "snapfs-export-"  # directories of this proce
 _OLD = {_FETCHED: 86_400.0, _SENT: 60.0}
 """Seconds after which what a process that was killed has left is of no more use: what an import had fetched is for the next."""
 _EVERY = 0.2  # seconds between two messages of how far it is
+
+PATIENCE = 300.0
+"""Seconds after which skopeo is ended that has fetched nothing meanwhile: what it reads may be a FIFO, say, without an end."""
 
 
 class Unfinished(Unfit):
@@ -66,10 +70,12 @@ def fetched(
     with _private(_FETCHED, keeps=goes_on) as directory:
         layout = f"{directory}/oci"
         absent = _spared(program, source, layout, foreign=foreign, known=known)
+        told(_size(directory) + _missing(program, source, layout))
         copy = [program, "copy", "--quiet", "--dest-oci-accept-uncompressed-layers"]
 
         def copied(*how: str) -> str:
-            return _ran([*copy, *how, "--", source, f"oci:{layout}:{TAG}"], lambda: told(_size(directory)))[1]
+            command = [*copy, *how, "--", source, f"oci:{layout}:{TAG}"]
+            return _ran(command, lambda: told(_size(directory)), lambda: _size(directory), spool=directory)[1]
 
         said = copied()
         if said and _OF_OTHERS in said:
@@ -114,7 +120,7 @@ def _spared(program: str, source: str, layout: str, *, foreign: bool, known: Cal
     each layer that is known.  The names of the latter."""
     if not source.startswith("docker:"):
         return frozenset()  # skopeo makes all of it to tell of it, or it is on this machine
-    config, said = _ran([program, "inspect", "--config", "--raw", "--", source], None)
+    config, said = _asked(program, source, "--config", "--raw")
     if said and _OF_OTHERS in said:
         _refuse_others(program, source, foreign=foreign)
         return frozenset()
@@ -124,7 +130,7 @@ def _spared(program: str, source: str, layout: str, *, foreign: bool, known: Cal
     there = known(diff_ids)
     if not there and not any(True for _ in _left(_FETCHED)):
         return frozenset()
-    listed, said = _ran([program, "inspect", "--no-tags", "--", source], None)
+    listed, said = _asked(program, source, "--no-tags")
     if said:
         _refuse(said, has_some=False)
     names = [f"blobs/{digest.replace(':', '/')}" for digest in layouts.digests_in(listed)]
@@ -138,6 +144,17 @@ def _spared(program: str, source: str, layout: str, *, foreign: bool, known: Cal
         os.close(os.open(f"{layout}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     _take_over(wanted, layout)
     return absent
+
+
+def _missing(program: str, source: str, layout: str) -> int:
+    """The bytes of the blobs that are not in ``layout`` yet, where the image's manifest is to be had before they are."""
+    if not source.startswith(("docker:", "dir:")):
+        return 0  # as above
+    manifest, said = _asked(program, source, "--raw")
+    if said:
+        _refuse(said, has_some=False)
+    sizes = layouts.sizes_in(manifest)
+    return sum(size for digest, size in sizes.items() if not os.path.exists(f"{layout}/blobs/{digest.replace(':', '/')}"))
 
 
 def _take_over(wanted: set[str], layout: str) -> None:
@@ -192,18 +209,23 @@ def _private(prefix: str, *, keeps: bool = False) -> Iterator[str]:
 
 
 def _left(prefix: str) -> Iterator[str]:
-    """The directories that processes of this user have left which did not come to their end; each is locked until the next."""
+    """The directories that processes of this user have left which did not come to their end; each is locked until the next.
+    What is mounted on one of these names is not asked: it may be a user's, and never answer."""
     place = layouts.spool()
-    for name in os.listdir(place):
-        if name.startswith(prefix):
-            with contextlib.suppress(OSError):
-                fd = os.open(f"{place}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    if os.fstat(fd).st_uid == os.geteuid():
-                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        yield f"{place}/{name}"
-                finally:
-                    os.close(fd)
+    top = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in os.listdir(top):
+            if name.startswith(prefix):
+                with contextlib.suppress(OSError):
+                    fd = open_unmounted(name, top)
+                    try:
+                        if os.fstat(fd).st_uid == os.geteuid():
+                            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                            yield f"{place}/{name}"
+                    finally:
+                        os.close(fd)
+    finally:
+        os.close(top)
 
 
 def _files(directory: str) -> Iterator[int]:
@@ -225,19 +247,40 @@ def _has_some(directory: str) -> bool:
 # -- skopeo
 
 
-def _ran(command: list[str], told: Callable[[], None] | None) -> tuple[bytes, str]:
-    """What the command says on standard output; and "", or what it says of its failure.  ``told`` is called now and then."""
+def _asked(program: str, source: str, *how: str) -> tuple[bytes, str]:
+    """What ``skopeo inspect`` tells of ``source``; and as ``_ran``."""
+    return _ran([program, "inspect", *how, "--", source], None, lambda: 0)
+
+
+def _ran(
+    command: list[str], told: Callable[[], None] | None, grown: Callable[[], int] | None = None, spool: str | None = None
+) -> tuple[bytes, str]:
+    """What the command says on standard output; and "", or what it says of its failure.  ``told`` is called now and then.  The
+    command is ended where what ``grown`` gives has been the same for PATIENCE.  Files of its own go to ``spool``.  Raises
+    Unfit."""
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_ends_with_parent
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=None if spool is None else {**os.environ, "TMPDIR": spool},
+        preexec_fn=_ends_with_parent,
     )
+    size, since = 0, time.monotonic()
     with process:
         try:
             while True:
                 try:
-                    found, stderr = process.communicate(timeout=_EVERY if told else None)
+                    found, stderr = process.communicate(timeout=_EVERY)
                 except subprocess.TimeoutExpired:
-                    assert told is not None
-                    told()
+                    if told is not None:
+                        told()
+                    if grown is None:
+                        continue
+                    before, size = size, grown()
+                    since = time.monotonic() if size != before else since
+                    if time.monotonic() - since > PATIENCE:
+                        raise Unfit(f"skopeo has fetched nothing for {PATIENCE:g} seconds, and was ended") from None
                 else:
                     break
         except BaseException:

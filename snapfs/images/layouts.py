@@ -379,6 +379,20 @@ def refuse_others(index: bytes, what: str) -> NoReturn:
     raise Elsewhere(f"the image is for others than this machine, which is {machine()}: --force takes what there is")
 
 
+def sizes_in(manifest: bytes) -> dict[str, int]:
+    """The sizes of the blobs that a manifest names, as far as it does, by their digests."""
+    document = _parsed(manifest, "its manifest")
+    document = document if isinstance(document, dict) else {}
+    listed = document.get("layers")
+    blobs = [document.get("config"), *(listed if isinstance(listed, list) else [])]
+    told = [(each.get("digest"), each.get("size")) for each in blobs if isinstance(each, dict)]
+    return {
+        digest: size
+        for digest, size in told
+        if isinstance(digest, str) and _DIGEST.fullmatch(digest) and isinstance(size, int) and size > 0
+    }
+
+
 def _refuse_foreign(runs_on: str, *, foreign: bool) -> None:
     if runs_on != machine() and not foreign:
         raise Elsewhere(f"the image is for {_quoted(runs_on)}, and this machine is {machine()}: --force takes it nevertheless")
