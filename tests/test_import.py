@@ -17,6 +17,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -381,8 +382,8 @@ def test_all_that_an_import_writes_counts(
     subprocess.run(["skopeo", "copy", "--quiet", "--insecure-policy", f"oci:{layout.top}:t", place], check=True)
     for source in (f"oci-archive:{tmp_path}/packed", place):
         assert "2000000 bytes with the 7" in refused(command, "--max-size=2000000", source)
-        command("import", "--max-size=2300K", source)
-        remove_all(command.mnt)
+    command("import", "--max-size=2300K", source)
+    remove_all(command.mnt)
     assert "layer 2 of 2: unpacked it takes more than 1200000 bytes" in refused(
         command, "--max-size=1200000", f"oci:{layout.top}"
     )
@@ -416,7 +417,7 @@ def test_files_that_are_none(command: Command, layout: Layout, tmp_path: Path) -
 def test_an_archive_by_a_pipe(command: Command, layout: Layout, tmp_path: Path) -> None:
     top = layout.add("t", three())
     with layout.archive(tmp_path / "tar").open("rb") as file:
-        words = [*SNAPFS, "import", "oci-archive:/dev/stdin", "--at", command.mnt]
+        words = [*SNAPFS, "import", "oci-archive:/dev/stdin", "--at", str(command.mnt)]
         with subprocess.Popen(["cat"], stdin=file, stdout=subprocess.PIPE) as cat:
             said = subprocess.run(words, stdin=cat.stdout, capture_output=True, text=True, check=True, timeout=60)
     assert said.stdout == f"{command.mnt}/committed/{top}\n"
@@ -448,11 +449,14 @@ def test_what_would_be_fetched_is_asked_first(
     layout: Layout, tmp_path: Path, spool: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout.add("t", [Layer().add("f", os.urandom(1 << 20)).done()])
-    place, limits, ran = copied(layout, tmp_path / "copied"), Limits(1 << 20, 0, 0), []
+    place, limits, ran = copied(layout, tmp_path / "copied"), Limits(1 << 20, 0, 0), list[str]()
     run = fetching._ran
-    monkeypatch.setattr(
-        fetching, "_ran", lambda command, *more, **named: ran.append(command[1]) or run(command, *more, **named)
-    )
+
+    def noted(command: list[str], *more: Any, **named: Any) -> tuple[bytes, str]:
+        ran.append(command[1])
+        return run(command, *more, **named)
+
+    monkeypatch.setattr(fetching, "_ran", noted)
     with (
         pytest.raises(Unfit, match="what is fetched takes more than 1048576 bytes"),
         fetching.fetched(place, foreign=False, known=len, told=lambda size: limits.spend(size, "what is fetched takes")),
@@ -478,7 +482,7 @@ def test_skopeo_that_comes_to_no_end(tmp_path: Path, spool: Path, monkeypatch: p
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(fetching, "PATIENCE", 1.0)
     with (
-        pytest.raises(Unfit, match="skopeo has fetched nothing for 1 seconds, and was ended"),
+        pytest.raises(Unfit, match=r"skopeo can't fetch it: it has fetched nothing for 1 seconds, and was ended$"),
         fetching.fetched("dir:/nowhere", foreign=False, known=len, told=lambda _: None),
     ):
         pass

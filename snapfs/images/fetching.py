@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
 from snapfs.images import layouts
-from snapfs.images.unfit import Unfit
+from snapfs.images.unfit import Elsewhere, Unfit
 from snapfs.kernel.inside import open_unmounted
 from snapfs.names import printable
 
@@ -66,8 +66,8 @@ def fetched(
 
     Raises Unfit, and OSError; and Unfinished, where the block may raise it, too."""
     program = find(source)
-    goes_on = source.startswith("docker:")
-    with _private(_FETCHED, keeps=goes_on) as directory:
+    is_of_use = source.startswith("docker:")
+    with _private(_FETCHED, is_of_use=is_of_use) as directory:
         layout = f"{directory}/oci"
         absent = _spared(program, source, layout, foreign=foreign, known=known)
         told(_size(directory) + _missing(program, source, layout))
@@ -79,10 +79,10 @@ def fetched(
 
         said = copied()
         if said and _OF_OTHERS in said:
-            _refuse_others(program, source, foreign=foreign)
+            _refuse_others(said, foreign=foreign)
             said = copied("--all")
         if said:
-            _refuse(said, has_some=goes_on and _has_some(directory))
+            _refuse(said, has_some=is_of_use and _has_some(directory))
         told(_size(directory))
         yield Layout(layout, absent)
 
@@ -92,7 +92,7 @@ def sent(destination: str, told: Callable[[], None] | None) -> Iterator[str]:
     """For a block, which makes it: where an OCI layout with the image TAG is to be, in a directory that nobody else can enter.
     Then the image goes to ``destination``, and ``told`` is called now and then.  Raises Unfit, and OSError."""
     program = find(destination)
-    with _private(_SENT) as directory:
+    with _private(_SENT, is_of_use=False) as directory:
         layout = f"{directory}/oci"
         yield layout
         # what is there has the same digest, and stays
@@ -122,7 +122,7 @@ def _spared(program: str, source: str, layout: str, *, foreign: bool, known: Cal
         return frozenset()  # skopeo makes all of it to tell of it, or it is on this machine
     config, said = _asked(program, source, "--config", "--raw")
     if said and _OF_OTHERS in said:
-        _refuse_others(program, source, foreign=foreign)
+        _refuse_others(said, foreign=foreign)
         return frozenset()
     if said:
         _refuse(said, has_some=False)
@@ -168,13 +168,12 @@ def _take_over(wanted: set[str], layout: str) -> None:
                     os.rename(f"{left}/oci/{name}", f"{layout}/{name}")
                     taken += 1
         if taken:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(left)
 
 
-def _refuse_others(program: str, source: str, *, foreign: bool) -> None:
-    """Raise Elsewhere, with the machines for which there is an image in the list that ``source`` is; unless ``foreign``."""
+def _refuse_others(said: str, *, foreign: bool) -> None:
     if not foreign:
-        layouts.refuse_others(_ran([program, "inspect", "--raw", "--", source], None)[0], source)
+        raise Elsewhere(f"{said}: --force takes what there is")
 
 
 def _refuse(said: str, *, has_some: bool) -> NoReturn:
@@ -188,22 +187,23 @@ def _refuse(said: str, *, has_some: bool) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _private(prefix: str, *, keeps: bool = False) -> Iterator[str]:
-    """A directory of this process's own; ``keeps``: it stays where the block is interrupted, or raises Unfinished."""
+def _private(prefix: str, *, is_of_use: bool) -> Iterator[str]:
+    """A directory of this process's own, which is kept, if what is in it ``is_of_use`` to another, where the block is
+    interrupted, or raises Unfinished."""
     for left in _left(prefix):
         if os.stat(left).st_mtime < time.time() - _OLD[prefix]:
             shutil.rmtree(left, ignore_errors=True)
     directory = tempfile.mkdtemp(prefix=prefix, dir=layouts.spool())
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    stays = False
+    keeps = False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield directory
     except (KeyboardInterrupt, Unfinished):
-        stays = keeps and _has_some(directory)
+        keeps = is_of_use and _has_some(directory)
         raise
     finally:
-        if not stays:
+        if not keeps:
             shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
 
@@ -256,8 +256,7 @@ def _ran(
     command: list[str], told: Callable[[], None] | None, grown: Callable[[], int] | None = None, spool: str | None = None
 ) -> tuple[bytes, str]:
     """What the command says on standard output; and "", or what it says of its failure.  ``told`` is called now and then.  The
-    command is ended where what ``grown`` gives has been the same for PATIENCE.  Files of its own go to ``spool``.  Raises
-    Unfit."""
+    command is ended where what ``grown`` gives has been the same for PATIENCE.  Files of its own go to ``spool``."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -280,7 +279,8 @@ def _ran(
                     before, size = size, grown()
                     since = time.monotonic() if size != before else since
                     if time.monotonic() - since > PATIENCE:
-                        raise Unfit(f"skopeo has fetched nothing for {PATIENCE:g} seconds, and was ended") from None
+                        process.kill()
+                        return b"", f"it has fetched nothing for {PATIENCE:g} seconds, and was ended"
                 else:
                     break
         except BaseException:
