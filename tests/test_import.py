@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import gzip
 import io
 import json
@@ -450,7 +451,7 @@ def test_what_would_be_fetched_is_asked_first(
 ) -> None:
     layout.add("t", [Layer().add("f", os.urandom(1 << 20)).done()])
     place, limits, ran = copied(layout, tmp_path / "copied"), Limits(1 << 20, 0, 0), list[str]()
-    run = fetching._ran
+    run, wanted = fetching._ran, functools.partial(limits.spend, what="what is fetched takes")
 
     def noted(command: list[str], *more: Any, **named: Any) -> tuple[bytes, str]:
         ran.append(command[1])
@@ -459,7 +460,7 @@ def test_what_would_be_fetched_is_asked_first(
     monkeypatch.setattr(fetching, "_ran", noted)
     with (
         pytest.raises(Unfit, match="what is fetched takes more than 1048576 bytes"),
-        fetching.fetched(place, foreign=False, known=len, told=lambda size: limits.spend(size, "what is fetched takes")),
+        fetching.fetched(place, foreign=False, known=len, wanted=wanted, told=lambda _: None),
     ):
         pass
     assert ran == ["inspect"]
@@ -483,7 +484,7 @@ def test_skopeo_that_comes_to_no_end(tmp_path: Path, spool: Path, monkeypatch: p
     monkeypatch.setattr(fetching, "PATIENCE", 1.0)
     with (
         pytest.raises(Unfit, match=r"skopeo can't fetch it: it has fetched nothing for 1 seconds, and was ended$"),
-        fetching.fetched("dir:/nowhere", foreign=False, known=len, told=lambda _: None),
+        fetching.fetched("dir:/nowhere", foreign=False, known=len, wanted=lambda _: None, told=lambda _: None),
     ):
         pass
     assert os.listdir(spool) == [], "what it keeps for itself is there, too"

@@ -508,12 +508,15 @@ def _opened(
         raise Refusal(f"cannot import {printable(source)}: it is neither a file nor an image: {sources}", USAGE)
     progress = Progress()
 
-    def told(size: int) -> None:
-        progress.show_size("fetching", size)
+    def wanted(size: int) -> None:
         limits.spend(size, "what is fetched takes")
 
+    def told(size: int) -> None:
+        progress.show_size("fetching", size)
+        wanted(size)
+
     try:
-        layout = held.enter_context(fetching.fetched(source, foreign=foreign, known=known, told=told))
+        layout = held.enter_context(fetching.fetched(source, foreign=foreign, known=known, wanted=wanted, told=told))
     finally:
         progress.clear()
     return oci_image(DirectoryFiles(layout.path, layout.absent), fetching.TAG, foreign=foreign)
@@ -626,7 +629,11 @@ VERBS = {
             Option("parent", "the committed snapshot that a lone layer stands on", "PARENT", short="-p"),
             Option("force", "take an image that is for another kind of machine, too"),
             Option("replace", "let NAME be this image, whatever it was, and image.json what this one says"),
-            Option("max-size", f"refuse what takes more bytes unpacked, as 20G does ({_SIZE}; 0 sets no limit)", "SIZE"),
+            Option(
+                "max-size",
+                f"refuse what takes more bytes, fetched and unpacked, as 20G does ({_SIZE}; 0 sets no limit)",
+                "SIZE",
+            ),
             Option("max-files", f"refuse what has more files ({_FILES})", "COUNT"),
             Option("max-ratio", f"refuse a layer that grows to so many times its size ({_RATIO})", "TIMES"),
         ),

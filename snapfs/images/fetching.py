@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
 from snapfs.images import layouts
-from snapfs.images.unfit import Elsewhere, Unfit
+from snapfs.images.unfit import Unfit
 from snapfs.kernel.inside import open_unmounted
 from snapfs.names import printable
 
@@ -57,20 +57,22 @@ def fetched(
     *,
     foreign: bool,
     known: Callable[[list[str]], int],
+    wanted: Callable[[int], None],
     told: Callable[[int], None],
 ) -> Iterator[Layout]:
     """For a block: the image ``source`` (``docker://host/name:tag``), in a directory that nobody else can enter.  What is for
     another machine is fetched only if ``foreign``.  From a registry only those layers are fetched that are not among the
     lowest, of which ``known`` says how many there are already, from the diff ids of all; and that have not arrived before, for
-    an import that was interrupted.  ``told`` is called with the bytes that have arrived so far, and may raise Unfit.
+    an import that was interrupted.  ``wanted`` is called before with the bytes that there will be, as far as the image says so,
+    and ``told`` with those that have arrived so far; both may raise Unfit.
 
     Raises Unfit, and OSError; and Unfinished, where the block may raise it, too."""
     program = find(source)
-    is_of_use = source.startswith("docker:")
-    with _private(_FETCHED, is_of_use=is_of_use) as directory:
+    goes_on = source.startswith("docker:")
+    with _private(_FETCHED, keeps=goes_on) as directory:
         layout = f"{directory}/oci"
         absent = _spared(program, source, layout, foreign=foreign, known=known)
-        told(_size(directory) + _missing(program, source, layout))
+        wanted(_size(directory) + _missing(program, source, layout))
         copy = [program, "copy", "--quiet", "--dest-oci-accept-uncompressed-layers"]
 
         def copied(*how: str) -> str:
@@ -79,10 +81,10 @@ def fetched(
 
         said = copied()
         if said and _OF_OTHERS in said:
-            _refuse_others(said, foreign=foreign)
+            _refuse_others(program, source, foreign=foreign)
             said = copied("--all")
         if said:
-            _refuse(said, has_some=is_of_use and _has_some(directory))
+            _refuse(said, has_some=goes_on and _has_some(directory))
         told(_size(directory))
         yield Layout(layout, absent)
 
@@ -92,7 +94,7 @@ def sent(destination: str, told: Callable[[], None] | None) -> Iterator[str]:
     """For a block, which makes it: where an OCI layout with the image TAG is to be, in a directory that nobody else can enter.
     Then the image goes to ``destination``, and ``told`` is called now and then.  Raises Unfit, and OSError."""
     program = find(destination)
-    with _private(_SENT, is_of_use=False) as directory:
+    with _private(_SENT) as directory:
         layout = f"{directory}/oci"
         yield layout
         # what is there has the same digest, and stays
@@ -122,7 +124,7 @@ def _spared(program: str, source: str, layout: str, *, foreign: bool, known: Cal
         return frozenset()  # skopeo makes all of it to tell of it, or it is on this machine
     config, said = _asked(program, source, "--config", "--raw")
     if said and _OF_OTHERS in said:
-        _refuse_others(said, foreign=foreign)
+        _refuse_others(program, source, foreign=foreign)
         return frozenset()
     if said:
         _refuse(said, has_some=False)
@@ -168,12 +170,13 @@ def _take_over(wanted: set[str], layout: str) -> None:
                     os.rename(f"{left}/oci/{name}", f"{layout}/{name}")
                     taken += 1
         if taken:
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
 
 
-def _refuse_others(said: str, *, foreign: bool) -> None:
+def _refuse_others(program: str, source: str, *, foreign: bool) -> None:
+    """Raise Elsewhere, with the machines for which there is an image in the list that ``source`` is; unless ``foreign``."""
     if not foreign:
-        raise Elsewhere(f"{said}: --force takes what there is")
+        layouts.refuse_others(_asked(program, source, "--raw")[0], source)
 
 
 def _refuse(said: str, *, has_some: bool) -> NoReturn:
@@ -187,23 +190,22 @@ def _refuse(said: str, *, has_some: bool) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _private(prefix: str, *, is_of_use: bool) -> Iterator[str]:
-    """A directory of this process's own, which is kept, if what is in it ``is_of_use`` to another, where the block is
-    interrupted, or raises Unfinished."""
+def _private(prefix: str, *, keeps: bool = False) -> Iterator[str]:
+    """A directory of this process's own; ``keeps``: it stays where the block is interrupted, or raises Unfinished."""
     for left in _left(prefix):
         if os.stat(left).st_mtime < time.time() - _OLD[prefix]:
             shutil.rmtree(left, ignore_errors=True)
     directory = tempfile.mkdtemp(prefix=prefix, dir=layouts.spool())
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    keeps = False
+    stays = False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield directory
     except (KeyboardInterrupt, Unfinished):
-        keeps = is_of_use and _has_some(directory)
+        stays = keeps and _has_some(directory)
         raise
     finally:
-        if not keeps:
+        if not stays:
             shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
 

@@ -371,14 +371,6 @@ def digests_in(listed: bytes) -> list[str]:
     return found if isinstance(found, list) and all(isinstance(each, str) and _DIGEST.fullmatch(each) for each in found) else []
 
 
-def refuse_others(index: bytes, what: str) -> NoReturn:
-    """Raise Elsewhere: none of the images in this ``index``, which is ``what`` in sentences, is for this machine."""
-    document = _parsed(index, what)
-    if isinstance(document, dict):
-        _chosen(_listed(document, what), what, foreign=False)
-    raise Elsewhere(f"the image is for others than this machine, which is {machine()}: --force takes what there is")
-
-
 def sizes_in(manifest: bytes) -> dict[str, int]:
     """The sizes of the blobs that a manifest names, as far as it does, by their digests."""
     document = _parsed(manifest, "its manifest")
@@ -391,6 +383,14 @@ def sizes_in(manifest: bytes) -> dict[str, int]:
         for digest, size in told
         if isinstance(digest, str) and _DIGEST.fullmatch(digest) and isinstance(size, int) and size > 0
     }
+
+
+def refuse_others(index: bytes, what: str) -> NoReturn:
+    """Raise Elsewhere: none of the images in this ``index``, which is ``what`` in sentences, is for this machine."""
+    document = _parsed(index, what)
+    if isinstance(document, dict):
+        _chosen(_listed(document, what), what, foreign=False)
+    raise Elsewhere(f"the image is for others than this machine, which is {machine()}: --force takes what there is")
 
 
 def _refuse_foreign(runs_on: str, *, foreign: bool) -> None:

@@ -43,7 +43,7 @@ _DIRECTORY = LOOK | os.O_DIRECTORY
 _ATTRIBUTES = b"attributes"  # in the directory beside the layer
 _OPEN = 64  # directories that are kept open
 _MOST_LINKS = 40  # that are followed on one way, as in the kernel
-MOST_NAMES = 256 << 20
+MOST_NAMES = 128 << 20
 """Bytes of paths that are remembered of one layer: of its directories, and of what it hides below."""
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _UNKEPT = (errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
