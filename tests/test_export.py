@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -11,16 +12,23 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
 
+from snapfs.cli.refusal import NOT_PERMITTED
+from snapfs.errors import InvalidArgument
+from snapfs.images import writing
 from snapfs.images.configuration import Step, architecture, configuration
-from tests.command import Command, held
+from snapfs.images.held import LOCK
+from snapfs.kernel import mounting
+from tests.command import SNAPFS, Command, held
 from tests.syscalls import EVERY, KILL, Server, running
 from tests.trees import everything
+from tests.users import ALICE, alice
 
 pytestmark = pytest.mark.mounts
 
@@ -335,6 +343,224 @@ def test_killed_between_any_two_calls(chain: Command, server: Server, tmp_path: 
         nth += 1 if EVERY == 1 else 1 + nth // 4
     assert len(ends) == 2
     assert nth > 5
+
+
+# -- what others have put where an image is to go
+
+
+def test_what_is_no_regular_file_in_a_layout(chain: Command, tmp_path: Path) -> None:
+    """It is neither waited for nor followed."""
+    images = tmp_path / "images"
+    chain("export", "base", f"oci:{images}:base")
+    index = (images / "index.json").read_bytes()
+    manifest = images / "blobs/sha256" / json.loads(index)["manifests"][0]["digest"].removeprefix("sha256:")
+    manifest.rename(tmp_path / "manifest")
+    os.mkfifo(manifest)
+    chain("export", "base", f"oci:{images}:other")
+    assert manifest.is_file(), "it is written anew"
+    (images / "index.json").unlink()
+    os.mkfifo(images / "index.json")
+    assert f"{images}/index.json is no regular file" in chain("export", "v1", f"oci:{images}:v1", status=1)
+    (images / "index.json").unlink()
+    (tmp_path / "elsewhere").write_bytes(index)
+    (images / "index.json").symlink_to(tmp_path / "elsewhere")
+    assert f"{images}/index.json is no regular file" in chain("export", "v1", f"oci:{images}:v1", status=1)
+    assert (tmp_path / "elsewhere").read_bytes() == index
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"manifests": 5}',
+        '{"manifests": [5]}',
+        '{"manifests": [{"annotations": 5}]}',
+        '{"manifests": [{"digest": "\\ud800"}]}',
+        "[" * 100_000,
+        '{"manifests": [' + '{"a":' * 100_000,
+        " " * (writing.LARGEST + 1),
+    ],
+    ids=["number", "numbers", "annotations", "surrogate", "brackets", "braces", "large"],
+)
+def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/oci-layout").write_text("{}")
+    (tmp_path / "images/index.json").write_text(text)
+    with pytest.raises(InvalidArgument, match=r"/images/index.json .*; name a new directory$"):
+        writing.OciDirectory(str(tmp_path / "images"), "v1", "gzip")
+    assert (tmp_path / "images/index.json").read_text() == text
+
+
+def test_other_entries_of_an_index_stay(tmp_path: Path) -> None:
+    others = [{}, {"annotations": None, "x": [1]}, {"digest": 5, "annotations": {TAG: "a"}}, {"digest": "sha256:../../x"}]
+    for document in ({"manifests": others, "more": 1}, {"more": 1}):
+        (images := tmp_path / f"images{len(document)}").mkdir()
+        (images / "oci-layout").write_text("{}")
+        (images / "index.json").write_text(json.dumps(document))
+        with writing.OciDirectory(str(images), "v1", "gzip") as made:
+            made.finish({}, [])
+        index = json.loads((images / "index.json").read_text())
+        assert index["more"] == 1
+        assert index["manifests"][:-1] == document.get("manifests", [])
+        assert index["manifests"][-1]["annotations"] == {TAG: "v1"}
+
+
+def test_a_layout_that_was_begun(chain: Command, tmp_path: Path) -> None:
+    """By an export that was killed before it had made oci-layout."""
+    (tmp_path / "images/blobs/sha256").mkdir(parents=True)
+    (tmp_path / f"images/{LOCK}").touch(0o600)
+    chain("export", "v1", f"oci:{tmp_path}/images:v1")
+    assert Layout(tmp_path / "images").tags() == ["v1"]
+    assert sorted(os.listdir(tmp_path / "images")) == ["blobs", "index.json", "oci-layout"]
+
+
+def test_which_blobs_count(chain: Command, tmp_path: Path) -> None:
+    """Regular files of root's or the caller's, as large as the manifest says; any other is written anew."""
+    place, blobs = f"oci:{tmp_path}/images", tmp_path / "images/blobs/sha256"
+    chain("export", "v1", f"{place}:v1")
+    first, second = (blobs / each["digest"][7:] for each in Layout(tmp_path / "images").image("v1")[0]["layers"])
+    whole = first.read_bytes()
+    for spoiled in ("cut off", "another user's", "written by all", "a link", "a FIFO"):
+        match spoiled:
+            case "cut off":
+                os.truncate(first, 5)
+            case "another user's":
+                os.chown(first, ALICE, ALICE)
+            case "written by all":
+                first.chmod(0o646)
+            case "a link":
+                first.rename(tmp_path / "moved")
+                first.symlink_to(tmp_path / "moved")
+            case "a FIFO":
+                first.unlink()
+                os.mkfifo(first)
+        kept = second.stat().st_ino
+        chain("export", "v1", f"{place}:v1")
+        status = first.lstat()
+        assert (status.st_mode, status.st_uid) == (0o100644, 0)
+        assert (first.read_bytes(), second.stat().st_ino) == (whole, kept)
+    assert (tmp_path / "moved").read_bytes() == whole
+
+
+@pytest.mark.usefixtures("users")
+def test_who_may_read_a_layout_keeps_nobody_from_writing_it(chain: Command, open_path: Path) -> None:
+    images = open_path / "images"
+    chain("export", "base", f"oci:{images}:base")
+    locked = [images, images / "blobs", images / "blobs/sha256", images / "index.json", images / "oci-layout"]
+    script = "".join(f"exec {9 + nth}<{path}; flock -s {9 + nth}; " for nth, path in enumerate(locked))
+    command = [*alice, "bash", "-c", f"set -e; {script} echo locked; read _"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        chain("export", "v1", f"oci:{images}:v1")
+        process.stdin.close()
+    assert Layout(images).tags() == ["base", "v1"]
+    for mode, owner in ((0o644, 0), (0o600, ALICE)):
+        (images / LOCK).touch()
+        (images / LOCK).chmod(mode)
+        os.chown(images / LOCK, owner, owner)
+        assert f"{images}/{LOCK} is nothing that snapfs has made: remove it" in chain(
+            "export", "v1", f"oci:{images}:v2", status=1
+        )
+        (images / LOCK).unlink()
+    assert Layout(images).tags() == ["base", "v1"]
+
+
+def test_several_at_once(chain: Command, tmp_path: Path) -> None:
+    """To one layout, which is new."""
+    environment = {**os.environ, "SNAPFS": str(chain.mnt)}
+    tags = ["one", "two", "three"]
+    commands = [[*SNAPFS, "export", "v1", f"oci:{tmp_path}/images:{tag}"] for tag in tags]
+    processes = [subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) for words in commands]
+    assert [process.wait(60) for process in processes] == [0] * 3
+    layout = Layout(tmp_path / "images")
+    assert sorted(layout.tags()) == sorted(tags)
+    for tag in tags:
+        assert layout.layers(tag) == [layer(chain, "base"), layer(chain, "v1")]
+    assert sorted(os.listdir(tmp_path / "images")) == ["blobs", "index.json", "oci-layout"]
+
+
+@contextmanager
+def unanswering(target: Path) -> Iterator[None]:
+    """For a block: a file system of Alice's on ``target``, which answers nothing."""
+    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        kind = "100644" if target.is_file() else "40755"
+        options = f"fd={device},rootmode={kind},user_id={ALICE},group_id={ALICE},allow_other"
+        mounting.mount("x", str(target), "fuse", 0, options)
+        try:
+            yield
+        finally:
+            mounting.unmount(str(target), mounting.MNT_DETACH)
+    finally:
+        os.close(device)
+
+
+def test_servers_that_never_answer(chain: Command, tmp_path: Path) -> None:
+    """On what a layout consists of, or where it or an archive is to be: they are not asked."""
+    images = tmp_path / "images"
+    chain("export", "base", f"oci:{images}:base")
+    (tmp_path / "file").touch()
+    for target in (images / "blobs", images / "blobs/sha256", images / "index.json"):
+        with unanswering(target):
+            said = chain("export", "v1", f"oci:{images}:v1", status=1)
+        assert f"something is mounted on {target}: unmount it first" in said
+    with unanswering(images):
+        for place in (f"oci:{images}:v1", f"oci:{images}/new", f"oci-archive:{images}/new"):
+            assert f"{images} is a file system that the user" in chain("export", "v1", place, status=NOT_PERMITTED)
+    with unanswering(tmp_path / "file"):
+        assert "already exists" in chain("export", "v1", f"docker-archive:{tmp_path}/file", status=1)
+    assert Layout(images).tags() == ["base"]
+
+
+class _Small:
+    """A layer of some bytes."""
+
+    size = 3
+    diff_id: str | None = None
+
+    def pieces(self) -> Iterator[bytes]:
+        yield b"abc"
+
+
+def test_a_directory_that_is_exchanged_meanwhile(tmp_path: Path) -> None:
+    """All goes on in the one that was found."""
+    (victim := tmp_path / "victim").mkdir()
+    (tmp_path / "place").mkdir()
+    with (
+        writing.OciDirectory(str(tmp_path / "place/images"), "v1", "gzip") as layout,
+        writing.archive(str(tmp_path / "place/oci.tar")) as oci,
+        writing.archive(str(tmp_path / "place/docker.tar")) as docker,
+    ):
+        (tmp_path / "place").rename(tmp_path / "moved")
+        (tmp_path / "place").symlink_to(victim)
+        (tmp_path / "moved/images/blobs").rename(tmp_path / "blobs")
+        (tmp_path / "moved/images/blobs").symlink_to(victim)
+        for made in (layout, writing.OciArchive(oci, "v1", "gzip"), writing.DockerArchive(docker, "v1")):
+            made.finish({}, [made.layer(_Small(), lambda size: None)])
+    assert os.listdir(victim) == []
+    assert sorted(os.listdir(tmp_path / "moved")) == ["docker.tar", "images", "oci.tar"]
+    assert len(os.listdir(tmp_path / "blobs/sha256")) == 3
+    assert sorted(os.listdir(tmp_path / "moved/images")) == ["blobs", "index.json", "oci-layout"]
+
+
+def test_without_files_that_have_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS."""
+    real = os.open
+
+    def without(path: str, flags: int, *rest: int, **options: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", without)
+    with writing.OciDirectory(str(tmp_path / "images"), "v1", "gzip") as layout, writing.archive(f"{tmp_path}/a") as archive:
+        for made in (layout, writing.OciArchive(archive, "v1", "gzip")):
+            made.finish({}, [made.layer(_Small(), lambda size: None)])
+    assert sorted(os.listdir(tmp_path)) == ["a", "images"]
+    assert Layout(tmp_path / "images").tags() == ["v1"]
+    with tarfile.open(tmp_path / "a") as tar:
+        assert len(tar.getnames()) == 5
 
 
 def test_what_is_known_of_an_image() -> None:

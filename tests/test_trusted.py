@@ -74,7 +74,8 @@ def snapfs(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running(["tests.command", "snapfs.cli.serve", "snapfs.cli.check", "snapfs.cli.backup", "snapfs.fuse.serve"]) as server:
+    verbs = [f"snapfs.cli.{verb}" for verb in ("serve", "check", "backup", "export")]
+    with running(["tests.command", *verbs, "snapfs.fuse.serve", "snapfs.images.writing"]) as server:
         yield server
 
 
@@ -585,6 +586,55 @@ def test_a_backup_in_a_directory_of_somebody_elses(theirs: Path, tmp_path: Path)
         assert done.returncode == 1
         assert f"cannot write the backup {file}: {theirs} belongs to the user alice" in done.stderr
     assert everything(tmp_path) == before
+
+
+def test_an_image_in_a_directory_of_somebody_elses(
+    daemon: Daemon, server: Server, theirs: Path, victim: Path, tmp_path: Path
+) -> None:
+    """Root makes nothing there, nor where a link of theirs leads."""
+    committed(daemon.mnt, "v1", content="content")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o1777)
+    (tmp_path / "images").mkdir()
+    for layout in (theirs / "images", tmp_path / "linked", tmp_path / "blobs", tmp_path / "digests", tmp_path / "written"):
+        layout.mkdir()
+        (layout / "oci-layout").write_text("{}")
+        (layout / "blobs").symlink_to(victim) if layout.name in ("images", "linked") else (layout / "blobs").mkdir()
+    (theirs / "link").symlink_to(victim)
+    (tmp_path / "digests/blobs/sha256").mkdir()
+    (tmp_path / "shared/theirs").symlink_to(victim)
+    for path in (
+        *(theirs / name for name in ("images", "images/blobs", "link")),
+        *(tmp_path / name for name in ("blobs/blobs", "digests/blobs/sha256", "shared/theirs")),
+    ):
+        os.lchown(path, ALICE, ALICE)
+    (tmp_path / "written/blobs").chmod(0o1777)
+    before = [everything(place) for place in tmp_path.iterdir() if place.name not in ("root", "mnt")]
+    of_alice = "belongs to the user alice, who could put anything in its place"
+    for place, why, status in (
+        (f"oci:{theirs}/images:v1", f"{theirs} {of_alice}", NOT_PERMITTED),
+        (f"oci:{theirs}/link:v1", f"{theirs} {of_alice}", NOT_PERMITTED),
+        (f"oci:{theirs}/new:v1", f"{theirs} {of_alice}", NOT_PERMITTED),
+        (f"oci:{theirs}:v1", f"{theirs} {of_alice}", NOT_PERMITTED),
+        (f"oci:{tmp_path}/shared/theirs:v1", f"{tmp_path}/shared/theirs is a link of the user alice", NOT_PERMITTED),
+        (f"oci:{tmp_path}/blobs", f"{tmp_path}/blobs/blobs {of_alice}", NOT_PERMITTED),
+        (f"oci:{tmp_path}/digests", f"{tmp_path}/digests/blobs/sha256 {of_alice}", NOT_PERMITTED),
+        (f"oci:{tmp_path}/linked", f"{tmp_path}/linked/blobs is no directory", 1),
+        (f"oci-archive:{theirs}/new", f"{theirs} {of_alice}", NOT_PERMITTED),
+        (f"docker-archive:{theirs}/link/new", f"{theirs} {of_alice}", NOT_PERMITTED),
+        (f"docker-archive:{tmp_path}/shared/theirs/new", "is a link of the user alice", NOT_PERMITTED),
+        (f"oci-archive:{tmp_path}/shared/theirs", "already exists", 1),
+        (f"oci:{tmp_path}/written", f"{tmp_path}/written/blobs can be written by everybody", NOT_PERMITTED),
+    ):
+        done = forked(server, "export", "v1", place, "--at", daemon.mnt)
+        assert done.returncode == status, done.stderr
+        assert why in done.stderr, place
+        assert done.stderr.startswith("snapfs: ")
+        assert done.stderr.count("\n") == 1, "one sentence"
+        assert [everything(here) for here in tmp_path.iterdir() if here.name not in ("root", "mnt")] == before
+    for place in (f"oci:{tmp_path}/shared/new", f"docker-archive:{tmp_path}/shared/file", f"oci:{tmp_path}/images"):
+        assert forked(server, "export", "v1", place, "--at", daemon.mnt).stderr == ""
+    assert stat.S_IMODE((tmp_path / "shared/new/blobs").stat().st_mode) == 0o755
 
 
 def attributes_of(target: Path) -> set[str]:

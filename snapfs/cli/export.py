@@ -11,7 +11,7 @@ from snapfs.cli.commanding import commanded
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import MountedTree, file_name, find_tree
 from snapfs.cli.progress import Progress
-from snapfs.cli.refusal import FAILED, NOT_FOUND, USAGE, Refusal
+from snapfs.cli.refusal import FAILED, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal
 from snapfs.labels import MESSAGE
 
 TYPE_CHECKING = False
@@ -68,6 +68,7 @@ def _export(given: Given) -> int:
     from snapfs.errors import AlreadyExists, InvalidArgument
     from snapfs.images.compression import MEDIA_TYPES
     from snapfs.images.unfit import Unfit
+    from snapfs.kernel.trusted import Untrusted
 
     place = find_tree(given.value("at"), changes=given.has("squash"))
     how = given.value("compression") or "gzip"
@@ -85,6 +86,9 @@ def _export(given: Given) -> int:
             _send(place, name, _chain(place, top), destination, how)
     except (AlreadyExists, InvalidArgument, Unfit) as why:
         raise Refusal(str(why)) from None
+    except Untrusted as why:
+        to_do = "name a directory of yours, below directories that nobody else can write, such as /srv"
+        raise Refusal(f"cannot write {destination}: {why}; {to_do}", NOT_PERMITTED) from None
     except OSError as error:
         raise Refusal(f"cannot write {destination}: {error.strerror}") from None
     return 0
@@ -125,22 +129,20 @@ def _chain(place: MountedTree, name: str | None) -> list[_Layer]:
 def _send(place: MountedTree, name: str, layers: list[_Layer], destination: str, how: str) -> None:
     transport, colon, rest = destination.partition(":")
     path, _, tag = rest.partition(":")
-    if not colon or not rest:
+    if not colon or not path:
         raise Refusal(f'"{destination}" says no place: {OCI}:DIR[:TAG], {OCI_ARCHIVE}:FILE, docker://HOST/NAME:TAG', USAGE)
     if transport not in (OCI, OCI_ARCHIVE, DOCKER_ARCHIVE):
         _by_skopeo(place, name, layers, destination, how)
         return
     from snapfs.images import writing
-    from snapfs.kernel.unnamed import unnamed
 
     if transport == OCI:
-        _write(place, name, layers, writing.OciDirectory(path, tag or "latest", how))
-    elif os.path.lexists(path):
-        raise writing.taken(path)
+        with writing.OciDirectory(path, tag or "latest", how) as layout:
+            _write(place, name, layers, layout)
     else:
-        with unnamed(os.path.dirname(path) or ".", 0o644) as made:
+        with writing.archive(path) as made:
             archive: Destination = (
-                writing.OciArchive(path, tag, how, made) if transport == OCI_ARCHIVE else writing.DockerArchive(path, tag, made)
+                writing.OciArchive(made, tag, how) if transport == OCI_ARCHIVE else writing.DockerArchive(made, tag)
             )
             _write(place, name, layers, archive)
     table.show_line(destination)
@@ -198,8 +200,8 @@ def _by_skopeo(place: MountedTree, name: str, layers: list[_Layer], destination:
     progress, began = Progress(), time.monotonic()
     told = (lambda: progress.show_waiting(f"to {destination}", time.monotonic() - began)) if progress.is_shown else None
     try:
-        with fetching.sent(destination, told) as layout:
-            _write(place, name, layers, writing.OciDirectory(layout, fetching.TAG, how))
+        with fetching.sent(destination, told) as layout, writing.OciDirectory(layout, fetching.TAG, how) as made:
+            _write(place, name, layers, made)
             began = time.monotonic()
     except OSError as error:
         words = f"{layouts.spool()}, where it is made first: {error.strerror}: $TMPDIR names another place"
@@ -219,7 +221,8 @@ VERBS = {
         ),
         "Make an image of the committed snapshot NAME: a layer for each snapshot of its chain.  DEST is oci:DIR[:TAG],\n"
         "oci-archive:FILE[:TAG], docker-archive:FILE[:NAME:TAG], or what skopeo knows, which then takes it there:\n"
-        "docker://HOST/NAME:TAG.  What DEST has already is not written again.  The same snapshots give the same image.",
+        "docker://HOST/NAME:TAG.  What DEST has already is not written again.  The same snapshots give the same image.\n"
+        "DIR and FILE must be below directories that nobody else can write, and DIR yours or root's.",
         """
 snapfs export v1 oci:images:v1
 snapfs export v1 oci-archive:v1.tar

@@ -6,20 +6,22 @@ is whole or none; what was written before is found again by the next export.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from contextlib import ExitStack, contextmanager, suppress
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
 from snapfs.errors import AlreadyExists, InvalidArgument
 from snapfs.images.compression import MEDIA_TYPES, compressor
+from snapfs.images.held import LOCK, HeldDirectory, beside_of
 from snapfs.images.layouts import NAME, REF
-from snapfs.kernel.unnamed import Unnamed, unnamed
+from snapfs.kernel import trusted
+from snapfs.kernel.unnamed import Unnamed
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -29,7 +31,12 @@ PIECE = 1 << 20  # bytes
 
 LARGEST = 16 << 20  # bytes of a manifest, an index or a configuration that is there already
 
-FILES = 0o644
+FILES = 0o644  # in an archive
+
+_LAYOUT, _INDEX = "oci-layout", "index.json"
+
+_BEGUN = {"blobs", LOCK, beside_of(_LAYOUT)}
+"""What is there of a layout whose first export was killed."""
 
 
 class Blob(NamedTuple):
@@ -148,32 +155,35 @@ def _write(file: BinaryIO, blob: Any, data: bytes) -> None:
 
 
 class OciDirectory(_Oci):
-    """The layout in the directory ``path``, which is made if it is not there, under ``tag``.
+    """The layout in the directory ``path``, which is made if it is not there, under ``tag``: a context manager.
 
-    Raises InvalidArgument where something else is at ``path``, and OSError."""
+    Raises InvalidArgument where something else is at ``path``; Untrusted where others could exchange it; OSError."""
 
     def __init__(self, path: str, tag: str, how: str) -> None:
-        with suppress(FileExistsError):
-            os.mkdir(path)
-        if not os.path.isdir(path):
-            raise InvalidArgument(f"{path} is no directory: an OCI layout is one")
-        if os.listdir(path) and not os.path.exists(f"{path}/oci-layout"):
-            raise InvalidArgument(f"{path} holds other files, and no OCI layout: name a new directory")
-        self._path = path
         self._tag = tag
-        os.makedirs(f"{path}/blobs/sha256", exist_ok=True)
-        files = _Directory(f"{path}/blobs/sha256")
-        super().__init__(files, how, _layers_in(path))
+        with ExitStack() as held:
+            self._top = held.enter_context(HeldDirectory.find(path, may_make=True))
+            if set(self._top.names()) - _BEGUN and not self._top.has(_LAYOUT):
+                raise InvalidArgument(f"{path} holds other files, and no OCI layout: name a new directory")
+            blobs = held.enter_context(held.enter_context(self._top.directory("blobs")).directory("sha256"))
+            super().__init__(_Directory(self._top, blobs), how, _layers_in(_index(self._top), blobs))
+            self._held = held.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._held.close()
 
     def finish(self, config: dict[str, object], layers: list[Written]) -> None:
         manifest = self.manifest(config, layers)
-        with _locked(self._path):
-            index = _index(self._path)
-            others = [each for each in index.get("manifests", []) if each.get("annotations", {}).get(REF) != self._tag]
+        with self._top.locked():
+            index = _index(self._top)
+            others = [each for each in index["manifests"] if (each.get("annotations") or {}).get(REF) != self._tag]
             index["manifests"] = [*others, {**manifest.shown(), "annotations": _called(self._tag)}]
-            if not os.path.exists(f"{self._path}/oci-layout"):
-                _replace(self._path, "oci-layout", as_json({"imageLayoutVersion": "1.0.0"}))
-            _replace(self._path, "index.json", as_json(index))
+            if not self._top.has(_LAYOUT):
+                self._top.replace(_LAYOUT, as_json({"imageLayoutVersion": "1.0.0"}))
+            self._top.replace(_INDEX, as_json(index))
 
 
 def _called(tag: str) -> dict[str, str]:
@@ -182,87 +192,91 @@ def _called(tag: str) -> dict[str, str]:
 
 
 class _Directory:
-    def __init__(self, path: str) -> None:
-        self._path = path
+    """The ``blobs`` of the layout ``top``."""
+
+    def __init__(self, top: HeldDirectory, blobs: HeldDirectory) -> None:
+        self._top = top
+        self._blobs = blobs
 
     def compressed(self, write: Callable[[BinaryIO], str]) -> tuple[str, int]:
-        with unnamed(self._path, FILES) as made:
+        with self._blobs.unnamed() as made:
             with open(made.fd, "wb", closefd=False) as file:
                 digest = write(file)
-            self._named(made, digest)
-            return digest, os.fstat(made.fd).st_size
+            return digest, self._named(made, digest)
 
     def add(self, data: bytes) -> str:
         digest = _digest(data)
-        with unnamed(self._path, FILES) as made, open(made.fd, "wb", closefd=False) as file:
+        with self._blobs.unnamed() as made, open(made.fd, "wb", closefd=False) as file:
             file.write(data)
             file.flush()
             self._named(made, digest)
         return digest
 
-    @staticmethod
-    def _named(made: Unnamed, digest: str) -> None:
-        with suppress(FileExistsError):  # it is there already: its name says what is in it
-            made.become(digest.removeprefix("sha256:"))
+    def _named(self, made: Unnamed, digest: str) -> int:
+        """Give the file its name, unless what is there is as large: its name says what is in it.  The size."""
+        name, size = _hex(digest), os.fstat(made.fd).st_size
+        while not self._blobs.has_whole(name, size):
+            with suppress(FileExistsError):
+                made.become(name)
+                break
+            with self._top.locked():
+                if not self._blobs.has_whole(name, size):
+                    self._blobs.remove(name)  # it is cut off, or another user's
+        return size
 
 
-@contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Nobody else adds an image to the layout in ``path`` meanwhile."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _replace(path: str, name: str, data: bytes) -> None:
-    """Make ``data`` the file ``name``; whoever reads it sees what was or what is."""
-    with unnamed(path, FILES) as made, open(made.fd, "wb", closefd=False) as file:
-        file.write(data)
-        file.flush()
-        beside = f".{name}.snapfs"
-        with suppress(FileNotFoundError):
-            os.unlink(f"{path}/{beside}")  # of one that was killed
-        made.become(beside)
-    os.rename(f"{path}/{beside}", f"{path}/{name}")
-
-
-def _index(path: str) -> dict[str, Any]:
+def _index(top: HeldDirectory) -> dict[str, Any]:
     """What index.json holds; raises InvalidArgument."""
     try:
-        return _document(f"{path}/index.json")
+        found = _document(top.file(_INDEX), f"{top.path}/{_INDEX}")
     except FileNotFoundError:
         return {"schemaVersion": 2, "mediaType": INDEX, "manifests": []}
+    listed = found.setdefault("manifests", [])
+    if not isinstance(listed, list) or not all(
+        isinstance(each, dict) and isinstance(each.get("annotations"), dict | None) for each in listed
+    ):
+        raise InvalidArgument(f"{top.path}/{_INDEX} is damaged: it lists no images; name a new directory")
+    return found
 
 
-def _document(path: str) -> dict[str, Any]:
-    with open(path, "rb") as file:
+def _document(fd: int, path: str) -> dict[str, Any]:
+    """The JSON object in the file open as ``fd``, which is closed."""
+    with open(fd, "rb") as file:
         text = file.read(LARGEST + 1)
+    if len(text) > LARGEST:
+        raise InvalidArgument(f"{path} takes more than {LARGEST} bytes, which are not read; name a new directory")
     try:
-        found = json.loads(text) if len(text) <= LARGEST else None
-    except ValueError:
+        found = json.loads(text)
+        as_json(found)  # it goes back there
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise InvalidArgument(f"{path} is damaged: it holds no JSON object; name a new directory")
     return found
 
 
-def _layers_in(path: str) -> dict[str, Blob]:
-    """By the digest of its tar, each layer of the images in the layout at ``path`` that is there.  What can't be read there is
-    not looked at: it is written anew."""
+def _layers_in(index: dict[str, Any], blobs: HeldDirectory) -> dict[str, Blob]:
+    """By the digest of its tar, each layer of the images of ``index`` that is in ``blobs``.  What can't be read there, or can
+    be written by others, does not count: it is written anew."""
     found: dict[str, Blob] = {}
-    blobs = f"{path}/blobs/sha256"
-    for named in _index(path).get("manifests", []):
+    for named in index["manifests"]:
         with suppress(OSError, InvalidArgument, KeyError, TypeError, AttributeError, ValueError):
-            manifest = _document(f"{blobs}/{_hex(named['digest'])}")
-            config = _document(f"{blobs}/{_hex(manifest['config']['digest'])}")
+            manifest = _blob_document(blobs, named["digest"])
+            config = _blob_document(blobs, manifest["config"]["digest"])
             for diff_id, layer in zip(config["rootfs"]["diff_ids"], manifest["layers"], strict=True):
                 blob = Blob(layer["mediaType"], layer["digest"], layer["size"])
-                if os.stat(f"{blobs}/{_hex(blob.digest)}").st_size == blob.size:
+                is_named = isinstance(blob.media_type, str) and type(blob.size) is int
+                if is_named and blobs.has_whole(_hex(blob.digest), blob.size):
                     found[diff_id] = blob
     return found
+
+
+def _blob_document(blobs: HeldDirectory, digest: str) -> dict[str, Any]:
+    fd = blobs.file(_hex(digest))
+    if not trusted.is_own(fd):
+        os.close(fd)
+        raise InvalidArgument(f"others can write {digest}")
+    return _document(fd, digest)
 
 
 def _hex(digest: str) -> str:
@@ -272,10 +286,27 @@ def _hex(digest: str) -> str:
     return rest
 
 
-class _Archive:
-    """A tar that gets its name once it is whole."""
+@contextmanager
+def archive(path: str) -> Iterator[Archive]:
+    """For a block: a new archive, which may become the file ``path``.  Raises AlreadyExists, Untrusted where others could
+    exchange the directory, InvalidArgument, OSError."""
+    directory, name = os.path.split(path)
+    with HeldDirectory.find(directory) as held:
+        if held.has(name):
+            raise _taken(path)
+        with held.unnamed() as made:
+            yield Archive(path, held, made)
 
-    def __init__(self, path: str, made: Unnamed) -> None:
+
+def _taken(path: str) -> AlreadyExists:
+    return AlreadyExists(f"{path} already exists: remove it, or name another file")
+
+
+class Archive:
+    """A tar that gets its name once it is whole; ``directory`` is the one that it will be in."""
+
+    def __init__(self, path: str, directory: HeldDirectory, made: Unnamed) -> None:
+        self.directory = directory
         self._path = path
         self._made = made
         self._file = open(made.fd, "wb", closefd=False)  # noqa: SIM115, closed by end
@@ -295,38 +326,32 @@ class _Archive:
         try:
             self._made.become(os.path.basename(self._path))
         except FileExistsError:
-            raise taken(self._path) from None
-
-
-def taken(path: str) -> AlreadyExists:
-    """The refusal where something has the name of an archive."""
-    return AlreadyExists(f"{path} already exists: remove it, or name another file")
+            raise _taken(self._path) from None
 
 
 class OciArchive(_Oci):
-    """The layout as one archive, ``path``, with the image called ``tag``; ``made`` is its file."""
+    """The layout as one ``archive``, with the image called ``tag``."""
 
-    def __init__(self, path: str, tag: str, how: str, made: Unnamed) -> None:
-        self._archive = _Archive(path, made)
+    def __init__(self, archive: Archive, tag: str, how: str) -> None:
+        self._archive = archive
         self._tag = tag
-        super().__init__(_InArchive(self._archive, os.path.dirname(path) or "."), how, {})
+        super().__init__(_InArchive(archive), how, {})
 
     def finish(self, config: dict[str, object], layers: list[Written]) -> None:
         manifest = self.manifest(config, layers)
         named = {**manifest.shown(), "annotations": _called(self._tag)}
         index = as_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": [named]})
-        for name, data in (("index.json", index), ("oci-layout", as_json({"imageLayoutVersion": "1.0.0"}))):
+        for name, data in ((_INDEX, index), (_LAYOUT, as_json({"imageLayoutVersion": "1.0.0"}))):
             self._archive.add(name, io.BytesIO(data), len(data))
         self._archive.end()
 
 
 class _InArchive:
-    def __init__(self, archive: _Archive, directory: str) -> None:
+    def __init__(self, archive: Archive) -> None:
         self._archive = archive
-        self._directory = directory
 
     def compressed(self, write: Callable[[BinaryIO], str]) -> tuple[str, int]:
-        with unnamed(self._directory) as made, open(made.fd, "w+b", closefd=False) as file:
+        with self._archive.directory.unnamed(0o600) as made, open(made.fd, "w+b", closefd=False) as file:
             digest = write(file)
             size = file.tell()
             file.seek(0)
@@ -340,10 +365,10 @@ class _InArchive:
 
 
 class DockerArchive:
-    """What ``docker load`` takes, ``path``, with the image called ``tag`` (``name:tag``; "" for none); ``made`` is its file."""
+    """What ``docker load`` takes, as one ``archive``, with the image called ``tag`` (``name:tag``; "" for none)."""
 
-    def __init__(self, path: str, tag: str, made: Unnamed) -> None:
-        self._archive = _Archive(path, made)
+    def __init__(self, archive: Archive, tag: str) -> None:
+        self._archive = archive
         self._tag = tag
 
     def layer(self, layer: Layer, told: Callable[[int], None]) -> Written:

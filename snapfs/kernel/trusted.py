@@ -118,9 +118,7 @@ def find(path: str, *, inside: bool = False, may_lack: bool = False) -> Found:
                 mount = number
                 _refuse_server(number, there)
             shown = os.fstat(fd)
-            if shown.st_uid not in trusted:
-                what = "is a link of" if stat.S_ISLNK(shown.st_mode) else "belongs to"
-                raise Untrusted(f"{there} {what} the user {user_name(shown.st_uid)}, who could put anything in its place")
+            _refuse_owner(shown, there, trusted)
             if stat.S_ISLNK(shown.st_mode):
                 links += 1
                 if links > _MOST_LINKS:
@@ -156,6 +154,23 @@ def above(path: str) -> str:
         return f"{found.path.rstrip('/')}/{name}"
 
 
+def refuse_foreign(fd: int, path: str) -> None:
+    """Raise Untrusted where the directory open as ``fd``, called ``path``, belongs to others than root and this process's user,
+    or others can write it, be it sticky; what is above it is not looked at."""
+    trusted = trusted_users()
+    _refuse_owner(os.fstat(fd), path, trusted)
+    _refuse_writable(fd, path, trusted, sticky=False)
+
+
+def is_own(fd: int) -> bool:
+    """Whether the file open as ``fd`` (O_PATH will do) belongs to root or to this process's user, and nobody else can write
+    it."""
+    found, trusted = os.fstat(fd), trusted_users()
+    if found.st_uid not in trusted or found.st_mode & stat.S_IWOTH:
+        return False
+    return not found.st_mode & stat.S_IWGRP or _is_private(fd, found, trusted)
+
+
 def trusted_users() -> set[int]:
     """The uids that may lead this process anywhere: root, and its own; in a user namespace also that of all who are not
     mapped."""
@@ -166,10 +181,17 @@ def trusted_users() -> set[int]:
     return trusted
 
 
-def _refuse_writable(fd: int, path: str, trusted: set[int]) -> None:
-    """Raise Untrusted where others than ``trusted`` can exchange what is in the directory ``fd``, called ``path``."""
+def _refuse_owner(found: os.stat_result, path: str, trusted: set[int]) -> None:
+    if found.st_uid not in trusted:
+        what = "is a link of" if stat.S_ISLNK(found.st_mode) else "belongs to"
+        raise Untrusted(f"{path} {what} the user {user_name(found.st_uid)}, who could put anything in its place")
+
+
+def _refuse_writable(fd: int, path: str, trusted: set[int], *, sticky: bool = True) -> None:
+    """Raise Untrusted where others than ``trusted`` can exchange what is in the directory ``fd``, called ``path``; they can't
+    in a ``sticky`` one, unless that is not to count."""
     found = os.fstat(fd)
-    if found.st_mode & stat.S_ISVTX or not found.st_mode & _OTHERS_WRITE or not stat.S_ISDIR(found.st_mode):
+    if (sticky and found.st_mode & stat.S_ISVTX) or not found.st_mode & _OTHERS_WRITE or not stat.S_ISDIR(found.st_mode):
         return
     if found.st_mode & stat.S_IWOTH:
         raise Untrusted(f"{path} can be written by everybody, who could exchange what is in it")

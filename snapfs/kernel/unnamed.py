@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 _NOT_WITHOUT_A_NAME = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)  # what those say that have no such files
+
+_numbers = itertools.count()
 
 
 class Unnamed:
@@ -40,7 +43,7 @@ def unnamed(directory: str, mode: int = 0o600) -> Iterator[Unnamed]:
         except OSError as error:
             if error.errno not in _NOT_WITHOUT_A_NAME:
                 raise
-            partial = f".snapfs-{os.getpid()}.partial"
+            partial = f".snapfs-{os.getpid()}-{next(_numbers)}.partial"
             fd = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=place)
             ended.callback(os.unlink, partial, dir_fd=place)
         ended.callback(os.close, fd)
