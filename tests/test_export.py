@@ -25,7 +25,7 @@ from snapfs.images import writing
 from snapfs.images.configuration import Step, architecture, configuration
 from snapfs.images.held import LOCK
 from snapfs.kernel import mounting
-from tests.command import SNAPFS, Command, held
+from tests.command import SNAPFS, Command, forked, held
 from tests.syscalls import EVERY, KILL, Server, running
 from tests.trees import everything
 from tests.users import ALICE, alice
@@ -348,23 +348,31 @@ def test_killed_between_any_two_calls(chain: Command, server: Server, tmp_path: 
 # -- what others have put where an image is to go
 
 
-def test_what_is_no_regular_file_in_a_layout(chain: Command, tmp_path: Path) -> None:
+def export(chain: Command, server: Server, name: str, place: str, status: int = 0) -> str:
+    """Its sentence on standard error."""
+    done = forked(server, "export", name, place, "--at", chain.mnt)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.count("\n") == (status > 0), "one sentence"
+    return done.stderr
+
+
+def test_what_is_no_regular_file_in_a_layout(chain: Command, server: Server, tmp_path: Path) -> None:
     """It is neither waited for nor followed."""
     images = tmp_path / "images"
-    chain("export", "base", f"oci:{images}:base")
+    export(chain, server, "base", f"oci:{images}:base")
     index = (images / "index.json").read_bytes()
     manifest = images / "blobs/sha256" / json.loads(index)["manifests"][0]["digest"].removeprefix("sha256:")
     manifest.rename(tmp_path / "manifest")
     os.mkfifo(manifest)
-    chain("export", "base", f"oci:{images}:other")
+    export(chain, server, "base", f"oci:{images}:other")
     assert manifest.is_file(), "it is written anew"
     (images / "index.json").unlink()
     os.mkfifo(images / "index.json")
-    assert f"{images}/index.json is no regular file" in chain("export", "v1", f"oci:{images}:v1", status=1)
+    assert f"{images}/index.json is no regular file" in export(chain, server, "v1", f"oci:{images}:v1", status=1)
     (images / "index.json").unlink()
     (tmp_path / "elsewhere").write_bytes(index)
     (images / "index.json").symlink_to(tmp_path / "elsewhere")
-    assert f"{images}/index.json is no regular file" in chain("export", "v1", f"oci:{images}:v1", status=1)
+    assert f"{images}/index.json is no regular file" in export(chain, server, "v1", f"oci:{images}:v1", status=1)
     assert (tmp_path / "elsewhere").read_bytes() == index
 
 
@@ -404,19 +412,19 @@ def test_other_entries_of_an_index_stay(tmp_path: Path) -> None:
         assert index["manifests"][-1]["annotations"] == {TAG: "v1"}
 
 
-def test_a_layout_that_was_begun(chain: Command, tmp_path: Path) -> None:
+def test_a_layout_that_was_begun(chain: Command, server: Server, tmp_path: Path) -> None:
     """By an export that was killed before it had made oci-layout."""
     (tmp_path / "images/blobs/sha256").mkdir(parents=True)
     (tmp_path / f"images/{LOCK}").touch(0o600)
-    chain("export", "v1", f"oci:{tmp_path}/images:v1")
+    export(chain, server, "v1", f"oci:{tmp_path}/images:v1")
     assert Layout(tmp_path / "images").tags() == ["v1"]
     assert sorted(os.listdir(tmp_path / "images")) == ["blobs", "index.json", "oci-layout"]
 
 
-def test_which_blobs_count(chain: Command, tmp_path: Path) -> None:
+def test_which_blobs_count(chain: Command, server: Server, tmp_path: Path) -> None:
     """Regular files of root's or the caller's, as large as the manifest says; any other is written anew."""
     place, blobs = f"oci:{tmp_path}/images", tmp_path / "images/blobs/sha256"
-    chain("export", "v1", f"{place}:v1")
+    export(chain, server, "v1", f"{place}:v1")
     first, second = (blobs / each["digest"][7:] for each in Layout(tmp_path / "images").image("v1")[0]["layers"])
     whole = first.read_bytes()
     for spoiled in ("cut off", "another user's", "written by all", "a link", "a FIFO"):
@@ -434,7 +442,7 @@ def test_which_blobs_count(chain: Command, tmp_path: Path) -> None:
                 first.unlink()
                 os.mkfifo(first)
         kept = second.stat().st_ino
-        chain("export", "v1", f"{place}:v1")
+        export(chain, server, "v1", f"{place}:v1")
         status = first.lstat()
         assert (status.st_mode, status.st_uid) == (0o100644, 0)
         assert (first.read_bytes(), second.stat().st_ino) == (whole, kept)
@@ -442,9 +450,9 @@ def test_which_blobs_count(chain: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("users")
-def test_who_may_read_a_layout_keeps_nobody_from_writing_it(chain: Command, open_path: Path) -> None:
+def test_who_may_read_a_layout_keeps_nobody_from_writing_it(chain: Command, server: Server, open_path: Path) -> None:
     images = open_path / "images"
-    chain("export", "base", f"oci:{images}:base")
+    export(chain, server, "base", f"oci:{images}:base")
     locked = [images, images / "blobs", images / "blobs/sha256", images / "index.json", images / "oci-layout"]
     script = "".join(f"exec {9 + nth}<{path}; flock -s {9 + nth}; " for nth, path in enumerate(locked))
     command = [*alice, "bash", "-c", f"set -e; {script} echo locked; read _"]
@@ -452,15 +460,15 @@ def test_who_may_read_a_layout_keeps_nobody_from_writing_it(chain: Command, open
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
-        chain("export", "v1", f"oci:{images}:v1")
+        export(chain, server, "v1", f"oci:{images}:v1")
         process.stdin.close()
     assert Layout(images).tags() == ["base", "v1"]
     for mode, owner in ((0o644, 0), (0o600, ALICE)):
         (images / LOCK).touch()
         (images / LOCK).chmod(mode)
         os.chown(images / LOCK, owner, owner)
-        assert f"{images}/{LOCK} is nothing that snapfs has made: remove it" in chain(
-            "export", "v1", f"oci:{images}:v2", status=1
+        assert f"{images}/{LOCK} is nothing that snapfs has made: remove it" in export(
+            chain, server, "v1", f"oci:{images}:v2", status=1
         )
         (images / LOCK).unlink()
     assert Layout(images).tags() == ["base", "v1"]
@@ -496,20 +504,20 @@ def unanswering(target: Path) -> Iterator[None]:
         os.close(device)
 
 
-def test_servers_that_never_answer(chain: Command, tmp_path: Path) -> None:
+def test_servers_that_never_answer(chain: Command, server: Server, tmp_path: Path) -> None:
     """On what a layout consists of, or where it or an archive is to be: they are not asked."""
     images = tmp_path / "images"
-    chain("export", "base", f"oci:{images}:base")
+    export(chain, server, "base", f"oci:{images}:base")
     (tmp_path / "file").touch()
     for target in (images / "blobs", images / "blobs/sha256", images / "index.json"):
         with unanswering(target):
-            said = chain("export", "v1", f"oci:{images}:v1", status=1)
+            said = export(chain, server, "v1", f"oci:{images}:v1", status=1)
         assert f"something is mounted on {target}: unmount it first" in said
     with unanswering(images):
         for place in (f"oci:{images}:v1", f"oci:{images}/new", f"oci-archive:{images}/new"):
-            assert f"{images} is a file system that the user" in chain("export", "v1", place, status=NOT_PERMITTED)
+            assert f"{images} is a file system that the user" in export(chain, server, "v1", place, status=NOT_PERMITTED)
     with unanswering(tmp_path / "file"):
-        assert "already exists" in chain("export", "v1", f"docker-archive:{tmp_path}/file", status=1)
+        assert "already exists" in export(chain, server, "v1", f"docker-archive:{tmp_path}/file", status=1)
     assert Layout(images).tags() == ["base"]
 
 

@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -136,19 +136,17 @@ class HeldDirectory:
             fd = self.file(LOCK)
         except FileNotFoundError:
             return -1
-        try:
+        with ExitStack() as ended:
+            ended.callback(os.close, fd)
             status = os.fstat(fd)
             if status.st_mode & 0o077 or status.st_nlink > 1 or not trusted.is_own(fd):
                 raise InvalidArgument(f"{self.path}/{LOCK} is nothing that snapfs has made: remove it")
             fcntl.flock(fd, fcntl.LOCK_EX)
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False)):
-                    kept, fd = fd, -1
-                    return kept
-            return -1
-        finally:
-            if fd >= 0:
-                os.close(fd)
+                if os.path.samestat(status, os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False)):
+                    ended.pop_all()
+                    return fd
+        return -1
 
 
 def beside_of(name: str) -> str:
