@@ -371,14 +371,22 @@ def test_what_marks_a_copy_as_in_use_is_gone_when_it_is_whole(tmp_path: Path) ->
 
 
 def test_another_that_is_under_way(command: Command, site: Path) -> None:
-    os.mkdir(command.mnt / "active/w@adopting")
-    fd = os.open(command.mnt / "active/w@adopting", os.O_RDONLY)
+    draft = command.mnt / "active/w@adopting"
+    os.mkdir(draft)
+    fd = os.open(Path(os.readlink(draft / "diff")).parent, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        assert 'another adoption as "w" is under way' in refused(command, str(site), "w", status=5)
+        words = refused(command, str(site), "w", status=5)
+        assert 'another adoption as "w" is under way' in words
+        assert f"(process {os.getpid()})" in words
     finally:
         os.close(fd)
-    command("adopt", str(site), "w")
+    fd = os.open(draft, os.O_RDONLY)  # as everybody may whom the tree lets in
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        command("adopt", str(site), "w")
+    finally:
+        os.close(fd)
     assert kept(command.mnt) == ["active/w", "committed/w@0"]
 
 

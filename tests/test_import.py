@@ -699,19 +699,35 @@ def test_several_of_the_same_at_once(command: Command, layout: Layout) -> None:
 
 
 def test_what_another_import_is_at(command: Command, layout: Layout) -> None:
-    """It waits for the end of that."""
+    """It waits for the end of that, and says which process it is."""
+    tars = three()
+    layout.add("t", tars)
+    key = command.mnt / f"active/import-{chain_of(tars)[0].partition(':')[2]}"
+    os.mkdir(key)
+    fd = os.open(Path(os.readlink(key / "diff")).parent, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    waiting = OnATerminal("import", "--at", str(command.mnt), f"oci:{layout.top}")
+    said = b""
+    while f"(process {os.getpid()})".encode() not in said:
+        said += os.read(waiting.master, 4096)
+    assert b"waiting: another import has" in said
+    os.close(fd)
+    assert chain_of(tars)[-1] in waiting.said()
+    settled(command.mnt, tars)
+
+
+def test_nobody_is_waited_for_who_has_the_draft_locked_in_the_tree(command: Command, layout: Layout) -> None:
+    """Whoever may read a directory can lock it, and the tree's everybody may whom it lets in."""
     tars = three()
     layout.add("t", tars)
     key = command.mnt / f"active/import-{chain_of(tars)[0].partition(':')[2]}"
     os.mkdir(key)
     fd = os.open(key, os.O_RDONLY)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    waiting = OnATerminal("import", "--at", str(command.mnt), f"oci:{layout.top}")
-    said = b""
-    while b"waiting for another import" not in said:
-        said += os.read(waiting.master, 4096)
-    os.close(fd)
-    assert chain_of(tars)[-1] in waiting.said()
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        command("import", f"oci:{layout.top}")
+    finally:
+        os.close(fd)
     settled(command.mnt, tars)
 
 

@@ -21,6 +21,7 @@ from snapfs.applying.filling import Changed, dress_directory
 from snapfs.applying.plan import NEW, OLD, STAGING, Plan, Step, Unfit
 from snapfs.kernel import libc, mounting
 from snapfs.kernel.beneath import LOOK, open_beneath
+from snapfs.kernel.processes import locker
 
 _NAME = STAGING.encode()
 _OWNER, _JOURNAL, _DONE = "about", "journal", "done"
@@ -33,21 +34,9 @@ def lock(target: Held) -> None:
     try:
         fcntl.flock(target.top, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        by, where = _holder(target.top), target.name
+        by, where = locker(target.top), target.name
         whose = f"process {by} has {where} locked, as an apply does" if by else f"another apply is at work in {where}"
         raise Unfit(f"{whose}: wait for its end, and try again") from None
-
-
-def _holder(fd: int) -> str:
-    """The pid of the process that has the file open as ``fd`` locked, whose it may ever be; "" where nobody knows."""
-    found = os.fstat(fd)
-    where = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-    with suppress(OSError), open("/proc/locks", encoding="ascii") as locks:
-        for line in locks:
-            _, kind, _, _, pid, what, *_ = [*line.split(), *[""] * 6]
-            if (kind, what) == ("FLOCK", where):
-                return pid
-    return ""
 
 
 class Staging:

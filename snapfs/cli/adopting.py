@@ -1,8 +1,8 @@
 """How the files of a directory come into the layer of a base: copied by whoever calls, or moved.
 
-A base that is being made is the active snapshot KEY@adopting, locked by the command that makes it (flock(2) of its directory in
-the tree), which has the label ADOPTING until there is a workspace on it.  What a command that was killed has left is known by
-that: copied files are removed by the next call, moved ones are taken over.
+A base that is being made is the active snapshot KEY@adopting, locked by the command that makes it (``drafts.py``), which has
+the label ADOPTING until there is a workspace on it.  What a command that was killed has left is known by that: copied files are
+removed by the next call, moved ones are taken over.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SEARCH = 60.0  # seconds in which all processes are asked whether they have a di
 
 
 class Draft:
-    """A snapshot that is to become a base: its key, its id, its directory in ROOT; ``fd`` is its locked directory in the tree.
+    """A snapshot that is to become a base: its key, its id, its directory in ROOT; ``fd`` has it locked.
     ``is_filled``: it holds all files already, which a command has moved there that was killed."""
 
     def __init__(self, key: str, number: int, directory: str, fd: int, *, is_filled: bool) -> None:
@@ -168,7 +168,7 @@ class Adoption:
                 is_new = False
                 if refused.status != TAKEN or place.kind_of(self.draft) not in (None, "active"):
                     raise
-            number, fd = self._locked("active", self.draft)
+            number, fd = self._locked("active", self.draft, is_new=is_new)
             own, way = f"{self._root}/snapshots/{number}", label_of(self.place, directory, ADOPTING)
             try:
                 is_empty = not os.listdir(f"{own}/fs")
@@ -179,8 +179,7 @@ class Adoption:
                 place.remove("active", self.draft, number)  # what is left of a copy, or of nothing
             except FileNotFoundError:
                 place.remove("active", self.draft, number)
-                words = f"{own}/fs, where the files would go, is not to be seen here"
-                raise Refusal(f"{words}: adopt where the daemon runs") from None
+                raise Refusal(f"{own}/fs, where the files would go, is missing: try again, or see what removes it") from None
             finally:
                 held.callback(os.close, fd)
         if way == MOVED and not is_empty:
@@ -205,9 +204,9 @@ class Adoption:
             words = f'"{name}" holds the files that {path} had, whose adoption was cut off, and it has others by now'
             raise Refusal(f"{words}: move these elsewhere, and try again", TAKEN)
 
-    def _locked(self, kind: str, name: str) -> tuple[int, int]:
+    def _locked(self, kind: str, name: str, *, is_new: bool = False) -> tuple[int, int]:
         words = f'another adoption as "{self.key}" is under way: wait for its end, or give another KEY'
-        return locked(self.place, kind, name, Refusal(words, BUSY))
+        return locked(self.place, self._root, kind, name, Refusal(words, BUSY), is_new=is_new)
 
     # -- the files
 

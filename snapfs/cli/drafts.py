@@ -9,7 +9,8 @@ import os
 
 from snapfs.cli import daemon
 from snapfs.cli.place import MountedTree
-from snapfs.cli.refusal import NOT_PERMITTED, Refusal
+from snapfs.cli.refusal import NOT_FOUND, NOT_PERMITTED, Refusal
+from snapfs.kernel import processes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,26 +43,46 @@ def namespaces(place: MountedTree, options: dict[str, Any], begin: str) -> Itera
         yield process
 
 
-def locked(place: MountedTree, kind: str, name: str, busy: Refusal) -> tuple[int, int]:
-    """Id of the snapshot ``name`` of ``kind``, and a descriptor by which this process alone has it locked.  Raises Refusal:
-    ``busy`` where another process has it, or it is gone."""
+def locked(place: MountedTree, root: str, kind: str, name: str, busy: Refusal, *, is_new: bool = False) -> tuple[int, int]:
+    """Id of the snapshot ``name`` of ``kind``, and a descriptor by which this process alone has it locked.  What is locked is
+    its directory in ``root``, the tree's ROOT: that in the tree others may open, too, and who may open it may lock it.
+
+    Raises Refusal: ``busy`` where another process has it, or it is gone.  Where ROOT is not to be seen, one that ``is_new``,
+    which this process has just made, is removed again."""
     path = place.directory(kind, name)
+    number = _id_of(place, path, busy)
     try:
-        fd = place.within.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            other = place.hold(kind, name)
-            is_same = os.fstat(other).st_ino == os.fstat(fd).st_ino
-            os.close(other)
-            if not is_same:
-                raise busy
-            number: int = json.loads(place.read(f"{path}/info.json"))["id"]
-        except BaseException:
-            os.close(fd)
-            raise
-    except (BlockingIOError, FileNotFoundError):
-        raise busy from None
+        fd = os.open(f"{root}/snapshots/{number}", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise Refusal(f"cannot lock {root}/snapshots/{number}: {error.strerror}", NOT_PERMITTED) from None
+        if _id_of(place, path, busy) != number:
+            raise busy from None
+        if is_new:
+            place.remove(kind, name, number)
+        words = f"{root}/snapshots/{number}, where the files would go, is not to be seen here"
+        raise Refusal(f"{words}: do this where the daemon runs") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _id_of(place, path, busy) != number:
+            raise busy
+    except BlockingIOError:
+        by = processes.locker(fd)
+        os.close(fd)
+        raise (Refusal(f"{busy} (process {by})", busy.status) if by else busy) from None
+    except BaseException:
+        os.close(fd)
+        raise
     return number, fd
+
+
+def _id_of(place: MountedTree, path: str, gone: Refusal) -> int:
+    """The id of the snapshot at ``path``.  Raises Refusal: ``gone`` where there is none."""
+    try:
+        number: int = json.loads(place.read(f"{path}/info.json"))["id"]
+    except Refusal as refused:
+        raise (gone if refused.status == NOT_FOUND else refused) from None
+    return number
 
 
 def label_of(place: MountedTree, directory: str, label: str) -> str:

@@ -93,6 +93,7 @@ class _Import:
         self._below: list[str] = []  # the layers that are whole, and those of the parent, the nearest first
         self._next = 0  # how many tasks that is
         self._left = ["", "", ""]
+        self._waits = ""  # for whom
         self._progress = Progress()
 
     def run(self, layers: Sequence[Layer], names: Sequence[str], *, archive: bool) -> str:
@@ -172,8 +173,8 @@ class _Import:
         except OSError:
             return False
 
-    def _locked(self, key: str) -> tuple[int, int]:
-        return locked(self.place, "active", key, Refusal(f'another import has "{key}"', BUSY))
+    def _locked(self, key: str, *, is_new: bool = False) -> tuple[int, int]:
+        return locked(self.place, self._root, "active", key, Refusal(f'another import has "{key}"', BUSY), is_new=is_new)
 
     def _own(self, number: int) -> str:
         return f"{self._root}/snapshots/{number}"
@@ -196,11 +197,12 @@ class _Import:
                     raise
                 directory = place.directory("active", task.key)
             try:
-                task.number, task.fd = self._locked(task.key)
+                task.number, task.fd = self._locked(task.key, is_new=is_new)
             except Refusal as refused:
                 if refused.status != BUSY:
                     raise
                 task.is_held = True
+                self._waits = f"waiting: {refused}"
                 return False
             label = "" if is_new else label_of(place, directory, IMPORTING)
             if label == self._boot and label_of(place, directory, DIFF_ID) == task.diff_id:
@@ -213,10 +215,6 @@ class _Import:
                 raise self._refusal(f'snapshot "{task.key}" already exists (active), and has files: remove it', TAKEN)
             self._patiently(place.remove, "active", task.key, task.number)
             self._release(task)
-        if not os.path.isdir(f"{self._own(task.number)}/fs"):
-            place.remove("active", task.key, task.number)
-            self._release(task)
-            raise self._refusal(f"{self._root}, where the files would go, is not to be seen here: import where the daemon runs")
         place.write_label(directory, IMPORTING, self._boot)
         return True
 
@@ -271,7 +269,7 @@ class _Import:
                     return
                 if is_held and not busy:
                     waited = time.monotonic() - began
-                    self._progress.show_waiting("waiting for another import of the same layer", waited)
+                    self._progress.show_waiting(self._waits, waited)
                 for key, _ in selector.select(AGAIN if is_held else None if busy else 0):
                     self._hear(key.data)
                     if key.data.is_whole:
