@@ -863,6 +863,56 @@ def test_who_may_not_write_root(make_daemon: Callable[..., Daemon], open_path: P
     assert kept(daemon.mnt) == []
 
 
+OTHERS_WRITE = ("-o", "allow_other", "-o", f"gid={ALICE},umask=002")
+
+
+def forged(command: Command, kind: str, key: str, labels: list[str]) -> None:
+    """Make what anybody can make who may write the tree: a snapshot with a file and ``labels``, under the name of a layer."""
+    command("prepare", "forged", *(word for label in labels for word in ("-l", label)))
+    (layer_of(command, "forged") / "passwd").write_text("evil")
+    if kind == "active":
+        os.rename(command.mnt / "active/forged", command.mnt / "active" / key)
+    else:
+        command("commit", "--no-sync", "forged", key)
+
+
+def layer_of(command: Command, key: str) -> Path:
+    return Path(os.readlink(command.mnt / f"active/{key}/diff"))
+
+
+def test_a_layer_that_others_could_have_made(make_daemon: Callable[..., Daemon], layout: Layout) -> None:
+    """Where they may write the tree its labels prove nothing: it is refused, and one that was imported is found again."""
+    command, tars = Command(make_daemon(*OTHERS_WRITE).start().mnt), three()
+    layout.add("t", tars)
+    names = chain_of(tars)
+    for name, tar in zip(names, tars, strict=True):
+        forged(command, "committed", name, [f"snapfs.diff-id={digest_of(tar)}"])
+        words = refused(command, f"oci:{layout.top}", status=6)
+        assert f'snapshot "{name}" is there, but others than you may write the tree, and could have made it' in words
+        command("rm", name)
+    command("import", f"oci:{layout.top}")
+    settled(command.mnt, tars)
+    before = info(command.mnt / "committed" / names[2])["id"]
+    command("import", f"oci:{layout.top}")
+    assert info(command.mnt / "committed" / names[2])["id"] == before
+    os.rename(command.mnt / "committed" / names[2], command.mnt / "committed/away")
+    command("prepare", "w", "-p", names[1])
+    command("commit", "--no-sync", "w", names[2])
+    command("label", names[2], f"snapfs.diff-id={digest_of(tars[2])}")
+    assert f'snapshot "{names[2]}" is there, but others' in refused(command, f"oci:{layout.top}", status=6)
+
+
+def test_a_draft_that_others_could_have_made_is_made_anew(make_daemon: Callable[..., Daemon], layout: Layout) -> None:
+    command, tars = Command(make_daemon(*OTHERS_WRITE).start().mnt), three()[:1]
+    layout.add("t", tars)
+    key = f"import-{chain_of(tars)[0].partition(':')[2]}"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    forged(command, "active", key, [f"snapfs.importing={boot}", f"snapfs.diff-id={digest_of(tars[0])}"])
+    command("import", f"oci:{layout.top}")
+    settled(command.mnt, tars)
+    assert not (layer(command.mnt, chain_of(tars)[0]) / "passwd").exists()
+
+
 # -- images/, in trees that have it
 
 

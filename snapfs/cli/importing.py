@@ -5,6 +5,9 @@ A layer that is being unpacked is the active snapshot import-<chain id> without 
 it becomes what it is on top of those.  Nothing is committed before all layers are whole, and have the hashes that the image
 says.  So a refusal leaves nothing, and what a command that was killed has left is whole, and taken over by the next one, where
 the label DIFF_ID says so, if the machine has not been started anew since; else the next import removes it.
+
+Where others may write the tree they may have given any snapshot that name and those labels.  There it counts as well what only
+who writes ROOT can have noted: IMPORTED, an attribute of the layer's directory.
 """
 
 from __future__ import annotations
@@ -46,6 +49,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
+
+IMPORTED = "user.snapfs.imported"
+"""An attribute of ROOT/snapshots/<id>: the name of the layer that an import has made there, and whose hashes it has checked."""
 
 _KEY = "import-"
 _DRAFT = re.compile(rf"{_KEY}[0-9a-f]{{32,128}}")
@@ -118,6 +124,8 @@ class _Import:
                 self._make(process, archive=archive)
             for task in self._tasks:
                 self._commit(task)
+            for task in self._committed:
+                self._is_there(task.name, task.diff_id)  # and no other that has just been given its key
         except BaseException:
             self._take_back()
             raise
@@ -146,7 +154,24 @@ class _Import:
             raise self._refusal(f'snapshot "{name}" already exists ({kind}), and no import has made it: {to_do}', TAKEN)
         if state:
             raise self._refusal(f'its layer "{name}" is there, but {state}: {to_do}')
+        if kind is not None and not self._is_sure(self.place.directory(kind, name), name):
+            words = f'snapshot "{name}" is there, but others than you may write the tree, and could have made it'
+            raise self._refusal(f"{words}: {to_do}", NOT_PERMITTED)
         return kind is not None
+
+    def _is_sure(self, directory: str, name: str, number: int = 0) -> bool:
+        """Whether an import has made the layer ``name``, which is the snapshot ``number`` (0: to be found out) at
+        ``directory``: its labels say so, but others may have written these."""
+        if not self.place.is_labelled_by_others(directory):
+            return True
+        number = number or json.loads(self.place.read(f"{directory}/info.json"))["id"]
+        with contextlib.suppress(OSError):
+            return os.getxattr(self._own(number), IMPORTED, follow_symlinks=False) == name.encode()
+        return False
+
+    def _note_imported(self, task: _Task) -> None:
+        with contextlib.suppress(OSError):  # it has no room for that: then the layer is not sure where others write
+            os.setxattr(self._own(task.number), IMPORTED, task.name.encode(), follow_symlinks=False)
 
     def _refuse_too_deep(self) -> None:
         depth = len(self._tasks) + len(self._below)
@@ -205,7 +230,8 @@ class _Import:
                 self._waits = f"waiting: {refused}"
                 return False
             label = "" if is_new else label_of(place, directory, IMPORTING)
-            if label == self._boot and label_of(place, directory, DIFF_ID) == task.diff_id:
+            is_whole = label == self._boot and label_of(place, directory, DIFF_ID) == task.diff_id
+            if is_whole and self._is_sure(directory, task.name, task.number):
                 task.is_unpacked = task.is_whole = True
                 return True
             if is_new or (not label and self._is_empty(task.number)):
@@ -329,6 +355,8 @@ class _Import:
             self._left = [old or new for old, new in zip(self._left, told[0], strict=True)]
             task.worker.close()
             Trash(f"{self._root}/trash", f"{self._root}/trash").delete(f"{self._own(task.number)}/stale", lambda: None)
+            if task.name:
+                self._note_imported(task)
             self.place.write_label(self.place.directory("active", task.key), DIFF_ID, task.diff_id)
             task.is_whole = True
         elif kind == UNFIT:
@@ -351,6 +379,7 @@ class _Import:
     def _commit(self, task: _Task) -> None:
         if not task.name:
             task.name = chain_id(self._parent or "", task.diff_id)
+            self._note_imported(task)
         if not task.is_committed:
             try:
                 self._patiently(commit, self.place, task.key, task.name, self._parent)
