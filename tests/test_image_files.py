@@ -15,13 +15,26 @@ import pytest
 import trio
 
 from snapfs import Options, Snapshotter, open_snapshotter
-from snapfs.errors import Damaged, FailedPrecondition, ImageTooBig, InvalidArgument, NotFound, NotPermitted, NotUtf8, TryAgain
+from snapfs.errors import (
+    Damaged,
+    FailedPrecondition,
+    ImageTooBig,
+    InvalidArgument,
+    NotFound,
+    NotPermitted,
+    NotUtf8,
+    TryAgain,
+    Unavailable,
+)
+from snapfs.fuse import openfiles
+from snapfs.fuse.openfiles import OpenFiles
 from snapfs.imagejson import MOST
 from snapfs.offline.checking import Problem, check
 from snapfs.offline.rebuilding import rebuild
 from snapfs.options import Sync
 from snapfs.root import imagefile
 from snapfs.tree import Tree, openimage
+from snapfs.tree.users import asker
 from tests.daemon import Daemon
 from tests.doors import DOORS, Opener
 from tests.records import check_indexes
@@ -342,7 +355,7 @@ async def test_what_is_not_whole_changes_nothing(tree: Tree) -> None:
 
 
 async def test_all_that_is_being_written_is_bounded(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openimage, "ALL", 10_000)
+    monkeypatch.setattr(openimage, "MOST", 10_000)
     _, one = await tree.walk("committed/base").create("image.json")
     await one.write(0, b'{"a": "' + b"x" * 8000)
     assert one.weight > 8000
@@ -353,6 +366,31 @@ async def test_all_that_is_being_written_is_bounded(tree: Tree, monkeypatch: pyt
         await one.close()
     await other.write(0, b"{}")
     await other.close()
+    assert tree.state.image_bytes == 0
+
+
+async def test_what_others_write_keeps_the_owner_from_nothing(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs count as what else they have open, a share a user."""
+    monkeypatch.setattr(openimage, "MOST", 10_000)
+    files, theirs, begun = OpenFiles(), [], b'{"a": "' + b"x" * (openfiles.SHARE // 4)
+    for uid in (61001, 61001, 61001, 61002, 61001):
+        asker.set(uid)
+        _, handle = await tree.walk("committed/base").create("image.json")
+        files.charge(handle, uid)
+        await handle.write(0, begun)
+        theirs.append(handle)
+        if len(theirs) <= 4:
+            files.reweigh(handle)
+    with pytest.raises(Unavailable, match="user 61001 has too many files open"):
+        files.reweigh(theirs[-1])
+    asker.set(None)
+    _, own = await tree.walk("committed/v1").create("image.json")
+    await own.write(0, b'{"a": "' + b"x" * 8000)
+    await own.write(own.size, b'"}')
+    for handle in theirs:
+        with pytest.raises(InvalidArgument):
+            await handle.close()
+    await own.close()
     assert tree.state.image_bytes == 0
 
 

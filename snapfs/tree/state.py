@@ -67,7 +67,7 @@ class State:
     ``open_labels``: labels that are open for writing; ``label_inodes``: the inodes of those that are not.  ``writers``: those
     of who writes into files that do something.  ``moments``: when checkpoints were made.  ``hidden``: entries that were just
     unlinked.  ``teardowns``: processes that were just refused to delete.  ``just_named``: names in images/ that were just made.
-    ``image_bytes``: what those weigh who have an image.json open to write it.
+    ``image_bytes``: what each image.json weighs that the owner or root has open to write it.
 
     ``removals``: of directories inside snapshots.  ``aliased``: the ids of committed snapshots whose directories are found
     under their other inode (``inodes.ALIAS``): the server of the tree says which.  ``changes``: how many changes there were;
