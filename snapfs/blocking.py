@@ -202,6 +202,7 @@ class Snapshotter:
     walk = _awaited(AsyncSnapshotter.walk)
     images = _awaited(AsyncSnapshotter.images)
     image = _awaited(AsyncSnapshotter.image)
+    read_image = _awaited(AsyncSnapshotter.read_image)
     usage = _awaited(AsyncSnapshotter.usage)
     changes = _awaited(AsyncSnapshotter.changes)
     patch = _awaited(AsyncSnapshotter.patch)

@@ -171,6 +171,7 @@ class Snapshotter:
                 await nursery.start(self.flushing.run, name="snapfs flushing")
                 await nursery.start(self._comparing.serve, name="snapfs comparing")
                 await nursery.start(self._archiving.serve, name="snapfs archiving")
+                await nursery.start(self._image_files.serve, name="snapfs image files")
                 await nursery.start(self._copying.serve, name="snapfs copying")
                 await nursery.start(self._collecting.serve, name="snapfs collecting")
                 if self.rootfs is not None:
@@ -696,10 +697,18 @@ class Snapshotter:
         added: ``history`` has an entry for each, with the message of a checkpoint, and ``rootfs.diff_ids`` their digests as far
         as they are known.  That of a squash has one layer.  Raises NotFound, Damaged.
         """
-        self._refuse_closed()
-        return await self._image_files.text(key)
+        return await self.read_image(key, str)
 
-    async def set_image(self, key: Ref, text: str | bytes | None) -> Info:
+    async def read_image(self, key: Ref, consume: Callable[[str], T], *, caller: Caller = OWNER) -> T | None:
+        """What ``consume`` makes of that text, in a worker thread; None where there is none.
+
+        Calls at the same time for the same text, with the same ``consume``, share its result.  Raises what ``image`` does, and
+        TryAgain where ``caller`` would wait for others beyond its patience.
+        """
+        self._refuse_closed()
+        return await self._image_files.text(key, consume, caller)
+
+    async def set_image(self, key: Ref, text: str | bytes | None, *, caller: Caller = OWNER) -> Info:
         """Have the committed snapshot ``key`` have the image.json ``text``, in the place of any other, or (None) none of its
         own: what Stat shows of it.  containerd lacks this.
 
@@ -708,10 +717,10 @@ class Snapshotter:
 
         Raises NotFound, also where there is none of its own to take away; FailedPrecondition: the snapshot is not committed;
         InvalidArgument: it is no JSON object, or has no arrays ``history`` and ``rootfs.diff_ids``; NotUtf8; ImageTooBig: more
-        than 4 MiB; Damaged.
+        than 4 MiB; Damaged; TryAgain where ``caller`` would wait for others beyond its patience.
         """
         self._refuse_closed()
-        return await self._image_files.set(key, _bytes(text))
+        return await self._image_files.set(key, _bytes(text), caller)
 
     def find_image(self, name: str) -> tuple[int, Record]:
         """Id and record of the snapshot that is called ``name`` in images/; raises NotFound, or Damaged where it can't be

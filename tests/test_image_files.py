@@ -29,12 +29,12 @@ from snapfs.errors import (
 from snapfs.fuse import openfiles
 from snapfs.fuse.openfiles import OpenFiles
 from snapfs.imagejson import MOST
+from snapfs.model import Caller
 from snapfs.offline.checking import Problem, check
 from snapfs.offline.rebuilding import rebuild
 from snapfs.options import Sync
 from snapfs.root import imagefile
 from snapfs.tree import Tree, openimage
-from snapfs.tree.users import asker
 from tests.daemon import Daemon
 from tests.doors import DOORS, Opener
 from tests.records import check_indexes
@@ -374,8 +374,9 @@ async def test_what_others_write_keeps_the_owner_from_nothing(tree: Tree, monkey
     monkeypatch.setattr(openimage, "MOST", 10_000)
     files, theirs, begun = OpenFiles(), [], b'{"a": "' + b"x" * (openfiles.SHARE // 4)
     for uid in (61001, 61001, 61001, 61002, 61001):
-        asker.set(uid)
         _, handle = await tree.walk("committed/base").create("image.json")
+        assert isinstance(handle, openimage.OpenImage)
+        handle.caller = Caller(uid)
         files.charge(handle, uid)
         await handle.write(0, begun)
         theirs.append(handle)
@@ -383,7 +384,6 @@ async def test_what_others_write_keeps_the_owner_from_nothing(tree: Tree, monkey
             files.reweigh(handle)
     with pytest.raises(Unavailable, match="user 61001 has too many files open"):
         files.reweigh(theirs[-1])
-    asker.set(None)
     _, own = await tree.walk("committed/v1").create("image.json")
     await own.write(0, b'{"a": "' + b"x" * 8000)
     await own.write(own.size, b'"}')

@@ -340,6 +340,8 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         node, handle = await self.tree.node(parent_inode).create(_text(name))
         await self._charge(handle, ctx.uid)
+        if isinstance(handle, OpenImage):
+            handle.caller = self.caller(ctx)
         user = self.rights.user(ctx.uid)
         return self.retelling.opened(node.inode, user, node, handle, self.entry(node)), self.entry(node)
 
@@ -370,8 +372,10 @@ class Operations(pyfuse3.Operations):
         await self._charge(handle, ctx.uid)
         if isinstance(handle, OpenLabel):
             handle.appends = bool(flags & os.O_APPEND)
+        if isinstance(handle, OpenCommand | OpenImage):
+            handle.caller = self.caller(ctx)
         if isinstance(handle, OpenCommand):
-            handle.caller, handle.pid = self.caller(ctx), ctx.pid
+            handle.pid = ctx.pid
         return self.retelling.opened(inode, self.rights.user(ctx.uid), node, handle, self.entry(node))
 
     async def _charge(self, handle: Handle, uid: int) -> None:

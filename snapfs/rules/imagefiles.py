@@ -70,7 +70,7 @@ class Found(msgspec.Struct, frozen=True):
 
     number: int
     image: ImageFile
-    layers: list[Layer]
+    layers: tuple[Layer, ...]
 
 
 def find(reader: Reader, number: int, record: Record) -> Found | None:
@@ -81,7 +81,7 @@ def find(reader: Reader, number: int, record: Record) -> Found | None:
     owner, owners = way[-1]
     assert owners.image is not None
     added = way if owners.image.is_below else way[:-1]
-    return Found(owner, owners.image, [_layer(each) for _, each in reversed(added)])
+    return Found(owner, owners.image, tuple(_layer(each) for _, each in reversed(added)))
 
 
 def _layer(record: Record) -> Layer:

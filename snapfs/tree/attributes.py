@@ -18,7 +18,6 @@ from snapfs.errors import Damaged, NotFound
 from snapfs.imagejson import FILE as IMAGE
 from snapfs.model import OWNER, ByNode, Caller, Kind, rfc3339
 from snapfs.store.schema import Record
-from snapfs.threads import in_thread
 from snapfs.tree import commands, layertar
 from snapfs.tree.advice import path_of
 from snapfs.tree.commands import Command
@@ -37,7 +36,7 @@ from snapfs.tree.node import Attributes, Link, Node
 from snapfs.tree.openimage import OpenImage
 from snapfs.tree.state import State
 from snapfs.tree.textfile import UNKNOWN_SIZE, TextFile
-from snapfs.tree.texts import IN_MEMORY, Text
+from snapfs.tree.texts import Text
 
 Render = Callable[[State, int, Record], str | Text | None]
 
@@ -203,11 +202,9 @@ def image_json(state: State, number: int, record: Record) -> Text | None:
 
 async def find_image_json(state: State, number: int, record: Record, caller: Caller) -> Text | None:
     """Find it.  Hold what is found until the file is open: it may be too long to be remembered."""
-    text = await state.snapshotter.image(number)
-    if text is None:
-        return None
-    found = Text(text.encode()) if len(text) <= IN_MEMORY else await in_thread(state.spool_found, [text])
-    state.keep(number, IMAGE_SLOT, found)
+    found = await state.snapshotter.read_image(number, state.image_text, caller=caller)
+    if found is not None:
+        state.keep(number, IMAGE_SLOT, found)
     return found
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from snapfs.errors import InvalidArgument, NotPermitted, SnapshotError, TryAgain
 from snapfs.imagejson import FILE, Document
-from snapfs.model import ByNode
+from snapfs.model import OWNER, ByNode
 from snapfs.threads import in_thread
 from snapfs.tree.handles import Handle
 from snapfs.tree.inodes import IMAGE_SLOT
 from snapfs.tree.state import State
 from snapfs.tree.texts import IN_MEMORY, OVERHEAD, Text
-from snapfs.tree.users import asker
 
 AT_ONCE = 64 << 10  # bytes that are looked at without a thread
 MOST = 32 << 20
@@ -23,17 +22,18 @@ MOST = 32 << 20
 
 
 class OpenImage(Handle):
-    """That of the snapshot whose directory has the number ``key``."""
+    """That of the snapshot whose directory has the number ``key``, open for ``caller``, which is set before anything is
+    written."""
 
     direct = True
     waits_for = FILE
+    caller = OWNER
 
     def __init__(self, state: State, key: ByNode) -> None:
         self.does = key, FILE
         self._state = state
         self._key = key
         self._document = Document()
-        self._is_owners = asker.get() is None
 
     @property
     def size(self) -> int:
@@ -47,7 +47,7 @@ class OpenImage(Handle):
             self.forget()
         if offset != self.size:
             raise NotPermitted(f"{FILE} is written from its beginning to its end: write all of it anew")
-        if self._is_owners and self._state.image_bytes + len(data) > MOST:
+        if self.caller.user is None and self._state.image_bytes + len(data) > MOST:
             raise TryAgain(f"you and root write as much of {FILE} as may be, for all snapshots together: end what hangs")
         document = self._document
         try:
@@ -64,7 +64,7 @@ class OpenImage(Handle):
         return len(data)
 
     async def _apply(self, content: bytes) -> None:
-        info = await self._state.snapshotter.set_image(self._key, content)
+        info = await self._state.snapshotter.set_image(self._key, content, caller=self.caller)
         if len(content) <= IN_MEMORY:
             self._state.keep(info.id, IMAGE_SLOT, Text(content))  # stat(2) shows its size at once
 
@@ -75,7 +75,7 @@ class OpenImage(Handle):
 
     def _weigh(self) -> None:
         weight = OVERHEAD + self.size
-        if self._is_owners:
+        if self.caller.user is None:
             self._state.image_bytes += weight - self.weight
         self.weight = weight
 

@@ -141,6 +141,10 @@ class State:
         """A text of ``lines``, which tell what is in layers: a small layer can make as many of them as it likes."""
         return LongText(lines, self.snapshotter.root, is_bounded=True)
 
+    def image_text(self, content: str) -> Text:
+        """An image.json with this ``content``; in a worker thread."""
+        return self.spool_found([content])
+
     def found(self, number: int, slot: int) -> Text | None:
         """The text of a file of snapshot ``number`` (``CHANGES_SLOT`` and the like) that was found last; those of
         ``changes`` and ``changes.patch`` stay right once the snapshot is committed."""
