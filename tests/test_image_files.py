@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from snapfs import Options, Snapshotter, open_snapshotter
 from snapfs.errors import (
@@ -34,12 +36,15 @@ from snapfs.offline.checking import Problem, check
 from snapfs.offline.rebuilding import rebuild
 from snapfs.options import Sync
 from snapfs.root import imagefile
+from snapfs.rules import imagefiles as rules
+from snapfs.rules.root import Root
 from snapfs.tree import Tree, openimage
 from tests.daemon import Daemon
 from tests.doors import DOORS, Opener
 from tests.records import check_indexes
 from tests.refusals import failing, refused
 from tests.tree import REMOVERS, committed, info, listing, remove_all, shell
+from tests.users import ALICE
 
 Make = Callable[..., Daemon]
 
@@ -301,6 +306,53 @@ async def read(tree: Tree, path: str) -> str:
     node = await tree.walk(path).refresh()
     handle = await node.open()
     return handle.read(0, handle.size).decode()
+
+
+async def test_it_is_read_once_for_all_who_ask_at_once(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    await tree.snapshotter.set_image("base", TEXT)
+    gate, texts, count, text = threading.Event(), [], 0, rules.text
+
+    def held(root: Root, found: rules.Found) -> str:
+        nonlocal count
+        count += 1
+        assert gate.wait(20)
+        return text(root, found)
+
+    async def ask() -> None:
+        texts.append(await read(tree, "committed/v1/image.json"))
+
+    monkeypatch.setattr(rules, "text", held)
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        gate.set()
+    assert count == 1
+    assert len(texts) == 20
+    assert all(len(json.loads(each)["history"]) == 2 for each in texts)
+
+
+async def test_who_reads_many_keeps_nobody_waiting(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    await tree.snapshotter.set_image("base", TEXT)
+    await commit(tree.snapshotter, "v2", "v1")
+    gate, text = threading.Event(), rules.text
+
+    def held(root: Root, found: rules.Found) -> str:
+        assert len(found.layers) == 2 or gate.wait(20)
+        return text(root, found)
+
+    async def ask(name: str) -> None:
+        await tree.walk(f"committed/{name}/image.json").refresh(Caller(ALICE, 0.1))
+
+    monkeypatch.setattr(rules, "text", held)
+    async with trio.open_nursery() as nursery:
+        for name in ("base", "v1"):
+            nursery.start_soon(ask, name)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        with trio.fail_after(10):
+            await tree.walk("committed/v2/image.json").refresh(Caller(ALICE + 1, 0.1))
+            assert (await tree.snapshotter.set_image("v1", "{}", caller=Caller(ALICE + 1, 0.1))).name == "v1"
+        gate.set()
 
 
 async def test_it_is_listed_where_there_is_one(tree: Tree) -> None:

@@ -365,6 +365,20 @@ async def test_one_user_has_half_of_the_threads_and_waits_for_itself(work: Work)
     assert len(work.found) == 14
 
 
+async def test_who_had_no_turn_for_longest_is_next_however_much_others_have_waiting(work: Work) -> None:
+    async with trio.open_nursery() as nursery:
+        await work.begin(nursery, "abcd", Caller(ALICE, 10))
+        await work.begin(nursery, "efgh", Caller(BOB, 10))
+        await work.begin(nursery, "ij", Caller(BOB + 1, 10))
+        assert sorted(work.running) == ["a", "b", "e", "f"]
+        for ended, running in (("a", "befi"), ("e", "bcfi"), ("b", "cfgi"), ("f", "cgij")):
+            work.end(ended)
+            await until_blocked()
+            assert "".join(sorted(work.running)) == running
+        work.end()
+    assert len(work.found) == 10
+
+
 async def test_what_waits_in_the_background_begins_for_who_asks_for_it(work: Work) -> None:
     async with trio.open_nursery() as nursery:
         await work.begin(nursery, "abc", BACKGROUND, settled=True)

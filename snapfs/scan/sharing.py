@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 ENDING = 2.0  # seconds that work under way has at the end of ``serve``: a file system that never answers would hold it for ever
 
+USERS = 1000  # of which it is known when they had a turn
+
 Checkpoint = Callable[[], None]
 
 
@@ -37,6 +39,12 @@ class Turns:
     def __init__(self, most: int) -> None:
         self._most = most
         self._running: Counter[int | None] = Counter()
+        self._latest: dict[int | None, int] = {}  # the number of the turn that each user had last, the latest at the end
+        self._taken = 0
+
+    def latest(self, user: int | None) -> int:
+        """The number of the turn that ``user`` had last: the higher, the later; 0 where it had none for long."""
+        return self._latest.get(user, 0)
 
     def has_all(self, user: int | None) -> bool:
         """Whether ``user`` has as many as it may have, however few the others have."""
@@ -51,6 +59,11 @@ class Turns:
         if user not in apart and others >= self._most:
             return False
         self._running[user] += 1
+        self._taken += 1
+        self._latest.pop(user, None)
+        self._latest[user] = self._taken
+        if len(self._latest) > USERS:
+            del self._latest[next(iter(self._latest))]
         return True
 
     def give_back(self, user: int | None) -> None:
@@ -99,7 +112,7 @@ class Sharing(Generic[T]):
         self._threads = trio.CapacityLimiter(math.inf)
         self._runs: dict[Hashable, _Run[T]] = {}
         self._in_threads: set[_Run[T]] = set()
-        self._waiting: list[_Run[T]] = []  # for their turn, the oldest first
+        self._waiting: list[_Run[T]] = []  # for their turn; of one user's the oldest first
         self._nursery: trio.Nursery | None = None
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -175,8 +188,8 @@ class Sharing(Generic[T]):
             deadline = trio.current_time() + caller.patience  # it waits for other work of its own
 
     def _give_turns(self) -> None:
-        """Let begin what may."""
-        for run in list(self._waiting):
+        """Let begin what may: first that of users who had no turn for longest, however much others have waiting."""
+        for run in sorted(self._waiting, key=lambda run: min(map(self._turns.latest, run.users), default=0)):
             for user in run.users:
                 if self._turns.take(user):
                     run.taken_for = user
