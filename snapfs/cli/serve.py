@@ -212,11 +212,13 @@ def _go_inside(root: str, mountpoint: str, more: dict[str, Any]) -> tuple[str, s
 
 def _containerd(path: str) -> dict[str, Any]:
     """The arguments of ``fuse.serve.serve`` for serving containerd beside the tree, on the socket ``path``.  Raises Unavailable
-    where gRPC is not installed."""
+    where what that takes is not installed."""
     try:
         from snapfs.containerd.server import serving
     except ImportError as error:
-        raise Unavailable(f"gRPC can't be loaded ({error}); install it: pip install 'snapfs[containerd]'") from None
+        raise Unavailable(
+            f"containerd's messages can't be loaded ({error}); install it: pip install 'snapfs[containerd]'"
+        ) from None
     path = os.path.abspath(path)
     return {"beside": partial(serving, path), "also_shown": {"containerd": path}}
 

@@ -1,52 +1,53 @@
-"""The gRPC server in a thread of its own, with an asyncio loop in it, and the way from there to the snapshotter's trio loop.
+"""gRPC over HTTP/2 on a Unix socket, as tasks of the snapshotter's own loop: a call goes to no other, and to no thread, before
+what it asks for does.
 
-A call that waits takes no thread: it is a task here and a task there.  What ends it here, the client's deadline or
-cancellation, cancels it there, where a call has then happened or has not.
+What ends a call, the client's deadline or cancellation, cancels it: it has then happened or has not.
+
+Source: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import errno
 import logging
+import math
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any
+from urllib.parse import quote
 
-import grpc
 import trio
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from snapfs.containerd import snapshots_pb2
+from snapfs.containerd.http2 import Connection, Stream, literals
 from snapfs.containerd.messages import pages
 from snapfs.containerd.service import Service, Settle
-from snapfs.containerd.socketfile import SocketFile, private_umask
-from snapfs.containerd.status import status_of
+from snapfs.containerd.socketfile import SocketFile
+from snapfs.containerd.status import Status, status_of
 from snapfs.errors import InvalidArgument, SnapshotError, Unavailable
 from snapfs.snapshotter import Snapshotter
 from snapfs.threads import in_thread
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 GRACE = 2.0  # seconds that calls under way have to end once the server is to stop
 CALLS = 4096  # at once; further ones are refused (ResourceExhausted)
+CONNECTIONS = 1024  # at once; further ones are closed
+QUEUE = 128  # connections that wait to be accepted
 
 LARGEST = 256 << 10
 """Bytes of a request: several times what names and labels may have.  Others would wait while one of millions is looked at."""
 
-_OPTIONS = (
-    ("grpc.server.max_pending_requests", 2 * CALLS),  # from 1000 on gRPC would end some as cancelled, without a word
-    ("grpc.server.max_pending_requests_hard_limit", 2 * CALLS),
-    ("grpc.max_receive_message_length", LARGEST),
-    ("grpc.max_send_message_length", 16 << 20),  # as containerd's own server
-    ("grpc.so_reuseport", 0),
-)
+_AGAIN = 0.1  # seconds after which a connection is accepted for which there was no descriptor
+_UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
 _SERVICE = snapshots_pb2.DESCRIPTOR.services_by_name["Snapshots"]
+
+_HEADERS = literals([(b":status", b"200"), (b"content-type", b"application/grpc")])
+_DONE = literals([(b"grpc-status", b"0")])
 
 
 async def _nobody() -> None:
@@ -63,158 +64,173 @@ async def serving(path: str, snapshotter: Snapshotter, settle: Settle = _nobody)
         snapshotter.root.encode()
     except UnicodeEncodeError:
         raise Unavailable("the path of ROOT is not UTF-8, and containerd can be told no other") from None
-    refusal: SnapshotError | None = None
-    place = await in_thread(SocketFile, path)
+    place, listener = await in_thread(_listening, path)
     try:
-        async with trio.open_nursery() as nursery:
-            server = _Server(Service(snapshotter, settle), nursery)
-            nursery.start_soon(server.run, place)
-            await server.ready.wait()
-            refusal = server.refusal
-            try:
-                if refusal is None:
+        with listener:
+            async with trio.open_nursery() as nursery:
+                server = _Server(Service(snapshotter, settle), nursery)
+                nursery.start_soon(server.accept, listener, name="snapfs socket")
+                try:
                     yield
-            finally:
-                server.stop()
-                with trio.CancelScope(shield=True):
-                    await server.ended.wait()
-                nursery.cancel_scope.cancel()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await server.stop()
+                    nursery.cancel_scope.cancel()
     finally:
         place.remove()
-    if refusal is not None:
-        raise refusal
+
+
+def _listening(path: str) -> tuple[SocketFile, socket.socket]:
+    """A socket, and its place, ``path``.  Raises InvalidArgument, Unavailable."""
+    place = SocketFile(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        place.bind(listener)
+        listener.listen(QUEUE)
+        place.put()
+    except BaseException as error:
+        listener.close()
+        place.remove()
+        if isinstance(error, OSError):
+            raise Unavailable.from_os(f"listen on {path}", error) from error
+        raise
+    return place, listener
+
+
+class _Method:
+    """One method of the service: the messages, and what answers them."""
+
+    def __init__(self, described: Any, service: Service) -> None:
+        self.request: type[Message] = GetMessageClass(described.input_type)
+        self.name: str = described.input_type.full_name
+        self.call: Callable[[Message], Awaitable[Any]] = getattr(service, described.name.lower())
+        self.streams: bool = described.server_streaming
+
+    def parsed(self, body: bytes) -> Message:
+        """The message in ``body``.  Raises InvalidArgument."""
+        try:
+            return self.request.FromString(body)
+        except DecodeError:
+            raise InvalidArgument(f"the request is no {self.name}: its bytes can't be decoded") from None
 
 
 class _Server:
-    """One server; ``refusal`` says, once it is ``ready``, why it serves nobody."""
+    """The server: all connections and calls."""
 
     def __init__(self, service: Service, nursery: trio.Nursery) -> None:
-        self.ready = trio.Event()
-        self.ended = trio.Event()
-        self.refusal: SnapshotError | None = None
-        self._service = service
         self._nursery = nursery
-        self._token = trio.lowlevel.current_trio_token()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Event | None = None
+        named = ((f"/{_SERVICE.full_name}/{method.name}", _Method(method, service)) for method in _SERVICE.methods)
+        self._methods = {path.encode(): method for path, method in named}
+        self._accepting = trio.CancelScope()
+        self._connections: set[Connection] = set()
+        self._calls: set[trio.CancelScope] = set()
+        self._is_stopping = False
+        self._idle = trio.lowlevel.ParkingLot()
 
-    async def run(self, place: SocketFile) -> None:
-        """Serve until ``stop``."""
+    async def accept(self, listener: socket.socket) -> None:
+        """Serve whoever connects."""
+        with self._accepting:
+            while True:
+                await trio.lowlevel.wait_readable(listener)
+                try:
+                    connected, _ = listener.accept()
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED):
+                        raise
+                    await trio.sleep(_AGAIN)
+                    continue
+                if len(self._connections) >= CONNECTIONS:
+                    connected.close()
+                    continue
+                connected.setblocking(False)
+                self._nursery.start_soon(self._connected, connected, name="snapfs connection")
+
+    async def _connected(self, connected: socket.socket) -> None:
+        connection = Connection(connected, LARGEST + 5, self._answer)
+        self._connections.add(connection)
         try:
-            with trio.CancelScope(shield=True):
-                await in_thread(lambda: asyncio.run(self._serve(place)), limiter=trio.CapacityLimiter(1))
-        except SnapshotError as error:
-            self.refusal = error
+            with connected:
+                await connection.run()
+        except Exception:  # a bug ends one connection, and nothing else
+            log.exception("a bug: a connection to the socket failed")
         finally:
-            self.ready.set()
-            self.ended.set()
+            self._connections.discard(connection)
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Take no more calls, and end those under way."""
-        if self._loop is not None and self._stopping is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended already
-                self._loop.call_soon_threadsafe(self._stopping.set)
+        self._is_stopping = True
+        self._accepting.cancel()
+        for connection in self._connections:
+            connection.end()
+        for patience in (GRACE, math.inf):
+            with trio.move_on_after(patience):
+                while self._calls:
+                    await self._idle.park()
+            for call in self._calls:
+                call.cancel()
 
-    async def _serve(self, place: SocketFile) -> None:
-        """In the server's thread."""
-        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=CALLS)
-        handlers = {method.name: self._handler(method) for method in _SERVICE.methods}
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
+    async def _answer(self, stream: Stream) -> None:
+        """Answer one call."""
+        if not stream.is_open:
+            return
+        if len(self._calls) >= CALLS:
+            _end(stream, Status.RESOURCE_EXHAUSTED, f"{CALLS} calls are under way: try again when some have ended")
+            return
+        scope = trio.CancelScope(deadline=trio.current_time() + _timeout(stream.headers.get(b"grpc-timeout", b"")))
+        stream.cancelled = scope.cancel
+        self._calls.add(scope)
         try:
-            with private_umask():
-                server.add_insecure_port(f"unix:{place.fresh}")
-        except (OSError, RuntimeError) as error:
-            raise Unavailable(f"cannot listen on {place.path}: {error}") from None
-        await server.start()
-        try:
-            place.put()
-            self._token.run_sync_soon(self.ready.set)
-            await self._stopping.wait()
+            with scope:
+                await self._call(stream)
+            if scope.cancelled_caught:
+                if self._is_stopping:
+                    _end(stream, Status.UNAVAILABLE, "the daemon is being stopped: unavailable")
+                else:
+                    _end(stream, Status.DEADLINE_EXCEEDED, "the deadline of the call is over")
         finally:
-            await server.stop(GRACE)
+            self._calls.discard(scope)
+            if not self._calls:
+                self._idle.unpark_all()
 
-    def _handler(self, method: Any) -> grpc.RpcMethodHandler[Any, Any]:
-        request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
-        call = getattr(self._service, method.name.lower())
-        if method.server_streaming:
-            return grpc.unary_stream_rpc_method_handler(partial(self._listed, call, request), None, response.SerializeToString)
-        return grpc.unary_unary_rpc_method_handler(partial(self._answered, call, request), None, response.SerializeToString)
-
-    async def _answered(
-        self,
-        call: Callable[[Message], Awaitable[Message]],
-        kind: type[Message],
-        request: bytes,
-        context: grpc.aio.ServicerContext[Any, Any],
-    ) -> Message:
-        try:
-            return await self._in_trio(partial(call, _parsed(kind, request)))
-        except Exception as error:
-            await _refuse(context, error)
-
-    async def _listed(
-        self,
-        call: Callable[[Message], Awaitable[Any]],
-        kind: type[Message],
-        request: bytes,
-        context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[Message]:
-        try:
-            infos = await self._in_trio(partial(call, _parsed(kind, request)))
-        except Exception as error:
-            await _refuse(context, error)
-        for page in pages(infos):
-            yield page
-
-    async def _in_trio(self, call: Callable[[], Awaitable[T]]) -> T:
-        """What ``call`` gives as a task of the snapshotter's loop; cancelled there when it is cancelled here."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
-        scope = trio.CancelScope()
-
-        async def task() -> None:
-            given: list[T] = []
-            error: Exception = Unavailable("the daemon is being stopped")
-            try:
-                with scope:
-                    given.append(await call())
-            except Exception as raised:
-                error = raised
-            finally:
-                with contextlib.suppress(RuntimeError):  # nobody is there any more
-                    loop.call_soon_threadsafe(_set, answer, given, error)
-
-        self._token.run_sync_soon(self._nursery.start_soon, task)
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            self._token.run_sync_soon(scope.cancel)
-            raise
-
-
-def _parsed(kind: type[Message], request: bytes) -> Message:
-    """The message in ``request``; not left to gRPC, which answers UNKNOWN and logs a traceback.  Raises InvalidArgument."""
-    try:
-        return kind.FromString(request)
-    except DecodeError:
-        raise InvalidArgument(f"the request is no {kind.DESCRIPTOR.full_name}: its bytes can't be decoded") from None
-
-
-def _set(answer: asyncio.Future[T], given: list[T], error: Exception) -> None:
-    if not answer.done():
-        if given:
-            answer.set_result(given[0])
+    async def _call(self, stream: Stream) -> None:
+        method = self._methods.get(stream.headers.get(b":path", b""))
+        body = stream.body
+        if method is None:
+            _end(stream, Status.UNIMPLEMENTED, "there is no such method")
+        elif body is None:
+            _end(stream, Status.RESOURCE_EXHAUSTED, f"a request has at most {LARGEST} bytes")
+        elif len(body) < 5 or len(body) - 5 != int.from_bytes(body[1:5], "big"):
+            _end(stream, Status.INTERNAL, "a request is one message")
+        elif body[0]:
+            _end(stream, Status.UNIMPLEMENTED, "no compression is known here")
         else:
-            answer.set_exception(error)
+            try:
+                answer = await method.call(method.parsed(bytes(body[5:])))
+                for message in pages(answer) if method.streams else (answer,):
+                    await stream.send(_HEADERS, _prefixed(message.SerializeToString()))
+                stream.begin(_HEADERS)
+                stream.end(_DONE)
+            except SnapshotError as error:
+                _end(stream, *status_of(error))
+            except Exception as error:
+                log.error("a bug: a call over the socket failed", exc_info=error)
+                _end(stream, Status.INTERNAL, f"a bug: {error!r}: internal")
 
 
-async def _refuse(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """End a call with the status of ``error``."""
-    if isinstance(error, SnapshotError):
-        code, words = status_of(error)
-    else:
-        log.error("a bug: a call over the socket failed", exc_info=error)
-        code, words = grpc.StatusCode.INTERNAL, f"a bug: {error!r}: internal"
-    await context.abort(code, words)
-    raise AssertionError("abort has raised")
+def _prefixed(message: bytes) -> bytes:
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+def _end(stream: Stream, status: Status, words: str) -> None:
+    """End a call with a status that is no success."""
+    stream.begin(_HEADERS)
+    said = quote(words, safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~", errors="replace").encode()
+    stream.end(literals([(b"grpc-status", b"%d" % status), (b"grpc-message", said)]))
+
+
+def _timeout(text: bytes) -> float:
+    """Seconds that a call may take; as long as it likes where ``text`` doesn't say, or means nothing."""
+    unit = _UNITS.get(text[-1:])
+    return int(text[:-1]) * unit if unit is not None and text[:-1].isdigit() and len(text) <= 9 else math.inf

@@ -10,10 +10,9 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Iterator
 
 from snapfs.errors import InvalidArgument, Unavailable
-from snapfs.kernel import libc, trusted
+from snapfs.kernel import trusted
 
 PATIENCE = 2.0  # seconds for which daemons that want the same place wait for each other
 
@@ -23,7 +22,7 @@ LONGEST = 107  # bytes of a path that connect(2) takes
 class SocketFile:
     """The socket at ``path``, an absolute one, whose directory is made where missing.
 
-    Bind at ``fresh`` within ``private_umask``, then ``put`` it in its place in one step.  Meanwhile other daemons that want
+    ``bind`` a socket, then ``put`` it in its place in one step.  Meanwhile other daemons that want
     the same place wait a while: the directory is locked.  A directory that another user could exchange is refused.  What
     others do in it (it may be /tmp) can change no file of ours: all is done by descriptors, to what was made here.  Blocks on
     the disk.  Raises InvalidArgument or Unavailable where the path can't be used.
@@ -51,7 +50,6 @@ class SocketFile:
             ) from None
         except OSError as error:
             raise Unavailable.from_os(f"make the socket {path}", error) from error
-        self.fresh = f"/proc/self/fd/{self._private}/s"
 
     def _refuse_taken(self) -> None:
         try:
@@ -70,8 +68,13 @@ class SocketFile:
                 pass  # its queue is full: somebody has it
         raise Unavailable(f"another server listens on {self.path}: stop that one, or name another socket", errno.EADDRINUSE)
 
+    def bind(self, listener: socket.socket) -> None:
+        """Bind ``listener``, which nobody can reach before it is ``put`` in its place.  Raises OSError."""
+        os.fchmod(listener.fileno(), 0o600)  # what is bound has at most these rights, from the start
+        listener.bind(f"/proc/self/fd/{self._private}/s")
+
     def put(self) -> None:
-        """Put what was bound at ``fresh`` in its place, over what is stale there."""
+        """Put what was bound in its place, over what is stale there."""
         try:
             found = os.stat("s", dir_fd=self._private, follow_symlinks=False)
             os.rename("s", os.path.basename(self.path), src_dir_fd=self._private, dst_dir_fd=self._directory)
@@ -121,16 +124,3 @@ def _private_directory(directory: int) -> tuple[str, int]:
         os.close(fd)
         raise
     return name, fd
-
-
-@contextlib.contextmanager
-def private_umask() -> Iterator[None]:
-    """For a block in which this thread makes files for their owner alone, 0600 at most; other threads go on as before.
-
-    The thread has an umask and a working directory of its own from then on.  Raises OSError."""
-    libc.separate_thread()
-    before = os.umask(0o177)
-    try:
-        yield
-    finally:
-        os.umask(before)

@@ -27,6 +27,7 @@ from tests.bench import (
     prepare,
     remove,
     scans,
+    socket,
     start,
     states,
     table,
@@ -67,6 +68,8 @@ BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "images": images.images,
     "versions": versions.versions,
     "applies": applies.applies,
+    "reads": socket.reads,
+    "changes": socket.changes,
 }
 
 HOME = Path(__file__).parents[2]
