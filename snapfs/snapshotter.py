@@ -20,6 +20,7 @@ import trio
 
 from snapfs import names
 from snapfs.errors import (
+    AlreadyExists,
     Busy,
     Closed,
     Damaged,
@@ -275,17 +276,19 @@ class Snapshotter:
         written through a mount of whatever process, in whatever mount namespace, attached or held open: containerd commits even
         then, and trusts its client not to write any more.
 
-        ``wait`` returns when the data in the layer is on disk; without it the snapshot is committed for everybody at once, and
-        the data is flushed in the background: ``flush`` waits for it.  After a power cut before that, the snapshot is there
-        but refused as parent and mount (Damaged), until it is removed or accepted.
+        ``wait`` returns when the data in the layer is on disk: what was written before the call, and through its rootfs, before
+        the Commit.  It is flushed first, so that the flush of the record makes it whole; without it the snapshot is committed
+        for everybody at once, and the data is flushed in the background: ``flush`` waits for it.  After a power cut before
+        that, the snapshot is there but refused as parent and mount (Damaged), until it is removed or accepted.
 
         ``patience`` is how many seconds that may take, for a caller that keeps others waiting.  Then the data is flushed before
         the Commit; where that takes longer, TryAgain is raised, nothing has changed, and the flush goes on: a call soon after
         that waits for what is left of it.  What was written after the first of these calls is flushed after the Commit: where
         that takes longer, the call returns all the same, and the snapshot is what it is without ``wait``.
 
-        The usage is counted after that, in the background, or when ``usage`` is called, which waits for it and says what is
-        counted of what processes write after the Commit.
+        The usage is counted after the flush, where that is before the Commit and a count takes but a moment; or else in the
+        background, or when ``usage`` is called, which waits for it and says what is counted of what processes write after the
+        Commit.
 
         What was made at another door than ``origin`` belongs to the tree from now on, which has given it a name of its own.
 
@@ -297,10 +300,16 @@ class Snapshotter:
         names.encode(name)
         given = label_rules.stored_labels(self._root, labels)
         deadline = trio.current_time() + patience
+        flushed: _Flushed | None = None
         if wait and patience < math.inf:
             await self._flush_before(key, patience - AFTER)
+        elif wait:
+            flushed = await self._flush_whole(key, name)
         with self._way_out(key, KEEP if refuse_mounted else None):
             async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free), self._ending(number):
+                if flushed is not None and (flushed.number, flushed.followed) != (number, self._followed):
+                    flushed = None
+                usage = None if flushed is None else flushed.usage
                 await self._write_record(
                     lambda writer: commit.commit(
                         self._root,
@@ -314,9 +323,43 @@ class Snapshotter:
                         keep_labels=keep_labels,
                         refuse_mounted=refuse_mounted,
                         free=free,
+                        flushed=flushed is not None,
+                        usage=usage,
                     )
                 )
-        await self._follow_up(number, name, wait, deadline)
+        if flushed is None:
+            await self._follow_up(number, name, wait, deadline)
+            return
+        if usage is None:
+            self.counting.count_soon(number)
+        self._root.unflushed.refuse_lost([number])  # another flush may have failed on it meanwhile
+
+    @property
+    def _followed(self) -> int:
+        """How many file systems were mounted here so far."""
+        return self.rootfs.followed if self.rootfs is not None else 0
+
+    async def _flush_whole(self, key: Ref, name: str) -> _Flushed | None:
+        """Flush the snapshot ``key``, which is to be committed as ``name``.  None where that is left until after the Commit: it
+        is mounted here, so that processes may write until then, or the Commit will be refused."""
+        with self.reading() as reader:
+            number, record = lookup.find(reader, key)
+            try:
+                lookup.refuse_taken(reader, name, number)
+            except AlreadyExists:
+                return None
+        if not self.flushing.sync or record.kind is not Kind.ACTIVE or (self.rootfs is not None and self.rootfs.holds(number)):
+            return None
+        flushed = _Flushed(number, self._followed)
+
+        def count() -> None:
+            flushed.usage = self.counting.count_small(number)
+
+        try:
+            await self.flushing.flush(also=count)
+        except NoThread:
+            return None
+        return flushed
 
     async def _follow_up(self, number: int, name: str, wait: bool, deadline: float = math.inf) -> None:
         """Snapshot ``number`` was committed as ``name``: have its data flushed, and what it takes counted.  ``wait`` returns
@@ -370,7 +413,7 @@ class Snapshotter:
         async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free), self._ending(number):
             rule = partial(remove.remove, self._root, number=number, key=key, origin=origin, seen=seen)
             await self._write_record(lambda writer: rule(writer=writer, refuse_mounted=refuse_mounted, free=free), frees=True)
-        if self.options.async_remove:
+        if self.options.async_remove or not self.layers.pending_deletions:
             return
         if wait:
             try:
@@ -865,8 +908,8 @@ class Snapshotter:
     async def usage(self, key: Ref, *, caller: Caller = OWNER) -> Usage:
         """What the snapshot alone takes: an active one is scanned now, a committed one was once, a view takes nothing.
 
-        A committed one is counted once: in the background as soon as its data is flushed, or when this is first called, if that
-        is sooner.  What a process writes into its layer between Commit and count (through ``mounts``, or ``diff``) is counted;
+        A committed one is counted once: as its Commit has flushed its data, or in the background as soon as it is flushed, or
+        when this is first called, if that is sooner.  What a process writes into its layer before the count is counted;
         what comes later never is, until ``snapfs check --repair`` counts anew.
 
         Raises NotFound, or Damaged where the layer is missing; TryAgain where ``caller`` would wait for others beyond its
@@ -1211,6 +1254,16 @@ class Snapshotter:
             look = partial(holders.elsewhere, self._root.mounted, number, self.layers.rootfs(number))
             words = await self._naming.words(("used", number), look)
             raise Busy(f'snapshot "{used.name}" {words or "is in use elsewhere: end what uses it first"}') from None
+
+
+class _Flushed:
+    """A snapshot whose files were flushed in order to be committed: its ``number``, what ``Snapshotter._followed`` was before,
+    and what the files take, where that was soon counted."""
+
+    def __init__(self, number: int, followed: int) -> None:
+        self.number = number
+        self.followed = followed
+        self.usage: Usage | None = None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from snapfs import Damaged, FailedPrecondition, Options, Snapshotter, Unavailable, open_snapshotter
+from snapfs import AlreadyExists, Damaged, FailedPrecondition, Kind, Options, Snapshotter, Unavailable, open_snapshotter
 from snapfs.kernel import mounting
 from snapfs.options import Sync
 from snapfs.root import unflushed as room
@@ -216,11 +216,46 @@ async def test_a_disk_that_fails_is_told_and_never_forgotten(snapshotter: Snapsh
     with pytest.raises(Unavailable, match="cannot flush the layers: Input/output error") as caught:
         await snapshotter.commit("base", "a")
     assert caught.value.errno == errno.EIO
+    assert (await snapshotter.stat("a")).kind is Kind.ACTIVE, "what can't be flushed is not committed"
     gate.error = None
     await snapshotter.flush()
+    with pytest.raises(Damaged):
+        await snapshotter.commit("base", "a")
     assert marked(snapshotter) == [1], "the kernel reports an error once; what it lost stays lost"
     with pytest.raises(Damaged):
         await snapshotter.prepare("web", "base")
+
+
+async def test_a_commit_that_waits_is_one_flush_of_data_and_one_of_records(snapshotter: Snapshotter, gate: Gate) -> None:
+    """Its files are on the disk before it is committed, and counted: nothing is left to be written after that."""
+    await snapshotter.prepare("a")
+    with open(f"{snapshotter.layer_path(1)}/file", "wb") as file:
+        file.write(bytes(8192))
+    gate.open.clear()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(snapshotter.commit, "base", "a")
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert (await snapshotter.stat("a")).kind is Kind.ACTIVE
+        batches = snapshotter.statistics().batches.total()
+        gate.open.set()
+    assert marked(snapshotter) == []
+    assert snapshotter.record(1).usage is not None
+    assert snapshotter.record(1).usage == await snapshotter.usage("base")
+    assert snapshotter.statistics().batches.total() == batches + 1
+
+
+async def test_what_will_be_refused_is_not_flushed(snapshotter: Snapshotter, gate: Gate) -> None:
+    gate.open.set()
+    await snapshotter.prepare("a")
+    await snapshotter.commit("base", "a")
+    await snapshotter.prepare("b")
+    gate.open.clear()
+    with trio.fail_after(20):
+        with pytest.raises(AlreadyExists):
+            await snapshotter.commit("base", "b")
+        with pytest.raises(FailedPrecondition):
+            await snapshotter.commit("new", "base")
+    gate.open.set()
 
 
 async def test_nothing_is_flushed_with_sync_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ SETTLE = 1.0  # seconds that ``settle`` waits for the kernel to forget a name: a
 _FIXED = [attribute.slot for attribute in ATTRIBUTES if attribute.fixed]  # all others are looked up each time
 _INNER_SLOTS = (*LABELS_SLOTS, *_FIXED)
 
-REMEMBERED = 10_000  # snapshots of which it is remembered that the kernel knows what is in them
+REMEMBERED = 10_000  # snapshots of which it is remembered that the kernel knows of them
 
 
 class KernelCache:
@@ -39,8 +39,7 @@ class KernelCache:
 
     def __init__(self) -> None:
         self._asked_for: list[tuple[int, str]] = []
-        self._looked_into: set[int] = set()
-        self._looked_into_below = 0
+        self._told, self._looked_into = _Numbers(), _Numbers()  # of anything; of what is in it
         self._requests: SimpleQueue[tuple[int, bytes] | Callable[[], object] | None] = SimpleQueue()
         self._asked = self._done = 0  # names to forget; the second is the other thread's
 
@@ -65,27 +64,27 @@ class KernelCache:
             self._asked_for.remove((directory, name))
 
     def note_told(self, inode: int) -> None:
-        """Note that the kernel is told of ``inode``.  Of snapshots in which it knows nothing, nothing is to be forgotten there;
-        that is so for most whose time is short, and each call would cost as much as all else."""
+        """Note that the kernel is told of ``inode``.  What it was not told need not be forgotten; that is so for most snapshots
+        whose time is short, and each call would cost as much as all else."""
         number, slot = unpack(inode)
-        if slot != Slot.SNAPSHOT and number > self._looked_into_below:
+        self._told.add(number)
+        if slot != Slot.SNAPSHOT:
             self._looked_into.add(number)
-            if len(self._looked_into) > REMEMBERED:  # new ones have higher numbers
-                self._looked_into_below = max(self._looked_into)
-                self._looked_into.clear()
 
     def note(self, change: Change) -> None:
         """Forget what ``change`` has made stale; called before the call that made it returns."""
         before, after = change.before, change.after
         info = after or before
         assert info is not None
-        if before is not None:  # of a new one the kernel can't have heard
-            number = before.node or before.id
+        number = (before.node or before.id) if before is not None else 0
+        is_told = before is not None and self._told.has(number)
+        if is_told:
             self.forget_directory(number)
-            if not change.counted and self._knows_inside(number):
+            if not change.counted and self._looked_into.has(number):
                 for slot in _INNER_SLOTS:
                     self.forget_attributes(pack(number, slot))
-            if after is None:
+            if after is None and not change.goes_on:
+                self._told.discard(number)
                 self._looked_into.discard(number)
         if (gone := set(before.images if before else ())) != (come := set(after.images if after else ())):
             self.forget_attributes(pack(0, Slot.IMAGES))
@@ -96,7 +95,7 @@ class KernelCache:
         for kind in {shown.kind for shown in (before, after) if shown}:
             self.forget_attributes(kind_inode(kind))
         self.forget_attributes(pack(0, Slot.BY_ID))
-        if before is not None and not change.goes_on:
+        if before is not None and is_told and not change.goes_on:
             self._forget_path(before)
 
     def _forget_path(self, info: Info) -> None:
@@ -108,11 +107,8 @@ class KernelCache:
 
     def forget_directory(self, node: int) -> None:
         """Forget what stat(2) says of the directory of the snapshot for which inodes have the number ``node``."""
-        for slot in DIRECTORY_SLOTS if self._knows_inside(node) else (Slot.SNAPSHOT,):
+        for slot in DIRECTORY_SLOTS if self._looked_into.has(node) else (Slot.SNAPSHOT,):
             self.forget_attributes(pack(node, slot))
-
-    def _knows_inside(self, number: int) -> bool:
-        return number <= self._looked_into_below or number in self._looked_into
 
     def forget_attributes(self, inode: int) -> None:
         """Forget what stat(2) says of ``inode``."""
@@ -148,3 +144,25 @@ class KernelCache:
             else:
                 with contextlib.suppress(trio.RunFinishedError):
                     request()
+
+
+class _Numbers:
+    """Numbers of snapshots, of which new ones have higher numbers than all before: the last REMEMBERED of them, and all others
+    that are not higher."""
+
+    def __init__(self) -> None:
+        self._last: set[int] = set()
+        self._below = 0
+
+    def add(self, number: int) -> None:
+        if number > self._below:
+            self._last.add(number)
+            if len(self._last) > REMEMBERED:
+                self._below = max(self._last)
+                self._last.clear()
+
+    def discard(self, number: int) -> None:
+        self._last.discard(number)
+
+    def has(self, number: int) -> bool:
+        return number <= self._below or number in self._last

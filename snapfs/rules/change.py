@@ -10,23 +10,23 @@ from snapfs.store.schema import Record
 from snapfs.store.writing import Writer
 
 
-def change(root: Root, writer: Writer, number: int, before: Record, after: Record) -> Info:
+def change(root: Root, writer: Writer, number: int, before: Record, after: Record, *, flushed: bool = False) -> Info:
     """Make ``after`` the record of snapshot ``number``, which is ``before``; what Stat shows of it then.
 
     Its directory bears the new record before the transaction is durable, and the old one again if that fails.  A snapshot
-    that becomes committed is marked as unflushed.  Raises OSError.
+    that becomes committed is marked as unflushed, unless its files are ``flushed``.  Raises OSError.
     """
     was = writer.info(number, before)
-    rewrite(root, writer, number, before, after)
+    rewrite(root, writer, number, before, after, flushed=flushed)
     info = writer.info(number, after)
     writer.changed(was, info, goes_on=before.node_of(number) != after.node_of(number))
     return info
 
 
-def rewrite(root: Root, writer: Writer, number: int, before: Record, after: Record) -> None:
+def rewrite(root: Root, writer: Writer, number: int, before: Record, after: Record, *, flushed: bool = False) -> None:
     """The same, of which no listener is told."""
     since = writer.unflushed_since(number)
-    if before.kind is not after.kind:
+    if before.kind is not after.kind and not flushed:
         root.unflushed.mark(writer, number)
     writer.on_failure(lambda: _take_back_imprint(root, number, before, since))
     write_imprint(root, number, after, writer.unflushed_since(number))

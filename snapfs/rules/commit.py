@@ -6,7 +6,7 @@ import time
 
 from snapfs.errors import FailedPrecondition, InvalidArgument, WrongParent
 from snapfs.labels import IMPORTING, refuse_too_many
-from snapfs.model import Kind, Ref
+from snapfs.model import Kind, Ref, Usage
 from snapfs.rules.change import change
 from snapfs.rules.digest import forgotten
 from snapfs.rules.lookup import find, find_again, find_parent, refuse_taken, refuse_too_deep
@@ -29,13 +29,16 @@ def commit(
     keep_labels: bool,
     refuse_mounted: bool,
     free: bool,
+    flushed: bool = False,
+    usage: Usage | None = None,
     node: int | None = None,
 ) -> None:
     """Make the active snapshot ``number``, called ``key``, the committed snapshot ``name``: the id stays, the key is gone.
 
     The labels are ``labels`` and no others, unless ``keep_labels``; created and updated are now.  ``parent`` is the parent
     that it has, or one to rebase it onto if it has none.  ``refuse_mounted`` and ``free`` are as in ``use.refuse_used``.
-    ``node``: what the tree's inodes have for it from now on, if not what they had.
+    ``flushed``: its files are on the disk, and take ``usage``, if that is known.  ``node``: what the tree's inodes have for it
+    from now on, if not what they had.
 
     What was made at another door than ``origin`` belongs to the tree from now on, which has given it a name of its own.
 
@@ -59,10 +62,10 @@ def commit(
         refuse_used(root, number, record, free=free)
     now = time.time_ns()
     whose = origin if record.origin == origin else ""
-    after = Record(name, Kind.COMMITTED, above, now, now, kept, None, whose, record.node if node is None else node)
+    after = Record(name, Kind.COMMITTED, above, now, now, kept, usage, whose, record.node if node is None else node)
     if above:
         refuse_too_deep(writer, number, after)
-    change(root, writer, number, record, after)
+    change(root, writer, number, record, after, flushed=flushed)
 
 
 def _new_parent(root: Root, writer: Writer, record: Record, parent: Ref) -> int:

@@ -1,12 +1,14 @@
 """Counting: the bytes and inodes that each snapshot takes.  Calls share a count that runs, and committed snapshots store it.
 
-An active snapshot is counted when a call asks for its usage.  A committed one is counted once, in the background right after
-its Commit, which does not wait for it; ``MetaStore``'s table ``uncounted`` carries that over a restart.
+An active snapshot is counted when a call asks for its usage.  A committed one is counted once: while its files are flushed for
+a Commit that waits for that, where it is small, or else in the background right after its Commit, which does not wait for it;
+``MetaStore``'s table ``uncounted`` carries that over a restart.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 
 import msgspec
 import trio
@@ -25,6 +27,8 @@ from snapfs.threads import AGAIN
 log = logging.getLogger(__name__)
 
 GATHER = 0.05  # seconds after a Commit in which others may come, so that a burst of them is counted and written together
+
+SMALL = 0.002  # seconds that a count may take for which a Commit waits
 
 
 class Counting:
@@ -90,6 +94,20 @@ class Counting:
     def forget(self, number: int) -> None:
         """Snapshot ``number`` is gone."""
         self._last_known.pop(number, None)
+
+    def count_small(self, number: int) -> Usage | None:
+        """Count a layer at once, in a worker thread; None where that takes longer than a moment, or is for ``count_soon`` to
+        tell why it can't be done."""
+        deadline = time.monotonic() + SMALL
+
+        def checkpoint() -> None:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+
+        try:
+            return disk_usage(self._layers.fs(number), checkpoint)
+        except (OSError, SnapshotError):
+            return None
 
     def count_soon(self, number: int) -> None:
         """Count the committed snapshot ``number``, which nothing changes any more, and store what it takes; with others that

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -37,7 +37,7 @@ class Flushing:
         self._fd = fd
         self._unflushed = unflushed
         self._records = records
-        self._sync = sync
+        self.sync = sync
         self._next: _Flush | None = None
         self._before: dict[int, _Flush] = {}  # a Commit, by the snapshot's id
         self._wakeup = trio.Event()
@@ -93,7 +93,7 @@ class Flushing:
         try:
             numbers = self._marked()
             try:
-                await (in_thread_or_here if at_end else in_thread)(mounting.sync_file_system, self._fd)
+                await (in_thread_or_here if at_end else in_thread)(self._flush, flush.also)
             except OSError as refusal:
                 self.failed += 1
                 numbers = self._suspect()  # those committed meanwhile, too: whose pages it were the kernel doesn't tell
@@ -119,6 +119,12 @@ class Flushing:
             flush.end(error)
         return None
 
+    def _flush(self, also: Sequence[Callable[[], None]]) -> None:
+        """In a thread; raises OSError."""
+        mounting.sync_file_system(self._fd)
+        for act in also:
+            act()
+
     async def doubt(self, number: int) -> None:
         """The committed snapshot ``number`` is not whole: a process that nothing had shown has a file of its layer open for
         writing.  What is not committed is left as it is."""
@@ -142,21 +148,24 @@ class Flushing:
 
     def flush_soon(self, then: Callable[[], None] = lambda: None) -> None:
         """Flush in the background what was written so far, and call ``then`` when that has ended, or if nothing is flushed."""
-        if self._sync and self._running:
+        if self.sync and self._running:
             self._next = self._next or _Flush()
             self._next.then.append(then)
             self._wakeup.set()
         else:
             then()
 
-    async def flush(self, patience: float = math.inf) -> None:
-        """Return when all that was written so far is on disk, and known to be.
+    async def flush(self, patience: float = math.inf, *, also: Callable[[], None] | None = None) -> None:
+        """Return when all that was written so far is on disk, and known to be, and ``also`` was called in the same thread.
 
         Raises Unavailable where the disk fails, TryAgain where it takes longer than ``patience`` seconds, and NoThread: then it
         goes on.
         """
-        if self._sync:
-            await self._ask().wait(patience)
+        if self.sync:
+            flush = self._ask()
+            if also is not None:
+                flush.also.append(also)
+            await flush.wait(patience)
 
     def is_flushed(self, number: int | None) -> bool:
         """Whether the files of the committed snapshot ``number``, or (None) of all committed ones, are known to be on disk."""
@@ -172,7 +181,7 @@ class Flushing:
         Raises Unavailable where the disk fails, and TryAgain where it takes longer than ``patience`` seconds: then it goes on,
         and who asks again within LATELY waits for the same.
         """
-        if not self._sync:
+        if not self.sync:
             return
         long_ago = trio.current_time() - LATELY
         for other in [other for other, flush in self._before.items() if flush.when < long_ago]:
@@ -202,6 +211,7 @@ class _Flush:
         self.ended = trio.Event()
         self.error: SnapshotError | None = None
         self.then: list[Callable[[], None]] = []
+        self.also: list[Callable[[], None]] = []  # done in the thread that flushes
         self.when = math.inf  # it ended
 
     async def wait(self, patience: float) -> None:

@@ -48,6 +48,8 @@ class Rootfs:
     def __init__(self, merged: Merged, layers: Layers, mounted: Mounted, in_use: InUse, *, idle: float, most: int) -> None:
         self.idle = idle
         self.most = most
+        self.followed = 0
+        """How many file systems were mounted so far, also those that others had mounted."""
         self.naming = Naming()
         self._merged = merged
         self._layers = layers
@@ -131,6 +133,7 @@ class Rootfs:
         # room may take a while, so without the lock: a Commit or Remove would wait for it, and the whole tree for that
         async with self._room(), self._locks.held(number):
             if not self._is_there(number):
+                self.followed += 1
                 work = functools.partial(self._merged.mount, number, stack(), self._held.get(number))
                 held = await in_thread(work, limiter=self._threads)
                 held.asked = trio.current_time()
