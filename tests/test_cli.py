@@ -1178,7 +1178,7 @@ for line in {lines!r}.replace("TARGET", {str(tmp_path)!r}).replace(";", "\\n").s
     assert main(line.split()) == 0, line
 for word in VERBS:
     assert main([word, "--help"]) == 0, word
-print(*{{"trio", "pyfuse3", "lmdb", "grpc"}} & set(sys.modules), file=sys.stderr, end="")
+print(*{{"trio", "pyfuse3", "lmdb", "hpack"}} & set(sys.modules), file=sys.stderr, end="")
 """
     environment = {**os.environ, "SNAPFS": str(snapfs.mnt)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)

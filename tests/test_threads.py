@@ -290,21 +290,10 @@ async def _refuse(*_: object, **__: object) -> None:
     raise NoThread()
 
 
-@pytest.mark.parametrize("had", [0, 1])
 async def test_the_server_for_containerd_has_no_thread(
-    snapshotter: Snapshotter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, had: int
+    snapshotter: Snapshotter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither for its socket, or none for itself."""
-    left = had
-
-    async def some(work: Callable[[str], object], *args: str, **_: object) -> object:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise NoThread()
-        return work(*args)
-
-    monkeypatch.setattr("snapfs.containerd.server.in_thread", some)
+    monkeypatch.setattr("snapfs.containerd.server.in_thread", _refuse)
     with pytest.raises(NoThread):
         async with serving(str(tmp_path / "socket"), snapshotter):
             pass
