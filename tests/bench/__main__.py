@@ -70,6 +70,7 @@ BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "applies": applies.applies,
     "reads": socket.reads,
     "changes": socket.changes,
+    "through": socket.through_containerd,
 }
 
 HOME = Path(__file__).parents[2]

@@ -41,19 +41,26 @@ disabled_plugins = [
   startup_delay = "1000h"
 """
 
+_PROXY = """
+[proxy_plugins.snapfs]
+  type = "snapshot"
+  address = "{address}"
+"""
+
 
 class Client:
-    """One connection to the snapshots service on the socket ``address``."""
+    """One connection to the snapshots service on the socket ``address``, of which it asks for one ``snapshotter``."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, snapshotter: str = SNAPSHOTTER) -> None:
         self.address = address
+        self._snapshotter = snapshotter
         self._connection = wire.Connection(address, {"containerd-namespace": NAMESPACE})
 
     def close(self) -> None:
         self._connection.close()
 
     def _call(self, method: str, request: bytes) -> bytes:
-        return self._connection.call(_SERVICE + method, wire.text(1, SNAPSHOTTER) + request)
+        return self._connection.call(_SERVICE + method, wire.text(1, self._snapshotter) + request)
 
     def prepare(self, key: str, parent: str = "", labels: Mapping[str, str] = ROOTED) -> bytes:
         """Prepare; the answer as it came, for ``upper``."""
@@ -99,11 +106,13 @@ class Containerd:
 
 
 @contextmanager
-def containerd(place: Place, base: Path | None = None) -> Iterator[Containerd]:
-    """A containerd for a block; its files are in ``base``, which is left behind, or in a directory that is not."""
+def containerd(place: Place, base: Path | None = None, proxied: str | None = None) -> Iterator[Containerd]:
+    """A containerd for a block; its files are in ``base``, which is left behind, or in a directory that is not.  It has the
+    snapshotter on the socket ``proxied`` besides its own, as ``snapfs``."""
     with place.directory("containerd") as own:
         base = base or own
-        (base / "config.toml").write_text(_CONFIG.format(base=base))
+        more = _PROXY.format(address=proxied) if proxied else ""
+        (base / "config.toml").write_text(_CONFIG.format(base=base) + more)
         log = base / "log"
         with place.process(["containerd", "--config", str(base / "config.toml")], log, ALL_CPUS) as process:
 

@@ -13,6 +13,7 @@ import grpc
 
 from snapfs.containerd import snapshots_pb2 as wire
 from tests.bench import containerd
+from tests.bench.clients import together
 from tests.bench.place import ALL_CPUS, ONE_CPU, Place, on, settle, timed, wait_until
 from tests.bench.prepare import each_takes
 from tests.bench.rows import Row, at_most, in_turns, p50
@@ -160,3 +161,43 @@ def changes(place: Place) -> Iterator[Row]:
     finally:
         opponent.run_on(ALL_CPUS)
     yield from rows.values()
+
+
+def through_containerd(place: Place) -> Iterator[Row]:
+    """Many clients of one containerd, which asks snapfs, or its own overlayfs."""
+    clients, each = place.size(64, 4), place.size(10, 2)
+    row = Row(
+        f"{clients} clients of a whole containerd on snapfs: {each} times Prepare, Mounts, Remove",
+        "the same of the same containerd on its overlayfs",
+        "s",
+        at_most(1.1),
+        f"{clients} processes with a connection of their own; nothing is pinned; containerd's garbage collection is off",
+    )
+    with ExitStack() as stack:
+        address, _ = stack.enter_context(_served(place, ALL_CPUS))
+        whole = stack.enter_context(containerd.containerd(place, proxied=address))
+
+        def seconds(snapshotter: str) -> float:
+            serial = place.name("through")
+
+            def begin(number: int) -> Callable[[int], object]:
+                client = containerd.Client(whole.address, snapshotter)
+                client.prepare(f"{serial}-{number}", "base")
+
+                def act(operation: int) -> None:
+                    key = f"{serial}-{number}-{operation}"
+                    client.prepare(key, "base")
+                    client.mounts(key)
+                    client.remove(key)
+
+                return act
+
+            return clients * each / together(clients, each, begin).rate
+
+        for snapshotter in ("snapfs", containerd.SNAPSHOTTER):
+            maker = containerd.Client(whole.address, snapshotter)
+            maker.prepare("making-base")
+            maker.commit("base", "making-base")
+            maker.close()
+            seconds(snapshotter)  # once before it counts
+        yield in_turns(place.rounds, row, partial(seconds, "snapfs"), partial(seconds, containerd.SNAPSHOTTER))
