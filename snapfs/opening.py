@@ -16,7 +16,7 @@ from snapfs.kernel import mounting, probe
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.overlay import MountApiLacking, make_overlay
 from snapfs.names import word
-from snapfs.options import Feature, Options, Sync
+from snapfs.options import Feature, Options
 from snapfs.root import identity, imprint, placing
 from snapfs.root.inuse import InUse
 from snapfs.root.layers import Layers
@@ -75,12 +75,12 @@ def _open(root: str, options: Options, metastore: MetaStore | None) -> Snapshott
 def _opened(root: str, options: Options, metastore: MetaStore | None, opened: ExitStack) -> Snapshotter:
     layers = Layers.begin(root)
     opened.callback(layers.unmake)
-    layers.pool.syncs = options.sync is Sync.FULL
+    layers.pool.syncs = options.flushes
     present = layers.existing_ids()
     records = metastore
     if records is None:
         _refuse_lost_records(layers, present)
-        records = MetaStore(layers.records, sync=options.sync is Sync.FULL)  # refuses those of others before it writes
+        records = MetaStore(layers.records, sync=options.flushes)  # refuses those of others before it writes
         opened.callback(records.close)
     with records.reading() as reader:
         known, last_id = reader.ids(), reader.last_id()
@@ -103,7 +103,7 @@ def _opened(root: str, options: Options, metastore: MetaStore | None, opened: Ex
         placing=Placing(layers, fd, overlay_prefix(overlay_options)),
         mounted=mounted,
         in_use=in_use,
-        unflushed=Unflushed(layers, records, marks=options.sync is Sync.FULL),
+        unflushed=Unflushed(layers, records, marks=options.flushes),
         overlay_options=overlay_options,
         maps_ids=_maps_ids(options, layers.snapshots, features),
         damaged=set(),
@@ -208,7 +208,7 @@ def _rootfs(root: Root, records: MetaStore, features: dict[str, Feature]) -> Roo
     if not keys & {"userxattr", "redirect_dir", "metacopy"}:  # whatever this kernel's defaults: a layer is to be whole
         own += [f"{key}=off" for key in ("redirect_dir", "metacopy") if probe.overlay_knows(key)]
     options = root.options
-    merged = Merged(root.layers, root.mounted, root.in_use, own, flushes=root.options.sync is Sync.FULL)
+    merged = Merged(root.layers, root.mounted, root.in_use, own, flushes=root.options.flushes)
     rootfs = Rootfs(merged, root.layers, root.mounted, root.in_use, idle=options.rootfs_idle, most=options.rootfs_max)
     refusal = merged.trial() if options.rootfs else options.why_no_rootfs
 

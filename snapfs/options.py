@@ -8,9 +8,11 @@ import msgspec
 
 
 class Sync(enum.StrEnum):
-    """What is flushed to the disk: records and committed data, or nothing at all, for a root that may be thrown away."""
+    """What is flushed to the disk before a call returns: records and committed data; records alone, and the data right after
+    that, in the background; or nothing at all, ever, for a root that may be thrown away."""
 
     FULL = "full"
+    BACKGROUND = "background"
     NONE = "none"
 
 
@@ -39,6 +41,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     rootfs_idle: float = 60.0
     rootfs_max: int = 128
     squash_depth: int = 128
+
+    @property
+    def flushes(self) -> bool:
+        """Whether anything is flushed at all."""
+        return self.sync is not Sync.NONE
 
 
 class Feature(msgspec.Struct, frozen=True):

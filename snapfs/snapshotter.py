@@ -115,13 +115,13 @@ class Snapshotter:
         self.features = features
         self.counting = Counting(root.layers, records)
         self.unflushed = root.unflushed
-        self.flushing = Flushing(root.unflushed, records, root.fd, sync=root.options.sync is Sync.FULL)
+        self.flushing = Flushing(root.unflushed, records, root.fd, sync=root.options.flushes)
         self.agreeing = Agreeing(root, records)
         self.rootfs = rootfs
         self._root = root
         self._comparing = Comparing(root.layers, records, root.overlay_prefix)
         self._archiving = Archiving(root, records)
-        self._copying = Copying(root.layers, root.fd, sync=root.options.sync is Sync.FULL)
+        self._copying = Copying(root.layers, root.fd, sync=root.options.flushes)
         self._housekeeping = Housekeeping(root.layers)
         self._image_files = ImageFiles(root, records)
         self._shifting = Shifting(root, records)
@@ -279,7 +279,8 @@ class Snapshotter:
         ``wait`` returns when the data in the layer is on disk: what was written before the call, and through its rootfs, before
         the Commit.  It is flushed first, so that the flush of the record makes it whole; without it the snapshot is committed
         for everybody at once, and the data is flushed in the background: ``flush`` waits for it.  After a power cut before
-        that, the snapshot is there but refused as parent and mount (Damaged), until it is removed or accepted.
+        that, the snapshot is there but refused as parent and mount (Damaged), until it is removed or accepted.  With
+        ``Sync.BACKGROUND`` it is always so, but for callers with ``patience``.
 
         ``patience`` is how many seconds that may take, for a caller that keeps others waiting.  Then the data is flushed before
         the Commit; where that takes longer, TryAgain is raised, nothing has changed, and the flush goes on: a call soon after
@@ -301,6 +302,7 @@ class Snapshotter:
         given = label_rules.stored_labels(self._root, labels)
         deadline = trio.current_time() + patience
         flushed: _Flushed | None = None
+        wait = wait and (patience < math.inf or self.options.sync is not Sync.BACKGROUND)
         if wait and patience < math.inf:
             await self._flush_before(key, patience - AFTER)
         elif wait:
@@ -1181,6 +1183,11 @@ class Snapshotter:
         """Whether the disk may have lost data of the committed snapshot ``number``, which is refused as parent and mount until
         it is accepted."""
         return number in self.unflushed.lost
+
+    def is_being_flushed(self, reader: Reader, number: int) -> bool:
+        """Whether the committed snapshot ``number`` would be lost if the power went now, which is told where Commits don't wait
+        for the disk."""
+        return self.options.sync is Sync.BACKGROUND and bool(reader.unflushed_since(number)) and not self.is_lost(number)
 
     def refuse_lost(self, number: int | None = None) -> None:
         """Raise Damaged if ``is_lost`` is true of snapshot ``number``, or (None) of any."""

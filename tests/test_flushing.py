@@ -18,6 +18,7 @@ from snapfs.kernel import mounting
 from snapfs.options import Sync
 from snapfs.root import unflushed as room
 from snapfs.tree import Tree
+from snapfs.tree.attributes import info_json
 from tests.daemon import Daemon
 from tests.mounts import copy_as_cut, loop_mounted
 
@@ -236,12 +237,12 @@ async def test_a_commit_that_waits_is_one_flush_of_data_and_one_of_records(snaps
         nursery.start_soon(snapshotter.commit, "base", "a")
         await trio.testing.wait_all_tasks_blocked(0.05)
         assert (await snapshotter.stat("a")).kind is Kind.ACTIVE
-        batches = snapshotter.statistics().batches.total()
+        batches = sum(snapshotter.statistics().batches.values())
         gate.open.set()
     assert marked(snapshotter) == []
     assert snapshotter.record(1).usage is not None
     assert snapshotter.record(1).usage == await snapshotter.usage("base")
-    assert snapshotter.statistics().batches.total() == batches + 1
+    assert sum(snapshotter.statistics().batches.values()) == batches + 1
 
 
 async def test_what_will_be_refused_is_not_flushed(snapshotter: Snapshotter, gate: Gate) -> None:
@@ -256,6 +257,36 @@ async def test_what_will_be_refused_is_not_flushed(snapshotter: Snapshotter, gat
         with pytest.raises(FailedPrecondition):
             await snapshotter.commit("new", "base")
     gate.open.set()
+
+
+async def test_a_commit_does_not_wait_with_sync_background_and_that_is_told(root: Path, gate: Gate) -> None:
+    """Until its files are on the disk, or for good where they can't get there."""
+    gate.open.clear()
+    async with open_snapshotter(root, Options(sync=Sync.BACKGROUND)) as snapshotter:
+        tree = Tree(snapshotter)
+
+        def told() -> dict[str, object]:
+            found: dict[str, object] = json.loads(info_json(tree.state, 1, snapshotter.record(1)))
+            return {key: found[key] for key in ("flushed", "state") if key in found}
+
+        await snapshotter.prepare("a")
+        with trio.fail_after(20):
+            await snapshotter.commit("base", "a")
+        assert marked(snapshotter) == [1]
+        assert told() == {"flushed": False}
+        await snapshotter.prepare("web", "base")
+        gate.open.set()
+        await snapshotter.flush()
+        assert marked(snapshotter) == []
+        assert told() == {}
+        await snapshotter.commit("second", "web", patience=20)
+        assert marked(snapshotter) == [], "who waits at a door where that is bounded has asked for it"
+        gate.error = OSError(errno.EIO, os.strerror(errno.EIO))
+        await snapshotter.prepare("b")
+        await snapshotter.commit("third", "b")
+        with pytest.raises(Unavailable):
+            await snapshotter.flush()
+        assert snapshotter.is_lost(3)
 
 
 async def test_nothing_is_flushed_with_sync_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
@@ -58,7 +58,7 @@ class Ground(NamedTuple):
     def commit(self, name: str, key: str, parent: str | None = None, **given: str) -> int:
         with self.records.reading() as reader:
             number = lookup.find_id(reader, key)
-        options = {"keep_labels": False, "refuse_mounted": False, "free": False}
+        options: dict[str, Any] = {"keep_labels": False, "refuse_mounted": False, "free": False}
         self.write(lambda root, writer: commit.commit(root, writer, name, number, key, given, parent, "", **options))
         return number
 

@@ -56,7 +56,7 @@ _ACCESS = {
 MOUNT_OPTIONS = {
     **dict.fromkeys(_FLAGS, ""),
     **{name: metavar for name, (metavar, _) in (_ACCESS | _NUMBERS).items()},
-    "sync": "full|none",
+    "sync": "full|background|none",
     "containerd": "SOCKET",
     "mount_option": "OPT",
 }
@@ -99,7 +99,7 @@ def _serve(given: Given) -> int:
     access = {name: values[name] for name in _ACCESS if name in values}
     sync = values.get("sync", Sync.FULL)
     if sync not in tuple(Sync):
-        raise InvalidArgument(f"sync={sync}: there are {' and '.join(Sync)}")
+        raise InvalidArgument(f"sync={sync}: there are {', '.join(Sync)}")
     logs.set_up()
     options = Options(
         async_remove="async_remove" in flags,
@@ -285,7 +285,11 @@ VERBS = {
             *(Option(_dashed(name), text) for name, text in _FLAGS.items()),
             *(Option(_dashed(name), text, metavar) for name, (metavar, text) in (_ACCESS | _NUMBERS).items()),
             Option("mount-option", "an option for every overlay mount", "OPT", many=True),
-            Option("sync", "none: flush nothing; a power cut may take the whole root", "full|none"),
+            Option(
+                "sync",
+                "background: containerd's Commit returns before its files are flushed; none: flush nothing",
+                "full|background|none",
+            ),
             Option("containerd", "serve containerd's snapshots service on SOCKET too", "SOCKET"),
             Option("detach", "return when it is mounted, and serve in the background"),
         ),

@@ -7,8 +7,8 @@ a Commit that waits for that, where it is small, or else in the background right
 
 from __future__ import annotations
 
+import itertools
 import logging
-import time
 
 import msgspec
 import trio
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 GATHER = 0.05  # seconds after a Commit in which others may come, so that a burst of them is counted and written together
 
-SMALL = 0.002  # seconds that a count may take for which a Commit waits
+SMALL = 8  # directories, or parts of a large one, that a layer has whose count a Commit waits for: milliseconds
 
 
 class Counting:
@@ -96,13 +96,15 @@ class Counting:
         self._last_known.pop(number, None)
 
     def count_small(self, number: int) -> Usage | None:
-        """Count a layer at once, in a worker thread; None where that takes longer than a moment, or is for ``count_soon`` to
-        tell why it can't be done."""
-        deadline = time.monotonic() + SMALL
+        """Count a layer at once, in a worker thread; None where it is not ``SMALL``, or where it is for ``count_soon`` to tell
+        why it can't be counted."""
+        left = itertools.repeat(None, SMALL)
 
         def checkpoint() -> None:
-            if time.monotonic() > deadline:
-                raise TimeoutError
+            try:
+                next(left)
+            except StopIteration:
+                raise TimeoutError from None
 
         try:
             return disk_usage(self._layers.fs(number), checkpoint)

@@ -11,7 +11,6 @@ import trio
 from snapfs.errors import Damaged, NotFound, Unavailable
 from snapfs.imagejson import FILE, check
 from snapfs.model import Caller, Info, Ref
-from snapfs.options import Sync
 from snapfs.root import imagefile
 from snapfs.rules import imagefiles
 from snapfs.rules.lookup import find, find_id
@@ -104,4 +103,4 @@ class ImageFiles:
         self._root.layers.refuse_damaged(number)
         directory = self._root.layers.held_directory(number)
         with self._root.layers.naming:
-            return imagefile.write(directory, content, sync=self._root.options.sync is Sync.FULL)
+            return imagefile.write(directory, content, sync=self._root.options.flushes)

@@ -101,13 +101,14 @@ def info_json(state: State, number: int, record: Record) -> str:
         info = state.snapshotter.shown(reader.info(number, record))
         places = state.snapshotter.places(reader, number, record)
         digests = state.snapshotter.known_digests(reader, number, record)
+        going = {"flushed": False} if state.snapshotter.is_being_flushed(reader, number) else {}
     times = {"created": rfc3339(info.created), "updated": rfc3339(info.updated)}
     lost = {"state": "unflushed"} if state.snapshotter.is_lost(number) else {}
     shown = [f"{state.window}{place}".encode(errors="surrogateescape").decode(errors="backslashreplace") for place in places]
     fields = {field: value for field, value in msgspec.structs.asdict(info).items() if field != "node"}
     if not info.images:
         del fields["images"]
-    return json_text({**fields, **times, **digests, **lost, "mounted": shown})
+    return json_text({**fields, **times, **digests, **lost, **going, "mounted": shown})
 
 
 def usage_json(state: State, number: int, record: Record) -> str:
