@@ -71,6 +71,7 @@ BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "reads": socket.reads,
     "changes": socket.changes,
     "through": socket.through_containerd,
+    "unpacking": images.through_containerd,
 }
 
 HOME = Path(__file__).parents[2]

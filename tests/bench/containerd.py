@@ -42,7 +42,7 @@ disabled_plugins = [
 """
 
 _PROXY = """
-[proxy_plugins.snapfs]
+[proxy_plugins.{name}]
   type = "snapshot"
   address = "{address}"
 """
@@ -106,15 +106,17 @@ class Containerd:
 
 
 @contextmanager
-def containerd(place: Place, base: Path | None = None, proxied: str | None = None) -> Iterator[Containerd]:
+def containerd(
+    place: Place, base: Path | None = None, proxied: Mapping[str, str] | None = None, program: str | Path = "containerd"
+) -> Iterator[Containerd]:
     """A containerd for a block; its files are in ``base``, which is left behind, or in a directory that is not.  It has the
-    snapshotter on the socket ``proxied`` besides its own, as ``snapfs``."""
+    snapshotters on the sockets ``proxied``, by name, besides its own."""
     with place.directory("containerd") as own:
         base = base or own
-        more = _PROXY.format(address=proxied) if proxied else ""
+        more = "".join(_PROXY.format(name=name, address=address) for name, address in (proxied or {}).items())
         (base / "config.toml").write_text(_CONFIG.format(base=base) + more)
         log = base / "log"
-        with place.process(["containerd", "--config", str(base / "config.toml")], log, ALL_CPUS) as process:
+        with place.process([str(program), "--config", str(base / "config.toml")], log, ALL_CPUS) as process:
 
             def answers() -> bool:
                 assert process.poll() is None, f"containerd ended: {log.read_text()[-2000:]}"

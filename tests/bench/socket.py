@@ -59,9 +59,9 @@ def methods() -> dict[str, tuple[Any, Any]]:
 
 
 @contextmanager
-def _served(place: Place, cpus: set[int]) -> Iterator[tuple[str, Path]]:
+def _served(place: Place, cpus: set[int], *arguments: str) -> Iterator[tuple[str, Path]]:
     """A daemon's socket, and where its tree is."""
-    with place.directory("socket") as own, place.snapfs("--containerd", str(own / "s"), cpus=cpus) as daemon:
+    with place.directory("socket") as own, place.snapfs("--containerd", str(own / "s"), *arguments, cpus=cpus) as daemon:
         yield str(own / "s"), daemon.mnt
 
 
@@ -175,7 +175,7 @@ def through_containerd(place: Place) -> Iterator[Row]:
     )
     with ExitStack() as stack:
         address, _ = stack.enter_context(_served(place, ALL_CPUS))
-        whole = stack.enter_context(containerd.containerd(place, proxied=address))
+        whole = stack.enter_context(containerd.containerd(place, proxied={"snapfs": address}))
 
         def seconds(snapshotter: str) -> float:
             serial = place.name("through")
