@@ -395,7 +395,7 @@ def alices(make_daemon: Make, tmp_path: Path, everybodys_fuse: None) -> Iterator
 @pytest.mark.durable
 @pytest.mark.parametrize("end", ["stop", "unmount", "kill"])
 def test_an_ordinary_user_serves_containerd_too(alices: Callable[..., Daemon], end: str) -> None:
-    """fusermount3 mounts before there are gRPC's threads, and unmounts, a child of the daemon's, after their end."""
+    """fusermount3 mounts and unmounts, a child of the daemon's."""
     daemon = alices("")
     path = daemon.root / "run/snapfs.sock"
     daemon.arguments = ("--containerd", str(path))
