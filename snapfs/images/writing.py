@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
 from snapfs.errors import AlreadyExists, InvalidArgument
 from snapfs.images.compression import MEDIA_TYPES, compressor
-from snapfs.images.held import LOCK, HeldDirectory, beside_of
+from snapfs.images.held import HeldDirectory, beside_of
 from snapfs.images.layouts import NAME, REF
 from snapfs.kernel import trusted
 from snapfs.kernel.unnamed import Unnamed
@@ -35,8 +36,8 @@ FILES = 0o644  # in an archive
 
 _LAYOUT, _INDEX = "oci-layout", "index.json"
 
-_BEGUN = {"blobs", LOCK, beside_of(_LAYOUT)}
-"""What is there of a layout whose first export was killed."""
+_BEGUN = re.compile(rf"blobs|{re.escape(beside_of(_LAYOUT))}|\.snapfs-.+")
+"""What is there of a layout whose first export is under way, or was killed."""
 
 
 class Blob(NamedTuple):
@@ -163,7 +164,7 @@ class OciDirectory(_Oci):
         self._tag = tag
         with ExitStack() as held:
             self._top = held.enter_context(HeldDirectory.find(path, may_make=True))
-            if set(self._top.names()) - _BEGUN and not self._top.has(_LAYOUT):
+            if not all(map(_BEGUN.fullmatch, self._top.names())) and not self._top.has(_LAYOUT):
                 raise InvalidArgument(f"{path} holds other files, and no OCI layout: name a new directory")
             blobs = held.enter_context(held.enter_context(self._top.directory("blobs")).directory("sha256"))
             super().__init__(_Directory(self._top, blobs), how, _layers_in(_index(self._top), blobs))
