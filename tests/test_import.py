@@ -476,11 +476,19 @@ def test_more_is_fetched_than_was_told(command: Command, layout: Layout, tmp_pat
     assert os.listdir(spool) == []
 
 
-def test_skopeo_that_comes_to_no_end(tmp_path: Path, spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "skopeo"
-    script.write_text('#!/bin/sh\n[ "$1" = copy ] || { echo {}; exit 0; }\necho $$ >"$TMPDIR/pid"; exec sleep 1000\n')
+@pytest.fixture
+def endless_skopeo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that begins to fetch, and goes on for ever."""
+    script = tmp_path / "bin/skopeo"
+    script.parent.mkdir()
+    lines = '[ "$1" = copy ] || { echo {}; exit 0; }', 'mkdir -p "$TMPDIR/oci/blobs"', 'echo >"$TMPDIR/oci/blobs/x"'
+    script.write_text("\n".join(("#!/bin/sh", *lines, "exec sleep 1000", "")))
     script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("endless_skopeo")
+def test_skopeo_that_comes_to_no_end(spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "PATIENCE", 1.0)
     with (
         pytest.raises(Unfit, match=r"skopeo can't fetch it: it has fetched nothing for 1 seconds, and was ended$"),
@@ -490,23 +498,27 @@ def test_skopeo_that_comes_to_no_end(tmp_path: Path, spool: Path, monkeypatch: p
     assert os.listdir(spool) == [], "what it keeps for itself is there, too"
 
 
+@pytest.mark.usefixtures("endless_skopeo")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_what_was_fetched_goes_with_a_signal(
-    command: Command, layout: Layout, tmp_path: Path, spool: Path, number: signal.Signals
-) -> None:
-    layout.add("t", [Layer().add("f", b"").done()])
-    place = copied(layout, tmp_path / "copied")
-    manifest = json.loads((tmp_path / "copied/manifest.json").read_bytes())
-    blob = tmp_path / "copied" / manifest["layers"][0]["digest"].partition(":")[2]
-    blob.unlink()
-    os.mkfifo(blob)
-    words = [*SNAPFS, "import", "--at", str(command.mnt), place]
+def test_what_was_fetched_goes_with_a_signal(command: Command, spool: Path, number: signal.Signals) -> None:
+    words = [*SNAPFS, "import", "--at", str(command.mnt), "dir:/nowhere"]
     with subprocess.Popen(words, preexec_fn=die_with_parent, stderr=subprocess.DEVNULL) as process:
-        until(lambda: bool(list(spool.glob("snapfs-image-*/oci/*"))))
+        until(lambda: bool(list(spool.glob("snapfs-image-*/oci/blobs/x"))))
         process.send_signal(number)
         assert process.wait(60) == (130 if number == signal.SIGINT else -number)
     assert os.listdir(spool) == []
     assert kept(command.mnt) == []
+
+
+def test_files_that_are_none_are_not_for_skopeo(command: Command, layout: Layout, tmp_path: Path, spool: Path) -> None:
+    layout.add("t", [Layer().add("f", b"").done()])
+    place, strange = copied(layout, tmp_path / "copied"), tmp_path / "copied" / ("1" * 64)
+    os.mkfifo(strange)
+    assert f"{strange} is no regular file" in refused(command, place)
+    strange.unlink()
+    strange.symlink_to("/dev/full")
+    assert f"{strange} is a symbolic link, which may lead anywhere" in refused(command, place)
+    assert os.listdir(spool) == []
 
 
 def test_a_server_where_imports_keep_what_they_fetch(command: Command, layout: Layout, tmp_path: Path, spool: Path) -> None:

@@ -36,7 +36,7 @@ _OLD = {_FETCHED: 86_400.0, _SENT: 60.0}
 _EVERY = 0.2  # seconds between two messages of how far it is
 
 PATIENCE = 300.0
-"""Seconds after which skopeo is ended that has fetched nothing meanwhile: what it reads may be a FIFO, say, without an end."""
+"""Seconds after which skopeo is ended that has fetched nothing meanwhile: what it reads may have become a FIFO, say."""
 
 
 class Unfinished(Unfit):
@@ -68,6 +68,8 @@ def fetched(
 
     Raises Unfit, and OSError; and Unfinished, where the block may raise it, too."""
     program = find(source)
+    if source.startswith("dir:"):
+        _refuse_what_is_no_file(source.removeprefix("dir:"))
     goes_on = source.startswith("docker:")
     with _private(_FETCHED, keeps=goes_on) as directory:
         layout = f"{directory}/oci"
@@ -112,6 +114,18 @@ def find(place: str) -> str:
             raise Unfit(_unknown(transport))
         raise Unfit(f"skopeo is not installed, which knows {transport}: images (Debian: apt-get install skopeo)")
     return program
+
+
+def _refuse_what_is_no_file(path: str) -> None:
+    """Raise Unfit where the directory ``path``, which skopeo is to read, has links, FIFOs, devices: it would open them."""
+    try:
+        files, names = layouts.DirectoryFiles(path), os.listdir(path)
+    except OSError:  # skopeo says so
+        return
+    for name in names:
+        found = files.find(name)
+        if found is not None:
+            os.close(found.fd)
 
 
 # -- what need not be fetched
