@@ -875,12 +875,14 @@ class Snapshotter:
         This waits for commits and removals of it that are under way: what is mounted before the call, and is not refused
         after it, they have not missed."""
         with self.reading() as reader:
-            number = lookup.find_id(reader, key)
-        for ended in self._endings.get(number, ())[:]:
-            await ended.wait()
-        with self.reading() as reader:
-            number, record = lookup.find(reader, number)
+            number, record = lookup.find(reader, key)
             chain = reader.chain(record)
+        if number in self._endings:
+            for ended in self._endings[number][:]:
+                await ended.wait()
+            with self.reading() as reader:
+                number, record = lookup.find(reader, number)
+                chain = reader.chain(record)
         if self._root.has_at_hand(number, record.kind, chain):
             return
         try:
