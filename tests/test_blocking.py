@@ -122,6 +122,7 @@ OF_THE_LOOP = {
     "places",
     "known_digests",
     "has_image",
+    "is_being_flushed",
     "abandon",
     "arrived",
 }
