@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import math
 import os
 import random
 import signal
@@ -360,6 +361,7 @@ def test_an_interrupted_call_under_way_has_happened(snapshots: blocking.Snapshot
 
 def test_a_second_ctrl_c_does_not_wait_for_the_call(snapshots: blocking.Snapshotter, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = snapshots._loop.snapshotter.layers
+    monkeypatch.setattr(snapshots._loop.snapshotter.records, "_long_at", math.inf)  # as on a disk that is slow
     place, begun, go_on = layers.place, threading.Event(), threading.Event()
 
     def slowly(*arguments: object) -> None:
