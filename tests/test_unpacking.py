@@ -191,6 +191,24 @@ def test_deep_directories(tmp_path: Path) -> None:
     subprocess.run(["rm", "-rf", tmp_path / "layer"], check=True)
 
 
+def test_targets_that_are_deep_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found in few calls how far the way to one goes."""
+    calls = []
+    open_beneath = unpacking_of_layers.open_beneath
+
+    def counted(path: bytes, *more: int) -> int:
+        calls.append(path)
+        return open_beneath(path, *more)
+
+    monkeypatch.setattr(unpacking_of_layers, "open_beneath", counted)
+    layer = Layer(tarfile.PAX_FORMAT).add("/".join(["d"] * 300) + "/x", b"")
+    layer.add("/".join(["d"] * 200 + ["e"] * 1500) + "/y", b"")
+    with pytest.raises(Unfit, match="is not there"):
+        unpacked(layer.hard("h", "/".join(["d"] * 100 + ["f"] * 1500)).done(), tmp_path / "layer")
+    assert len(calls) < 50
+    subprocess.run(["rm", "-rf", tmp_path / "layer"], check=True)
+
+
 def test_many_directories_with_few_descriptors(tmp_path: Path) -> None:
     layer = Layer()
     for turn in range(2):

@@ -585,14 +585,22 @@ class Unpacking:
     def _as_far(self, names: Sequence[bytes]) -> tuple[int, int]:
         """A descriptor of the last directory on the way by ``names`` that is there, without links, and how many names lead to
         it."""
-        count = len(names)
-        while True:
+        here, there, tried = -1, 0, len(names) + 1  # what is open, and how many names lead there; what does not is as long
+        while here < 0 or tried - there > 1:
+            count = len(names) if tried > len(names) else (there + tried) // 2
             try:
-                return open_beneath(b"/".join(names[:count]), self._top.fd, _DIRECTORY), count
+                found = open_beneath(b"/".join(names[:count]), self._top.fd, _DIRECTORY)
             except OSError as error:
-                if error.errno not in _ELSEWHERE or not count:
-                    raise
-            count -= 1
+                if error.errno in _ELSEWHERE and count:
+                    tried = count
+                    continue
+                if here >= 0:
+                    os.close(here)
+                raise
+            if here >= 0:
+                os.close(here)
+            here, there = found, count
+        return here, there
 
     def _make_way(self, here: int, names: Sequence[bytes], count: int) -> None:
         """Make the directories ``names`` behind the first ``count``, which are open as ``here``."""
