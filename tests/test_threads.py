@@ -429,6 +429,7 @@ def test_a_daemon_that_a_bug_has_ended(make_daemon: Callable[..., Daemon]) -> No
     assert os.listdir(daemon.mnt / "active/w/rootfs/") == []
     (daemon.mnt / "active/w/rootfs/kept").touch()
     os.mkdir(daemon.mnt / "active/x")
+    (daemon.root / "snapshots/2/fs/file").touch()  # else nothing goes to the trash
     os.rmdir(daemon.mnt / "active/x")
     assert daemon.ended() == 1
     assert "a bug" in "".join(daemon.said)

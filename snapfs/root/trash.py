@@ -97,7 +97,7 @@ class Trash:
             for name in (entry.name for entry in entries if tries[entry.name] < 2):
                 found = True
                 checkpoint()
-                error = None if _delete_unused(fd, name) else self._delete(fd, name, fd, fd, 0, checkpoint)
+                error = self._delete(fd, name, fd, fd, 0, checkpoint)
                 if error is None:
                     self._add(-1)
                     continue
@@ -227,16 +227,6 @@ class Trash:
                 else:
                     refused = error.with_traceback(None)
         return refused, gone
-
-
-def _delete_unused(trash: int, name: str) -> bool:
-    """Delete the directory ``name`` of a layer in which nothing was ever made, in three calls; False where it is another."""
-    try:
-        for part in (f"{name}/fs", f"{name}/work", name):
-            os.rmdir(part, dir_fd=trash)
-    except OSError:
-        return False
-    return True
 
 
 def _retried(parent: int, name: str, inside: bool, act: Callable[[], T]) -> T:
