@@ -976,7 +976,7 @@ def test_completion(snapfs: Command) -> None:
     assert snapfs("_complete", "commit", "w").split() == ["web"]
     assert "--dry-run" in snapfs("_complete", "prune", "--").split()
     assert snapfs("_complete", "serve", "root", "mnt", "--rootfs-").split() == ["--rootfs-idle", "--rootfs-max"]
-    assert snapfs("_complete", "serve", "root", "mnt", "--sync", "").split() == ["full", "none"]
+    assert snapfs("_complete", "serve", "root", "mnt", "--sync", "").split() == ["full", "background", "none"]
     assert snapfs("_complete", "check", "--re").split() == ["--repair", "--rebuild"]
     assert snapfs("_complete", "backup", "--").split() == ["--help"]
     for before in (("serve", ""), ("check", "w"), ("backup", "root", "w"), ("serve", "--containerd", "")):

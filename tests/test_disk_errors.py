@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs import Damaged, Options, Unavailable, open_snapshotter
+from snapfs import Damaged, Kind, Options, Unavailable, open_snapshotter
 from snapfs.kernel import probe
 from snapfs.kernel.mounttable import mount_table
 from snapfs.root.layers import Layers
@@ -53,6 +53,9 @@ async def test_data_that_the_disk_refused_is_never_passed_off_as_whole(failing: 
                 await snapshotter.commit("base", "a")
             assert refused.value.errno == errno.EIO
             failing.fail()
+            assert (await snapshotter.stat("a")).kind is Kind.ACTIVE
+            with pytest.raises(Damaged):
+                await snapshotter.commit("base", "a")
             await snapshotter.prepare("b")
             await snapshotter.commit("other", "b")
             with pytest.raises(Damaged):

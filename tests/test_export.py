@@ -201,9 +201,10 @@ def test_podman_takes_it(chain: Command, tmp_path: Path) -> None:
     own = [f"--{name}={tmp_path}/podman-{name}" for name in ("root", "runroot", "tmpdir")]
 
     def podman(*words: str) -> str:
-        return subprocess.run(
-            ["podman", *own, "--storage-driver=vfs", "--runtime=runc", *words], capture_output=True, text=True, check=True
-        ).stdout
+        command = ["podman", *own, "--storage-driver=vfs", "--runtime=runc", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stderr
+        return done.stdout
 
     (tmp_path / "ours").mkdir()
     found = set()

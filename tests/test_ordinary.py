@@ -488,7 +488,7 @@ def before(act):
         return act(*arguments, **named)
     return acting
 
-Within.readlink, builtins.open = before(Within.readlink), before(builtins.open)
+Within.readlink, Within.open, builtins.open = before(Within.readlink), before(Within.open), before(builtins.open)
 sys.exit(main({words.split()}))
 """
     (anybody.path / "t").mkdir()

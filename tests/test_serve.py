@@ -840,6 +840,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.durable  # else each change is made at once, and none waits for others
 def test_the_heap_is_not_full_of_holes(make_daemon: Make) -> None:
     """Many changes at once share a transaction, in which each has a nested one, for which LMDB takes and frees 3 MiB."""
     daemon = make_daemon()

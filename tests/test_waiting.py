@@ -906,6 +906,7 @@ with open("rollback", "wb", buffering=0) as file:
 """
 
 
+@pytest.mark.durable  # else a rollback takes no time
 def test_writing_what_is_to_be_done_to_a_workspace(make_held: Callable[..., Held]) -> None:
     """One is done after the other, in the order in which they come; who comes waits for the few that are before."""
     held = make_held()

@@ -24,7 +24,7 @@ def _groups() -> list[str]:
 
 CHOICES: dict[str, Callable[[], list[str]]] = {
     "KIND": lambda: ["active", "view", "committed"],
-    "full|none": lambda: ["full", "none"],
+    "full|background|none": lambda: ["full", "background", "none"],
     "USER": _users,
     "GROUP": _groups,
     "WHEN": lambda: ["auto", "always", "never"],

@@ -191,9 +191,11 @@ class MountedTree:
 
     def _no_image(self, key: str) -> Refusal | None:
         """The same where ``key`` is what images/ calls another."""
+        from snapfs.errors import SnapshotError
+
         try:
             is_image = self.within.exists(f"{self.path}/images/{file_name(key)}")
-        except (OSError, Refusal):
+        except (OSError, Refusal, SnapshotError):
             is_image = False
         words = f'no snapshot is called "{key}", but an image is: write images/{key}'
         return Refusal(words, NOT_FOUND) if is_image else None

@@ -357,14 +357,13 @@ class Layers(Paths):
             self._left_for_cleanup.add(number)
 
     def move_to_trash(self, number: int) -> None:
-        """Move snapshots/<number>, whose record is removed, into the trash; a layer without files is removed at once.  Where
+        """Move snapshots/<number>, whose record is removed, into the trash, where a layer without files is gone at once.  Where
         the disk is too full for that, or the directory may not be moved, ``empty_trash`` deletes it where it is.
 
         What snapfs can't have made goes to lost+found.  Raises OSError.
         """
         try:
-            if not self._remove_empty(number):
-                self._move_away(number)
+            self._move_away(number)
         except OSError as error:
             if not os.path.lexists(self.held_directory(number)):
                 self._left_for_cleanup.discard(number)
@@ -381,21 +380,6 @@ class Layers(Paths):
         else:
             log.warning("%s is none of snapfs's directories; moved to %s", path, self.move_to_lost_found(path))
         self._left_for_cleanup.discard(number)
-
-    def _remove_empty(self, number: int) -> bool:
-        """Whether snapshots/<number> has no files in it, and is gone now."""
-        path = self.held_directory(number)
-        if not stat.S_ISDIR(os.lstat(path).st_mode):
-            return False
-        try:
-            for part in (f"{path}/fs", f"{path}/work"):
-                with suppress(FileNotFoundError):
-                    os.rmdir(part)
-            os.rmdir(path)
-        except OSError:  # what that leaves is ours as before
-            return False
-        self._left_for_cleanup.discard(number)
-        return True
 
     def _is_ours(self, number: int) -> bool:
         """Whether snapshots/<number> is such a directory as a Prepare makes, or what is left of one."""

@@ -67,13 +67,18 @@ class Trash:
             self.count += more
 
     def move_here(self, path: str) -> None:
-        """Move the directory ``path`` into the trash; raises OSError."""
+        """Move the directory ``path`` into the trash, and delete it there at once if nothing but empty directories of a layer is
+        in it; raises OSError."""
         while True:
             name = os.fsdecode(os.fsencode(os.path.basename(path))[:_NAME])  # a foreign one may be as long as names can be
             target = f"{self._held}/{name}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
                 break
         os.rename(path, target)
+        with suppress(OSError):
+            for part in (f"{target}/fs", f"{target}/work", target):
+                os.rmdir(part)
+            return
         self._add(1)
 
     def empty(self, checkpoint: Checkpoint) -> list[OSError]:
