@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,10 +196,17 @@ def test_skopeo_tells_of_it(chain: Command, tmp_path: Path) -> None:
         assert (told["Architecture"], told["Os"], len(told["Layers"])) == (architecture(), "linux", 2)
 
 
-def test_podman_takes_it(chain: Command, tmp_path: Path) -> None:
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory for podman, which takes paths of 50 letters at most."""
+    with tempfile.TemporaryDirectory(prefix="podman") as path:
+        yield Path(path)
+
+
+def test_podman_takes_it(chain: Command, tmp_path: Path, short_path: Path) -> None:
     """And what it saves of it are the same layers, found again."""
     ids = [digest(layer(chain, name)) for name in ("base", "v1")]
-    own = [f"--{name}={tmp_path}/podman-{name}" for name in ("root", "runroot", "tmpdir")]
+    own = [f"--{name}={short_path}/{name}" for name in ("root", "runroot", "tmpdir")]
 
     def podman(*words: str) -> str:
         command = ["podman", *own, "--storage-driver=vfs", "--runtime=runc", *words]

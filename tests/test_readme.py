@@ -51,7 +51,7 @@ def test_the_first_steps(daemon: Daemon) -> None:
 
 
 @pytest.fixture
-def does(anybody: Home) -> Callable[[str], list[str]]:
+def does(anybody: Home) -> Callable[..., list[str]]:
     """What the commands of a recipe say."""
     anybody.sh("mkdir bin app project project/src project/docs")
     scripts = {
@@ -64,8 +64,12 @@ def does(anybody: Home) -> Callable[[str], list[str]]:
         (anybody.path / name).chmod(0o755)
     anybody.sh("cd app; echo 1 > version; echo old > old; cd ..; find app | sort > before; echo text > project/docs/text")
 
-    def does(title: str) -> list[str]:
-        return anybody.sh(f"PATH={anybody.path}/bin:$PATH\n{recipe(title)}").splitlines()
+    def does(title: str, *exchanged: tuple[str, str]) -> list[str]:
+        script = recipe(title)
+        for old, new in exchanged:
+            assert old in script
+            script = script.replace(old, new)
+        return anybody.sh(f"PATH={anybody.path}/bin:$PATH\n{script}").splitlines()
 
     return does
 
@@ -84,8 +88,11 @@ def test_a_review(anybody: Home, does: Callable[[str], list[str]]) -> None:
     assert anybody.sh("ls tree/active") == "w\n"
 
 
-def test_an_agents_workspace(anybody: Home, does: Callable[[str], list[str]]) -> None:
-    said = does("Checkpoint an agent's workspace")
+def test_an_agents_workspace(anybody: Home, does: Callable[..., list[str]]) -> None:
+    began = anybody.path / "began"
+    anybody.sh("mkfifo began")
+    agent = f"sh -c 'echo >{began}; exec sleep 60'"
+    said = does("Checkpoint an agent's workspace", ("sleep 60 &", f"{agent} & read began <{began};"))  # whoever types is slower
     assert [line.split()[1] for line in said if line.lstrip()[:1].isdigit()] == ["web@1"]
     assert next(line for line in said if line.endswith("the tests pass")).split()[1] == "web@1"
     assert "web is as web@1" in said

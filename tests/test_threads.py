@@ -357,7 +357,9 @@ def no_threads_but_its_own(daemon: Daemon) -> Iterator[None]:
 
 @pytest.mark.usefixtures("everybodys_fuse", "users")
 def test_a_users_daemon(home: Home) -> None:
-    home.sh("cd tree; mkdir active/x active/y; touch active/w/rootfs/new active/y/rootfs/f active/x/diff/f; rm active/y/rootfs/f")
+    home.sh(
+        "cd tree; mkdir active/x active/y; touch active/w/rootfs/new active/y/rootfs/f active/x/diff/f; rm active/y/rootfs/f"
+    )
     with no_threads_but_its_own(home.daemon):
         for command in ("cat active/w/changes", "cat active/w/usage.json", "sync active/w", "ls active/x/rootfs/"):
             assert "Resource temporarily unavailable" in home.sh(f"cd tree; ! {command} 2>&1")

@@ -22,6 +22,7 @@ from snapfs.images.lower import Lower
 from snapfs.images.tarreader import Stream, TarReader
 from snapfs.images.unfit import Unfit
 from snapfs.images.unpacking import Left, Owners, Unpacking
+from snapfs.kernel.beneath import open_beneath
 from snapfs.scan.marks import Marks
 from tests.images import Layer, archive_of, packable_tree
 from tests.kernel_changes import merged
@@ -194,11 +195,10 @@ def test_deep_directories(tmp_path: Path) -> None:
 def test_targets_that_are_deep_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is found in few calls how far the way to one goes."""
     calls = []
-    open_beneath = unpacking_of_layers.open_beneath
 
-    def counted(path: bytes, *more: int) -> int:
+    def counted(path: bytes, top: int, flags: int) -> int:
         calls.append(path)
-        return open_beneath(path, *more)
+        return open_beneath(path, top, flags)
 
     monkeypatch.setattr(unpacking_of_layers, "open_beneath", counted)
     layer = Layer(tarfile.PAX_FORMAT).add("/".join(["d"] * 300) + "/x", b"")

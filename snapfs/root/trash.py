@@ -67,8 +67,8 @@ class Trash:
             self.count += more
 
     def move_here(self, path: str) -> None:
-        """Move the directory ``path`` into the trash, and delete it there at once if nothing but empty directories of a layer is
-        in it; raises OSError."""
+        """Move the directory ``path`` into the trash, and delete it there at once if nothing but the empty directories of a
+        layer is in it; raises OSError."""
         while True:
             name = os.fsdecode(os.fsencode(os.path.basename(path))[:_NAME])  # a foreign one may be as long as names can be
             target = f"{self._held}/{name}-{os.getpid()}-{next(self._serials)}"
