@@ -3,6 +3,7 @@ one, and what that of a snapshot on another one's is."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -24,6 +25,11 @@ _LAID_OUT = 256 << 10  # bytes of a text that is laid out in lines; a longer one
 _MARKS = re.compile(rb'["{}\[\]]')
 _END_OF_STRING = re.compile(rb'(?:[^"\\]|\\.)*+"', re.DOTALL)
 _SPACE = b" \t\r\n"
+
+
+def chain_id(below: str, diff_id: str) -> str:
+    """What the OCI calls a layer together with those below it, which are called ``below`` ("": there are none)."""
+    return f"sha256:{hashlib.sha256(f'{below} {diff_id}'.encode()).hexdigest()}" if below else diff_id
 
 
 class Layer(msgspec.Struct, frozen=True):

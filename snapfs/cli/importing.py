@@ -35,7 +35,7 @@ from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, TAKEN, USAGE, Refusal
 from snapfs.errors import InvalidArgument
 from snapfs.images import fetching
-from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, chain_id, docker_image, file_blob, oci_image
+from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, docker_image, file_blob, oci_image
 from snapfs.images.limits import Limits
 from snapfs.images.unfit import Unfit
 from snapfs.images.working import FAILED as BROKEN
@@ -378,7 +378,7 @@ class _Import:
 
     def _commit(self, task: _Task) -> None:
         if not task.name:
-            task.name = chain_id(self._parent or "", task.diff_id)
+            task.name = imagejson.chain_id(self._parent or "", task.diff_id)
             self._note_imported(task)
         if not task.is_committed:
             try:
@@ -493,7 +493,7 @@ def _brought(given: Given, place: MountedTree, naming: _Naming, limits: Limits, 
 def _chain_ids(diff_ids: Sequence[str]) -> list[str]:
     found: list[str] = []
     for each in diff_ids:
-        found.append(chain_id(found[-1] if found else "", each))
+        found.append(imagejson.chain_id(found[-1] if found else "", each))
     return found
 
 

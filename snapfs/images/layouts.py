@@ -479,8 +479,3 @@ def _parsed(text: bytes, what: str) -> Any:
 
 def _hash(digest: str, content: bytes) -> str:
     return hashlib.new(digest.partition(":")[0], content).hexdigest()
-
-
-def chain_id(parent: str, diff_id: str) -> str:
-    """What the OCI calls a layer together with those below it, which are called ``parent`` ("": there are none)."""
-    return f"sha256:{hashlib.sha256(f'{parent} {diff_id}'.encode()).hexdigest()}" if parent else diff_id

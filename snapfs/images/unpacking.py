@@ -253,8 +253,7 @@ class Unpacking:
         else:
             made = self._noted(parent, base, path)
         assert made is not None
-        made.attributes = self._kept.add(entry.attributes) if entry.attributes else None
-        self.size += sum(map(len, entry.attributes.values()))
+        made.attributes = self._kept.add(self._counted(entry.attributes)) if entry.attributes else None
         entry.attributes, entry.name, entry.target = _NONE, path, b""  # what is not needed is not kept
         made.entry = entry
 
@@ -380,9 +379,11 @@ class Unpacking:
 
     def _shown_attributes(self, file: int) -> dict[str, bytes]:
         """Those of a file of a layer below that one of this layer takes over; they count."""
-        given = {key: value for key, value in attributes(file).items() if is_shown_by_overlay(key, self._prefix)}
-        self.size += sum(map(len, given.values()))
-        return given
+        return self._counted({key: value for key, value in attributes(file).items() if is_shown_by_overlay(key, self._prefix)})
+
+    def _counted(self, attributes: dict[str, bytes]) -> dict[str, bytes]:
+        self.size += sum(map(len, attributes.values()))
+        return attributes
 
     # -- what overlayfs reads
 
@@ -439,8 +440,7 @@ class Unpacking:
     def _dress(self, fd: int, entry: Entry, owner: tuple[int, int, bool]) -> None:
         """Give the file open as ``fd`` all but its times."""
         mode = self._chown(fd, entry, owner)
-        self.size += sum(map(len, entry.attributes.values()))
-        self._set_attributes(fd, entry, entry.attributes)
+        self._set_attributes(fd, entry, self._counted(entry.attributes))
         os.chmod(fd, mode)
 
     def _dress_unopened(self, parent: _Open, base: bytes, entry: Entry) -> None:
@@ -450,8 +450,7 @@ class Unpacking:
             return
         path = b"/proc/self/fd/%d/%s" % (parent.fd, base)
         mode = self._chown(path, entry, owner)
-        self.size += sum(map(len, entry.attributes.values()))
-        self._set_attributes(path, entry, entry.attributes)
+        self._set_attributes(path, entry, self._counted(entry.attributes))
         if entry.kind is not LINK:
             os.chmod(path, mode)  # it is no link: it has just been made
         os.utime(path, ns=(entry.read, entry.modified), follow_symlinks=False)
@@ -585,22 +584,28 @@ class Unpacking:
     def _as_far(self, names: Sequence[bytes]) -> tuple[int, int]:
         """A descriptor of the last directory on the way by ``names`` that is there, without links, and how many names lead to
         it."""
-        here, there, tried = -1, 0, len(names) + 1  # what is open, and how many names lead there; what does not is as long
-        while here < 0 or tried - there > 1:
-            count = len(names) if tried > len(names) else (there + tried) // 2
-            try:
-                found = open_beneath(b"/".join(names[:count]), self._top.fd, _DIRECTORY)
-            except OSError as error:
-                if error.errno in _ELSEWHERE and count:
-                    tried = count
-                    continue
-                if here >= 0:
-                    os.close(here)
-                raise
-            if here >= 0:
-                os.close(here)
-            here, there = found, count
-        return here, there
+        whole = self._end_of(names)
+        if whole is not None:
+            return whole, len(names)
+        count, beyond = 0, len(names)  # names that lead to a directory, and names that don't
+        while beyond - count > 1:
+            middle = (count + beyond) // 2
+            found = self._end_of(names[:middle])
+            if found is None:
+                beyond = middle
+            else:
+                os.close(found)
+                count = middle
+        return open_beneath(b"/".join(names[:count]), self._top.fd, _DIRECTORY), count
+
+    def _end_of(self, names: Sequence[bytes]) -> int | None:
+        """A descriptor of the directory to which ``names`` lead without links; None where they don't."""
+        try:
+            return open_beneath(b"/".join(names), self._top.fd, _DIRECTORY)
+        except OSError as error:
+            if error.errno in _ELSEWHERE:
+                return None
+            raise
 
     def _make_way(self, here: int, names: Sequence[bytes], count: int) -> None:
         """Make the directories ``names`` behind the first ``count``, which are open as ``here``."""

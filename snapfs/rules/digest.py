@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import msgspec
 
 from snapfs.model import Kind
@@ -18,11 +16,6 @@ DEEPEST = 1000  # layers; there can't be as many, but where the records go round
 def diff_id(record: Record) -> str | None:
     """The SHA-256 of the layer as a tar, ``sha256:`` and 64 digits; None where it is not known."""
     return shown(record.diff_id) if record.diff_id else None
-
-
-def chained(below: str, diff_id: str) -> str:
-    """The chain id of a layer with this diff id on layers with the chain id ``below`` ("": on none)."""
-    return shown(hashlib.sha256(f"{below} {diff_id}".encode()).digest()) if below else diff_id
 
 
 def shown(digest: bytes) -> str:

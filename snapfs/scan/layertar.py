@@ -214,15 +214,6 @@ class _Making:
                 if self._metacopy in names:
                     raise metacopied(os.fsdecode(path))
                 attributes = self._attributes(file, names, path)
-            elif status.st_nlink == 1:  # as most are
-                size, mtime = status.st_size, status.st_mtime_ns
-                mode, (uid, gid) = status.st_mode & 0o7777, self._ids(status.st_uid, status.st_gid)
-                header = tar.header(path, kind, mode, uid, gid, mtime // 1_000_000_000, size=size)
-                if size:
-                    self._index.add(header, path, size, status.st_ino, mtime)
-                else:
-                    self._index.add(header)
-                return
         if status.st_nlink > 1 and (first := self._links.first(status, path)) is not None:
             self._index.add(self._header(path, tar.HARD_LINK, status, target=first))
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from snapfs.imagejson import chain_id
 from snapfs.model import Change
 from snapfs.rules import digest
 from snapfs.store.reading import Reader
@@ -34,7 +35,7 @@ class Descent:
             self._have_image.clear()
 
     def chain_id(self, reader: Reader, number: int, record: Record) -> str | None:
-        """``digest.chain_id`` of the committed snapshot ``number``.  Raises Damaged."""
+        """``imagejson.chain_id`` of the committed snapshot ``number``; None where a diff id is not known.  Raises Damaged."""
         known = self._chain_ids
         way: list[tuple[int, Record]] = []
         while number not in known and record.diff_id and len(way) < digest.DEEPEST:
@@ -44,7 +45,7 @@ class Descent:
             number, record = record.parent, reader.parent_of(record)
         below = "" if way and not way[-1][1].parent else known.get(number)
         for above, its in reversed(way):
-            below = digest.chained(below, digest.shown(its.diff_id)) if below is not None else None
+            below = chain_id(below, digest.shown(its.diff_id)) if below is not None else None
             _remember(known, above, below)
         return below
 
