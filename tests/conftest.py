@@ -245,3 +245,12 @@ def anybody(everybodys_fuse: None, users: None, request: pytest.FixtureRequest) 
         yield with_workspace(home)
         assert home.daemon.stop() == 0
         assert home.mounts() == []
+
+
+@pytest.fixture
+def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where imports keep what they fetch."""
+    place = tmp_path / "spool"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    return place

@@ -16,7 +16,7 @@ import pytest
 
 from snapfs import Mount
 from snapfs.kernel import mounting
-from snapfs.kernel.mounttable import mount_table
+from snapfs.kernel.mounttable import mount_id, mount_table
 
 _CLONE_NEWNS = 0x20000
 _MS_PRIVATE = 0x40000
@@ -84,15 +84,17 @@ def is_mounted(path: Path) -> bool:
 
 @contextmanager
 def unanswering(*targets: Path) -> Iterator[None]:
-    """For a block: file systems of another user's on directories, which answer nothing.  Who waits for them for ten seconds is
-    let go, and the test fails."""
-    devices = []
-    for target in targets:
+    """For a block: file systems of another user's on directories and files, which answer nothing.  Who waits for them for a
+    minute is let go, and the test fails."""
+    devices, ours = [], set()
+    kinds = ["100644" if target.is_file() else "40755" for target in targets]  # before one of them is asked in vain
+    for target, kind in zip(targets, kinds, strict=True):
         with suppress(FileExistsError):
             target.mkdir()
         devices.append(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
-        options = f"fd={devices[-1]},rootmode=40755,user_id=65534,group_id=65534,allow_other"
+        options = f"fd={devices[-1]},rootmode={kind},user_id=60001,group_id=60001,allow_other"
         mounting.mount("x", str(target), "fuse", 0, options)
+        ours.add(mount_id(str(target)))
     late = threading.Event()
 
     def let_go() -> None:
@@ -100,7 +102,7 @@ def unanswering(*targets: Path) -> Iterator[None]:
         for device in devices:
             os.close(device)
 
-    timer = threading.Timer(10, let_go)
+    timer = threading.Timer(60, let_go)
     timer.start()
     try:
         yield
@@ -110,21 +112,7 @@ def unanswering(*targets: Path) -> Iterator[None]:
         if not late.is_set():
             let_go()
             late.clear()
+        for mount in [mount for mount in mount_table() if mount.id in ours]:  # wherever they are by now
+            with suppress(OSError):
+                mounting.unmount(mount.target, mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
     assert not late.is_set(), "it has waited for a server that never answers"
-
-
-@contextmanager
-def never_answering(target: Path) -> Iterator[None]:
-    """For a block: a file system of another user's on ``target``, which answers nothing."""
-    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        options = f"fd={device},rootmode=40755,user_id=60001,group_id=60001,allow_other"
-        mounting.mount("x", str(target), "fuse", 0, options)
-    except BaseException:
-        os.close(device)
-        raise
-    try:
-        yield
-    finally:
-        mounting.unmount(str(target), mounting.MNT_DETACH | mounting.UMOUNT_NOFOLLOW)
-        os.close(device)

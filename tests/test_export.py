@@ -13,7 +13,6 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from snapfs.errors import InvalidArgument
 from snapfs.images import writing
 from snapfs.images.configuration import Step, architecture, configuration
 from snapfs.images.held import LOCK
-from snapfs.kernel import mounting
 from tests.command import SNAPFS, Command, forked, held
+from tests.mounts import unanswering
 from tests.syscalls import EVERY, KILL, Server, running
 from tests.trees import everything
 from tests.users import ALICE, alice
@@ -495,22 +494,6 @@ def test_several_at_once(chain: Command, tmp_path: Path) -> None:
     for tag in tags:
         assert layout.layers(tag) == [layer(chain, "base"), layer(chain, "v1")]
     assert sorted(os.listdir(tmp_path / "images")) == ["blobs", "index.json", "oci-layout"]
-
-
-@contextmanager
-def unanswering(target: Path) -> Iterator[None]:
-    """For a block: a file system of Alice's on ``target``, which answers nothing."""
-    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        kind = "100644" if target.is_file() else "40755"
-        options = f"fd={device},rootmode={kind},user_id={ALICE},group_id={ALICE},allow_other"
-        mounting.mount("x", str(target), "fuse", 0, options)
-        try:
-            yield
-        finally:
-            mounting.unmount(str(target), mounting.MNT_DETACH)
-    finally:
-        os.close(device)
 
 
 def test_servers_that_never_answer(chain: Command, server: Server, tmp_path: Path) -> None:

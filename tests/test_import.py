@@ -31,7 +31,7 @@ from tests.containerd_client import Containerd
 from tests.daemon import Daemon
 from tests.home import Home, home_of
 from tests.images import MACHINE, Layer, Layout, archive_of, chain_of, digest_of, packable_tree
-from tests.mounts import never_answering
+from tests.mounts import unanswering
 from tests.processes import die_with_parent, until
 from tests.rootfs import stats
 from tests.syscalls import EVERY, KILL, Call, Server, running
@@ -435,7 +435,7 @@ def test_an_archive_by_a_pipe(command: Command, layout: Layout, tmp_path: Path) 
 def test_a_server_in_a_layout(command: Command, layout: Layout) -> None:
     """What is mounted in a layout is not asked."""
     layout.add("t", three())
-    with never_answering(layout.blobs):
+    with unanswering(layout.blobs):
         assert f"is in another file system, which is mounted in {layout.top}" in refused(command, f"oci:{layout.top}")
 
 
@@ -443,15 +443,6 @@ def copied(layout: Layout, path: Path) -> str:
     """The image ``t`` in the form dir:, which is of skopeo's own, and the layer in it at its blob's name."""
     subprocess.run(["skopeo", "copy", "--quiet", "--insecure-policy", f"oci:{layout.top}:t", f"dir:{path}"], check=True)
     return f"dir:{path}"
-
-
-@pytest.fixture
-def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where imports keep what they fetch."""
-    place = tmp_path / "spool"
-    place.mkdir()
-    monkeypatch.setenv("TMPDIR", str(place))
-    return place
 
 
 def test_what_would_be_fetched_is_asked_first(
@@ -534,7 +525,7 @@ def test_a_server_where_imports_keep_what_they_fetch(command: Command, layout: L
     layout.add("t", three())
     (spool / "snapfs-image-x").mkdir()
     (spool / "snapfs-export-x").mkdir()
-    with never_answering(spool / "snapfs-image-x"), never_answering(spool / "snapfs-export-x"):
+    with unanswering(spool / "snapfs-image-x", spool / "snapfs-export-x"):
         command("import", copied(layout, tmp_path / "copied"), "app")
         command("export", "images/app", f"dir:{tmp_path}/out")
 

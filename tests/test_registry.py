@@ -268,15 +268,6 @@ def asked(registry: Registry, blobs: list[str]) -> list[str]:
     return sorted(each for each in registry.fetched() if each in blobs)
 
 
-@pytest.fixture
-def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where imports keep what they fetch."""
-    place = tmp_path / "spool"
-    place.mkdir()
-    monkeypatch.setenv("TMPDIR", str(place))
-    return place
-
-
 @pytest.mark.parametrize("machines", [False, True], ids=["one", "index"])
 def test_a_pull_asks_for_what_is_missing(
     registry: Registry, command: Command, tmp_path: Path, spool: Path, machines: bool

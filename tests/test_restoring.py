@@ -10,17 +10,18 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from snapfs.kernel import inside, libc, mounting
+from snapfs.kernel import inside, libc
 from snapfs.scan import restoring
 from snapfs.scan.restoring import PREFIX, NotRestored, restore
 from tests.command import SNAPFS, Command
 from tests.daemon import Daemon
 from tests.home import home_of, with_workspace
+from tests.mounts import unanswering
 from tests.users import ALICE, alice, user
 
 pytestmark = pytest.mark.mounts
@@ -295,25 +296,11 @@ def without_times(found: dict[str, tuple[object, ...]]) -> dict[str, tuple[objec
     return {path: what if not stat.S_ISDIR(what[0]) else what[:4] + what[5:] for path, what in found.items()}  # type: ignore[arg-type]
 
 
-@contextmanager
-def never_answering(place: Path) -> Iterator[None]:
-    """A file system on ``place`` whose server is asked in vain."""
-    server = os.open("/dev/fuse", os.O_RDWR)
-    try:
-        mounting.mount("none", str(place), "fuse", 0, f"fd={server},rootmode=40000,user_id=0,group_id=0")
-        try:
-            yield
-        finally:
-            mounting.unmount(str(place), mounting.MNT_DETACH)
-    finally:
-        os.close(server)
-
-
 def test_what_is_mounted_there(snapfs: Command, web: Path) -> None:
     """It is refused, and its server is not asked; beside it all goes on."""
     keep(snapfs, "one")
     spoiled(web)
-    with never_answering(web / "dir/new/newer"):
+    with unanswering(web / "dir/new/newer"):
         for path in ("dir", "dir/new/newer", "dir/new/newer/x"):
             said = snapfs("restore", "web", path, status=5)
             assert f"cannot put /{path} back: something is mounted on {os.path.realpath(web)}/dir/new/newer" in said

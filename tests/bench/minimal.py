@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.bench.place import ALL_CPUS, Place, on
-from tests.processes import die_with_parent
+from tests.bench.place import ALL_CPUS, Place
 
 _SOURCE = Path(__file__).with_name("minimal.c")
 
@@ -32,14 +31,8 @@ def _compiled(place: Place) -> Path:
 def minimal(place: Place, entries: int = 0, cpus: set[int] = ALL_CPUS) -> Iterator[Path]:
     """The file system in C, mounted for a block: where.  ``committed`` holds so many entries, called s00000001 and so on."""
     program = _compiled(place)
-    with place.directory("minimal") as mountpoint:
-        command = [str(program), str(mountpoint), str(entries), "-o", _OPTIONS]
-        with on(cpus):
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
-        with process:
-            try:
-                assert process.stdout is not None
-                assert process.stdout.readline() == "ready\n", f"the file system in C ended with {process.wait()}"
-                yield mountpoint
-            finally:
-                process.terminate()
+    with (
+        place.directory("minimal") as mountpoint,
+        place.ready([str(program), str(mountpoint), str(entries), "-o", _OPTIONS], cpus),
+    ):
+        yield mountpoint

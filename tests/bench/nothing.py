@@ -16,8 +16,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
-from tests.bench.place import ALL_CPUS, Place, on
-from tests.processes import die_with_parent
+from tests.bench.place import ALL_CPUS, Place
 
 _FIXED = {b"active": 2, b"committed": 3}
 _FILE, _TEXT = 4, b"{}\n"
@@ -79,18 +78,14 @@ class Nothing(pyfuse3.Operations):
 @contextmanager
 def nothing(place: Place, cpus: set[int] = ALL_CPUS) -> Iterator[tuple[Path, int]]:
     """It, mounted for a block: where, and its process."""
-    with place.directory("nothing") as mountpoint:
-        command = [sys.executable, "-m", "tests.bench.nothing", str(mountpoint)]
-        with on(cpus):
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
-        with process:
-            try:
-                assert process.stdout is not None
-                assert process.stdout.readline() == "ready\n", f"the file system that does nothing ended with {process.wait()}"
-                yield mountpoint, process.pid
-            finally:
-                subprocess.run(["umount", "-l", mountpoint], check=False)
-                process.terminate()
+    with (
+        place.directory("nothing") as mountpoint,
+        place.ready([sys.executable, "-m", "tests.bench.nothing", str(mountpoint)], cpus) as pid,
+    ):
+        try:
+            yield mountpoint, pid
+        finally:
+            subprocess.run(["umount", "-l", mountpoint], check=False)
 
 
 def main(mountpoint: str) -> None:

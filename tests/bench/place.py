@@ -160,6 +160,19 @@ class Place:
                 daemon.cleanup()
 
     @contextmanager
+    def ready(self, command: Sequence[str], cpus: set[int] = ALL_CPUS) -> Iterator[int]:
+        """A process for a block, from when it says that it is ready: its number.  It dies with us."""
+        with on(cpus):
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
+        with process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "ready\n", f"{command[0]} ended with {process.wait()}"
+                yield process.pid
+            finally:
+                process.terminate()
+
+    @contextmanager
     def process(self, command: Sequence[str], log: Path, cpus: set[int] = ALL_CPUS) -> Iterator[subprocess.Popen[bytes]]:
         """A process for a block, what it says going to ``log``; it dies with us."""
         with on(cpus), log.open("ab") as said:
