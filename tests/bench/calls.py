@@ -12,9 +12,7 @@ from tests.bench.minimal import minimal
 from tests.bench.nothing import nothing
 from tests.bench.place import ALL_CPUS, ONE_CPU, Place, on, run
 from tests.bench.rows import Row, at_most, p50
-
-_OF_A_PROCESS = 2
-"""The clock that counts the work for a process, beside its number, in the kernel's number for that clock."""
+from tests.processes import worked
 
 Act = Callable[[str], object]
 
@@ -98,17 +96,12 @@ def processor(place: Place) -> Iterator[Row]:
             names = [place.name("call") for _ in range(calls)]
             for side, mount, process in (("ours", daemon.mnt, daemon.process.pid), ("theirs", where, pid)):
                 for what, (_, path, act) in steps.items():
-                    before = _worked(process)
+                    before = worked(process)
                     for name in names:
                         act(f"{mount}/{path.format(name)}")
                     if number:
-                        getattr(rows[what], side).append((_worked(process) - before) / calls * 1e6)
+                        getattr(rows[what], side).append((worked(process) - before) / calls * 1e6)
     yield from rows.values()
-
-
-def _worked(pid: int) -> float:
-    """Seconds that a processor has worked for process ``pid``, for all threads that it had."""
-    return time.clock_gettime(~pid << 3 | _OF_A_PROCESS)
 
 
 def commands(place: Place) -> Iterator[Row]:

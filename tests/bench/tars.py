@@ -13,6 +13,7 @@ from tests.bench.files import make_files, move_files
 from tests.bench.place import Place, settle, timed
 from tests.bench.rows import Row, at_most, in_turns
 from tests.daemon import Daemon
+from tests.processes import worked
 
 SMALL = 1000  # bytes of a small file
 AT_ONCE = 1 << 20  # bytes that both are read by
@@ -47,8 +48,7 @@ def _processor(pid: int | None) -> float:
     own = sum(os.times()[:4])
     if pid is None:
         return own
-    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    return own + sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    return own + worked(pid)
 
 
 def _costs(act: Callable[[], None], processor: list[float], pid: int | None = None) -> float:
