@@ -7,14 +7,16 @@ snapshot's id and its record, and gives the file's text or the link's target, or
 from __future__ import annotations
 
 import contextlib
+import math
 import stat
 import sys
 from collections.abc import Awaitable, Callable
 
 import msgspec
+import trio
 
 from snapfs import mountspec, names
-from snapfs.errors import Damaged, NotFound
+from snapfs.errors import Damaged, NotFound, TryAgain
 from snapfs.imagejson import FILE as IMAGE
 from snapfs.model import OWNER, ByNode, Caller, Kind, rfc3339
 from snapfs.store.schema import Record
@@ -351,7 +353,7 @@ class AttributeFile(TextFile):
         async def look(number: int, record: Record) -> None:
             found[:] = [await refresh(self.state, number, record, caller)]  # held until the node has it
 
-        number, record = await _of_the_same(self.state, self.number, self.record, look)
+        number, record = await _of_the_same(self.state, self.number, self.record, look, caller.patience)
         node = attribute_node(self.state, number, record, self.attribute)
         if node is None:
             raise NotFound(f"{path_of(record)} has no such entry")
@@ -401,11 +403,16 @@ class AttributeLink(Link):
 
 
 async def _of_the_same(
-    state: State, number: int, record: Record, look: Callable[[int, Record], Awaitable[object]]
+    state: State,
+    number: int,
+    record: Record,
+    look: Callable[[int, Record], Awaitable[object]],
+    patience: float = math.inf,
 ) -> tuple[int, Record]:
     """Do ``look`` for snapshot ``number``, or for what it has become meanwhile, if it is a workspace: id and record of that, by
-    whatever name it goes."""
+    whatever name it goes.  Raises TryAgain where it has become another, again and again, for ``patience`` seconds."""
     node = record.node_of(number)
+    became: float | None = None
     while True:
         missing: NotFound | None = None
         try:
@@ -418,6 +425,10 @@ async def _of_the_same(
             if missing is not None:
                 raise missing
             return number, record
+        now = trio.current_time()
+        became = now if became is None else became
+        if now > became + patience:
+            raise TryAgain(f"{path_of(record)} was kept or rolled back, again and again, meanwhile")
 
 
 def _keeps_its_name(attribute: Attribute) -> bool:
