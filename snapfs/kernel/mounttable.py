@@ -40,12 +40,17 @@ class MountPoint:
 
 def lines_of(pid: int | str, most: int | None = None) -> list[str]:
     """The lines of the table of process ``pid``, for ``parse``; raises OSError: EFBIG if they exceed ``most`` bytes."""
-    table = bytearray()
     with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
-        while part := file.read(_PART):
-            table += part
-            if most is not None and len(table) > most:
-                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return _lines(file.fileno(), most)
+
+
+def _lines(fd: int, most: int | None = None) -> list[str]:
+    """The lines of the table that is open as ``fd``, from where that is; raises OSError as ``lines_of`` does."""
+    table = bytearray()
+    while part := os.read(fd, _PART):
+        table += part
+        if most is not None and len(table) > most:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     return table.decode(errors="surrogateescape").split("\n")[:-1]
 
 
@@ -115,8 +120,7 @@ class MountTable:
     def lines(self) -> list[str]:
         """The lines as they are now, for ``parse``."""
         os.lseek(self._fd, 0, os.SEEK_SET)
-        with open(self._fd, encoding="utf-8", errors="surrogateescape", newline="\n", closefd=False) as file:
-            return file.read().split("\n")[:-1]
+        return _lines(self._fd)
 
 
 def unescape(text: str) -> str:

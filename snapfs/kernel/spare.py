@@ -33,8 +33,13 @@ class Spare:
             os.close(self._kept.pop())
 
     def give_to(self, work: Callable[[], T]) -> T:
-        """Give the descriptors up for ``work``, which opens as many at most; returns what it returns, and raises what it
-        raises."""
+        """Do ``work``, which opens as many at most; where the process has none left they are given up for it, and it is done
+        once more.  Returns what it returns, and raises what it raises."""
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
         deadline = time.monotonic() + PATIENCE
         while True:
             self.close()
