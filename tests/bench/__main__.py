@@ -36,8 +36,8 @@ from tests.bench import (
     versions,
     walk,
 )
-from tests.bench.place import Place
-from tests.bench.rows import Growth, Row
+from tests.bench.place import Place, run
+from tests.bench.rows import Growth, Row, p50
 from tests.mounts import own_mount_namespace
 
 BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
@@ -123,8 +123,10 @@ def main() -> int:
 
 def _report(arguments: argparse.Namespace, results: dict[str, list[Row]], growths: list[Growth], seconds: float) -> None:
     """Print the table, write all files."""
+    start = p50([run(sys.executable, "-c", "pass") for _ in range(9)])
     about = {
         "machine": f"{os.cpu_count()} processors, Linux {platform.release()}, Python {platform.python_version()}",
+        "python3 -c pass": f"{start * 1e3:.1f} ms, where targets in ms mean 15",
         "rounds": arguments.rounds,
         "quick": arguments.quick,
         "seconds": round(seconds),
