@@ -46,7 +46,7 @@ CHANGING = tuple(
 )
 """The calls by which a process changes anything outside of itself; ``open`` only as far as it creates or truncates."""
 
-EVERY = int(os.environ.get("EVERY", "6"))
+EVERY = int(os.environ.get("EVERY", "8"))
 """A test that repeats a program for its system calls takes one of so many; all of them by ``make crash``."""
 
 _MAKES_FILES = os.O_CREAT | os.O_TRUNC

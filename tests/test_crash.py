@@ -13,7 +13,7 @@ from tests.workloads import CLIENTS, WORKLOADS, named
 
 pytestmark = [pytest.mark.mounts, pytest.mark.durable]
 
-STRIDE = 7
+STRIDE = 10
 """Of so many points one is tried; each workload begins at another, so that together they meet what they share everywhere."""
 
 KILLS = 200

@@ -419,7 +419,47 @@ async def test_commit_does_not_wait_for_the_count_and_usage_does(snapshotter: Sn
     assert results[0].inodes == 1
     with snapshotter.records.reading() as reader:
         assert reader.uncounted() == []
-    assert len(scanner.asked) == 1
+    assert len(scanner.asked) == 2, "together with others, and at once for whoever asks: those may take long"
+
+
+async def test_small_layers_are_counted_together(snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A burst of Commits takes one thread, and one write, for all that are small; what is not is counted apart."""
+    threads: list[int] = []
+
+    def counted(directory: str, checkpoint: Callable[[], None]) -> Usage:
+        threads.append(threading.get_ident())
+        return disk_usage(directory, checkpoint)
+
+    monkeypatch.setattr("snapfs.services.counting.disk_usage", counted)
+    monkeypatch.setattr("snapfs.services.counting.GATHER", 3600.0)
+    for number in range(10):
+        await snapshotter.prepare(f"k{number}")
+        if number == 5:
+            layer = Path(snapshotter.layers.fs((await snapshotter.stat("k5")).id))
+            for deep in range(20):
+                (layer / str(deep)).mkdir()
+        await snapshotter.commit(f"c{number}", f"k{number}", wait=False)
+    gathered = list(snapshotter.counting._gathered)
+    assert len(gathered) == 10
+    batches = snapshotter.records.batches.total()
+    await snapshotter.counting._count_together(gathered)
+    assert len(set(threads)) == 1
+    with snapshotter.records.reading() as reader:
+        assert reader.uncounted() == [gathered[5]]
+    assert snapshotter.records.batches.total() == batches + 1
+    assert [(await snapshotter.usage(f"c{number}")).inodes for number in range(10)] == [1] * 5 + [21] + [1] * 4
+    assert len(threads) == 11, "of the one that is not small a part was looked at before"
+
+
+async def test_what_is_removed_soon_is_not_counted(snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snapfs.services.counting.GATHER", 3600.0)
+    await snapshotter.prepare("k")
+    await snapshotter.commit("c", "k", wait=False)
+    gathered = list(snapshotter.counting._gathered)
+    await snapshotter.remove("c")
+    assert len(gathered) == 1
+    assert snapshotter.counting._gathered == snapshotter.counting._pending == {}
+    await snapshotter.counting._count_together(gathered)
 
 
 async def test_a_scan_begun_before_the_commit_is_not_what_is_stored(

@@ -62,6 +62,7 @@ pytestmark = pytest.mark.alone
 Make = Callable[..., Daemon]
 
 TIME = 2.0  # seconds in which everybody is answered
+ON_A_BUSY_MACHINE = 2 * TIME  # the same where others have its processors, too: whoever has to wait here waits without end
 
 # Each count of a layer with a file ``big``, each flush, each emptying of the trash and each search for the processes in a mount
 # says so in the file ``begun``, and waits for as long as the test has the lock of that file.
@@ -268,12 +269,12 @@ def hammering(who: tuple[str, ...], what: str, threads: int, *paths: Path, users
 
 
 def ordinary(who: tuple[str, ...], mnt: Path, *more: str) -> dict[str, int]:
-    """What becomes of all that anybody does, each within TIME: the errno is given of what failed.  ``more`` are directories
+    """What becomes of all that anybody does, each in time: the errno is given of what failed.  ``more`` are directories
     that are to be flushed."""
     command = [*who, sys.executable, "-c", ORDINARY, str(mnt), *more]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
     found: dict[str, tuple[float, int]] = json.loads(done.stdout)
-    assert max(seconds for seconds, _ in found.values()) < TIME, found
+    assert max(seconds for seconds, _ in found.values()) < ON_A_BUSY_MACHINE, found
     return {name: number for name, (_, number) in found.items() if number}
 
 
@@ -914,7 +915,7 @@ def test_writing_what_is_to_be_done_to_a_workspace(make_held: Callable[..., Held
     with bounded(120, held.daemon):
         with hammering(alice, "clean", 300, held.mnt / "active/web/rollback") as done:  # it writes 1: the first
             until(lambda: refusals(held.daemon, "open"))
-            for _ in range(5):
+            for _ in range(2):
                 rolling = [*bob, sys.executable, "-c", ROLLING, str(held.mnt / "active/web")]
                 before = int(subprocess.run(rolling, stdout=subprocess.PIPE, check=True).stdout)
                 assert 0 < before < 4 * OPENERS_OF_USER, "so many were before him"

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
 
 import msgspec
 import trio
@@ -30,6 +33,8 @@ GATHER = 0.05  # seconds after a Commit in which others may come, so that a burs
 
 SMALL = 8  # directories, or parts of a large one, that a layer has whose count a Commit waits for: milliseconds
 
+TOGETHER = 64  # small layers that one thread counts, one after the other
+
 
 class Counting:
     """The counts of one root.  ``run`` must be running; all methods are for trio tasks."""
@@ -38,9 +43,9 @@ class Counting:
         self._layers = layers
         self._records = records
         self._nursery: trio.Nursery | None = None
-        self._scans: Sharing[Usage] = Sharing(Turns(3))  # disks gain little from more, and each makes the loop wait
+        self._scans: Sharing[Any] = Sharing(Turns(3))  # disks gain little from more, and each makes the loop wait
         self._pending: dict[int, _Count] = {}
-        self._gathered: list[_Count] = []
+        self._gathered: dict[int, None] = {}
         self._last_known: dict[int, Usage] = {}
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
@@ -73,7 +78,7 @@ class Counting:
             pending = self._pending.get(number)
             if pending is None:
                 raise Closed()
-            pending.begin.set()
+            self._count_apart(number)
             await self._scan(number, record.kind, caller)  # the same count: it begins as soon as it may for the caller
             await pending.ended.wait()
             if pending.error is not None:
@@ -94,19 +99,23 @@ class Counting:
     def forget(self, number: int) -> None:
         """Snapshot ``number`` is gone."""
         self._last_known.pop(number, None)
+        self._gathered.pop(number, None)
+        self._end(number, NotFound(f"snapshot {number} was removed meanwhile"))
 
-    def count_small(self, number: int) -> Usage | None:
+    def count_small(self, number: int, stop: Callable[[], None] = lambda: None) -> Usage | None:
         """Count a layer at once, in a worker thread; None where it is not ``SMALL``, or where it is for ``count_soon`` to tell
-        why it can't be counted."""
+        why it can't be counted.  ``stop`` may raise to end it."""
         left = itertools.repeat(None, SMALL)
 
         def checkpoint() -> None:
+            stop()
             try:
                 next(left)
             except StopIteration:
                 raise TimeoutError from None
 
         try:
+            self._layers.refuse_damaged(number)
             return disk_usage(self._layers.fs(number), checkpoint)
         except (OSError, SnapshotError):
             return None
@@ -115,30 +124,81 @@ class Counting:
         """Count the committed snapshot ``number``, which nothing changes any more, and store what it takes; with others that
         come soon after it, unless a call waits for it."""
         if number not in self._pending and self._nursery is not None:
+            self._pending[number] = _Count()
             if not self._gathered:
                 self._nursery.start_soon(self._gather, name="snapfs counts to come")
-            self._pending[number] = _Count()
-            self._gathered.append(self._pending[number])
-            self._nursery.start_soon(self._count, number, name=f"snapfs count {number}")
+            self._gathered[number] = None
 
     async def _gather(self) -> None:
-        await trio.sleep(GATHER)
-        for count in self._gathered:
-            count.begin.set()
-        self._gathered.clear()
+        numbers: list[int] = []
+        try:
+            await trio.sleep(GATHER)
+            numbers = list(self._gathered)
+            self._gathered.clear()
+            for first in range(0, len(numbers), TOGETHER):
+                await self._count_together(numbers[first : first + TOGETHER])
+        except trio.Cancelled:
+            for number in [*numbers, *self._gathered]:
+                self._end(number, Closed())
+            raise
+
+    async def _count_together(self, numbers: list[int]) -> None:
+        """Count the small ones of these committed snapshots in one thread, and store that; the others each apart."""
+        waiting = [number for number in numbers if self._waits(number)]
+
+        def count(checkpoint: Checkpoint) -> dict[int, Usage]:
+            counted = ((number, self.count_small(number, checkpoint)) for number in waiting if self._waits(number))
+            return {number: usage for number, usage in counted if usage is not None}
+
+        if not waiting:
+            return
+        with suppress(SnapshotError):  # each apart tells of it
+            found = await self._scans.run(f"count of snapshots {waiting}", count, BACKGROUND)
+            usages = {number: usage for number, usage in found.items() if self._waits(number)}
+            await self._store(usages)
+            for number in usages:
+                self._end(number)
+        for number in waiting:
+            self._count_apart(number)
+
+    def _waits(self, number: int) -> bool:
+        """Whether snapshot ``number`` is still to be counted with others."""
+        pending = self._pending.get(number)
+        return pending is not None and not pending.apart
+
+    def _end(self, number: int, error: SnapshotError | None = None) -> None:
+        """Snapshot ``number`` is counted, or can't be."""
+        if self._waits(number):
+            pending = self._pending.pop(number)
+            pending.error = error
+            pending.ended.set()
+
+    def _count_apart(self, number: int) -> None:
+        """Count the committed snapshot ``number`` now, and by itself, if it still is to be counted."""
+        if self._nursery is None:
+            self._end(number, Closed())
+        elif self._waits(number):
+            self._pending[number].apart = True
+            self._gathered.pop(number, None)
+            self._nursery.start_soon(self._count, number, name=f"snapfs count {number}")
+
+    async def _store(self, usages: Mapping[int, Usage]) -> None:
+        """Note what these committed snapshots take, in their records."""
+
+        def operation(writer: Writer) -> None:
+            for number, usage in usages.items():
+                record = writer.record(number)
+                if record is not None and record.kind is Kind.COMMITTED and record.usage is None:
+                    info = writer.info(number, record)
+                    writer.put(number, msgspec.structs.replace(record, usage=usage))
+                    writer.changed(info, info, counted=True)
+
+        if usages:
+            await self._records.write(operation, short=True)
 
     async def _count(self, number: int) -> None:
-        def operation(writer: Writer) -> None:
-            record = writer.record(number)
-            if record is not None and record.kind is Kind.COMMITTED and record.usage is None:
-                info = writer.info(number, record)
-                writer.put(number, msgspec.structs.replace(record, usage=usage))
-                writer.changed(info, info, counted=True)
-
         try:
-            await self._pending[number].begin.wait()
-            usage = await self._scan(number, Kind.COMMITTED, BACKGROUND)
-            await self._records.write(operation, short=True)
+            await self._store({number: await self._scan(number, Kind.COMMITTED, BACKGROUND)})
         except (NotFound, Closed) as error:
             self._pending[number].error = error  # removed meanwhile, or left to the next start
         except trio.Cancelled:
@@ -167,7 +227,9 @@ class Counting:
             return disk_usage(self._layers.fs(number), checkpoint)
 
         try:
-            usage = await self._scans.run(f"count of {kind} snapshot {number}", count, caller, settled=kind is Kind.COMMITTED)
+            usage: Usage = await self._scans.run(
+                f"count of {kind} snapshot {number}", count, caller, settled=kind is Kind.COMMITTED
+            )
         except (Damaged, FileNotFoundError) as error:
             with self._records.reading() as reader:
                 if reader.record(number) is None:
@@ -184,9 +246,9 @@ class Counting:
 
 
 class _Count:
-    """The count of one committed snapshot, until it is stored or failed."""
+    """The count of one committed snapshot, until it is stored or failed.  ``apart``: it has a task of its own."""
 
     def __init__(self) -> None:
-        self.begin = trio.Event()
+        self.apart = False
         self.ended = trio.Event()
         self.error: SnapshotError | None = None
