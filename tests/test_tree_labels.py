@@ -351,6 +351,32 @@ def test_a_shell_that_writes_too_much_is_told_and_the_label_stays(labels: Path) 
     assert os.listdir(labels) == ["l"]
 
 
+@pytest.mark.parametrize("size", [4200, 9000])
+@pytest.mark.parametrize("to", ["> l", ">> l", "1<> l"])
+def test_the_rest_of_what_was_refused_is_not_the_label(labels: Path, size: int, to: str) -> None:
+    """As bash writes what is longer than its buffer: the text, and then the newline, whatever came of the text."""
+    (labels / "l").write_text("one")
+    done = subprocess.run(["bash", "-c", f'echo "$0" {to}; echo $?', "x" * size], cwd=labels, capture_output=True, text=True)
+    assert " write error: " in done.stderr
+    assert done.stdout == "1\n"
+    assert stored(labels) == {"l": "one"}
+
+
+def test_what_is_emptied_begins_anew(labels: Path) -> None:
+    """Through the descriptor by which too much was written."""
+    fd = os.open(labels / "l", os.O_RDWR | os.O_CREAT)
+    try:
+        with failing(errno.E2BIG):
+            os.write(fd, b"x" * 5000)
+        with failing(errno.E2BIG):
+            os.write(fd, b"y")
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"two\n", 0)
+    finally:
+        os.close(fd)
+    assert stored(labels) == {"l": "two"}
+
+
 @pytest.mark.parametrize(("size", "value"), [(0, None), (1, "o"), (3, "one"), (4, "one")])
 def test_truncate_by_path(labels: Path, size: int, value: str | None) -> None:
     (labels / "l").write_text("one")

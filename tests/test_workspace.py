@@ -435,6 +435,32 @@ def test_the_error_is_that_of_write(workspace: Path, daemon: Daemon, file: str, 
     assert (os.listdir(daemon.mnt / "active"), os.listdir(daemon.mnt / "committed")) == before
 
 
+@pytest.mark.parametrize("file", ["checkpoint", "rollback", "fork"])
+@pytest.mark.parametrize("size", [4200, 5000, 9000])
+def test_the_rest_of_what_was_refused_does_nothing(workspace: Path, daemon: Daemon, file: str, size: int) -> None:
+    """As bash writes what is longer than its buffer: the text, and then the newline, whatever came of the text."""
+    (workspace / "rootfs/file").write_text("1")
+    done = subprocess.run(["bash", "-c", f'echo "$0" > {file}', "x" * size], cwd=workspace, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert " write error: " in done.stderr
+    assert (workspace / "rootfs/file").read_text() == "1"
+    assert (os.listdir(daemon.mnt / "active"), os.listdir(daemon.mnt / "committed")) == (["web"], [])
+    assert daemon.error_log()[-1].endswith("; what follows may be the rest of it, so open the file anew")
+
+
+def test_what_is_refused_and_ends_can_be_tried_again(workspace: Path, daemon: Daemon) -> None:
+    """Through the same descriptor."""
+    fd = os.open(workspace / "checkpoint", os.O_RDWR)
+    try:
+        for text in ("x" * 5000 + "\n", "a\0b", "\udcff"):
+            with pytest.raises(OSError):  # noqa: PT011
+                os.write(fd, text.encode(errors="surrogateescape"))
+        os.write(fd, b"short\n")
+        assert os.read(fd, 100) == b"web@1\n"
+    finally:
+        os.close(fd)
+
+
 def test_in_use(workspace: Path, daemon: Daemon) -> None:
     """While a process stands in its rootfs it is busy, for each of the three, and what it has written stays."""
     with subprocess.Popen(["sleep", "60"], cwd=workspace / "rootfs") as process:

@@ -15,7 +15,7 @@ from snapfs import names
 from snapfs.errors import InvalidArgument, NotUtf8
 from snapfs.model import OWNER, ByNode, Caller, Checkpoint, Kind, rfc3339
 from snapfs.store.schema import Record
-from snapfs.tree.handles import Handle
+from snapfs.tree.handles import Handle, Pieces
 from snapfs.tree.inodes import CHECKPOINT_SLOT
 from snapfs.tree.state import State
 from snapfs.tree.texts import OVERHEAD, Text
@@ -161,6 +161,7 @@ class OpenCommand(Handle):
         self._state = state
         self._key = key
         self._command = command
+        self._pieces = Pieces()
         self._result = Text(b"")
         self._begin = 0
 
@@ -176,12 +177,13 @@ class OpenCommand(Handle):
         return self._result.read(max(0, offset - self._begin), size)
 
     async def write(self, offset: int, data: bytes) -> int:
-        try:
-            text = data.removesuffix(b"\n").decode()
-        except UnicodeDecodeError:
-            raise NotUtf8("what is written here must be UTF-8") from None
-        self.forget()
-        result = await self._command(self._state, self._key, text, self.caller)
+        with self._pieces.one(data):
+            try:
+                text = data.removesuffix(b"\n").decode()
+            except UnicodeDecodeError:
+                raise NotUtf8("what is written here must be UTF-8") from None
+            self.forget()
+            result = await self._command(self._state, self._key, text, self.caller)
         if isinstance(result, str):
             result = Text(f"{names.encode(result) if result else ''}\n".encode())
         self._begin = offset + len(data)
@@ -196,3 +198,4 @@ class OpenCommand(Handle):
 
     async def resize(self, size: int) -> None:
         """A shell empties the file before it writes: nothing happens yet."""
+        self._pieces.begin_anew()

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
-from snapfs.errors import NotPermitted
+from snapfs.errors import InvalidArgument, NotPermitted
 from snapfs.threads import in_thread
 from snapfs.tree.texts import OVERHEAD, Text
+
+BLOCK = 4096
+"""Bytes of the smallest buffer that a shell's echo, and stdio, has for these files: what is no longer is written at once."""
+
+
+class Pieces:
+    """What is written through one open file.  A text that is longer than a buffer comes in pieces, and the last one, though it
+    be a newline alone, also where the first was refused: that is not to be taken for a text of its own."""
+
+    def __init__(self) -> None:
+        self._refused: Callable[[], InvalidArgument] | None = None
+
+    def begin_anew(self) -> None:
+        """What comes next is no rest, for the file was emptied."""
+        self._refused = None
+
+    @contextmanager
+    def one(self, data: bytes) -> Iterator[None]:
+        """For a block that takes ``data``, and raises InvalidArgument where that can't be.  Raises the same where ``data`` is
+        the rest of what was refused so."""
+        if self._refused is not None:
+            raise self._refused()
+        try:
+            yield
+        except InvalidArgument as error:
+            if len(data) >= BLOCK and not data.endswith(b"\n"):
+                again = "what follows may be the rest of it, so open the file anew"
+                self._refused = partial(type(error), f"{error}; {again}", public=f"{error.public}; {again}")
+            raise
 
 
 class Handle:

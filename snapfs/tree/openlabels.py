@@ -10,7 +10,7 @@ from snapfs.errors import LabelTooBig, NotUtf8, SnapshotError
 from snapfs.labels import MAX
 from snapfs.model import ByNode
 from snapfs.snapshotter import Snapshotter
-from snapfs.tree.handles import Handle
+from snapfs.tree.handles import Handle, Pieces
 from snapfs.tree.inodes import WRITERS, WRITING, label_slot, pack
 from snapfs.tree.texts import OVERHEAD
 from snapfs.tree.users import OfUsers, asker
@@ -84,6 +84,7 @@ class OpenLabel(Handle):
         self.inode = inode
         self.emptied = emptied
         self.appends = False
+        self._pieces = Pieces()
         self._labels = labels
         labels.add(self)
 
@@ -98,9 +99,10 @@ class OpenLabel(Handle):
         if self.appends:
             offset = len(self.content)
         try:
-            self._refuse_beyond(offset + len(data))
-            before = self.content[:offset].ljust(offset, b"\0")
-            await self._apply(before + data + self.content[offset + len(data) :])
+            with self._pieces.one(data):
+                self._refuse_beyond(offset + len(data))
+                before = self.content[:offset].ljust(offset, b"\0")
+                await self._apply(before + data + self.content[offset + len(data) :])
         except SnapshotError:
             self.emptied = False  # what was to replace the label is refused, so the label stays
             raise
@@ -109,6 +111,7 @@ class OpenLabel(Handle):
     async def resize(self, size: int) -> None:
         if size == 0:
             self.content, self.emptied = b"", True
+            self._pieces.begin_anew()
         elif size != len(self.content):
             self._refuse_beyond(size)
             await self._apply(self.content[:size].ljust(size, b"\0"))
