@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from snapfs.errors import InvalidArgument, LabelTooBig, NotUtf8, Pinned
+from snapfs.errors import InvalidArgument, LabelTooBig, NotFound, NotUtf8, Pinned
 
 Labels = Mapping[str, str]
 
@@ -52,12 +52,21 @@ ROOM = 64 << 10
 """Bytes that all keys and values of one snapshot may take together."""
 
 
-def pinned(name: str) -> Pinned:
-    """The refusal to remove snapshot ``name``, which has the label PIN."""
+def pinned(name: str, number: int = 0) -> Pinned:
+    """The refusal to remove snapshot ``name``, which has the label PIN, and the id ``number``, if that is known."""
     from snapfs.names import last_word  # the command's verbs load it where they need it
 
-    how = f"snapfs label --delete {PIN} {last_word(name)}"
+    how = f"snapfs label --delete {PIN} {last_word(name, number)}"
     return Pinned(f'snapshot "{name}" has the label {PIN}, which keeps it: take that away first ({how})')
+
+
+def no_checkpoint(key: str, which: str, number: int = 0) -> NotFound:
+    """The refusal that says that the workspace ``key``, which has the id ``number``, if that is known, has no checkpoint
+    ``which``."""
+    from snapfs.names import last_word
+
+    how = f"snapfs checkpoint --list {last_word(key, number)}"
+    return NotFound(f'"{key}" has no checkpoint {which}: read the file checkpoint for those that there are, or {how}')
 
 
 def check_label(label: str, value: str) -> None:

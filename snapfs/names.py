@@ -155,8 +155,11 @@ def shown(path: str) -> str:
     return printable(path) if len(os.fsencode(path)) <= _SHOWN else f"{nameable(path)}/…"
 
 
-def last_word(key: str) -> str:
-    """``key`` as the last argument of such a command of snapfs, also where it looks like an option."""
+def last_word(key: str, number: int = 0) -> str:
+    """``key`` as the last argument of such a command of snapfs, also where it looks like an option; of a snapshot with the id
+    ``number``, if that is known, also where its characters can't be shown."""
+    if number and printable(key) != key:
+        return f"by-id/{number}"
     return "-- " * key.startswith("-") + word(key)
 
 

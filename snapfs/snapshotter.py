@@ -81,10 +81,6 @@ AFTER = 0.25  # seconds for what is to be flushed after a Commit that others wai
 
 TOLD = 5.0  # seconds after which it is told what an end waits for
 
-KEEP = "or keep a copy of it as it is: snapfs checkpoint --copy"
-END = "or end what snapfs run has started in it: snapfs rollback --kill"
-"""What else to do about a workspace in use."""
-
 LOOKS = 8  # threads that look whether the layers of a snapshot are there
 
 WALKS = 4  # threads that walk all records for containerd or the library
@@ -307,7 +303,7 @@ class Snapshotter:
             await self._flush_before(key, patience - AFTER)
         elif wait:
             flushed = await self._flush_whole(key, name)
-        with self._way_out(key, KEEP if refuse_mounted else None):
+        with self._way_out(key, Busy.KEEP if refuse_mounted else None):
             async with self._unmounted(key, LOCKED if refuse_mounted else math.inf) as (number, free), self._ending(number):
                 if flushed is not None and (flushed.number, flushed.followed) != (number, self._followed):
                     flushed = None
@@ -463,7 +459,7 @@ class Snapshotter:
                 made = await self._keep_copy(key, partial(workspace.keep_copy, message=message, name=name), caller)
                 number = made.id
             else:
-                with self._way_out(key, KEEP):
+                with self._way_out(key, Busy.KEEP):
                     number, made = await self._change_workspace(key, rule)
         except TooDeep:
             with self.reading() as reader:
@@ -516,7 +512,7 @@ class Snapshotter:
         layer is in use, by whatever process; Damaged: the data of that state may be lost.
         """
         self._refuse_kept(key)
-        with self._way_out(key, END):
+        with self._way_out(key, Busy.END):
             _, made = await self._change_workspace(key, partial(workspace.rollback, to=to), frees=True)
         self._empty_trash_soon()
         return made
@@ -536,7 +532,7 @@ class Snapshotter:
             made = await self._write_record(lambda writer: workspace.fork(self._root, writer, number, key, new=new, free=False))
             self._housekeeping.fill_pool_if_low()
             return made
-        with self._way_out(key, KEEP):
+        with self._way_out(key, Busy.KEEP):
             number, made = await self._change_workspace(key, partial(workspace.fork, new=new))
         self._squashing.shorten_soon(record.name, number)
         await self._follow_up(number, made.parent or "", wait)
@@ -610,8 +606,8 @@ class Snapshotter:
             if words is None:
                 raise
             with self.reading() as reader:
-                _, record = lookup.find(reader, key)
-            raise Busy(f"{busy}; {words} {names.last_word(record.name)}") from None
+                number, record = lookup.find(reader, key)
+            raise Busy(f"{busy}; {words} {names.last_word(record.name, number)}") from None
 
     # -- many layers, and one
 
@@ -673,7 +669,7 @@ class Snapshotter:
         with suppress(Damaged), self.reading() as reader:
             number, found = lookup.find(reader, key)
             if PIN in found.labels:
-                raise pinned(found.name)
+                raise pinned(found.name, number)
             if reader.any_child(number) is None:  # else that is what is told
                 image_rules.refuse_named(found)
 

@@ -185,7 +185,7 @@ async def test_a_pinned_workspace(web: Snapshotter) -> None:
         (("checkpoint", "peek"), FailedPrecondition, '"peek" is view: a workspace is an active snapshot'),
         (("checkpoint", "web", "a\nb"), InvalidArgument, "is one line"),
         (("checkpoint", "web", "a\0b"), InvalidArgument, "is one line"),
-        (("checkpoint", "web", "x" * 5000), LabelTooBig, "at most 4096 fit"),
+        (("checkpoint", "web", "x" * 5000), LabelTooBig, "at most 4082 fit"),
         (("checkpoint", "web", "\udce9"), NotUtf8, "not UTF-8"),
         (("checkpoint", "web", "", "base"), AlreadyExists, '"base" already exists (committed)'),
         (("checkpoint", "web", "", "web"), AlreadyExists, '"web" already exists (active)'),
@@ -412,7 +412,7 @@ def test_inodes_stay_what_they_are_over_a_restart(workspace: Path, daemon: Daemo
 @pytest.mark.parametrize(
     ("file", "text", "number", "said"),
     [
-        ("checkpoint", "x" * 5000, errno.E2BIG, "at most 4096 fit"),
+        ("checkpoint", "x" * 5000, errno.E2BIG, "the message of a checkpoint takes 5000 bytes; at most 4082 fit"),
         ("checkpoint", "a\nb", errno.EINVAL, "is one line"),
         ("checkpoint", "a\0b", errno.EINVAL, "is one line"),
         ("rollback", "7", errno.ENOENT, '"web" has no checkpoint 7'),

@@ -52,7 +52,7 @@ def plan(root: Root, reader: Reader, key: Ref) -> Plan:
     if record.kind is not Kind.COMMITTED:
         raise FailedPrecondition(f'snapshot "{record.name}" is {record.kind}: only committed ones can be dissolved')
     if PIN in record.labels:
-        raise pinned(record.name)
+        raise pinned(record.name, number)
     refuse_named(record)
     children = []
     for kind in Kind:

@@ -99,7 +99,7 @@ def refuse_too_deep(reader: Reader, number: int, record: Record) -> None:
         raise TooDeep(
             f'snapshot "{record.name}" would stand on {layers} layers, more than the kernel can mount together '
             f"({mountspec.MOST_LOWERS}): make one of them, and go on on that: snapfs squash "
-            f"{names.last_word(reader.parent_of(record).name)}"
+            f"{names.last_word(reader.parent_of(record).name, record.parent)}"
         )
 
 

@@ -41,7 +41,7 @@ def remove(
     if origin and before.origin != origin:
         raise FailedPrecondition(f'snapshot "{before.name}" was not made by {origin}: remove it in the tree')
     if PIN in before.labels:
-        raise pinned(before.name)
+        raise pinned(before.name, number)
     if child := writer.any_child(number):
         raise HasChildren.of(before.name, child[1], child[0])
     if before.images and record is not None:

@@ -12,8 +12,16 @@ from collections.abc import Iterator
 from itertools import takewhile
 
 from snapfs import names
-from snapfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from snapfs.labels import MESSAGE, NUMBER, OF, PIN, check_label, pinned, refuse_too_many
+from snapfs.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    LabelTooBig,
+    NameTooLong,
+    NotUtf8,
+    Unavailable,
+)
+from snapfs.labels import MAX, MESSAGE, NUMBER, OF, PIN, no_checkpoint, pinned, refuse_too_many
 from snapfs.model import Info, Kind, Ref
 from snapfs.rules import commit, prepare, remove
 from snapfs.rules.change import write_imprint
@@ -26,12 +34,20 @@ from snapfs.store.writing import Writer
 
 OURS = (OF, NUMBER, MESSAGE)
 
+MOST = MAX - len(MESSAGE)
+"""Bytes that a message may take."""
+
 
 def refuse_message(message: str) -> None:
-    """Raise InvalidArgument unless ``message`` may be a checkpoint's: a line of text that a label has room for."""
+    """Raise InvalidArgument unless ``message`` may be a checkpoint's: a line of UTF-8 that a label has room for."""
     if "\n" in message or "\0" in message:
         raise InvalidArgument("the message of a checkpoint is one line: leave newlines and NUL bytes out")
-    check_label(MESSAGE, message)
+    try:
+        size = len(message.encode())
+    except UnicodeEncodeError:
+        raise NotUtf8("the message of a checkpoint is not UTF-8") from None
+    if size > MOST:
+        raise LabelTooBig(f"the message of a checkpoint takes {size} bytes; at most {MOST} fit")
 
 
 def checkpoints(reader: Reader, key: str) -> Iterator[tuple[int, int, Record]]:
@@ -96,7 +112,14 @@ def _as_checkpoint(writer: Writer, record: Record, message: str, name: str | Non
         while writer.id_of(f"{record.name}@{nth}") is not None:
             nth += 1
         name = f"{record.name}@{nth}"
-        names.encode(name)
+        try:
+            names.encode(name)
+        except NameTooLong:
+            most = names.NAME_MAX - len(f"@{nth}")
+            raise NameTooLong(
+                f"a checkpoint of this workspace would be called as it is, with @{nth} behind that, which takes more than "
+                f"{names.NAME_MAX} bytes as a file name: rename the workspace to one of {most} bytes at most"
+            ) from None
     elif name == record.name:
         raise AlreadyExists.snapshot(name, record.kind)
     if nth >= 10**DIGITS:
@@ -120,8 +143,8 @@ def rollback(root: Root, writer: Writer, number: int, key: Ref, *, to: str | int
     """
     record = _workspace(writer, number, key)
     if PIN in record.labels:
-        raise pinned(record.name)
-    below = record.parent if to is None else _state(writer, record, to)
+        raise pinned(record.name, number)
+    below = record.parent if to is None else _state(writer, number, record, to)
     remove.remove(root, writer, number, key, "", refuse_mounted=True, free=free, goes_on=True)
     return _begin(root, writer, record, number, below)
 
@@ -160,19 +183,20 @@ def _made(root: Root, writer: Writer, request: prepare.PrepareRequest) -> Info:
     return writer.info(number, find_again(writer, number, request.key))
 
 
-def _state(writer: Writer, record: Record, to: str | int) -> int:
-    """The id of the state ``to`` of a workspace; 0 for an empty one."""
+def _state(writer: Writer, number: int, record: Record, to: str | int) -> int:
+    """The id of the state ``to`` of the workspace ``number``; 0 for an empty one."""
     if isinstance(to, int):
-        return kept(writer, record, to)
+        return kept(writer, record, to, number)
     found = writer.find(to)
     if found is not None and (found[1].labels.get(OF) == record.name or found[0] in stands_on(writer, record)):
         return found[0]
-    raise NotFound(f'"{record.name}" has no checkpoint "{to}": read the file checkpoint for those that there are')
+    raise no_checkpoint(record.name, f'"{to}"', number)
 
 
-def kept(reader: Reader, record: Record, nth: int) -> int:
+def kept(reader: Reader, record: Record, nth: int, number: int = 0) -> int:
     """The id of checkpoint ``nth`` of the workspace with this ``record``, or of which this is a checkpoint; 0: of what it was
-    before the first, which may be nothing (0).  Raises NotFound."""
+    before the first, which may be nothing (0).  Raises NotFound, which says how to list them; for that, ``number`` is the
+    workspace's id, if it is known."""
     key = record.name if record.kind is not Kind.COMMITTED else record.labels.get(OF, record.name)
     found = _kept(reader, key, nth)
     if found is not None:
@@ -180,7 +204,7 @@ def kept(reader: Reader, record: Record, nth: int) -> int:
     if nth == 0:
         first = _kept(reader, key, next((nth for nth, _ in reader.checkpoints(key)), 0))
         return record.parent if first is None else find(reader, first)[1].parent
-    raise NotFound(f'"{key}" has no checkpoint {nth}: read the file checkpoint for those that there are')
+    raise no_checkpoint(key, str(nth), number)
 
 
 def _kept(reader: Reader, key: str, nth: int) -> int | None:

@@ -26,7 +26,9 @@ def refuse_with_children(state: State, number: int, pid: int) -> None:
         state.teardowns.note(pid, number)
         if child is not None:
             raise HasChildren.of(record.name, child[1], child[0])
-        raise pinned(record.name) if PIN in record.labels else named(record.name, [image.name for image in record.images])
+        raise (
+            pinned(record.name, number) if PIN in record.labels else named(record.name, [image.name for image in record.images])
+        )
 
 
 def refuse_teardown(state: State, number: int, pid: int) -> None:
