@@ -319,8 +319,61 @@ def test_checkpoints(snapfs: Command) -> None:
     snapfs("rollback", "web", "0")
     assert not file.exists()
     assert "no checkpoint 9" in snapfs("rollback", "web", "9", status=3)
+    assert "snapfs checkpoint --list web" in snapfs("rollback", "web", "9", status=3)
     for line in ("checkpoint no", "checkpoint --list no", "rollback no", "fork no x", "tree no"):
         assert 'snapshot "no" does not exist' in snapfs(*line.split(), status=3)
+
+
+def test_nothing_is_kept_before_a_rollback_that_is_refused(snapfs: Command) -> None:
+    """What the workspace stands on, also behind a squash, is no reason for that."""
+    os.mkdir(active(snapfs, "b"))
+    os.rename(active(snapfs, "b"), snapfs.mnt / "committed/base")
+    snapfs("prepare", "web", "--parent", "base")
+    snapfs("checkpoint", "web")
+    snapfs("view", "seen", "--parent", "base")
+    snapfs("prepare", "other")
+    snapfs("checkpoint", "other")
+    before = snapfs.names()
+    for to in ("9", "seen", "other@1", "committed/other@1", "nobody", "web"):
+        assert '"web" has no checkpoint ' in snapfs("rollback", "--keep", "web", to, status=3)
+    snapfs("label", "web", "pin=yes")
+    for to in ("9", "base", "0"):
+        assert "has the label pin" in snapfs("rollback", "--keep", "web", to, status=6)
+    snapfs("label", "web", "--delete", "pin")
+    assert snapfs.names() == before
+    for nth, to in enumerate(("base", "0", "web@1", "committed/web@1", "1"), 2):
+        snapfs("rollback", "web", "web@1")
+        assert snapfs("rollback", "--keep", "web", to).startswith(f"kept as web@{nth}\n")
+    snapfs("squash", "web@1", "flat")
+    snapfs("prepare", "third", "--parent", "flat")
+    assert snapfs("rollback", "--keep", "third", "base") == "kept as third@1\nthird is as base\n"
+
+
+def test_an_odd_key_in_what_is_advised(snapfs: Command) -> None:
+    """What can't be shown is named by a path that can, which the command takes."""
+    key = "a b\n%"
+    number = json.loads((Path(snapfs("prepare", key).strip()) / "info.json").read_text())["id"]
+    with subprocess.Popen(["sleep", "60"], cwd=f"{active(snapfs, 'a b%0A%25')}/rootfs") as process:
+        for words, way in ((("checkpoint",), "checkpoint --copy"), (("rollback",), "rollback --kill")):
+            assert snapfs(*words, key, status=5).endswith(f"snapfs {way} by-id/{number}\n")
+        assert snapfs("checkpoint", "--copy", f"by-id/{number}") == f"{key}@1\n"
+        process.kill()
+    assert snapfs("rollback", key, "9", status=3).endswith(f"snapfs checkpoint --list by-id/{number}\n")
+    assert snapfs("checkpoint", "--list", f"by-id/{number}")
+    snapfs("label", key, "pin=1")
+    assert f"(snapfs label --delete pin by-id/{number})" in snapfs("rollback", key, status=6)
+    snapfs("label", "--delete", "pin", f"by-id/{number}")
+
+
+def test_a_key_that_leaves_no_room_for_a_number(snapfs: Command) -> None:
+    key = "k" * 253
+    snapfs("prepare", key)
+    for _ in range(9):
+        snapfs("checkpoint", key)
+    for words in (("checkpoint",), ("checkpoint", "--copy")):
+        assert "rename the workspace to one of 252 bytes at most" in snapfs(*words, key, status=1)
+    os.rename(active(snapfs, key), active(snapfs, "k"))
+    assert snapfs("checkpoint", "k") == "k@1\n"
 
 
 def test_fork(snapfs: Command) -> None:

@@ -848,6 +848,8 @@ def test_kill_ends_what_run_has_started(workspace: Path, daemon: Daemon, trap: s
         with somebody(workspace / "rootfs") as pid:
             refused = snapfs("rollback", "web", "--kill", status=5)
             assert f"{pid} (sleep)" in refused
+            assert refused.endswith("; --kill ends only what snapfs run and snapfs shell have started in it\n")
+            assert " --keep --kill web\n" in snapfs("rollback", "web", "--keep", status=5)
             assert process.wait(10) == -(signal.SIGKILL if trap else signal.SIGTERM)
         until(lambda: not Path(f"/proc/{pid}/cwd").exists())
     assert snapfs("rollback", "web", "--kill") == "web is as an empty one\n"

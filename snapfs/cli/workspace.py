@@ -10,8 +10,8 @@ import os
 from snapfs.cli import table
 from snapfs.cli.commanding import SYNC, commanded, persistently
 from snapfs.cli.grammar import JSON, Given, Option, Verb
-from snapfs.cli.place import file_name, find_tree
-from snapfs.cli.refusal import BUSY, NOT_PERMITTED, TAKEN, Refusal
+from snapfs.cli.place import file_name, find_tree, key_of
+from snapfs.cli.refusal import BUSY, NOT_FOUND, NOT_PERMITTED, TAKEN, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -121,33 +121,73 @@ def _rollback(given: Given) -> int:
         return once_empty(place, key, act)
 
     held = None
-    if given.has("keep"):
-        directory = place.directory("active", key)
-        from snapfs.labels import PIN, pinned
-
-        if place.within.exists(f"{directory}/labels/{PIN}"):  # before there is a checkpoint
-            raise Refusal(str(pinned(key)), NOT_PERMITTED)
-        if place.kind_of(key) == "active":  # else the sentence is that of the checkpoint
-            held = place.hold("active", key)  # what is rolled back is what was kept, whoever gets the key meanwhile
-        to = to or ("0" if held is None else _parent(held))
-        why = f"before it was rolled back to {to.removeprefix('committed/')}"
-        kept = do(lambda: _kept(place, key, why, held))
-        table.show_line(f"kept as {kept}")
     try:
+        if given.has("keep"):
+            if place.kind_of(key) == "active":  # else the sentence is that of the checkpoint
+                _refuse_in_vain(place, key, to)
+                held = place.hold("active", key)  # what is rolled back is what was kept, whoever gets the key meanwhile
+            to = to or ("0" if held is None else _parent(held))
+            why = f"before it was rolled back to {to.removeprefix('committed/')}"
+            kept = do(lambda: _kept(place, key, why, held))
+            table.show_line(f"kept as {kept}")
         parent = do(lambda: commanded(place, "active", key, "rollback", to, f'roll "{key}" back', held=held))
     except Refusal as refused:
-        elsewhere = place.mounted_by_hand(place.directory("active", key)) if refused.status == BUSY else []
-        if not elsewhere:
+        if refused.status != BUSY:
             raise
+        raise _in_use(place, key, given, refused) from None
+    table.show_line(f"{key} is as {parent or 'an empty one'}")
+    return 0
+
+
+def _refuse_in_vain(place: MountedTree, key: str, to: str) -> None:
+    """Before there is a checkpoint: raise Refusal where the workspace ``key`` is pinned, or was never as ``to`` (as the file
+    rollback takes it; empty for what the workspace stands on)."""
+    from snapfs.cli.listing import rows
+    from snapfs.labels import OF, PIN, SQUASHED, no_checkpoint, pinned
+
+    everything = {row.name: row for row in rows(place)} if to else {}
+    own = everything.get(key)
+    if place.within.exists(f"{place.directory('active', key)}/labels/{PIN}"):
+        raise Refusal(str(pinned(key, own.id if own else 0)), NOT_PERMITTED)
+    if not to or own is None:
+        return
+    if to.isdecimal():
+        if to.lstrip("0") not in ("", *map(str, checkpoints(list(everything.values()), key))):
+            raise Refusal(str(no_checkpoint(key, to, own.id)), NOT_FOUND)
+        return
+    name, below, waiting = key_of(to.removeprefix("committed/")), set[str](), [own.parent]
+    while waiting:  # and what the squashes stand in for
+        row = everything.get(waiting.pop() or "")
+        if row is not None and row.kind == "committed" and row.name not in below:
+            below.add(row.name)
+            waiting += [row.parent, row.labels.get(SQUASHED)]
+    if name not in below and (name not in everything or everything[name].labels.get(OF) != key):
+        raise Refusal(str(no_checkpoint(key, f'"{name}"', own.id)), NOT_FOUND)
+
+
+def _in_use(place: MountedTree, key: str, given: Given, refused: Refusal) -> Refusal:
+    """What ``refused`` says, that the workspace ``key`` is in use, and what can be done about that but for what was ``given``
+    already."""
+    elsewhere = place.mounted_by_hand(place.directory("active", key))
+    if elsewhere:
         import json
 
         from snapfs.cli.mount import how_to_unmount
 
         number = json.loads(place.read(f"{place.directory('active', key)}/info.json"))["id"]
         to_do = how_to_unmount(place, place.word_for(key, number), elsewhere[0])
-        raise Refusal(f'"{key}" is mounted on {elsewhere[0]}: {to_do}', BUSY) from None
-    table.show_line(f"{key} is as {parent or 'an empty one'}")
-    return 0
+        return Refusal(f'"{key}" is mounted on {elsewhere[0]}: {to_do}', BUSY)
+    from snapfs.errors import Busy
+
+    by_whom, _, way = str(refused).rpartition("; ")
+    if not way.startswith((Busy.KEEP, Busy.END)):
+        return refused
+    if given.has("kill"):
+        return Refusal(f"{by_whom}; --kill ends only what snapfs run and snapfs shell have started in it", BUSY)
+    if given.has("keep"):
+        word = way.removeprefix(Busy.KEEP).removeprefix(Busy.END)
+        return Refusal(f"{by_whom}; {Busy.END.replace('--kill', '--keep --kill')}{word}", BUSY)
+    return refused
 
 
 def _parent(held: int) -> str:
