@@ -454,22 +454,13 @@ class Snapshotter:
         if name is not None:
             names.encode(name)
         rule = partial(workspace.checkpoint, message=message, name=name)
-        try:
+        with self._shortened(key):
             if copy:
                 made = await self._keep_copy(key, partial(workspace.keep_copy, message=message, name=name), caller)
                 number = made.id
             else:
                 with self._way_out(key, Busy.KEEP):
                     number, made = await self._change_workspace(key, rule)
-        except TooDeep:
-            with self.reading() as reader:
-                _, record = lookup.find(reader, key)
-            if not self._squashing.shorten_soon(record.name, record.parent):
-                raise
-            raise TooDeep(
-                f'snapshot "{record.name}" stands on as many layers as the kernel can mount together: they are being made one: '
-                "try again in a moment"
-            ) from None
         if not copy:
             self._squashing.shorten_soon(made.labels[OF], made.id)
         await self._follow_up(number, made.name, wait)
@@ -532,7 +523,7 @@ class Snapshotter:
             made = await self._write_record(lambda writer: workspace.fork(self._root, writer, number, key, new=new, free=False))
             self._housekeeping.fill_pool_if_low()
             return made
-        with self._way_out(key, Busy.KEEP):
+        with self._shortened(key), self._way_out(key, Busy.KEEP):
             number, made = await self._change_workspace(key, partial(workspace.fork, new=new))
         self._squashing.shorten_soon(record.name, number)
         await self._follow_up(number, made.parent or "", wait)
@@ -610,6 +601,23 @@ class Snapshotter:
             raise Busy(f"{busy}; {words} {names.last_word(record.name, number)}") from None
 
     # -- many layers, and one
+
+    @contextmanager
+    def _shortened(self, key: Ref) -> Iterator[None]:
+        """For a block that is refused where the workspace ``key`` stands on too many layers: they are made one soon, unless
+        that is switched off, and the refusal says so, or what can be done."""
+        try:
+            yield
+        except TooDeep as deep:
+            with self.reading() as reader:
+                number, record = lookup.find(reader, key)
+            if self._squashing.shorten_soon(record.name, record.parent):
+                raise TooDeep(
+                    f'snapshot "{record.name}" stands on as many layers as the kernel can mount together: they are being made '
+                    "one: try again in a moment"
+                ) from None
+            word = names.last_word(record.name, number)
+            raise TooDeep(f"{deep}; or keep fewer checkpoints, and go on here: snapfs prune --keep-last 100 {word}") from None
 
     async def squash(self, key: Ref, new: str | None = None, *, caller: Caller = OWNER) -> Info:
         """Make the committed snapshot ``new`` (None: NAME-squashed, or a name like that), which stands on nothing and shows

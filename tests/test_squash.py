@@ -815,10 +815,20 @@ async def test_too_deep_says_what_to_do(root: Path) -> None:
     """By hand, where it does not happen by itself; and the command that it names helps."""
     async with open_snapshotter(root, deep(0)) as snapshotter:
         await workspace(snapshotter, 499)
-        with pytest.raises(TooDeep, match=r"snapfs squash web@499$"):
-            await snapshotter.checkpoint("web")
+        for call in (partial(snapshotter.checkpoint, "web"), partial(snapshotter.fork, "web", "other")):
+            with pytest.raises(TooDeep, match=r"snapfs squash web@499; or .*: snapfs prune --keep-last 100 web$"):
+                await call()
         assert (await snapshotter.squash("web@499")).parent is None
         await snapshotter.prepare("next", "web@499-squashed")
+    async with open_snapshotter(root, deep(128)) as snapshotter:
+        with pytest.raises(TooDeep, match=r"they are being made one: try again in a moment$"):
+            await snapshotter.fork("web", "other")
+
+        async def short() -> bool:
+            return await depth(snapshotter, "web") < 10
+
+        await settled(short)
+        await snapshotter.fork("web", "other")
 
 
 # -- the tree
