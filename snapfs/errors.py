@@ -74,6 +74,7 @@ class Busy(FailedPrecondition):
     """Somebody still uses the snapshot's files in a way that the call would break."""
 
     KEEP = "or keep a copy of it as it is: snapfs checkpoint --copy"
+    FORK = "or keep a copy of it as it is, and fork that: snapfs checkpoint --copy"
     END = "or end what snapfs run has started in it: snapfs rollback --kill"
     """How the sentence goes on behind "; ", with what else can be done, where it is about a workspace; a word that names this
     is the end of it."""

@@ -523,7 +523,7 @@ class Snapshotter:
             made = await self._write_record(lambda writer: workspace.fork(self._root, writer, number, key, new=new, free=False))
             self._housekeeping.fill_pool_if_low()
             return made
-        with self._shortened(key), self._way_out(key, Busy.KEEP):
+        with self._shortened(key), self._way_out(key, Busy.FORK):
             number, made = await self._change_workspace(key, partial(workspace.fork, new=new))
         self._squashing.shorten_soon(record.name, number)
         await self._follow_up(number, made.parent or "", wait)

@@ -778,7 +778,7 @@ def test_while_a_process_stands_in_it(workspace: Path, daemon: Daemon) -> None:
 
 def test_the_refusal_names_the_way_out_and_not_who_asks(workspace: Path, daemon: Daemon) -> None:
     """A command that stands there because its shell does is not named; a shell that asks by itself is."""
-    ways = {"checkpoint": "--copy web", "fork": "--copy web", "rollback": "--kill web"}
+    ways = {"checkpoint": "--copy web", "fork": ", and fork that: snapfs checkpoint --copy web", "rollback": "--kill web"}
     with somebody(workspace / "rootfs") as pid:
         for file, way in ways.items():
             with failing(errno.EBUSY):
