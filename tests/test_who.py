@@ -533,6 +533,22 @@ def test_who_may_not_compare_is_told_who_may(make_daemon: Make) -> None:
     assert daemon.stop() == 0
 
 
+@pytest.mark.parametrize("who", [alice, bob])
+def test_who_may_not_look_into_layers_is_told_who_may(make_daemon: Make, tmp_path: Path, who: Identity) -> None:
+    daemon = make_daemon("-o", f"allow_other,umask=000,uid={ALICE}").start()
+    os.mkdir(daemon.mnt / "active/a")
+    (daemon.mnt / "active/a/rootfs/file").write_text("new")
+    target = str(tmp_path / "target")
+    os.mkdir(target)
+    os.chmod(target, 0o777)
+    assert run((), *SNAPFS, "apply", "--at", daemon.mnt, "a", target).returncode == 0
+    for words in (["rollback", "--kill"], ["rollback", "--keep", "--kill"], ["apply"], ["apply", "--undo"]):
+        done = run(who, *SNAPFS, words[0], "--at", daemon.mnt, *words[1:], "a", *([target] if words == ["apply"] else []))
+        assert (done.returncode, done.stdout) == (6, "")
+        assert re.fullmatch("snapfs: .*: Permission denied: the tree's owner and root may\n", done.stderr)
+    assert daemon.stop() == 0
+
+
 CRAWL = (
     "find . -printf '%p %l\\n'; find . -type f -exec cat {} +; ls -lR; for d in */*/diff */*/rootfs; do ls $d/; cat $d/*; done"
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import select
@@ -51,7 +52,12 @@ def end_all(place: MountedTree, key: str) -> None:
     if os.environ.get("SNAPFS_WORKSPACE") == key:
         raise Refusal(f'this command was started in "{key}" itself, and would be ended too: leave it first', BUSY)
     place.refuse_foreign("ended")
-    number = libc.device_number(place.rootfs("active", key))
+    try:
+        number = libc.device_number(place.rootfs("active", key))
+    except OSError as error:
+        to_do = "the tree's owner and root may" if error.errno == errno.EACCES else "try again"
+        status = NOT_PERMITTED if error.errno == errno.EACCES else BUSY
+        raise Refusal(f'cannot find out who is in "{key}": {error.strerror}: {to_do}', status) from None
     device, began, told = f"{os.major(number)}:{os.minor(number)}", time.monotonic(), set()
     snapshot, groups = place.mark("active", key), set[str]()
     while True:

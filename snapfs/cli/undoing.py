@@ -168,7 +168,11 @@ def _undo_of(place: MountedTree, row: Row) -> Iterator[int]:
     """For a block that reads an undo snapshot: its root, open.  Raises Refusal."""
     its = place.directory("committed", row.name)
     try:
-        top = os.open(place.rootfs("committed", row.name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            top = os.open(place.rootfs("committed", row.name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except PermissionError as error:
+            words = f'cannot look into "{row.name}": {error.strerror}: the tree\'s owner and root may'
+            raise Refusal(words, NOT_PERMITTED) from None
         try:
             yield top
         finally:
