@@ -222,7 +222,7 @@ VERBS = {
         "checkpoint",
         "KEY",
         (
-            Option("message", "why, in words", "TEXT", short="-m"),
+            Option("message", "why, in words; where they begin with copy: it is as with --copy", "TEXT", short="-m"),
             Option("list", "list the checkpoints there are", short="-l"),
             Option(
                 "copy", "keep a copy, while the workspace is in use: each file as it is at one moment, as after a power cut"
