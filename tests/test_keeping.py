@@ -183,6 +183,7 @@ def test_prune(make_daemon: Make) -> None:
     assert done == dry.replace("would remove", "removed")
     assert "kept web@4: it is pinned\n" in done
     assert "kept web@10: last 1\n" in done
+    assert done.splitlines()[-1] == "removed 7, 24K; what 5 of them had stays, in what stands on them"
     now = set(snapfs.names())
     assert (
         {"web", "web@4", "web@9", "web@10"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from snapfs.cli import keeping, table
 from snapfs.cli.commanding import commanded
@@ -88,7 +88,7 @@ def _thin(given: Given) -> int:
             raise place.missing(key)
     steps, staying = keeping.choose(everything, Keep(*counts), keys, _named(place))
     removed, refused = (steps, []) if given.has("dry-run") else _do(place, steps)
-    _tell(given, [step.row for step in removed], staying)
+    _tell(given, [step.row for step in removed], staying, {step.row.name for step in removed if step.dissolves})
     for refusal in refused:
         table.complain(refusal)
     return refused[-1].status if refused else 0
@@ -144,7 +144,8 @@ def _prune(given: Given) -> int:
     return refused[-1].status if refused else 0
 
 
-def _tell(given: Given, removed: list[Row], staying: list[tuple[Row, str]]) -> None:
+def _tell(given: Given, removed: list[Row], staying: list[tuple[Row, str]], dissolved: Collection[str] = ()) -> None:
+    """Tell what was ``removed``; of what was ``dissolved`` the files are not."""
     if given.has("json"):
         shown = {"removed": [row.shown() for row in removed], "kept": [{"name": row.name, "why": why} for row, why in staying]}
         table.show_json(shown)
@@ -154,7 +155,9 @@ def _tell(given: Given, removed: list[Row], staying: list[tuple[Row, str]]) -> N
             print(f"{verb} {table.printable(row.name)}")
         for row, why in staying:
             print(f"kept {table.printable(row.name)}: {table.printable(why)}")
-        print(f"{verb} {len(removed)}, {table.format_size(sum(row.size for row in removed))}")
+        size = table.format_size(sum(row.size for row in removed if row.name not in dissolved))
+        stays = f"; what {len(dissolved)} of them had stays, in what stands on them" if dissolved else ""
+        print(f"{verb} {len(removed)}, {size}{stays}")
 
 
 VERBS = {
