@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import json
 import mmap
 import os
 import shutil
@@ -802,6 +803,15 @@ def test_the_refusal_names_the_way_out_and_not_who_asks(workspace: Path, daemon:
     assert "(bash)" in shell.stdout
     assert "(mv)" not in shell.stdout
     assert "(bash)" in daemon.error_log()[-1]
+
+
+def test_events_tell_a_copy_from_a_squash(workspace: Path, daemon: Daemon) -> None:
+    (workspace / "checkpoint").write_text("copy: one\n")
+    (daemon.mnt / "committed/web@1/squash").write_text("flat\n")
+    lines = [json.loads(line) for line in (daemon.mnt / ".snapfs/events").read_text().splitlines()[-2:]]
+    told = [tuple(line[key] for key in ("operation", "key", "name", "kind")) for line in lines]
+    assert told == [("copy", "web", "web@1", "committed"), ("squash", "flat", None, "committed")]
+    assert "copy     web -> web@1\n" in Command(daemon.mnt)("events")
 
 
 def test_the_command_keeps_a_copy(workspace: Path, daemon: Daemon) -> None:

@@ -3,9 +3,10 @@
     {"number": 3, "time": "2026-11-24T03:29:58.000000000Z", "operation": "commit", "key": "web", "name": "v1",
      "parent": "base", "kind": "committed", "id": 7, "labels": {}}
 
-``operation`` is prepare, view, commit, squash, rename, update or remove, and for names in images/ name or unname: a line for
-each that came or went.  ``key`` is what it was done to, ``name`` the new name that a commit or rename gave, or the one in
-images/, else null.  The others describe the snapshot as it is since then, or was when it was removed.
+``operation`` is prepare, view, commit, copy (of a workspace that goes on beside it), squash, rename, update or remove, and for
+names in images/ name or unname: a line for each that came or went.  ``key`` is what it was done to, ``name`` the new name that
+a commit, copy or rename gave, or the one in images/, else null.  The others describe the snapshot as it is since then, or was
+when it was removed.
 Numbers count from 1 when the daemon starts.  A line ``{"missed": 12}`` stands for so many that a reader was too late for.
 """
 
@@ -17,10 +18,11 @@ from itertools import count
 import msgspec
 
 from snapfs import names
+from snapfs.labels import OF, SQUASHED
 from snapfs.model import Change, Info, Kind, rfc3339
 from snapfs.tree.log import Log
 
-_MADE = {Kind.ACTIVE: "prepare", Kind.VIEW: "view", Kind.COMMITTED: "squash"}
+_MADE = {Kind.ACTIVE: "prepare", Kind.VIEW: "view", Kind.COMMITTED: "squash"}  # or a copy
 
 
 class Events(Log):
@@ -63,6 +65,8 @@ def _calls(change: Change) -> list[tuple[str, str, str | None]]:
 def _call(before: Info | None, after: Info | None) -> tuple[str, str, str | None]:
     if before is None:
         assert after is not None
+        if after.kind is Kind.COMMITTED and SQUASHED not in after.labels:
+            return "copy", after.labels.get(OF, after.name), after.name
         return _MADE[after.kind], after.name, None
     if after is None:
         return "remove", before.name, None
