@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,34 @@ def test_times_end_with_source_date_epoch(chain: Command, tmp_path: Path, monkey
     chain("export", "v1", f"oci:{tmp_path}/images:v1")
     _, config = Layout(tmp_path / "images").image("v1")
     assert {config["created"], *(each["created"] for each in config["history"])} == {"1970-01-02T00:00:00Z"}
+    early, late = {"created": "1970-01-01T02:00:00.5+01:00"}, {"created": "2020-01-01T00:00:00Z"}  # as others write them
+    (chain.mnt / "committed/base/image.json").write_text(
+        json.dumps({**late, "history": [early, {"empty_layer": True, **late}]})
+    )
+    chain("export", "v1", f"oci:{tmp_path}/images:v1")
+    _, config = Layout(tmp_path / "images").image("v1")
+    assert config["created"] == "1970-01-02T00:00:00Z"
+    assert [each["created"] for each in config["history"]] == [early["created"], *["1970-01-02T00:00:00Z"] * 2]
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     assert "SOURCE_DATE_EPOCH" in chain("export", "v1", f"oci:{tmp_path}/images:v2", status=2)
+
+
+def test_an_image_is_as_old_as_it_says(chain: Command, tmp_path: Path) -> None:
+    """And not as its snapshots here: so what comes from another machine goes on from here as the same image."""
+    said = {"created": "2020-01-01T00:00:00Z", "history": [{"created": "2019-01-01T00:00:00Z"}]}
+    (chain.mnt / "committed/base/image.json").write_text(json.dumps(said))
+    chain("export", "base", f"oci:{tmp_path}/images:base")
+    _, config = Layout(tmp_path / "images").image("base")
+    assert (config["created"], config["history"]) == (said["created"], said["history"])
+
+
+def test_one_layer_is_the_same_each_time(chain: Command, tmp_path: Path) -> None:
+    """It is made now, of what is older."""
+    made = json.loads((chain.mnt / "committed/v1/info.json").read_text())["created"]
+    time.sleep(1)
+    chain("export", "--squash", "v1", f"oci:{tmp_path}/images:v1")
+    _, config = Layout(tmp_path / "images").image("v1")
+    assert [config["created"], *(each["created"] for each in config["history"])] == [f"{made[:19]}Z"] * 2
 
 
 def test_one_layer(chain: Command, tmp_path: Path) -> None:

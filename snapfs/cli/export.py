@@ -83,7 +83,10 @@ def _export(given: Given) -> int:
         raise Refusal(f'"{name}" is {kind}: only committed snapshots have layers that stay as they are; {to_do}', NOT_FOUND)
     try:
         with _squashed(place, name) if given.has("squash") else contextlib.nullcontext(name) as top:
-            _send(place, name, _chain(place, top), destination, how)
+            layers = _chain(place, top)
+            if top != name:  # it was made just now, and shows what is older
+                layers[-1].info["created"] = _info(place, name)["created"]
+            _send(place, name, layers, destination, how)
     except (AlreadyExists, InvalidArgument, Unfit) as why:
         raise Refusal(str(why)) from None
     except Untrusted as why:
@@ -151,7 +154,7 @@ def _send(place: MountedTree, name: str, layers: list[_Layer], destination: str,
 def _write(place: MountedTree, name: str, layers: list[_Layer], destination: Destination) -> None:
     from snapfs.images.configuration import Step, configuration
 
-    progress, read, written, steps = Progress(), 0, [], []
+    progress, read, written, steps, latest = Progress(), 0, [], [], _latest()
     try:
         for nth, layer in enumerate(layers):
 
@@ -164,22 +167,27 @@ def _write(place: MountedTree, name: str, layers: list[_Layer], destination: Des
             with contextlib.closing(layer):
                 written.append(destination.layer(layer, told))
             steps.append(Step(_when(layer.info), layer.info["labels"].get(MESSAGE, "")))
-        destination.finish(configuration(_known(place, name), [each.diff_id for each in written], steps), written)
+        made = configuration(_known(place, name), [each.diff_id for each in written], steps, latest)
+        destination.finish(made, written)
     finally:
         progress.clear()
 
 
 def _when(info: dict[str, Any]) -> int:
-    """When the snapshot was made, in seconds since the epoch; no later than $SOURCE_DATE_EPOCH."""
+    """When the snapshot was made, in seconds since the epoch."""
     import calendar
 
-    made = calendar.timegm(time.strptime(info["created"][:19], "%Y-%m-%dT%H:%M:%S"))
+    return calendar.timegm(time.strptime(info["created"][:19], "%Y-%m-%dT%H:%M:%S"))
+
+
+def _latest() -> int | None:
+    """The latest time that an image may tell of, as $SOURCE_DATE_EPOCH says it."""
     latest = os.environ.get("SOURCE_DATE_EPOCH")
     if latest is None:
-        return made
-    if not latest.isdecimal():
+        return None
+    if not (latest.isascii() and latest.isdigit() and len(latest) < 12):
         raise Refusal(f'SOURCE_DATE_EPOCH is "{latest}", which is no number of seconds: set it right, or unset it', USAGE)
-    return min(made, int(latest))
+    return int(latest)
 
 
 def _known(place: MountedTree, name: str) -> dict[str, Any]:
@@ -221,7 +229,8 @@ VERBS = {
         ),
         "Make an image of the committed snapshot NAME: a layer for each snapshot of its chain.  DEST is oci:DIR[:TAG],\n"
         "oci-archive:FILE[:TAG], docker-archive:FILE[:NAME:TAG], or what skopeo knows, which then takes it there:\n"
-        "docker://HOST/NAME:TAG.  What DEST has already is not written again.  The same snapshots give the same image.\n"
+        "docker://HOST/NAME:TAG.  What DEST has already is not written again.  The same snapshots give the same image;\n"
+        "no time in its configuration is later than $SOURCE_DATE_EPOCH, where that is set.\n"
         "DIR and FILE must be below directories that nobody else can write, and DIR yours or root's.",
         """
 snapfs export v1 oci:images:v1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
 import time
 from typing import Any, NamedTuple
@@ -31,18 +32,24 @@ def architecture() -> str:
     return ARCHITECTURES.get(machine, machine)
 
 
-def configuration(known: dict[str, Any], diff_ids: list[str], steps: list[Step]) -> dict[str, Any]:
+def configuration(known: dict[str, Any], diff_ids: list[str], steps: list[Step], latest: int | None = None) -> dict[str, Any]:
     """The configuration of an image whose layers have these ``diff_ids`` and came about by these ``steps``, the lowest first:
-    what is ``known`` of it, with these."""
-    return {
-        "architecture": architecture(),
-        "os": "linux",
-        "config": {},
-        **known,
-        "created": _time(steps[-1].created),
-        "rootfs": {"type": "layers", "diff_ids": diff_ids},
-        "history": _history(known.get("history"), steps),
-    }
+    what is ``known`` of it, with these.  No time in it is later than ``latest``, in seconds since the epoch."""
+    made = {"created": _time(steps[-1].created), "architecture": architecture(), "os": "linux", "config": {}, **known}
+    history = [_no_later(each, latest) for each in _history(known.get("history"), steps)]
+    return {**_no_later(made, latest), "rootfs": {"type": "layers", "diff_ids": diff_ids}, "history": history}
+
+
+def _no_later(entry: dict[str, Any], latest: int | None) -> dict[str, Any]:
+    """``entry`` with the time at which it was created, where that is later than ``latest``."""
+    if latest is None or "created" not in entry:
+        return entry
+    try:
+        created = datetime.datetime.fromisoformat(entry["created"])
+        is_later = created.replace(tzinfo=created.tzinfo or datetime.UTC).timestamp() > latest
+    except (ValueError, TypeError, OverflowError):
+        return entry
+    return {**entry, "created": _time(latest)} if is_later else entry
 
 
 def _history(known: Any, steps: list[Step]) -> list[dict[str, Any]]:
