@@ -204,6 +204,19 @@ def test_archives(chain: Command, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["docker", "docker.tar", "oci", "oci.tar"]
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("shop", "shop:latest"), ("host:5000/a/b_c", "host:5000/a/b_c:latest"), ("Host.local/shop:A_1", "Host.local/shop:A_1")],
+)
+def test_a_name_that_docker_takes(chain: Command, tmp_path: Path, given: str, name: str) -> None:
+    chain("export", "base", f"docker-archive:{tmp_path}/docker.tar:{given}")
+    with tarfile.open(tmp_path / "docker.tar") as tar:
+        (manifest,) = json.load(tar.extractfile("manifest.json") or io.BytesIO())
+    assert manifest["RepoTags"] == [name]
+    skopeo = ["skopeo", "inspect", f"docker-archive:{tmp_path}/docker.tar:{name}"]
+    assert subprocess.run(skopeo, capture_output=True, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("place", ["oci:images:v1", "oci-archive:oci.tar:v1", "docker-archive:docker.tar:shop:1"])
 def test_skopeo_reads_it(chain: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """Digests verified, by a program that knows nothing of this one."""
@@ -302,6 +315,10 @@ def test_refusals(chain: Command, tmp_path: Path) -> None:
         (["v1", f"oci:{tmp_path}/file"], 1, "is no directory"),
         (["v1", f"oci:{tmp_path}/no/such"], 1, "No such file or directory"),
         (["v1", f"oci-archive:{tmp_path}/no/such"], 1, "No such file or directory"),
+        *(
+            (["v1", f"docker-archive:{tmp_path}/docker.tar:{name}"], 1, f'"{name}" is no NAME:TAG that docker load takes')
+            for name in ("Shop:1", "shop:", "shop:x/2", "shop@1", "a//b", "-a", "shop:.1")
+        ),
     ):
         assert said in chain("export", *words, status=status)
     assert sorted(os.listdir(tmp_path)) == before

@@ -39,6 +39,10 @@ _LAYOUT, _INDEX = "oci-layout", "index.json"
 _BEGUN = re.compile(rf"blobs|{re.escape(beside_of(_LAYOUT))}|\.snapfs-.+")
 """What is there of a layout whose first export is under way, or was killed."""
 
+_PART = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
+_REFERENCE = re.compile(rf"(?:[A-Za-z0-9.-]+(?::[0-9]+)?/)?{_PART}(?:/{_PART})*(:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?")
+"""What an image is called, as Docker has it; whether there is a tag in it."""
+
 
 class Blob(NamedTuple):
     """A file of an image: its media type, its digest (``sha256:…``) and its size in bytes."""
@@ -366,11 +370,17 @@ class _InArchive:
 
 
 class DockerArchive:
-    """What ``docker load`` takes, as one ``archive``, with the image called ``tag`` (``name:tag``; "" for none)."""
+    """What ``docker load`` takes, as one ``archive``, with the image called ``tag`` (``name:tag``, or ``name``, which is its
+    ``latest``; "" for none).  Raises InvalidArgument where that is no such name."""
 
     def __init__(self, archive: Archive, tag: str) -> None:
         self._archive = archive
-        self._tag = tag
+        found = _REFERENCE.fullmatch(tag)
+        if tag and found is None:
+            raise InvalidArgument(
+                f'"{tag}" is no NAME:TAG that docker load takes, as test.local/shop:1 is: names are in lower case'
+            )
+        self._tag = f"{tag}:latest" if found is not None and not found[1] else tag
 
     def layer(self, layer: Layer, told: Callable[[int], None]) -> Written:
         diff_id = digest_of(layer, told)
