@@ -779,6 +779,11 @@ def test_snapfs_rm_image(snapfs: Command) -> None:
     assert "which keeps it: take the name away first (snapfs rm --image shop:2)" in snapfs("rm", "v2", status=5)
     assert snapfs("rm", "--image", "images/shop:2", "a/b") == ""
     assert os.listdir(snapfs.mnt / "images") == []
+    for name in ("a/b", "images/a/b", "images/a%2Fb"):  # the name, and its path, as --parent takes it and as ls shows it
+        os.symlink("../committed/v2", snapfs.mnt / "images/a%2Fb")
+        assert snapfs("rm", "--image", name) == ""
+    for name in ("images/", "images/.", "images/..", "images/../active"):
+        assert f'nothing is called "{name}"' in snapfs("rm", "--image", name, status=3)
     assert 'nothing is called "shop:2" in' in snapfs("rm", "--image", "shop:2", status=3)
     assert snapfs("rm", "--image", "-f", "shop:2") == ""
     assert "no snapshot: leave" in snapfs("rm", "--image", "-r", "shop:2", status=2)

@@ -948,6 +948,38 @@ def test_a_name_that_is_taken(command: Command, layout: Layout) -> None:
     assert sorted(os.listdir(command.mnt / "images")) == ["again", "app"]
 
 
+def test_a_name_for_a_lone_layer(command: Command, layout: Layout, tmp_path: Path) -> None:
+    """What it is called is not known before it is unpacked; it is refused whole nevertheless."""
+    layout.add("t", three()[:1])
+    command("import", f"oci:{layout.top}", "app")
+    (tmp_path / "layer").write_bytes(Layer().add("other").done())
+    said = refused(command, str(tmp_path / "layer"), "app", status=4)
+    assert said == 'snapfs: "app" is another image in images/: --replace gives the name to this one\n'
+    for name, why in (("", "must not be empty"), ("x" * 256, "at most 255 fit"), ("x\udcff", "is not UTF-8")):
+        for source in (str(tmp_path / "layer"), f"oci:{layout.top}"):
+            said = refused(command, source, name, status=2)
+            assert said.startswith("snapfs: no image can be called so: ")
+            assert why in said
+    top = command("import", "--replace", str(tmp_path / "layer"), "app").rpartition("/")[2].strip()
+    assert os.readlink(command.mnt / "images/app") == f"../committed/{top}"
+    command("import", str(tmp_path / "layer"), "app")  # it has that name
+    assert os.listdir(command.mnt / "images") == ["app"]
+
+
+def test_a_parent_that_was_not_imported(command: Command, tmp_path: Path) -> None:
+    """What to do instead does it."""
+    (command.mnt / "active/w").mkdir()
+    (command.mnt / "active/w/rootfs/file").write_text("below")
+    os.rename(command.mnt / "active/w", command.mnt / "committed/base")
+    (tmp_path / "layer").write_bytes(Layer().add(".wh.file").add("new").done())
+    said = refused(command, "--parent", "base", str(tmp_path / "layer"), status=6)
+    assert "snapfs export base oci:DIR, and snapfs import oci:DIR, make the same of layers that have one" in said
+    command("export", "base", f"oci:{tmp_path}/dir")
+    name = command("import", f"oci:{tmp_path}/dir").rpartition("/")[2].strip()
+    top = command("import", "--parent", name, str(tmp_path / "layer")).strip()
+    assert os.listdir(f"{top}/rootfs/") == ["new"]
+
+
 def test_a_name_that_is_not_written_as_an_image(command: Command, layout: Layout, tmp_path: Path) -> None:
     top = layout.add("t", three())
     command("import", f"oci:{layout.top}", "host/app:1.0")

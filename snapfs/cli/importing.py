@@ -33,7 +33,7 @@ from snapfs.cli.place import MountedTree, file_name, find_tree, key_of
 from snapfs.cli.prepare import make
 from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, TAKEN, USAGE, Refusal
-from snapfs.errors import InvalidArgument
+from snapfs.errors import InvalidArgument, SnapshotError
 from snapfs.images import fetching
 from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, docker_image, file_blob, oci_image
 from snapfs.images.limits import Limits
@@ -102,8 +102,9 @@ class _Import:
         self._waits = ""  # for whom
         self._progress = Progress()
 
-    def run(self, layers: Sequence[Layer], names: Sequence[str], *, archive: bool) -> str:
-        """Have all layers committed, and on the disk; the name of the last.  Raises Refusal, and nothing is kept."""
+    def run(self, layers: Sequence[Layer], names: Sequence[str], refuse_taken: Callable[[str], None], *, archive: bool) -> str:
+        """Have all layers committed, and on the disk; the name of the last.  Raises Refusal, and nothing is kept.
+        ``refuse_taken`` hears, before that, what a lone layer is called, where ``names`` doesn't say; it may raise Refusal."""
         refuse_unwritable(self.place, self._root, f"cannot import {self._source}")
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each layer has two
@@ -122,6 +123,11 @@ class _Import:
         try:
             with namespaces(self.place, self._options, f"cannot import {self._source}") as process, self._ended():
                 self._make(process, archive=archive)
+            for task in self._tasks:
+                if not task.name:
+                    task.name = imagejson.chain_id(self._parent or "", task.diff_id)
+                    self._note_imported(task)
+                    refuse_taken(task.name)
             for task in self._tasks:
                 self._commit(task)
             for task in self._committed:
@@ -377,9 +383,6 @@ class _Import:
     # -- the end
 
     def _commit(self, task: _Task) -> None:
-        if not task.name:
-            task.name = imagejson.chain_id(self._parent or "", task.diff_id)
-            self._note_imported(task)
         if not task.is_committed:
             try:
                 self._patiently(commit, self.place, task.key, task.name, self._parent)
@@ -487,7 +490,7 @@ def _brought(given: Given, place: MountedTree, naming: _Naming, limits: Limits, 
         if config:
             naming.check(config, printable(source))
         one = _Import(place, place.options(), printable(source), parent, limits)
-        return one.run(layers, names, archive=not config), config
+        return one.run(layers, names, lambda top: naming.refuse_taken(top, b""), archive=not config), config
 
 
 def _chain_ids(diff_ids: Sequence[str]) -> list[str]:
@@ -507,7 +510,9 @@ def _parent_of(place: MountedTree, given: str) -> str:
         raise place.wrong_parent(parent)
     if not _CHAIN.fullmatch(parent) or not label_of(place, place.directory(kind, parent), DIFF_ID):
         words = f'"{parent}" was not imported, so what stands on it has no chain id'
-        to_do = f"{place.command('prepare', 'KEY', '--parent', parent)} and tar -x make a layer there"
+        to_do = (
+            f"{place.command('export', parent, 'oci:DIR')}, and snapfs import oci:DIR, make the same of layers that have one"
+        )
         raise Refusal(f"cannot import a layer onto it: {words}: {to_do}", NOT_PERMITTED)
     return parent
 
@@ -597,6 +602,11 @@ class _Naming:
         self._has_images = place.within.exists(f"{place.path}/images")
         if name is not None and not self._has_images:
             raise Refusal(f"{place.path} has no images/, where a NAME would be: import without one, or start the daemon anew")
+        if name is not None:
+            try:
+                file_name(name)
+            except SnapshotError as error:
+                raise Refusal(f"no image can be called so: {error}", USAGE) from None
 
     def refuse_taken(self, top: str, config: bytes) -> None:
         """Raise Refusal where a name, or the configuration of another image, would be replaced, and is not to be.  ``top`` is

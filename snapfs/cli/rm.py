@@ -11,7 +11,7 @@ from snapfs.cli.refusal import NOT_FOUND, USAGE, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from snapfs.cli.listing import Row
     from snapfs.cli.place import MountedTree
@@ -35,15 +35,23 @@ def remove(place: MountedTree, wanted: Sequence[Row]) -> tuple[list[Row], list[R
     return removed, refused
 
 
+def _paths(place: MountedTree, word: str) -> Iterator[str]:
+    """Where the name ``word`` in images/ may be: it is the name itself, or its path in the tree, as all verbs take that."""
+    yield f"{place.path}/images/{file_name(word)}"
+    image = word.removeprefix("images/")
+    if image and image != word:
+        yield f"{place.path}/images/{file_name(image)}"
+        if "/" not in image and image not in (".", ".."):
+            yield f"{place.path}/images/{image}"
+
+
 def _unname(place: MountedTree, given: Given) -> int:
     """Take names in images/ away, each that can be."""
     if given.has("recursive") or given.has("dry-run"):
         raise Refusal("--image takes names in images/ away, and no snapshot: leave --recursive and --dry-run out", USAGE)
     status = 0
     for word in given.arguments:
-        path = f"{place.path}/images/{file_name(word)}"
-        if not place.within.exists(path) and word.startswith("images/"):
-            path = f"{place.path}/{word}"
+        path = next(filter(place.within.exists, _paths(place, word)), f"{place.path}/images/{file_name(word)}")
         try:
             place.do(f'take the name "{word}" away', ["unlink"], place.within.unlink, path)
         except Refusal as refusal:
