@@ -634,6 +634,42 @@ def test_skopeo_and_what_it_does_not_know(command: Command, tmp_path: Path, monk
     assert '"nowhere" is no transport that is known' in refused(command, "nowhere:x")
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (
+            'pinging registry: Get \\"https://r/v2/\\": http: server gave HTTP response to HTTPS client',
+            "it has no TLS; ~/.config/containers/registries.conf can say so",
+        ),
+        ("reading manifest 1 in r/a: unauthorized: authentication required", "skopeo login HOST, once"),
+        (
+            "getting username: 1 error occurred:\\n\\t* open auth.json: denied\\n\\n",
+            "1 error occurred: * open auth.json: denied",
+        ),
+    ],
+)
+def test_what_skopeo_says(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, shown: str) -> None:
+    """What to do is said with it, and its lines become one."""
+    (tmp_path / "said").write_text(f'time="2026-11-30T07:05:19Z" level=fatal msg="{words}"\n')
+    (tmp_path / "skopeo").write_text(f"#!/bin/sh\ncat {tmp_path}/said >&2; exit 1\n")
+    (tmp_path / "skopeo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert shown in refused(command, "docker://r/a:1")
+
+
+def test_what_is_there_in_no_form(command: Command, tmp_path: Path) -> None:
+    """Each refusal says what was meant, perhaps."""
+    (tmp_path / "empty").touch()
+    assert "there is nothing in it" in refused(command, f"{tmp_path}/empty")
+    for transport in ("oci", "oci-archive", "docker-archive"):
+        assert "it says no path" in refused(command, f"{transport}:")
+    image = "docker.io/library/alpine:3.20"
+    said = refused(command, image, status=3)
+    assert said == f"snapfs: cannot import {image}: there is no such file; an image of a registry is docker://{image}\n"
+    for path in (f"{tmp_path}/none", "./a.b/none", "a.b/none.tar"):
+        assert refused(command, path, status=3) == f"snapfs: cannot import {path}: there is no such file\n"
+
+
 def test_another_snapshot_with_that_name(command: Command, layout: Layout) -> None:
     top = layout.add("t", three())
     command("prepare", "p")
@@ -842,6 +878,14 @@ def home(everybodys_fuse: None, users: None) -> Iterator[Home]:
         home.daemon.start()
         yield home
         assert home.daemon.stop() == 0
+
+
+def test_a_file_in_a_directory_that_is_closed(home: Home) -> None:
+    """It is not told that it was not there."""
+    home.sh("mkdir closed; touch closed/layer.tar; chmod 0 closed")
+    said = home.snapfs("import", home.path / "closed/layer.tar", status=6)
+    home.sh("chmod 700 closed")
+    assert said == f"snapfs: cannot import {home.path}/closed/layer.tar: Permission denied\n"
 
 
 def test_hers(home: Home) -> None:

@@ -153,7 +153,9 @@ def test_numbers_in_base_256_and_check_sums_of_old() -> None:
 @pytest.mark.parametrize(
     ("archive", "why"),
     [
-        (b"x" * BLOCK, "a number in it is none"),
+        (b"x" * BLOCK, "damaged, or none: the check sum"),
+        (b"\xff" * BLOCK, "damaged, or none: the check sum"),
+        (b"hello\n", "cut off, or none: there are 6 bytes"),
         (b"\0" * 100 + b"x" + b"\0" * 411, "check sum"),
         (header()[:300], "cut off"),
         (header(size=b"00000001000") + b"short", "cut off"),

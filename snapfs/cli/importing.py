@@ -57,6 +57,8 @@ _KEY = "import-"
 _DRAFT = re.compile(rf"{_KEY}[0-9a-f]{{32,128}}")
 _CHAIN = re.compile(r"sha256:[0-9a-f]{64}")
 _TRANSPORT = re.compile(r"[a-z][a-z0-9+.-]*:")
+_IN_REGISTRY = re.compile(r"[a-z0-9-]+\.[a-z0-9.-]+/[a-z0-9._/-]+(:[\w.-]+|@sha256:[0-9a-f]{64})?")
+_ARCHIVES = ".tar", ".gz", ".tgz", ".zst"
 _PATIENCE = 5.0  # seconds in which the namespace of a process that was killed is gone, where somebody looks through all
 _WAITING = 4  # layers a processor that wait, unpacked, for those below
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -534,8 +536,13 @@ def _opened(
     if os.path.lexists(source):
         return _archive(source)
     if not _TRANSPORT.match(source):
-        if "/" in source or source.endswith((".tar", ".gz", ".tgz", ".zst")):
-            raise Refusal(f"cannot import {printable(source)}: there is no such file", NOT_FOUND)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
+            os.lstat(source)  # it may be one that can't be looked at
+        is_archive = source.endswith(_ARCHIVES)
+        if "/" in source or is_archive:
+            is_elsewhere = not is_archive and _IN_REGISTRY.fullmatch(source)
+            to_do = f"; an image of a registry is docker://{source}" if is_elsewhere else ""
+            raise Refusal(f"cannot import {printable(source)}: there is no such file{to_do}", NOT_FOUND)
         sources = "oci:DIR, oci-archive:FILE, docker-archive:FILE, docker://HOST/NAME:TAG, and an archive of a layer, are"
         raise Refusal(f"cannot import {printable(source)}: it is neither a file nor an image: {sources}", USAGE)
     progress = Progress()
@@ -571,6 +578,8 @@ def _split(text: str, is_place: Any) -> tuple[str, str]:
         if is_place(text[:end]):
             return text[:end], text[end + 1 :]
     path = text.partition(":")[0] or text
+    if not path:
+        raise Unfit("it says no path")
     os.stat(path)
     raise Unfit(f"{shown(path)} is {'no' if is_place is os.path.isdir else 'a'} directory")
 

@@ -30,6 +30,14 @@ _NAME = re.compile(r'^Error parsing image name "[^"]*": |^initializing source \S
 _LOGGED = re.compile(r'msg="(.*)"$')
 _UNKNOWN = re.compile(r'unknown transport "([^"]*)"')
 _FULL = "no space left on device"
+_ADVICE = {
+    "server gave HTTP response to HTTPS client": ": it has no TLS; ~/.config/containers/registries.conf can say so of it: "
+    '[[registry]], location = "HOST:PORT", insecure = true, a line each',
+    **dict.fromkeys(
+        ("authentication required", "unauthorized: "), ": skopeo login HOST, once, is for a registry that wants a password"
+    ),
+}
+"""What to do, by what is in skopeo's words."""
 _FETCHED, _SENT = "snapfs-image-", "snapfs-export-"  # directories of this process's own
 _OLD = {_FETCHED: 86_400.0, _SENT: 60.0}
 """Seconds after which what a process that was killed has left is of no more use: what an import had fetched is for the next."""
@@ -314,8 +322,12 @@ def _said(stderr: bytes) -> str:
     last = (stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
     logged = _LOGGED.search(last)
     text = last if logged is None else logged[1].replace('\\"', '"')
+    text = " ".join(re.split(r"(?:\\[nt]|\s)+", text)).strip()
     unknown = _UNKNOWN.search(text)
-    return _unknown(unknown[1]) if unknown is not None else printable(_NAME.sub("", text))[:1000]
+    if unknown is not None:
+        return _unknown(unknown[1])
+    to_do = next((to_do for words, to_do in _ADVICE.items() if words in text), "")
+    return printable(_NAME.sub("", text))[:1000] + to_do
 
 
 def _unknown(transport: str) -> str:

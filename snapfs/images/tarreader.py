@@ -177,6 +177,8 @@ class TarReader:
             self._leave()
             block = self._stream.take(BLOCK)
             if len(block) < BLOCK:
+                if block and self._stream.taken == len(block):
+                    raise Unfit(f"the archive is cut off, or none: there are {len(block)} bytes of it")
                 if block:
                     raise Unfit("the archive is cut off in the middle of an entry's header")
                 return None
@@ -340,7 +342,10 @@ class TarReader:
 
 
 def _check_sum(block: bytes) -> None:
-    stored = _number(block[148:156])
+    try:
+        stored = _number(block[148:156])
+    except Unfit:
+        stored = -1
     plain = sum(block) - sum(block[148:156]) + 8 * 32
     if stored == plain:
         return

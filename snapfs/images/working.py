@@ -180,6 +180,8 @@ class _Work:
                 is_first &= entry.name in (b".", b"./")
                 unpacking.add(entry, reader)
                 self._tell(unpacking)
+            if self._has_end and feed.is_empty:
+                raise Unfit("there is nothing in it")
             if self._has_end and not reader.has_end:
                 raise Unfit("the archive is cut off: the empty blocks that mark its end are missing")
             feed.drain()
@@ -242,6 +244,11 @@ class _Feed:
                 raise piece
             if piece:
                 yield piece
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was nothing, at the end."""
+        return not self._unpacked
 
     def drain(self) -> None:
         """Leave out what is behind the end of the archive."""
