@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -25,7 +26,7 @@ from snapfs.errors import InvalidArgument
 from snapfs.images import writing
 from snapfs.images.configuration import Step, architecture, configuration
 from snapfs.images.held import LOCK
-from tests.command import SNAPFS, Command, forked, held
+from tests.command import SNAPFS, Command, OnATerminal, forked, held
 from tests.mounts import unanswering
 from tests.syscalls import EVERY, KILL, Server, running
 from tests.trees import everything
@@ -179,6 +180,13 @@ def test_one_layer(chain: Command, tmp_path: Path) -> None:
     assert chain.names() == ["base", "v1"]
     chain("export", "--squash", "base", f"oci:{tmp_path}/images:base")
     assert Layout(tmp_path / "images").layers("base") == [layer(chain, "base")]
+
+
+def test_progress_is_told(chain: Command, tmp_path: Path) -> None:
+    """Of layers and bytes: nobody counts files there."""
+    said = OnATerminal("export", "--at", str(chain.mnt), "v1", f"oci:{tmp_path}/images").said()
+    assert re.search(r"layer 1 of 2: [\d.]+[KM]?\s", said), said
+    assert "files" not in said
 
 
 def unpack(archive: Path, directory: Path) -> None:

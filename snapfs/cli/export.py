@@ -161,7 +161,7 @@ def _write(place: MountedTree, name: str, layers: list[_Layer], destination: Des
             def told(size: int, nth: int = nth) -> None:
                 nonlocal read
                 read += size
-                progress.show_count(f"layer {nth + 1} of {len(layers)}", nth, read)
+                progress.show_size(f"layer {nth + 1} of {len(layers)}", read)
 
             layer.open()
             with contextlib.closing(layer):
