@@ -212,6 +212,13 @@ def test_archives(chain: Command, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["docker", "docker.tar", "oci", "oci.tar"]
 
 
+@pytest.mark.parametrize("tag", ["v1", "A.b-c_d+e", "host.local:5000/a/b:1", "a--b"])
+def test_a_tag_that_others_take(chain: Command, tmp_path: Path, tag: str) -> None:
+    chain("export", "base", f"oci:{tmp_path}/images:{tag}")
+    skopeo = ["skopeo", "inspect", f"oci:{tmp_path}/images:{tag}"]
+    assert subprocess.run(skopeo, capture_output=True, check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("given", "name"),
     [("shop", "shop:latest"), ("host:5000/a/b_c", "host:5000/a/b_c:latest"), ("Host.local/shop:A_1", "Host.local/shop:A_1")],
@@ -323,6 +330,11 @@ def test_refusals(chain: Command, tmp_path: Path) -> None:
         (["v1", f"oci:{tmp_path}/file"], 1, "is no directory"),
         (["v1", f"oci:{tmp_path}/no/such"], 1, "No such file or directory"),
         (["v1", f"oci-archive:{tmp_path}/no/such"], 1, "No such file or directory"),
+        *(
+            (["v1", f"{transport}:{tmp_path}/new:{tag}"], 1, f'"{tag}" is no tag of an image')
+            for tag in ("a b", "-a", "a__b", "a/", "..")
+            for transport in ("oci", "oci-archive")
+        ),
         *(
             (["v1", f"docker-archive:{tmp_path}/docker.tar:{name}"], 1, f'"{name}" is no NAME:TAG that docker load takes')
             for name in ("Shop:1", "shop:", "shop:x/2", "shop@1", "a//b", "-a", "shop:.1")

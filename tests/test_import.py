@@ -692,6 +692,23 @@ def test_a_full_disk(make_daemon: Callable[..., Daemon], small_disk: Path, layou
     assert daemon.stop() == 0
 
 
+def test_no_place_on_the_way(command: Command, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What to set is said; and what is set to nothing is not set."""
+    layout.add("t", [Layer().add("f").done()])
+    with layout.archive(tmp_path / "tar").open("rb") as file, gzip.open(tmp_path / "packed", "wb", 1) as packed:
+        shutil.copyfileobj(file, packed)
+    places = f"dir:{tmp_path}/new", f"oci-archive:{tmp_path}/packed"
+    monkeypatch.setenv("TMPDIR", f"{tmp_path}/none")
+    said = f"{tmp_path}/none, where images are kept meanwhile: No such file or directory: $TMPDIR names another place\n"
+    for place in places:
+        assert refused(command, place) == f"snapfs: cannot import {place}: {said}"
+    command("prepare", "w")
+    command("commit", "w", "v1")
+    assert command("export", "v1", "docker://localhost:1/v1", status=1) == f"snapfs: {said}"
+    monkeypatch.setenv("TMPDIR", "")
+    command("import", places[1])
+
+
 def test_a_full_disk_on_the_way(
     command: Command, small_disk: Path, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

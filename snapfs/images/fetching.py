@@ -214,10 +214,13 @@ def _refuse(said: str, *, has_some: bool) -> NoReturn:
 @contextlib.contextmanager
 def _private(prefix: str, *, keeps: bool = False) -> Iterator[str]:
     """A directory of this process's own; ``keeps``: it stays where the block is interrupted, or raises Unfinished."""
-    for left in _left(prefix):
-        if os.stat(left).st_mtime < time.time() - _OLD[prefix]:
-            shutil.rmtree(left, ignore_errors=True)
-    directory = tempfile.mkdtemp(prefix=prefix, dir=layouts.spool())
+    try:
+        for left in _left(prefix):
+            if os.stat(left).st_mtime < time.time() - _OLD[prefix]:
+                shutil.rmtree(left, ignore_errors=True)
+        directory = tempfile.mkdtemp(prefix=prefix, dir=layouts.spool())
+    except OSError as error:
+        raise layouts.no_spool(error) from None
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     stays = False
     try:

@@ -232,7 +232,11 @@ def _unpacked_to_disk(blob: Blob, limits: Limits) -> Blob:
         packed += len(found)
         return found
 
-    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+    try:
+        made = tempfile.TemporaryFile(dir=place, buffering=0)  # noqa: SIM115, closed by with
+    except OSError as error:
+        raise no_spool(error) from None
+    with made as file:
         for piece in unpacked(counted):
             try:
                 file.write(piece)
@@ -246,7 +250,12 @@ def _unpacked_to_disk(blob: Blob, limits: Limits) -> Blob:
 
 def spool() -> str:
     """Where images are kept for as long as an import or an export takes."""
-    return os.environ.get("TMPDIR", "/var/tmp")
+    return os.environ.get("TMPDIR") or "/var/tmp"
+
+
+def no_spool(error: OSError) -> Unfit:
+    """The refusal where that can't be had."""
+    return Unfit(f"{spool()}, where images are kept meanwhile: {error.strerror}: $TMPDIR names another place")
 
 
 # -- from files to an image

@@ -43,6 +43,10 @@ _PART = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
 _REFERENCE = re.compile(rf"(?:[A-Za-z0-9.-]+(?::[0-9]+)?/)?{_PART}(?:/{_PART})*(:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?")
 """What an image is called, as Docker has it; whether there is a tag in it."""
 
+_TAG_PART = r"[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*"
+_TAG = re.compile(rf"{_TAG_PART}(?:/{_TAG_PART})*")
+"""What an image is called in a layout, as OCI has it: programs refuse all else."""
+
 
 class Blob(NamedTuple):
     """A file of an image: its media type, its digest (``sha256:…``) and its size in bytes."""
@@ -165,6 +169,7 @@ class OciDirectory(_Oci):
     Raises InvalidArgument where something else is at ``path``; Untrusted where others could exchange it; OSError."""
 
     def __init__(self, path: str, tag: str, how: str) -> None:
+        _check_tag(tag)
         self._tag = tag
         with ExitStack() as held:
             self._top = held.enter_context(HeldDirectory.find(path, may_make=True))
@@ -189,6 +194,13 @@ class OciDirectory(_Oci):
             if not self._top.has(_LAYOUT):
                 self._top.replace(_LAYOUT, as_json({"imageLayoutVersion": "1.0.0"}))
             self._top.replace(_INDEX, as_json(index))
+
+
+def _check_tag(tag: str) -> None:
+    """Raise InvalidArgument where ``tag`` ("" for none) can be none."""
+    if tag and not _TAG.fullmatch(tag):
+        words = "letters and digits, with one of -._:@+ or / between them, are, as in test.local/shop:1"
+        raise InvalidArgument(f'"{tag}" is no tag of an image: {words}')
 
 
 def _called(tag: str) -> dict[str, str]:
@@ -338,6 +350,7 @@ class OciArchive(_Oci):
     """The layout as one ``archive``, with the image called ``tag``."""
 
     def __init__(self, archive: Archive, tag: str, how: str) -> None:
+        _check_tag(tag)
         self._archive = archive
         self._tag = tag
         super().__init__(_InArchive(archive), how, {})
