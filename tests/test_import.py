@@ -37,7 +37,7 @@ from tests.rootfs import stats
 from tests.syscalls import EVERY, KILL, Call, Server, running
 from tests.tree import info, remove_all
 from tests.trees import everything
-from tests.users import ALICE, alice
+from tests.users import ALICE, alice, run
 
 pytestmark = pytest.mark.mounts
 
@@ -983,6 +983,32 @@ def test_a_draft_that_others_could_have_made_is_made_anew(make_daemon: Callable[
     command("import", f"oci:{layout.top}")
     settled(command.mnt, tars)
     assert not (layer(command.mnt, chain_of(tars)[0]) / "passwd").exists()
+
+
+@pytest.mark.usefixtures("open_path")
+def test_a_draft_that_others_have_committed_onto_what_they_like(
+    make_daemon: Callable[..., Daemon], server: Server, layout: Layout
+) -> None:
+    """A layer that an import has made is none of the image's where it stands on others than the image's."""
+    command, tars = Command(make_daemon(*OTHERS_WRITE).start().mnt), three()
+    layout.add("t", tars)
+    names = chain_of(tars)
+    command("prepare", "evil")
+    (layer_of(command, "evil") / "passwd").write_text("evil")
+    command("commit", "--no-sync", "evil", "evil")
+    for nth in range(3):
+        with server.started(held, str(command.mnt), "import", f"oci:{layout.top}") as process:
+            assert process.hold(lambda call: KILL if call.name == "renameat" and "import-" in str(call) else None)
+        key = f"import-{names[nth].partition(':')[2]}"
+        moved = run(alice, "mv", command.mnt / "active" / key, command.mnt / "committed/evil/committed" / names[nth])
+        assert moved.returncode == 0, moved.stderr
+        assert info(command.mnt / "committed" / names[nth])["parent"] == "evil"
+        words = refused(command, f"oci:{layout.top}", status=6)
+        assert f'snapshot "{names[nth]}" is there, but others than you may write the tree, and could have made it' in words
+        command("rm", names[nth])
+    command("rm", "evil")
+    command("import", f"oci:{layout.top}")
+    settled(command.mnt, tars)
 
 
 # -- images/, in trees that have it

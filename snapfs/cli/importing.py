@@ -7,7 +7,7 @@ says.  So a refusal leaves nothing, and what a command that was killed has left 
 the label DIFF_ID says so, if the machine has not been started anew since; else the next import removes it.
 
 Where others may write the tree they may have given any snapshot that name and those labels.  There it counts as well what only
-who writes ROOT can have noted: IMPORTED, an attribute of the layer's directory.
+who writes ROOT can have noted: IMPORTED, an attribute of the layer's directory, there and of all that it stands on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from snapfs.cli.place import MountedTree, file_name, find_tree, key_of
 from snapfs.cli.prepare import make
 from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import BUSY, FAILED, NOT_FOUND, NOT_PERMITTED, TAKEN, USAGE, Refusal
-from snapfs.errors import InvalidArgument, SnapshotError
+from snapfs.errors import Damaged, InvalidArgument, SnapshotError
 from snapfs.images import fetching
 from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, docker_image, file_blob, oci_image
 from snapfs.images.limits import Limits
@@ -41,8 +41,10 @@ from snapfs.images.unfit import Unfit
 from snapfs.images.working import FAILED as BROKEN
 from snapfs.images.working import FINISHED, UNFIT, UNPACKED, Place, Worker
 from snapfs.labels import DIFF_ID, IMPORTING
+from snapfs.model import Kind
 from snapfs.mountspec import MOST_LOWERS
 from snapfs.names import printable, shown, word
+from snapfs.root import imprint
 from snapfs.root.trash import Trash
 
 TYPE_CHECKING = False
@@ -110,6 +112,8 @@ class _Import:
         refuse_unwritable(self.place, self._root, f"cannot import {self._source}")
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each layer has two
+        if self._parent is not None:
+            self._is_there(self._parent, label_of(self.place, self.place.directory("committed", self._parent), DIFF_ID))
         first, parent = self._found(layers, names)
         count = len(layers)
         self._tasks = [
@@ -173,9 +177,28 @@ class _Import:
         if not self.place.is_labelled_by_others(directory):
             return True
         number = number or json.loads(self.place.read(f"{directory}/info.json"))["id"]
-        with contextlib.suppress(OSError):
-            return os.getxattr(self._own(number), IMPORTED, follow_symlinks=False) == name.encode()
+        with contextlib.suppress(OSError, Damaged):
+            return self._is_made(number, name)
         return False
+
+    def _is_made(self, number: int, name: str) -> bool:
+        """Whether imports have made the snapshot ``number``, as the layer ``name``, and all that it stands on: others may have
+        committed a draft onto what they like.  Raises OSError, Damaged."""
+        while self._noted(number) == name and (found := imprint.read(self._own(number))) is not None:
+            record = found.record
+            if record.kind is not Kind.COMMITTED:
+                return not record.parent
+            below = self._noted(record.parent) if record.parent else ""
+            if imagejson.chain_id(below, record.labels.get(DIFF_ID, "")) != name:
+                return False
+            if not record.parent:
+                return True
+            number, name = record.parent, below
+        return False
+
+    def _noted(self, number: int) -> str:
+        """The layer that an import has made as the snapshot ``number``.  Raises OSError."""
+        return os.fsdecode(os.getxattr(self._own(number), IMPORTED, follow_symlinks=False))
 
     def _note_imported(self, task: _Task) -> None:
         with contextlib.suppress(OSError):  # it has no room for that: then the layer is not sure where others write
