@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import hpack
 import pytest
@@ -13,8 +15,9 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from snapfs.containerd import http2
-from snapfs.containerd.http2 import BACKLOG, HEADERS, PREFACE, STREAMS, Connection, Stream, literals
+from snapfs import open_snapshotter
+from snapfs.containerd import ORIGIN, http2, server
+from snapfs.containerd.http2 import BACKLOG, HEADERS, PREFACE, STREAMS, Connection, Held, Stream, literals
 
 LARGEST = 1000
 DATA, HEADER, PRIORITY, RESET, SETTINGS, PUSH, PING, AWAY, WINDOW, CONTINUATION = range(10)
@@ -87,13 +90,15 @@ async def echo(stream: Stream) -> None:
 
 
 @asynccontextmanager
-async def connected(handle: Callable[[Stream], Awaitable[None]] = echo, preface: bytes = PREFACE) -> AsyncIterator[Client]:
+async def connected(
+    handle: Callable[[Stream], Awaitable[None]] = echo, preface: bytes = PREFACE, held: Held | None = None
+) -> AsyncIterator[Client]:
     here, there = socket.socketpair()
     there.setblocking(False)
 
     async def serve() -> None:
         with there:
-            await Connection(there, LARGEST, handle).run()
+            await Connection(there, LARGEST, handle, held).run()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve)
@@ -265,6 +270,150 @@ async def test_who_goes_has_what_is_under_way_cancelled() -> None:
         await begun.wait()
         await client.stream.aclose()
         await cancelled.wait()
+
+
+async def test_no_frame_takes_longer_for_what_else_is_under_way() -> None:
+    """Settings that change the windows of thousands of requests, again and again: others have their turn meanwhile."""
+    worst, sent = 0.0, trio.Event()
+
+    async def others() -> None:
+        nonlocal worst
+        while not sent.is_set():
+            began = time.process_time()
+            await trio.lowlevel.checkpoint()
+            worst = max(worst, time.process_time() - began)
+
+    async def wait(stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    async with connected(wait) as client:
+        for stream in range(1, 2 * STREAMS, 2):
+            await client.send(frame(HEADER, ALL, stream, ASKED))
+        many = frame(SETTINGS, 0, 0, struct.pack(">HL", 4, 65535) * 2730)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(others)
+            await client.send(many * 8 + frame(PING, 0, 0, bytes(8)))
+            await client.frame(PING)
+            sent.set()
+    assert worst < 0.3
+
+
+async def test_answers_share_a_window_that_opens_slowly() -> None:
+    async def answer(stream: Stream) -> None:
+        await stream.send(STATUS, bytes(3000))
+        stream.end(STATUS)
+
+    async with connected(answer) as client:
+        streams = range(1, 101, 2)
+        await client.send(b"".join(request(stream) for stream in streams))
+        left = {stream: 3000 for stream in streams}
+        taken = 0
+        while any(left.values()):
+            _, _, stream, data = await client.frame(DATA)
+            left[stream] -= len(data)
+            taken += len(data)
+            if taken >= 65535 and len(data):
+                await client.send(frame(WINDOW, 0, 0, struct.pack(">L", 700)))
+        assert set(left.values()) == {0}
+
+
+async def test_of_headers_what_says_nothing_is_not_kept() -> None:
+    kept: list[dict[bytes, bytes]] = []
+
+    async def answer(stream: Stream) -> None:
+        kept.append(stream.headers)
+        stream.end(STATUS)
+
+    async with connected(answer) as client:
+        more = literals([(b"grpc-timeout", b"1S"), (b"a", bytes(8000))])
+        await client.send(frame(HEADER, ALL | END, 1, ASKED + more))
+        await client.frame(HEADER)
+    assert kept == [{b":path": b"/x", b"grpc-timeout": b"1S"}]
+
+
+async def test_requests_of_all_connections_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are whole count, too, until they are answered."""
+    monkeypatch.setattr(http2, "HELD", 2 * LARGEST)
+    held, begun = Held(), trio.Event()
+
+    async def wait(stream: Stream) -> None:
+        if stream.body is not None:
+            begun.set()
+            await trio.sleep_forever()
+        await echo(stream)
+
+    async with connected(wait, held=held) as one, connected(wait, held=held) as two:
+        await one.send(request(1, bytes(LARGEST)) + frame(HEADER, ALL, 3, ASKED) + frame(DATA, 0, 3, bytes(LARGEST)))
+        await begun.wait()
+        await one.send(frame(PING, 0, 0, bytes(8)))
+        await one.frame(PING)
+        await two.send(request(1, b"x"))
+        assert await two.answer(1) == b"-"
+        await one.stream.aclose()
+        while held.size:
+            await trio.lowlevel.checkpoint()
+
+
+# -- the server
+
+
+STAT = "/containerd.services.snapshots.v1.Snapshots/Stat"
+LIST = "/containerd.services.snapshots.v1.Snapshots/List"
+
+
+def call(stream: int, path: str, body: bytes = b"") -> bytes:
+    message = b"\0" + len(body).to_bytes(4, "big") + body
+    return frame(HEADER, ALL, stream, literals([(b":path", path.encode())])) + frame(DATA, END, stream, message)
+
+
+@asynccontextmanager
+async def client_of(path: Path, first_window: int = 65535) -> AsyncIterator[Client]:
+    with trio.fail_after(20):
+        async with await trio.open_unix_socket(path) as stream:
+            client = Client(stream)
+            await client.send(PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HL", 4, first_window)))
+            yield client
+
+
+async def status(client: Client) -> bytes:
+    """That of the next call that ends."""
+    while True:
+        _, flags, _, payload = await client.frame(HEADER)
+        if flags & END:
+            return dict(hpack.Decoder(HEADERS).decode(payload, raw=True))[b"grpc-status"]
+
+
+@pytest.fixture
+async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Path]:
+    monkeypatch.setattr(server, "CONNECTIONS", 6)
+    async with open_snapshotter(tmp_path / "root") as snapshotter:
+        await snapshotter.prepare("a", origin=ORIGIN)
+        async with server.serving(str(tmp_path / "s"), snapshotter):
+            yield tmp_path / "s"
+
+
+async def test_who_takes_no_answer_keeps_nobody_else_from_having_one(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told of many snapshots is in memory meanwhile: of few answers, and for a while."""
+    monkeypatch.setattr(server, "TAKING", 0.5)
+    async with client_of(served, first_window=0) as lazy, client_of(served) as other:
+        streams = range(1, 2 * server.LISTS + 4, 2)
+        await lazy.send(b"".join(call(stream, LIST) for stream in streams))
+        await trio.sleep(0.1)
+        await other.send(call(1, STAT))
+        assert await status(other) == b"5"
+        await other.send(call(3, LIST))
+        assert await status(other) == b"0"
+        assert {await status(lazy) for _ in streams} == {b"8"}
+
+
+async def test_an_idle_connection_makes_room_for_another(served: Path) -> None:
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(client_of(served)) for _ in range(7)]
+        await clients[0].send(call(1, STAT))
+        with pytest.raises((EOFError, trio.BrokenResourceError)):
+            await status(clients[0])
+        await clients[-1].send(call(1, STAT))
+        assert await status(clients[-1]) == b"5"
 
 
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 63), st.integers(0, 7), st.binary(max_size=40)), max_size=12))

@@ -2,12 +2,14 @@
 
 An answer goes to the socket from the task that has it; only where the client takes no more is it left to another task.  What a
 client may have at once is bounded: bytes of headers, of requests and of answers that it doesn't take, and requests under way.
+No frame takes longer for what else is under way, and other tasks have their turn between two of them.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 
@@ -23,10 +25,16 @@ HEADERS = 16 << 10
 """Bytes of a request's headers, as they are sent, and as they are meant."""
 
 HELD = 16 << 20
-"""Bytes of requests that are not whole, in one connection."""
+"""Bytes of requests that are not answered, in all connections that share a ``Held``."""
+
+KEPT = (b":path", b"grpc-timeout")
+"""The headers of a request that say something here."""
 
 BACKLOG = 1 << 20
 """Bytes of answers that a client has not taken, from which on nothing more is read of it."""
+
+TURN = 0.005
+"""Seconds of frames of one connection, after which other tasks have their turn."""
 
 _FRAME = 16 << 10  # bytes of one: what is allowed as long as nobody says otherwise
 _CHUNK = 64 << 10  # read at once
@@ -51,20 +59,30 @@ class Broken(Exception):
         self.code = code
 
 
+class Held:
+    """``size``: the bytes of requests that are not answered."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+
 class Stream:
     """One request, and its answer.
 
-    ``headers`` are those of the request, ``body`` is what came with them, None where that was more than may be.  ``cancelled``
-    is called when the client wants no answer any more.
+    ``headers`` are those of the request that are KEPT, ``body`` is what came with them, None where that was more than may be.
+    ``cancelled`` is called when the client wants no answer any more.
     """
 
-    def __init__(self, connection: Connection, number: int, headers: dict[bytes, bytes], window: int) -> None:
+    def __init__(self, connection: Connection, number: int, headers: dict[bytes, bytes]) -> None:
         self.headers = headers
         self.body: bytearray | None = bytearray()
         self.is_open = True
         self.cancelled: Callable[[], None] = lambda: None
         self.number = number
-        self.window = window
+        self.more = 0
+        """Bytes that the client takes yet of this stream, beyond ``Connection.first_window``."""
+        self.room = trio.lowlevel.ParkingLot()
+        """Woken when these become more."""
         self.is_whole = False  # nothing more comes
         self.is_begun = False
         self._connection = connection
@@ -80,16 +98,24 @@ class Stream:
         self.begin(headers)
         connection = self._connection
         at = 0
-        while at < len(data) and self.is_open:
-            room = min(self.window, connection.window, _FRAME, len(data) - at)
-            if room <= 0 or connection.backlog > BACKLOG:
+        try:
+            while at < len(data) and self.is_open:
+                own = connection.first_window + self.more
+                if own > 0 and connection.has_room:
+                    size = min(own, connection.window, _FRAME, len(data) - at)
+                    self.more -= size
+                    connection.window -= size
+                    connection.write(_frame(_DATA, 0, self.number, data[at : at + size]))
+                    at += size
+                    continue
                 connection.flush()
-                await connection.room.park()
-                continue
-            self.window -= room
-            connection.window -= room
-            connection.write(_frame(_DATA, 0, self.number, data[at : at + room]))
-            at += room
+                if own <= 0:
+                    connection.pass_on()
+                    await self.room.park()
+                elif not connection.has_room:
+                    await connection.room.park()
+        finally:
+            connection.pass_on()
 
     def end(self, headers: bytes) -> None:
         """End the answer with these headers, encoded."""
@@ -108,22 +134,29 @@ class Connection:
     ``handle`` answers one request, in a task of its own, which is cancelled when the connection ends.
     """
 
-    def __init__(self, connected: socket.socket, largest: int, handle: Callable[[Stream], Awaitable[None]]) -> None:
+    def __init__(
+        self, connected: socket.socket, largest: int, handle: Callable[[Stream], Awaitable[None]], held: Held | None = None
+    ) -> None:
         self.window = 65535  # bytes that the client takes yet, of all streams
+        self.first_window = 65535  # and of each, from its beginning
         self.room = trio.lowlevel.ParkingLot()
-        """Woken whenever the client takes more."""
+        """Woken when the client takes more: the first that waits, and that the next, if it leaves anything."""
+        self.used = trio.current_time()
+        """When it was read last."""
         self._socket = connected
         self._largest = largest
         self._handle = handle
-        self._first_window = 65535
         self._streams: dict[int, Stream] = {}
         self._last = 0
-        self._held = 0  # bytes of bodies that are not whole
+        self._held = held or Held()
         self._received = 0  # bytes of data of which the client has not been told
         self._is_ending = False
         self._unsent = bytearray()
         self._is_draining = False
+        self._taken = trio.lowlevel.ParkingLot()  # woken when there is less unsent
+        self._scope = trio.CancelScope()
         self._hpack = hpack.Decoder(max_header_list_size=HEADERS)
+        self._wakes_all = False  # what waits for its own stream's window
         self._block: tuple[int, int, bytearray] | None = None  # headers that go on: their stream, its flags, what came
         self._nursery: trio.Nursery | None = None
 
@@ -131,15 +164,32 @@ class Connection:
 
     async def run(self) -> None:
         """Answer what comes, until the client is gone, or breaks the protocol."""
-        async with trio.open_nursery() as self._nursery:
-            with suppress(OSError):
-                try:
-                    await self._read()
-                except Broken as broken:
-                    self._go_away(broken.code)
-                except (hpack.HPACKError, UnicodeError):
-                    self._go_away(_COMPRESSION_ERROR)
-            self._nursery.cancel_scope.cancel()
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    with suppress(OSError):
+                        try:
+                            await self._read()
+                        except Broken as broken:
+                            self._go_away(broken.code)
+                        except (hpack.HPACKError, UnicodeError):
+                            self._go_away(_COMPRESSION_ERROR)
+                    self._nursery = None  # nobody begins anything any more
+                    nursery.cancel_scope.cancel()
+        finally:
+            for stream in list(self._streams.values()):
+                self.close(stream)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return not self._streams
+
+    def drop(self) -> None:
+        """End it at once."""
+        self._go_away(_NO_ERROR)
+        self._scope.cancel()
 
     def end(self) -> None:
         """Take no more requests; those under way go on."""
@@ -163,6 +213,7 @@ class Connection:
             raise Broken(_PROTOCOL_ERROR)
         at = len(PREFACE)
         while True:
+            began = time.perf_counter()
             while len(buffer) - at >= 9:
                 high, low, kind, flags, stream = _HEAD.unpack_from(buffer, at)
                 size = high << 8 | low
@@ -172,8 +223,14 @@ class Connection:
                     break
                 self._take(kind, flags, stream & _MOST, bytes(buffer[at + 9 : at + 9 + size]))
                 at += 9 + size
+                if time.perf_counter() > began + TURN:
+                    self._wake_all()
+                    self.flush()
+                    await trio.lowlevel.checkpoint()
+                    began = time.perf_counter()
             del buffer[:at]
             at = 0
+            self._wake_all()
             self.flush()
             if not await self._receive(buffer):
                 return
@@ -181,7 +238,7 @@ class Connection:
     async def _receive(self, buffer: bytearray) -> bool:
         """Whether there was more to read."""
         while len(self._unsent) > BACKLOG:
-            await self.room.park()
+            await self._taken.park()
         while True:
             await trio.lowlevel.wait_readable(self._socket)
             try:
@@ -189,6 +246,7 @@ class Connection:
             except BlockingIOError:
                 continue
             buffer += received
+            self.used = trio.current_time()
             return bool(received)
 
     def _take(self, kind: int, flags: int, number: int, payload: bytes) -> None:
@@ -236,8 +294,8 @@ class Connection:
             if self._is_ending or len(self._streams) >= STREAMS:
                 self.write(_frame(_RST_STREAM, 0, number, struct.pack(">L", _REFUSED_STREAM)))
                 return
-            headers = {bytes(name): bytes(value) for name, value in found}
-            stream = self._streams[number] = Stream(self, number, headers, self._first_window)
+            headers = {bytes(name): bytes(value) for name, value in found if name in KEPT}
+            stream = self._streams[number] = Stream(self, number, headers)
         if flags & _END_STREAM:
             self._complete(stream)
 
@@ -254,13 +312,13 @@ class Connection:
         if stream.is_whole:
             raise Broken(_PROTOCOL_ERROR)
         if stream.body is not None:
-            if len(stream.body) + len(content) > self._largest or self._held + len(content) > HELD:
-                self._held -= len(stream.body)
+            if len(stream.body) + len(content) > self._largest or self._held.size + len(content) > HELD:
+                self._held.size -= len(stream.body)
                 stream.body = None
                 self._begin(stream)  # to be refused, without the rest
             else:
                 stream.body += content
-                self._held += len(content)
+                self._held.size += len(content)
         if flags & _END_STREAM:
             self._complete(stream)
 
@@ -273,11 +331,10 @@ class Connection:
             if name == _INITIAL_WINDOW_SIZE:
                 if value > _MOST:
                     raise Broken(_FLOW_CONTROL_ERROR)
-                for stream in self._streams.values():
-                    stream.window += value - self._first_window
-                self._first_window = value
+                if value > self.first_window:
+                    self._wakes_all = True
+                self.first_window = value
         self.write(_frame(_SETTINGS, _ACK, 0, b""))
-        self.room.unpark_all()
 
     def _take_window(self, number: int, payload: bytes) -> None:
         if len(payload) != 4:
@@ -287,18 +344,25 @@ class Connection:
             self.window += more
             if self.window > _MOST:
                 raise Broken(_FLOW_CONTROL_ERROR)
+            self.pass_on()
         elif (stream := self._streams.get(number)) is not None:
-            stream.window += more
-            if stream.window > _MOST:
+            stream.more += more
+            if self.first_window + stream.more > _MOST:
                 raise Broken(_FLOW_CONTROL_ERROR)
-        self.room.unpark_all()
+            stream.room.unpark_all()
+
+    def _wake_all(self) -> None:
+        """After some frames: of the settings in them the last counts."""
+        if self._wakes_all:
+            self._wakes_all = False
+            for stream in self._streams.values():
+                stream.room.unpark_all()
 
     def _complete(self, stream: Stream) -> None:
         if stream.is_whole:
             raise Broken(_PROTOCOL_ERROR)
         stream.is_whole = True
         if stream.body is not None:
-            self._held -= len(stream.body)
             self._begin(stream)
 
     def _begin(self, stream: Stream) -> None:
@@ -308,10 +372,11 @@ class Connection:
     def close(self, stream: Stream) -> None:
         """Forget ``stream``, which has ended."""
         stream.is_open = False
-        if not stream.is_whole and stream.body is not None:
-            self._held -= len(stream.body)
+        if stream.body is not None:
+            self._held.size -= len(stream.body)
+            stream.body = None
         self._streams.pop(stream.number, None)
-        self.room.unpark_all()
+        stream.room.unpark_all()
 
     # -- to the client
 
@@ -319,6 +384,16 @@ class Connection:
     def backlog(self) -> int:
         """Bytes that the client has not taken."""
         return len(self._unsent)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the client takes more data, and what was written is not too much already."""
+        return self.window > 0 and len(self._unsent) <= BACKLOG
+
+    def pass_on(self) -> None:
+        """Wake the first that waits for ``room``, if there is any."""
+        if self.room and self.has_room:
+            self.room.unpark()
 
     def write(self, frame: bytes) -> None:
         """Have ``frame`` sent with the next ``flush``."""
@@ -345,7 +420,9 @@ class Connection:
         while self._unsent:
             await trio.lowlevel.wait_writable(self._socket)
             self._send()
-            self.room.unpark_all()
+            self.pass_on()
+            if len(self._unsent) <= BACKLOG:
+                self._taken.unpark_all()
         self._is_draining = False
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import resource
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 from urllib.parse import quote
 
@@ -22,7 +23,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from snapfs.containerd import snapshots_pb2
-from snapfs.containerd.http2 import Connection, Stream, literals
+from snapfs.containerd.http2 import Connection, Held, Stream, literals
 from snapfs.containerd.messages import pages
 from snapfs.containerd.service import Service, Settle
 from snapfs.containerd.socketfile import SocketFile
@@ -35,11 +36,17 @@ log = logging.getLogger(__name__)
 
 GRACE = 2.0  # seconds that calls under way have to end once the server is to stop
 CALLS = 4096  # at once; further ones are refused (ResourceExhausted)
-CONNECTIONS = 1024  # at once; further ones are closed
+CONNECTIONS = 1024  # at once, and a quarter of the descriptors at most; for a further one an idle one is closed, or that one
 QUEUE = 128  # connections that wait to be accepted
 
 LARGEST = 256 << 10
 """Bytes of a request: several times what names and labels may have.  Others would wait while one of millions is looked at."""
+
+LISTS = 8
+"""Answers that tell of many snapshots, at once: each is in memory until its client has taken it."""
+
+TAKING = 60.0
+"""Seconds in which a client must have taken an answer: who reads none keeps nobody else from having one."""
 
 _AGAIN = 0.1  # seconds after which a connection is accepted for which there was no descriptor
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
@@ -52,6 +59,11 @@ _DONE = literals([(b"grpc-status", b"0")])
 
 async def _nobody() -> None:
     """Nobody watches the snapshots elsewhere."""
+
+
+def most_connections() -> int:
+    """How many there may be at once in this process."""
+    return min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
 
 @asynccontextmanager
@@ -123,6 +135,9 @@ class _Server:
         self._methods = {path.encode(): method for path, method in named}
         self._accepting = trio.CancelScope()
         self._connections: set[Connection] = set()
+        self._most = most_connections()
+        self._held = Held()
+        self._lists = trio.CapacityLimiter(LISTS)
         self._calls: set[trio.CancelScope] = set()
         self._is_stopping = False
         self._idle = trio.lowlevel.ParkingLot()
@@ -141,15 +156,23 @@ class _Server:
                         raise
                     await trio.sleep(_AGAIN)
                     continue
-                if len(self._connections) >= CONNECTIONS:
+                if len(self._connections) >= self._most and not self._drop_idle():
                     connected.close()
                     continue
                 connected.setblocking(False)
-                self._nursery.start_soon(self._connected, connected, name="snapfs connection")
+                connection = Connection(connected, LARGEST + 5, self._answer, self._held)
+                self._connections.add(connection)
+                self._nursery.start_soon(self._connected, connected, connection, name="snapfs connection")
 
-    async def _connected(self, connected: socket.socket) -> None:
-        connection = Connection(connected, LARGEST + 5, self._answer)
-        self._connections.add(connection)
+    def _drop_idle(self) -> bool:
+        """End the connection that has been idle for longest; False where each has a request under way."""
+        idle = min((each for each in self._connections if each.is_idle), key=lambda each: each.used, default=None)
+        if idle is not None:
+            self._connections.discard(idle)
+            idle.drop()
+        return idle is not None
+
+    async def _connected(self, connected: socket.socket, connection: Connection) -> None:
         try:
             with connected:
                 await connection.run()
@@ -207,16 +230,28 @@ class _Server:
             _end(stream, Status.UNIMPLEMENTED, "no compression is known here")
         else:
             try:
-                answer = await method.call(method.parsed(bytes(body[5:])))
-                for message in pages(answer) if method.streams else (answer,):
-                    await stream.send(_HEADERS, _prefixed(message.SerializeToString()))
-                stream.begin(_HEADERS)
-                stream.end(_DONE)
+                request = method.parsed(bytes(body[5:]))
+                async with self._lists if method.streams else nullcontext():
+                    answer = await method.call(request)
+                    with trio.move_on_after(TAKING) as taking:
+                        await self._send(stream, pages(answer) if method.streams else (answer,))
+                if taking.cancelled_caught:
+                    _end(stream, Status.RESOURCE_EXHAUSTED, f"the answer was not taken within {TAKING:g} seconds")
             except SnapshotError as error:
                 _end(stream, *status_of(error))
             except Exception as error:
                 log.error("a bug: a call over the socket failed", exc_info=error)
                 _end(stream, Status.INTERNAL, f"a bug: {error!r}: internal")
+
+    @staticmethod
+    async def _send(stream: Stream, messages: Iterable[Message]) -> None:
+        """Answer with ``messages``."""
+        for nth, message in enumerate(messages):
+            if nth:
+                await trio.lowlevel.checkpoint()  # a page takes a millisecond
+            await stream.send(_HEADERS, _prefixed(message.SerializeToString()))
+        stream.begin(_HEADERS)
+        stream.end(_DONE)
 
 
 def _prefixed(message: bytes) -> bytes:
