@@ -396,6 +396,33 @@ async def test_a_short_write_of_a_call_that_was_cancelled_is_not_made(store: Met
         assert not reader.last_id()
 
 
+async def test_a_short_write_that_needs_room_does_not_keep_the_loop_while_others_read(store: MetaStore) -> None:
+    """The map can't grow while anybody reads, and somebody may list all there is: then the writer waits, and nobody else."""
+    reading, go_on = trio.Event(), trio.Event()
+
+    def read() -> None:
+        with store.reading(long=True) as reader:
+            reader.last_id()
+            trio.from_thread.run_sync(reading.set)
+            trio.from_thread.run(go_on.wait)  # on a loop that waits for this reader it would never end
+
+    async def fill() -> None:
+        for number in range(4000):
+            await store.write(adding(f"{number}" + "n" * 200), short=True)
+            if store.environment.is_changing:
+                break
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, read)
+            await reading.wait()
+            nursery.start_soon(fill)
+            while not store.environment.is_changing:
+                await trio.sleep(0.001)
+            go_on.set()
+    check_indexes(store)
+
+
 # -- reads
 
 

@@ -55,6 +55,13 @@ class BatchRunner:
         for request in refused if given else ():
             self._run([request])
 
+    def run_if_quick(self, request: Request[Any]) -> bool:
+        """Run one request as ``run``, unless that would wait for a disk that is full or fails, or for readers: False then, and
+        nothing has changed."""
+        if self._doubt is not None or self._environment.space.lacks_reserve or not self._attempt([request]):
+            return False
+        return not (request.frees and getattr(request.error, "errno", None) in FULL)
+
     def settle(self) -> None:
         """Settle what is in doubt, if anything is (``Doubt.settle``)."""
         if self._doubt is not None:

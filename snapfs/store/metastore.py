@@ -114,8 +114,9 @@ class MetaStore:
             raise (self.refusal or Closed)()
         request = Request(operation, frees)
         if short and not self.sync and not self._under_way and time.perf_counter() > self._long_at + BUSY:
-            await self._write_here(request)
-            return request.result()
+            await trio.lowlevel.checkpoint_if_cancelled()
+            if await self._write_here(request):
+                return request.result()
         queue.put(request)
         self._under_way += 1
         try:
@@ -128,11 +129,13 @@ class MetaStore:
                 await request.done.wait()
         return request.result()
 
-    async def _write_here(self, request: Request[Any]) -> None:
-        """Run ``request`` on the loop, while the writer's thread has nothing to do and nothing to tell."""
-        await trio.lowlevel.checkpoint_if_cancelled()
+    async def _write_here(self, request: Request[Any]) -> bool:
+        """Run ``request`` on the loop, while the writer's thread has nothing to do and nothing to tell.  False where it must be
+        run there after all, as what would wait must: nothing has changed then."""
         began = time.perf_counter()
-        self._run([request])
+        self._check_readers()
+        if not self._runner.run_if_quick(request):
+            return False
         self._report(self._runner.take_settled_changes(), [request])
         ended = time.perf_counter()
         if ended > began + SHORT:
@@ -140,6 +143,7 @@ class MetaStore:
         if ended > self._turn_at + TURN:
             self._turn_at = ended
             await trio.lowlevel.cancel_shielded_checkpoint()
+        return True
 
     def write_now(self, operation: Operation[T], *, frees: bool = False) -> T:
         """``write`` without a loop and a writer's thread: blocks, in a thread that is the only one to write."""
@@ -224,9 +228,12 @@ class MetaStore:
                 loop.run_sync_soon(self._report, self._runner.take_settled_changes(), [])
 
     def _run(self, batch: list[Request[Any]]) -> None:
+        self._check_readers()
+        self._runner.run(batch)
+
+    def _check_readers(self) -> None:
         with suppress(lmdb.Error):  # else no page that a killed backup was reading would ever be used again
             self.environment.env.reader_check()
-        self._runner.run(batch)
 
     def _tell(self, settled: list[Change], batch: list[Request[Any]]) -> None:
         """On the loop: what the writer's thread has done."""
