@@ -26,6 +26,7 @@ import zstandard
 from snapfs.images import compression, fetching, layouts
 from snapfs.images.limits import Limits
 from snapfs.images.unfit import Unfit
+from snapfs.kernel import beneath
 from tests.command import SNAPFS, Command, OnATerminal, held
 from tests.containerd_client import Containerd
 from tests.daemon import Daemon
@@ -884,6 +885,16 @@ def test_interrupted(command: Command, server: Server, layout: Layout) -> None:
     assert os.listdir(command.mnt / "committed") == []
     command("import", f"oci:{layout.top}")  # there may be a draft, if it came as that was made
     settled(command.mnt, three())
+
+
+def test_as_much_as_others_like_beside_what_is_fetched_is_not_looked_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(beneath, "MOST", 10)
+    for number in range(50):
+        (tmp_path / f"snapfs-image-{number}").mkdir()
+    assert len(list(fetching._left("snapfs-image-"))) == 10
 
 
 # -- by an ordinary user, with a daemon of her own

@@ -31,7 +31,7 @@ from snapfs import (
     open_snapshotter,
 )
 from snapfs.errors import Forked
-from snapfs.kernel import mounting
+from snapfs.kernel import beneath, mounting
 from snapfs.root.lock import is_abandoned
 from snapfs.store import environment, locktable
 from snapfs.tree import Tree
@@ -317,6 +317,19 @@ def test_what_others_put_into_memory_is_left_alone(what: str, tmp_path: Path, mo
     assert os.listdir(memory) == ["snapfs-records-x"]
     assert os.listdir(secret) == ["records-lock"]
     assert what in ("link", "server") or os.listdir(theirs) == ["records-lock"]
+
+
+def test_as_much_as_others_like_in_memory_is_not_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody may make a million directories there, of such a name too, and each start would wait for that."""
+    memory, looked_at = tmp_path / "memory", []
+    memory.mkdir()
+    monkeypatch.setattr(locktable, "_MEMORY", str(memory))
+    monkeypatch.setattr(locktable, "_remove_abandoned", lambda top, name: looked_at.append(name))
+    monkeypatch.setattr(beneath, "MOST", 10)
+    for number in range(50):
+        (memory / f"snapfs-records-{number}").mkdir()
+    MetaStore(str(tmp_path / "m")).close()
+    assert len(looked_at) == 10
 
 
 async def test_places_of_a_killed_process_are_free_while_running(store: MetaStore) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.kernel import mounting
+from snapfs.kernel import beneath, mounting
 from snapfs.kernel.mounttable import mount_table
 from snapfs.testing import comparing, copying, digests, place
 from tests.mounts import unanswering
@@ -312,3 +312,13 @@ def test_the_modes_of_directories_1_500_deep_are_given(tmp_path: Path) -> None:
     assert os.stat("aaa", dir_fd=fd).st_mode & 0o777 == 0o700
     os.close(fd)
     copying.remove_tree(str(tmp_path / "aaa"))
+
+
+def test_as_much_as_others_like_beside_the_runs_is_not_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []
+    monkeypatch.setattr(beneath, "MOST", 10)
+    monkeypatch.setattr(place, "_is_of_this_user", lambda path: looked_at.append(path))
+    for number in range(50):
+        (tmp_path / f"{place.PREFIX}{number}").mkdir()
+    place._clear_dead_runs(str(tmp_path))
+    assert len(looked_at) == 10

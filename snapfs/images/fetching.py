@@ -17,6 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from snapfs.images import layouts
 from snapfs.images.unfit import Unfit
+from snapfs.kernel.beneath import called
 from snapfs.kernel.inside import open_unmounted
 from snapfs.names import printable
 
@@ -241,16 +242,15 @@ def _left(prefix: str) -> Iterator[str]:
     place = layouts.spool()
     top = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for name in os.listdir(top):
-            if name.startswith(prefix):
-                with contextlib.suppress(OSError):
-                    fd = open_unmounted(name, top)
-                    try:
-                        if os.fstat(fd).st_uid == os.geteuid():
-                            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                            yield f"{place}/{name}"
-                    finally:
-                        os.close(fd)
+        for name in called(prefix, top):
+            with contextlib.suppress(OSError):
+                fd = open_unmounted(name, top)
+                try:
+                    if os.fstat(fd).st_uid == os.geteuid():
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        yield f"{place}/{name}"
+                finally:
+                    os.close(fd)
     finally:
         os.close(top)
 

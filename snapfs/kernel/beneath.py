@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 
 from snapfs.kernel import libc
 
 LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+MOST = 10_000
+"""Entries of a directory that is everybody's that are looked at (``called``)."""
 
 _INSIDE = libc.RESOLVE_BENEATH | libc.RESOLVE_NO_XDEV
 _LONGEST = 4000  # bytes of a path that the kernel takes at once
@@ -33,6 +37,13 @@ def open_beneath(path: bytes, top: int, flags: int) -> int:
         return _open(path, here, flags, _INSIDE)
     finally:
         os.close(here)
+
+
+def called(prefix: str, directory: int) -> list[str]:
+    """The names that begin with ``prefix`` among the first MOST entries of the one open as ``directory``.  It is everybody's:
+    who had millions of them would have each process wait that looks for some of its own there.  Raises OSError."""
+    with os.scandir(directory) as entries:
+        return [entry.name for entry in itertools.islice(entries, MOST) if entry.name.startswith(prefix)]
 
 
 def open_without_links(path: str, flags: int) -> int:

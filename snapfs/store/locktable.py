@@ -21,7 +21,7 @@ from typing import Any
 import lmdb
 
 from snapfs.errors import Unavailable
-from snapfs.kernel.beneath import LOOK, open_beneath
+from snapfs.kernel.beneath import LOOK, called, open_beneath
 
 _MEMORY = "/dev/shm"  # the first choice for the temporary directory; any other will do
 
@@ -110,13 +110,13 @@ def _remove(directory: str) -> None:
 
 def _clear_abandoned(place: str) -> None:
     """Remove the directories that processes of this user have left in ``place``, which were killed in just that moment.  Others
-    may make and mount there what they like: no link is followed, and no server of a file system is asked.  Raises OSError."""
+    may make and mount there what they like, and as much: no link is followed, and no server of a file system is asked.  Raises
+    OSError."""
     top = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for name in os.listdir(top):
-            if name.startswith(_PREFIX):
-                with suppress(OSError):
-                    _remove_abandoned(top, name)
+        for name in called(_PREFIX, top):
+            with suppress(OSError):
+                _remove_abandoned(top, name)
     finally:
         os.close(top)
 

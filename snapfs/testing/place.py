@@ -24,7 +24,7 @@ import stat
 import tempfile
 
 from snapfs.kernel import mounting, trusted
-from snapfs.kernel.beneath import open_beneath
+from snapfs.kernel.beneath import called, open_beneath
 from snapfs.kernel.mounttable import MountPoint, lines_of, mount_id_of, mount_table, parse
 from snapfs.testing import capabilities, copying
 
@@ -185,9 +185,12 @@ def _is_of_this_user(path: str) -> bool:
 
 
 def _clear_dead_runs(top: str) -> None:
-    with os.scandir(top) as entries:
-        runs = [entry.path for entry in entries if entry.name.startswith(PREFIX)]
-    for path in runs:
+    held = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        runs = called(PREFIX, held)
+    finally:
+        os.close(held)
+    for path in (f"{top}/{name}" for name in runs):
         with contextlib.suppress(OSError):
             if _is_of_this_user(path) and (fd := lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
                 try:
