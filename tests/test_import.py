@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import gzip
@@ -1020,6 +1021,26 @@ def test_a_draft_that_others_have_committed_onto_what_they_like(
     command("rm", "evil")
     command("import", f"oci:{layout.top}")
     settled(command.mnt, tars)
+
+
+@pytest.mark.parametrize("what", ["removed", "full"])
+def test_a_draft_in_which_nothing_can_be_made(command: Command, server: Server, layout: Layout, what: str) -> None:
+    """Who may write the tree may have removed it, or the disk is full: a sentence says so."""
+    layout.add("t", three()[:1])
+
+    def decide(call: Call) -> int | None:
+        if call.name == "mkdir" and "/stale" in str(call):
+            if what == "full":
+                return errno.ENOSPC
+            for name in os.listdir(command.mnt / "active"):
+                os.rmdir(command.mnt / "active" / name)
+        return None
+
+    with server.started(held, str(command.mnt), "import", f"oci:{layout.top}") as process:
+        process.hold(decide)
+        assert process.errors() == []
+        assert ["status", 1] in process.said
+    assert kept(command.mnt) == []
 
 
 # -- images/, in trees that have it

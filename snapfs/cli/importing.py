@@ -337,7 +337,10 @@ class _Import:
 
     def _start(self, task: _Task, process: str, *, archive: bool) -> None:
         aside = f"{self._own(task.number)}/stale"
-        os.mkdir(aside, 0o700)
+        try:
+            os.mkdir(aside, 0o700)
+        except OSError as error:
+            raise self._broken(task, error) from None
         prefix = "user.overlay." if self._options["features"]["userxattr"]["on"] else "trusted.overlay."
         is_lowest = task is self._tasks[0] and self._parent is None
         place = Place(f"{self._own(task.number)}/fs", aside, is_lowest, prefix, process, task.fd)
@@ -385,7 +388,10 @@ class _Import:
         elif kind == FINISHED:
             self._left = [old or new for old, new in zip(self._left, told[0], strict=True)]
             task.worker.close()
-            Trash(f"{self._root}/trash", f"{self._root}/trash").delete(f"{self._own(task.number)}/stale", lambda: None)
+            try:
+                Trash(f"{self._root}/trash", f"{self._root}/trash").delete(f"{self._own(task.number)}/stale", lambda: None)
+            except OSError as error:
+                raise self._broken(task, error) from None
             if task.name:
                 self._note_imported(task)
             self.place.write_label(self.place.directory("active", task.key), DIFF_ID, task.diff_id)
@@ -394,6 +400,11 @@ class _Import:
             raise self._refusal(f"{task.what}{': ' * bool(task.what)}{told[0]}")
         elif kind == BROKEN:
             raise self._refusal(f"{task.what}{': ' * bool(task.what)}{told[1]}; nothing is kept of it")
+
+    def _broken(self, task: _Task, error: OSError) -> Refusal:
+        """That of an ``error`` with the draft of ``task``: who may write the tree may have removed it."""
+        gone = f', for "{task.key}" was removed meanwhile' * isinstance(error, FileNotFoundError)
+        return self._refusal(f"{task.what}{': ' * bool(task.what)}{error.strerror}{gone}; nothing is kept of it")
 
     def _size(self) -> int:
         """Bytes of all layers so far."""
