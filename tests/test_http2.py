@@ -205,6 +205,22 @@ async def test_requests_under_way_are_bounded(monkeypatch: pytest.MonkeyPatch) -
         assert STREAMS == 4096
 
 
+async def test_requests_under_way_in_all_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2, "MOST", 2)
+    held = Held()
+    async with connected(held=held) as one, connected(held=held) as two:
+        for client in (one, two):
+            await client.send(frame(HEADER, ALL, 1, ASKED) + frame(PING, 0, 0, bytes(8)))
+            await client.frame(PING)
+        await two.send(frame(HEADER, ALL, 5, ASKED))
+        assert (await two.frame(RESET))[3] == struct.pack(">L", REFUSED)
+        await one.send(frame(RESET, 0, 1, bytes(4)) + frame(PING, 0, 0, bytes(8)))
+        await one.frame(PING)
+        await two.send(request(7, b"x"))
+        assert await two.answer(7) == b"x"
+    assert not held.count
+
+
 async def test_an_answer_waits_for_the_clients_windows() -> None:
     long = bytes(range(256)) * 400  # more than both windows are at first
 

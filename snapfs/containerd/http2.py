@@ -27,6 +27,9 @@ HEADERS = 16 << 10
 HELD = 16 << 20
 """Bytes of requests that are not answered, in all connections that share a ``Held``."""
 
+MOST = 4 * STREAMS
+"""Requests under way in all of these connections."""
+
 KEPT = (b":path", b"grpc-timeout")
 """The headers of a request that say something here."""
 
@@ -60,9 +63,10 @@ class Broken(Exception):
 
 
 class Held:
-    """``size``: the bytes of requests that are not answered."""
+    """``count``: requests that are not answered; ``size``: their bytes."""
 
     def __init__(self) -> None:
+        self.count = 0
         self.size = 0
 
 
@@ -291,11 +295,12 @@ class Connection:
             if number <= self._last or not number & 1:  # it has ended
                 return
             self._last = number
-            if self._is_ending or len(self._streams) >= STREAMS:
+            if self._is_ending or len(self._streams) >= STREAMS or self._held.count >= MOST:
                 self.write(_frame(_RST_STREAM, 0, number, struct.pack(">L", _REFUSED_STREAM)))
                 return
             headers = {bytes(name): bytes(value) for name, value in found if name in KEPT}
             stream = self._streams[number] = Stream(self, number, headers)
+            self._held.count += 1
         if flags & _END_STREAM:
             self._complete(stream)
 
@@ -375,7 +380,8 @@ class Connection:
         if stream.body is not None:
             self._held.size -= len(stream.body)
             stream.body = None
-        self._streams.pop(stream.number, None)
+        if self._streams.pop(stream.number, None) is not None:
+            self._held.count -= 1
         stream.room.unpark_all()
 
     # -- to the client
