@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 
 import msgspec
 
@@ -22,8 +23,14 @@ DEEPEST = 64
 
 _LAID_OUT = 256 << 10  # bytes of a text that is laid out in lines; a longer one stays as its parts are
 
+MEMBERS = 50_000
+"""Members of all its objects together: those of images have some hundreds, and to take millions apart keeps Python busy."""
+
+_SLICE = 16 << 10  # bytes that are looked at before other threads may go on
 _MARKS = re.compile(rb'["{}\[\]]')
-_END_OF_STRING = re.compile(rb'(?:[^"\\]|\\.)*+"', re.DOTALL)
+_REST_OF_STRING = re.compile(rb'(?:[^"\\]|\\.)*+"', re.DOTALL)
+_STEPS = {ord(mark): 1 if mark in "{[" else -1 for mark in "{[]}"}
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in _STEPS)
 _SPACE = b" \t\r\n"
 
 
@@ -51,13 +58,15 @@ class _RootFS(msgspec.Struct):
 class Document:
     """A JSON object as it comes in pieces: ``content`` is what has come.  ``is_whole``: nothing of it is missing.
 
-    Looking at a piece takes time for that piece alone, so that many little ones take no longer than one."""
+    Looking at a piece takes time for that piece alone, so that many little ones take no longer than one; and never long without
+    letting other threads go on."""
 
     def __init__(self) -> None:
         self.content = bytearray()
         self.is_whole = False
         self._has_begun = False
         self._depth = 0
+        self._members = 0
         self._string = b""  # the beginning of one that has not ended, from its last backslash, or its quote, on
 
     def add(self, piece: bytes) -> None:
@@ -73,38 +82,60 @@ class Document:
         self.content += piece
 
     def _look(self, piece: bytes) -> None:
-        at = 0
-        if self._string:
-            piece, at, self._string = self._string + piece, 1, b""
-            at = self._after_string(piece, at)
-        while (mark := _MARKS.search(piece, at)) is not None:
-            if self.is_whole:
+        for at in range(0, len(piece), _SLICE):
+            self._look_at(piece[at : at + _SLICE])
+
+    def _look_at(self, piece: bytes) -> None:
+        """The same of a slice.  What is outside of strings is every second part between quotes; a backslash outside of one is
+        found by whoever has the whole."""
+        if self.is_whole:
+            if piece.strip(_SPACE):
                 raise _more_behind()
+            return
+        text = self._string + piece
+        parts = text.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        outside = b"".join(parts[::2])
+        self._members += outside.count(b":")
+        if self._members > MEMBERS:
+            raise InvalidArgument(f"{FILE} has more than {MEMBERS:,} members in its objects")
+        depths = list(accumulate(map(_STEPS.__getitem__, outside.translate(None, _NO_BRACKETS)), initial=self._depth))
+        if min(depths[1:], default=1) <= 0:
+            self._end(text)
+        elif max(depths) > DEEPEST:
+            raise _too_deep()
+        else:
+            self._depth = depths[-1]
+            slashes = len(text) - len(text.rstrip(b"\\"))
+            self._string = (b'"\\' if slashes % 2 else b'"') if len(parts) % 2 == 0 else b""
+
+    def _end(self, text: bytes) -> None:
+        """Find where in ``text`` the object ends."""
+        at = 0
+        while (mark := _MARKS.search(text, at)) is not None:
             at = mark.end()
             if mark[0] == b'"':
-                at = self._after_string(piece, at)
+                string = _REST_OF_STRING.match(text, at)
+                at = string.end() if string is not None else len(text)
             elif mark[0] in b"{[":
                 self._depth += 1
                 if self._depth > DEEPEST:
-                    raise InvalidArgument(f"{FILE} has objects or arrays in each other, more than {DEEPEST} deep")
+                    raise _too_deep()
             else:
                 self._depth -= 1
                 if self._depth <= 0:
                     self.is_whole = True
-                    if piece[at:].strip(_SPACE):
+                    if text[at:].strip(_SPACE):
                         raise _more_behind()
                     return
-        if self.is_whole and piece.strip(_SPACE):
-            raise _more_behind()
+        raise _no_json()  # by a backslash outside of a string
 
-    def _after_string(self, piece: bytes, at: int) -> int:
-        """Behind the string whose content begins ``at``; the end of the piece where it has not ended."""
-        end = _END_OF_STRING.match(piece, at)
-        if end is not None:
-            return end.end()
-        slashes = len(piece) - len(piece.rstrip(b"\\")) if len(piece) > at else 0
-        self._string = b'"\\' if slashes % 2 and slashes <= len(piece) - at else b'"'
-        return len(piece)
+
+def _no_json() -> InvalidArgument:
+    return InvalidArgument(f"{FILE} is no JSON")
+
+
+def _too_deep() -> InvalidArgument:
+    return InvalidArgument(f"{FILE} has objects or arrays in each other, more than {DEEPEST} deep")
 
 
 def _no_object() -> InvalidArgument:

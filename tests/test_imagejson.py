@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 
 from snapfs import imagejson
 from snapfs.errors import Damaged, ImageTooBig, InvalidArgument, NotUtf8, SnapshotError
-from snapfs.imagejson import DEEPEST, MOST, Document, Layer, check, check_whole, inherited
+from snapfs.imagejson import DEEPEST, MEMBERS, MOST, Document, Layer, check, check_whole, inherited
 
 CONFIG = {
     "architecture": "amd64",
@@ -67,6 +70,49 @@ def test_the_largest_one() -> None:
     check(b'{"a": "' + b"x" * (MOST - 9) + b'"}')
     with pytest.raises(ImageTooBig):
         check(b'{"a": "' + b"x" * (MOST - 8) + b'"}')
+
+
+LARGE = {
+    "a text": b'{"a": "' + b"x" * (MOST - 9) + b'"}',
+    "backslashes": b'{"a": "' + b"\\\\" * (MOST // 2 - 5) + b'"}',
+    "objects": b'{"a": [' + b"{}," * (MOST // 3 - 5) + b"1]}",
+    "texts": b'{"a": [' + b'"",' * (MOST // 3 - 5) + b"1]}",
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_a_large_one_is_looked_at_soon_and_others_go_on_meanwhile(what: str) -> None:
+    """A daemon's other threads, of which one answers everybody: no call keeps Python for itself for long."""
+    turns, ended = 0, threading.Event()
+
+    def others() -> None:
+        nonlocal turns
+        while not ended.is_set():
+            time.sleep(0)
+            turns += 1
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    thread = threading.Thread(target=others)
+    try:
+        thread.start()
+        began, before = time.thread_time(), turns
+        Document().add(LARGE[what])
+        took, had = time.thread_time() - began, turns - before
+    finally:
+        ended.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert took < 1
+    assert had > 20
+
+
+def test_members_are_bounded() -> None:
+    """To take an object with hundreds of thousands apart keeps Python for a third of a second."""
+    members = b",".join(b'"%d": ":"' % number for number in range(MEMBERS + 1))
+    with pytest.raises(InvalidArgument, match="more than 50,000 members"):
+        check(b"{" + members + b"}")
+    check(b"{" + members.rpartition(b",")[0] + b"}")
 
 
 VALUES = st.recursive(

@@ -52,7 +52,7 @@ class OpenImage(Handle):
         document = self._document
         try:
             if len(data) > AT_ONCE:
-                await in_thread(document.add, data)
+                await in_thread(document.add, data, limiter=self._state.image_looks)
             else:
                 document.add(data)
             self._weigh()

@@ -29,6 +29,8 @@ from snapfs.tree.reads import Reads
 from snapfs.tree.replacing import JustNamed
 from snapfs.tree.texts import LongText, Sparing, Text, Versions
 
+LOOKS = 2  # threads that look at what is written of an image.json
+
 
 class Collecting:
     """Work that one does at a time and those share who came before it began: how many times it was begun, and which of these
@@ -67,7 +69,8 @@ class State:
     ``open_labels``: labels that are open for writing; ``label_inodes``: the inodes of those that are not.  ``writers``: those
     of who writes into files that do something.  ``moments``: when checkpoints were made.  ``hidden``: entries that were just
     unlinked.  ``teardowns``: processes that were just refused to delete.  ``just_named``: names in images/ that were just made.
-    ``image_bytes``: what each image.json weighs that the owner or root has open to write it.
+    ``image_bytes``: what each image.json weighs that the owner or root has open to write it;
+    ``image_looks``: for threads that look at what somebody writes of one, each for some milliseconds.
 
     ``removals``: of directories inside snapshots.  ``aliased``: the ids of committed snapshots whose directories are found
     under their other inode (``inodes.ALIAS``): the server of the tree says which.  ``changes``: how many changes there were;
@@ -106,6 +109,7 @@ class State:
         self.teardowns = Teardowns()
         self.just_named = JustNamed()
         self.image_bytes = 0
+        self.image_looks = trio.CapacityLimiter(LOOKS)
         self.removals = Removals()
         self.aliased: set[int] = set()
         self.changes = 0
