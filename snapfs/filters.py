@@ -34,18 +34,24 @@ _SIMPLE_ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "
 _HEX_ESCAPES = {"x": 2, "u": 4, "U": 8}
 
 
+FIELDS = 1000
+"""Fields that filters may name: each is looked at in each snapshot, which can't be interrupted."""
+
+
 class Filters:
     """Filters, compiled: ``holds`` is a predicate that is true where any of them is.
 
     ``selection``: ``holds`` can be true only of snapshots that have one of these names, kinds or parents; None where the
     filters don't limit it so.
 
-    Raises InvalidArgument that says where a bad filter breaks, and Unavailable where a filter has ``~=`` and the package
-    google-re2 is not installed; it comes with the extra ``containerd``.
+    Raises InvalidArgument that says where a bad filter breaks, or that they name more than FIELDS, and Unavailable where a
+    filter has ``~=`` and the package google-re2 is not installed; it comes with the extra ``containerd``.
     """
 
     def __init__(self, filters: Sequence[str]) -> None:
         alternatives = [_Parser(text).selectors() for text in filters if text]
+        if sum(len(selector.path) for selectors in alternatives for selector in selectors) > FIELDS:
+            raise InvalidArgument(f"the filters name more than {FIELDS:,} fields: ask for less at once")
         self.holds: Predicate = lambda info: True
         self.selection: Selection | None = None
         if len(alternatives) < len(filters) or not alternatives:

@@ -25,6 +25,14 @@ BASE = Info(name="base", kind=Kind.COMMITTED, id=1, parent=None, labels={}, crea
 PEEK = Info(name="default/1/pe.ek", kind=Kind.VIEW, id=2, parent="base", labels={"gc": "other"}, created=1, updated=1)
 
 
+@pytest.mark.parametrize("filters", [["name," * 1000 + "name"], ["name"] * 1001, ["labels" + ".a" * 1000]])
+def test_how_much_may_be_asked_is_bounded(filters: list[str]) -> None:
+    """A walk of many snapshots would take for ever, in a thread that nothing ends."""
+    with pytest.raises(InvalidArgument, match="more than 1,000 fields"):
+        Filters(filters)
+    Filters([",".join(["name"] * 1000)])
+
+
 def selects(text: str, *more: str) -> str:
     """Which of the three snapshots the filters select, by their initials."""
     holds = Filters([text, *more]).holds
