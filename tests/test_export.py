@@ -330,6 +330,8 @@ def test_refusals(chain: Command, tmp_path: Path) -> None:
         (["v1", f"oci:{tmp_path}/file"], 1, "is no directory"),
         (["v1", f"oci:{tmp_path}/no/such"], 1, "No such file or directory"),
         (["v1", f"oci-archive:{tmp_path}/no/such"], 1, "No such file or directory"),
+        (["v1", f"oci-archive:{tmp_path}/other"], 1, "is a directory: name a file in it"),
+        (["v1", f"docker-archive:{tmp_path}/"], 1, "is a directory: name a file in it"),
         *(
             (["v1", f"{transport}:{tmp_path}/new:{tag}"], 1, f'"{tag}" is no tag of an image')
             for tag in ("a b", "-a", "a__b", "a/", "..")
@@ -342,6 +344,18 @@ def test_refusals(chain: Command, tmp_path: Path) -> None:
     ):
         assert said in chain("export", *words, status=status)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_nothing_is_made_of_what_can_not_be_read(chain: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the layers below could be."""
+    (chain.mnt / "committed/v1/active/w").mkdir()
+    (chain.mnt / "active/w/rootfs/.wh.x").touch()
+    os.rename(chain.mnt / "active/w", chain.mnt / "committed/v2")
+    for place in (f"oci:{tmp_path}/images", f"docker-archive:{tmp_path}/file"):
+        assert ".wh.x" in chain("export", "v2", place, status=6)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "now")
+    chain("export", "v1", f"oci:{tmp_path}/images", status=2)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk(chain: Command, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -770,6 +770,9 @@ def test_snapfs_images(snapfs: Command) -> None:
 
 
 def test_a_name_in_images_is_a_path_of_a_snapshot(snapfs: Command) -> None:
+    said = f'snapfs: nothing is called "shop:3" in {snapfs.mnt}/images: snapfs images lists all names\n'
+    for words in (["show"], ["prepare", "x", "--parent"], ["rm"]):
+        assert snapfs(*words, "images/shop:3", status=3) == said
     assert snapfs("show", "--path", "images/shop:2") == f"{snapfs.mnt}/committed/v2\n"
     snapfs("prepare", "web", "--parent", "images/a%2Fb")
     assert json.loads((snapfs.mnt / "active/web/info.json").read_text())["parent"] == "v1"

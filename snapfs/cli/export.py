@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 20  # bytes that are read of a layer at once
 
+_KEPT = 64
+"""Layers of which the tree keeps what it found out when they were opened: these are opened before anything is made, so that
+nothing is left where one can't be read."""
+
 OCI, OCI_ARCHIVE, DOCKER_ARCHIVE = "oci", "oci-archive", "docker-archive"
 
 
@@ -134,6 +138,10 @@ def _send(place: MountedTree, name: str, layers: list[_Layer], destination: str,
     path, _, tag = rest.partition(":")
     if not colon or not path:
         raise Refusal(f'"{destination}" says no place: {OCI}:DIR[:TAG], {OCI_ARCHIVE}:FILE, docker://HOST/NAME:TAG', USAGE)
+    _latest()
+    for layer in layers[-_KEPT:]:
+        layer.open()
+        layer.close()
     if transport not in (OCI, OCI_ARCHIVE, DOCKER_ARCHIVE):
         _by_skopeo(place, name, layers, destination, how)
         return

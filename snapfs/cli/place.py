@@ -190,9 +190,12 @@ class MountedTree:
         return self._no_image(key) or Refusal(f'snapshot "{key}" does not exist in {self.path}; snapfs ls lists all', NOT_FOUND)
 
     def _no_image(self, key: str) -> Refusal | None:
-        """The same where ``key`` is what images/ calls another."""
+        """The same where ``key`` is what images/ calls another, or begins as the path of such a name does."""
         from snapfs.errors import SnapshotError
 
+        if key.startswith("images/"):
+            words = f'nothing is called "{key.removeprefix("images/")}" in {self.path}/images: snapfs images lists all names'
+            return Refusal(words, NOT_FOUND)
         try:
             is_image = self.within.exists(f"{self.path}/images/{file_name(key)}")
         except (OSError, Refusal, SnapshotError):

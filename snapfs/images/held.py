@@ -69,6 +69,17 @@ class HeldDirectory:
                 raise
         return True
 
+    def has_directory(self, name: str) -> bool:
+        """Whether ``name`` is a directory, on which nothing is mounted."""
+        try:
+            found = open_beneath(os.fsencode(name), self.fd, LOOK)
+        except OSError:
+            return False
+        try:
+            return stat.S_ISDIR(os.fstat(found).st_mode)
+        finally:
+            os.close(found)
+
     def has_whole(self, name: str, size: int) -> bool:
         """Whether ``name`` is a regular file of ``size`` bytes that nobody else can write.  Raises OSError."""
         try:

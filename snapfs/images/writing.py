@@ -309,6 +309,8 @@ def archive(path: str) -> Iterator[Archive]:
     exchange the directory, InvalidArgument, OSError."""
     directory, name = os.path.split(path)
     with HeldDirectory.find(directory) as held:
+        if held.has_directory(name):
+            raise AlreadyExists(f"{path} is a directory: name a file in it")
         if held.has(name):
             raise _taken(path)
         with held.unnamed() as made:
