@@ -658,4 +658,9 @@ def test_what_is_known_of_an_image() -> None:
         ],
     }
     assert len(configuration(known, ["sha256:1"], steps[:1])["history"]) == 2
+    for none in (None, 5, "", "yesterday", "2020-01-01", "2020-13-01T00:00:00Z", "0001-01-01T00:00:00"):
+        made = configuration({"created": none, "history": [{"created": none}]}, ["sha256:1"], steps[1:], 5)
+        assert (made["created"], made["history"]) == ("1970-01-01T00:00:05Z", [{"created": none}])
+    never = "0001-01-01T00:00:00Z"  # as Go writes what is not known
+    assert configuration({"created": never}, ["sha256:1"], steps[1:], 5)["created"] == never
     assert len(configuration({"history": [{}, {}]}, ["sha256:1"], steps[:1])["history"]) == 1

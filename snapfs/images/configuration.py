@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ ARCHITECTURES = {
     "loongarch64": "loong64",
 }
 """Go's words, which images have, by the kernel's; others are the same."""
+
+
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})")
 
 
 class Step(NamedTuple):
@@ -35,21 +39,28 @@ def architecture() -> str:
 def configuration(known: dict[str, Any], diff_ids: list[str], steps: list[Step], latest: int | None = None) -> dict[str, Any]:
     """The configuration of an image whose layers have these ``diff_ids`` and came about by these ``steps``, the lowest first:
     what is ``known`` of it, with these.  No time in it is later than ``latest``, in seconds since the epoch."""
-    made = {"created": _time(steps[-1].created), "architecture": architecture(), "os": "linux", "config": {}, **known}
+    created = known.get("created")
+    made = {"architecture": architecture(), "os": "linux", "config": {}, **known}
+    made["created"] = _time(steps[-1].created) if _moment(created) is None else created
     history = [_no_later(each, latest) for each in _history(known.get("history"), steps)]
     return {**_no_later(made, latest), "rootfs": {"type": "layers", "diff_ids": diff_ids}, "history": history}
 
 
 def _no_later(entry: dict[str, Any], latest: int | None) -> dict[str, Any]:
     """``entry`` with the time at which it was created, where that is later than ``latest``."""
-    if latest is None or "created" not in entry:
-        return entry
+    created = _moment(entry.get("created"))
+    is_later = latest is not None and created is not None and created > latest
+    return {**entry, "created": _time(latest or 0)} if is_later else entry
+
+
+def _moment(text: Any) -> float | None:
+    """The time that ``text`` says as images do (RFC 3339), in seconds since the epoch; None where it says none."""
+    if not isinstance(text, str) or not _TIME.fullmatch(text):
+        return None
     try:
-        created = datetime.datetime.fromisoformat(entry["created"])
-        is_later = created.replace(tzinfo=created.tzinfo or datetime.UTC).timestamp() > latest
-    except (ValueError, TypeError, OverflowError):
-        return entry
-    return {**entry, "created": _time(latest)} if is_later else entry
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _history(known: Any, steps: list[Step]) -> list[dict[str, Any]]:
