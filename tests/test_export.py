@@ -14,7 +14,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +370,18 @@ def test_a_full_disk(chain: Command, small_disk: Path, monkeypatch: pytest.Monke
         assert "No space left on device" in chain("export", "v2", place, status=1)
         assert sorted(str(path) for path in small_disk.rglob("*")) == before
     assert len(Layout(small_disk / "images").layers("v1")) == 2
+    (chain.mnt / "active/other").mkdir()
+    (chain.mnt / "active/other/rootfs/big").write_bytes(os.urandom(8 << 20))
+    (chain.mnt / "active/other/rootfs/copy").write_bytes(os.urandom(1 << 20))
+    os.rename(chain.mnt / "active/other", chain.mnt / "committed/o1")
+    (chain.mnt / "committed/o1/active/other").mkdir()
+    (chain.mnt / "active/other/rootfs/big").write_bytes(os.urandom(32 << 20))
+    os.rename(chain.mnt / "active/other", chain.mnt / "committed/o2")
+    for place in ("images", "new"):  # a layer fits, and would keep the room for nobody's use
+        assert "No space left on device" in chain("export", "o2", f"oci:{small_disk}/{place}:o2", status=1)
+        assert {str(path) for path in small_disk.rglob("*") if path.is_file()} <= set(before)
+    assert len(Layout(small_disk / "images").layers("v1")) == 2
+    shutil.rmtree(small_disk / "new")
     monkeypatch.setenv("TMPDIR", str(small_disk))
     said = chain("export", "v2", "docker://localhost:1/v2", status=1)
     assert f"{small_disk}, where it is made first: No space left on device: $TMPDIR names another place" in said
@@ -558,6 +570,31 @@ def test_who_may_read_a_layout_keeps_nobody_from_writing_it(chain: Command, serv
         )
         (images / LOCK).unlink()
     assert Layout(images).tags() == ["base", "v1"]
+
+
+def test_one_fails_while_another_goes_on(tmp_path: Path) -> None:
+    """What they share goes, and the other says so; what is part of an image by then stays."""
+    path = str(tmp_path / "images")
+
+    def fails(meanwhile: Callable[[], None]) -> None:
+        with pytest.raises(KeyboardInterrupt), writing.OciDirectory(path, "one", "gzip") as one:
+            one.layer(_Small(), lambda _: None)
+            meanwhile()
+            raise KeyboardInterrupt
+
+    def finishes() -> None:
+        with writing.OciDirectory(path, "two", "gzip") as two:
+            made = two.layer(_Small(), lambda _: None)
+            two.finish({"rootfs": {"diff_ids": [made.diff_id]}}, [made])
+
+    with writing.OciDirectory(path, "three", "gzip") as three:
+        taken: list[writing.Written] = []
+        fails(lambda: taken.append(three.layer(_Small(), lambda _: None)))
+        assert os.listdir(tmp_path / "images/blobs/sha256") == []
+        with pytest.raises(InvalidArgument, match=r"has lost sha256:.*: export again"):
+            three.finish({}, taken)
+    fails(finishes)
+    assert Layout(Path(path)).layers("two") == [b"abc"]
 
 
 def test_several_at_once(chain: Command, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Where an image goes: a directory of OCI's layout, the same as one archive, or Docker's archive.
 
 Each file gets its name once it is whole, and an image its tag once all its files are there, so that a kill leaves an image that
-is whole or none; what was written before is found again by the next export.
+is whole or none; what was written before is found again by the next export.  One that fails takes back what no image has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
-from snapfs.errors import AlreadyExists, InvalidArgument
+from snapfs.errors import AlreadyExists, InvalidArgument, SnapshotError
 from snapfs.images.compression import MEDIA_TYPES, compressor
 from snapfs.images.held import HeldDirectory, beside_of
 from snapfs.images.layouts import NAME, REF
@@ -121,6 +121,7 @@ class _Oci:
     """The layout of OCI, in whatever ``files``."""
 
     def __init__(self, files: _Files, how: str, there: dict[str, Blob]) -> None:
+        self.added: list[Blob] = []  # besides layers
         self._files = files
         self._how = how
         self._there = there
@@ -154,7 +155,8 @@ class _Oci:
 
     def _added(self, media_type: str, value: object) -> Blob:
         data = as_json(value)
-        return Blob(media_type, self._files.add(data), len(data))
+        self.added.append(Blob(media_type, self._files.add(data), len(data)))
+        return self.added[-1]
 
 
 def _write(file: BinaryIO, blob: Any, data: bytes) -> None:
@@ -176,19 +178,34 @@ class OciDirectory(_Oci):
             if not all(map(_BEGUN.fullmatch, self._top.names())) and not self._top.has(_LAYOUT):
                 raise InvalidArgument(f"{path} holds other files, and no OCI layout: name a new directory")
             blobs = held.enter_context(held.enter_context(self._top.directory("blobs")).directory("sha256"))
-            super().__init__(_Directory(self._top, blobs), how, _layers_in(_index(self._top), blobs))
+            self._blobs, self._directory = blobs, _Directory(self._top, blobs)
+            super().__init__(self._directory, how, _layers_in(_index(self._top), blobs))
             self._held = held.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._held.close()
+        with self._held:
+            if error is not None:
+                with suppress(OSError, SnapshotError):
+                    self._take_back()
+
+    def _take_back(self) -> None:
+        """Remove what this has written, and no image has: where the disk is full, the next one may need the room."""
+        with self._top.locked():
+            listed = _digests_in(_index(self._top), self._blobs)
+            for name in self._directory.made:
+                if f"sha256:{name}" not in listed:
+                    self._blobs.remove(name)
 
     def finish(self, config: dict[str, object], layers: list[Written]) -> None:
         manifest = self.manifest(config, layers)
         with self._top.locked():
             index = _index(self._top)
+            for blob in (*self.added, *(layer.blob for layer in layers)):
+                if blob is not None and not self._blobs.has_whole(_hex(blob.digest), blob.size):
+                    raise InvalidArgument(f"{self._top.path} has lost {blob.digest}, to an export that failed: export again")
             others = [each for each in index["manifests"] if (each.get("annotations") or {}).get(REF) != self._tag]
             index["manifests"] = [*others, {**manifest.shown(), "annotations": _called(self._tag)}]
             if not self._top.has(_LAYOUT):
@@ -212,6 +229,7 @@ class _Directory:
     """The ``blobs`` of the layout ``top``."""
 
     def __init__(self, top: HeldDirectory, blobs: HeldDirectory) -> None:
+        self.made: set[str] = set()  # files that were not there before
         self._top = top
         self._blobs = blobs
 
@@ -235,6 +253,7 @@ class _Directory:
         while not self._blobs.has_whole(name, size):
             with suppress(FileExistsError):
                 made.become(name)
+                self.made.add(name)
                 break
             with self._top.locked():
                 if not self._blobs.has_whole(name, size):
@@ -285,6 +304,17 @@ def _layers_in(index: dict[str, Any], blobs: HeldDirectory) -> dict[str, Blob]:
                 is_named = isinstance(blob.media_type, str) and type(blob.size) is int
                 if is_named and blobs.has_whole(_hex(blob.digest), blob.size):
                     found[diff_id] = blob
+    return found
+
+
+def _digests_in(index: dict[str, Any], blobs: HeldDirectory) -> set[str]:
+    """The digests of all that the images of ``index`` have, as far as it can be read."""
+    found: set[str] = set()
+    for named in index["manifests"]:
+        with suppress(OSError, InvalidArgument, KeyError, TypeError, AttributeError, ValueError):
+            found.add(named["digest"])
+            manifest = _blob_document(blobs, named["digest"])
+            found.update(each["digest"] for each in (manifest["config"], *manifest["layers"]))
     return found
 
 
