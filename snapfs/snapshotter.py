@@ -362,7 +362,9 @@ class Snapshotter:
     async def _follow_up(self, number: int, name: str, wait: bool, deadline: float = math.inf) -> None:
         """Snapshot ``number`` was committed as ``name``: have its data flushed, and what it takes counted.  ``wait`` returns
         when the data is on disk, or at ``deadline``."""
-        self.flushing.flush_soon(then=partial(self.counting.count_soon, number))  # unless a call for its usage comes before
+        lazily = not wait and self.options.sync is Sync.BACKGROUND
+        count = partial(self.counting.count_soon, number)  # unless a call for its usage comes before
+        self.flushing.flush_soon(then=count, lazily=lazily)
         if wait:
             await self._flush_after(name, deadline)
             self._root.unflushed.refuse_lost([number])  # another flush may have failed on it meanwhile

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from snapfs import AlreadyExists, Damaged, FailedPrecondition, Kind, Options, Snapshotter, Unavailable, open_snapshotter
 from snapfs.kernel import mounting
 from snapfs.options import Sync
 from snapfs.root import unflushed as room
+from snapfs.services import flushing
 from snapfs.tree import Tree
 from snapfs.tree.attributes import info_json
 from tests.daemon import Daemon
@@ -287,6 +289,33 @@ async def test_a_commit_does_not_wait_with_sync_background_and_that_is_told(root
         with pytest.raises(Unavailable):
             await snapshotter.flush()
         assert snapshotter.is_lost(3)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_with_sync_background_the_flush_begins_when_no_more_commits_come(
+    root: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """Or when somebody asks for it, or after a while in any case."""
+    monkeypatch.setattr(flushing, "QUIET", 3600)
+    gate.open.set()
+    async with open_snapshotter(root, Options(sync=Sync.BACKGROUND)) as snapshotter:
+        for number in range(5):
+            await snapshotter.prepare(f"k{number}")
+            await snapshotter.commit(f"c{number}", f"k{number}")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert gate.calls == 0
+        assert marked(snapshotter) == [1, 2, 3, 4, 5]
+        if asked:
+            await snapshotter.flush()
+            assert marked(snapshotter) == []
+        else:
+            monkeypatch.setattr(flushing, "LONGEST", 0.0)
+            await snapshotter.prepare("last")
+            await snapshotter.commit("last", "last")
+            with trio.fail_after(20):
+                while marked(snapshotter):
+                    await trio.sleep(0.005)
+        assert gate.calls == 1
 
 
 async def test_nothing_is_flushed_with_sync_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,10 @@ from snapfs.threads import AGAIN, in_thread, in_thread_or_here
 
 log = logging.getLogger(__name__)
 
+QUIET, LONGEST = 2.0, 30.0
+"""Seconds without another Commit after which a flush for which nobody waits begins, and after which it does in any case: the
+disk would have to serve both, and others wait for the Commits."""
+
 LATELY = 10.0  # seconds from the end of a flush within which the Commit that was told to try again does so
 
 
@@ -52,9 +56,10 @@ class Flushing:
         told = False
         try:
             while True:
-                await self._wakeup.wait()
+                with trio.move_on_at(math.inf if self._next is None else self._next.due):
+                    await self._wakeup.wait()
                 self._wakeup = trio.Event()
-                if self._next is not None:
+                if self._next is not None and self._next.due <= trio.current_time():
                     flush, self._next = self._next, None
                     refusal = await self._perform(flush)
                     if refusal is not None and not told:
@@ -146,11 +151,15 @@ class Flushing:
         except SnapshotError as error:
             log.error("the disk can't be told either which snapshots may be torn: %s", error)
 
-    def flush_soon(self, then: Callable[[], None] = lambda: None) -> None:
-        """Flush in the background what was written so far, and call ``then`` when that has ended, or if nothing is flushed."""
+    def flush_soon(self, then: Callable[[], None] = lambda: None, *, lazily: bool = False) -> None:
+        """Flush in the background what was written so far, and call ``then`` when that has ended, or if nothing is flushed.
+        ``lazily``: not before there are no more such calls for a while, unless another call wants it."""
         if self.sync and self._running:
-            self._next = self._next or _Flush()
-            self._next.then.append(then)
+            now = trio.current_time()
+            flush = self._next = self._next or _Flush()
+            flush.then.append(then)
+            flush.latest = min(flush.latest, now + LONGEST if lazily else now)
+            flush.due = min(flush.latest, now + QUIET)
             self._wakeup.set()
         else:
             then()
@@ -212,6 +221,7 @@ class _Flush:
         self.error: SnapshotError | None = None
         self.then: list[Callable[[], None]] = []
         self.also: list[Callable[[], None]] = []  # done in the thread that flushes
+        self.due = self.latest = math.inf  # when it is to begin; and that if more is asked for
         self.when = math.inf  # it ended
 
     async def wait(self, patience: float) -> None:
