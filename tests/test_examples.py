@@ -286,7 +286,7 @@ def test_workspace_review_of_a_hostile_script(tree: Path, tmp_path: Path) -> Non
 def test_workspace_ends_a_script_that_does_not(tree: Path, tmp_path: Path) -> None:
     """Its time is over at some point, whichever signals it ignores and whatever it has started."""
     hasty = tmp_path / "workspace.sh"
-    hasty.write_text((EXAMPLES / "workspace.sh").read_text().replace(" 60 ", " 2 "))
+    hasty.write_text((EXAMPLES / "workspace.sh").read_text().replace(" 60 ", " 8 "))
     (tmp_path / "script").write_text("trap '' HUP INT TERM\nsleep 1000 &\necho begun\nwhile :; do sleep 1000; done\n")
     ended = Example(str(hasty), tree, tmp_path / "script").ended()
     assert "    | begun\n" in ended.stdout

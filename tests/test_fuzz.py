@@ -38,6 +38,7 @@ from snapfs.model import Info, Kind
 from snapfs.options import Options, Sync
 from snapfs.store.schema import IDS
 from snapfs.tree import Handle, Node, Tree
+from snapfs.tree.handles import BLOCK
 from snapfs.tree.inodes import ROOT_INODE
 from snapfs.tree.labels import LabelsDirectory
 from snapfs.tree.node import Directory, File, Link
@@ -193,6 +194,7 @@ class OpenFile:
         self.key = key
         self.content = content
         self.emptied = emptied
+        self.refused: type[InvalidArgument] | None = None
 
 
 class Model:
@@ -241,11 +243,15 @@ class Model:
     def write(self, number: int, offset: int, data: bytes) -> None:
         file = self.opened[number]
         try:
+            if file.refused is not None:
+                raise file.refused("")
             if offset > MAX + 1:
                 raise LabelTooBig("")
             self.apply(file, file.content[:offset].ljust(offset, b"\0") + data + file.content[offset + len(data) :])
-        except SnapshotError:
+        except InvalidArgument as error:
             file.emptied = False
+            if len(data) >= BLOCK and not data.endswith(b"\n"):  # a rest of it may follow
+                file.refused = type(error)
             raise
 
     def resize(self, number: int, size: int) -> None:
@@ -253,7 +259,7 @@ class Model:
 
     def _resize(self, file: OpenFile, size: int) -> None:
         if size == 0:
-            file.content, file.emptied = b"", True
+            file.content, file.emptied, file.refused = b"", True, None
         elif size > MAX + 1:
             raise LabelTooBig("")
         elif size != len(file.content):

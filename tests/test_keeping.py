@@ -164,6 +164,7 @@ def test_prune(make_daemon: Make) -> None:
         write(mnt / f"active/web/rootfs/f{n}", str(n))
         write(mnt / "active/web/rootfs/same", str(n))
         write(mnt / "active/web/checkpoint", f"step {n}\n")
+        (mnt / f"committed/web@{n}/usage.json").read_text()  # counted before its files get other names
         if n == 6:
             until(lambda: os.readlink(mnt / "active/web/parent").endswith("-squashed"))
     write(mnt / "active/web/rootfs/late", "x")

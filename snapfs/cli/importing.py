@@ -44,7 +44,6 @@ from snapfs.labels import DIFF_ID, IMPORTING
 from snapfs.model import Kind
 from snapfs.mountspec import MOST_LOWERS
 from snapfs.names import printable, shown, word
-from snapfs.root import imprint
 from snapfs.root.trash import Trash
 
 TYPE_CHECKING = False
@@ -184,6 +183,8 @@ class _Import:
     def _is_made(self, number: int, name: str) -> bool:
         """Whether imports have made the snapshot ``number``, as the layer ``name``, and all that it stands on: others may have
         committed a draft onto what they like.  Raises OSError, Damaged."""
+        from snapfs.root import imprint  # with what opens the records, which no other verb needs
+
         while self._noted(number) == name and (found := imprint.read(self._own(number))) is not None:
             record = found.record
             if record.kind is not Kind.COMMITTED:
