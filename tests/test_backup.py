@@ -117,11 +117,11 @@ async def test_under_a_heavy_load_it_holds_all_that_was_acknowledged(
 
     sizes = []
     async with trio.open_nursery() as nursery:
-        for number in range(16):
+        for number in range(8):
             nursery.start_soon(client, number)
         while len(acknowledged) < 100:
             await trio.sleep(0.01)
-        for turn in range(3):
+        for turn in range(2):
             before = {name for name in acknowledged if int(name.partition("-")[2]) % 3}
             done = await run(root, tmp_path / f"file{turn}")
             assert done.returncode == 0, done.stderr

@@ -396,8 +396,9 @@ async def test_a_short_write_of_a_call_that_was_cancelled_is_not_made(store: Met
         assert not reader.last_id()
 
 
-async def test_a_short_write_that_needs_room_does_not_keep_the_loop_while_others_read(store: MetaStore) -> None:
+async def test_a_short_write_that_needs_room_does_not_keep_the_loop_while_others_read(tmp_path: Path) -> None:
     """The map can't grow while anybody reads, and somebody may list all there is: then the writer waits, and nobody else."""
+    store = MetaStore(str(tmp_path / "small"), map_size=1 << 20, sync=False)
     reading, go_on = trio.Event(), trio.Event()
 
     def read() -> None:
@@ -409,18 +410,22 @@ async def test_a_short_write_that_needs_room_does_not_keep_the_loop_while_others
     async def fill() -> None:
         for number in range(4000):
             await store.write(adding(f"{number}" + "n" * 200), short=True)
-            if store.environment.is_changing:
+            if go_on.is_set():
                 break
 
     with trio.fail_after(60):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.to_thread.run_sync, read)
-            await reading.wait()
-            nursery.start_soon(fill)
-            while not store.environment.is_changing:
-                await trio.sleep(0.001)
-            go_on.set()
-    check_indexes(store)
+        async with trio.open_nursery() as serving:
+            await serving.start(store.serve)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, read)
+                await reading.wait()
+                nursery.start_soon(fill)
+                while not store.environment.is_changing:
+                    await trio.sleep(0.001)
+                go_on.set()
+            check_indexes(store)
+            store.stop()
+    store.close()
 
 
 # -- reads
