@@ -9,6 +9,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import msgspec
@@ -615,6 +616,59 @@ async def test_deletion_can_be_stopped_and_goes_on_later(snapshotter: Snapshotte
     assert len(os.listdir(root / "trash")) == 1
     snapshotter.layers.empty_trash()
     assert os.listdir(root / "trash") == []
+
+
+async def test_removals_while_the_trash_is_emptied(
+    snapshotter: Snapshotter, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thread for each; whose system call is the next is decided by dice (the same in each run)."""
+    layers, dice = snapshotter.layers, random.Random(3)
+    changed = threading.Condition()
+    threads: list[threading.Thread] = []
+    turn: threading.Thread | None = None
+
+    def in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*args: Any, **named: Any) -> Any:
+            nonlocal turn
+            with changed:
+                changed.wait_for(lambda: turn is threading.current_thread() or len(threads) < 2)
+                try:
+                    return function(*args, **named)
+                finally:
+                    turn = dice.choice(threads) if threads else None
+                    changed.notify_all()
+
+        return act
+
+    def run(act: Callable[[], object]) -> None:
+        act()
+        with changed:
+            threads.remove(threading.current_thread())
+            changed.notify_all()
+
+    for number in range(1, 200):
+        await snapshotter.prepare(f"{number}")
+        if number % 3 == 0:
+            (root / f"snapshots/{number}/fs/file").write_text("")
+        if number % 3 == 1:
+            (root / f"snapshots/{number}/work/work").mkdir()
+    for number in range(1, 200, 2):
+        layers.move_to_trash(number)
+        with monkeypatch.context() as patch:
+            for function in ("unlink", "rmdir", "rename", "open"):
+                patch.setattr(f"os.{function}", in_turn(getattr(os, function)))
+            threads += [threading.Thread(target=run, args=[partial(layers.move_to_trash, number + 1)])] if number < 199 else []
+            threads.append(threading.Thread(target=run, args=[layers.empty_trash]))
+            turn = threads[0]
+            running = list(threads)
+            for thread in running:
+                thread.start()
+            for thread in running:
+                thread.join()
+        assert layers.trash.count == len(os.listdir(root / "trash"))
+    assert layers.empty_trash() == []
+    assert os.listdir(root / "snapshots") == os.listdir(root / "trash") == []
+    assert caplog.messages == []
 
 
 async def test_a_listener_that_fails_keeps_nobody_waiting(store: MetaStore, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,19 +67,25 @@ class Trash:
             self.count += more
 
     def move_here(self, path: str) -> None:
-        """Move the directory ``path`` into the trash, and delete it there at once if nothing but the empty directories of a
-        layer is in it; raises OSError."""
+        """Delete the directory ``path`` if nothing but the empty directories of a layer is in it, else move it into the trash;
+        raises OSError."""
+        with suppress(OSError):
+            for part in (f"{path}/fs", f"{path}/work"):
+                with suppress(FileNotFoundError):  # a view has no work
+                    os.rmdir(part)
+            os.rmdir(path)
+            return
         while True:
             name = os.fsdecode(os.fsencode(os.path.basename(path))[:_NAME])  # a foreign one may be as long as names can be
             target = f"{self._held}/{name}-{os.getpid()}-{next(self._serials)}"
             if not os.path.lexists(target):
                 break
-        os.rename(path, target)
-        with suppress(OSError):
-            for part in (f"{target}/fs", f"{target}/work", target):
-                os.rmdir(part)
-            return
-        self._add(1)
+        self._add(1)  # first: as soon as it is there another thread may delete it
+        try:
+            os.rename(path, target)
+        except OSError:
+            self._add(-1)
+            raise
 
     def empty(self, checkpoint: Checkpoint) -> list[OSError]:
         """Delete all that is in the trash; returns an error, with its path, for each directory that can't be deleted and stays.
@@ -156,6 +162,8 @@ class Trash:
         """
         try:
             return self._delete_whole(parent, name, top, trash, depth, checkpoint)
+        except FileNotFoundError:  # somebody else has deleted it meanwhile
+            return None
         except OSError as error:
             error.filename = name
             return error
@@ -164,8 +172,6 @@ class Trash:
         retried = partial(_retried, parent, name, depth > 0)
         try:
             retried(lambda: os.unlink(name, dir_fd=parent))
-            return None
-        except FileNotFoundError:
             return None
         except IsADirectoryError:
             pass
