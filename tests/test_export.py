@@ -503,7 +503,7 @@ def test_other_entries_of_an_index_stay(tmp_path: Path) -> None:
         (images / "oci-layout").write_text("{}")
         (images / "index.json").write_text(json.dumps(document))
         with writing.OciDirectory(str(images), "v1", "gzip") as made:
-            made.finish({}, [])
+            made.finish(b"{}", [])
         index = json.loads((images / "index.json").read_text())
         assert index["more"] == 1
         assert index["manifests"][:-1] == document.get("manifests", [])
@@ -585,14 +585,14 @@ def test_one_fails_while_another_goes_on(tmp_path: Path) -> None:
     def finishes() -> None:
         with writing.OciDirectory(path, "two", "gzip") as two:
             made = two.layer(_Small(), lambda _: None)
-            two.finish({"rootfs": {"diff_ids": [made.diff_id]}}, [made])
+            two.finish(json.dumps({"rootfs": {"diff_ids": [made.diff_id]}}).encode(), [made])
 
     with writing.OciDirectory(path, "three", "gzip") as three:
         taken: list[writing.Written] = []
         fails(lambda: taken.append(three.layer(_Small(), lambda _: None)))
         assert os.listdir(tmp_path / "images/blobs/sha256") == []
         with pytest.raises(InvalidArgument, match=r"has lost sha256:.*: export again"):
-            three.finish({}, taken)
+            three.finish(b"{}", taken)
     fails(finishes)
     assert Layout(Path(path)).layers("two") == [b"abc"]
 
@@ -633,6 +633,8 @@ class _Small:
 
     size = 3
     diff_id: str | None = None
+    is_as_it_came = False
+    blob = None
 
     def pieces(self) -> Iterator[bytes]:
         yield b"abc"
@@ -652,7 +654,7 @@ def test_a_directory_that_is_exchanged_meanwhile(tmp_path: Path) -> None:
         (tmp_path / "moved/images/blobs").rename(tmp_path / "blobs")
         (tmp_path / "moved/images/blobs").symlink_to(victim)
         for made in (layout, writing.OciArchive(oci, "v1", "gzip"), writing.DockerArchive(docker, "v1")):
-            made.finish({}, [made.layer(_Small(), lambda size: None)])
+            made.finish(b"{}", [made.layer(_Small(), lambda size: None)])
     assert os.listdir(victim) == []
     assert sorted(os.listdir(tmp_path / "moved")) == ["docker.tar", "images", "oci.tar"]
     assert len(os.listdir(tmp_path / "blobs/sha256")) == 3
@@ -671,7 +673,7 @@ def test_without_files_that_have_no_name(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "open", without)
     with writing.OciDirectory(str(tmp_path / "images"), "v1", "gzip") as layout, writing.archive(f"{tmp_path}/a") as archive:
         for made in (layout, writing.OciArchive(archive, "v1", "gzip")):
-            made.finish({}, [made.layer(_Small(), lambda size: None)])
+            made.finish(b"{}", [made.layer(_Small(), lambda size: None)])
     assert sorted(os.listdir(tmp_path)) == ["a", "images"]
     assert Layout(tmp_path / "images").tags() == ["v1"]
     with tarfile.open(tmp_path / "a") as tar:

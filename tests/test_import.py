@@ -85,7 +85,7 @@ def settled(mnt: Path, tars: list[bytes]) -> None:
         assert shown["parent"] == below
         assert shown["labels"] == {"snapfs.diff-id": digest_of(tar)}
         beside = os.listdir(layer(mnt, name).parent)  # an image has its configuration beside its last layer
-        assert sorted(each for each in beside if not each.startswith("image-")) == ["fs", "work"]
+        assert sorted(each for each in beside if not each.startswith("image-")) == ["fs", "original", "work"]
 
 
 def test_each_layer_is_a_snapshot(command: Command, layout: Layout) -> None:

@@ -213,6 +213,35 @@ def test_from_a_registry_to_a_container_elsewhere(
     assert said == "two\n"
 
 
+def test_a_base_that_others_have_made_is_not_sent_again(registry: Registry, command: Command, tmp_path: Path) -> None:
+    """Also where they have packed it in another way than snapfs; a registry that lacks it gets it, with the same diff ids."""
+    base = pushed(registry, tmp_path)
+    theirs = registry.layers("base", "1")
+    command("import", base, "base:1")
+    (command.mnt / "images/base:1/active/w").mkdir()
+    (command.mnt / "active/w/rootfs/etc/release").write_text("two\n")
+    os.rename(command.mnt / "active/w", command.mnt / "committed/shop")
+
+    sent = registry.uploaded()
+    command("export", "shop", f"docker://{registry.address}/base:2")
+    assert registry.layers("base", "2")[:2] == theirs
+    assert registry.uploaded() == sent + 3, "a layer, a configuration and a manifest"
+
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = Registry(tmp_path / "elsewhere")
+    try:
+        with open(f"{os.environ['HOME']}/.config/containers/registries.conf", "a") as file:
+            file.write(f'[[registry]]\nlocation = "{elsewhere.address}"\ninsecure = true\n')
+        command("export", "shop", f"docker://{elsewhere.address}/shop:1")
+        assert len(elsewhere.layers("shop", "1")) == 3
+        image = f"docker://{elsewhere.address}/shop:1"
+        config = subprocess.check_output(["skopeo", "inspect", "--config", "--raw", image])
+        assert json.loads(config)["rootfs"]["diff_ids"][:2] == list(map(digest_of, base_layers()))
+    finally:
+        elsewhere.process.kill()
+        elsewhere.process.wait()
+
+
 def test_a_push_that_is_interrupted_goes_on(registry: Registry, make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     """What has arrived is not sent again; and nothing is left of the one that was killed."""
     snapfs = Command(make_daemon().start().mnt)

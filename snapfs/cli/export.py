@@ -12,14 +12,15 @@ from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import MountedTree, file_name, find_tree
 from snapfs.cli.progress import Progress
 from snapfs.cli.refusal import FAILED, NOT_FOUND, NOT_PERMITTED, USAGE, Refusal
-from snapfs.labels import MESSAGE
+from snapfs.labels import DIFF_ID, MESSAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
-    from snapfs.images.writing import Destination
+    from snapfs.images.original import Blob, Original
+    from snapfs.images.writing import Destination, Written
 
 PIECE = 1 << 20  # bytes that are read of a layer at once
 
@@ -31,21 +32,38 @@ OCI, OCI_ARCHIVE, DOCKER_ARCHIVE = "oci", "oci-archive", "docker-archive"
 
 
 class _Layer:
-    """A committed snapshot as a layer; ``info`` is what its info.json says."""
+    """A committed snapshot as a layer; ``info`` is what its info.json says.  It is ``original``, the archive that it was
+    imported from, where that can be had, and else its layer.tar."""
 
-    def __init__(self, place: MountedTree, name: str, info: dict[str, Any]) -> None:
+    def __init__(self, place: MountedTree, name: str, info: dict[str, Any], original: Original | None) -> None:
         self.name = name
         self.info = info
-        self.diff_id: str | None = info.get("diff_id")
+        self.original = original
         self._place = place
         self._path = f"{place.directory('committed', name)}/layer.tar"
-        self.size = 0
+        self._size = 0  # of that
+
+    @property
+    def diff_id(self) -> str | None:
+        return self.info.get("diff_id") if self.original is None else self.original.diff_id
+
+    @property
+    def size(self) -> int:
+        return self._size if self.original is None else self.original.size
+
+    @property
+    def is_as_it_came(self) -> bool:
+        return self.original is not None
+
+    @property
+    def blob(self) -> Blob | None:
+        return None if self.original is None else self.original.blob
 
     def open(self) -> None:
         """Have the tree look through the layer: its size is known then.  Raises Refusal."""
         self._fd = -1
         self._place.do(f'read the layer of "{self.name}"', ["open"], self._open, self._path)
-        self.size = os.fstat(self._fd).st_size
+        self._size = os.fstat(self._fd).st_size
 
     def _open(self, path: str) -> None:
         self._fd = self._place.open(path, os.O_RDONLY)
@@ -54,18 +72,26 @@ class _Layer:
         os.close(self._fd)
 
     def pieces(self) -> Iterator[bytes]:
-        """Raises Refusal."""
-        offset, read = 0, [b""]
+        """Raises Refusal, and Differs where it can't be as it came."""
+        if self.original is not None:
+            yield from self.original.pieces(self._read, self._size)
+            return
+        offset = 0
+        while offset < self._size:
+            piece = self._read(offset, PIECE)
+            if not piece:
+                raise Refusal(f'the layer of "{self.name}" ended too early: see {self._place.path}/.snapfs/error_log', FAILED)
+            offset += len(piece)
+            yield piece
+
+    def _read(self, offset: int, count: int) -> bytes:
+        read = [b""]
 
         def take(path: str) -> None:
-            read[0] = os.pread(self._fd, PIECE, offset)
+            read[0] = os.pread(self._fd, count, offset)
 
-        while offset < self.size:
-            self._place.do(f'read the layer of "{self.name}"', ["read"], take, self._path)
-            if not read[0]:
-                raise Refusal(f'the layer of "{self.name}" ended too early: see {self._place.path}/.snapfs/error_log', FAILED)
-            offset += len(read[0])
-            yield read[0]
+        self._place.do(f'read the layer of "{self.name}"', ["read"], take, self._path)
+        return read[0]
 
 
 def _export(given: Given) -> int:
@@ -125,10 +151,14 @@ def _info(place: MountedTree, name: str) -> dict[str, Any]:
 
 def _chain(place: MountedTree, name: str | None) -> list[_Layer]:
     """The layers of ``name``, the lowest first."""
+    from snapfs.images.original import Original
+
     found: list[_Layer] = []
+    root = place.options()["root"]
     while name is not None:
         info = _info(place, name)
-        found.append(_Layer(place, name, info))
+        original = Original.find(f"{root}/snapshots/{info['id']}") if DIFF_ID in info["labels"] else None
+        found.append(_Layer(place, name, info, original))
         name = info.get("parent")
     return found[::-1]
 
@@ -160,7 +190,10 @@ def _send(place: MountedTree, name: str, layers: list[_Layer], destination: str,
 
 
 def _write(place: MountedTree, name: str, layers: list[_Layer], destination: Destination) -> None:
+    import json
+
     from snapfs.images.configuration import Step, configuration
+    from snapfs.images.writing import as_json
 
     progress, read, written, steps, latest = Progress(), 0, [], [], _latest()
     try:
@@ -173,12 +206,25 @@ def _write(place: MountedTree, name: str, layers: list[_Layer], destination: Des
 
             layer.open()
             with contextlib.closing(layer):
-                written.append(destination.layer(layer, told))
+                written.append(_written(destination, layer, told))
             steps.append(Step(_when(layer.info), layer.info["labels"].get(MESSAGE, "")))
-        made = configuration(_known(place, name), [each.diff_id for each in written], steps, latest)
-        destination.finish(made, written)
+        text = _known(place, name)
+        known = json.loads(text) if text else {}
+        made = configuration(known, [each.diff_id for each in written], steps, latest)
+        destination.finish(text if made == known else as_json(made), written)
     finally:
         progress.clear()
+
+
+def _written(destination: Destination, layer: _Layer, told: Callable[[int], None]) -> Written:
+    from snapfs.images.original import Differs
+
+    try:
+        return destination.layer(layer, told)
+    except Differs as why:
+        table.complain(f'"{layer.name}" is exported as it is now, and not as it was imported: {why}')
+        layer.original = None
+        return destination.layer(layer, told)
 
 
 def _when(info: dict[str, Any]) -> int:
@@ -198,15 +244,10 @@ def _latest() -> int | None:
     return int(latest)
 
 
-def _known(place: MountedTree, name: str) -> dict[str, Any]:
+def _known(place: MountedTree, name: str) -> bytes:
     """What image.json of ``name`` says; nothing where it came from no image."""
-    import json
-
     path = f"{place.directory('committed', name)}/image.json"
-    if not place.within.exists(path):
-        return {}
-    found: dict[str, Any] = json.loads(place.read(path))
-    return found
+    return place.read(path).encode() if place.within.exists(path) else b""
 
 
 def _by_skopeo(place: MountedTree, name: str, layers: list[_Layer], destination: str, how: str) -> None:
@@ -216,9 +257,18 @@ def _by_skopeo(place: MountedTree, name: str, layers: list[_Layer], destination:
     progress, began = Progress(), time.monotonic()
     told = (lambda: progress.show_waiting(f"to {destination}", time.monotonic() - began)) if progress.is_shown else None
     try:
-        with fetching.sent(destination, told) as layout, writing.OciDirectory(layout, fetching.TAG, how) as made:
-            _write(place, name, layers, made)
-            began = time.monotonic()
+        with fetching.outgoing(destination) as layout:
+            for leaves_out in (True, False):  # at first what came from a registry, which it may still have
+                with writing.OciDirectory(layout, fetching.TAG, how, leaves_out=leaves_out) as made:
+                    _write(place, name, layers, made)
+                began = time.monotonic()
+                try:
+                    fetching.send(layout, destination, told)
+                except fetching.Lacking:
+                    if not made.left_out:
+                        raise
+                else:
+                    break
     except OSError as error:
         words = f"{layouts.spool()}, where it is made first: {error.strerror}: $TMPDIR names another place"
         raise Refusal(f"cannot write {destination}: {words}") from None
@@ -237,8 +287,8 @@ VERBS = {
         ),
         "Make an image of the committed snapshot NAME: a layer for each snapshot of its chain.  DEST is oci:DIR[:TAG],\n"
         "oci-archive:FILE[:TAG], docker-archive:FILE[:NAME:TAG], or what skopeo knows, which then takes it there:\n"
-        "docker://HOST/NAME:TAG.  What DEST has already is not written again.  The same snapshots give the same image;\n"
-        "no time in its configuration is later than $SOURCE_DATE_EPOCH, where that is set.\n"
+        "docker://HOST/NAME:TAG.  What DEST has already is not written again.  What was imported leaves as it came, and the\n"
+        "same snapshots give the same image; no time in its configuration is later than $SOURCE_DATE_EPOCH, if that is set.\n"
         "DIR and FILE must be below directories that nobody else can write, and DIR yours or root's.",
         """
 snapfs export v1 oci:images:v1

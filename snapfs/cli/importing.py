@@ -37,6 +37,7 @@ from snapfs.errors import Damaged, InvalidArgument, SnapshotError
 from snapfs.images import fetching
 from snapfs.images.layouts import ArchiveFiles, Blob, DirectoryFiles, Image, Layer, docker_image, file_blob, oci_image
 from snapfs.images.limits import Limits
+from snapfs.images.original import ORIGINAL
 from snapfs.images.unfit import Unfit
 from snapfs.images.working import FAILED as BROKEN
 from snapfs.images.working import FINISHED, UNFIT, UNPACKED, Place, Worker
@@ -389,8 +390,11 @@ class _Import:
         elif kind == FINISHED:
             self._left = [old or new for old, new in zip(self._left, told[0], strict=True)]
             task.worker.close()
+            own = self._own(task.number)
             try:
-                Trash(f"{self._root}/trash", f"{self._root}/trash").delete(f"{self._own(task.number)}/stale", lambda: None)
+                with contextlib.suppress(FileNotFoundError):  # of this archive nothing was kept
+                    os.rename(f"{own}/stale/{ORIGINAL}", f"{own}/{ORIGINAL}")
+                Trash(f"{self._root}/trash", f"{self._root}/trash").delete(f"{own}/stale", lambda: None)
             except OSError as error:
                 raise self._broken(task, error) from None
             if task.name:

@@ -42,11 +42,14 @@ def unpacked(read: Read) -> Iterator[bytes]:
     for begin, name in _OTHERS.items():
         if first.startswith(begin):
             raise Unfit(f"it is packed by {name}, which layers never are: unpack it first, or pack it by gzip or zstd")
+    return {"gzip": _by_gzip, "zstd": _by_zstd, "none": _plain}[packed_by(first)](first, read)
+
+
+def packed_by(first: bytes) -> str:
+    """How what begins with these bytes is compressed, a key of MEDIA_TYPES."""
     if first.startswith(_GZIP):
-        return _by_gzip(first, read)
-    if first.startswith(_ZSTD) or (first[1:4] == _SKIPPED and first[0] >> 4 == 5):
-        return _by_zstd(first, read)
-    return _plain(first, read)
+        return "gzip"
+    return "zstd" if first.startswith(_ZSTD) or (first[1:4] == _SKIPPED and first[0] >> 4 == 5) else "none"
 
 
 def _plain(first: bytes, read: Read) -> Iterator[bytes]:

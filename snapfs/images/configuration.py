@@ -38,12 +38,17 @@ def architecture() -> str:
 
 def configuration(known: dict[str, Any], diff_ids: list[str], steps: list[Step], latest: int | None = None) -> dict[str, Any]:
     """The configuration of an image whose layers have these ``diff_ids`` and came about by these ``steps``, the lowest first:
-    what is ``known`` of it, with these.  No time in it is later than ``latest``, in seconds since the epoch."""
-    created = known.get("created")
-    made = {"architecture": architecture(), "os": "linux", "config": {}, **known}
-    made["created"] = _time(steps[-1].created) if _moment(created) is None else created
-    history = [_no_later(each, latest) for each in _history(known.get("history"), steps)]
-    return {**_no_later(made, latest), "rootfs": {"type": "layers", "diff_ids": diff_ids}, "history": history}
+    what is ``known`` of it, as it is where it is known with these layers, and else with them.  No time in it is later than
+    ``latest``, in seconds since the epoch."""
+    rootfs = {"type": "layers", "diff_ids": diff_ids}
+    made = {"architecture": architecture(), "os": "linux", **known}
+    if rootfs != known.get("rootfs"):
+        created = _time(steps[-1].created) if _moment(known.get("created")) is None else known["created"]
+        history = _history(known.get("history"), steps)
+        made = {"config": {}, **made, "created": created, "rootfs": rootfs, "history": history}
+    if isinstance(told := made.get("history"), list):
+        made["history"] = [_no_later(each, latest) if isinstance(each, dict) else each for each in told]
+    return _no_later(made, latest)
 
 
 def _no_later(entry: dict[str, Any], latest: int | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _OF_OTHERS = "no image found in"  # … manifest list for architecture
 _NAME = re.compile(r'^Error parsing image name "[^"]*": |^initializing source \S+: |^Invalid (source|destination) name \S+: ')
 _LOGGED = re.compile(r'msg="(.*)"$')
 _UNKNOWN = re.compile(r'unknown transport "([^"]*)"')
-_FULL = "no space left on device"
+_FULL, _LACKS = "no space left on device", "no such file or directory"
 _ADVICE = {
     "server gave HTTP response to HTTPS client": ": it has no TLS; ~/.config/containers/registries.conf can say so of it: "
     '[[registry]], location = "HOST:PORT", insecure = true, a line each',
@@ -100,18 +100,26 @@ def fetched(
         yield Layout(layout, absent)
 
 
+class Lacking(Unfit):
+    """What is to be sent is not all there."""
+
+
 @contextlib.contextmanager
-def sent(destination: str, told: Callable[[], None] | None) -> Iterator[str]:
-    """For a block, which makes it: where an OCI layout with the image TAG is to be, in a directory that nobody else can enter.
-    Then the image goes to ``destination``, and ``told`` is called now and then.  Raises Unfit, and OSError."""
-    program = find(destination)
+def outgoing(destination: str) -> Iterator[str]:
+    """For a block: where an OCI layout with the image TAG may be made, which is to go to ``destination``, in a directory that
+    nobody else can enter.  Raises Unfit where it can't go there, for there is no skopeo; OSError."""
+    find(destination)
     with _private(_SENT) as directory:
-        layout = f"{directory}/oci"
-        yield layout
-        # what is there has the same digest, and stays
-        said = _ran([program, "copy", "--quiet", "--", f"oci:{layout}:{TAG}", destination], told)[1]
-        if said:
-            raise Unfit(f"skopeo can't take it there: {said}")
+        yield f"{directory}/oci"
+
+
+def send(layout: str, destination: str, told: Callable[[], None] | None) -> None:
+    """Have the image go there; what is there has the same digest, and stays.  ``told`` is called now and then.  Raises Unfit,
+    and Lacking where a blob is not in the layout, and not there either."""
+    said = _ran([find(destination), "copy", "--quiet", "--", f"oci:{layout}:{TAG}", destination], told)[1]
+    if said:
+        kind = Lacking if _LACKS in said and layout in said else Unfit
+        raise kind(f"skopeo can't take it there: {said}")
 
 
 def find(place: str) -> str:

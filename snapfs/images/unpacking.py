@@ -152,7 +152,7 @@ class Unpacking:
     replaces.  ``lowest``: it has no layers below.  ``prefix``: what overlayfs's own attributes begin with there.
 
     ``files`` and ``size`` tell how many entries, with how many bytes, those of their attributes too, were made so far; ``left``
-    what could not be kept.
+    what could not be kept; ``has_replaced`` whether any entry has taken the place of another.
 
     The methods raise Unfit, and OSError.  Memory is bounded but for some hundred bytes for each directory, and MOST_NAMES.  The
     process has no umask meanwhile.
@@ -162,6 +162,7 @@ class Unpacking:
         self.files = 0
         self.size = 0
         self.left = Left()
+        self.has_replaced = False
         self._top = _Open(top, b"")
         self._aside = aside
         self._lowest = lowest
@@ -188,11 +189,11 @@ class Unpacking:
 
     # -- entries
 
-    def add(self, entry: Entry, reader: TarReader) -> None:
-        """Make what ``entry`` says, the last one of ``reader``."""
+    def add(self, entry: Entry, reader: TarReader) -> bytes | None:
+        """Make what ``entry`` says, the last one of ``reader``.  Where that was a file: its path, without links."""
         names = _names(entry.name)
         if not names:  # the top: as containerd leaves it
-            return
+            return None
         if self._stale:
             self._close_stale()
         base = names.pop()
@@ -203,6 +204,7 @@ class Unpacking:
             self._hide(parent, base, entry)
         elif entry.kind is FILE:
             self._make_file(parent, base, entry, reader)
+            return _joined(parent.path, base)
         elif entry.kind is DIRECTORY:
             self._make_directory(parent, base, entry)
         elif entry.kind is LINK:
@@ -211,6 +213,7 @@ class Unpacking:
             self._make_name(parent, base, entry)
         else:
             self._make_node(parent, base, entry)
+        return None
 
     def _make_file(self, parent: _Open, base: bytes, entry: Entry, reader: TarReader) -> None:
         owner = self._owners.of(entry.uid, entry.gid)
@@ -642,6 +645,7 @@ class Unpacking:
 
     def _take_away(self, parent: _Open, base: bytes) -> None:
         """Make room at ``base``, for another entry of the same name."""
+        self.has_replaced = True
         try:
             os.unlink(base, dir_fd=parent.fd)
         except (IsADirectoryError, PermissionError):

@@ -17,13 +17,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
-from snapfs.images.compression import unpacked
+from snapfs.images.compression import packed_by, unpacked
 from snapfs.images.layouts import Layer
 from snapfs.images.limits import Limits
-from snapfs.images.tarreader import Stream, TarReader
+from snapfs.images.original import Blob, Recording
+from snapfs.images.tarreader import TarReader
 from snapfs.images.unfit import Unfit
 from snapfs.images.unpacking import Owners, Unpacking
 from snapfs.kernel import libc, mounting, subids, userns
@@ -170,39 +171,46 @@ class _Work:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         top, aside = os.open(place.directory, flags), os.open(place.aside, flags)  # in one mount: before there is another
         unpacking = Unpacking(top, aside, lowest=place.lowest, prefix=place.prefix, owners=self._enter())
-        with _Feed(self._layer, self._limits) as feed:
-            reader = TarReader(Stream(iter(feed)))
+        with _Feed(self._layer, self._limits) as feed, closing(Recording(iter(feed), aside)) as stream:
+            reader = TarReader(stream)
             is_first = self._has_end
             while (entry := reader.next()) is not None:
                 if is_first and _OF_AN_IMAGE.match(entry.name):
                     words = "it is the archive of an image, and none of a layer"
                     raise Unfit(f"{words}: write docker-archive: or oci-archive: before its name")
                 is_first &= entry.name in (b".", b"./")
-                unpacking.add(entry, reader)
-                self._tell(unpacking)
+                path = unpacking.add(entry, reader)
+                if path is not None:
+                    stream.in_file(path, entry.size)
+                if unpacking.has_replaced or entry.spans is not None:
+                    stream.give_up()
+                self._tell(unpacking.files, unpacking.size + stream.size)
             if self._has_end and feed.is_empty:
                 raise Unfit("there is nothing in it")
             if self._has_end and not reader.has_end:
                 raise Unfit("the archive is cut off: the empty blocks that mark its end are missing")
-            feed.drain()
-        self._say(PROGRESS, unpacking.files, unpacking.size)
-        self._say(UNPACKED, feed.checked())
+            stream.drain()
+            diff_id = feed.checked()
+            stream.finish(diff_id, feed.blob)
+            kept = stream.size
+        self._say(PROGRESS, unpacking.files, unpacking.size + kept)
+        self._say(UNPACKED, diff_id)
         message, files, _, _ = socket.recv_fds(self._end, 16, 1)
         if message:
             with open(files[0], encoding="utf-8") as file:
                 file.seek(0)
                 layers, others = json.load(file)
-            unpacking.finish(layers, lambda: self._limits.refuse_size(others + unpacking.size))
-            self._say(PROGRESS, unpacking.files, unpacking.size)
+            unpacking.finish(layers, lambda: self._limits.refuse_size(others + unpacking.size + kept))
+            self._say(PROGRESS, unpacking.files, unpacking.size + kept)
             left = unpacking.left
             self._left = [left.foreign, left.bare, left.device]
 
-    def _tell(self, unpacking: Unpacking) -> None:
-        self._limits.refuse_files(unpacking.files)
+    def _tell(self, files: int, size: int) -> None:
+        self._limits.refuse_files(files)
         now = time.monotonic()
         if now - self._told >= _EVERY:
             self._told = now
-            self._say(PROGRESS, unpacking.files, unpacking.size)
+            self._say(PROGRESS, files, size)
 
     def _say(self, *message: object) -> None:
         self._end.send(json.dumps(message).encode())
@@ -220,6 +228,7 @@ class _Feed:
         self._limits = limits
         self._packed = 0
         self._unpacked = 0
+        self._first = b""
         algorithms = [(text.partition(":")[0] or "sha256") for text in (layer.blob.digest, layer.diff_id)]
         self._hash, self._diff = (hashlib.new(algorithm) for algorithm in algorithms)
         self._pieces: queue.Queue[bytes | BaseException] = queue.Queue(_AHEAD)
@@ -250,10 +259,11 @@ class _Feed:
         """Whether there was nothing, at the end."""
         return not self._unpacked
 
-    def drain(self) -> None:
-        """Leave out what is behind the end of the archive."""
-        for _ in self:
-            pass
+    @property
+    def blob(self) -> Blob | None:
+        """What it came in, at the end, where that has a digest."""
+        digest = self._layer.blob.digest
+        return Blob(digest, self._packed, packed_by(self._first)) if digest.startswith("sha256:") else None
 
     def checked(self) -> str:
         """What the layer hashes to, unpacked.  Raises Unfit where that, or what its blob hashes to, is not what it is to be."""
@@ -293,6 +303,7 @@ class _Feed:
         def hashed(count: int) -> bytes:
             found = read(count)
             self._packed += len(found)
+            self._first = self._first or found[:6]
             self._hash.update(found)
             return found
 

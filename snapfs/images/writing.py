@@ -21,6 +21,8 @@ from snapfs.errors import AlreadyExists, InvalidArgument, SnapshotError
 from snapfs.images.compression import MEDIA_TYPES, compressor
 from snapfs.images.held import HeldDirectory, beside_of
 from snapfs.images.layouts import NAME, REF
+from snapfs.images.original import Blob as Original
+from snapfs.images.original import Differs
 from snapfs.kernel import trusted
 from snapfs.kernel.unnamed import Unnamed
 
@@ -61,13 +63,26 @@ class Blob(NamedTuple):
 
 
 class Layer(Protocol):
-    """A layer that is to be written: its ``size`` in bytes and, where that is known, the ``diff_id`` of its tar."""
+    """A layer that is to be written."""
 
-    size: int
-    diff_id: str | None
+    @property
+    def size(self) -> int:
+        """Bytes of its tar."""
+
+    @property
+    def diff_id(self) -> str | None:
+        """The digest of that, where it is known."""
+
+    @property
+    def is_as_it_came(self) -> bool:
+        """Whether the tar is put together anew, and may come to have another digest."""
+
+    @property
+    def blob(self) -> Original | None:
+        """What the tar came in, where that is known."""
 
     def pieces(self) -> Iterator[bytes]:
-        """The tar."""
+        """The tar.  Raises Differs."""
 
 
 class Written(NamedTuple):
@@ -81,21 +96,29 @@ class Destination(Protocol):
     """Where an image goes."""
 
     def layer(self, layer: Layer, told: Callable[[int], None]) -> Written:
-        """Write it, or find it there; ``told`` is called with how many bytes of the tar were read since."""
+        """Write it, or find it there; ``told`` is called with how many bytes of the tar were read since.  Raises Differs where
+        it can't be as it came; nothing of it is written then."""
 
-    def finish(self, config: dict[str, object], layers: list[Written]) -> None:
+    def finish(self, config: bytes, layers: list[Written]) -> None:
         """Write the configuration, and what names the image."""
 
 
 def digest_of(layer: Layer, told: Callable[[int], None]) -> str:
-    """The digest of the tar of ``layer``."""
-    if layer.diff_id is not None:
+    """The digest of the tar of ``layer``.  Raises Differs."""
+    if layer.diff_id is not None and not layer.is_as_it_came:
         return layer.diff_id
     found = hashlib.sha256()
     for piece in layer.pieces():
         found.update(piece)
         told(len(piece))
-    return f"sha256:{found.hexdigest()}"
+    return _proven(layer, f"sha256:{found.hexdigest()}")
+
+
+def _proven(layer: Layer, diff_id: str) -> str:
+    """``diff_id``, which the tar of ``layer`` has.  Raises Differs where it is to have another."""
+    if layer.is_as_it_came and diff_id != layer.diff_id:
+        raise Differs("a file of the layer has other contents than it came with")
+    return diff_id
 
 
 def _digest(data: bytes) -> str:
@@ -127,7 +150,7 @@ class _Oci:
         self._there = there
 
     def layer(self, layer: Layer, told: Callable[[int], None]) -> Written:
-        found = self._there.get(layer.diff_id or "")
+        found = self._there.get(layer.diff_id or "") or self._left_out(layer)
         if found is not None:
             told(layer.size)
             return Written(layer.diff_id or "", found)
@@ -140,6 +163,7 @@ class _Oci:
                 told(len(piece))
                 _write(file, blob, packed.compress(piece))
             _write(file, blob, packed.flush())
+            _proven(layer, f"sha256:{diff.hexdigest()}")
             return f"sha256:{blob.hexdigest()}"
 
         digest, size = self._files.compressed(write)
@@ -148,13 +172,16 @@ class _Oci:
         self._there[diff_id] = made
         return Written(diff_id, made)
 
-    def manifest(self, config: dict[str, object], layers: list[Written]) -> Blob:
+    def _left_out(self, layer: Layer) -> Blob | None:
+        """What ``layer`` came in, where that is not to be written, but only named."""
+        return None
+
+    def manifest(self, config: bytes, layers: list[Written]) -> Blob:
         blobs = [layer.blob.shown() for layer in layers if layer.blob is not None]
         named = {"schemaVersion": 2, "mediaType": MANIFEST, "config": self._added(CONFIG, config).shown(), "layers": blobs}
-        return self._added(MANIFEST, named)
+        return self._added(MANIFEST, as_json(named))
 
-    def _added(self, media_type: str, value: object) -> Blob:
-        data = as_json(value)
+    def _added(self, media_type: str, data: bytes) -> Blob:
         self.added.append(Blob(media_type, self._files.add(data), len(data)))
         return self.added[-1]
 
@@ -166,13 +193,17 @@ def _write(file: BinaryIO, blob: Any, data: bytes) -> None:
 
 
 class OciDirectory(_Oci):
-    """The layout in the directory ``path``, which is made if it is not there, under ``tag``: a context manager.
+    """The layout in the directory ``path``, which is made if it is not there, under ``tag``: a context manager.  Layers that
+    came in a blob of the same compression are only named by that, and not written, where that ``leaves_out`` what DEST may have
+    already; ``left_out`` are the digests of these.
 
     Raises InvalidArgument where something else is at ``path``; Untrusted where others could exchange it; OSError."""
 
-    def __init__(self, path: str, tag: str, how: str) -> None:
+    def __init__(self, path: str, tag: str, how: str, *, leaves_out: bool = False) -> None:
         _check_tag(tag)
+        self.left_out: set[str] = set()
         self._tag = tag
+        self._leaves_out = leaves_out
         with ExitStack() as held:
             self._top = held.enter_context(HeldDirectory.find(path, may_make=True))
             if not all(map(_BEGUN.fullmatch, self._top.names())) and not self._top.has(_LAYOUT):
@@ -199,12 +230,23 @@ class OciDirectory(_Oci):
                 if f"sha256:{name}" not in listed:
                     self._blobs.remove(name)
 
-    def finish(self, config: dict[str, object], layers: list[Written]) -> None:
+    def _left_out(self, layer: Layer) -> Blob | None:
+        came_in = layer.blob
+        if not self._leaves_out or came_in is None or layer.diff_id is None or came_in.compression != self._how:
+            return None
+        self.left_out.add(came_in.digest)
+        return Blob(MEDIA_TYPES[self._how], came_in.digest, came_in.size)
+
+    def finish(self, config: bytes, layers: list[Written]) -> None:
         manifest = self.manifest(config, layers)
         with self._top.locked():
             index = _index(self._top)
             for blob in (*self.added, *(layer.blob for layer in layers)):
-                if blob is not None and not self._blobs.has_whole(_hex(blob.digest), blob.size):
+                if (
+                    blob is not None
+                    and blob.digest not in self.left_out
+                    and not self._blobs.has_whole(_hex(blob.digest), blob.size)
+                ):
                     raise InvalidArgument(f"{self._top.path} has lost {blob.digest}, to an export that failed: export again")
             others = [each for each in index["manifests"] if (each.get("annotations") or {}).get(REF) != self._tag]
             index["manifests"] = [*others, {**manifest.shown(), "annotations": _called(self._tag)}]
@@ -387,7 +429,7 @@ class OciArchive(_Oci):
         self._tag = tag
         super().__init__(_InArchive(archive), how, {})
 
-    def finish(self, config: dict[str, object], layers: list[Written]) -> None:
+    def finish(self, config: bytes, layers: list[Written]) -> None:
         manifest = self.manifest(config, layers)
         named = {**manifest.shown(), "annotations": _called(self._tag)}
         index = as_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": [named]})
@@ -432,12 +474,11 @@ class DockerArchive:
         self._archive.add(f"{_hex(diff_id)}.tar", io.BufferedReader(_Reading(layer.pieces()), PIECE), layer.size)
         return Written(diff_id, None)
 
-    def finish(self, config: dict[str, object], layers: list[Written]) -> None:
-        data = as_json(config)
-        name = f"{hashlib.sha256(data).hexdigest()}.json"
+    def finish(self, config: bytes, layers: list[Written]) -> None:
+        name = f"{hashlib.sha256(config).hexdigest()}.json"
         tags = [self._tag] if self._tag else None
         manifest = as_json([{"Config": name, "RepoTags": tags, "Layers": [f"{_hex(each.diff_id)}.tar" for each in layers]}])
-        for file, text in ((name, data), ("manifest.json", manifest)):
+        for file, text in ((name, config), ("manifest.json", manifest)):
             self._archive.add(file, io.BytesIO(text), len(text))
         self._archive.end()
 

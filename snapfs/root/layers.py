@@ -4,7 +4,7 @@
       lock           held by the process that has the root open; says its pid, or a note of its end (``services/agreeing.py``)
       metadata.mdb   the records (``store/metastore.py``), and after them a megabyte that is kept for removing on a full disk
       snapshots/     0700   <id>/fs 0755, and <id>/work 0711 for active snapshots; <id> has an imprint (``imprint.py``), and it
-                     may have an image.json (``imagefile.py``)
+                     may have an image.json (``imagefile.py``), and what is left of an archive (``images/original.py``)
       pool/          new-… directories, made beforehand, so that Prepare costs one rename
       trash/         directories of removed snapshots, on their way out
       rootfs/        <id>/fs: the merged file systems, while they are mounted (``services/rootfs.py``)
