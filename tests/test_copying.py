@@ -1120,7 +1120,7 @@ def test_they_are_not_frozen_for_long(cgroups: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.mounts
 def test_a_shell_that_never_answers(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not waited for."""
-    monkeypatch.setattr(freezing, "LONGEST", 0.1)
+    monkeypatch.setattr(freezing, "LONGEST", 1.0)  # also for the end of what was killed
     monkeypatch.setattr(freezing, "_SHELL", 'shift 2; echo 1 > "$1/cgroup.freeze"; exec sleep 60')
     with in_a_cgroup() as (_, group):
         with freezing.frozen([group]):

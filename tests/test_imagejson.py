@@ -104,7 +104,7 @@ def test_a_large_one_is_looked_at_soon_and_others_go_on_meanwhile(what: str) -> 
         thread.join()
         sys.setswitchinterval(interval)
     assert took < 1
-    assert had > 20
+    assert had > 5  # it had none, or one, where all was done in one call
 
 
 def test_members_are_bounded() -> None:
