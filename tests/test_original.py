@@ -11,6 +11,7 @@ import random
 import struct
 import subprocess
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -18,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from snapfs.images import original
 from snapfs.images.original import HEADER, ORIGINAL, Blob, Differs, Original, Recording
-from snapfs.images.tarreader import TarReader
+from snapfs.images.tarreader import FILE, TarReader
+from snapfs.images.unfit import Unfit
 from snapfs.images.unpacking import Owners, Unpacking
 from tests.command import Command, run
 from tests.daemon import Daemon
@@ -130,6 +134,53 @@ def test_whatever_is_not_in_files(tmp_path: Path, what: str) -> None:
     found = kept(archive, tmp_path / "layer")
     assert found is not None
     assert put_together(found, tmp_path / "layer") == archive
+
+
+SEEDS = [archive[:40_000] for archive in odd().values()]
+
+
+def damaged(random: random.Random) -> bytes:
+    """An archive of which something is changed, left out, there twice, or behind it; mostly with check sums that are right."""
+    archive = bytearray(random.choice(SEEDS))
+    for _ in range(random.randrange(4)):
+        here = random.randrange(len(archive) or 1) // 512 * 512
+        match random.randrange(4):
+            case 0:
+                archive[here : here + 1] = random.randbytes(1)
+            case 1:
+                del archive[here : here + 512 * random.randrange(1, 3)]
+            case 2:
+                archive[here:here] = random.choice(SEEDS)[: 512 * random.randrange(1, 6)]
+            case _:
+                archive += random.randbytes(random.randrange(3000))
+    for here in range(0, len(archive) - 511, 512):
+        block = archive[here : here + 512]
+        if block[257:262] == b"ustar" and random.random() < 0.7:
+            archive[here + 148 : here + 156] = b"%06o\0 " % (sum(block) - sum(block[148:156]) + 8 * 32)
+    return bytes(archive)
+
+
+@given(st.randoms(use_true_random=True))
+def test_of_any_archive_all_is_kept_or_in_files(random: random.Random) -> None:
+    archive, step, files = damaged(random), random.randrange(1, 3000), list[bytes]()
+    with tempfile.TemporaryDirectory() as place:
+        fd = os.open(place, os.O_RDONLY)
+        try:
+            pieces = (archive[here : here + step] for here in range(0, len(archive), step))
+            with closing(Recording(pieces, fd)) as stream:
+                reader = TarReader(stream)
+                while (entry := reader.next()) is not None:
+                    if entry.kind == FILE and entry.spans is None and random.random() < 0.9:  # others are in no file
+                        files.append(b"".join(bytes(piece) for _, piece in reader.data(entry)))
+                        stream.in_file(b"%d" % (len(files) - 1), entry.size)
+                stream.drain()
+                stream.finish("", None)
+        except Unfit:
+            return
+        finally:
+            os.close(fd)
+        found = [kept + (files[int(path)] if path else b"") for kept, path, _ in original._rows(f"{place}/{ORIGINAL}")]
+    assert b"".join(found) == archive
 
 
 def test_of_what_replaces_other_entries_nothing_is_kept(tmp_path: Path) -> None:
