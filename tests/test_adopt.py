@@ -191,6 +191,50 @@ def test_who_is_in_it_keeps_it(command: Command, site: Path) -> None:
     command("release", "site")
 
 
+OTHERS_WRITE = ("-o", "allow_other", "-o", f"gid={ALICE},umask=002")
+
+
+def label_as_alice(path: Path, label: str, value: str | Path) -> None:
+    subprocess.run(
+        [*alice, "tee", f"{path}/labels/{label}"], input=str(value), text=True, check=True, stdout=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.usefixtures("open_path")
+def test_where_a_workspace_stands_others_do_not_say(make_daemon: Callable[..., Daemon], site: Path, tmp_path: Path) -> None:
+    """The mount table proves it; their label leads nobody to copy files elsewhere."""
+    command = Command(make_daemon(*OTHERS_WRITE).start().mnt)
+    command("adopt", "--over", str(site), "w")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    label_as_alice(command.mnt / "active/w", "snapfs.over", elsewhere)
+    assert f"stands over {elsewhere} says its label snapfs.over alone, which others" in command("release", "w", status=6)
+    assert is_mounted(site)
+    assert (command.mnt / "active/w/labels/snapfs.over").read_text() == f"{elsewhere}\n"
+    label_as_alice(command.mnt / "active/w", "snapfs.over", site)
+    assert f"{site} is what it was" in command("release", "w")
+    assert not is_mounted(site)
+
+
+@pytest.mark.usefixtures("open_path")
+def test_what_others_label_as_left_by_an_adoption(make_daemon: Callable[..., Daemon], site: Path) -> None:
+    """It is not taken for what was moved, from wherever they say."""
+    command = Command(make_daemon(*OTHERS_WRITE).start().mnt)
+    forged = command.mnt / "active/w@adopting"
+    for source in ("/etc", site):
+        command("prepare", "w@adopting")
+        Path(os.readlink(forged / "diff"), "evil").touch()
+        label_as_alice(forged, "snapfs.source", source)
+        label_as_alice(forged, "snapfs.adopting", "moved")
+        said = command("adopt", "--move", str(site), "w", status=6)
+        assert '"w@adopting" is labelled as what an adoption has left' in said
+        assert str(source) not in said
+        assert sorted(os.listdir(site)) == ["d", "page"]
+        command("rm", "w@adopting")
+    command("adopt", "--move", str(site), "w")
+    assert (layer(command.mnt, "w@0") / "page").read_text() == "page"
+
+
 def test_over_what_another_user_can_exchange(command: Command, site: Path) -> None:
     os.chown(site, ALICE, ALICE)
     assert "who could put anything in its place" in command("adopt", "--over", str(site), status=6)
@@ -435,6 +479,23 @@ def test_killed_between_any_two_calls(command: Command, server: Server, tmp_path
             break
         nth += 1 if EVERY == 1 else 1 + nth // 4
     assert nth > 20
+
+
+@pytest.mark.usefixtures("open_path")
+def test_what_was_moved_is_found_again_where_others_write(
+    make_daemon: Callable[..., Daemon], server: Server, site: Path
+) -> None:
+    """ROOT says from where, whatever others have made of the label."""
+    command = Command(make_daemon(*OTHERS_WRITE).start().mnt)
+    with server.started(held, str(command.mnt), "adopt", "--move", str(site), "w") as process:
+        assert process.hold(lambda call: KILL if str(call) == "renameat(w@adopting, w@0)" else None)
+    assert os.listdir(site) == []
+    label_as_alice(command.mnt / "active/w@adopting", "snapfs.source", "/etc")
+    (site.parent / "another").mkdir()
+    said = command("adopt", "--move", str(site.parent / "another"), "w", status=4)
+    assert f"holds all files of {site}, whose adoption was cut off" in said
+    command("adopt", "--move", str(site), "w")
+    assert (layer(command.mnt, "w@0") / "page").read_text() == "page"
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["copy", "move"])

@@ -149,6 +149,17 @@ def test_progress_is_told(home: Workspace) -> None:
     assert shown.process.returncode == 0
 
 
+def test_a_terminal_shows_its_own_colours_and_obeys_no_name(home: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    (home.work / "fresh").touch()
+    (home.work / "\33[2J").touch()
+    said = OnATerminal("apply", "--at", str(home.snapfs.mnt), "--dry-run", "w").said()
+    assert "\33[32mA /fresh\33[0m" in said
+    assert "\33[2J" not in said
+    assert "%1B" not in said
+
+
 def test_a_million_deletions_would_all_be_told(home: Workspace) -> None:
     for nth in range(150):
         (home.work / f"n{nth}").write_text("")

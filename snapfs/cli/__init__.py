@@ -186,7 +186,9 @@ def _run(given: list[str]) -> int:
         return verb(word).run(given[1:])
     if "/" in word and len(given) > 1:  # mount.fuse3, for mount(8) and /etc/fstab
         return verb("serve").run(["--detach", *given])
-    print(f'snapfs: there is no verb "{word}"; snapfs --help lists them', file=sys.stderr)
+    from snapfs.cli import table
+
+    table.complain(f'there is no verb "{word}"; snapfs --help lists them')
     return 2
 
 

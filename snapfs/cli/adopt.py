@@ -7,7 +7,7 @@ import os
 from snapfs.cli import table
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import MountedTree, find_tree
-from snapfs.cli.refusal import NOT_FOUND, Refusal
+from snapfs.cli.refusal import NOT_FOUND, NOT_PERMITTED, Refusal
 from snapfs.labels import OVER
 
 TYPE_CHECKING = False
@@ -71,6 +71,11 @@ def _release(given: Given) -> int:
     found: list[MountPoint] = []
     if not place.options()["window"]:
         found = [mount for mount in mounts_of(place, key) if mount.target == over]
+    if not found and place.is_labelled_by_others(directory):
+        its = place.word_of(key)
+        to_do = f"{place.command('show', its)} tells where it is mounted, {place.command(f'label --delete {OVER}', its)} takes"
+        words = f'that "{key}" stands over {over} says its label {OVER} alone, which others than you may write'
+        raise Refusal(f"{words}: {to_do} that away", NOT_PERMITTED)
     for mount in found:
         unmount(mount)
     place.write_label(directory, OVER, "")

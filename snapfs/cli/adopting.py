@@ -2,7 +2,8 @@
 
 A base that is being made is the active snapshot KEY@adopting, locked by the command that makes it (``drafts.py``), which has
 the label ADOPTING until there is a workspace on it.  What a command that was killed has left is known by that: copied files are
-removed by the next call, moved ones are taken over.
+removed by the next call, moved ones are taken over.  Where others may write the tree, and so its labels, moved files are known
+by what only who writes ROOT can have noted: MOVED_FROM, an attribute of the snapshot's directory there.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ _ALL = [range(1 << 32)]  # ids
 
 DRAFT = "@adopting"
 """What the key of the snapshot ends with that is to become a base."""
+
+MOVED_FROM = "user.snapfs.moved_from"
+"""An attribute of ROOT/snapshots/<id>: the directory whose files are moved there, as the label SOURCE has it."""
 
 SEARCH = 60.0  # seconds in which all processes are asked whether they have a directory that is moved
 
@@ -152,7 +156,7 @@ class Adoption:
             if parent == self.base:  # the workspace that was to be, which nobody has had yet
                 place.remove("active", self.draft, inner)
         if way == MOVED:
-            self._refuse_another(directory, self.base)
+            self._refuse_another(directory, self.base, number)
             return number, True
         place.remove(kind, self.base, number)
         return None
@@ -183,19 +187,38 @@ class Adoption:
             finally:
                 held.callback(os.close, fd)
         if way == MOVED and not is_empty:
-            self._refuse_another(directory, self.draft)
+            self._refuse_another(directory, self.draft, number)
             return Draft(self.draft, number, own, fd, is_filled=True)
         try:
             place.write_label(directory, SOURCE, self.source.text)
+            if move:
+                with contextlib.suppress(OSError):  # it has no room for that: then it is not known where others write
+                    os.setxattr(own, MOVED_FROM, self.source.text.encode())
             place.write_label(directory, ADOPTING, MOVED if move else COPIED)
         except BaseException:
             place.remove("active", self.draft, number)
             raise
         return Draft(self.draft, number, own, fd, is_filled=False)
 
-    def _refuse_another(self, directory: str, name: str) -> None:
-        """Raise Refusal unless what is in snapshot ``name`` at ``directory`` was moved from what this adoption is of."""
-        whose = label_of(self.place, directory, SOURCE)
+    def _moved_from(self, directory: str, number: int) -> str | None:
+        """From where the files were moved that are in the snapshot ``number`` at ``directory``, as SOURCE has it; None where
+        others could have written that."""
+        if not self.place.is_labelled_by_others(directory):
+            return label_of(self.place, directory, SOURCE)
+        with contextlib.suppress(OSError):
+            return os.getxattr(f"{self._root}/snapshots/{number}", MOVED_FROM, follow_symlinks=False).decode()
+        return None
+
+    def _refuse_another(self, directory: str, name: str, number: int) -> None:
+        """Raise Refusal unless what is in snapshot ``name`` at ``directory``, with the id ``number``, was moved from what this
+        adoption is of."""
+        whose = self._moved_from(directory, number)
+        if whose is None:
+            to_do = f"give another KEY, or remove it: {self.place.command('rm', self.place.word_for(name, number))}"
+            words = (
+                f'"{name}" is labelled as what an adoption has left that was cut off, but others than you may write the tree'
+            )
+            raise Refusal(f"{words}, and could have made it: {to_do}", NOT_PERMITTED)
         path = names.path_of_text(whose)
         if whose != self.source.text:
             to_do = f"snapfs adopt --move {names.word(path)} {names.word(self.key)} goes on with it"

@@ -446,12 +446,12 @@ def _show(plan: Plan, target: str, what: str) -> None:
         totals[step.verb] += 1
         words = "" if step.verb == "D" else ", a directory that is replaced"
         inside = f"  ({step.had - 1} in it{words})" if step.had > 1 else f"  ({words[2:]})" * bool(words)
-        table.show_line(table.coloured(f"{step.verb} {step.shown}{inside}", "red"))
+        table.show_line(f"{step.verb} {step.shown}{inside}", "red")
     rest = _order(plan.steps(), losses=False)
     for step in islice(rest, _SHOWN):
         totals[step.verb] += 1
         inside = f"  ({step.has - 1} in it)" if step.has > 1 else ""
-        table.show_line(table.coloured(f"{step.verb} {step.shown}{inside}", _COLOURS[step.verb]))
+        table.show_line(f"{step.verb} {step.shown}{inside}", _COLOURS[step.verb])
     more = 0
     for step in rest:
         totals[step.verb] += 1

@@ -46,9 +46,11 @@ def printable(text: str) -> str:
     return names.printable(text)
 
 
-def show_line(text: str) -> None:
-    """Print ``text``, which a script may read: as it is, but for a terminal without characters that it would obey."""
-    print(printable(text) if sys.stdout.isatty() else text)
+def show_line(text: str, colour: str = "") -> None:
+    """Print ``text``, which a script may read: as it is, but for a terminal without characters that it would obey, and there
+    in ``colour``, if that is given."""
+    shown = printable(text) if sys.stdout.isatty() else text
+    print(coloured(shown, colour) if colour else shown)
 
 
 def complain(sentence: object) -> None:
