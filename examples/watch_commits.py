@@ -58,6 +58,11 @@ def size(tree: Path, number: int) -> str:
     return f"{usage['size']} bytes"
 
 
+def shown(name: str) -> str:
+    """``name``, which may hold whatever else a name can, on one line, without what a terminal would obey."""
+    return "".join(each if each.isprintable() else f"\\u{ord(each):04x}" for each in name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Say each commit in a snapfs tree as it happens.")
     parser.add_argument("tree", type=Path, help="where the tree is mounted, such as /tmp/snapfs/snap")
@@ -70,8 +75,8 @@ def main() -> None:
             if "missed" in event:
                 print(f"({event['missed']} events were missed)", flush=True)
             elif event["operation"] == "commit":
-                on = event["parent"] or "nothing"
-                print(f"{event['key']} was committed as {event['name']} (on {on}), {size(given.tree, event['id'])}", flush=True)
+                key, name, on = map(shown, (event["key"], event["name"], event["parent"] or "nothing"))
+                print(f"{key} was committed as {name} (on {on}), {size(given.tree, event['id'])}", flush=True)
     except KeyboardInterrupt:
         pass
     except (FileNotFoundError, NotADirectoryError):

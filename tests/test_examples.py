@@ -407,6 +407,9 @@ def test_watch_commits_only_new(tree: Path) -> None:
         (tree / "active/new").rename(tree / "committed/new")
         assert watcher.process.stdout is not None
         assert watcher.process.stdout.readline().startswith("new was committed as new (on nothing), ")
+        (tree / "active/%1B[2J%0Aforged").mkdir()
+        (tree / "active/%1B[2J%0Aforged").rename(tree / "committed/%1B[2J%0Aforged")
+        assert watcher.process.stdout.readline().startswith(r"\u001b[2J\u000aforged was committed as \u001b[2J\u000aforged (on")
         watcher.process.terminate()
         watcher.ended()
     finally:
@@ -488,7 +491,7 @@ def test_the_profile_for_apparmor_is_of_the_files_that_are_installed(path: str, 
 
 
 def test_a_message_is_no_option_of_the_window(mnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GTK takes --gtk-module=FILE from a program's arguments and runs what is in it; whoever keeps a state writes its message."""
+    """GTK takes --gtk-module=FILE from the arguments and runs what is in it; whoever keeps a state writes its message."""
     os.mkdir(mnt / "active/web")
     for text, message in (("one", "--gtk-module=/evil.so"), ("two", "-x")):
         (mnt / "active/web/rootfs/file").write_text(text)
