@@ -490,13 +490,13 @@ def test_the_profile_for_apparmor_is_of_the_files_that_are_installed(path: str, 
     assert any(re.fullmatch(pattern, path) for pattern in patterns) is is_ours, patterns
 
 
-def test_a_message_is_no_option_of_the_window(mnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_is_no_option_of_the_window(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GTK takes --gtk-module=FILE from the arguments and runs what is in it; whoever keeps a state writes its message."""
-    os.mkdir(mnt / "active/web")
+    os.mkdir(tree / "active/web")
     for text, message in (("one", "--gtk-module=/evil.so"), ("two", "-x")):
-        (mnt / "active/web/rootfs/file").write_text(text)
-        (mnt / "active/web/checkpoint").write_text(message)
-    (mnt / "active/web/rootfs/file").write_text("now")
+        (tree / "active/web/rootfs/file").write_text(text)
+        (tree / "active/web/checkpoint").write_text(message)
+    (tree / "active/web/rootfs/file").write_text("now")
     zenity = tmp_path / "bin/zenity"
     zenity.parent.mkdir()
     script = f"""#!/bin/sh
@@ -506,9 +506,11 @@ test "$1" != --list || cat > {tmp_path}/cells
     zenity.write_text(script)
     zenity.chmod(0o755)
     monkeypatch.setenv("PATH", f"{zenity.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}")
-    subprocess.run([EXAMPLES / "desktop/earlier-versions", mnt / "active/web/rootfs/file"], check=True, timeout=60)
+    monkeypatch.setenv("SNAPFS", str(tree))
+    subprocess.run([EXAMPLES / "desktop/earlier-versions", tree / "active/web/rootfs/file"], check=True, timeout=60)
     words = (tmp_path / "words").read_text().splitlines()
     assert words[0] == "--list"
     assert not {"--gtk-module=/evil.so", "-x"}.intersection(words)
     cells = (tmp_path / "cells").read_text().splitlines()
     assert [cells[4 * nth + 3] for nth in range(len(cells) // 4)] == ["-x", "--gtk-module=/evil.so"]
+    os.rmdir(tree / "active/web")
