@@ -21,7 +21,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Generic, TypeVar
 
 from snapfs.kernel import libc
@@ -35,7 +35,9 @@ _SYS_LISTMOUNT = 458
 
 _REQUEST = struct.Struct("IIQQQ")  # struct mnt_id_req: size, spare, mnt_id, param, mnt_ns_id
 _ALL = 2**64 - 1  # LSMT_ROOT: every mount of the namespace
+_ID = struct.Struct("Q")
 _AT_ONCE = 1024  # ids in one answer
+_MANY = ctypes.c_size_t(_AT_ONCE)
 
 _NAMESPACE = struct.Struct("IIQ")  # struct mnt_ns_info: size, nr_mounts, mnt_ns_id
 _GET_USER_NAMESPACE, _GET_OWNER = 0xB701, 0xB704
@@ -110,11 +112,13 @@ class _Patience:
 
 class _Namespace(Generic[T]):
     """What is known of the mounts of one namespace: all by their ids, which are never used again, and those that are something.
-    ``ids`` is what the kernel has listed, None where not all of that has been looked at."""
+    ``listed`` are the ids as the kernel has listed them, None where not all of that has been looked at; ``request`` asks for
+    them."""
 
-    def __init__(self, owner: int | None) -> None:
+    def __init__(self, number: int, owner: int | None) -> None:
         self.owner = owner
-        self.ids: list[int] | None = None
+        self.request = _REQUEST.pack(_REQUEST.size, 0, _ALL, 0, number)
+        self.listed: bytes | None = None
         self.known: dict[int, T | None] = {}
         self.kept: list[tuple[int, T]] = []
 
@@ -214,22 +218,29 @@ class Namespaces(Generic[T]):
 
     def _find(self, wanted: Callable[[T], bool], patience: _Patience, settled: Callable[[T], bool]) -> Iterator[tuple[int, T]]:
         before, self._known = self._known, {}
-        for number, count, fd in _namespaces(self._own):
+        for number, count, fd in _namespaces(self._own):  # some ten of them at each call that asks: each step here counts
             what = before.get(number)
             if what is None:
-                what = _Namespace(None if fd == self._own else foreign_owner(fd))
+                what = _Namespace(number, None if fd == self._own else foreign_owner(fd))
             self._known[number] = what
-            owner, deadline, began, fresh = what.owner, math.inf, time.monotonic(), set[int]()
+            owner, deadline, began = what.owner, math.inf, 0.0
             if owner is not None:
+                began = time.monotonic()
                 deadline = began + patience.left(owner)
                 if count > MOST or deadline <= began:
                     patience.whole = False
                     continue
-            if not self._read(number, what, deadline, fresh):
+            ids, whole = self._mounts(what)
+            fresh: Collection[int] = ()
+            if ids != what.listed:
+                fresh, all_read = self._read(number, what, ids, deadline)
+                whole = whole and all_read
+            if not whole:
                 patience.whole = False
-            inode = os.fstat(fd).st_ino
+            inode = 0
             for mount, kept in what.kept:
                 if wanted(kept):
+                    inode = inode or os.fstat(fd).st_ino
                     if mount in fresh or settled(kept):
                         yield inode, kept
                         continue
@@ -243,42 +254,41 @@ class Namespaces(Generic[T]):
             if owner is not None:
                 patience.spend(owner, time.monotonic() - began)
 
-    def _read(self, number: int, what: _Namespace[T], deadline: float, fresh: set[int]) -> bool:
-        """Bring ``what`` up to date, of the namespace ``number``: whether that was done by the ``deadline``.  Adds to ``fresh``
-        the ids of the mounts that have been asked for."""
-        ids, whole = self._mounts(number, foreign=what.owner is not None)
-        if ids == what.ids:
-            return whole
-        known, what.known, what.ids = what.known, {}, ids
-        for mount in ids:
+    def _read(self, number: int, what: _Namespace[T], listed: bytes, deadline: float) -> tuple[set[int], bool]:
+        """Bring ``what`` up to date, of the namespace ``number``, of which ids were ``listed``: the ids of the mounts that have
+        been asked for, and whether that was done by the ``deadline``."""
+        known, what.known, what.listed, whole = what.known, {}, listed, True
+        fresh: set[int] = set()
+        for (mount,) in _ID.iter_unpack(listed):
             if mount in known:
                 what.known[mount] = known[mount]
             elif time.monotonic() > deadline:
-                what.ids, whole = None, False
+                what.listed, whole = None, False
             elif (point := self._stat(mount, number, what.owner is not None)) is not None:
                 what.known[mount] = self._classify(point)
                 fresh.add(mount)
             else:
-                what.ids = None  # it may be one of which the kernel tells more later
+                what.listed = None  # it may be one of which the kernel tells more later
         what.kept = [(mount, kept) for mount, kept in what.known.items() if kept is not None]
-        return whole
+        return fresh, whole
 
-    def _mounts(self, namespace: int, *, foreign: bool) -> tuple[list[int], bool]:
-        """The ids of the mounts in ``namespace``, and whether these are all."""
-        ids: list[int] = []
+    def _mounts(self, what: _Namespace[T]) -> tuple[bytes, bool]:
+        """The ids of the mounts in the namespace ``what``, one after the other, and whether these are all."""
+        ids, request = b"", what.request
         while True:
-            request = _REQUEST.pack(_REQUEST.size, 0, _ALL, ids[-1] if ids else 0, namespace)
             try:
-                count = libc.call("syscall", _SYS_LISTMOUNT, request, self._ids, ctypes.c_size_t(_AT_ONCE), 0)
+                count = libc.call("syscall", _SYS_LISTMOUNT, request, self._ids, _MANY, 0)
             except OSError as error:
                 if error.errno in _VANISHED:
                     return ids, True
                 raise
-            ids += self._ids[:count]
+            ids += ctypes.string_at(self._ids, count * _ID.size)
             if count < _AT_ONCE:
                 return ids, True
-            if foreign:  # it had fewer when they were counted
+            if what.owner is not None:  # it had fewer when they were counted
                 return ids, False
+            size, spare, every, _, namespace = _REQUEST.unpack(request)
+            request = _REQUEST.pack(size, spare, every, self._ids[count - 1], namespace)
 
     def _stat(self, mount: int, namespace: int, foreign: bool) -> MountPoint | None:
         """The mount with the id ``mount`` in ``namespace``; None where the kernel tells nothing of it."""
