@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Iterator
 
+import pyfuse3
 import pytest
 import trio
 import trio.testing
@@ -16,10 +17,12 @@ from msgspec import structs
 
 from snapfs import NotFound, Snapshotter, errors
 from snapfs.errors import Stale
+from snapfs.fuse import cache
 from snapfs.fuse.errno import errno_of
+from snapfs.model import Change, Kind
 from snapfs.tree import Tree
 from snapfs.tree.attributes import ATTRIBUTES
-from snapfs.tree.inodes import FIRST_LABEL, ROOT_INODE, Slot, label_slots, pack, unpack
+from snapfs.tree.inodes import FIRST_LABEL, ROOT_INODE, Slot, kind_inode, label_slots, pack, unpack
 from snapfs.tree.node import Directory, Link
 from snapfs.tree.reads import LATELY, MOST_OF_USER, Reads
 from snapfs.tree.texts import MOST, Text
@@ -293,3 +296,36 @@ async def test_what_is_copied_by_a_process_whose_number_another_had(
         assert reads._processes[process.pid].user is None
         assert not reads.has_copied_one(process.pid, 7, LISTED)
         process.kill()
+
+
+async def test_the_kernel_forgets_what_it_was_told_and_not_what_it_was_not(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once, until it is told again."""
+    forgotten: list[int] = []
+    monkeypatch.setattr(pyfuse3, "invalidate_inode", lambda inode, attr_only: forgotten.append(inode))
+    monkeypatch.setattr(cache, "REMEMBERED", 3)
+    kernel, info = cache.KernelCache(), await tree.snapshotter.stat("web")
+    change, counted = Change(info, structs.replace(info, updated=1)), Change(info, info, counted=True)
+
+    def forgets(change: Change) -> list[int]:
+        forgotten.clear()
+        kernel.note(change)
+        return sorted(forgotten)
+
+    directory, labels, diff = (tree.walk(f"active/web{path}").inode for path in ("", "/labels", "/diff"))
+    assert forgets(change) == []
+    for inode in (directory, labels, diff):
+        kernel.note_told(inode)
+    assert forgets(counted) == [directory]
+    assert forgets(change) == sorted([labels, diff])
+    assert forgets(change) == forgets(counted) == []
+    kernel.note_told(diff)
+    kernel.note_told(directory)
+    assert forgets(change) == sorted([directory, diff])
+    everything = [kind_inode(Kind.ACTIVE), pack(0, Slot.BY_ID)]
+    assert forgets(Change(info, None)) == everything, "whatever it was told at the beginning"
+    assert forgets(Change(info, None)) == []
+    kernel.note_told(kind_inode(Kind.ACTIVE))
+    assert forgets(Change(None, info)) == everything[:1]
+    for number in range(1, 9):
+        kernel.note_told(pack(info.id + number, Slot.SNAPSHOT))
+    assert {directory, labels, diff} < set(forgets(change)), "it isn't remembered of so many what they were told of it"

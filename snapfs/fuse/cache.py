@@ -17,7 +17,7 @@ import trio
 
 from snapfs import names
 from snapfs.errors import NoThread
-from snapfs.model import Change, Info
+from snapfs.model import Change, Info, Kind
 from snapfs.tree.attributes import ATTRIBUTES
 from snapfs.tree.inodes import DIRECTORY_SLOTS, LABELS_SLOTS, Slot, kind_inode, pack, unpack
 
@@ -27,8 +27,11 @@ SETTLE = 1.0  # seconds that ``settle`` waits for the kernel to forget a name: a
 
 _FIXED = [attribute.slot for attribute in ATTRIBUTES if attribute.fixed]  # all others are looked up each time
 _INNER_SLOTS = (*LABELS_SLOTS, *_FIXED)
+_BITS = {slot: 1 << nth for nth, slot in enumerate((*DIRECTORY_SLOTS, *_INNER_SLOTS))}  # of a snapshot, that may become stale
+_OF_DIRECTORY, _OF_ALL = sum(_BITS[slot] for slot in DIRECTORY_SLOTS), sum(_BITS.values())
+_FIXED_INODES = frozenset((*map(kind_inode, Kind), pack(0, Slot.BY_ID), pack(0, Slot.IMAGES)))  # the same of no snapshot
 
-REMEMBERED = 10_000  # snapshots of which it is remembered that the kernel knows of them
+REMEMBERED = 10_000  # snapshots of which it is remembered what the kernel knows of them
 
 
 class KernelCache:
@@ -39,7 +42,8 @@ class KernelCache:
 
     def __init__(self) -> None:
         self._asked_for: list[tuple[int, str]] = []
-        self._told, self._looked_into = _Numbers(), _Numbers()  # of anything; of what is in it
+        self._told = _Told()
+        self._fixed_told = set(_FIXED_INODES)
         self._requests: SimpleQueue[tuple[int, bytes] | Callable[[], object] | None] = SimpleQueue()
         self._asked = self._done = 0  # names to forget; the second is the other thread's
 
@@ -64,12 +68,13 @@ class KernelCache:
             self._asked_for.remove((directory, name))
 
     def note_told(self, inode: int) -> None:
-        """Note that the kernel is told of ``inode``.  What it was not told need not be forgotten; that is so for most snapshots
-        whose time is short, and each call would cost as much as all else."""
+        """Note that the kernel is told of ``inode``.  What it was not told, since it had to forget it, need not be forgotten:
+        that is so for most of what is in a snapshot, and each call would cost as much as all else."""
         number, slot = unpack(inode)
-        self._told.add(number)
-        if slot != Slot.SNAPSHOT:
-            self._looked_into.add(number)
+        if number:
+            self._told.add(number, _BITS.get(slot, 0))
+        elif inode in _FIXED_INODES:
+            self._fixed_told.add(inode)
 
     def note(self, change: Change) -> None:
         """Forget what ``change`` has made stale; called before the call that made it returns."""
@@ -79,22 +84,18 @@ class KernelCache:
         number = (before.node or before.id) if before is not None else 0
         is_told = before is not None and self._told.has(number)
         if is_told:
-            self.forget_directory(number)
-            if not change.counted and self._looked_into.has(number):
-                for slot in _INNER_SLOTS:
-                    self.forget_attributes(pack(number, slot))
+            self._forget_told(number, _OF_DIRECTORY if change.counted else _OF_ALL)
             if after is None and not change.goes_on:
                 self._told.discard(number)
-                self._looked_into.discard(number)
         if (gone := set(before.images if before else ())) != (come := set(after.images if after else ())):
-            self.forget_attributes(pack(0, Slot.IMAGES))
+            self._forget_fixed(pack(0, Slot.IMAGES))
             for image in gone - come:
                 self._forget(pack(0, Slot.IMAGES), names.encode(image))
         if change.counted or (before and after and (before.name, before.kind) == (after.name, after.kind)):
             return
         for kind in {shown.kind for shown in (before, after) if shown}:
-            self.forget_attributes(kind_inode(kind))
-        self.forget_attributes(pack(0, Slot.BY_ID))
+            self._forget_fixed(kind_inode(kind))
+        self._forget_fixed(pack(0, Slot.BY_ID))
         if before is not None and is_told and not change.goes_on:
             self._forget_path(before)
 
@@ -107,8 +108,20 @@ class KernelCache:
 
     def forget_directory(self, node: int) -> None:
         """Forget what stat(2) says of the directory of the snapshot for which inodes have the number ``node``."""
-        for slot in DIRECTORY_SLOTS if self._looked_into.has(node) else (Slot.SNAPSHOT,):
-            self.forget_attributes(pack(node, slot))
+        self._forget_told(node, _OF_DIRECTORY)
+
+    def _forget_told(self, number: int, bits: int) -> None:
+        """The same of the ``bits``, as far as the kernel was told of them."""
+        if told := self._told.take(number, bits):
+            for slot, bit in _BITS.items():
+                if told & bit:
+                    self.forget_attributes(pack(number, slot))
+
+    def _forget_fixed(self, inode: int) -> None:
+        """The same of one of _FIXED_INODES."""
+        if inode in self._fixed_told:
+            self._fixed_told.discard(inode)
+            self.forget_attributes(inode)
 
     def forget_attributes(self, inode: int) -> None:
         """Forget what stat(2) says of ``inode``."""
@@ -146,23 +159,33 @@ class KernelCache:
                     request()
 
 
-class _Numbers:
-    """Numbers of snapshots, of which new ones have higher numbers than all before: the last REMEMBERED of them, and all others
-    that are not higher."""
+class _Told:
+    """What the kernel was told of, as _BITS, by the number of a snapshot; new ones have higher numbers than all before.  It is
+    remembered of the last REMEMBERED; of all others that are not higher it was told everything."""
 
     def __init__(self) -> None:
-        self._last: set[int] = set()
+        self._last: dict[int, int] = {}
         self._below = 0
 
-    def add(self, number: int) -> None:
+    def add(self, number: int, bits: int) -> None:
         if number > self._below:
-            self._last.add(number)
+            self._last[number] = self._last.get(number, 0) | bits
             if len(self._last) > REMEMBERED:
                 self._below = max(self._last)
                 self._last.clear()
 
     def discard(self, number: int) -> None:
-        self._last.discard(number)
+        self._last.pop(number, None)
 
     def has(self, number: int) -> bool:
+        """Whether it was told anything of that snapshot."""
         return number <= self._below or number in self._last
+
+    def take(self, number: int, bits: int) -> int:
+        """Which of ``bits`` it was told, and is to forget now."""
+        if number <= self._below:
+            return bits
+        told = self._last.get(number, 0)
+        if told & bits:
+            self._last[number] = told & ~bits
+        return told & bits
