@@ -15,7 +15,6 @@ import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 
 import trio
 
@@ -27,6 +26,8 @@ MOST, MOST_OF_USER = 100_000, 1000
 """Pairs of a process and a snapshot that are remembered of the owner and root, and of each other user."""
 
 IDLE = 0.1  # seconds in which no other process comes to have the number of one that has ended: all others are given out before
+
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 _REFUSED = 1  # the bit of no slot: none is 0
 
@@ -130,6 +131,10 @@ class Reads:
 def _started(pid: int) -> float:
     """When process ``pid`` was started, in seconds since the machine was, and not too late; 0 where that can't be known."""
     with suppress(OSError, ValueError, IndexError):
-        ticks = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19]
-        return int(ticks) / os.sysconf("SC_CLK_TCK") - 0.1
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)  # a third of the calls that a file object makes
+        try:
+            ticks = os.read(fd, 4096).rpartition(b")")[2].split()[19]
+        finally:
+            os.close(fd)
+        return int(ticks) / _TICKS - 0.1
     return 0.0
