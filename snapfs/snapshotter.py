@@ -41,6 +41,7 @@ from snapfs.labels import MESSAGE, OF, PIN, Labels, pinned
 from snapfs.model import OWNER, ByNode, Caller, Change, Checkpoint, Image, Info, Kind, Mount, Ref, Statistics, Usage
 from snapfs.options import Feature, Options, Sync
 from snapfs.root import holders
+from snapfs.root.inuse import Free
 from snapfs.root.merged import Stack, why_unseen
 from snapfs.root.trash import cleanup_error
 from snapfs.rules import commit, digest, lookup, prepare, remove, rename, workspace
@@ -522,7 +523,9 @@ class Snapshotter:
             number, record = lookup.find(reader, key)
             lookup.refuse_taken(reader, new)  # before its rootfs is unmounted
         if record.kind is Kind.COMMITTED:
-            made = await self._write_record(lambda writer: workspace.fork(self._root, writer, number, key, new=new, free=False))
+            made = await self._write_record(
+                lambda writer: workspace.fork(self._root, writer, number, key, new=new, free=Free.NO)
+            )
             self._housekeeping.fill_pool_if_low()
             return made
         with self._shortened(key), self._way_out(key, Busy.FORK):
@@ -660,13 +663,16 @@ class Snapshotter:
     async def _kept_unmounted(self, numbers: Iterable[int]) -> AsyncIterator[set[int]]:
         """For a block in which none of the snapshots ``numbers``, in their order, is mounted as rootfs, and after which
         ``find_layers`` looks at them anew: those that were a moment ago, and that no process has, as in ``_unmounted``."""
-        numbers, free = list(numbers), set()
+        numbers, free = list(numbers), set[int]()
         if self.rootfs is not None:
             await self.rootfs.give_up(numbers)
         async with AsyncExitStack() as stack:
             for number in numbers:
                 await stack.enter_async_context(self._ending(number))
-                if self.rootfs is not None and await stack.enter_async_context(self.rootfs.unmounted(number)):
+                if self.rootfs is None:
+                    continue
+                found: Free = await stack.enter_async_context(self.rootfs.unmounted(number))
+                if found:
                     free.add(number)
             yield free
 
@@ -1251,9 +1257,9 @@ class Snapshotter:
                 del self._endings[number]
 
     @asynccontextmanager
-    async def _unmounted(self, key: Ref, patience: float) -> AsyncIterator[tuple[int, bool]]:
-        """For a block in which ``key`` must not be mounted as rootfs: its id, and whether it was a moment ago, in which case
-        the kernel has said that no process has that.  It waits for a shift of its owners for ``patience`` seconds.
+    async def _unmounted(self, key: Ref, patience: float) -> AsyncIterator[tuple[int, Free]]:
+        """For a block in which ``key`` must not be mounted as rootfs: its id, and what is known of its layer, where it was
+        mounted a moment ago.  It waits for a shift of its owners for ``patience`` seconds.
 
         Where the block finds the layer in use (Used), Busy says which process has it: finding that out takes longer."""
         with self.reading() as reader:
@@ -1261,7 +1267,7 @@ class Snapshotter:
         try:
             async with self._shifting.kept_out(number, patience):
                 if self.rootfs is None:
-                    yield number, False
+                    yield number, Free.NO
                 else:
                     async with self.rootfs.unmounted(number) as free:
                         yield number, free

@@ -471,6 +471,37 @@ def test_a_bind_to_be_written_in_another_namespace(served: Daemon) -> None:
     os.rename(mnt / "active/lone", mnt / "committed/lone")
 
 
+@pytest.mark.parametrize("how", ["bind", "bind in another namespace", "overlay"])
+def test_what_else_shows_the_layer_of_a_mounted_snapshot(served: Daemon, tmp_path: Path, how: str) -> None:
+    """Its own overlay is no longer in use then, so that the kernel, which is asked for that, has nothing to say against it."""
+    workspace, layer, target = served.mnt / "active/w", layer_of(served, served.mnt / "active/w"), tmp_path / "t"
+    target.mkdir()
+    os.listdir(workspace / "rootfs/")  # before the other: what is mounted is not mounted again
+    below = f"{served.root}/snapshots/1/fs"
+    command = f"mount --bind {layer} {target}"
+    if how == "overlay":
+        options = f"index=off,lowerdir={below},upperdir={layer},workdir={layer.removesuffix('fs')}work"
+        command = f"mount -i -t overlay -o {options} o {target}"
+    flags = ["--fork"]
+    if how == "bind in another namespace":
+        flags, command = ["-m"], f"{command} && umount {os.path.realpath(workspace / 'rootfs')}"
+    acts: list[Callable[[], object]] = [
+        lambda: os.rename(workspace, served.mnt / "committed/v1"),
+        lambda: os.rmdir(workspace),
+        lambda: (workspace / "checkpoint").write_text("it\n"),
+        lambda: (workspace / "rollback").write_text("\n"),
+    ]
+    with in_a_namespace(*flags, script=f"{command} && {READY}"):
+        for act in acts:
+            os.listdir(workspace / "rootfs/")
+            with failing(errno.EBUSY):
+                act()
+    subprocess.run(["umount", "-q", str(target)], check=False)
+    for act in acts[2:]:
+        os.listdir(workspace / "rootfs/")
+        act()
+
+
 def test_what_is_committed_is_not_removed_under_a_mount(served: Daemon) -> None:
     mnt = served.mnt
     os.rmdir(mnt / "active/w")

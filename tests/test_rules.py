@@ -27,7 +27,7 @@ from snapfs.errors import (
 )
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.mountspec import MOST_LOWERS
-from snapfs.root.inuse import InUse
+from snapfs.root.inuse import Free, InUse
 from snapfs.root.layers import Layers
 from snapfs.root.mounted import Mounted
 from snapfs.root.placing import Placing
@@ -65,7 +65,7 @@ class Ground(NamedTuple):
     def remove(self, key: str, origin: str = "") -> None:
         with self.records.reading() as reader:
             number = lookup.find_id(reader, key)
-        self.write(lambda root, writer: remove.remove(root, writer, number, key, origin, refuse_mounted=False, free=False))
+        self.write(lambda root, writer: remove.remove(root, writer, number, key, origin, refuse_mounted=False, free=Free.NO))
 
     def kinds(self) -> dict[str, Kind]:
         with self.records.reading() as reader:

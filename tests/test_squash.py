@@ -36,6 +36,7 @@ from snapfs.errors import (
 )
 from snapfs.kernel import mounting
 from snapfs.options import Options, Sync
+from snapfs.root.inuse import Free
 from snapfs.scan.squashing import squash as link_all
 from snapfs.services import squashing
 from tests.command import Command
@@ -482,7 +483,7 @@ async def test_who_needs_one_of_many_that_are_unmounted_waits_for_that_one_alone
     unmount = rootfs.unmounted
 
     @asynccontextmanager
-    async def unmounted(number: int) -> AsyncIterator[bool]:
+    async def unmounted(number: int) -> AsyncIterator[Free]:
         if rootfs.holds(number):
             kept.append(len(alone._endings))
         async with unmount(number) as free:

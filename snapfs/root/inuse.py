@@ -3,6 +3,7 @@ flush is under way."""
 
 from __future__ import annotations
 
+import enum
 import errno
 import os
 import threading
@@ -16,6 +17,17 @@ from snapfs.kernel.inuse import UpperLayers
 from snapfs.root.layers import Layers
 
 FLUSHING = 1.0  # seconds in which it must turn out whether the close of a copy is a flush
+
+
+class Free(enum.IntEnum):
+    """What is known of a layer whose file system was unmounted here a moment ago."""
+
+    NO = 0
+    """Nothing: it was not mounted, or that could not be found out."""
+    OF_OVERLAYS = 1
+    """No overlay has it as its upper layer, as far as the kernel tells, or /proc."""
+    OF_MOUNTS = 2
+    """Nor was anything else mounted, in whatever mount namespace, that showed it, when ours was unmounted."""
 
 
 class Closing:

@@ -72,13 +72,13 @@ class Held:
     ``number`` is the snapshot's id, ``mount`` the mount's; ``device`` that of the overlay (``major:minor``), "" of a bind, and
     ``shelters`` those of what it stands in and has stood in, where copies may still stand.  Each has a detached copy, too, or
     the kernel would give its device's number to another when the last is gone.  ``seal``: the overlay is to be made read-only
-    before the copy is closed.
+    before the copy is closed.  ``alone``: when it was unmounted nothing else showed the snapshot's layer.
     """
 
     def __init__(self, number: int, target: str) -> None:
         self.number = number
         self.asked = 0.0
-        self.seal = False
+        self.seal = self.alone = False
         self.copy = mounting.detached_copy(target)
         self.mount = mount_id(target)
         self.device = mounting.overlay_device(target)
@@ -363,9 +363,17 @@ class Merged:
         directory = self._layers.shelter(held.number)
         devices = {*held.shelters, held.device} - {""}
         target = self._layers.rootfs(held.number)
-        seen, whole = self._mounted.scan(lambda place: place.device in devices or place.target == target)
+        layer = {held.number} if held.device else set()
+
+        def may_show_it(place: Place) -> bool:
+            return place.bound in layer or place.upper in layer
+
+        seen, whole = self._mounted.scan(lambda place: place.device in devices or place.target == target or may_show_it(place))
+        others = [place for place in seen if place.device not in devices and place.target != target]
+        seen = [place for place in seen if place not in others]
         shelters = [place for place in seen if place.device in held.shelters]
         found, unused = _copies(held, seen), False
+        held.alone = not found and not others
         if whole and not _are_inherited(found, shelters):
             return False
         if not whole or any(place.foreign for place in shelters):

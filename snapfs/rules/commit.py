@@ -7,6 +7,7 @@ import time
 from snapfs.errors import FailedPrecondition, InvalidArgument, WrongParent
 from snapfs.labels import IMPORTING, refuse_too_many
 from snapfs.model import Kind, Ref, Usage
+from snapfs.root.inuse import Free
 from snapfs.rules.change import change
 from snapfs.rules.digest import forgotten
 from snapfs.rules.lookup import find, find_again, find_parent, refuse_taken, refuse_too_deep
@@ -28,7 +29,7 @@ def commit(
     *,
     keep_labels: bool,
     refuse_mounted: bool,
-    free: bool,
+    free: Free,
     flushed: bool = False,
     usage: Usage | None = None,
     node: int | None = None,

@@ -16,6 +16,7 @@ import msgspec
 from snapfs.errors import Busy, FailedPrecondition
 from snapfs.labels import PIN, pinned
 from snapfs.model import ByNode, Kind, Ref
+from snapfs.root.inuse import Free
 from snapfs.rules import change, remove
 from snapfs.rules.digest import forgotten
 from snapfs.rules.imagefiles import refuse_owners
@@ -99,7 +100,7 @@ def dissolve(root: Root, writer: Writer, planned: Plan, made: Mapping[int, Made]
     if now is None or now._replace(above=planned.above) != planned or not set(now.above) <= set(planned.above):
         raise Outdated(f'snapshot "{planned.name}" has changed meanwhile')
     going_on = [_go_on(root, writer, planned, child, made[child]) for child in planned.children]
-    remove.remove(root, writer, planned.number, planned.number, "", refuse_mounted=False, free=True)
+    remove.remove(root, writer, planned.number, planned.number, "", refuse_mounted=False, free=Free.NO)
     return going_on
 
 

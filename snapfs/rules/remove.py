@@ -6,6 +6,7 @@ from snapfs.errors import Damaged, FailedPrecondition, HasChildren, NotFound
 from snapfs.imagenames import named
 from snapfs.labels import PIN, pinned
 from snapfs.model import Info, Kind, Ref
+from snapfs.root.inuse import Free
 from snapfs.rules.lookup import find_again
 from snapfs.rules.root import Root
 from snapfs.rules.use import refuse_below_active, refuse_used
@@ -21,7 +22,7 @@ def remove(
     origin: str,
     *,
     refuse_mounted: bool,
-    free: bool,
+    free: Free,
     goes_on: bool = False,
     seen: tuple[Kind, str] | None = None,
 ) -> None:

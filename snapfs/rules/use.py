@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from snapfs.errors import Busy, Unavailable
 from snapfs.model import Kind
+from snapfs.root.inuse import Free
 from snapfs.root.mounted import Place
 from snapfs.rules.root import Root
 from snapfs.store.reading import Reader
@@ -20,18 +21,21 @@ class Used(Busy):
         self.name = name
 
 
-def refuse_used(root: Root, number: int, record: Record, *, free: bool) -> None:
+def refuse_used(root: Root, number: int, record: Record, *, free: Free) -> None:
     """Raise Used if an active snapshot can be written through a mount, or a committed one's files are in one, anywhere.
 
-    ``free``: the kernel has said that no overlay has it.  Called where snapfs itself mounts nothing meanwhile: in the writer's
-    thread, or while the rootfs is kept unmounted.  Raises Unavailable where the kernel doesn't tell.
+    ``free`` is what the unmount of its file system has shown: what was found out then is not asked again.  Called where snapfs
+    itself mounts nothing meanwhile: in the writer's thread, or while the rootfs is kept unmounted.  Raises Unavailable where
+    the kernel doesn't tell.
     """
+    if free is Free.OF_MOUNTS and record.kind is Kind.ACTIVE:
+        return
     refuse_any_used(root, {number: record}, [number] if free else ())
 
 
 def refuse_any_used(root: Root, records: Mapping[int, Record], free: Collection[int]) -> None:
-    """The same of many, with one look at all mounts.  Blocks for as long as the kernel is asked of each active one that was
-    ever mounted, some tenths of a millisecond."""
+    """The same of many, with one look at all mounts; no overlay has those that are ``free``.  Blocks for as long as the kernel
+    is asked of each other active one that was ever mounted, some tenths of a millisecond."""
     records = {number: record for number, record in records.items() if record.kind is not Kind.VIEW}
     if not records:
         return

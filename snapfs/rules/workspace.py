@@ -23,6 +23,7 @@ from snapfs.errors import (
 )
 from snapfs.labels import MAX, MESSAGE, NUMBER, OF, PIN, no_checkpoint, pinned, refuse_too_many
 from snapfs.model import Info, Kind, Ref
+from snapfs.root.inuse import Free
 from snapfs.rules import commit, prepare, remove
 from snapfs.rules.change import write_imprint
 from snapfs.rules.lookup import find, find_again, refuse_taken, refuse_too_deep, stands_on
@@ -58,7 +59,7 @@ def checkpoints(reader: Reader, key: str) -> Iterator[tuple[int, int, Record]]:
             yield nth, number, record
 
 
-def checkpoint(root: Root, writer: Writer, number: int, key: Ref, *, message: str, name: str | None, free: bool) -> Info:
+def checkpoint(root: Root, writer: Writer, number: int, key: Ref, *, message: str, name: str | None, free: Free) -> Info:
     """Commit the active snapshot ``number``, called ``key``, as a checkpoint, and have it go on on top of that, by the same
     key: what Stat shows of the checkpoint.
 
@@ -131,7 +132,7 @@ def _as_checkpoint(writer: Writer, record: Record, message: str, name: str | Non
     return name, {**kept, **{label: value for label, value in ours.items() if value}}
 
 
-def rollback(root: Root, writer: Writer, number: int, key: Ref, *, to: str | int | None, free: bool) -> Info:
+def rollback(root: Root, writer: Writer, number: int, key: Ref, *, to: str | int | None, free: Free) -> Info:
     """Throw away what the active snapshot ``number``, called ``key``, has changed, and have it go on on the state ``to``: what
     Stat shows of it then.
 
@@ -149,7 +150,7 @@ def rollback(root: Root, writer: Writer, number: int, key: Ref, *, to: str | int
     return _begin(root, writer, record, number, below)
 
 
-def fork(root: Root, writer: Writer, number: int, key: Ref, *, new: str, free: bool) -> Info:
+def fork(root: Root, writer: Writer, number: int, key: Ref, *, new: str, free: Free) -> Info:
     """Make the active snapshot ``new``, which begins as the snapshot ``number``, called ``key``, is: what Stat shows of it.
 
     It stands on that where it is committed, or else on a checkpoint of it.  Raises as ``checkpoint`` and ``prepare`` do.

@@ -23,7 +23,7 @@ from snapfs.kernel.mounttable import mount_id, mount_table
 from snapfs.kernel.processes import is_alive
 from snapfs.kernel.spare import Spare
 from snapfs.root import holders
-from snapfs.root.inuse import Closing, InUse
+from snapfs.root.inuse import Closing, Free, InUse
 from snapfs.root.layers import Layers
 from snapfs.root.merged import Held, Merged, Stack, by_users
 from snapfs.root.mounted import Mounted
@@ -215,8 +215,8 @@ class Rootfs:
     # -- unmounting
 
     @asynccontextmanager
-    async def unmounted(self, number: int) -> AsyncIterator[bool]:
-        """For a block in which snapshot ``number`` must not be mounted here; gives whether it was, and then no process has it.
+    async def unmounted(self, number: int) -> AsyncIterator[Free]:
+        """For a block in which snapshot ``number`` must not be mounted here; gives what is known of its layer by that.
 
         Raises Busy while a process uses it, wherever; then it is mounted as before, or in use where it can't be got from.
         Where it could not be found out wholly, no process can write into it once the block has ended without an error.
@@ -229,7 +229,7 @@ class Rootfs:
                         await in_thread(self._merged.forget_copies, number, limiter=self._threads)
                     except OSError as error:
                         log.warning("cannot remove %s: %s", self._layers.shelter(number), error)
-                yield False
+                yield Free.NO
                 return
             # no call answers with the path from here on: a caller in between would find the directory beneath
             if trio.current_time() < (arrival := self._last_arrival(number)):
@@ -240,7 +240,7 @@ class Rootfs:
                 except OSError as error:
                     raise Unavailable.from_os("unmount its file system", error) from error
                 yield free
-                held.seal = free
+                held.seal = bool(free)
             finally:  # not before: a journal that is made durable meanwhile waits for what is being flushed
                 if self._held.get(number) is not held:
                     self._let_go(held)
@@ -258,28 +258,28 @@ class Rootfs:
             if closing is not None:
                 await in_thread(closing.wait, WRITTEN, limiter=self._closing)
 
-    async def _end_use(self, held: Held) -> bool:
-        """``_release`` it: True where no process has its overlay, else Busy is raised; False where it has none.
+    async def _end_use(self, held: Held) -> Free:
+        """``_release`` it; Busy is raised where another process has its overlay.
 
         Once it is unmounted only a mount that is attached nowhere can have it, or a descriptor.  The kernel tells when our own
         copy is closed, which flushes the disk.  Where that would take long, it is looked for a process that has it, as far as
         /proc shows them, and the copy is left open."""
         if held.device and (not self._merged.flushes or _unwritten() < MUCH):
             await self._release(held, Closing())
-            return True
+            return Free.OF_MOUNTS if held.alone else Free.OF_OVERLAYS
         await self._release(held)
         if not held.device:
-            return False
+            return Free.NO
         with trio.move_on_after(SEARCH):
             if not await self._using.is_used(held.device):
-                return True
+                return Free.OF_OVERLAYS
             await in_thread_or_here(self._merged.attach_again, held, limiter=self._threads)
             self._held[held.number] = held
             raise await self._elsewhere(held)
         self._let_go(held)
         if await in_thread(self._in_use.has_overlay, held.number, limiter=self._threads):
             raise await self._elsewhere(held)
-        return True
+        return Free.OF_OVERLAYS
 
     async def _release(self, held: Held, closing: Closing | None = None) -> None:
         """Unmount what is held, whose lock is held, and hold it no more.  With ``closing``, which is new, the copy is closed by
