@@ -6,10 +6,12 @@ import errno
 import itertools
 import logging
 import os
+import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +68,10 @@ class Pool:
         Raises OSError where the disk refuses."""
         try:
             self._full = min(self._wanted, self._room())
-            while len(self._ready) + len(self._unflushed) < self._full:
-                checkpoint()
-                self._unflushed.append(self.make())
+            with self._opened() as pool:
+                while len(self._ready) + len(self._unflushed) < self._full:
+                    checkpoint()
+                    self._unflushed.append(self._make(pool))
         except OSError:  # a full disk: the directories that were made are used nevertheless
             self._flush_made()
             raise
@@ -102,14 +105,33 @@ class Pool:
 
     def make(self) -> str:
         """Make a directory with ``fs`` and ``work``, not flushed, and return its path; raises OSError."""
-        path = f"{self.directory}/new-{self._tag}-{next(self._serials)}"
-        os.mkdir(path, 0o700)
+        with self._opened() as pool:
+            return self._make(pool)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """A descriptor of the pool, from which the names of what is made are shorter to walk."""
+        pool = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for name, mode in (("fs", FS_MODE), ("work", 0o711)):
-                os.mkdir(f"{path}/{name}")
-                os.chmod(f"{path}/{name}", mode)  # whatever the umask
-        except OSError:
-            remove_empty(path)
+            yield pool
+        finally:
+            os.close(pool)
+
+    def _make(self, pool: int) -> str:
+        name = f"new-{self._tag}-{next(self._serials)}"
+        path = f"{self.directory}/{name}"
+        try:
+            os.mkdir(name, 0o700, dir_fd=pool)
+            try:
+                for part, mode in ((f"{name}/fs", FS_MODE), (f"{name}/work", 0o711)):
+                    os.mkdir(part, mode, dir_fd=pool)
+                    if stat.S_IMODE(os.stat(part, dir_fd=pool).st_mode) != mode:  # by another umask than most have
+                        os.chmod(part, mode, dir_fd=pool)
+            except OSError:
+                remove_empty(path)
+                raise
+        except OSError as error:
+            error.filename = f"{self.directory}/{error.filename}"
             raise
         return path
 
