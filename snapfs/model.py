@@ -12,6 +12,7 @@ import enum
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -167,4 +168,9 @@ def _utc(ns: int) -> datetime:
 def rfc3339(ns: int) -> str:
     """``ns`` since the epoch as RFC 3339 in UTC with nine digits: ``2026-11-23T23:08:38.000000123Z``."""
     seconds, fraction = divmod(ns, 1_000_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"
+    return f"{_of_second(seconds)}.{fraction:09d}Z"
+
+
+@lru_cache(maxsize=64)  # of one second there are many, each asked for again
+def _of_second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
