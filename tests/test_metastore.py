@@ -106,6 +106,32 @@ async def test_a_chain_is_nearest_first(store: MetaStore) -> None:
 # -- ids
 
 
+async def test_a_chain_is_what_the_operation_has_made_of_it(store: MetaStore) -> None:
+    """Though it is walked once, as long as it stays."""
+
+    def operation(writer: Writer) -> list[list[int]]:
+        for number in range(1, 6):
+            adding(f"s{number}", Kind.COMMITTED, number - 1)(writer)
+        on_five, found = record("top", parent=5), list[list[int]]()
+        found.append(writer.chain(on_five))
+        found[0].clear()  # which is the caller's
+        found[0] = writer.chain(on_five)
+        found.append(writer.chain(record("other", parent=adding("s6", Kind.COMMITTED, 5)(writer))))
+        writer.put(4, record("s4", Kind.COMMITTED, 2))
+        found.append(writer.chain(on_five))
+        writer.overwrite(4, record("s4", Kind.COMMITTED, 1))
+        found.append(writer.chain(on_five))
+        writer.put(1, record("s1", Kind.COMMITTED, 5))
+        with pytest.raises(Damaged, match="in a circle"):
+            writer.chain(on_five)
+        writer.delete(5, record("s5", Kind.COMMITTED, 4))
+        with pytest.raises(Damaged):
+            writer.chain(on_five)
+        return found
+
+    assert await store.write(operation) == [[5, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1], [5, 4, 2, 1], [5, 4, 1]]
+
+
 async def test_an_id_is_given_back_only_by_an_operation_that_failed(store: MetaStore) -> None:
     def failing(writer: Writer) -> None:
         writer.next_id()

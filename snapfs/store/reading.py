@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 
@@ -112,13 +112,17 @@ class Reader:
 
         Raises Damaged where one of them has no record, or where a snapshot is among its own parents.
         """
+        return self._chain(record, {})
+
+    def _chain(self, record: Record, known: Mapping[int, list[int]]) -> list[int]:
+        """The same, where it is ``known`` what comes from some snapshots on."""
         chain: dict[int, None] = {}
-        while record.parent:
+        while record.parent and record.parent not in known:
             if record.parent in chain:
                 raise Damaged(f'snapshot "{record.name}" is among its own parents: the records go round in a circle')
             chain[record.parent] = None
             record = self.parent_of(record)
-        return list(chain)
+        return [*chain, *known[record.parent]] if record.parent else list(chain)
 
     def with_image(self, number: int, record: Record) -> list[tuple[int, Record]]:
         """Id and record of the snapshot whose image.json is that of snapshot ``number`` too, or from which that is inherited,

@@ -43,6 +43,7 @@ class Writer(Reader):
         self.undos: list[Undo] = []
         self.afters: list[Undo] = []
         self.changes: list[Change] = []
+        self._chains: dict[int, list[int]] = {}  # from the parents on of which they were asked for
 
     def on_failure(self, undo: Undo) -> None:
         """Run ``undo`` if this operation, or the sync of its batch, fails after all."""
@@ -89,6 +90,14 @@ class Writer(Reader):
         if record.parent:
             txn.put(indexes.child_key(record.parent, record.kind, number), name, db=tables.children)
 
+    def chain(self, record: Record) -> list[int]:
+        if not record.parent:
+            return []
+        chain = self._chains.get(record.parent)
+        if chain is None:  # an operation asks for several that have most in common, of hundreds of snapshots
+            chain = self._chains[record.parent] = self._chain(record, self._chains)
+        return chain.copy()
+
     def put(self, number: int, record: Record) -> None:
         """Write ``record`` as snapshot ``number``, in the place of the record that it had, if any, with all indexes.  Raises
         Damaged where another snapshot has the old or the new name."""
@@ -97,10 +106,13 @@ class Writer(Reader):
             if either is not None and self.id_of(either.name) not in (None, number):
                 raise Damaged(f'two snapshots are called "{either.name}": {self.id_of(either.name)} and {number}')
         indexes.replace(self._txn, self._entries_of(number, before), self._entries_of(number, record))
-        self.overwrite(number, record)
+        if before is None or before.parent != record.parent:
+            self._chains.clear()
+        self._txn.put(key_of(number), encode(record), db=self._tables.snapshots)
 
     def overwrite(self, number: int, record: Record) -> None:
         """Write ``record`` as snapshot ``number``, whatever record it had, without any index."""
+        self._chains.clear()
         self._txn.put(key_of(number), encode(record), db=self._tables.snapshots)
 
     def mark_placed(self, number: int, name: str) -> None:
@@ -127,12 +139,14 @@ class Writer(Reader):
         self.clear_unflushed([number])
         indexes.replace(self._txn, self._entries_of(number, record), set())
         self._txn.delete(key_of(number), db=self._tables.snapshots)
+        self._chains.clear()
 
     def delete_unreadable(self, number: int, kind: Kind, name: str) -> None:
         """Delete snapshot ``number``, whose record can't be read, but of which the indexes say this kind and name
         (``indexed_as``)."""
         self.clear_unflushed([number])
         self._txn.delete(key_of(number), db=self._tables.snapshots)
+        self._chains.clear()
         indexes.delete_number(self._txn, self._tables, number, kind, name)
 
     def _entries_of(self, number: int, record: Record | None) -> set[indexes.Entry]:
