@@ -11,7 +11,7 @@ import math
 import os
 import select
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import closing
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -26,7 +26,7 @@ from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
 from snapfs.fuse.openfiles import OpenDirectories, OpenDirectory, OpenFile, OpenFiles
 from snapfs.fuse.retelling import Retelling
-from snapfs.fuse.waiting import OPENDIR, PATIENCE, STAT, SYNC, Waiting
+from snapfs.fuse.waiting import BETWEEN_DIRECTORIES, OPENDIR, PATIENCE, STAT, SYNC, Waiting
 from snapfs.kernel.processes import asking
 from snapfs.model import Caller
 from snapfs.tree import Handle, Node, Tree
@@ -57,18 +57,38 @@ _OF_READERS = _READING | {"read", "poll", "fsyncdir", "statfs", "release", "rele
 """Requests that whoever may read the tree can make, the others only who may write it: the kernel sees to that."""
 
 
+_LOCKING = {
+    **dict.fromkeys(("mkdir", "rmdir", "unlink", "create", "mknod", "symlink", "setxattr"), (0,)),
+    "link": (1,),
+    "rename": (0, 2),
+}
+"""Requests for which the kernel keeps directories locked against all others; which of their arguments these are."""
+
+_WAITING = {"lookup", "open", "opendir", *_LOCKING}
+"""Requests by whose user another may follow that has to wait for the lock of a directory."""
+
+
 def answering(
     handler: Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]:
     """Turn every error of ``handler`` into an errno and a line in error_log; any other exception would end the mount."""
 
+    locking, waiting = _LOCKING.get(handler.__name__, ()), handler.__name__ in _WAITING
+
     async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         began, number = time.perf_counter(), 0
+        user, thread, directories = None, 0, []
         if isinstance(args[-1], RequestContext):
-            asking.set(args[-1].pid)
-            self.tree.snapshotter.arrived(args[-1].pid)
-            asker.set(self.rights.user(args[-1].uid))
+            thread, user = args[-1].pid, self.rights.user(args[-1].uid)
+            asking.set(thread)
+            self.tree.snapshotter.arrived(thread)
+            asker.set(user)
+            if waiting:
+                self.waiting.crowds.note_use(user, began)
         try:
+            if locking and user is not None:
+                directories = _directories(args, locking)
+                self.waiting.crowds.enter(directories, user, thread, began)
             if self.retelling.is_emptying and isinstance(args[0], int):
                 await self.retelling.emptied(args[0])
             return await handler(self, *args, **kwargs)
@@ -93,11 +113,22 @@ def answering(
                 self.log_refusal(number, handler.__name__, args, error)
             raise FUSEError(number) from None
         finally:
-            took = time.perf_counter() - began
+            now = time.perf_counter()
+            took = now - began
+            if directories and user is not None:
+                if self.waiting.crowds.leave(directories, user, thread, now, took):
+                    for directory in directories:
+                        self.cache.forget_attributes(directory)
             self.tree.state.meters[handler.__name__].note(took, errno.errorcode.get(number, str(number)) if number else None)
 
     functools.update_wrapper(answer, handler)
     return answer
+
+
+def _directories(args: Sequence[object], locking: Sequence[int]) -> list[int]:
+    """The inodes of the directories that are locked for a request with these arguments."""
+    inodes = list({inode for number in locking if isinstance(inode := args[number], int)})
+    return inodes if len(inodes) == 1 else [*inodes, BETWEEN_DIRECTORIES]
 
 
 class Operations(pyfuse3.Operations):

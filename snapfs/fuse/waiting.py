@@ -10,6 +10,11 @@ times at once, must not have all tasks.  There are two bounds, over which a requ
   counts them, and they have it one after the other.  So what is bounded is the time for which all users but the owner have such
   locks, together: HOLD seconds at once, and then AGAIN of each second.
 
+Making, moving and removing take the lock of the directory, too.  Each is over as soon as its record is durable, but hundreds of
+threads queue for the lock in the kernel, and a look-up there waits for all that are before it.  The daemon sees one of them at a
+time, and whose it is; so it knows from how many came lately how long the queue is, and refuses those that are too many (Crowds):
+the kernel is through with them in no time.
+
 A directory that is listed is locked too, by libfuse's choice (no FUSE_PARALLEL_DIROPS) even against other listings: a thousand
 threads that list it wait for each other in the kernel, and each look-up and mkdir there waits for all of them.  What is locked
 must be answered at once; so the number of listings is bounded, and who has to wait does so where nothing is locked, in opendir.
@@ -17,8 +22,10 @@ must be answered at once; so the number of listings is bounded, and who has to w
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import trio
@@ -26,6 +33,7 @@ import trio
 from snapfs.allowance import Allowance, Shares
 from snapfs.errors import TryAgain
 from snapfs.tree.attributes import ATTRIBUTES, ROOTFS
+from snapfs.tree.reads import started
 
 STAT, SYNC, CLEANUP, LISTING, OPENDIR = "stat", "sync", "cleanup", "snapshots", "directories"
 
@@ -61,6 +69,30 @@ PATIENCE = 1.5  # seconds that a request waits for what is done for others
 
 HOLD = 1.2  # seconds; one user may take half of that
 AGAIN = 0.25  # so that who comes last waits for at most HOLD / (1 - AGAIN) seconds
+
+CROWD = 1.0
+"""Seconds that others wait for whoever waits to change a directory: of all users but the owner, each has the same share."""
+
+RECENT = 1.5  # seconds for which a thread may be in the queue again that has changed something in the directory
+
+TURN = 0.0002  # seconds that each takes besides what it has the daemon do: its name is looked up, the next one has the lock
+
+THREADS = round(CROWD / TURN)  # of one directory: so many are a crowd, however little each of them takes
+DIRECTORIES = 4096
+
+MANY = 64
+"""Threads of a directory, from which on one that comes again at once must not have the lock before those that wait for it: it is
+still running when the next is being woken.  So it is made to ask for the directory's attributes first, for which there is no lock.
+Else the kernel has it overtake the next one for 4 ms."""
+
+YOUNG = CROWD / 2
+"""Seconds: who waits in such a queue is older.  One shell that starts one mkdir(1) after the other has none waiting."""
+
+ALONE = 600.0
+"""Seconds after which somebody who has asked for no name, and opened nothing, uses the tree no more: for so long the kernel may
+know the names on the way to a new one, and so that is what the daemon hears of first."""
+
+BETWEEN_DIRECTORIES = 0  # in the place of an inode: what the kernel lets one at a time do in the whole mount
 
 LINES = 5  # in error_log, a second and operation, that say that somebody is to try again
 
@@ -124,12 +156,106 @@ class Listings:
                     break
 
 
+class _Crowd:
+    """The threads that have lately changed one directory, each with its last request: when, whose, how many seconds it took."""
+
+    def __init__(self) -> None:
+        self.threads: OrderedDict[int, tuple[float, int, float]] = OrderedDict()  # the last request is the last
+        self.took: dict[int, float] = {}  # by user
+        self.waits_until = 0.0  # until when it counts that one was seen that has waited
+        self._counts: Counter[int] = Counter()
+
+    def note(self, thread: int, now: float, user: int, took: float) -> None:
+        if thread in self.threads:
+            self._forget(thread)
+        self.threads[thread] = now, user, took
+        self._counts[user] += 1
+        self.took[user] = self.took.get(user, 0.0) + took
+
+    def forget_old(self, now: float) -> None:
+        while self.threads:
+            thread = next(iter(self.threads))
+            if len(self.threads) <= THREADS and self.threads[thread][0] >= now - RECENT:
+                return
+            self._forget(thread)
+
+    def _forget(self, thread: int) -> None:
+        _, user, took = self.threads.pop(thread)
+        self._counts[user] -= 1
+        if self._counts[user]:
+            self.took[user] -= took
+        else:
+            del self._counts[user], self.took[user]
+
+
+class Crowds:
+    """Threads of users other than the owner that change the same directories, so that others wait for those that wait to do so.
+
+    A thread is in the queue for a lock once, so nobody waits for longer than the last requests of all threads took that came
+    lately.  Times are of one clock that is given with each call, in seconds.
+    """
+
+    def __init__(self) -> None:
+        self._crowds: OrderedDict[int, _Crowd] = OrderedDict()  # by inode; the last changed is the last
+        self._unknown = itertools.count(-1, -1)
+        self._user: int | None = None  # who has used the tree last
+        self._used = self._used_by_others = -ALONE  # when; and when another than that user did
+
+    def note_use(self, user: int | None, now: float) -> None:
+        """``user`` looks something up, opens or changes it: whoever does might have to wait for others."""
+        if user != self._user:
+            self._user, self._used_by_others = user, self._used
+        self._used = now
+
+    def _is_alone(self, user: int, now: float) -> bool:
+        return now - (self._used_by_others if user == self._user else self._used) >= ALONE
+
+    def enter(self, directories: Sequence[int], user: int, thread: int, now: float) -> None:
+        """``thread`` (0: in a pid namespace that can't be seen from here) is to change ``directories``.  Raises TryAgain where
+        too many wait to do that, this user's among them, and somebody else uses the tree."""
+        for inode in directories:
+            if (crowd := self._crowds.get(inode)) is None:
+                continue
+            crowd.forget_old(now)
+            if sum(crowd.took.values()) < CROWD or crowd.took.get(user, 0.0) < CROWD / len(crowd.took):
+                continue
+            if self._is_alone(user, now) or (now >= crowd.waits_until and _is_young(thread)):
+                continue
+            crowd.waits_until = now + RECENT
+            raise TryAgain(
+                "so many threads of this user are changing this directory at once that whoever else looks up a new name in it "
+                "would wait for them for a second or more; have fewer do so"
+            )
+
+    def leave(self, directories: Sequence[int], user: int, thread: int, now: float, took: float) -> bool:
+        """What ``thread`` was to do is done, or was refused, and took so many seconds.  Whether the kernel is to forget the
+        attributes of ``directories``, so that the thread overtakes nobody."""
+        most = 0
+        for inode in directories:
+            if (crowd := self._crowds.get(inode)) is None:
+                crowd = self._crowds[inode] = _Crowd()
+                while len(self._crowds) > DIRECTORIES:
+                    self._crowds.popitem(last=False)
+            self._crowds.move_to_end(inode)
+            # those that can't be told apart are all taken for others: whoever waits for them must not wait for too many
+            crowd.note(thread or next(self._unknown), now, user, took + TURN)
+            crowd.forget_old(now)
+            most = max(most, len(crowd.threads))
+        return most >= MANY and not self._is_alone(user, now)
+
+
+def _is_young(thread: int) -> bool:
+    """Whether ``thread`` was started so short a time ago that it can't have waited in a long queue."""
+    return bool(thread) and time.clock_gettime(time.CLOCK_BOOTTIME) - started(thread) < YOUNG
+
+
 class Waiting:
     """The requests of one mount that wait.  A user is None for the owner and root, or a uid."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.listings = Listings(clock)
+        self.crowds = Crowds()
         self._counts: Counter[tuple[str, int | None]] = Counter()
         self._users: Counter[str] = Counter()  # who have one
         self._of_users: Counter[str] = Counter()  # what they have besides

@@ -56,7 +56,7 @@ class Reads:
         """Process ``pid`` of ``user`` (as in ``Caller``) has read the entry in ``slot`` of snapshot ``number``; so it no longer
         deletes what it has copied."""
         process = self._processes.get(pid)
-        if process is not None and process.last < trio.current_time() - IDLE and _started(pid) > process.known_since:
+        if process is not None and process.last < trio.current_time() - IDLE and started(pid) > process.known_since:
             self._forget(pid)  # another process has the number by now
             process = None
         if process is None:
@@ -122,13 +122,13 @@ class Reads:
         process = self._processes.get(pid)
         if process is None or process.last < trio.current_time() - LATELY:
             return 0
-        if _started(pid) > process.known_since:  # another process has the number by now
+        if started(pid) > process.known_since:  # another process has the number by now
             self._forget(pid)
             return 0
         return -1 if process.has_read_much else process.seen.get(number, 0)
 
 
-def _started(pid: int) -> float:
+def started(pid: int) -> float:
     """When process ``pid`` was started, in seconds since the machine was, and not too late; 0 where that can't be known."""
     with suppress(OSError, ValueError, IndexError):
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)  # a third of the calls that a file object makes
