@@ -26,7 +26,7 @@ from snapfs.fuse.cache import TIMEOUT, KernelCache
 from snapfs.fuse.errno import errno_of
 from snapfs.fuse.openfiles import OpenDirectories, OpenDirectory, OpenFile, OpenFiles
 from snapfs.fuse.retelling import Retelling
-from snapfs.fuse.waiting import BETWEEN_DIRECTORIES, OPENDIR, PATIENCE, STAT, SYNC, Waiting
+from snapfs.fuse.waiting import BETWEEN_DIRECTORIES, CROWDING, OPENDIR, PATIENCE, PAUSE, STAT, SYNC, Waiting
 from snapfs.kernel.processes import asking
 from snapfs.model import Caller
 from snapfs.tree import Handle, Node, Tree
@@ -116,9 +116,8 @@ def answering(
             now = time.perf_counter()
             took = now - began
             if directories and user is not None:
-                if self.waiting.crowds.leave(directories, user, thread, now, took):
-                    for directory in directories:
-                        self.cache.forget_attributes(directory)
+                for directory in self.waiting.crowds.leave(directories, user, thread, now, took):
+                    self.cache.forget_attributes(directory)
             self.tree.state.meters[handler.__name__].note(took, errno.errorcode.get(number, str(number)) if number else None)
 
     functools.update_wrapper(answer, handler)
@@ -177,7 +176,8 @@ class Operations(pyfuse3.Operations):
             entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = time
         entry.entry_timeout = TIMEOUT if node.keep_entry else 0
         # the kernel takes the number that stat(2) shows from here too, unless it asks once more (``getattr``)
-        entry.attr_timeout = TIMEOUT if found.keep and inode == node.shown_inode else 0
+        keep = found.keep and inode == node.shown_inode and inode not in self.waiting.crowds.watched
+        entry.attr_timeout = TIMEOUT if keep else 0
         return entry
 
     def log_refusal(self, number: int, operation: str, args: tuple[object, ...], error: Exception) -> None:
@@ -254,6 +254,8 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        if inode in self.waiting.crowds.watched:
+            await self._pause(inode, self.rights.user(ctx.uid), ctx.pid)
         node = self.retelling.look_at(inode)
         if isinstance(node, OpenFile):
             return node.entry
@@ -267,6 +269,18 @@ class Operations(pyfuse3.Operations):
             if isinstance(node, TextFile) and node.attributes().keep:
                 entry.attr_timeout = TIMEOUT  # of this text, whoever reads it; the kernel would ask before each read(2)
         return entry
+
+    async def _pause(self, inode: int, user: int | None, thread: int) -> None:
+        """Have ``thread`` wait that was refused to change the directory ``inode`` and comes again, while it has no lock.  Raises
+        TryAgain."""
+        if user is None or not self.waiting.crowds.comes_again(inode, user, thread, time.perf_counter()):
+            return
+        try:
+            with self.waiting.counted(CROWDING, user):
+                await trio.sleep(PAUSE)
+        except TryAgain:
+            return  # in the kernel's queue it takes less time than if it asked again and again
+        self.waiting.crowds.enter((inode,), user, thread, time.perf_counter())
 
     @answering
     async def setattr(

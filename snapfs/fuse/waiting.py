@@ -35,10 +35,11 @@ from snapfs.errors import TryAgain
 from snapfs.tree.attributes import ATTRIBUTES, ROOTFS
 from snapfs.tree.reads import started
 
-STAT, SYNC, CLEANUP, LISTING, OPENDIR = "stat", "sync", "cleanup", "snapshots", "directories"
+STAT, SYNC, CLEANUP, LISTING = "stat", "sync", "cleanup", "snapshots"
+OPENDIR, CROWDING = "directories", "crowds"
 
 KINDS = frozenset(
-    (STAT, SYNC, CLEANUP, LISTING, OPENDIR, *(each.name for each in ATTRIBUTES if each.refresh or each.follow or each.command))
+    (STAT, SYNC, CLEANUP, LISTING, OPENDIR, CROWDING, *(each.name for each in ATTRIBUTES if each.refresh or each.follow or each.command))
 )
 """What may take long: opening a file whose text is found out, following a link that mounts, writing what is to be done to a
 workspace, and the others."""
@@ -62,7 +63,7 @@ OF_ROOTFS = 256  # all the owner's: every process that has a path through the li
 
 ROOM = 136  # tasks for all that is answered soon
 
-MAX_TASKS = (len(KINDS) - 2) * (OF_OWNER + USERS + OF_USERS) + OF_ROOTFS + USERS + OPENING + ROOM
+MAX_TASKS = (len(KINDS) - 3) * (OF_OWNER + USERS + OF_USERS) + OF_ROOTFS + 2 * (USERS + OPENING) + ROOM
 """For pyfuse3: one that waits takes some 11 KiB of memory (and 1 MiB of addresses), and one that has gone takes nothing."""
 
 PATIENCE = 1.5  # seconds that a request waits for what is done for others
@@ -75,15 +76,16 @@ CROWD = 1.0
 
 RECENT = 1.5  # seconds for which a thread may be in the queue again that has changed something in the directory
 
-TURN = 0.0002  # seconds that each takes besides what it has the daemon do: its name is looked up, the next one has the lock
+TURN = 0.001
+"""Seconds at most that the directory counts as locked before a request: for the one before it an answer comes, the next has the
+lock, and its name is looked up.  Longer than that nobody may have wanted it."""
 
-THREADS = round(CROWD / TURN)  # of one directory: so many are a crowd, however little each of them takes
+THREADS = 10_000  # of one directory: such a turn takes a tenth of a millisecond or more, and so they are CROWD by themselves
 DIRECTORIES = 4096
 
-MANY = 64
-"""Threads of a directory, from which on one that comes again at once must not have the lock before those that wait for it: it is
-still running when the next is being woken.  So it is made to ask for the directory's attributes first, for which there is no lock.
-Else the kernel has it overtake the next one for 4 ms."""
+MANY = 64  # threads that change a directory, from which on it is watched which come
+
+PAUSE = 0.5  # seconds that one waits that was refused and comes again: there it keeps nobody else waiting
 
 YOUNG = CROWD / 2
 """Seconds: who waits in such a queue is older.  One shell that starts one mkdir(1) after the other has none waiting."""
@@ -93,6 +95,11 @@ ALONE = 600.0
 know the names on the way to a new one, and so that is what the daemon hears of first."""
 
 BETWEEN_DIRECTORIES = 0  # in the place of an inode: what the kernel lets one at a time do in the whole mount
+
+CROWDED = (
+    "so many threads of this user are changing this directory at once that whoever else looks up a new name in it would wait for "
+    "them for a second or more; have fewer do so"
+)
 
 LINES = 5  # in error_log, a second and operation, that say that somebody is to try again
 
@@ -157,20 +164,32 @@ class Listings:
 
 
 class _Crowd:
-    """The threads that have lately changed one directory, each with its last request: when, whose, how many seconds it took."""
+    """The threads that have lately changed one directory, each with its last request that was not refused."""
 
     def __init__(self) -> None:
-        self.threads: OrderedDict[int, tuple[float, int, float]] = OrderedDict()  # the last request is the last
+        self.threads: OrderedDict[int, tuple[float, int, float]] = OrderedDict()  # when, whose, how many seconds; latest last
+        self.refused: set[int] = set()  # those of them that were refused since
         self.took: dict[int, float] = {}  # by user
         self.waits_until = 0.0  # until when it counts that one was seen that has waited
+        self._ended = 0.0  # when the last request was over
         self._counts: Counter[int] = Counter()
 
+    def is_too_long(self, user: int, now: float) -> bool:
+        """Whether who comes now would wait for too long, and that is because of ``user``, too."""
+        self.forget_old(now)
+        return sum(self.took.values()) >= CROWD and self.took.get(user, 0.0) >= CROWD / len(self.took)
+
     def note(self, thread: int, now: float, user: int, took: float) -> None:
+        took += min(max(0.0, now - took - self._ended), TURN)
+        self._ended = now
+        if thread in self.refused:
+            return
         if thread in self.threads:
             self._forget(thread)
         self.threads[thread] = now, user, took
         self._counts[user] += 1
         self.took[user] = self.took.get(user, 0.0) + took
+        self.forget_old(now)
 
     def forget_old(self, now: float) -> None:
         while self.threads:
@@ -181,6 +200,7 @@ class _Crowd:
 
     def _forget(self, thread: int) -> None:
         _, user, took = self.threads.pop(thread)
+        self.refused.discard(thread)
         self._counts[user] -= 1
         if self._counts[user]:
             self.took[user] -= took
@@ -192,10 +212,16 @@ class Crowds:
     """Threads of users other than the owner that change the same directories, so that others wait for those that wait to do so.
 
     A thread is in the queue for a lock once, so nobody waits for longer than the last requests of all threads took that came
-    lately.  Times are of one clock that is given with each call, in seconds.
+    lately; unless one that comes again at once has the lock before those that wait, for it is still running when the next is
+    being woken: the kernel puts up with that for 4 ms.  So a directory that many threads change is ``watched``: the kernel may not
+    keep its attributes, and asks for them whenever a thread is on its way there, and has no lock yet.  Who was refused
+    is refused then, too.
+
+    Times are of one clock that is given with each call, in seconds.
     """
 
     def __init__(self) -> None:
+        self.watched: set[int] = set()  # inodes
         self._crowds: OrderedDict[int, _Crowd] = OrderedDict()  # by inode; the last changed is the last
         self._unknown = itertools.count(-1, -1)
         self._user: int | None = None  # who has used the tree last
@@ -214,34 +240,46 @@ class Crowds:
         """``thread`` (0: in a pid namespace that can't be seen from here) is to change ``directories``.  Raises TryAgain where
         too many wait to do that, this user's among them, and somebody else uses the tree."""
         for inode in directories:
-            if (crowd := self._crowds.get(inode)) is None:
+            crowd = self._crowds.get(inode)
+            if crowd is None or not crowd.is_too_long(user, now) or self._is_alone(user, now):
                 continue
-            crowd.forget_old(now)
-            if sum(crowd.took.values()) < CROWD or crowd.took.get(user, 0.0) < CROWD / len(crowd.took):
-                continue
-            if self._is_alone(user, now) or (now >= crowd.waits_until and _is_young(thread)):
-                continue
-            crowd.waits_until = now + RECENT
-            raise TryAgain(
-                "so many threads of this user are changing this directory at once that whoever else looks up a new name in it "
-                "would wait for them for a second or more; have fewer do so"
-            )
+            if now < crowd.waits_until or not _is_young(thread):
+                crowd.waits_until = now + RECENT
+                if thread:
+                    if thread not in crowd.threads:
+                        crowd.note(thread, now, user, 0.0)
+                    crowd.refused.add(thread)
+                raise TryAgain(CROWDED)
 
-    def leave(self, directories: Sequence[int], user: int, thread: int, now: float, took: float) -> bool:
-        """What ``thread`` was to do is done, or was refused, and took so many seconds.  Whether the kernel is to forget the
-        attributes of ``directories``, so that the thread overtakes nobody."""
-        most = 0
+    def leave(self, directories: Sequence[int], user: int, thread: int, now: float, took: float) -> list[int]:
+        """What ``thread`` was to do is done, or was refused, and took so many seconds.  Of which directories the kernel is to
+        forget the attributes."""
+        watched = []
         for inode in directories:
             if (crowd := self._crowds.get(inode)) is None:
                 crowd = self._crowds[inode] = _Crowd()
                 while len(self._crowds) > DIRECTORIES:
-                    self._crowds.popitem(last=False)
+                    self.watched.discard(self._crowds.popitem(last=False)[0])
             self._crowds.move_to_end(inode)
             # those that can't be told apart are all taken for others: whoever waits for them must not wait for too many
-            crowd.note(thread or next(self._unknown), now, user, took + TURN)
-            crowd.forget_old(now)
-            most = max(most, len(crowd.threads))
-        return most >= MANY and not self._is_alone(user, now)
+            crowd.note(thread or next(self._unknown), now, user, took)
+            if len(crowd.threads) >= MANY and inode not in self.watched and not self._is_alone(user, now):
+                self.watched.add(inode)
+                watched.append(inode)
+        return watched
+
+    def comes_again(self, inode: int, user: int | None, thread: int, now: float) -> bool:
+        """Whether ``thread``, which is on its way to the watched ``inode``, was refused there, and would be again.  That is told
+        once, for it may have the lock when the kernel asks the next time."""
+        crowd = self._crowds[inode]
+        was_refused = thread in crowd.refused
+        crowd.refused.discard(thread)
+        if user is None or not was_refused or not crowd.is_too_long(user, now):
+            if len(crowd.threads) < MANY:
+                self.watched.remove(inode)
+                crowd.refused.clear()
+            return False
+        return not self._is_alone(user, now)
 
 
 def _is_young(thread: int) -> bool:
@@ -271,7 +309,7 @@ class Waiting:
             yield
             return
         assert kind in KINDS
-        of_user, of_users = (OPENING, OPENING) if kind == OPENDIR else (OF_USER, OF_USERS)
+        of_user, of_users = (OPENING, OPENING) if kind in (OPENDIR, CROWDING) else (OF_USER, OF_USERS)
         most = of_user if user is not None else OF_ROOTFS if kind == ROOTFS else OF_OWNER
         if self._counts[kind, user] >= most:
             raise TryAgain(f"as many requests of this user as may be are waiting already ({kind})")
