@@ -24,10 +24,11 @@ import trio.testing
 import snapfs.services.rootfs
 from snapfs import Change, Kind, Options, open_snapshotter
 from snapfs.errors import Damaged
-from snapfs.kernel import mountapi, mounting
+from snapfs.kernel import libc, mountapi, mounting
 from snapfs.kernel.inuse import UpperLayers
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.kernel.namespaces import Namespaces
+from snapfs.kernel.processes import used_devices, users_of_device
 from tests.daemon import Daemon
 from tests.processes import die_with_parent, until
 from tests.refusals import failing
@@ -872,6 +873,43 @@ def test_a_server_of_another_users_is_not_asked(served: Daemon) -> None:
     with looking:
         assert looking.stdout is not None
         assert looking.stdout.read() == "[]\n"
+
+
+DESCRIPTORS = """
+import os, resource, sys, threading
+most = min(20_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+device = os.open("/dev/null", os.O_RDONLY)
+for _ in range(most - 100):
+    os.dup(device)
+threading.stack_size(1 << 16)
+for _ in range(100):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.alone
+def test_millions_of_descriptors_of_another_users(served: Daemon) -> None:
+    """One process of alice's, by each of its threads: who looks for users of a snapshot has no time for all of them, looks at
+    others first, and gives up within one process, too.  A namespace of hers has a copy of the mount, so it is looked."""
+    workspace = served.mnt / "active/w"
+    os.listdir(workspace / "rootfs/")
+    with (
+        process(*alice, "/usr/bin/python3", "-c", DESCRIPTORS, cwd=Path("/")),
+        process(*alice, "unshare", "-Urm", "--propagation", "private", "sh", "-c", READY, cwd=Path("/")),
+    ):
+        with process("sh", "-c", READY, cwd=workspace / "rootfs") as inside:
+            began = time.monotonic()
+            device = libc.device_number(f"/proc/{inside.pid}/cwd")
+            used = f"{os.major(device)}:{os.minor(device)}"
+            assert inside.pid in dict(users_of_device(used))
+            assert used_devices([used, "99:99"], longest=0.5) is None
+            assert time.monotonic() - began < 2
+        began = time.monotonic()
+        os.rename(workspace, served.mnt / "committed/v1")
+        assert time.monotonic() - began < 2, "everybody waits meanwhile"
 
 
 async def test_who_asks_for_the_layers_has_waited_for_a_commit_that_had_begun(root: Path) -> None:

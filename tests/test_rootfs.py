@@ -1435,7 +1435,7 @@ async def test_a_commit_that_is_cancelled_while_it_looks_for_users_leaves_nothin
 ) -> None:
     searching, go_on = trio.Event(), threading.Event()
 
-    def search(devices: set[str]) -> set[str]:
+    def search(devices: set[str], *, longest: float) -> set[str]:
         trio.from_thread.run_sync(searching.set)
         assert go_on.wait(20)
         return set()
@@ -1459,10 +1459,10 @@ async def test_one_search_for_all_who_ask_at_once(root: Path, monkeypatch: pytes
     """Twenty commits while much waits for the disk: who comes while all processes are looked at waits for the next time."""
     searched, go_on = list[set[str]](), threading.Event()
 
-    def search(devices: set[str]) -> set[str]:
+    def search(devices: set[str], *, longest: float) -> set[str] | None:
         searched.append(set(devices))
         assert go_on.wait(20)
-        return used_devices(devices)
+        return used_devices(devices, longest=20)
 
     monkeypatch.setattr("snapfs.services.rootfs.MUCH", 0)
     monkeypatch.setattr("snapfs.services.rootfs.SEARCH", 20)

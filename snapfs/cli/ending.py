@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import select
 import signal
@@ -21,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-PATIENCE, LONGEST = 5.0, 20.0  # seconds that a process has to end by itself, and all of them together
+PATIENCE, LONGEST = 5.0, 20.0  # seconds that a process has to end by itself (or is looked for), and all of them together
 
 AGAIN = 0.2  # seconds until it is looked for more of them
 
@@ -97,7 +96,7 @@ def _started_in(key: str, device: str, groups: Collection[str], held: ExitStack)
             if is_it(pid) and not select.select([fd], [], [], 0)[0]:  # it has not ended
                 found[pid] = fd
 
-    for pid, _ in users_of_device(device, longest=math.inf, enough=math.inf):
+    for pid, _ in users_of_device(device, longest=PATIENCE, enough=PATIENCE):
         note(pid, partial(_has_word, f"SNAPFS_WORKSPACE={key}".encode()))
     for pid, group in freezing.members(groups) if groups else ():
         note(pid, partial(_is_in, group))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -23,6 +24,15 @@ started it: if the shell is found, the command is not."""
 
 LONGEST = 0.25  # seconds after which the search is given up: the caller may hold locks that all other calls wait for
 
+_EACH = 64  # descriptors after which it is asked how late it is: one process may have millions, by each of hundreds of threads
+
+_Way = Callable[[str, float], bool]
+"""Whether a process, by its directory in /proc, uses something; looked for until then, of time.monotonic(): raises _Late."""
+
+
+class _Late(Exception):
+    """There is no time left to look for it."""
+
 
 def users(directory: str, *, longest: float = LONGEST) -> Iterator[tuple[int, str]]:
     """Pid and name of each process that has its working directory, its root, its program, an open file or a mapping in
@@ -35,8 +45,8 @@ def users(directory: str, *, longest: float = LONGEST) -> Iterator[tuple[int, st
     def is_inside(path: str) -> bool:
         return path == directory or path.startswith(directory + "/")
 
-    def by(uses: Callable[[str], Iterator[str]]) -> Callable[[str], bool]:
-        return lambda process: any(map(is_inside, uses(process)))
+    def by(uses: Callable[[str, float], Iterator[str]]) -> _Way:
+        return lambda process, until: any(map(is_inside, uses(process, until)))
 
     found = False
     for found_here in _search(by(_places), by(_files), by(_mappings), longest=longest):
@@ -55,35 +65,52 @@ def users_of_device(device: str, *, longest: float = LONGEST, enough: float = EN
     """
     number, shown = _number(device), _in_maps(device)
 
-    def has_mapped(process: str) -> bool:
+    def has_mapped(process: str, until: float) -> bool:
         return shown in Path(f"{process}/maps").read_bytes()
 
     return _search(
-        lambda process: number in _numbers_of_places(process),
-        lambda process: number in _numbers_of_files(process),
+        lambda process, until: number in _numbers_of_places(process),
+        lambda process, until: number in _numbers_of_files(process, until),
         has_mapped,
+        lambda process, until: number in _numbers_of_threads(process, until),
         longest=longest,
         enough=enough,
     )
 
 
-def used_devices(devices: Collection[str]) -> set[str]:
+def used_devices(devices: Collection[str], *, longest: float) -> set[str] | None:
     """Those of ``devices`` (``major:minor``) of which other processes have anything, as ``users_of_device`` finds them: in one
-    walk of all processes, however long that takes."""
+    walk of all processes; None where that takes longer than ``longest`` seconds."""
     wanted = {_number(device): device for device in devices}
     found: set[str] = set()
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) == os.getpid():
-            continue
-        for numbers in (_numbers_of_places, _numbers_of_files):
-            with suppress(OSError):  # it has ended, or is not for us to see
-                found.update(wanted[number] for number in numbers(f"/proc/{entry}") if number in wanted)
+    until = time.monotonic() + longest
+    for process in (f"/proc/{entry}" for entry in _processes() if int(entry) != os.getpid()):
+        for numbers in (_numbers_of_places, _numbers_of_files, _numbers_of_threads):
+            try:
+                found.update(wanted[number] for number in numbers(process, until) if number in wanted)
+            except OSError:  # it has ended, or is not for us to see
+                continue
+            except _Late:
+                return None
         with suppress(OSError):
-            maps = Path(f"/proc/{entry}/maps").read_bytes()
+            maps = Path(f"{process}/maps").read_bytes()
             found.update(device for device in devices if _in_maps(device) in maps)
         if len(found) == len(wanted):
             break
     return found
+
+
+def _processes() -> list[str]:
+    """The pids of all processes, those with the most descriptors last (as Linux tells since 6.2): one that has millions of them
+    is not to hide the others."""
+
+    def count(entry: str) -> int:
+        try:
+            return os.stat(f"/proc/{entry}/fd").st_size
+        except OSError:
+            return 0
+
+    return sorted(filter(str.isdigit, os.listdir("/proc")), key=count)
 
 
 def _number(device: str) -> int:
@@ -97,16 +124,32 @@ def _in_maps(device: str) -> bytes:
     return f" {major:02x}:{minor:02x} ".encode()
 
 
-def _numbers_of_places(process: str) -> Iterator[int]:
+def _numbers_of_places(process: str, until: float = math.inf) -> Iterator[int]:
     for link in ("cwd", "root", "exe"):
         yield libc.device_number(f"{process}/{link}")
 
 
-def _numbers_of_files(process: str) -> Iterator[int]:
-    for task in os.listdir(f"{process}/task"):  # a thread may have descriptors of its own
-        for fd in os.listdir(f"{process}/task/{task}/fd"):
-            with suppress(FileNotFoundError):  # closed meanwhile
-                yield libc.device_number(f"{process}/task/{task}/fd/{fd}")
+def _numbers_of_files(process: str, until: float) -> Iterator[int]:
+    for path in _descriptors(process, until):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            yield libc.device_number(path)
+
+
+def _numbers_of_threads(process: str, until: float) -> Iterator[int]:
+    """As ``_numbers_of_files``, of the threads but the first: one may have descriptors of its own."""
+    first = os.path.basename(process)
+    for task in os.listdir(f"{process}/task"):
+        if task != first:
+            yield from _numbers_of_files(f"{process}/task/{task}", until)
+
+
+def _descriptors(process: str, until: float) -> Iterator[str]:
+    """The paths of all descriptors of a process, or a thread.  Raises OSError, and _Late."""
+    with os.scandir(f"{process}/fd") as entries:
+        for nth, entry in enumerate(entries):
+            if nth % _EACH == 0 and time.monotonic() > until:
+                raise _Late
+            yield entry.path
 
 
 def keepers() -> Iterator[tuple[int, str]]:
@@ -117,8 +160,8 @@ def keepers() -> Iterator[tuple[int, str]]:
             with suppress(OSError):
                 lived_in.add(os.readlink(f"/proc/{entry}/ns/mnt"))
 
-    def keeps(process: str) -> bool:
-        return any(path.startswith("mnt:[") and path not in lived_in for path in _files(process))
+    def keeps(process: str, until: float) -> bool:
+        return any(path.startswith("mnt:[") and path not in lived_in for path in _files(process, until))
 
     return _search(keeps)
 
@@ -151,45 +194,46 @@ def _parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()[1])
 
 
-def _search(*ways: Callable[[str], bool], longest: float = LONGEST, enough: float = ENOUGH) -> Iterator[tuple[int, str]]:
+def _search(*ways: _Way, longest: float = LONGEST, enough: float = ENOUGH) -> Iterator[tuple[int, str]]:
     """Pid and name of each other process for whose directory in /proc one of ``ways`` is true."""
     began = time.monotonic()
     found: set[str] = set()
     left_out = {str(os.getpid())}
-    if is_asking := asking.get():
-        with suppress(OSError):
-            parent = _parent_of(is_asking)
-            if any(uses(f"/proc/{parent}") for uses in ways):
-                left_out.add(str(is_asking))
-    for uses in ways:
-        for entry in os.listdir("/proc"):
-            if not entry.isdigit() or entry in found or entry in left_out:
-                continue
-            if time.monotonic() - began > (enough if found else longest):
-                return
-            try:
-                if uses(f"/proc/{entry}"):
-                    name = _name_of(entry)
-                    found.add(entry)
-                    yield int(entry), name
-            except OSError:  # it has ended, or is not for us to see
-                continue
+    with suppress(_Late):
+        if is_asking := asking.get():
+            with suppress(OSError):
+                parent = _parent_of(is_asking)
+                if any(uses(f"/proc/{parent}", began + longest) for uses in ways):
+                    left_out.add(str(is_asking))
+        processes = _processes()
+        for uses in ways:
+            for entry in processes:
+                if entry in found or entry in left_out:
+                    continue
+                until = began + (enough if found else longest)
+                if time.monotonic() > until:
+                    return
+                try:
+                    if uses(f"/proc/{entry}", until):
+                        name = _name_of(entry)
+                        found.add(entry)
+                        yield int(entry), name
+                except OSError:  # it has ended, or is not for us to see
+                    continue
 
 
-def _places(process: str) -> Iterator[str]:
+def _places(process: str, until: float) -> Iterator[str]:
     for link in ("cwd", "root", "exe"):
         yield os.readlink(f"{process}/{link}")
 
 
-def _files(process: str) -> Iterator[str]:
-    for fd in os.listdir(f"{process}/fd"):
-        try:
-            yield os.readlink(f"{process}/fd/{fd}")
-        except FileNotFoundError:  # closed meanwhile
-            continue
+def _files(process: str, until: float) -> Iterator[str]:
+    for path in _descriptors(process, until):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            yield os.readlink(path)
 
 
-def _mappings(process: str) -> Iterator[str]:
+def _mappings(process: str, until: float) -> Iterator[str]:
     with open(f"{process}/maps", encoding="utf-8", errors="surrogateescape") as maps:
         for line in maps:
             _, slash, path = line.rstrip("\n").partition("/")

@@ -38,10 +38,12 @@ class _Search:
 
 
 class _Walk:
-    """One walk of all processes, for the users of ``devices``: those that are used, once it has ended."""
+    """One walk of all processes, for the users of ``devices``: those that are used, once it has ended; None where it takes too
+    long."""
 
     def __init__(self) -> None:
         self.devices: set[str] = set()
+        self.is_done = False
         self.used: set[str] | None = None
 
 
@@ -53,17 +55,19 @@ class Using:
         self._walking = trio.Lock()
         self._threads = trio.CapacityLimiter(SEARCHES)
 
-    async def is_used(self, device: str) -> bool:
-        """Whether a process uses the file system with this ``device``, as all of them are looked at from now on."""
+    async def is_used(self, device: str) -> bool | None:
+        """Whether a process uses the file system with this ``device``, as all of them are looked at from now on; None where
+        that takes longer than SEARCH."""
         walk = self._next  # not that under way, which may have passed by
         walk.devices.add(device)
         async with self._walking:
-            if walk.used is None:
+            if not walk.is_done:
                 if self._next is walk:
                     self._next = _Walk()
-                look = functools.partial(used_devices, walk.devices)
+                look = functools.partial(used_devices, walk.devices, longest=SEARCH)
                 walk.used = await in_thread(look, abandon_on_cancel=True, limiter=self._threads)
-        return device in walk.used
+                walk.is_done = True
+        return None if walk.used is None else device in walk.used
 
 
 class Naming:

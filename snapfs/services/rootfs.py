@@ -271,11 +271,13 @@ class Rootfs:
         if not held.device:
             return Free.NO
         with trio.move_on_after(SEARCH):
-            if not await self._using.is_used(held.device):
+            is_used = await self._using.is_used(held.device)
+            if is_used is not None and not is_used:
                 return Free.OF_OVERLAYS
-            await in_thread_or_here(self._merged.attach_again, held, limiter=self._threads)
-            self._held[held.number] = held
-            raise await self._elsewhere(held)
+            if is_used:
+                await in_thread_or_here(self._merged.attach_again, held, limiter=self._threads)
+                self._held[held.number] = held
+                raise await self._elsewhere(held)
         self._let_go(held)
         if await in_thread(self._in_use.has_overlay, held.number, limiter=self._threads):
             raise await self._elsewhere(held)
