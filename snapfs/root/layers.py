@@ -69,7 +69,7 @@ class Layers(Paths):
         """What the process that had the root before has noted at its end (``leave_note``)."""
         self.empty_usage = Usage()
         """What an empty layer takes on the disk: its directory."""
-        self.pool = Pool(f"{self.held}/pool", f"{self.held}/snapshots")
+        self.pool = Pool(f"{self.held}/pool", f"{self.held}/snapshots", claimed.fd)
         self.trash = Trash(f"{self.root}/trash", f"{self.held}/trash")
         self._left_for_cleanup: set[int] = set()
         self._claim = claimed

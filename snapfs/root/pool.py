@@ -10,8 +10,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +22,17 @@ POOL_SHARE = 300  # free inodes, and blocks, for each directory that is kept rea
 
 
 class Pool:
-    """The directories ready to be put into ``snapshots``; the pool itself is ``directory``.  All functions block on the
-    disk."""
+    """The directories ready to be put into ``snapshots``; the pool itself is ``directory``, a directory in the one that is open
+    as ``root``.  All functions block on the disk."""
 
-    def __init__(self, directory: str, snapshots: str) -> None:
+    def __init__(self, directory: str, snapshots: str, root: int) -> None:
         self.directory = directory
         self.syncs = True
         """Whether directories are flushed before they count as ready."""
         self.flushed_up_to = 0
         """The directories of all snapshots with ids up to this are in their places on the disk."""
         self._snapshots = snapshots
+        self._root, (self._above, self._name) = root, os.path.split(directory)
         self._ready: deque[str] = deque()
         self._unflushed: list[str] = []  # made, and not ready yet
         self._wanted = self._full = POOL
@@ -68,10 +68,9 @@ class Pool:
         Raises OSError where the disk refuses."""
         try:
             self._full = min(self._wanted, self._room())
-            with self._opened() as pool:
-                while len(self._ready) + len(self._unflushed) < self._full:
-                    checkpoint()
-                    self._unflushed.append(self._make(pool))
+            while len(self._ready) + len(self._unflushed) < self._full:
+                checkpoint()
+                self._unflushed.append(self.make())
         except OSError:  # a full disk: the directories that were made are used nevertheless
             self._flush_made()
             raise
@@ -105,33 +104,20 @@ class Pool:
 
     def make(self) -> str:
         """Make a directory with ``fs`` and ``work``, not flushed, and return its path; raises OSError."""
-        with self._opened() as pool:
-            return self._make(pool)
-
-    @contextmanager
-    def _opened(self) -> Iterator[int]:
-        """A descriptor of the pool, from which the names of what is made are shorter to walk."""
-        pool = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        root, own = self._root, f"{self._name}/new-{self._tag}-{next(self._serials)}"
+        path = f"{self._above}/{own}"  # which is longer to walk
         try:
-            yield pool
-        finally:
-            os.close(pool)
-
-    def _make(self, pool: int) -> str:
-        name = f"new-{self._tag}-{next(self._serials)}"
-        path = f"{self.directory}/{name}"
-        try:
-            os.mkdir(name, 0o700, dir_fd=pool)
+            os.mkdir(own, 0o700, dir_fd=root)
             try:
-                for part, mode in ((f"{name}/fs", FS_MODE), (f"{name}/work", 0o711)):
-                    os.mkdir(part, mode, dir_fd=pool)
-                    if stat.S_IMODE(os.stat(part, dir_fd=pool).st_mode) != mode:  # by another umask than most have
-                        os.chmod(part, mode, dir_fd=pool)
+                for part, mode in ((f"{own}/fs", FS_MODE), (f"{own}/work", 0o711)):
+                    os.mkdir(part, mode, dir_fd=root)
+                    if stat.S_IMODE(os.stat(part, dir_fd=root).st_mode) != mode:  # by another umask than most have
+                        os.chmod(part, mode, dir_fd=root)
             except OSError:
                 remove_empty(path)
                 raise
         except OSError as error:
-            error.filename = f"{self.directory}/{error.filename}"
+            error.filename = f"{self._above}/{error.filename}"
             raise
         return path
 
