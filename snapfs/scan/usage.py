@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from stat import S_ISDIR
 
 from snapfs.kernel import inside
 from snapfs.model import Usage
@@ -23,6 +24,9 @@ def disk_usage(directory: str, checkpoint: Callable[[], None] = lambda: None) ->
     (``scan/inodes.py``).  Raises OSError where ``directory`` is missing or the disk fails.
     """
     own = os.lstat(directory)
+    if S_ISDIR(own.st_mode) and _is_empty(directory):  # as many layers are: nothing can be mounted inside
+        checkpoint()
+        return Usage(1, own.st_blocks * 512)
     inodes, blocks, device, shared = 1, own.st_blocks, own.st_dev, 0
     linked: dict[int, Inodes] = {}  # by device; only files with several names can be met twice
     again: Counter[tuple[int, int]] = Counter()  # how often a file was that has more than two
@@ -55,3 +59,8 @@ def disk_usage(directory: str, checkpoint: Callable[[], None] = lambda: None) ->
                 inodes += 1
                 blocks += stat.st_blocks
     return Usage(inodes, blocks * 512, max(0, shared) * 512)
+
+
+def _is_empty(directory: str) -> bool:
+    with closing(os.scandir(directory)) as entries:
+        return next(iter(entries), None) is None
