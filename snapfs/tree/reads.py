@@ -105,6 +105,9 @@ class Reads:
 
     def was_refused(self, pid: int, number: int) -> bool:
         """Whether ``pid``, for all that is known, goes on deleting what it has copied of ``number``."""
+        process = self._processes.get(pid)
+        if process is None or not (process.has_read_much or process.seen.get(number, 0) & _REFUSED):
+            return False  # whichever process has the number now: most removals come here, and to ask /proc takes longer
         return bool(self._seen(pid, number) & _REFUSED)
 
     def has_copied(self, pid: int, number: int, slots: Iterable[int]) -> bool:
