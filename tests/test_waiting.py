@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,11 +28,15 @@ from snapfs.fuse.openfiles import OPENERS_OF_USER, OpenFiles
 from snapfs.fuse.retelling import Retelling
 from snapfs.fuse.waiting import (
     AGAIN,
+    ALONE,
+    CROWD,
+    DIRECTORIES,
     HOLD,
     LINES,
     LISTED,
     LISTINGS_OF_USER,
     LISTINGS_OF_USERS,
+    MANY,
     OF_OWNER,
     OF_READER,
     OF_READERS,
@@ -39,7 +44,10 @@ from snapfs.fuse.waiting import (
     OF_USERS,
     PATIENCE,
     READERS_AGAIN,
+    RECENT,
+    THREADS,
     USERS,
+    Crowds,
     Listings,
     Waiting,
 )
@@ -103,6 +111,20 @@ snapfs.services.rootfs.by_users = held_search
 raise SystemExit(snapfs.cli.main())
 """
 
+# Each batch of records takes 20 ms, as on a slow disk
+SLOW = """
+import time, snapfs.cli, snapfs.store.batches
+
+finish = snapfs.store.batches.finish
+
+def slow(ran):
+    time.sleep(0.02)
+    finish(ran)
+
+snapfs.store.batches.finish = slow
+raise SystemExit(snapfs.cli.main())
+"""
+
 # What the scripts below do in several places
 CALLS = """
 import os
@@ -124,11 +146,12 @@ def sync(path):
 HAMMER = (
     CALLS
     + """
-import collections, ctypes, json, os, sys, threading
+import collections, ctypes, itertools, json, os, sys, threading
 
 what, first, threads, paths = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 setresuid = {"x86_64": 117, "aarch64": 147}[os.uname().machine]  # the system call: for one thread alone
 ended, done = threading.Event(), collections.Counter()
+new = itertools.count()
 
 def clean(path):
     with open(path, "w") as file:
@@ -137,11 +160,14 @@ def clean(path):
 def commit(path):
     os.rename(path, path.replace("/active/", "/committed/"))
 
+def make(path):
+    os.mkdir(f"{path}/new{next(new)}")
+
 def work(number):
     if first:
         ctypes.CDLL(None).syscall(setresuid, first + number, first + number, first + number)
     acts = {"read": read, "ls": os.listdir, "stat": os.stat, "sync": sync, "clean": clean, "commit": commit, "rmdir": os.rmdir}
-    act = acts[what]
+    act = {**acts, "make": make}[what]
     while not ended.is_set():
         try:
             act(paths[number % len(paths)])
@@ -183,6 +209,7 @@ def timed(name, act, *arguments):
 for n in range(2):
     me = f"{os.getuid()}-{n}"
     timed("stat", os.stat, "active")
+    timed("new name", os.path.lexists, f"active/new-to-{me}")
     timed("ls", os.listdir, "committed")
     timed("ls active", os.listdir, "active")
     timed("mkdir", os.mkdir, f"active/{me}")
@@ -556,6 +583,115 @@ async def test_who_asks_meanwhile_shares_the_search_for_who_uses_a_snapshot() ->
     assert found == ["by somebody"] * 16
 
 
+DIRECTORY, ANOTHER = 2, 3  # inodes
+
+
+class Queue:
+    """Threads that change DIRECTORY one after the other, each for 10 ms."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.crowds = Crowds()
+
+    def change(
+        self, thread: int, user: int = ALICE, *, took: float = 0.01, directories: tuple[int, ...] = (DIRECTORY,)
+    ) -> bool:
+        """Whether ``thread`` was let in."""
+        began, let_in = self.clock.now, True
+        self.crowds.note_use(user, began)
+        try:
+            self.crowds.enter(directories, user, thread, began)
+            self.clock.now += took
+        except TryAgain as error:
+            assert "would wait for them" in str(error)
+            let_in = False
+        self.crowds.leave(directories, user, thread, self.clock.now, self.clock.now - began)
+        return let_in
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
+    """One in which no thread is young."""
+    monkeypatch.setattr("snapfs.fuse.waiting.started", lambda thread: 0.0)
+    return Queue()
+
+
+def test_how_many_threads_may_wait_to_change_a_directory(queue: Queue) -> None:
+    queue.crowds.note_use(BOB, queue.clock.now)
+    began = queue.clock.now
+    let_in = [queue.change(thread) for thread in range(1, 1000)].count(True)
+    assert 0.9 * CROWD / 0.01 <= let_in <= CROWD / 0.01 + 1
+    assert queue.clock.now - began < TIME
+    assert queue.change(2000, BOB), "who has one or two threads is never refused"
+    assert queue.change(2001, directories=(ANOTHER,))
+    assert not queue.change(2002, directories=(ANOTHER, DIRECTORY))
+    queue.clock.now += RECENT
+    assert queue.change(2003)
+
+
+def test_a_tree_that_one_user_alone_uses_has_no_crowds(queue: Queue) -> None:
+    queue.crowds.note_use(None, queue.clock.now)
+    queue.clock.now += ALONE
+    assert all(queue.change(thread) for thread in range(1, 1000))
+    assert not queue.crowds.watched
+    queue.crowds.note_use(None, queue.clock.now)
+    assert not queue.change(2000), "the owner has come"
+
+
+def test_users_who_share_a_directory_have_equal_shares_of_its_queue(queue: Queue) -> None:
+    refused: Counter[int] = Counter()
+    began = queue.clock.now
+    for thread in range(1, 1000):
+        for user in (ALICE, BOB, STAFF):
+            refused[user] += not queue.change(1000 * user + thread, user)
+    assert queue.clock.now - began < TIME
+    assert max(refused.values()) - min(refused.values()) <= 2
+    assert queue.change(1, 5000), "somebody else"
+
+
+def test_one_thread_after_the_other_is_no_crowd(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue.crowds.note_use(BOB, queue.clock.now)
+    assert all(queue.change(thread) for thread in range(1, 5) for _ in range(200)), "four threads"
+    young = {*range(1000, 2000)}
+    monkeypatch.setattr(
+        "snapfs.fuse.waiting.started", lambda thread: time.clock_gettime(time.CLOCK_BOOTTIME) if thread in young else 0.0
+    )
+    assert all(queue.change(thread) for thread in range(1000, 1500)), "a shell that starts one mkdir after the other"
+    assert not queue.change(1)
+    assert not queue.change(1500), "one that has waited was seen: the others are started to overtake those that wait"
+    assert not queue.change(0), "in another pid namespace"
+
+
+def test_who_was_refused_waits_before_it_comes_to_the_lock(queue: Queue) -> None:
+    crowds, clock = queue.crowds, queue.clock
+    crowds.note_use(BOB, clock.now)
+    for thread in range(1, MANY):
+        queue.change(thread)
+    assert not crowds.watched
+    let_in = [queue.change(thread) for thread in range(MANY, 300)]
+    assert crowds.watched == {DIRECTORY}
+    last = MANY + let_in.index(False)
+    assert not crowds.comes_again(DIRECTORY, ALICE, 1, clock.now), "it was not refused"
+    assert crowds.comes_again(DIRECTORY, ALICE, last, clock.now)
+    assert not crowds.comes_again(DIRECTORY, ALICE, last, clock.now), "now it may have the lock"
+    assert not crowds.comes_again(DIRECTORY, None, last + 1, clock.now)
+    clock.now += RECENT + 1
+    assert not crowds.comes_again(DIRECTORY, ALICE, last + 2, clock.now)
+    assert not crowds.watched
+
+
+def test_what_is_remembered_of_crowds_is_bounded(queue: Queue) -> None:
+    queue.crowds.note_use(BOB, queue.clock.now)
+    for thread in range(1, 2 * THREADS):
+        queue.change(thread, took=0)
+        queue.change(0, took=0)
+    assert len(queue.crowds._crowds[DIRECTORY].threads) <= THREADS
+    for inode in range(10, 2 * DIRECTORIES):
+        queue.change(1, took=0, directories=(inode,))
+    assert len(queue.crowds._crowds) <= DIRECTORIES
+    assert not queue.crowds.watched
+
+
 def test_how_many_directories_may_be_listed_at_once() -> None:
     clock, number = Clock(), itertools.count()
     listings = Listings(clock)
@@ -798,6 +934,77 @@ def test_listings_of_many_snapshots(make_held: Callable[..., Held]) -> None:
     assert set(done) <= {"0", REFUSED}
     assert "one user may list" in refusals(held.daemon, "opendir")[-1]
     assert held.daemon.stop() == 0
+
+
+@pytest.fixture
+def slow(make_daemon: Make, open_path: Path, users: None) -> Daemon:
+    """A daemon with a slow disk, whose tree nobody has used."""
+    daemon = make_daemon("-o", "allow_other,umask=000")
+    daemon.program = ("-c", SLOW)
+    return daemon.start()
+
+
+def test_threads_that_wait_to_change_a_directory(slow: Daemon) -> None:
+    """400 of them take 8 s, and a move between directories would wait for each of 30 others that each wait for those."""
+    for name in ("active/draft", "active/web"):
+        os.mkdir(slow.mnt / name)
+    os.rename(slow.mnt / "active/draft", slow.mnt / "committed/small")
+    with bounded(120, slow), hammering(alice, "commit", 30, slow.mnt / "active/none") as moved:
+        with hammering(alice, "make", 400, slow.mnt / "active") as made:
+            assert ordinary(bob, slow.mnt) == {}
+            assert ordinary((), slow.mnt) == {}
+            assert "would wait for them for a second or more" in refusals(slow, "mkdir")[-1]
+        assert made["0"] > CROWD / 0.03
+        assert made[REFUSED] > 0
+        assert set(made) == {"0", REFUSED}
+        until(lambda: not os.path.lexists(slow.mnt / "active/none"))
+    assert str(errno.ENOENT) in moved
+    assert len(refusals(slow, "mkdir")) < 100
+    assert slow.stop() == 0
+
+
+AT_ONCE = """
+import collections, json, os, sys, threading
+
+done, together = collections.Counter(), threading.Barrier(400)
+
+def make(number):
+    together.wait()
+    try:
+        os.mkdir(f"{sys.argv[1]}/{number}")
+        done[0] += 1
+    except OSError as error:
+        done[error.errno] += 1
+
+threads = [threading.Thread(target=make, args=[number]) for number in range(400)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(json.dumps(done))
+"""
+
+
+def test_a_user_who_is_alone_may_have_any_number_of_threads_wait(slow: Daemon) -> None:
+    """However slow the disk: nobody else would wait for them."""
+    with bounded(120, slow):
+        made = subprocess.run(
+            [*alice, sys.executable, "-c", AT_ONCE, str(slow.mnt / "active")], stdout=subprocess.PIPE, text=True, check=True
+        )
+    assert json.loads(made.stdout) == {"0": 400}
+    assert len(os.listdir(slow.mnt / "active")) == 400
+    assert slow.error_log() == []
+    assert slow.stop() == 0
+
+
+def test_one_process_after_the_other_is_refused_nothing(slow: Daemon) -> None:
+    """However busy they keep the directory, none of them waits."""
+    os.mkdir(slow.mnt / "active/roots")
+    with bounded(120, slow):
+        script = 'for n in $(seq 120); do mkdir "$1/$n" || exit; done'
+        subprocess.run([*alice, "sh", "-c", script, "sh", slow.mnt / "active"], check=True)
+    assert slow.error_log() == []
+    assert slow.stop() == 0
 
 
 def test_usage_of_large_layers(make_held: Callable[..., Held]) -> None:

@@ -271,8 +271,8 @@ class Operations(pyfuse3.Operations):
         return entry
 
     async def _pause(self, inode: int, user: int | None, thread: int) -> None:
-        """Have ``thread`` wait that was refused to change the directory ``inode`` and comes again, while it has no lock.  Raises
-        TryAgain."""
+        """Have ``thread`` wait that was refused to change the directory ``inode`` and comes again, while it has no lock.
+        Raises TryAgain."""
         if user is None or not self.waiting.crowds.comes_again(inode, user, thread, time.perf_counter()):
             return
         try:

@@ -10,10 +10,10 @@ times at once, must not have all tasks.  There are two bounds, over which a requ
   counts them, and they have it one after the other.  So what is bounded is the time for which all users but the owner have such
   locks, together: HOLD seconds at once, and then AGAIN of each second.
 
-Making, moving and removing take the lock of the directory, too.  Each is over as soon as its record is durable, but hundreds of
-threads queue for the lock in the kernel, and a look-up there waits for all that are before it.  The daemon sees one of them at a
-time, and whose it is; so it knows from how many came lately how long the queue is, and refuses those that are too many (Crowds):
-the kernel is through with them in no time.
+Making, moving and removing take the lock of the directory, too.  Each is over as soon as its record is durable, but hundreds
+of threads queue for the lock in the kernel, and a look-up there waits for all that are before it.  The daemon sees one of them
+at a time, and whose it is.  So it knows from how many came lately how long the queue is, and refuses those that are too many
+(Crowds): the kernel is through with them in no time.
 
 A directory that is listed is locked too, by libfuse's choice (no FUSE_PARALLEL_DIROPS) even against other listings: a thousand
 threads that list it wait for each other in the kernel, and each look-up and mkdir there waits for all of them.  What is locked
@@ -38,9 +38,9 @@ from snapfs.tree.reads import started
 STAT, SYNC, CLEANUP, LISTING = "stat", "sync", "cleanup", "snapshots"
 OPENDIR, CROWDING = "directories", "crowds"
 
-KINDS = frozenset(
-    (STAT, SYNC, CLEANUP, LISTING, OPENDIR, CROWDING, *(each.name for each in ATTRIBUTES if each.refresh or each.follow or each.command))
-)
+KINDS = frozenset((STAT, SYNC, CLEANUP, LISTING, OPENDIR, CROWDING)) | {
+    each.name for each in ATTRIBUTES if each.refresh or each.follow or each.command
+}
 """What may take long: opening a file whose text is found out, following a link that mounts, writing what is to be done to a
 workspace, and the others."""
 
@@ -55,7 +55,7 @@ LISTINGS_OF_USER, LISTINGS_OF_USERS = 8, 32
 
 OPENING = 1024
 """How many more may wait for that, of one user and of all: refused at once, their threads would ask again and again, and that
-is a thousand requests in the kernel's queue before each page of another listing."""
+is a thousand requests in the kernel's queue before each page of another listing.  As many of a crowd may wait."""
 
 LISTED = 1.0  # seconds for which a directory counts that is open and not read
 
@@ -97,8 +97,8 @@ know the names on the way to a new one, and so that is what the daemon hears of 
 BETWEEN_DIRECTORIES = 0  # in the place of an inode: what the kernel lets one at a time do in the whole mount
 
 CROWDED = (
-    "so many threads of this user are changing this directory at once that whoever else looks up a new name in it would wait for "
-    "them for a second or more; have fewer do so"
+    "so many threads of this user are changing this directory at once that whoever else looks up a new name in it would wait "
+    "for them for a second or more; have fewer do so"
 )
 
 LINES = 5  # in error_log, a second and operation, that say that somebody is to try again
@@ -212,10 +212,10 @@ class Crowds:
     """Threads of users other than the owner that change the same directories, so that others wait for those that wait to do so.
 
     A thread is in the queue for a lock once, so nobody waits for longer than the last requests of all threads took that came
-    lately; unless one that comes again at once has the lock before those that wait, for it is still running when the next is
-    being woken: the kernel puts up with that for 4 ms.  So a directory that many threads change is ``watched``: the kernel may not
-    keep its attributes, and asks for them whenever a thread is on its way there, and has no lock yet.  Who was refused
-    is refused then, too.
+    lately.  But one that comes again at once may have the lock before those that wait: it is still running when the next is
+    being woken, and the kernel puts up with that for 4 ms.  So a directory that many threads change is ``watched``: the kernel
+    may not keep its attributes, and asks for them when a thread is on its way there and has no lock yet.  Who was refused
+    waits there, where that keeps nobody else waiting.
 
     Times are of one clock that is given with each call, in seconds.
     """
@@ -269,8 +269,8 @@ class Crowds:
         return watched
 
     def comes_again(self, inode: int, user: int | None, thread: int, now: float) -> bool:
-        """Whether ``thread``, which is on its way to the watched ``inode``, was refused there, and would be again.  That is told
-        once, for it may have the lock when the kernel asks the next time."""
+        """Whether ``thread``, which is on its way to the watched ``inode``, was refused there, and would be again.  That is
+        told once, for it may have the lock when the kernel asks the next time."""
         crowd = self._crowds[inode]
         was_refused = thread in crowd.refused
         crowd.refused.discard(thread)
