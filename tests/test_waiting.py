@@ -680,6 +680,17 @@ def test_who_was_refused_waits_before_it_comes_to_the_lock(queue: Queue) -> None
     assert not crowds.watched
 
 
+def test_few_threads_that_take_long_wait_before_the_lock_too(queue: Queue) -> None:
+    queue.crowds.note_use(BOB, queue.clock.now)
+    let_in = [queue.change(thread, took=CROWD / 10) for thread in range(1, 20)]
+    assert let_in == [True] * 10 + [False] * 9
+    assert queue.crowds.watched == {DIRECTORY}
+    assert queue.crowds.comes_again(DIRECTORY, ALICE, 19, queue.clock.now)
+    queue.clock.now += RECENT / 2
+    assert queue.change(18), "by then some do not count any more"
+    assert not queue.crowds.comes_again(DIRECTORY, ALICE, 18, queue.clock.now)
+
+
 def test_what_is_remembered_of_crowds_is_bounded(queue: Queue) -> None:
     queue.crowds.note_use(BOB, queue.clock.now)
     for thread in range(1, 2 * THREADS):
@@ -966,7 +977,7 @@ def test_threads_that_wait_to_change_a_directory(slow: Daemon) -> None:
 AT_ONCE = """
 import collections, json, os, sys, threading
 
-done, together = collections.Counter(), threading.Barrier(400)
+done, together = collections.Counter(), threading.Barrier(int(sys.argv[2]))
 
 def make(number):
     together.wait()
@@ -976,7 +987,7 @@ def make(number):
     except OSError as error:
         done[error.errno] += 1
 
-threads = [threading.Thread(target=make, args=[number]) for number in range(400)]
+threads = [threading.Thread(target=make, args=[number]) for number in range(together.parties)]
 for thread in threads:
     thread.start()
 for thread in threads:
@@ -985,14 +996,25 @@ print(json.dumps(done))
 """
 
 
+def at_once(who: tuple[str, ...], daemon: Daemon, threads: int) -> dict[str, int]:
+    """How many threads of ``who``, each of which makes a snapshot at the same time, fail with which errno."""
+    command = [*who, sys.executable, "-c", AT_ONCE, str(daemon.mnt / "active"), str(threads)]
+    with bounded(120, daemon):
+        found: dict[str, int] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return found
+
+
 def test_a_user_who_is_alone_may_have_any_number_of_threads_wait(slow: Daemon) -> None:
     """However slow the disk: nobody else would wait for them."""
-    with bounded(120, slow):
-        made = subprocess.run(
-            [*alice, sys.executable, "-c", AT_ONCE, str(slow.mnt / "active")], stdout=subprocess.PIPE, text=True, check=True
-        )
-    assert json.loads(made.stdout) == {"0": 400}
-    assert len(os.listdir(slow.mnt / "active")) == 400
+    assert at_once(alice, slow, 200) == {"0": 200}
+    assert len(os.listdir(slow.mnt / "active")) == 200
+    assert slow.error_log() == []
+    assert slow.stop() == 0
+
+
+def test_the_owner_may_have_any_number_of_threads_wait(slow: Daemon) -> None:
+    subprocess.run([*bob, "mkdir", slow.mnt / "active/bobs"], check=True)
+    assert at_once((), slow, 100) == {"0": 100}
     assert slow.error_log() == []
     assert slow.stop() == 0
 

@@ -179,6 +179,9 @@ class _Crowd:
         self.forget_old(now)
         return sum(self.took.values()) >= CROWD and self.took.get(user, 0.0) >= CROWD / len(self.took)
 
+    def is_many(self, now: float) -> bool:
+        return len(self.threads) >= MANY or now < self.waits_until
+
     def note(self, thread: int, now: float, user: int, took: float) -> None:
         took += min(max(0.0, now - took - self._ended), TURN)
         self._ended = now
@@ -239,9 +242,9 @@ class Crowds:
     def enter(self, directories: Sequence[int], user: int, thread: int, now: float) -> None:
         """``thread`` (0: in a pid namespace that can't be seen from here) is to change ``directories``.  Raises TryAgain where
         too many wait to do that, this user's among them, and somebody else uses the tree."""
-        for inode in directories:
-            crowd = self._crowds.get(inode)
-            if crowd is None or not crowd.is_too_long(user, now) or self._is_alone(user, now):
+        crowds = [self._crowds[inode] for inode in directories if inode in self._crowds]
+        for crowd in crowds:
+            if not crowd.is_too_long(user, now) or self._is_alone(user, now):
                 continue
             if now < crowd.waits_until or not _is_young(thread):
                 crowd.waits_until = now + RECENT
@@ -250,6 +253,8 @@ class Crowds:
                         crowd.note(thread, now, user, 0.0)
                     crowd.refused.add(thread)
                 raise TryAgain(CROWDED)
+        for crowd in crowds:
+            crowd.refused.discard(thread)
 
     def leave(self, directories: Sequence[int], user: int, thread: int, now: float, took: float) -> list[int]:
         """What ``thread`` was to do is done, or was refused, and took so many seconds.  Of which directories the kernel is to
@@ -263,7 +268,9 @@ class Crowds:
             self._crowds.move_to_end(inode)
             # those that can't be told apart are all taken for others: whoever waits for them must not wait for too many
             crowd.note(thread or next(self._unknown), now, user, took)
-            if len(crowd.threads) >= MANY and inode not in self.watched and not self._is_alone(user, now):
+            if inode in self.watched or inode == BETWEEN_DIRECTORIES or self._is_alone(user, now):
+                continue
+            if crowd.is_many(now):
                 self.watched.add(inode)
                 watched.append(inode)
         return watched
@@ -275,7 +282,7 @@ class Crowds:
         was_refused = thread in crowd.refused
         crowd.refused.discard(thread)
         if user is None or not was_refused or not crowd.is_too_long(user, now):
-            if len(crowd.threads) < MANY:
+            if not crowd.is_many(now):
                 self.watched.remove(inode)
                 crowd.refused.clear()
             return False
