@@ -304,7 +304,7 @@ class Rootfs:
             if closing is None:
                 return True
             self._close_copy(held, closing)
-            return not self._in_use.has_overlay(held.number)
+            return not self._in_use.has_overlay(held.number, suspected=True)  # it has the traces of ours
 
         try:
             if await in_thread(release, limiter=self._threads):
