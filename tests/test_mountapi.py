@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.kernel import mountapi, mounting, overlay
+from snapfs.kernel import libc, mountapi, mounting, mounttable, overlay
 from snapfs.kernel.mounttable import MountPoint, mount_table
 from snapfs.mountoptions import escape
 from tests.processes import die_with_parent, own_descriptors
@@ -656,3 +656,26 @@ def test_what_is_mounted_within_a_bind_does_not_come_to_be_in_what_was_bound() -
     words = ["unshare", "-m", sys.executable, "-c", SHARED]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "['/mnt/classic/d', '/mnt/new/d']\n"
+
+
+def test_the_id_of_a_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /proc tells it, where the kernel doesn't in another way."""
+    target, link = tmp_path / "target", tmp_path / "link"
+    (tmp_path / "source/below").mkdir(parents=True)
+    target.mkdir()
+    link.symlink_to(target)
+    outside = mounttable.mount_id(str(tmp_path))
+    mounting.mount_bind(str(tmp_path / "source"), str(target), read_only=False)
+    fd = os.open(target / "below", os.O_PATH)
+    try:
+        own = next(mount.id for mount in mounttable.mount_table() if mount.target == str(target))
+        for told in (True, False):
+            if not told:
+                monkeypatch.setattr(libc, "mount_number", lambda path: None)
+            assert [mounttable.mount_id(str(path)) for path in (target, target / "below", link)] == [own, own, outside]
+            assert mounttable.mount_id_of(fd) == own != outside
+            with pytest.raises(FileNotFoundError):
+                mounttable.mount_id(str(tmp_path / "nothing"))
+    finally:
+        os.close(fd)
+        mounting.unmount(str(target))

@@ -10,10 +10,15 @@ from typing import Any
 _CLONE_FS = 0x200
 
 _AT_FDCWD = -100
+_AT_SYMLINK_NOFOLLOW = 0x100
 _AT_NO_AUTOMOUNT = 0x800
+_AT_EMPTY_PATH = 0x1000
 _AT_STATX_DONT_SYNC = 0x4000
 _WRITE_AND_WAIT = 0x7  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
-_SIZE_OF_STATX, _STX_DEV = 256, 136  # struct statx (statx(2)), and where the device's major and minor number are in it
+_SIZE_OF_STATX, _STX_DEV, _STX_MNT_ID = 256, 136, 144
+"""Of struct statx (statx(2)), and where in it the device's major and minor number are, and the mount's."""
+
+_STATX_MNT_ID = 0x1000  # in its mask, from Linux 5.8 on
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -75,6 +80,23 @@ def device_number(path: str) -> int:
     call("statx", _AT_FDCWD, os.fsencode(path), _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC, 0, found)
     major, minor = struct.unpack_from("II", found, _STX_DEV)
     return os.makedev(major, minor)
+
+
+def mount_number(path: str | int) -> int | None:
+    """The id of the mount that ``path`` is on, or on which that descriptor is open; of a mountpoint, that of the mount on it.
+    Links are not followed, no server of a file system is asked, and this process need not be let in.  None where the kernel
+    doesn't tell that in this way: before Linux 5.8, and where a file system, shut down, say, tells nothing of its files."""
+    found = ctypes.create_string_buffer(_SIZE_OF_STATX)
+    if isinstance(path, str):
+        where, flags = (_AT_FDCWD, os.fsencode(path)), _AT_SYMLINK_NOFOLLOW
+    else:
+        where, flags = (path, b""), _AT_EMPTY_PATH
+    try:
+        call("statx", *where, flags | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC, 0, found)
+    except OSError:
+        return None
+    told, number = struct.unpack_from("I", found)[0], struct.unpack_from("Q", found, _STX_MNT_ID)[0]
+    return int(number) if told & _STATX_MNT_ID else None
 
 
 def openat2(directory: int, path: bytes, how: OpenHow) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from snapfs.kernel import libc
+
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _PART = 64 << 10  # bytes that are read at once
 
@@ -62,6 +64,8 @@ def mount_table() -> Iterator[MountPoint]:
 def mount_id(path: str) -> int:
     """The id, as in the table, of the mount that ``path`` is on; of a mountpoint, that of the mount on it.  Links are not
     followed.  Raises OSError."""
+    if (number := libc.mount_number(path)) is not None:
+        return number
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         return mount_id_of(fd)
@@ -71,6 +75,8 @@ def mount_id(path: str) -> int:
 
 def mount_id_of(fd: int) -> int:
     """The id, as in the table, of the mount on which ``fd`` is open.  Raises OSError."""
+    if (number := libc.mount_number(fd)) is not None:  # a quarter of the time
+        return number
     with open(f"/proc/self/fdinfo/{fd}") as file:
         return next(int(line.partition(":")[2]) for line in file if line.startswith("mnt_id:"))
 
