@@ -88,8 +88,6 @@ WALKS = 4  # threads that walk all records for containerd or the library
 
 LOCKED = 1.5  # seconds that a Commit or Remove in the tree waits for another task, since the kernel holds locks meanwhile
 
-LOOKED_FOR = 1.0  # seconds in which all that is to be frozen for a copy is looked for
-
 COPIES = 5  # of the layer of a workspace that becomes another each time, for one checkpoint
 
 
@@ -1295,7 +1293,7 @@ def _held_still(device: str | None, snapshot: str, owners: Collection[int]) -> I
     started in ``snapshot`` (``freezing.mark``) for one of the ``owners``, as far as that can be had.  Blocks."""
     found = freezing.marked(snapshot, owners=owners)
     if device:
-        found |= freezing.cgroups(pid for pid, _ in users_of_device(device, longest=LOOKED_FOR, enough=LOOKED_FOR))
+        found |= freezing.cgroups(pid for pid, _ in users_of_device(device, longest=math.inf, enough=math.inf))
     with freezing.frozen(found):
         yield
 

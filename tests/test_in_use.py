@@ -905,11 +905,49 @@ def test_millions_of_descriptors_of_another_users(served: Daemon) -> None:
             device = libc.device_number(f"/proc/{inside.pid}/cwd")
             used = f"{os.major(device)}:{os.minor(device)}"
             assert inside.pid in dict(users_of_device(used))
-            assert used_devices([used, "99:99"], longest=0.5) is None
+            assert used_devices([used, "99:99"], longest=20) == {used}
+            assert used_devices([used, "99:99"], longest=0) is None
             assert time.monotonic() - began < 2
         began = time.monotonic()
         os.rename(workspace, served.mnt / "committed/v1")
         assert time.monotonic() - began < 2, "everybody waits meanwhile"
+
+
+MAPPINGS = """
+import ctypes, os, sys
+for _ in range(15):
+    os.mkdir("x" * 250)
+    os.chdir("x" * 250)
+file = os.open("file", os.O_RDWR | os.O_CREAT)
+mmap = ctypes.CDLL(None).mmap
+mmap.restype, mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+for nth in range(60_000):
+    mmap(None, 4096, 1, 2, file, 4096 * (nth % 2))  # which the kernel can't make one with that before
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.alone
+def test_a_hundred_megabytes_about_the_mappings_of_one_process(served: Daemon, tmp_path: Path) -> None:
+    """What /proc tells of a file of alice's that she has mapped often, at a long path: it is read in pieces, and not all."""
+    long = tmp_path / "long"
+    long.mkdir(mode=0o777)
+    long.chmod(0o777)
+    look = "; ".join(
+        [
+            "import resource, time",
+            "from snapfs.kernel.processes import used_devices, users, users_of_device",
+            "before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()",
+            "list(users_of_device('99:99')), list(users('/nowhere')), used_devices(['99:99'], longest=0.25)",
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.monotonic() - began)",
+        ]
+    )
+    with process(*alice, "/usr/bin/python3", "-c", MAPPINGS, cwd=long):
+        done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, timeout=60)
+    memory, took = map(float, done.stdout.split())
+    assert memory < 20_000, "KiB"
+    assert took < 2
 
 
 async def test_who_asks_for_the_layers_has_waited_for_a_commit_that_had_begun(root: Path) -> None:

@@ -63,15 +63,11 @@ def users_of_device(device: str, *, longest: float = LONGEST, enough: float = EN
     It asks the kernel for the device of every file that a process has open, and no server that these may be on: it might never
     answer.
     """
-    number, shown = _number(device), _in_maps(device)
-
-    def has_mapped(process: str, until: float) -> bool:
-        return shown in Path(f"{process}/maps").read_bytes()
-
+    number = _number(device)
     return _search(
         lambda process, until: number in _numbers_of_places(process),
         lambda process, until: number in _numbers_of_files(process, until),
-        has_mapped,
+        lambda process, until: number in _numbers_of_mappings(process, until),
         lambda process, until: number in _numbers_of_threads(process, until),
         longest=longest,
         enough=enough,
@@ -85,16 +81,13 @@ def used_devices(devices: Collection[str], *, longest: float) -> set[str] | None
     found: set[str] = set()
     until = time.monotonic() + longest
     for process in (f"/proc/{entry}" for entry in _processes() if int(entry) != os.getpid()):
-        for numbers in (_numbers_of_places, _numbers_of_files, _numbers_of_threads):
+        for numbers in (_numbers_of_places, _numbers_of_files, _numbers_of_mappings, _numbers_of_threads):
             try:
                 found.update(wanted[number] for number in numbers(process, until) if number in wanted)
             except OSError:  # it has ended, or is not for us to see
                 continue
             except _Late:
                 return None
-        with suppress(OSError):
-            maps = Path(f"{process}/maps").read_bytes()
-            found.update(device for device in devices if _in_maps(device) in maps)
         if len(found) == len(wanted):
             break
     return found
@@ -118,12 +111,6 @@ def _number(device: str) -> int:
     return os.makedev(major, minor)
 
 
-def _in_maps(device: str) -> bytes:
-    """How a line in /proc/PID/maps has it."""
-    major, minor = map(int, device.split(":"))
-    return f" {major:02x}:{minor:02x} ".encode()
-
-
 def _numbers_of_places(process: str, until: float = math.inf) -> Iterator[int]:
     for link in ("cwd", "root", "exe"):
         yield libc.device_number(f"{process}/{link}")
@@ -139,8 +126,24 @@ def _numbers_of_threads(process: str, until: float) -> Iterator[int]:
     """As ``_numbers_of_files``, of the threads but the first: one may have descriptors of its own."""
     first = os.path.basename(process)
     for task in os.listdir(f"{process}/task"):
-        if task != first:
+        if task != first and not libc.share_files(int(first), int(task)):
             yield from _numbers_of_files(f"{process}/task/{task}", until)
+
+
+def _numbers_of_mappings(process: str, until: float) -> Iterator[int]:
+    for line in _maps(process, until):
+        major, _, minor = line.split(b" ", 4)[3].partition(b":")
+        yield os.makedev(int(major, 16), int(minor, 16))
+
+
+def _maps(process: str, until: float) -> Iterator[bytes]:
+    """The lines of /proc/PID/maps: tens of thousands, of thousands of bytes each, are read piece by piece.  Raises OSError, and
+    _Late."""
+    with open(f"{process}/maps", "rb") as maps:
+        for nth, line in enumerate(maps):
+            if nth % _EACH == 0 and time.monotonic() > until:
+                raise _Late
+            yield line
 
 
 def _descriptors(process: str, until: float) -> Iterator[str]:
@@ -234,10 +237,9 @@ def _files(process: str, until: float) -> Iterator[str]:
 
 
 def _mappings(process: str, until: float) -> Iterator[str]:
-    with open(f"{process}/maps", encoding="utf-8", errors="surrogateescape") as maps:
-        for line in maps:
-            _, slash, path = line.rstrip("\n").partition("/")
-            yield slash + path
+    for line in _maps(process, until):
+        _, slash, path = os.fsdecode(line).rstrip("\n").partition("/")
+        yield slash + path
 
 
 def locker(fd: int) -> str:
