@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from snapfs.cli.place import unquoted
 from snapfs.errors import InvalidArgument, NameTooLong, NotUtf8
 from snapfs.names import NAME_MAX, decode, encode, nameable, plain_json, printable, shown
 
@@ -250,3 +251,22 @@ def test_how_long_a_path_is_does_not_matter_for_that() -> None:
         sys.setprofile(None)
     assert text == f"{path[:202]}/…"
     assert calls < 30
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["a", "\\", "n", "x41", "u0041", "é", "🐙", "\udcff", "%", "%4", "%zz", "%41", "%ff", "%C3%A9", "%5C", "%0a"]
+        )
+    )
+)
+def test_the_command_reads_what_is_encoded(parts: list[str]) -> None:
+    """Whatever others have written; and as it is where that is no encoding."""
+    text = "".join(parts)
+    if re.search("%(?![0-9a-fA-F]{2})", text):
+        assert unquoted(text) == text
+    else:
+        expected = re.sub(
+            b"%(..)", lambda found: bytes.fromhex(found[1].decode()), text.encode(errors="surrogateescape"), flags=re.DOTALL
+        )
+        assert unquoted(text) == expected.decode(errors="surrogateescape")

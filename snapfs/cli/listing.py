@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 class Row:
     """One snapshot.  ``parent`` is None for none; times are seconds since the epoch; ``state`` is empty where all is well."""
 
-    __slots__ = ("_created", "_labels", "_name", "_updated", "id", "inodes", "kind", "parent", "size", "state")
+    __slots__ = ("_created", "_found", "_labels", "_name", "_updated", "id", "inodes", "kind", "parent", "size", "state")
 
     def __init__(self, line: str) -> None:
         name, kind, parent, number, size, inodes, created, updated, state, labels = line.split("\t")
         self._name, self._labels, self._created, self._updated = name, labels, created, updated
+        self._found: dict[str, str] | None = None
         self.kind = kind
         self.parent = None if parent == "." else key_of(parent)
         self.id = int(number)
@@ -41,13 +42,10 @@ class Row:
 
     @property
     def labels(self) -> dict[str, str]:
-        if self._labels == ".":
-            return {}
-        found = {}
-        for item in self._labels.split(","):
-            key, _, value = item.partition("=")
-            found[unquoted(key)] = unquoted(value)
-        return found
+        if self._found is None:
+            pairs = (item.partition("=") for item in self._labels.split(",")) if self._labels != "." else ()
+            self._found = {unquoted(key): unquoted(value) for key, _, value in pairs}
+        return self._found
 
     def shown(self) -> dict[str, object]:
         """For --json: as info.json says it."""

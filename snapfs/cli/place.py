@@ -480,11 +480,14 @@ def key_of(name: str) -> str:
 
 
 def unquoted(text: str) -> str:
-    """``text`` without its percent-encoding."""
+    """``text`` without its percent-encoding; as it is where it is not encoded so."""
     if "%" not in text:
         return text
-    first, *rest = text.encode(errors="surrogateescape").split(b"%")
-    return b"".join((first, *(bytes.fromhex(part[:2].decode()) + part[2:] for part in rest))).decode(errors="surrogateescape")
+    escaped = text.encode(errors="surrogateescape").replace(b"\\", b"\\\\").replace(b"%", b"\\x")
+    try:  # all in C: others may write megabytes of labels
+        return escaped.decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape")
+    except UnicodeDecodeError:
+        return text
 
 
 def find_tree(at: str | None, *, changes: bool = False, tell: bool = True) -> MountedTree:
