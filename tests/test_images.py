@@ -53,7 +53,7 @@ from tests.doors import DOORS, Opener
 from tests.processes import until
 from tests.records import check_indexes
 from tests.refusals import failing, refused
-from tests.tree import REMOVERS, committed, listing, remove_all, shell
+from tests.tree import REMOVERS, committed, listing, remove_all, shell, usage
 
 Make = Callable[..., Daemon]
 
@@ -757,6 +757,8 @@ def snapfs(daemon: Daemon) -> Command:
 
 
 def test_snapfs_images(snapfs: Command) -> None:
+    for name in ("v1", "v2"):
+        usage(snapfs.mnt / "committed" / name)  # it is counted now, and not in a moment
     heads, *lines = snapfs("images").splitlines()
     assert heads.split() == ["NAME", "SNAPSHOT", "CREATED", "SIZE"]
     assert [line.split()[:2] for line in lines] == [["a/b", "v1"], ["shop:2", "v2"]]
