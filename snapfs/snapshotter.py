@@ -686,7 +686,7 @@ class Snapshotter:
             number, found = lookup.find(reader, key)
             if PIN in found.labels:
                 raise pinned(found.name, number)
-            if reader.any_child(number) is None:  # else that is what is told
+            if found.images and reader.any_child(number) is None:  # else that is what is told
                 image_rules.refuse_named(found)
 
     def _forget_removed(self, change: Change) -> None:

@@ -76,10 +76,11 @@ def put_together(found: Original, top: Path) -> bytes:
 
 def shuffled(top: Path, seed: int) -> bytes:
     """What GNU tar makes of a tree whose entries come in no order, but parents first."""
-    found: bytes = subprocess.check_output(["find", ".", "-mindepth", "1", "-printf", r"%P\0"], cwd=top)
-    names = found.split(b"\0")[:-1]
+    found = subprocess.check_output(["find", ".", "-mindepth", "1", "-printf", r"%P\0"], cwd=top)
+    names: list[bytes] = found.split(b"\0")[:-1]
     random.Random(seed).shuffle(names)
-    (listed := top.parent / "listed").write_bytes(b"\0".join(sorted(names, key=lambda name: name.count(b"/"))))
+    names.sort(key=lambda name: name.count(b"/"))
+    (listed := top.parent / "listed").write_bytes(b"\0".join(names))
     words = ["tar", "-C", str(top), "--no-recursion", "--null", "--verbatim-files-from", "-T", str(listed)]
     words += ["--format=gnu", "-c"]
     return subprocess.check_output(words, stderr=subprocess.DEVNULL)

@@ -390,12 +390,28 @@ class Layers(Paths):
 
     def _move_away(self, number: int, *, discard: bool = True) -> None:
         path = self.directory(number)
-        if discard and self._is_ours(number):
+        had_layer, is_gone = self._delete_empty(number) if discard else (False, False)
+        if is_gone:
+            pass
+        elif had_layer or (discard and self._is_ours(number)):
             with self.naming:
                 self.trash.move_here(self.held_directory(number))
         else:
             log.warning("%s is none of snapfs's directories; moved to %s", path, self.move_to_lost_found(path))
         self._left_for_cleanup.discard(number)
+
+    def _delete_empty(self, number: int) -> tuple[bool, bool]:
+        """Delete snapshots/<number>, if nothing but an empty layer is in it: whether that was there, and is all that was there.
+        Most layers of short lives are so; it is done from ROOT on, as ``_lstat``."""
+        had_layer = False
+        with suppress(OSError):
+            os.rmdir(f"snapshots/{number}/fs", dir_fd=self._claim.fd)
+            had_layer = True
+            with suppress(FileNotFoundError):  # a view has none
+                os.rmdir(f"snapshots/{number}/work", dir_fd=self._claim.fd)
+            os.rmdir(f"snapshots/{number}", dir_fd=self._claim.fd)
+            return True, True
+        return had_layer, False
 
     def _is_ours(self, number: int) -> bool:
         """Whether snapshots/<number> is such a directory as a Prepare makes, or what is left of one."""
