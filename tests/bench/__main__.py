@@ -7,10 +7,12 @@ import os
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.bench import (
@@ -38,7 +40,9 @@ from tests.bench import (
 )
 from tests.bench.place import Place, run
 from tests.bench.rows import Growth, Row, p50
-from tests.mounts import own_mount_namespace
+from tests.mounts import loop_mounted, own_mount_namespace
+
+ROOM = 32 << 30  # bytes that the disk to measure on may take; what nobody writes costs nothing
 
 BENCHMARKS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "prepare": prepare.one_client,
@@ -84,12 +88,31 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement (5); medians are of so many")
     parser.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not how fast it is")
     parser.add_argument("--million", action="store_true", help="also start with 1,000,000 snapshots: takes minutes to make")
-    parser.add_argument("--where", type=Path, default=HOME / "run", help="a directory on the disk to measure on (run)")
+    parser.add_argument("--where", type=Path, help="a directory on the disk to measure on (ext4, in a file in run)")
     parser.add_argument("--out", type=Path, default=HOME / "run/bench", help="where table, JSON and plots go (run/bench)")
     arguments = parser.parse_args()
     if unknown := set(arguments.only or ()) - set(BENCHMARKS):
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     return arguments
+
+
+@contextmanager
+def _disk(where: Path | None) -> Iterator[Path]:
+    """``where``, or else an ext4 with a journal in a file: without one it looks for each new inode past all that were freed in
+    the last minutes, and that is all that one sees."""
+    if where is not None:
+        yield where.resolve()
+        return
+    directory = HOME / "run" / f"disk-{os.getpid()}"
+    directory.mkdir(parents=True)
+    try:
+        with (image := directory / "image").open("xb") as made:
+            made.truncate(ROOM)
+        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+        with loop_mounted(image, directory / "mounted") as disk:
+            yield disk
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _interrupted(*_: object) -> None:
@@ -102,9 +125,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupted)
     results: dict[str, list[Row]] = {}
     failed = False
-    base = arguments.where.resolve() / f"bench-{os.getpid()}"
     began = time.monotonic()
-    with Place(base, arguments.rounds, quick=arguments.quick, million=arguments.million) as place:
+    with (
+        _disk(arguments.where) as disk,
+        Place(disk / f"bench-{os.getpid()}", arguments.rounds, quick=arguments.quick, million=arguments.million) as place,
+    ):
         for name in arguments.only or BENCHMARKS:
             place.say(name)
             rows = results[name] = []

@@ -6,15 +6,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from tests.bench import populate
 from tests.bench.minimal import minimal
 from tests.bench.nothing import nothing
 from tests.bench.place import ALL_CPUS, ONE_CPU, Place, on, run
 from tests.bench.rows import Row, at_most, p50
-from tests.disk import make_file_system
-from tests.mounts import loop_mounted
 from tests.processes import worked
 
 REST, IDLE = 0.1, 0.01
@@ -92,20 +89,14 @@ def processor(place: Place) -> Iterator[Row]:
     }
     note = (
         "microseconds of its processor a call, of all its threads, with what goes on after the calls; "
-        "daemon and client on one CPU, both; nothing is flushed; ROOT on ext4 with a journal, on a loop device"
+        "daemon and client on one CPU, both; nothing is flushed"
     )
     against = "a file system on pyfuse3 that does nothing"
     rows = {
         what: Row(f"the daemon's work for {what}", against, "us", at_most(most), note) for what, (most, _, _) in steps.items()
     }
     calls = place.size(400, 20)
-    with (
-        place.directory("journal") as directory,
-        _journalled(directory) as disk,
-        place.snapfs("-o", "sync=none", root=disk / "root", cpus=ONE_CPU) as daemon,
-        nothing(place, ONE_CPU) as (where, pid),
-        on(ONE_CPU),
-    ):
+    with place.snapfs("-o", "sync=none", cpus=ONE_CPU) as daemon, nothing(place, ONE_CPU) as (where, pid), on(ONE_CPU):
         assert daemon.process is not None
         for number in range(place.rounds + 1):  # the first does not count
             names = [place.name("call") for _ in range(calls)]
@@ -117,15 +108,6 @@ def processor(place: Place) -> Iterator[Row]:
                     if number:
                         getattr(rows[what], side).append((_rested(process) - before) / calls * 1e6)
     yield from rows.values()
-
-
-@contextmanager
-def _journalled(directory: Path) -> Iterator[Path]:
-    """Without a journal ext4 looks for a new inode past each that was freed in the last minutes: that is all that one sees."""
-    image = directory / "image"
-    make_file_system("ext4", image, 1 << 30)
-    with loop_mounted(image, directory / "mounted") as disk:
-        yield disk
 
 
 def _rested(process: int) -> float:
