@@ -15,6 +15,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -886,6 +887,24 @@ def test_interrupted(command: Command, server: Server, layout: Layout) -> None:
     assert os.listdir(command.mnt / "committed") == []
     command("import", f"oci:{layout.top}")  # there may be a draft, if it came as that was made
     settled(command.mnt, three())
+
+
+def test_an_interrupt_while_a_process_is_forked_is_not_lost() -> None:
+    """It comes while a hook runs, as Python's own do after each fork."""
+    program = """
+import os, signal
+from snapfs.kernel.forks import undisturbed
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+try:
+    with undisturbed():
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+except KeyboardInterrupt:
+    print(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_as_much_as_others_like_beside_what_is_fetched_is_not_looked_through(

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 
+from snapfs.kernel.forks import undisturbed
+
 _DESCRIPTOR = re.compile("/+(?:dev|proc/+(?:thread-)?self)/+fd/+([0-9]+)(?:/|$)")
 
 
@@ -21,7 +23,8 @@ class Detached:
         sys.stdout.flush()
         sys.stderr.flush()
         self._reads, self._writes = os.pipe()
-        self._child = os.fork()
+        with undisturbed():
+            self._child = os.fork()
         if self._child == 0:
             os.close(self._reads)
             os.setsid()

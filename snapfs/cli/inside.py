@@ -22,6 +22,7 @@ from snapfs.cli.adopt import over_of
 from snapfs.cli.grammar import Given, Option, Verb
 from snapfs.cli.place import find_tree
 from snapfs.cli.refusal import NOT_PERMITTED, USAGE, Refusal, changed
+from snapfs.kernel.forks import undisturbed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ def _fetch(process: str, target: str) -> None:
     from snapfs.kernel import mountapi, shelter, userns
 
     ours, theirs = socket.socketpair()
-    child = os.fork()
+    with undisturbed():
+        child = os.fork()
     if child == 0:
         try:
             userns.join(process, mounts=True)

@@ -15,6 +15,7 @@ from snapfs.cli.listing import rows
 from snapfs.cli.place import find_tree
 from snapfs.cli.refusal import BUSY, FAILED, NOT_PERMITTED, Refusal
 from snapfs.cli.within import covered
+from snapfs.kernel.forks import undisturbed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -221,7 +222,8 @@ def in_use(layer: str, process: str = "") -> Iterator[None]:
     from snapfs.kernel import mounting, userns
 
     ours, its = socket.socketpair()
-    child = os.fork()
+    with undisturbed():
+        child = os.fork()
     if child == 0:
         try:
             if process:

@@ -18,6 +18,7 @@ from itertools import islice, pairwise
 
 from snapfs.errors import NoThread
 from snapfs.fuse.mountpoint import DETACH, abort, mounted_at, mounted_on, still_there
+from snapfs.kernel.forks import undisturbed
 from snapfs.kernel.mounttable import MountPoint
 from snapfs.kernel.processes import asking, users
 
@@ -45,7 +46,8 @@ class Outside:
         """Where the tree is to be, as the mount table has it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         asks, answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._pid = os.fork()
+        with undisturbed():
+            self._pid = os.fork()
         if self._pid == 0:
             try:
                 ours.close()

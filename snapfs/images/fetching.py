@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 from snapfs.images import layouts
 from snapfs.images.unfit import Unfit
 from snapfs.kernel.beneath import called
+from snapfs.kernel.forks import undisturbed
 from snapfs.kernel.inside import open_unmounted
 from snapfs.names import printable
 
@@ -292,14 +293,15 @@ def _ran(
 ) -> tuple[bytes, str]:
     """What the command says on standard output; and "", or what it says of its failure.  ``told`` is called now and then.  The
     command is ended where what ``grown`` gives has been the same for PATIENCE.  Files of its own go to ``spool``."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=None if spool is None else {**os.environ, "TMPDIR": spool},
-        preexec_fn=_ends_with_parent,
-    )
+    with undisturbed() as blocked:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=None if spool is None else {**os.environ, "TMPDIR": spool},
+            preexec_fn=lambda: _ends_with_parent(blocked),
+        )
     size, since = 0, time.monotonic()
     with process:
         try:
@@ -324,7 +326,8 @@ def _ran(
     return found, (_said(stderr) or f"status {process.returncode}") if process.returncode else ""
 
 
-def _ends_with_parent() -> None:
+def _ends_with_parent(before: set[signal.Signals | int]) -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

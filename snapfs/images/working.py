@@ -28,6 +28,7 @@ from snapfs.images.tarreader import TarReader
 from snapfs.images.unfit import Unfit
 from snapfs.images.unpacking import Owners, Unpacking
 from snapfs.kernel import libc, mounting, subids, userns
+from snapfs.kernel.forks import undisturbed
 
 _AHEAD = 8  # pieces that are unpacked before somebody wants them
 _EVERY = 0.1  # seconds between two messages of how far it is
@@ -59,14 +60,20 @@ class Worker:
         self.files = 0
         self.size = 0
         self._end, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._pid = os.fork()
-        if self._pid == 0:
-            try:
-                self._end.close()
-                _Work(theirs, layer, place, limits, has_end=has_end).run()
-            finally:
-                os._exit(0)
-        theirs.close()
+        self._pid = 0
+        try:
+            with undisturbed():
+                self._pid = os.fork()
+                if self._pid == 0:
+                    try:
+                        self._end.close()
+                        _Work(theirs, layer, place, limits, has_end=has_end).run()
+                    finally:
+                        os._exit(0)
+            theirs.close()
+        except BaseException:
+            self.close()
+            raise
 
     def fileno(self) -> int:
         return self._end.fileno()
@@ -122,6 +129,7 @@ class _Work:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
             os.umask(0)
             self._close_others()
             try:

@@ -10,7 +10,10 @@ This is the only fork hook of the package.  Its users: ``store.environment.Envir
 from __future__ import annotations
 
 import os
+import signal
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -35,3 +38,17 @@ def _disown_all() -> None:
 
 
 os.register_at_fork(after_in_child=_disown_all)
+
+
+@contextmanager
+def undisturbed() -> Iterator[set[signal.Signals | int]]:
+    """For a block that forks: no handler of a signal runs in it, and what came meanwhile is handled at its end.  It gives which
+    signals were blocked before.
+
+    Hooks run after a fork, Python's own among them, and what a handler raises there is lost: Ctrl-C, for one.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from snapfs.kernel.forks import undisturbed
 from snapfs.names import word
 
 MOST = 100  # ranges: the kernel takes a table of one page
@@ -106,7 +107,8 @@ def mapper(uids: str, gids: str) -> Iterator[Mapper]:
     there, here = os.pipe()
     back, forth = os.pipe()
     parent = os.getpid()
-    child = os.fork()
+    with undisturbed():
+        child = os.fork()
     if child == 0:
         said = "it ended without an answer"
         try:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from snapfs.kernel import libc, subids
+from snapfs.kernel.forks import undisturbed
 from snapfs.kernel.mounttable import mount_table
 
 CLONE_NEWNS = 0x20000
@@ -58,7 +59,7 @@ def tried(act: Callable[[Step], object]) -> tuple[str, OSError] | None:
     """The step, and the error, at which ``act`` failed in a short-lived child, since by the time that the kernel says no there
     may be no way back; None where all went well.  An error without a number is none of the kernel's."""
     there, here = os.pipe()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), undisturbed():
         warnings.simplefilter("ignore", DeprecationWarning)  # threads: the child takes none of their locks
         child = os.fork()
     if child == 0:
