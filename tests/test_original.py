@@ -176,7 +176,7 @@ def test_of_any_archive_all_is_kept_or_in_files(random: random.Random) -> None:
                         files.append(b"".join(bytes(piece) for _, piece in reader.data(entry)))
                         stream.in_file(b"%d" % (len(files) - 1), entry.size)
                 stream.drain()
-                stream.finish("", None)
+                stream.finish(digest_of(archive), None)
         except Unfit:
             return
         finally:
@@ -190,11 +190,28 @@ def test_of_what_replaces_other_entries_nothing_is_kept(tmp_path: Path) -> None:
     assert kept(Layer().add("f", b"one").add("f", b"two").done(), tmp_path / "layer") is None
 
 
-def test_of_more_than_can_be_kept_nothing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rest", [20_000, 100_000], ids=["at the end", "before"])
+def test_of_more_than_can_be_kept_nothing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: int) -> None:
     monkeypatch.setattr(original, "MOST", 10_000)
-    archive = Layer().add("f", b"x").done() + os.urandom(100_000)
+    archive = Layer().add("f", b"x").done() + os.urandom(rest)
     assert kept(archive, tmp_path / "layer") is None
     assert os.listdir(tmp_path / "layer-aside") == []
+
+
+def test_of_what_is_known_by_another_hash_nothing_is_kept(command: Command, layout: Layout) -> None:
+    """An export could not tell whether it is what it was."""
+    tar = foreign()[0]
+    layout.add("t", [tar])
+    found = layout.blobs / json.loads((layout.blobs / layout.listed[0]["digest"][7:]).read_bytes())["config"]["digest"][7:]
+    config = json.loads(found.read_bytes())
+    config["rootfs"]["diff_ids"] = [f"sha512:{hashlib.sha512(tar).hexdigest()}"]
+    manifest = json.loads((layout.blobs / layout.listed[0]["digest"][7:]).read_bytes())
+    manifest["config"] = layout.document(config, "config.v1+json")
+    layout.listed = [{**layout.listed[0], **layout.document(manifest, "manifest.v1+json")}]
+    layout.write()
+    (top,) = [command("import", f"oci:{layout.top}").strip()]
+    assert original.ORIGINAL not in os.listdir(Path(os.readlink(f"{top}/diff")).parent)
+    assert command("export", "--compression", "none", os.path.basename(top), f"oci-archive:{layout.top}.tar")
 
 
 def test_what_became_of_it_is_seen(tmp_path: Path) -> None:
